@@ -1,0 +1,326 @@
+"""Configurations of the two models, the sampling settings, and the presets.
+
+Everything here is plain data: frozen, keyword-only dataclasses that validate themselves, turn
+into JSON and come back. Nothing here imports torch, so a command line can describe its options
+without paying for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import dacite
+
+from llamagen.errors import InputError
+
+ConfigT = TypeVar("ConfigT")
+
+Grid = tuple[int, int]
+"""Rows and columns of an image's codes."""
+
+
+def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
+    """Builds the dataclass ``cls`` from plain values, as read from JSON or YAML.
+
+    ``source`` names where the values come from, for the error message.
+
+    Raises:
+        InputError: a key is unknown or missing, a value has the wrong type, or the
+            configuration refuses the combination.
+    """
+    try:
+        # Literal types and tuples arrive from JSON as strings and lists.
+        return dacite.from_dict(
+            cls,  # type: ignore[type-var]
+            dict(values),
+            dacite.Config(strict=True, cast=[tuple]),
+        )
+    except dacite.DaciteError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{source}: {reason}") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as values that JSON can hold (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: the file does not hold a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is not valid JSON ({error}); restore it from its source"
+        ) from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value >= 1, f"{name} is {value}, expected at least 1")
+
+
+def _require_fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(0.0 <= value < 1.0, f"{name} is {value}, expected a number from 0 up to below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """Architecture of the image tokenizer (paper section 3.1; the defaults are VQ-16)."""
+
+    codebook_size: int = 16384
+    """Number of codes."""
+    codebook_dim: int = 8
+    """Length of a codebook vector."""
+    codebook_l2_norm: bool = True
+    """Compare latents and codebook vectors after normalising both to length 1."""
+    base_channels: int = 128
+    """Channels after the first convolution; each level has this times its multiplier."""
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    """One entry per resolution level, highest first; each further level halves the resolution."""
+    encoder_blocks: int = 2
+    """Residual blocks per level of the encoder."""
+    decoder_blocks: int = 3
+    """Residual blocks per level of the decoder."""
+    z_channels: int = 256
+    """Channels between the convolutional part and the projection to the codebook's dimension."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm."""
+    dropout: float = 0.0
+    """Dropout inside residual blocks, in training."""
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self,
+            *("codebook_size", "codebook_dim", "base_channels", "encoder_blocks"),
+            *("decoder_blocks", "z_channels", "norm_groups"),
+        )
+        _require_fraction(self, "dropout")
+        _require(len(self.channel_multipliers) >= 1, "channel_multipliers is empty")
+        for multiplier in self.channel_multipliers:
+            channels = self.base_channels * multiplier
+            _require(
+                multiplier >= 1 and channels % self.norm_groups == 0,
+                f"base_channels {self.base_channels} times multiplier {multiplier} is {channels}, "
+                f"expected a positive multiple of norm_groups {self.norm_groups}",
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    def grid_of(self, height: int, width: int) -> Grid:
+        """The grid of codes of an image of ``height`` x ``width`` pixels.
+
+        Raises:
+            InputError: a side is not a positive multiple of the downsampling.
+        """
+        factor = self.downsampling
+        if min(height, width) < factor or height % factor or width % factor:
+            raise InputError(
+                f"an image of {width}x{height} pixels cannot be encoded: both sides must be "
+                f"positive multiples of the tokenizer's downsampling {factor}; resize or crop it"
+            )
+        return height // factor, width // factor
+
+
+def swiglu_hidden_dim(dim: int, *, multiplier: float | None = None, multiple_of: int = 256) -> int:
+    """Hidden size of the SwiGLU layer: 8/3 of ``dim`` (times ``multiplier``), rounded up."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return multiple_of * math.ceil(hidden / multiple_of)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Architecture of the autoregressive model (paper section 3.2; the defaults are c2i B, 256)."""
+
+    dim: int = 768
+    """Width of the residual stream."""
+    layers: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Query heads; dim / heads is the head dimension, a multiple of 4 for the 2-D RoPE."""
+    kv_heads: int | None = None
+    """Key and value heads (grouped-query attention); None means as many as query heads."""
+    hidden_dim: int | None = None
+    """Hidden size of the feed-forward layer; None means 8/3 dim rounded up to 256."""
+    codebook_size: int = 16384
+    """Number of codes, as in the image tokenizer."""
+    grid: Grid = (16, 16)
+    """Rows and columns of codes that the model was trained on."""
+    condition: Literal["class", "text"] = "class"
+    """What images are conditioned on: a class label or text features."""
+    num_classes: int = 1000
+    """Number of classes, without "no class" (condition "class")."""
+    text_length: int = 120
+    """Number of text features in front of the codes (condition "text")."""
+    text_dim: int = 2048
+    """Length of a text feature (condition "text")."""
+    rope_base: float = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    token_dropout: float = 0.1
+    """Dropout of the embeddings, in training."""
+    attention_dropout: float = 0.0
+    """Dropout of attention weights, in training."""
+    residual_dropout: float = 0.1
+    """Dropout of the attention's output, in training."""
+    ffn_dropout: float = 0.1
+    """Dropout of the feed-forward layer's output, in training."""
+    drop_path: float = 0.0
+    """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "dim", "layers", "heads", "codebook_size")
+        _require_positive(self, "num_classes", "text_length", "text_dim")
+        _require(
+            self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0,
+            f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
+            f"multiple of 4 (2-D RoPE turns pairs by row and by column)",
+        )
+        if self.kv_heads is not None:
+            _require(
+                self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
+                f"kv_heads {self.kv_heads} must divide heads {self.heads}",
+            )
+        if self.hidden_dim is not None:
+            _require_positive(self, "hidden_dim")
+        _require(
+            len(self.grid) == 2 and min(self.grid) >= 1,
+            f"grid is {self.grid}, expected two positive numbers (rows, columns)",
+        )
+        _require(
+            self.condition in ("class", "text"),
+            f"condition is {self.condition!r}, expected 'class' or 'text'",
+        )
+        _require(self.rope_base > 0, f"rope_base is {self.rope_base}, expected a positive number")
+        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}, expected a positive number")
+        _require_fraction(self, "token_dropout", "attention_dropout", "residual_dropout")
+        _require_fraction(self, "ffn_dropout", "drop_path")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def ffn_dim(self) -> int:
+        return swiglu_hidden_dim(self.dim) if self.hidden_dim is None else self.hidden_dim
+
+    @property
+    def condition_length(self) -> int:
+        """Positions that the condition takes in front of the codes."""
+        return 1 if self.condition == "class" else self.text_length
+
+    @property
+    def num_codes(self) -> int:
+        """Codes per image."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How codes are drawn from the transformer's logits (paper sections 3.3 and 4.2).
+
+    The order is fixed: guidance, temperature, top-k, top-p, draw.
+    """
+
+    guidance_scale: float = 4.0
+    """uncond + scale * (cond - uncond); 1 means no guidance and no second pass."""
+    guidance_stop: int | None = None
+    """Index of the first code that is drawn without guidance; None guides all of them."""
+    temperature: float = 1.0
+    """Logits are divided by this; 0 always takes the most likely code."""
+    top_k: int = 0
+    """Keep only the k most likely codes and ties with the k-th; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely codes until their probabilities reach p; 1 keeps all."""
+
+    def __post_init__(self) -> None:
+        _require(
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+            f"guidance_scale is {self.guidance_scale}, expected a finite number of at least 0 "
+            f"(1 means no guidance)",
+        )
+        if self.guidance_stop is not None:
+            _require(
+                self.guidance_stop >= 0,
+                f"guidance_stop is {self.guidance_stop}, expected a code index of at least 0, "
+                f"or none to guide every code",
+            )
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature is {self.temperature}, expected a finite number of at least 0",
+        )
+        _require(self.top_k >= 0, f"top_k is {self.top_k}, expected at least 0 (0 keeps all codes)")
+        _require(
+            0.0 < self.top_p <= 1.0,
+            f"top_p is {self.top_p}, expected a number above 0 and at most 1",
+        )
+
+    @property
+    def guided(self) -> bool:
+        """Whether any code needs the unconditional pass."""
+        return self.guidance_scale != 1.0 and self.guidance_stop != 0
+
+
+TOKENIZER_PRESETS: dict[str, TokenizerConfig] = {
+    "VQ-16": TokenizerConfig(),  # 71,883,403 parameters
+    "VQ-8": TokenizerConfig(channel_multipliers=(1, 2, 2, 4)),  # 70,109,835
+}
+
+TRANSFORMER_PRESETS: dict[str, TransformerConfig] = {  # parameters with 1000 classes
+    "B": TransformerConfig(dim=768, layers=12, heads=12),  # 110,888,448
+    "L": TransformerConfig(dim=1024, layers=24, heads=16),  # 342,910,976
+    "XL": TransformerConfig(dim=1280, layers=36, heads=20),  # 774,699,520 (text 777,678,080)
+    "XXL": TransformerConfig(dim=1536, layers=48, heads=24),  # 1,410,972,672
+    "XXXL": TransformerConfig(dim=2560, layers=48, heads=40),  # 3,893,027,840
+    "1B": TransformerConfig(dim=2048, layers=22, heads=32),  # 1,199,616,000
+    "3B": TransformerConfig(dim=3200, layers=24, heads=32),  # 3,096,659,200
+    "7B": TransformerConfig(dim=4096, layers=32, heads=32),  # 6,614,589,440
+}
+
+
+def preset(presets: Mapping[str, ConfigT], name: str) -> ConfigT:
+    """Looks a preset up by name, ignoring case.
+
+    Raises:
+        InputError: there is no such preset; the message lists those there are.
+    """
+    for known, config in presets.items():
+        if known.lower() == name.lower():
+            return config
+    raise InputError(f"there is no preset {name!r}; choose one of {', '.join(presets)}")

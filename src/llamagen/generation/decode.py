@@ -1,0 +1,140 @@
+"""The decode loop: condition in, codes out, with guidance and a KV cache.
+
+Shapes: B images, C condition length, V codes of the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llamagen.config import Grid, SamplingConfig
+from llamagen.errors import InputError
+from llamagen.generation.filters import guide, next_codes
+from llamagen.generation.seeds import uniform_draws
+from llamagen.transformer import KVCache, Transformer
+
+RowCallback = Callable[[int, Tensor], None]
+"""Called after each finished row of the grid with the number of finished rows and all codes so
+far, (B, rows, columns) with the unfinished rows zero. An exception from it ends the generation.
+"""
+
+
+@torch.inference_mode()
+def generate_codes(
+    model: Transformer,
+    condition: Tensor,
+    *,
+    seeds: Sequence[int],
+    sampling: SamplingConfig | None = None,
+    condition_mask: Tensor | None = None,
+    unconditional: Tensor | None = None,
+    grid: Grid | None = None,
+    on_row: RowCallback | None = None,
+) -> Tensor:
+    """Draws one image's codes per row of ``condition``.
+
+    The codes of an image depend on its own condition, seed and settings only (up to
+    floating-point ties), not on what else is in the batch.
+
+    Args:
+        model: in eval mode, on the device and in the precision to compute in.
+        condition: labels (B,) or text features (B, C, text_dim), real features last.
+        seeds: one per image.
+        sampling: how codes are drawn; by default ``SamplingConfig()``.
+        condition_mask: (B, C) bool, False where text features are padding.
+        unconditional: shaped like ``condition``, what guidance leads away from; by default the
+            model's own "no class" or "no text".
+        grid: rows and columns; by default the model's.
+        on_row: called after each finished row of the grid.
+
+    Returns:
+        (B, rows, columns) int64 codes on the model's device.
+
+    Raises:
+        InputError: condition, seeds or settings do not fit the model or each other, or the
+            model's logits are not finite.
+    """
+    sampling = sampling or SamplingConfig()
+    rows, columns = grid or model.config.grid
+    condition = condition.to(model.device)
+    model.cls_embedding.check(condition)
+    images = condition.shape[0]
+    if len(seeds) != images:
+        raise InputError(f"{len(seeds)} seeds for {images} images; give one seed per image")
+    if condition_mask is not None:
+        condition_mask = condition_mask.to(model.device)
+        condition, unconditional, condition_mask = _without_common_padding(
+            condition, unconditional, condition_mask
+        )
+
+    guided = sampling.guided
+    if guided:
+        if unconditional is None:
+            unconditional = model.cls_embedding.unconditional(condition)
+        condition = torch.cat([condition, unconditional.to(condition)])
+        if condition_mask is not None:
+            condition_mask = condition_mask.repeat(2, 1)
+    length = condition.shape[1] if condition.ndim == 3 else 1
+    cache = model.new_cache(condition.shape[0], condition_length=length, grid=(rows, columns))
+    uniforms = uniform_draws(seeds, rows * columns).to(model.device)
+    codes = torch.zeros(images, rows * columns, dtype=torch.int64, device=model.device)
+    finite = torch.ones((), dtype=torch.bool, device=model.device)
+
+    logits = model.prefill(condition, cache, condition_mask=condition_mask)
+    for index in range(rows * columns):
+        if guided and index == sampling.guidance_stop:
+            guided, cache, logits = False, cache.first_rows(images), logits[:images]
+        mixed = _mix(logits, sampling, guided)
+        finite &= mixed.isfinite().all()
+        drawn = next_codes(mixed, sampling, uniforms[:, index])
+        codes[:, index] = drawn
+        if on_row is not None and (index + 1) % columns == 0:
+            on_row((index + 1) // columns, codes.view(images, rows, columns))
+        if index + 1 < rows * columns:
+            logits = _decode_one(model, drawn, cache)
+    # Looked at once, at the end: a look at every step would wait for the device at every step.
+    if not bool(finite):
+        raise InputError(
+            f"the transformer's logits are not finite in {model.dtype}; "
+            f"use bfloat16 or float32, or check the weights"
+        )
+    return codes.view(images, rows, columns)
+
+
+def _mix(logits: Tensor, sampling: SamplingConfig, guided: bool) -> Tensor:
+    """Logits of all rows to guided float32 logits of the images (B, V)."""
+    logits = logits.float()
+    if not guided:
+        return logits
+    conditional, unconditional = logits.chunk(2)
+    return guide(conditional, unconditional, sampling.guidance_scale)
+
+
+def _decode_one(model: Transformer, drawn: Tensor, cache: KVCache) -> Tensor:
+    """Feeds the codes just drawn (B,), to both rows of an image if there are two."""
+    copies = cache.batch // drawn.shape[0]
+    return model.decode(drawn.repeat(copies).unsqueeze(1), cache)[:, -1]
+
+
+def _without_common_padding(
+    condition: Tensor, unconditional: Tensor | None, mask: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Cuts the padding that all rows share off the front of text features.
+
+    Exact: padding is never attended to, and condition positions carry no position of their own
+    (see ``rope_table``).
+    """
+    if mask.shape != condition.shape[:2]:
+        raise InputError(
+            f"the condition mask has shape {tuple(mask.shape)}, "
+            f"expected {tuple(condition.shape[:2])} like the text features"
+        )
+    mask = mask.bool()
+    used = max(1, int(mask.sum(-1).max()))
+    mask = mask[:, -used:]
+    if unconditional is not None:
+        unconditional = unconditional[:, -used:]
+    return condition[:, -used:], unconditional, None if bool(mask.all()) else mask

@@ -1,0 +1,56 @@
+"""How many images fit into memory at once."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from llamagen.config import Grid, TokenizerConfig
+from llamagen.transformer import KVCache, Transformer
+
+MAX_BATCH = 64
+"""More rows gain little throughput on any device, and make the first image later."""
+
+_SHARE = 0.5
+"""Part of the free memory that a batch may plan with; the estimates below are not exact."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        # What torch holds but does not use counts as free.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return psutil.virtual_memory().available
+
+
+def sampling_batch_size(
+    model: Transformer, *, guided: bool, condition_length: int | None = None
+) -> int:
+    """Images whose codes can be drawn at once, from 1 to ``MAX_BATCH``."""
+    config = model.config
+    length = config.condition_length if condition_length is None else condition_length
+    cache = KVCache.bytes_per_sequence(
+        config, grid=config.grid, condition_length=length, dtype=model.dtype
+    )
+    # Prefill activations, and logits in float32 with their sorted and cumulated copies.
+    activations = length * (8 * config.dim + 3 * config.ffn_dim) * model.dtype.itemsize
+    per_row = cache + activations + 8 * 4 * config.codebook_size
+    return _fit(free_memory(model.device), per_row * (2 if guided else 1))
+
+
+def decoding_batch_size(
+    config: TokenizerConfig, grid: Grid, *, device: torch.device, dtype: torch.dtype
+) -> int:
+    """Images whose codes can be turned into pixels (or back) at once, from 1 to ``MAX_BATCH``."""
+    pixels = grid[0] * grid[1] * config.downsampling**2
+    # The widest maps are those of full resolution and those that were just upsampled to it;
+    # about six of them are alive at once (input, normed, two convolutions, shortcut, workspace).
+    widest = config.base_channels * max(config.channel_multipliers[:2])
+    return _fit(free_memory(device), 6 * pixels * widest * dtype.itemsize)
+
+
+def _fit(free: int, per_image: int) -> int:
+    return max(1, min(MAX_BATCH, int(_SHARE * free) // per_image))

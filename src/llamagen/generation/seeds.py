@@ -1,0 +1,35 @@
+"""Random numbers that belong to an image, not to a batch, a device or a process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamagen.errors import InputError
+
+MAX_SEED = 2**63 - 1
+
+
+def check_seed(seed: int) -> int:
+    """Returns ``seed``.
+
+    Raises:
+        InputError: it lies outside 0 to 2^63 - 1.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed}, expected an integer from 0 to {MAX_SEED}")
+    return seed
+
+
+def uniform_draws(seeds: Sequence[int], count: int) -> Tensor:
+    """(images, count) float32 numbers in [0, 1): row i is the stream of ``seeds[i]``.
+
+    Philox in counter mode: the t-th number of a stream is the same whatever was drawn before it,
+    on every platform and version. 24 bits each, so that every number is exact in float32.
+    """
+    streams = [np.random.Philox(key=check_seed(seed)).random_raw(count) for seed in seeds]
+    bits = np.stack(streams) >> np.uint64(40)
+    return torch.from_numpy((bits * 2.0**-24).astype(np.float32))

@@ -1,0 +1,15 @@
+"""The autoregressive model over image codes."""
+
+from llamagen.transformer.cache import KVCache
+from llamagen.transformer.condition import ClassCondition, TextCondition
+from llamagen.transformer.model import Transformer
+from llamagen.transformer.rope import apply_rope, rope_table
+
+__all__ = [
+    "ClassCondition",
+    "KVCache",
+    "TextCondition",
+    "Transformer",
+    "apply_rope",
+    "rope_table",
+]

@@ -1,0 +1,123 @@
+"""The blocks of the transformer: RMSNorm, attention, SwiGLU, stochastic depth.
+
+Shapes: B batch, T positions, L positions including cached ones, D width, H query heads,
+K key-value heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamagen.config import TransformerConfig
+from llamagen.transformer.cache import KVCache
+from llamagen.transformer.rope import apply_rope
+
+
+class AttentionMask(NamedTuple):
+    """Which positions may attend to which; the cheapest form that says it."""
+
+    causal: bool
+    """Each position attends to itself and to what stands before it."""
+    allowed: Tensor | None
+    """(B or 1, 1, T, L) bool, where ``causal`` alone does not describe it."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with statistics in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
+        return normed.type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal self-attention with a fused projection and optional grouped queries."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads = config.heads
+        self.kv_heads = config.num_kv_heads
+        self.head_dim = config.head_dim
+        self.attention_dropout = config.attention_dropout
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.wqkv = nn.Linear(config.dim, width, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.resid_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None
+    ) -> Tensor:
+        """``x`` (B, T, D) with ``rope`` (T, E / 2, 2) to (B, T, D)."""
+        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, E)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask.allowed,
+            is_causal=mask.causal and mask.allowed is None,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 1603.09382): skips a branch for whole sequences."""
+
+    def __init__(self, probability: float) -> None:
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return branch
+        kept = 1.0 - self.probability
+        scale = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(kept).div_(kept)
+        return branch * scale
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then feed-forward, each behind a norm and around a shortcut."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = DropPath(config.drop_path * layer / max(config.layers - 1, 1))
+
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))

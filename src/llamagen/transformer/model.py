@@ -1,0 +1,181 @@
+"""The autoregressive model over image codes (paper section 3.2).
+
+A condition (one class embedding, or projected text features) stands in front of the codes; the
+model predicts each code from the condition and the codes before it in raster order. One class
+serves both kinds of condition, training and sampling; a KV cache is an argument, never state.
+
+Shapes: B batch, T codes given, C condition length, D width, V codebook size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamagen.config import Grid, TransformerConfig
+from llamagen.pretrained import PretrainedModel
+from llamagen.transformer.blocks import AttentionMask, RMSNorm, TransformerBlock
+from llamagen.transformer.cache import KVCache
+from llamagen.transformer.condition import ClassCondition, TextCondition
+from llamagen.transformer.rope import rope_table
+
+
+class Transformer(PretrainedModel[TransformerConfig]):
+    """Llama-style decoder over codes. Its state-dict keys are those of the public checkpoints."""
+
+    config_class = TransformerConfig
+    kind = "transformer"
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        is_class = config.condition == "class"
+        self.cls_embedding = ClassCondition(config) if is_class else TextCondition(config)
+        self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout)
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, layer) for layer in range(config.layers)
+        )
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Normal with standard deviation 0.02 for every matrix, zero for the output head."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, TextCondition):
+                # The scale that a text encoder's features have per entry of their norm.
+                nn.init.normal_(module.uncond_embedding, std=self.config.text_dim**-0.5)
+        nn.init.zeros_(self.output.weight)
+
+    def forward(
+        self,
+        codes: Tensor,
+        condition: Tensor,
+        *,
+        condition_mask: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        """Logits of the next code at every position, given the codes before it.
+
+        Args:
+            codes: (B, T) int, the first T codes in raster order; in training all but the last.
+            condition: labels (B,) or text features (B, C, text_dim), real features last.
+            condition_mask: (B, C) bool, False where text features are padding.
+            drop_condition: (B,) bool, True where the condition is replaced by "no condition".
+            grid: rows and columns of the image; by default the configuration's.
+
+        Returns:
+            (B, T + 1, V) logits; row t is the prediction of code t.
+        """
+        hidden = self.hidden_states(
+            codes,
+            condition,
+            condition_mask=condition_mask,
+            drop_condition=drop_condition,
+            grid=grid,
+        )
+        return self.output(hidden)
+
+    def hidden_states(
+        self,
+        codes: Tensor,
+        condition: Tensor,
+        *,
+        condition_mask: Tensor | None = None,
+        drop_condition: Tensor | None = None,
+        grid: Grid | None = None,
+    ) -> Tensor:
+        """As ``forward``, but the normalised states (B, T + 1, D) in front of the output head."""
+        embedded = self.cls_embedding(condition, drop_condition)  # (B, C, D)
+        length = embedded.shape[1]
+        x = torch.cat([embedded, self.tok_embeddings(codes)], dim=1)
+        rope = self._rope(grid or self.config.grid, length)[: x.shape[1]]
+        mask = _attention_mask(x.shape[1], x.shape[1], condition_mask, x.device)
+        return self._run(x, rope, mask, cache=None)[:, length - 1 :]
+
+    def new_cache(
+        self, batch: int, *, condition_length: int | None = None, grid: Grid | None = None
+    ) -> KVCache:
+        """An empty cache for ``batch`` sequences, in this model's precision and place."""
+        if condition_length is None:
+            condition_length = self.config.condition_length
+        return KVCache.empty(
+            self.config,
+            batch,
+            grid=grid or self.config.grid,
+            condition_length=condition_length,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def prefill(
+        self, condition: Tensor, cache: KVCache, *, condition_mask: Tensor | None = None
+    ) -> Tensor:
+        """Starts sequences: runs the condition into an empty ``cache``.
+
+        Returns the logits (B, V) of the first code.
+        """
+        assert cache.length == 0, f"the cache already holds {cache.length} positions"
+        embedded = self.cls_embedding(condition)
+        length = embedded.shape[1]
+        assert length == cache.condition_length, (
+            f"{length} condition positions, but the cache was made for {cache.condition_length}"
+        )
+        if condition_mask is not None:
+            cache.condition_mask = condition_mask.bool()
+        rope = self._rope(cache.grid, length)[:length]
+        mask = _attention_mask(length, length, cache.condition_mask, embedded.device)
+        hidden = self._run(embedded, rope, mask, cache)
+        return self.output(hidden[:, -1])
+
+    def decode(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """Continues sequences: feeds ``codes`` (B, T) behind what ``cache`` holds.
+
+        Returns logits (B, T, V); row t is the prediction of the code that follows codes[:, t].
+        """
+        x = self.tok_embeddings(codes)
+        start, end = cache.length, cache.length + codes.shape[1]
+        rope = self._rope(cache.grid, cache.condition_length)[start:end]
+        mask = _attention_mask(codes.shape[1], end, cache.condition_mask, x.device)
+        return self.output(self._run(x, rope, mask, cache))
+
+    def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
+        x = self.tok_dropout(x)
+        for block in self.layers:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+    def _rope(self, grid: Grid, condition_length: int) -> Tensor:
+        config = self.config
+        return rope_table(grid, condition_length, config.head_dim, config.rope_base, self.device)
+
+
+def _attention_mask(
+    queries: int, keys: int, condition_mask: Tensor | None, device: torch.device
+) -> AttentionMask:
+    """Causal attention of the last ``queries`` of ``keys`` positions, padding left out.
+
+    ``condition_mask`` (B, C) covers the first C positions. A padded position attends to itself
+    only, so that its softmax is defined; nothing else attends to it.
+    """
+    if condition_mask is None and queries == keys:
+        return AttentionMask(causal=True, allowed=None)
+    if condition_mask is None and queries == 1:
+        return AttentionMask(causal=False, allowed=None)
+    query_index = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
+    key_index = torch.arange(keys, device=device)
+    allowed = (key_index <= query_index)[None, None]  # (1, 1, T, L)
+    if condition_mask is not None:
+        valid = F.pad(condition_mask.bool(), (0, keys - condition_mask.shape[1]), value=True)
+        allowed = (allowed & valid[:, None, None, :]) | (key_index == query_index)
+    return AttentionMask(causal=False, allowed=allowed)

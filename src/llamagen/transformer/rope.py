@@ -1,0 +1,58 @@
+"""2-D rotary position embedding: half of a head's pairs turn by the row, half by the column.
+
+Shapes: B batch, T positions, H heads, E head dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from llamagen.config import Grid
+
+
+@functools.lru_cache(maxsize=32)
+def rope_table(
+    grid: Grid, condition_length: int, head_dim: int, base: float, device: torch.device
+) -> Tensor:
+    """Cosines and sines of every position: (condition_length + rows * columns, E / 2, 2), float32.
+
+    With half = E / 2, the cell (r, c) turns by the angles [r f, c f], where
+    f_i = base^(-2 i / half) for i < half / 2 (rotary embedding: Su et al. 2104.09864).
+
+    Condition positions come first and hold *zeros*, not the cosine 1 of angle 0. The public
+    checkpoints were trained that way: queries and keys of the condition are zero vectors, so each
+    code attends to the condition with score 0 while its value counts in full.
+
+    The table is a constant, kept per process; callers must not write to it.
+    """
+    # A table first made while sampling must also serve a later training step.
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns = grid
+        half = head_dim // 2
+        exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+        frequencies = 1.0 / base**exponents  # (E / 4,)
+        by_row = torch.arange(rows, device=device).unsqueeze(-1) * frequencies
+        by_column = torch.arange(columns, device=device).unsqueeze(-1) * frequencies
+        angles = torch.cat(
+            [
+                by_row.unsqueeze(1).expand(rows, columns, -1),
+                by_column.unsqueeze(0).expand(rows, columns, -1),
+            ],
+            dim=-1,
+        ).flatten(0, 1)  # (rows * columns, E / 2)
+        table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+        return torch.cat([table.new_zeros(condition_length, half, 2), table])
+
+
+def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
+    """Turns the interleaved pairs of ``x`` (B, T, H, E) by ``rope`` (T, E / 2, 2).
+
+    Computed in float32, returned in the dtype of ``x``.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, E / 2) each
+    cos, sin = rope.unsqueeze(1).unbind(-1)  # (T, 1, E / 2) each
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).type_as(x)

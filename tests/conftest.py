@@ -1,0 +1,31 @@
+"""Options and fixtures that all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # pytest has a --fixtures flag of its own, which lists fixtures (also spelt --funcargs). The
+    # parity suite takes a folder under that name; "resolve" lets the later definition win.
+    group = parser.getgroup("llamagen")
+    group._arggroup.conflict_handler = "resolve"
+    group.addoption(
+        "--fixtures",
+        dest="parity_fixtures",
+        type=Path,
+        default=Path(__file__).parent / "fixtures",
+        help="folder with the parity fixtures (default: tests/fixtures)",
+    )
+    group.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
