@@ -1,0 +1,5 @@
+"""``python -m llamagen`` is ``llamagen``."""
+
+from llamagen.cli.main import main
+
+main()

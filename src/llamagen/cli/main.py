@@ -1,0 +1,135 @@
+"""``llamagen``: finds the command, turns its options into a dataclass, runs it, reports errors.
+
+Every command is a module with two public names: a frozen dataclass ``Options``, whose fields are
+the flags, and ``run(options)``. A module may offer ``defaults(arguments)``, which takes what it
+knows (a recipe file) off the arguments and returns the options to start from and the rest.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from llamagen.errors import InputError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "generate": ("llamagen.cli.generate", "draw images of classes"),
+    "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
+    "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
+    "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),
+    "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
+    "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
+    "demo": ("llamagen.cli.demo", "train on handwritten digits and draw some, in minutes"),
+}
+"""Command -> the module that implements it and one line of help."""
+
+_USAGE_ERROR = 2
+_INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Runs one command and exits: 0 if it worked, 2 on bad input, 1 on a fault of the machine."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in ("-V", "--version"):
+        print(_version())
+        sys.exit(0)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        sys.exit(0)
+    command = _find_command(words)
+    if command is None:
+        sys.exit(_USAGE_ERROR)
+    try:
+        _run(command, words[len(command.split()) :])
+    except InputError as error:
+        _fail(str(error), _USAGE_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted", _INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever read the output has gone; nothing is left to say, at exit neither.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        _fail(_describe(error), _USAGE_ERROR if isinstance(error, FileNotFoundError) else 1)
+    sys.exit(0)
+
+
+def _run(command: str, arguments: list[str]) -> None:
+    import tyro
+
+    module = importlib.import_module(COMMANDS[command][0])
+    keywords = {}
+    if hasattr(module, "defaults"):
+        keywords["default"], arguments = module.defaults(arguments)
+    options = tyro.cli(
+        module.Options,
+        prog=f"llamagen {command}",
+        description=module.__doc__,
+        args=arguments,
+        config=(tyro.conf.OmitArgPrefixes,),
+        **keywords,
+    )
+    module.run(options)
+
+
+def _find_command(words: list[str]) -> str | None:
+    """The command that ``words`` start with; None after saying why there is none."""
+    for length in (2, 1):
+        if " ".join(words[:length]) in COMMANDS:
+            return " ".join(words[:length])
+    family = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if family:
+        if words[1:2] in (["-h"], ["--help"]):
+            print("\n".join(f"llamagen {name}: {COMMANDS[name][1]}" for name in family))
+            sys.exit(0)
+        _report(f"{words[0]} needs one more word: {' or '.join(family)}")
+    else:
+        _report(f"there is no command {words[0]!r}; choose one of {', '.join(COMMANDS)}")
+    return None
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: llamagen COMMAND [OPTIONS]",
+            "",
+            "Train, sample and evaluate autoregressive image models.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "llamagen COMMAND --help lists a command's options and their defaults.",
+            "llamagen --version prints the version.",
+        ]
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return f"llamagen {version('llamagen')}"
+
+
+def _describe(error: OSError) -> str:
+    """One line about a fault of files or memory."""
+    if error.errno is None:
+        return str(error)
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full; free some space and run the command again"
+    return f"{where}{os.strerror(error.errno)}"
+
+
+def _report(message: str) -> None:
+    print(f"llamagen: error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    _report(message)
+    sys.exit(status)

@@ -1,0 +1,80 @@
+"""Which device and precision to compute with."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+from llamagen.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_WORTH_IT = 1.5
+"""bfloat16 is chosen on a CPU only if it is this many times as fast: it costs precision."""
+
+
+def find_device(name: str | torch.device = "auto") -> torch.device:
+    """The device called ``name``; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {name!r}; use auto, cpu, cuda or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name} is not there: this torch ({torch.__version__}) sees "
+            f"{torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps is not there; use --device cpu")
+    return device
+
+
+def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision called ``name``; "auto" or None is bfloat16 where that is fast.
+
+    Raises:
+        InputError: there is no such precision.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name is None or name == "auto":
+        return _fast_dtype(device)
+    if name not in DTYPES:
+        raise InputError(f"there is no precision {name!r}; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+@functools.cache
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    # Processors without bfloat16 instructions emulate them many times slower than float32, those
+    # with them are several times faster. Names of instruction sets do not tell what torch uses;
+    # a product of a few milliseconds does.
+    single, half = (_matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
+    return torch.bfloat16 if single > _WORTH_IT * half else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Best of a few timings of a product the size of a transformer's layer."""
+    a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return best
