@@ -36,7 +36,7 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
     try:
         # Literal types and tuples arrive from JSON as strings and lists.
         return dacite.from_dict(
-            cls,  # type: ignore[type-var]
+            cls,
             dict(values),
             dacite.Config(strict=True, cast=[tuple]),
         )
@@ -216,11 +216,11 @@ class TransformerConfig:
         if self.hidden_dim is not None:
             _require_positive(self, "hidden_dim")
         _require(
-            len(self.grid) == 2 and min(self.grid) >= 1,
+            min(self.grid) >= 1,
             f"grid is {self.grid}, expected two positive numbers (rows, columns)",
         )
         _require(
-            self.condition in ("class", "text"),
+            str(self.condition) in ("class", "text"),
             f"condition is {self.condition!r}, expected 'class' or 'text'",
         )
         _require(self.rope_base > 0, f"rope_base is {self.rope_base}, expected a positive number")
@@ -230,14 +230,17 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
+        """Width of one head."""
         return self.dim // self.heads
 
     @property
     def num_kv_heads(self) -> int:
+        """Key and value heads, whether given or not."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def ffn_dim(self) -> int:
+        """Hidden size of the feed-forward layer, whether given or not."""
         return swiglu_hidden_dim(self.dim) if self.hidden_dim is None else self.hidden_dim
 
     @property

@@ -73,8 +73,7 @@ class Labels:
             return cls._from_entries(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{path} is not a list of class names ({error}); expected "
-                f'[{{"name": "cat"}}, ...]'
+                f'{path} is not a list of class names ({error}); expected [{{"name": "cat"}}, ...]'
             ) from error
 
     @classmethod

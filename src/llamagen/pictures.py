@@ -134,8 +134,7 @@ def _font(width: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _line_height(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> int:
-    left, top, right, bottom = font.getbbox("Ag")
-    return math.ceil(bottom) + 4
+    return math.ceil(font.getbbox("Ag")[3]) + 4
 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:

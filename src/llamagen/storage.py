@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llamagen.errors import InputError
+
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
@@ -71,6 +73,26 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, values: Any) -> None:
     """Writes values as indented JSON, atomically."""
     write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def require_writable(folder: Path | str) -> Path:
+    """Makes ``folder`` if need be and proves that files can be written there.
+
+    Called before long work, so that its result is not lost for want of a place.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror or error}); choose another folder"
+        ) from error
+    return folder
 
 
 def _sync(path: Path) -> None:

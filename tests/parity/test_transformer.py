@@ -74,8 +74,10 @@ def test_cached_logits(read_case, name):
     condition, mask = condition_of(case)
     cache = model.new_cache(codes.shape[0])
     logits = [model.prefill(condition, cache, condition_mask=mask)]
-    for index in range(codes.shape[1] - 1):
-        logits.append(model.decode(codes[:, index : index + 1], cache)[:, -1])
+    logits += [
+        model.decode(codes[:, index : index + 1], cache)[:, -1]
+        for index in range(codes.shape[1] - 1)
+    ]
     torch.testing.assert_close(
         torch.stack(logits, dim=1), case.tensor("logits"), rtol=1e-4, atol=1e-4
     )

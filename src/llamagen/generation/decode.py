@@ -85,14 +85,14 @@ def generate_codes(
 
     logits = model.prefill(condition, cache, condition_mask=condition_mask)
     for index in range(rows * columns):
-        if guided and index == sampling.guidance_stop:
-            guided, cache, logits = False, cache.first_rows(images), logits[:images]
         mixed = _mix(logits, sampling, guided)
         finite &= mixed.isfinite().all()
         drawn = next_codes(mixed, sampling, uniforms[:, index])
         codes[:, index] = drawn
         if on_row is not None and (index + 1) % columns == 0:
             on_row((index + 1) // columns, codes.view(images, rows, columns))
+        if guided and index + 1 == sampling.guidance_stop:
+            guided, cache = False, cache.first_rows(images)
         if index + 1 < rows * columns:
             logits = _decode_one(model, drawn, cache)
     # Looked at once, at the end: a look at every step would wait for the device at every step.

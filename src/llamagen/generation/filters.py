@@ -72,7 +72,9 @@ def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniforms.to(dtype).unsqueeze(-1) * total, below_total)
     # The first code whose cumulative probability exceeds the target: never one of probability 0.
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # NaN logits, which the decode loop reports at its end, must not index past the codebook.
+    return drawn.clamp_(max=logits.shape[-1] - 1)
 
 
 def next_codes(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] to latents."""
         h = self.conv_in(images)
         for level in self.conv_blocks:
             h = level(h)
@@ -73,11 +74,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight at which the adaptive adversarial weight compares gradients."""
         return self.conv_out.weight
 
     def forward(self, latents: Tensor) -> Tensor:
+        """Latents to images, about in [-1, 1]."""
         h = self.conv_in(latents)
         for block in self.mid:
             h = block(h)

@@ -5,6 +5,8 @@ Shapes: B images, C channels, H and W height and width of a feature map.
 
 from __future__ import annotations
 
+import itertools
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,12 +21,11 @@ class ResidualBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
-        else:
-            self.nin_shortcut = nn.Identity()
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H, W)."""
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
@@ -42,6 +43,7 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
         h = self.norm(x)
         # (B, C, H, W) -> (B, 1 head, HW, C)
         q, k, v = (proj(h).flatten(2).mT.unsqueeze(1) for proj in (self.q, self.k, self.v))
@@ -57,6 +59,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H / 2, W / 2)."""
         # Padding at the bottom and right only: the public weights were trained this way.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
@@ -69,6 +72,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2 H, 2 W)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -90,7 +94,7 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.res = nn.ModuleList(
-            ResidualBlock(a, b, groups, dropout) for a, b in zip(widths, widths[1:], strict=False)
+            ResidualBlock(a, b, groups, dropout) for a, b in itertools.pairwise(widths)
         )
         self.attn = nn.ModuleList(
             SpatialAttention(out_channels, groups) for _ in range(blocks if attention else 0)
@@ -101,6 +105,7 @@ class Level(nn.Module):
             self.add_module(resample_name, resample)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, ...) at this or the next resolution."""
         for i, block in enumerate(self.res):
             x = block(x)
             if len(self.attn) > 0:
@@ -118,5 +123,3 @@ def middle(channels: int, groups: int, dropout: float) -> nn.ModuleList:
             ResidualBlock(channels, channels, groups, dropout),
         ]
     )
-
-

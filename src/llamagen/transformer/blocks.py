@@ -35,6 +35,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to the same shape and dtype."""
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return normed.type_as(x) * self.weight
 
@@ -87,6 +88,7 @@ class FeedForward(nn.Module):
         self.ffn_dropout = nn.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to the same shape."""
         return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
@@ -98,6 +100,7 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
+        """(B, T, D) to the same shape; what is kept is scaled up to keep the mean."""
         if not self.training or self.probability == 0.0:
             return branch
         kept = 1.0 - self.probability
@@ -119,5 +122,6 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None
     ) -> Tensor:
+        """``x`` (B, T, D) with ``rope`` (T, E / 2, 2) to (B, T, D)."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))

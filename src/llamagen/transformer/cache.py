@@ -52,16 +52,16 @@ class KVCache:
         def allocate() -> list[Tensor]:
             return [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.layers)]
 
-        return cls(
-            keys=allocate(), values=allocate(), grid=grid, condition_length=condition_length
-        )
+        return cls(keys=allocate(), values=allocate(), grid=grid, condition_length=condition_length)
 
     @property
     def batch(self) -> int:
+        """Number of sequences."""
         return self.keys[0].shape[0]
 
     @property
     def capacity(self) -> int:
+        """Positions there is room for."""
         return self.keys[0].shape[2]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

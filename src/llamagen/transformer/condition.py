@@ -93,4 +93,5 @@ class FeatureMLP(nn.Module):
         self.fc2 = nn.Linear(dim, dim, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
+        """(B, C, text_dim) to (B, C, D)."""
         return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))

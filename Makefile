@@ -1,0 +1,59 @@
+# Set-up and everyday commands. Each target makes .venv and installs what it needs; the second time
+# that costs nothing. PYTHON chooses the interpreter (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo
+PYTEST_ARGS ?=
+
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@echo "make demo     train on handwritten digits and draw some (about 4 minutes)"
+	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
+	@echo "make lint     ruff and mypy"
+	@echo "make format   let ruff format the code"
+	@echo "make bench    measure decoding and loading on this machine"
+	@echo "make clean    remove .venv, caches and the demo's output"
+
+# One stamp per set of extras; installed anew when what is to be installed changes.
+$(VENV)/.installed-demo: pyproject.toml constraints.txt
+	$(call install,demo)
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	$(call install,dev)
+	@touch $(VENV)/.installed-demo
+
+define install
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "llamagen needs Python 3.11 or newer: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(1)]'
+	@touch $(VENV)/.installed-$(1)
+endef
+
+install: $(VENV)/.installed-dev
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/llamagen demo --out $(DEMO_OUT)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/decoding.py
+	$(BIN)/python benchmarks/loading.py
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,147 @@
+"""Draw images of classes, as PNG files that record how to make them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from llamagen.cli.options import DeviceOptions
+from llamagen.errors import InputError
+
+if TYPE_CHECKING:
+    from llamagen.pipeline import Pipeline, PipelineOutput, Progress
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DeviceOptions):
+    """Options of ``llamagen generate``."""
+
+    model: str | None = None
+    """Published name (c2i-L-384), pipeline folder, hub repository, or a transformer to be used
+    with --tokenizer."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
+    """Classes by name or number, one or several."""
+    count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
+    """Images of each class."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is none. Default: the model's own setting, as for the next."""
+    guidance_stop: int | None = None
+    """Index of the first code drawn without guidance."""
+    top_k: int | None = None
+    """Draw from the k likeliest codes; 0 means all."""
+    top_p: float | None = None
+    """Draw from the likeliest codes that reach probability p; 1 means all."""
+    temperature: float | None = None
+    """Below 1 for less variety, above 1 for more; 0 takes the likeliest code."""
+    seed: int | None = None
+    """Seed of the first image; the next get the next numbers. Default: random."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
+    """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
+    like: Path | None = None
+    """Make the image in this PNG again: class, seed and settings are read from it."""
+    tokenizer: str | None = None
+    """Another image tokenizer than the model's: published name, folder or checkpoint file."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of codes, for checkpoint files that do not say."""
+    columns: int | None = None
+    """Images per row of the sheet."""
+    batch_size: int | None = None
+    """Images drawn at once. Default: as many as fit into memory."""
+
+
+def run(options: Options) -> None:
+    """Generates and saves what ``options`` ask for."""
+    settings = _settings(options)
+    source = settings.pop("model")
+    _require_place(options.out)
+
+    from llamagen.pipeline import Pipeline
+
+    device, dtype = dataclasses.replace(options, dtype=settings.pop("dtype")).resolve()
+    pipe = Pipeline.from_pretrained(
+        source, tokenizer=options.tokenizer, grid=options.grid, device=device, dtype=dtype
+    )
+    output = _generate(pipe, settings, options)
+    for path in _save(output, options):
+        print(path)
+
+
+def _settings(options: Options) -> dict[str, Any]:
+    """What to generate: the options, with what ``--like`` says where they say nothing."""
+    recorded: dict[str, Any] = {}
+    if options.like is not None:
+        from llamagen.pictures import read_metadata
+
+        recorded = read_metadata(options.like)
+    model = options.model or recorded.get("model")
+    if model is None:
+        raise InputError("no model was named; give --model, for example --model c2i-L-384")
+    classes: list[str | int] = list(options.classes)
+    if not classes and "class_index" in recorded:
+        classes = [recorded["class_index"]]
+    if not classes:
+        raise InputError('no class was named; give --class, for example --class "golden retriever"')
+    names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature", "seed")
+    settings: dict[str, Any] = {}
+    for name in names:
+        value = getattr(options, name)
+        settings[name] = recorded.get(name) if value is None else value
+    dtype = options.dtype
+    if dtype == "auto" and "dtype" in recorded:
+        dtype = recorded["dtype"]
+    return {"model": model, "prompt": classes, "dtype": dtype, **settings}
+
+
+def _require_place(out: Path) -> None:
+    import llamagen.storage as storage
+
+    is_file = out.suffix.lower() == ".png"
+    if not is_file and out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give --out a folder or a name that ends in .png")
+    storage.require_writable(out.parent if is_file else out)
+
+
+def _generate(pipe: Pipeline, settings: dict[str, Any], options: Options) -> PipelineOutput:
+    from tqdm import tqdm
+
+    images = len(settings["prompt"]) * options.count
+    rows = pipe.transformer.config.grid[0]
+    with tqdm(total=images * rows, desc="drawing", unit="row", disable=None) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.update(progress.codes.shape[0])
+
+        return pipe(
+            **settings,
+            num_images_per_prompt=options.count,
+            batch_size=options.batch_size,
+            callback=show,
+        )
+
+
+def _save(output: PipelineOutput, options: Options) -> list[Path]:
+    from llamagen.pictures import image_grid, save_png
+
+    paths = []
+    sheet_only = options.out.suffix.lower() == ".png"
+    if not sheet_only:
+        for image, metadata in zip(output.images, output.metadata, strict=True):
+            path = options.out / f"{_file_stem(metadata)}.png"
+            save_png(image, path, metadata=metadata)
+            paths.append(path)
+    if sheet_only or len(output.images) > 1:
+        path = options.out if sheet_only else options.out / "sheet.png"
+        alone = len(output.images) == 1
+        sheet = output.images[0] if alone else image_grid(output.images, columns=options.columns)
+        save_png(sheet, path, metadata=output.metadata[0] if alone else None)
+        paths.append(path)
+    return paths
+
+
+def _file_stem(metadata: dict[str, Any]) -> str:
+    name = re.sub(r"[^\w]+", "-", str(metadata.get("class", "image"))).strip("-").lower()
+    return f"{name}-{metadata['seed']}"

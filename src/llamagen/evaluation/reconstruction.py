@@ -1,0 +1,118 @@
+"""Sends images through an image tokenizer and back, and measures what got lost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llamagen.data.crops import center_crop
+from llamagen.errors import InputError
+from llamagen.evaluation.metrics import psnr, ssim
+from llamagen.evaluation.metrics.ssim import WINDOW
+from llamagen.generation.memory import decoding_batch_size
+from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """One image before and after."""
+
+    path: Path
+    original: Image.Image
+    """As it was given to the tokenizer: cropped, RGB."""
+    image: Image.Image
+    psnr: float
+    """In dB, between the two images' bytes."""
+    ssim: float
+    """Structural similarity with the true data range; NaN below 7 pixels a side."""
+    ssim_published: float
+    """As the published code computes it, with a data range of 2 for images in [0, 1]."""
+    codes: np.ndarray
+    """(rows, columns) int64."""
+
+
+def prepare(
+    image: Image.Image, *, downsampling: int, size: int | None = None, max_side: int | None = None
+) -> Image.Image:
+    """Makes an image's sides multiples of ``downsampling``.
+
+    Args:
+        image: RGB.
+        downsampling: the tokenizer's.
+        size: crop the middle square to this side, as in the published evaluation. Without it the
+            image keeps its shape, and loses at most ``downsampling - 1`` pixels a side.
+        max_side: without ``size``, shrink the image until its long side is at most this.
+
+    Raises:
+        InputError: ``size`` is not a positive multiple of the downsampling, or the image is
+            smaller than one code.
+    """
+    if size is not None:
+        if size < 1 or size % downsampling:
+            raise InputError(
+                f"size {size} is not a positive multiple of the tokenizer's downsampling "
+                f"{downsampling}; use {max(1, round(size / downsampling)) * downsampling}"
+            )
+        return center_crop(image, size)
+    if max_side is not None and max(image.size) > max_side:
+        image = image.copy()
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    width, height = (side // downsampling * downsampling for side in image.size)
+    if min(width, height) == 0:
+        raise InputError(
+            f"an image of {image.width}x{image.height} pixels is smaller than one code of "
+            f"{downsampling}x{downsampling}; give a size to enlarge it to"
+        )
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def reconstruct(
+    tokenizer: ImageTokenizer, images: Iterable[tuple[Path, Image.Image]]
+) -> Iterator[Reconstruction]:
+    """Reconstructs prepared images, several at once where neighbours have the same size."""
+    batch: list[tuple[Path, Image.Image]] = []
+    for path, image in images:
+        if batch and (batch[0][1].size != image.size or len(batch) >= _limit(tokenizer, image)):
+            yield from _reconstruct_batch(tokenizer, batch)
+            batch = []
+        batch.append((path, image))
+    if batch:
+        yield from _reconstruct_batch(tokenizer, batch)
+
+
+def _limit(tokenizer: ImageTokenizer, image: Image.Image) -> int:
+    grid = tokenizer.config.grid_of(image.height, image.width)
+    return decoding_batch_size(
+        tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
+    )
+
+
+@torch.inference_mode()
+def _reconstruct_batch(
+    tokenizer: ImageTokenizer, batch: list[tuple[Path, Image.Image]]
+) -> Iterator[Reconstruction]:
+    before = np.stack([np.asarray(image) for _, image in batch])
+    pixels = torch.from_numpy(before).movedim(-1, 1).to(tokenizer.device)
+    codes = tokenizer.encode(uint8_to_images(pixels))
+    after = images_to_uint8(tokenizer.decode(codes)).movedim(1, -1).cpu().numpy()
+    signal = psnr(before, after)
+    similarity, published = np.full((2, len(batch)), np.nan)
+    if min(before.shape[1:3]) >= WINDOW:
+        similarity = ssim(before, after)
+        published = ssim(before / 255.0, after / 255.0, data_range=2.0)
+    for index, (path, image) in enumerate(batch):
+        yield Reconstruction(
+            path=path,
+            original=image,
+            image=Image.fromarray(after[index]),
+            psnr=float(signal[index]),
+            ssim=float(similarity[index]),
+            ssim_published=float(published[index]),
+            codes=codes[index].cpu().numpy(),
+        )

@@ -1,0 +1,394 @@
+"""Condition in, images out: the class most users ever touch."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import llamagen.storage as storage
+from llamagen import checkpoints
+from llamagen import labels as label_files
+from llamagen.config import Grid, SamplingConfig
+from llamagen.devices import find_device, find_dtype
+from llamagen.errors import InputError
+from llamagen.generation import generate_codes
+from llamagen.generation.memory import decoding_batch_size, sampling_batch_size
+from llamagen.labels import Labels
+from llamagen.pictures import to_pil
+from llamagen.tokenizer import ImageTokenizer
+from llamagen.transformer import Transformer
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Progress:
+    """A finished row of the grid, in one batch of a call."""
+
+    first: int
+    """Index of the batch's first image among the call's images."""
+    row: int
+    """Finished rows of the grid, from 1."""
+    rows: int
+    """Rows of the grid."""
+    codes: Tensor
+    """(images of the batch, rows, columns) int64; unfinished rows are zero."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineOutput:
+    """What one call made."""
+
+    images: list[Image.Image]
+    codes: Tensor
+    """(images, rows, columns) int64, on the CPU."""
+    seeds: tuple[int, ...]
+    """Seed of each image: with the same model and settings it makes the image again."""
+    metadata: tuple[dict[str, Any], ...]
+    """Per image: model, class, seed and settings, as ``pictures.save_png`` stores them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Conditions:
+    """One condition per image of a call."""
+
+    condition: Tensor
+    mask: Tensor | None
+    described: list[dict[str, Any]]
+
+    def __len__(self) -> int:
+        return self.condition.shape[0]
+
+
+class Pipeline:
+    """An image tokenizer and a transformer over its codes, with the names of its classes.
+
+    Example::
+
+        pipe = Pipeline.from_pretrained("c2i-L-384")
+        pipe("golden retriever", num_images_per_prompt=4, seed=0).images[0].save("dog.png")
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        transformer: Transformer,
+        *,
+        labels: Labels | None = None,
+        name: str = "custom",
+        sampling: SamplingConfig | None = None,
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            tokenizer: turns codes into images.
+            transformer: draws codes.
+            labels: class names; by default the classes are numbered.
+            name: the model's name, as images record it.
+            sampling: settings for calls that give none.
+
+        Raises:
+            InputError: the parts do not fit together.
+        """
+        codes, predicted = tokenizer.config.codebook_size, transformer.config.codebook_size
+        if codes != predicted:
+            raise InputError(
+                f"the tokenizer has {codes} codes but the transformer predicts {predicted}; "
+                f"use the tokenizer that the transformer was trained with"
+            )
+        if transformer.config.condition == "class":
+            labels = labels or Labels.numbered(transformer.config.num_classes)
+            if len(labels) != transformer.config.num_classes:
+                raise InputError(
+                    f"there are {len(labels)} class names but the transformer has "
+                    f"{transformer.config.num_classes} classes; give one name per class"
+                )
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.labels = labels
+        self.name = name
+        self.sampling = sampling or SamplingConfig()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        labels: Labels | None = None,
+        grid: Grid | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Self:
+        """Loads a pipeline.
+
+        Args:
+            source: a pipeline folder, a hub repository that holds one, a published name such as
+                "c2i-L-384", or a transformer (folder or checkpoint file) given a ``tokenizer``.
+            tokenizer: overrides the source's image tokenizer: folder, file or published name.
+            labels: overrides the source's class names.
+            grid: rows and columns that a checkpoint file was trained on, if it does not say.
+            device: "cpu", "cuda", "mps" or a torch device; by default the best there is.
+            dtype: "float32", "bfloat16", "float16" or a torch type; by default bfloat16 where
+                the device is fast at it.
+
+        Raises:
+            FileNotFoundError: a part of the source is missing.
+            InputError: the source is unknown, damaged, or its parts do not fit together.
+        """
+        where = find_device(device or "auto")
+        precision = find_dtype(dtype, where)
+        found = checkpoints.resolve_pipeline(str(source))
+        tokenizer = tokenizer or found.tokenizer
+        if tokenizer is None:
+            raise InputError(
+                f"{source} has no image tokenizer; name one with tokenizer (--tokenizer)"
+            )
+        transformer = checkpoints.load_transformer(
+            found.transformer, grid=grid, device=where, dtype=precision
+        )
+        return cls(
+            checkpoints.load_tokenizer(tokenizer, device=where, dtype=precision),
+            transformer,
+            labels=labels or found.labels,
+            name=found.name,
+            sampling=found.sampling,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer computes."""
+        return self.transformer.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's precision."""
+        return self.transformer.dtype
+
+    def to(
+        self,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Self:
+        """Moves both models; returns the pipeline.
+
+        Raises:
+            InputError: there is no such device or precision here.
+        """
+        where = self.device if device is None else find_device(device)
+        precision = self.dtype if dtype is None else find_dtype(dtype, where)
+        self.tokenizer.to(where, precision)
+        self.transformer.to(where, precision)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the pipeline folder: both models, class names and an index.
+
+        An older pipeline folder of this name is replaced once the new one is complete.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        folder = Path(folder)
+        if folder.exists() and not checkpoints.is_pipeline_folder(folder):
+            if not folder.is_dir() or any(folder.iterdir()):
+                raise InputError(f"{folder} exists and is no pipeline folder; choose another name")
+        with storage.atomic_folder(folder) as temporary:
+            self.tokenizer.save_pretrained(temporary / "tokenizer")
+            self.transformer.save_pretrained(temporary / "transformer")
+            if self.labels is not None:
+                self.labels.save(temporary / label_files.FILE_NAME)
+            index = checkpoints.PipelineIndex(name=self.name, sampling=self.sampling)
+            checkpoints.write_index(temporary, index)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
+    ) -> str:
+        """Uploads the pipeline folder to the hub; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "pipeline"
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def __call__(
+        self,
+        prompt: str | int | Sequence[str | int] | None = None,
+        *,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        guidance_stop: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        batch_size: int | None = None,
+        callback: Callable[[Progress], None] | None = None,
+    ) -> PipelineOutput:
+        """Makes images.
+
+        The sampling settings default to those that came with the model; ``SamplingConfig`` says
+        what each means.
+
+        Args:
+            prompt: class names or indices, one or several.
+            num_images_per_prompt: images of each.
+            guidance_scale: 1 means no guidance.
+            guidance_stop: index of the first code drawn without guidance.
+            top_k: 0 keeps all codes.
+            top_p: 1 keeps all codes.
+            temperature: 0 takes the likeliest code.
+            seed: image i of the call gets seed + i, or the i-th of several; by default random.
+                The same seed, class and settings give the same image, alone or among others.
+            prompt_embeds: instead of ``prompt`` for text-conditional models, text features
+                (prompts, length, text_dim), real features last.
+            prompt_attention_mask: (prompts, length), 0 where features are padding.
+            batch_size: images drawn at once; by default as many as fit into memory.
+            callback: called after each finished row of a batch; an exception from it ends the
+                call.
+
+        Raises:
+            InputError: a class or setting is not one this model has.
+        """
+        if num_images_per_prompt < 1:
+            raise InputError(
+                f"num_images_per_prompt is {num_images_per_prompt}, expected at least 1"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, expected at least 1")
+        given: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "guidance_stop": guidance_stop,
+            "top_k": top_k,
+            "top_p": top_p,
+            "temperature": temperature,
+        }
+        sampling = dataclasses.replace(
+            self.sampling, **{name: value for name, value in given.items() if value is not None}
+        )
+        conditions = self._conditions(
+            prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt
+        )
+        seeds = _seeds(seed, len(conditions))
+        images: list[Image.Image] = []
+        codes: list[Tensor] = []
+        for part in self._drawn(conditions, seeds, sampling, batch_size, callback):
+            images += self.decode(part)
+            codes.append(part.cpu())
+        metadata = tuple(
+            {
+                "model": self.name,
+                **described,
+                "seed": seed,
+                **dataclasses.asdict(sampling),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "device": self.device.type,
+            }
+            for described, seed in zip(conditions.described, seeds, strict=True)
+        )
+        return PipelineOutput(images=images, codes=torch.cat(codes), seeds=seeds, metadata=metadata)
+
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes (images, rows, columns) to images, in parts that fit into memory."""
+        tokenizer = self.tokenizer
+        rows, columns = codes.shape[-2:]
+        size = decoding_batch_size(
+            tokenizer.config, (rows, columns), device=tokenizer.device, dtype=tokenizer.dtype
+        )
+        with torch.inference_mode():
+            parts = [to_pil(tokenizer.decode(part.to(self.device))) for part in codes.split(size)]
+        return [image for part in parts for image in part]
+
+    def _conditions(
+        self,
+        prompt: str | int | Sequence[str | int] | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        copies: int,
+    ) -> _Conditions:
+        if self.labels is None:
+            if embeds is None or prompt is not None:
+                raise InputError(
+                    f"{self.name} is conditioned on text features, and comes without a text "
+                    f"encoder: give prompt_embeds instead of a prompt"
+                )
+            if mask is not None:
+                mask = mask.repeat_interleave(copies, dim=0)
+            embeds = embeds.repeat_interleave(copies, dim=0)
+            return _Conditions(embeds, mask, [{} for _ in range(embeds.shape[0])])
+        if prompt is None or embeds is not None:
+            raise InputError(f"{self.name} is class-conditional: give class names or indices")
+        wanted = [prompt] if isinstance(prompt, str | int) else list(prompt)
+        if not wanted:
+            raise InputError("no class was given; name at least one")
+        classes = [self.labels.find(name) for name in wanted for _ in range(copies)]
+        described: list[dict[str, Any]] = [
+            {"class": self.labels.name(index), "class_index": index} for index in classes
+        ]
+        return _Conditions(torch.tensor(classes), None, described)
+
+    def _drawn(
+        self,
+        conditions: _Conditions,
+        seeds: Sequence[int],
+        sampling: SamplingConfig,
+        batch_size: int | None,
+        callback: Callable[[Progress], None] | None,
+    ) -> Iterator[Tensor]:
+        """Codes of all images, batch by batch. A batch that overflows the GPU is halved."""
+        size = batch_size or sampling_batch_size(self.transformer, guided=sampling.guided)
+        first = 0
+        while first < len(conditions):
+            rows = slice(first, first + size)
+            try:
+                codes = generate_codes(
+                    self.transformer,
+                    conditions.condition[rows],
+                    condition_mask=None if conditions.mask is None else conditions.mask[rows],
+                    seeds=seeds[rows],
+                    sampling=sampling,
+                    on_row=None if callback is None else _row_callback(callback, first),
+                )
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = max(1, min(size, len(conditions) - first) // 2)
+                _log.warning("out of GPU memory; going on with batches of %d", size)
+                continue
+            yield codes
+            first += codes.shape[0]
+
+
+def _row_callback(
+    callback: Callable[[Progress], None], first: int
+) -> Callable[[int, Tensor], None]:
+    def on_row(row: int, codes: Tensor) -> None:
+        callback(Progress(first=first, row=row, rows=codes.shape[1], codes=codes))
+
+    return on_row
+
+
+def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if seed is None:
+        # Small enough to be typed again.
+        seed = secrets.randbelow(2**31)
+    if isinstance(seed, int):
+        return tuple(range(seed, seed + count))
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} images; give one seed per image")
+    return tuple(seed)
