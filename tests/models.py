@@ -55,6 +55,4 @@ def tiny_tokenizer(seed: int = 0, **changes) -> ImageTokenizer:
 def tiny_pipeline(**changes) -> Pipeline:
     """Both, for five classes."""
     labels = Labels(("cat", "dog", "red fox", "grey fox", "crane"), (("n1",), (), (), (), ()))
-    return Pipeline(
-        tiny_tokenizer(), tiny_transformer(**changes), labels=labels, name="tiny"
-    )
+    return Pipeline(tiny_tokenizer(), tiny_transformer(**changes), labels=labels, name="tiny")

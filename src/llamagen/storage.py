@@ -27,10 +27,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        # mkstemp makes files only their owner can read; a result is an ordinary file.
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
-        _sync(temporary)
+        _finish(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,9 +38,11 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yields a temporary folder beside ``path``; renames it to ``path`` if the block succeeds.
 
-    An older folder under ``path`` is replaced only once the new one is complete.
+    An older folder under ``path`` is replaced, with all that is in it, only once the new one is
+    complete. If the block raises, it is left as it was.
     """
-    path = Path(path)
+    # Absolute: the name of "." is empty.
+    path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
@@ -50,18 +50,40 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                _sync(file)
+                _finish(file)
         if path.exists():
-            # A folder cannot be renamed over a filled one: move the old one aside first, so
-            # that at every moment one of the two is whole.
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-            os.replace(path, old / path.name)
-            os.replace(temporary, path)
-            shutil.rmtree(old)
+            _swap(temporary, path)
         else:
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def staged_files(folder: Path | str, *, last: str) -> Iterator[Path]:
+    """Yields an empty folder; moves its files into ``folder`` if the block succeeds.
+
+    Other files in ``folder`` stay. If the block raises, ``folder`` is left as it was, or not made
+    at all. The file called ``last`` is moved after all others: its presence says that they are
+    there.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, which may be a mounted volume: files cannot be renamed across volumes.
+    staging = Path(tempfile.mkdtemp(dir=folder, prefix=".", suffix=".tmp"))
+    try:
+        yield staging
+        files = sorted(staging.iterdir(), key=lambda file: file.name == last)
+        for file in files:
+            _finish(file)
+        for file in files:
+            os.replace(file, folder / file.name)
+        made = False
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if made:
+            folder.rmdir()
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -95,8 +117,29 @@ def require_writable(folder: Path | str) -> Path:
     return folder
 
 
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
+def _swap(new: Path, path: Path) -> None:
+    """Puts the folder ``new`` in the place of the folder ``path``."""
+    # A folder cannot be renamed over a filled one: move the old one aside first, so that at every
+    # moment one of the two is whole.
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    old = aside / path.name
+    try:
+        os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            os.replace(old, path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _finish(path: Path) -> None:
+    """Gives a written file the permissions of an ordinary one and waits until it is on the disk."""
+    # Temporary files can be read by their owner only, those of safetensors' save_file too.
+    path.chmod(0o666 & ~_umask())
+    # A file opened for reading only cannot be synced on Windows.
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
 
 

@@ -148,9 +148,7 @@ def test_text_prompts_of_different_lengths_in_one_batch():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(3, 6, 16, generator=generator)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1]])
-    codes = generate_codes(
-        model, features, condition_mask=mask, seeds=[0, 1, 2], sampling=SAMPLING
-    )
+    codes = generate_codes(model, features, condition_mask=mask, seeds=[0, 1, 2], sampling=SAMPLING)
     for row in range(3):
         own = features[row : row + 1, -int(mask[row].sum()) :]
         alone = generate_codes(model, own, seeds=[row], sampling=SAMPLING)
@@ -182,9 +180,7 @@ def test_bad_conditions_and_seeds(model):
     with pytest.raises(InputError, match="text features"):
         generate_codes(text, torch.zeros(1, 6, 8), seeds=[0])
     with pytest.raises(InputError, match="mask"):
-        generate_codes(
-            text, torch.zeros(1, 6, 16), seeds=[0], condition_mask=torch.ones(1, 5)
-        )
+        generate_codes(text, torch.zeros(1, 6, 16), seeds=[0], condition_mask=torch.ones(1, 5))
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -200,7 +196,5 @@ def test_the_gpu_draws_the_same_codes(model):
     greedy = SamplingConfig(guidance_scale=2.0, temperature=0.0)
     labels = torch.arange(5)
     on_cpu = generate_codes(model, labels, seeds=range(5), sampling=greedy)
-    on_gpu = generate_codes(
-        copy.deepcopy(model).cuda(), labels, seeds=range(5), sampling=greedy
-    )
+    on_gpu = generate_codes(copy.deepcopy(model).cuda(), labels, seeds=range(5), sampling=greedy)
     assert torch.equal(on_gpu.cpu(), on_cpu)

@@ -1,0 +1,143 @@
+import errno
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import llamagen.storage as storage
+from llamagen.pictures import read_metadata
+
+
+@pytest.fixture
+def generate(run, model_folder, tmp_path):
+    def run_generate(*arguments):
+        return run("generate", "--model", model_folder, "--out", tmp_path / "out", *arguments)
+
+    return run_generate
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_images_and_sheet(generate, tmp_path):
+    result = generate("--class", "dog", "red fox", "-n", 2, "--seed", 7)
+    assert result.status == 0, result.err
+    names = ["dog-7.png", "dog-8.png", "red-fox-9.png", "red-fox-10.png", "sheet.png"]
+    assert [Path(line).name for line in result.out.splitlines()] == names
+    metadata = read_metadata(tmp_path / "out" / "red-fox-9.png")
+    assert metadata["model"] == "tiny"
+    assert (metadata["class"], metadata["class_index"], metadata["seed"]) == ("red fox", 2, 9)
+    assert pixels(tmp_path / "out" / "dog-7.png").shape == (16, 16, 3)
+
+
+def test_one_image_needs_no_sheet(generate, tmp_path):
+    generate("-c", 1, "--seed", 0)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dog-0.png"]
+
+
+def test_sheet_alone(run, model_folder, tmp_path):
+    out = tmp_path / "new" / "sheet.png"
+    run("generate", "--model", model_folder, "-c", "dog", "-n", 4, "--columns", 4, "--out", out)
+    assert [path.name for path in out.parent.iterdir()] == ["sheet.png"]
+    assert pixels(out).shape[1] > 3 * pixels(out).shape[0]
+
+
+def test_the_same_image_again(generate, run, model_folder, tmp_path):
+    generate("--class", "dog", "-n", 3, "--seed", 5, "--top-k", 9, "--guidance-scale", 1.5)
+    wanted = tmp_path / "out" / "dog-6.png"
+    result = run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
+    assert result.status == 0, result.err
+    assert np.array_equal(pixels(tmp_path / "again" / "dog-6.png"), pixels(wanted))
+    assert read_metadata(tmp_path / "again" / "dog-6.png") == read_metadata(wanted)
+
+
+def test_a_transformer_with_a_tokenizer_named_apart(run, fails, model_folder, tmp_path):
+    transformer = model_folder / "transformer"
+    line = fails("generate", "--model", transformer, "-c", 1, "--out", tmp_path)
+    assert "--tokenizer" in line
+    result = run(
+        "generate",
+        "--model",
+        transformer,
+        "--tokenizer",
+        model_folder / "tokenizer",
+        "-c",
+        1,
+        "--seed",
+        3,
+        "--out",
+        tmp_path / "out",
+    )
+    assert result.status == 0, result.err
+    run("generate", "--model", model_folder, "-c", 1, "--seed", 3, "--out", tmp_path / "whole")
+    assert np.array_equal(
+        pixels(tmp_path / "out" / "class-1-3.png"), pixels(tmp_path / "whole" / "dog-3.png")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class", "dgo"], "did you mean 'dog'"),
+        (["--class", "12"], "no class 12"),
+        ([], "no class was named"),
+        (["--class", "dog", "--top-k", "-1"], "top_k"),
+        (["--class", "dog", "--temperature", "-1"], "temperature"),
+        (["--class", "dog", "--top-p", "7"], "top_p"),
+        (["--class", "dog", "--guidance-scale", "nan"], "guidance_scale"),
+        (["--class", "dog", "-n", "0"], "num_images_per_prompt"),
+        (["--class", "dog", "--seed", "-4"], "seed"),
+        (["--class", "dog", "--like", "missing.png"], "missing.png"),
+    ],
+)
+def test_bad_input(fails, model_folder, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    assert message in fails("generate", "--model", model_folder, "--out", out, *arguments)
+    assert not out.exists() or not any(out.iterdir())
+
+
+def test_no_model_and_unknown_model(fails, tmp_path):
+    assert "--model" in fails("generate", "--class", "dog", "--out", tmp_path)
+    line = fails("generate", "--model", "c2i-M-384", "--class", "dog", "--out", tmp_path)
+    assert "c2i-L-384" in line or "c2i-XL-384" in line
+
+
+def test_places_that_cannot_be_written(fails, model_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    arguments = ("generate", "--model", model_folder, "--class", "dog", "--out")
+    assert "is a file" in fails(*arguments, tmp_path / "file")
+    assert "cannot write" in fails(*arguments, tmp_path / "file" / "below")
+
+
+def test_a_full_disk_leaves_whole_images_only(fails, model_folder, tmp_path, monkeypatch):
+    real, calls = os.replace, []
+
+    def full_after_two(*arguments):
+        calls.append(arguments)
+        if len(calls) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    monkeypatch.setattr(storage.os, "replace", full_after_two)
+    line = fails(
+        "generate",
+        "--model",
+        model_folder,
+        "-c",
+        "dog",
+        "-n",
+        4,
+        "--seed",
+        0,
+        "--out",
+        tmp_path / "out",
+        status=1,
+    )
+    assert "disk is full" in line
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert left == ["dog-0.png", "dog-1.png"]
+    assert all(pixels(tmp_path / "out" / name).shape == (16, 16, 3) for name in left)

@@ -1,0 +1,190 @@
+import numpy as np
+import pytest
+import torch
+
+from llamagen import pipeline as pipeline_module
+from llamagen.config import SamplingConfig
+from llamagen.errors import InputError
+from llamagen.labels import Labels
+from llamagen.pipeline import Pipeline
+from tests.models import tiny_pipeline, tiny_tokenizer, tiny_transformer
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def same(a, b) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_images_of_several_classes(pipe):
+    output = pipe(["dog", "red fox", 0], num_images_per_prompt=2, seed=10)
+    assert len(output.images) == 6
+    assert all(image.size == (16, 16) for image in output.images)
+    assert output.codes.shape == (6, 4, 4)
+    assert output.seeds == (10, 11, 12, 13, 14, 15)
+    assert [entry["class"] for entry in output.metadata] == [
+        *("dog", "dog", "red fox", "red fox", "cat", "cat")
+    ]
+
+
+def test_an_image_can_be_made_again_from_its_metadata(pipe):
+    output = pipe(["dog", "cat"], num_images_per_prompt=3, seed=5, top_k=9, guidance_scale=2.5)
+    entry = output.metadata[4]
+    again = pipe(
+        entry["class_index"],
+        seed=entry["seed"],
+        **{key: entry[key] for key in ("guidance_scale", "top_k", "top_p", "temperature")},
+    )
+    assert same(again.images[0], output.images[4])
+
+
+def test_batches_make_no_difference(pipe):
+    whole = pipe(["dog", "cat", "crane"], num_images_per_prompt=3, seed=1)
+    split = pipe(["dog", "cat", "crane"], num_images_per_prompt=3, seed=1, batch_size=2)
+    assert torch.equal(whole.codes, split.codes)
+    assert all(map(same, whole.images, split.images))
+
+
+def test_progress_of_every_batch(pipe):
+    seen = []
+    output = pipe("dog", num_images_per_prompt=3, seed=0, batch_size=2, callback=seen.append)
+    assert [(p.first, p.row, p.rows) for p in seen] == [
+        *((0, 1, 4), (0, 2, 4), (0, 3, 4), (0, 4, 4)),
+        *((2, 1, 4), (2, 2, 4), (2, 3, 4), (2, 4, 4)),
+    ]
+    assert torch.equal(seen[-1].codes, output.codes[2:])
+
+
+def test_a_callback_can_stop_a_call(pipe):
+    class StopError(Exception):
+        pass
+
+    def stop(progress):
+        raise StopError
+
+    with pytest.raises(StopError):
+        pipe("dog", callback=stop)
+
+
+def test_seeds_are_random_unless_given(pipe):
+    first, second = pipe("dog"), pipe("dog")
+    assert first.seeds != second.seeds
+    assert pipe("dog", num_images_per_prompt=2, seed=[7, 3]).seeds == (7, 3)
+
+
+def test_models_bring_their_own_settings(tmp_path):
+    pipe = tiny_pipeline()
+    pipe = Pipeline(
+        pipe.tokenizer,
+        pipe.transformer,
+        labels=pipe.labels,
+        name="tiny",
+        sampling=SamplingConfig(guidance_scale=1.5, top_k=7),
+    )
+    entry = pipe("dog", seed=0).metadata[0]
+    assert (entry["guidance_scale"], entry["top_k"]) == (1.5, 7)
+    assert pipe("dog", seed=0, top_k=0).metadata[0]["top_k"] == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_save_and_load(tmp_path, pipe, dtype):
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype=dtype or "float32")
+    assert loaded.labels == pipe.labels
+    assert loaded.name == "tiny"
+    assert loaded.sampling == pipe.sampling
+    if dtype is None:
+        assert torch.equal(loaded("dog", seed=3).codes, pipe("dog", seed=3).codes)
+    else:
+        assert loaded.dtype == torch.bfloat16
+        assert loaded.tokenizer.dtype == torch.bfloat16
+        assert len(loaded("dog", seed=3).images) == 1
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        *("labels.json", "model_index.json", "tokenizer", "transformer")
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_replaces_pipelines_only(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(InputError, match="no pipeline folder"):
+        pipe.save_pretrained(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_parts_that_do_not_fit():
+    with pytest.raises(InputError, match="32 codes but the transformer predicts 64"):
+        Pipeline(tiny_tokenizer(codebook_size=32), tiny_transformer())
+    with pytest.raises(InputError, match="2 class names"):
+        Pipeline(tiny_tokenizer(), tiny_transformer(), labels=Labels(("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "dgo"}, "did you mean 'dog'"),
+        ({"prompt": 5}, "no class 5"),
+        ({"prompt": []}, "no class was given"),
+        ({"prompt": None}, "class names or indices"),
+        ({"prompt": "dog", "num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"prompt": "dog", "batch_size": 0}, "batch_size"),
+        ({"prompt": "dog", "top_k": -3}, "top_k"),
+        ({"prompt": "dog", "guidance_scale": float("nan")}, "guidance_scale"),
+        ({"prompt": "dog", "seed": -1}, "seed"),
+        ({"prompt": "dog", "seed": [1, 2]}, "2 seeds for 1"),
+    ],
+)
+def test_bad_input(pipe, arguments, message):
+    with pytest.raises(InputError, match=message):
+        pipe(**arguments)
+
+
+def test_text_features():
+    pipe = Pipeline(tiny_tokenizer(), tiny_transformer(condition="text"), name="t")
+    features = torch.randn(2, 6, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    output = pipe(
+        prompt_embeds=features, prompt_attention_mask=mask, num_images_per_prompt=2, seed=0
+    )
+    assert len(output.images) == 4
+    alone = pipe(prompt_embeds=features[1:, 3:], seed=3)
+    assert torch.equal(alone.codes[0], output.codes[3])
+    with pytest.raises(InputError, match="prompt_embeds"):
+        pipe("a photo")
+
+
+def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
+    sizes = []
+    real = pipeline_module.generate_codes
+
+    def limited(model, condition, **arguments):
+        sizes.append(condition.shape[0])
+        if condition.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, condition, **arguments)
+
+    monkeypatch.setattr(pipeline_module, "generate_codes", limited)
+    output = pipe("dog", num_images_per_prompt=5, seed=0)
+    monkeypatch.undo()
+    assert sizes == [5, 2, 2, 1]
+    assert torch.equal(output.codes, pipe("dog", num_images_per_prompt=5, seed=0).codes)
+
+
+def test_moving(pipe):
+    moved = tiny_pipeline().to("cpu", "float16")
+    assert moved.dtype == torch.float16
+    with pytest.raises(InputError, match="no precision"):
+        moved.to(dtype="int3")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu():
+    pipe = tiny_pipeline()
+    expected = pipe("dog", seed=4, temperature=0.0).codes
+    assert torch.equal(pipe.to("cuda")("dog", seed=4, temperature=0.0).codes, expected)
