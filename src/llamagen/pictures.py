@@ -98,6 +98,20 @@ def stacked(images: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
     return sheet
 
 
+def beside(images: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
+    """Images next to one another, top-aligned."""
+    sheet = Image.new(
+        "RGB",
+        (sum(i.width for i in images) + gap * (len(images) - 1), max(i.height for i in images)),
+        _BACKGROUND,
+    )
+    x = 0
+    for image in images:
+        sheet.paste(image, (x, 0))
+        x += image.width + gap
+    return sheet
+
+
 def save_png(
     image: Image.Image, path: Path | str, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
