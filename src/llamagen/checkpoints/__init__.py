@@ -1,0 +1,40 @@
+"""Models from wherever they are: our folders, published .pt files and names, the hub."""
+
+from llamagen.checkpoints.index import (
+    INDEX_NAME,
+    PipelineIndex,
+    is_pipeline_folder,
+    read_index,
+    write_index,
+)
+from llamagen.checkpoints.load import load_model, load_tokenizer, load_transformer
+from llamagen.checkpoints.names import (
+    PUBLIC_MODELS,
+    PublicModel,
+    demo_sampling,
+    find_public,
+    nearest_names,
+)
+from llamagen.checkpoints.published import Checkpoint, read_checkpoint
+from llamagen.checkpoints.sources import PipelineSource, Source, resolve_pipeline
+
+__all__ = [
+    "INDEX_NAME",
+    "PUBLIC_MODELS",
+    "Checkpoint",
+    "PipelineIndex",
+    "PipelineSource",
+    "PublicModel",
+    "Source",
+    "demo_sampling",
+    "find_public",
+    "is_pipeline_folder",
+    "load_model",
+    "load_tokenizer",
+    "load_transformer",
+    "nearest_names",
+    "read_checkpoint",
+    "read_index",
+    "resolve_pipeline",
+    "write_index",
+]

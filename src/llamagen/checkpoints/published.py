@@ -1,0 +1,190 @@
+"""Checkpoint files of any origin: recognised by what they hold, never by their name.
+
+A .pt file of the published training keeps its weights under "model" (DDP), "module" (DeepSpeed),
+"state_dict", "ema", or is itself their dictionary (FSDP). torch.compile and DDP put prefixes in
+front of the names. Next to the weights may stand an optimizer, counters and the arguments of the
+training, of which the arguments are kept: they say what shapes cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llamagen.checkpoints.names import Kind
+from llamagen.checkpoints.pickles import PICKLE_MAGIC, ZIP_MAGIC, load_pickle, release_pages
+from llamagen.errors import InputError
+from llamagen.pretrained import NamedTensors, read_safetensors, safetensors_shapes
+
+_HOLDERS = ("model", "module", "state_dict", "ema")
+"""Where weights stand, first choice first. The published code reads an image tokenizer from its
+moving average if there is one, a transformer never."""
+
+_MARKS: dict[Kind, re.Pattern[str]] = {
+    "image tokenizer": re.compile(r"(encoder|decoder)\.conv_blocks\.\d+\."),
+    "transformer": re.compile(r"layers\.\d+\.attention\.wqkv\."),
+}
+"""Names that no other architecture in use has."""
+
+_NOT_WEIGHTS = ("quantize.codebook_used",)
+"""A running statistic of the published training."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A file with the weights of one of the two models, not read yet."""
+
+    source: str
+    """Where it comes from, for error messages."""
+    kind: Kind
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of every weight, under the names that the models use."""
+    arguments: Mapping[str, Any]
+    """What the training was called with, as far as the file says."""
+    tensors: NamedTensors
+    """The weights themselves; can be gone through once."""
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Opens a .pt, .safetensors or other file with weights; no weight is read.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: the file is damaged, would run code, or holds neither of the two models.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        return _from_pickle(path, mapped=start.startswith(ZIP_MAGIC))
+    if start[8:9] == b"{":  # behind the length of safetensors' header
+        return _from_safetensors(path)
+    if not start:
+        reason = "it is empty"
+    elif start.startswith(b"version https://git-lfs"):
+        reason = "it is a pointer of Git LFS; run `git lfs pull` where it comes from"
+    else:
+        reason = f"it begins with {start[:16]!r}"
+    raise InputError(
+        f"{path} is neither a .pt nor a .safetensors checkpoint: {reason}; download it again"
+    )
+
+
+def _from_safetensors(path: Path) -> Checkpoint:
+    shapes = safetensors_shapes(path)
+    names = _clean_names(shapes, str(path))
+    kind = _kind_of(names)
+    if kind is None:
+        raise _neither(path, shapes)
+    return Checkpoint(
+        source=str(path),
+        kind=kind,
+        shapes={name: shapes[stored] for name, stored in names.items()},
+        arguments={},
+        tensors=_renamed(read_safetensors(path), {v: k for k, v in names.items()}),
+    )
+
+
+def _renamed(tensors: NamedTensors, names: Mapping[str, str]) -> NamedTensors:
+    return ((names[stored], read) for stored, read in tensors if stored in names)
+
+
+def _from_pickle(path: Path, *, mapped: bool) -> Checkpoint:
+    content = load_pickle(path, mapped=mapped)
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, expected a dictionary of weights"
+        )
+    found: dict[str | None, tuple[Kind, dict[str, Tensor]]] = {}
+    for holder in (*_HOLDERS, None):
+        weights = _weights(content if holder is None else content.get(holder), str(path))
+        kind = _kind_of(weights)
+        if kind is not None:
+            found[holder] = (kind, weights)
+    if not found:
+        inner = next((content[h] for h in _HOLDERS if isinstance(content.get(h), Mapping)), content)
+        raise _neither(path, inner)
+    kind, weights = next(iter(found.values()))
+    if "ema" in found and kind == "image tokenizer":
+        kind, weights = found["ema"]
+    return Checkpoint(
+        source=str(path),
+        kind=kind,
+        shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
+        arguments=_arguments(content.get("args")),
+        tensors=_handed_over(weights, mapped=mapped),
+    )
+
+
+def _weights(content: object, source: str) -> dict[str, Tensor]:
+    """The tensors of a dictionary, under clean names; empty if there are none."""
+    if not isinstance(content, Mapping):
+        return {}
+    stored = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    return {name: stored[old] for name, old in _clean_names(stored, source).items()}
+
+
+def _clean_names(stored: Iterable[str], source: str) -> dict[str, str]:
+    """Weights' names without what wrappers add -> the stored names.
+
+    torch.compile's ``_orig_mod.`` stands in front of whatever was compiled, DDP's ``module.`` in
+    front of the whole; either may be wrapped in the other.
+    """
+    names: dict[str, str] = {}
+    for old in stored:
+        name = old.replace("_orig_mod.", "")
+        while name.startswith("module."):
+            name = name.removeprefix("module.")
+        if name in _NOT_WEIGHTS:
+            continue
+        if name in names:
+            raise InputError(
+                f"{source} holds two weights {name}, as {names[name]} and {old}; keep one of them"
+            )
+        names[name] = old
+    return names
+
+
+def _kind_of(names: Iterable[str]) -> Kind | None:
+    for name in names:
+        for kind, mark in _MARKS.items():
+            if mark.match(name):
+                return kind
+    return None
+
+
+def _neither(path: Path, content: Mapping[Any, Any]) -> InputError:
+    first = ", ".join(str(name) for name in list(content)[:3])
+    more = ", ..." if len(content) > 3 else ""
+    return InputError(
+        f"{path} is neither an image tokenizer nor a transformer of this architecture: it holds "
+        f"{first}{more}"
+        if first
+        else f"{path} is neither an image tokenizer nor a transformer: it is empty"
+    )
+
+
+def _arguments(args: object) -> dict[str, Any]:
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    return dict(args) if isinstance(args, Mapping) else {}
+
+
+def _handed_over(
+    weights: dict[str, Tensor], *, mapped: bool
+) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """Each weight in turn, forgotten once the next is asked for."""
+    for name in list(weights):
+        tensor = weights.pop(name)
+        yield name, lambda tensor=tensor: tensor  # type: ignore[misc]
+        if mapped:
+            release_pages(tensor)

@@ -1,0 +1,180 @@
+"""What people call a model, and where it is: a folder, a file, a published name, a repository."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from llamagen import labels as label_files
+from llamagen.checkpoints.hub import download_file, download_folder
+from llamagen.checkpoints.index import INDEX_NAME, is_pipeline_folder, read_index
+from llamagen.checkpoints.names import Kind, PublicModel, find_public, nearest_names
+from llamagen.checkpoints.published import read_checkpoint
+from llamagen.config import SamplingConfig, read_json
+from llamagen.errors import InputError
+from llamagen.labels import Labels
+from llamagen.pretrained import CONFIG_NAME, is_repo_id
+
+Source = str | Path
+"""A folder, a checkpoint file, a published name, or a hub repository "owner/name"."""
+
+Part = Literal["tokenizer", "transformer"]
+"""A model of a pipeline, and its folder's name."""
+
+_KINDS: dict[Part, Kind] = {"tokenizer": "image tokenizer", "transformer": "transformer"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A model that is on this machine."""
+
+    path: Path
+    """A model folder, or a checkpoint file."""
+    public: PublicModel | None = None
+    """The published model that the file is, if it was asked for by name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineSource:
+    """Where the parts of a pipeline are."""
+
+    name: str
+    """The pipeline's name, as images record it."""
+    transformer: Source
+    tokenizer: Source | None = None
+    """None if the source holds a transformer only."""
+    labels: Labels | None = None
+    """Class names, if they are known."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """Settings for calls that give none."""
+    folder: Path | None = None
+    """The pipeline folder, if it is one."""
+
+
+def locate(source: Source, part: Part | None = None) -> Location:
+    """Finds a model, and downloads it if it is not on this machine.
+
+    Args:
+        source: what to look for.
+        part: which of the two models is wanted; without it either may be found, but not both.
+
+    Raises:
+        InputError: there is no such model, or it is the wrong one, or it cannot be downloaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and str(source):
+        return Location(_model_folder(path, part, str(source)))
+    if path.is_file():
+        return Location(path)
+    public = find_public(str(source))
+    if public is not None:
+        if part is not None and public.kind != _KINDS[part]:
+            raise InputError(f"{public.name} is no {_KINDS[part]} but the name of a {public.kind}")
+        return Location(download_file(public.repo, public.file), public)
+    repo = _repo_id(source)
+    return Location(_model_folder(download_folder(repo, part), part, repo))
+
+
+def resolve_pipeline(source: Source) -> PipelineSource:
+    """Finds the parts of a pipeline, as far as ``source`` tells; no model is loaded yet.
+
+    A hub repository is downloaded, a published file is not. The source of a lone transformer
+    gives a pipeline without an image tokenizer.
+
+    Raises:
+        FileNotFoundError: a part of the folder is missing.
+        InputError: there is no such model, it is an image tokenizer, or it cannot be downloaded.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir() and str(source):
+        return _in_folder(path, path.resolve().name)
+    if path.is_file():
+        if read_checkpoint(path).kind != "transformer":
+            raise _only_a_tokenizer(path)
+        return PipelineSource(name=path.stem, transformer=path)
+    public = find_public(str(source))
+    if public is None:
+        repo = _repo_id(source)
+        return _in_folder(download_folder(repo), repo)
+    if public.kind != "transformer":
+        raise _only_a_tokenizer(public.name)
+    return PipelineSource(
+        name=public.name,
+        transformer=public.name,
+        tokenizer=public.tokenizer,
+        labels=Labels.imagenet() if public.condition == "class" else None,
+        sampling=public.sampling,
+    )
+
+
+def folder_kind(folder: Path) -> str:
+    """The kind of model that a model folder says it holds.
+
+    Raises:
+        FileNotFoundError: it has no configuration.
+        InputError: the configuration is damaged.
+    """
+    return str(read_json(folder / CONFIG_NAME).get("kind", "something else"))
+
+
+def _in_folder(folder: Path, name: str) -> PipelineSource:
+    labels = folder / label_files.FILE_NAME
+    if is_pipeline_folder(folder):
+        index = read_index(folder)
+        return PipelineSource(
+            name=index.name,
+            transformer=folder / "transformer",
+            tokenizer=folder / "tokenizer",
+            labels=Labels.load(labels) if labels.is_file() else None,
+            sampling=index.sampling,
+            folder=folder,
+        )
+    folder = _model_folder(folder, "transformer", str(folder))
+    if folder_kind(folder) == "image tokenizer":
+        raise _only_a_tokenizer(folder)
+    return PipelineSource(name=name, transformer=folder)
+
+
+def _only_a_tokenizer(source: Source) -> InputError:
+    return InputError(f"{source} is an image tokenizer; name a pipeline or a transformer")
+
+
+def _model_folder(folder: Path, part: Part | None, source: str) -> Path:
+    """The folder of one model: ``folder`` or, if it is a pipeline, the one in it."""
+    if is_pipeline_folder(folder):
+        if part is None:
+            raise InputError(
+                f"{source} is a whole pipeline; name one of its models, {source}/tokenizer or "
+                f"{source}/transformer"
+            )
+        return folder / part
+    if (folder / CONFIG_NAME).is_file():
+        return folder
+    inside = sorted(
+        child
+        for child in folder.iterdir()
+        if is_pipeline_folder(child)
+        or (child / CONFIG_NAME).is_file()
+        or child.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    )
+    hint = f"; did you mean {' or '.join(map(str, inside[:3]))}?" if inside else ""
+    raise InputError(
+        f"{source} is no model folder: it has neither {CONFIG_NAME} nor {INDEX_NAME}{hint}"
+    )
+
+
+def _repo_id(source: Source) -> str:
+    """``source``, if it can be nothing but a hub repository."""
+    text = str(source)
+    path = Path(text)
+    # Whoever has the first folder of a path meant the path.
+    is_path = isinstance(source, Path) or path.suffix in (".pt", ".pth", ".bin", ".safetensors")
+    if is_repo_id(text) and not is_path and not path.parent.is_dir():
+        return text
+    near = nearest_names(text)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    raise InputError(
+        f"{text or 'an empty name'} is no folder, no file, no published model{hint} and no hub "
+        f"repository (owner/name); `llamagen info` lists the published models"
+    )

@@ -1,0 +1,148 @@
+"""Turn published .pt checkpoints into model folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from llamagen.errors import InputError
+
+if TYPE_CHECKING:
+    from llamagen.labels import Labels
+    from llamagen.tokenizer import ImageTokenizer
+    from llamagen.transformer import Transformer
+
+    Parts = dict[str, tuple[str, ImageTokenizer | Transformer]]
+    """Kind of model -> its source and itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of ``llamagen convert``."""
+
+    sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
+    """Checkpoint files, published names or model folders: a transformer and its image tokenizer,
+    in any order, or one of them. What a file is shows in its content."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder to write: a pipeline of two models, or one model."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of codes that the transformer was trained on, if its file does not say."""
+    heads: int | None = None
+    """Query heads of the transformer, if it is of no preset's size and its file does not say."""
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
+    """Precision of the written weights; keep leaves them as they are stored."""
+    labels: Path | None = None
+    """JSON list of class names. Default: ImageNet's for 1000 classes, else numbers."""
+    name: str | None = None
+    """Name of the pipeline. Default: the published name, or the folder's."""
+    overwrite: bool = False
+    """Replace an older model folder."""
+
+
+def run(options: Options) -> None:
+    """Converts what ``options`` name and prints what was made."""
+    import llamagen.storage as storage
+
+    if not 1 <= len(options.sources) <= 2:
+        raise InputError(
+            f"{len(options.sources)} sources were given; name a transformer, an image tokenizer "
+            f"or both"
+        )
+    out = options.out.expanduser().absolute()
+    _require_place(out, overwrite=options.overwrite)
+    parts = _load(options)
+    with storage.atomic_folder(out) as folder:
+        _save(parts, folder, options)
+    for source, model in parts.values():
+        print(f"{source}: {_described(model)}")
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    print(f"{options.out}: {size / 2**20:,.1f} MiB")
+
+
+def _require_place(out: Path, *, overwrite: bool) -> None:
+    """Checks, before the long work, that the folder can be written."""
+    import llamagen.storage as storage
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        is_model = any((out / name).is_file() for name in ("config.json", "model_index.json"))
+        if not is_model:
+            raise InputError(f"{out} exists and is no model folder; choose another --out")
+        if not overwrite:
+            raise InputError(f"{out} holds a model already; give --overwrite to replace it")
+    storage.require_writable(out.parent)
+
+
+def _load(options: Options) -> Parts:
+    import torch
+
+    from llamagen.checkpoints import load_model
+
+    dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
+    parts: Parts = {}
+    for source in options.sources:
+        model = load_model(source, grid=options.grid, heads=options.heads, dtype=dtype)
+        if model.kind in parts:
+            raise InputError(
+                f"{parts[model.kind][0]} and {source} are two models of one kind "
+                f"({model.kind}); a pipeline has one transformer and one image tokenizer"
+            )
+        parts[model.kind] = (source, model)
+    if "transformer" not in parts and (options.grid or options.heads) is not None:
+        raise InputError("--grid and --heads describe a transformer, but none was given")
+    if len(parts) == 1 and (options.labels or options.name) is not None:
+        raise InputError("--labels and --name belong to a pipeline; give both of its models")
+    return parts
+
+
+def _save(parts: Parts, folder: Path, options: Options) -> None:
+    from llamagen.checkpoints import demo_sampling, find_public
+    from llamagen.pipeline import Pipeline
+    from llamagen.tokenizer import ImageTokenizer
+    from llamagen.transformer import Transformer
+
+    if len(parts) == 1:
+        ((_, model),) = parts.values()
+        model.save_pretrained(folder)
+        return
+    source, transformer = parts[Transformer.kind]
+    _, tokenizer = parts[ImageTokenizer.kind]
+    assert isinstance(transformer, Transformer)
+    assert isinstance(tokenizer, ImageTokenizer)
+    public = find_public(source)
+    pipeline = Pipeline(
+        tokenizer,
+        transformer,
+        labels=_labels(transformer, options.labels),
+        name=options.name or (options.out.resolve().name if public is None else public.name),
+        sampling=demo_sampling(transformer.config.condition),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def _labels(transformer: Transformer, path: Path | None) -> Labels | None:
+    from llamagen.labels import Labels
+
+    config = transformer.config
+    if config.condition == "text":
+        if path is not None:
+            raise InputError("the transformer is conditioned on text; leave --labels out")
+        return None
+    if path is not None:
+        return Labels.load(path)
+    imagenet = Labels.imagenet()
+    return imagenet if len(imagenet) == config.num_classes else None
+
+
+def _described(model: ImageTokenizer | Transformer) -> str:
+    from llamagen.transformer import Transformer
+
+    text = f"{model.kind}, {model.parameter_count():,} parameters in {str(model.dtype)[6:]}, "
+    if isinstance(model, Transformer):
+        rows, columns = model.config.grid
+        what = "text" if model.config.condition == "text" else f"{model.config.num_classes} classes"
+        return f"{text}grid {rows}x{columns}, {what}"
+    config = model.config
+    return f"{text}{config.codebook_size} codes, downsampling {config.downsampling}"
