@@ -2,7 +2,7 @@
 
 Each way of loading runs in a process of its own; its peak is counted from after the imports.
 
-    python benchmarks/loading.py
+    python benchmarks/loading.py           (Linux)
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from llamagen.config import TRANSFORMER_PRESETS, preset
 from llamagen.transformer import Transformer
 
 _CHILD = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 import torch
 from llamagen.checkpoints import load_transformer
 
 def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Of this process alone: getrusage also counts what its parent was when it forked.
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 before = peak()
 start = time.perf_counter()

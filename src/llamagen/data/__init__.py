@@ -1,0 +1,1 @@
+"""Images from folders, and the codes that a tokenizer makes of them."""

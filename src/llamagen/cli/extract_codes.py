@@ -1,0 +1,204 @@
+"""Encode images into a store of codes, once, for the transformer to learn from.
+
+The same command again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from llamagen.cli.options import DeviceOptions
+from llamagen.data.views import ViewKind
+from llamagen.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llamagen.data.extraction import Extraction
+    from llamagen.data.store import CodeStore
+    from llamagen.tokenizer import ImageTokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DeviceOptions):
+    """Options of ``llamagen extract-codes``."""
+
+    images: tyro.conf.Positional[Path | None] = None
+    """Folder with images; each subfolder, if there are any, is a class."""
+    tokenizer: Annotated[str, tyro.conf.arg(aliases=["-t"])] = "vq-16"
+    """Published name (vq-16, vq-8), folder, checkpoint file or hub repository."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("codes")
+    """Folder of the store."""
+    size: int = 256
+    """Height of the images in pixels, and their width unless that is given."""
+    width: int | None = None
+    """Width of the images, if they are not square."""
+    views: ViewKind = "ten-crop"
+    """What is encoded of each image: the centre; it and its mirror image; the corners and the
+    middle at two scales (10 views); or those and their mirror images (20 views, as published)."""
+    shard_size: int = 4096
+    """Images to a shard of the store."""
+    batch_size: int | None = None
+    """Views encoded at once. Default: as many as fit into memory."""
+    processes: int = 1
+    """Processes that encode; on several GPUs, one for each. Under torchrun, its own count."""
+    workers: int | None = None
+    """Processes that read images, for each that encodes. Default: 0 on a CPU, else up to 8."""
+    overwrite: bool = False
+    """Delete a store of other images, views or tokenizer that is in the output folder."""
+    export_published: Path | None = None
+    """Write the store in the published layout too, one .npy per image, into this folder."""
+    from_published: Path | None = None
+    """Instead of encoding images, make the store of codes in the published layout."""
+
+
+def run(options: Options) -> None:
+    """Extracts or imports, exports if asked to, and reports."""
+    _check(options)
+    if options.from_published is not None:
+        extraction = _import(options.from_published, options)
+    elif options.images is not None:
+        extraction = _extract(options.images, options)
+    else:
+        extraction = None
+    if extraction is not None:
+        _report(extraction, options.out)
+    if options.export_published is not None:
+        _export(None if extraction is None else extraction.store, options)
+
+
+def _check(options: Options) -> None:
+    if options.images is not None and options.from_published is not None:
+        raise InputError("give either a folder of images or --from-published, not both")
+    if options.images is None and options.from_published is None and not options.export_published:
+        raise InputError("no images were named; give a folder")
+    for name in ("size", "width", "shard_size", "batch_size", "processes"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
+    if options.workers is not None and options.workers < 0:
+        raise InputError(f"--workers is {options.workers}, expected at least 0")
+    if _world_size() > 1:
+        if options.processes > 1:
+            raise InputError("torchrun starts the processes already; leave --processes out")
+        if options.from_published is not None or options.export_published is not None:
+            raise InputError(
+                "--from-published and --export-published need one process; run them without "
+                "torchrun"
+            )
+
+
+def _extract(folder: Path, options: Options) -> Extraction:
+    from llamagen.data.images import ImageFolder
+    from llamagen.data.views import Views
+
+    height, width = options.size, options.width or options.size
+    views = Views(height=height, width=width, kind=options.views)
+    images = ImageFolder.scan(folder)
+
+    from llamagen.data.extraction import extract_in_processes, extract_store
+
+    device, dtype = options.resolve()
+    device = _own_device(device)
+    workers = options.workers
+    if workers is None:
+        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    tokenizer = _tokenizer(options, device)
+    if options.processes > 1:
+        return extract_in_processes(
+            options.processes,
+            tokenizer,
+            images,
+            views,
+            options.out,
+            shard_size=options.shard_size,
+            batch_size=options.batch_size,
+            workers=workers,
+            dtype=dtype,
+            overwrite=options.overwrite,
+        )
+    rank = int(os.environ.get("RANK", "0"))
+    return extract_store(
+        tokenizer,
+        images,
+        views,
+        options.out,
+        shard_size=options.shard_size,
+        batch_size=options.batch_size,
+        workers=workers,
+        dtype=dtype,
+        rank=rank,
+        world_size=_world_size(),
+        overwrite=options.overwrite,
+        progress=rank == 0,
+    )
+
+
+def _import(folder: Path, options: Options) -> Extraction:
+    from llamagen.data.extraction import import_published
+
+    device, _ = options.resolve()
+    return import_published(
+        _tokenizer(options, device),
+        folder,
+        options.out,
+        shard_size=options.shard_size,
+        overwrite=options.overwrite,
+    )
+
+
+def _export(store: CodeStore | None, options: Options) -> None:
+    """Exports ``store``, or the one that is in the output folder."""
+    from llamagen.data.store import CodeStore, export_published
+
+    assert options.export_published is not None
+    count = export_published(store or CodeStore.open(options.out), options.export_published)
+    print(f"{count} images exported in the published layout")
+    print(options.export_published)
+
+
+def _tokenizer(options: Options, device: torch.device) -> ImageTokenizer:
+    import torch
+
+    from llamagen.checkpoints import load_tokenizer
+
+    # float32 whatever it encodes with: a tokenizer is known by these weights.
+    return load_tokenizer(options.tokenizer, device=device, dtype=torch.float32)
+
+
+def _world_size() -> int:
+    """Processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """Under torchrun, each process of a machine takes a GPU of its own."""
+    import torch
+
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+def _report(extraction: Extraction, out: Path) -> None:
+    speed = ""
+    if extraction.images > 0:
+        speed = f", {extraction.images / extraction.seconds:.1f} images/s"
+    if extraction.store is None:
+        print(f"{extraction.images} images done{speed}; other processes are still at work")
+        return
+    manifest = extraction.store.manifest
+    plan = manifest.plan
+    print(
+        f"{manifest.images} images x {plan.views.count} views of {plan.grid[0]}x{plan.grid[1]} "
+        f"codes in {len(manifest.shards)} shards{speed}; {manifest.codes_used} of "
+        f"{plan.codebook_size} codes used ({extraction.store.codebook_usage:.1%})"
+    )
+    if manifest.skipped:
+        print(f"{manifest.skipped} files could not be read; see {out / 'skipped.txt'}")
+    print(out)

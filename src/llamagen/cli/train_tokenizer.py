@@ -1,0 +1,38 @@
+"""Train an image tokenizer on a folder of images. The same command again goes on with a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from llamagen.cli.recipes import options_from_recipe, run_training
+from llamagen.training.config import TokenizerTraining
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of ``llamagen train tokenizer``."""
+
+    recipe: str | None = None
+    """YAML file, or a recipe that comes with the package (cifar10-tokenizer, digits-tokenizer);
+    the other options change it."""
+    preset: str | None = None
+    """Published model, VQ-16 or VQ-8; the options for its fields change it."""
+    training: Annotated[TokenizerTraining, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=TokenizerTraining
+    )
+
+
+def defaults(arguments: list[str]) -> tuple[Options, list[str]]:
+    """Takes --recipe and --preset off the arguments; returns what they mean, and the rest."""
+    recipe, preset, training, rest = options_from_recipe(TokenizerTraining, arguments)
+    return Options(recipe=recipe, preset=preset, training=training), rest
+
+
+def run(options: Options) -> None:
+    """Trains, and says where the model is."""
+    from llamagen.training import train_tokenizer
+
+    run_training(lambda: train_tokenizer(options.training))

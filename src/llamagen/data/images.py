@@ -1,0 +1,268 @@
+"""Images from folders: finding the files, reading any common format, naming unreadable ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llamagen.errors import InputError
+
+EXTENSIONS = frozenset(
+    {
+        *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
+        *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    }
+)
+"""File names that are taken for images, in any case."""
+
+_log = logging.getLogger(__name__)
+
+# What Pillow's decoders raise on damaged files, beside OSError.
+_DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_WHITE = (255, 255, 255, 255)
+
+
+class CorruptImageError(InputError):
+    """A file that cannot be read as an image: empty, truncated, or something else altogether."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        # Both go to the base class, so that the exception survives the way out of a worker process.
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path} cannot be read as an image ({self.reason})"
+
+
+def find_images(folder: Path | str) -> list[Path]:
+    """All image files under ``folder``, sorted; links are followed, hidden files are left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        InputError: it is not a folder, or there is no image in it.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist; give a folder with images")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a folder; give the folder that the image is in")
+    found = sorted(_walk(folder))
+    if not found:
+        raise InputError(
+            f"there are no images in {folder} (looked for {' '.join(sorted(EXTENSIONS))}); "
+            f"give another folder"
+        )
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    visited = set()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        # A link to a folder above would lead in circles.
+        real = os.path.realpath(parent)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name)
+            if not name.startswith(".") and path.suffix.lower() in EXTENSIONS:
+                yield path
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """The images of a folder, sorted; each subfolder, if there are any, is a class."""
+
+    root: Path
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...] | None = None
+    """Index into ``class_names`` per image; None for a folder without classes."""
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @classmethod
+    def scan(cls, folder: Path | str, *, class_names: Sequence[str] | None = None) -> Self:
+        """Finds the images in ``folder``.
+
+        If every image lies in some subfolder, the subfolders' names are the classes: in
+        alphabetical order, or in numerical order if all are numbers. If none does, the images
+        are one unlabelled set.
+
+        Args:
+            folder: searched through.
+            class_names: the classes there may be, for a folder that belongs to another one
+                (validation); by default those that are there.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            InputError: there are no images, images lie beside the class folders as well as in
+                them, or a class is none of ``class_names``.
+        """
+        root = Path(folder)
+        paths = find_images(root)
+        parts = [path.relative_to(root).parts for path in paths]
+        names = [part[0] for part in parts if len(part) > 1]
+        if not names:
+            return cls(root, tuple(paths))
+        if len(names) < len(paths):
+            stray = next(path for path, part in zip(paths, parts, strict=True) if len(part) == 1)
+            raise InputError(
+                f"{root} has images both in class folders and beside them, such as {stray.name}; "
+                f"move each into the folder of its class"
+            )
+        classes = tuple(_in_order(set(names)) if class_names is None else class_names)
+        index = {name: label for label, name in enumerate(classes)}
+        for name in names:
+            if name not in index:
+                raise InputError(
+                    f"{root} has a class {name!r} that the training images do not have; "
+                    f"rename or remove the folder"
+                )
+        return cls(root, tuple(paths), tuple(index[name] for name in names), classes)
+
+    @classmethod
+    def scan_unlabelled(cls, folder: Path | str) -> Self:
+        """Finds the images in ``folder``, whatever its subfolders mean."""
+        return cls(Path(folder), tuple(find_images(folder)))
+
+    def split(self, fraction: float) -> tuple[Self, Self]:
+        """Holds a part of the images out: (the rest, the part).
+
+        Which ones depends on their names only, so every stage of training holds out the same.
+        At least one image is held out if ``fraction`` is above 0, and one is kept.
+        """
+        wanted = min(len(self) - 1, max(1, round(fraction * len(self)))) if fraction > 0 else 0
+        by_hash = sorted(range(len(self)), key=lambda i: hashlib.sha256(self._name(i)).digest())
+        held_out = sorted(by_hash[:wanted])
+        return self._subset(sorted(by_hash[wanted:])), self._subset(held_out)
+
+    def thinned(self, count: int) -> Self:
+        """At most ``count`` of the images, spread evenly over the list and so over the classes."""
+        kept = min(count, len(self))
+        return self._subset([i * len(self) // kept for i in range(kept)])
+
+    def digest(self) -> str:
+        """A short text that changes when a file is added, removed or renamed."""
+        whole = hashlib.sha256()
+        for index in range(len(self)):
+            whole.update(self._name(index) + b"\0")
+        return whole.hexdigest()[:16]
+
+    def _name(self, index: int) -> bytes:
+        return self.paths[index].relative_to(self.root).as_posix().encode()
+
+    def _subset(self, indices: Sequence[int]) -> Self:
+        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
+        paths = tuple(self.paths[i] for i in indices)
+        return dataclasses.replace(self, paths=paths, labels=labels)
+
+
+def _in_order(names: set[str]) -> list[str]:
+    """Folders named 0 to 11 are classes 0 to 11, although "10" sorts before "2"."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def open_image(path: Path | str) -> Image.Image:
+    """Reads an image file as RGB.
+
+    Turned upright as its EXIF tag says, transparency laid over white, 16-bit greys scaled to 8,
+    the first frame of an animation.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        OSError: the file system does not let it be read.
+        CorruptImageError: the content is not a whole image.
+    """
+    path = Path(path)
+    # Read here, so that a fault of the disk or network is not taken for a damaged image.
+    content = path.read_bytes()
+    if not content:
+        raise CorruptImageError(path, "the file is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+            return _to_rgb(_upright(image))
+    except UnidentifiedImageError as error:
+        raise CorruptImageError(path, "not an image of a known format") from error
+    except _DECODING_ERRORS as error:
+        raise CorruptImageError(path, " ".join(str(error).split()) or "damaged") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DECODING_ERRORS:
+        # Cameras and editors write many a broken EXIF block beside whole pixels.
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_deep_grey(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits, or of 32 that use no more than 16; Pillow's own conversion clips them."""
+    greys = np.asarray(image)
+    if greys.min() < 0 or greys.max() > 65535:
+        raise ValueError("grey levels beyond 16 bits; save it with 8 or 16 bits")
+    return Image.fromarray((greys / 257.0).round().astype(np.uint8))
+
+
+class SkippedFiles:
+    """Counts, logs and lists the files that could not be read, each once."""
+
+    def __init__(self, path: Path) -> None:
+        """``path`` is the text file that lists them; what it already lists is known."""
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._known = {line.split("\t")[0] for line in lines}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, errors: Iterable[CorruptImageError]) -> None:
+        """Logs and lists those of ``errors`` that are new."""
+        for error in errors:
+            name = str(error.path)
+            if name in self._known:
+                continue
+            self._known.add(name)
+            _log.warning("skipped: %s", error)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\t{error.reason}\n")

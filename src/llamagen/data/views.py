@@ -1,0 +1,67 @@
+"""What is cut out of an image: random crops to train on, fixed views to encode."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from typing import Literal
+
+from PIL import Image, ImageOps
+
+from llamagen.data.crops import TEN_CROP_RANGES, center_crop, five_crop, random_crop, ten_crop
+from llamagen.errors import InputError
+
+ViewKind = Literal["center", "flip", "five-crop", "ten-crop"]
+"""The centre crop; that and its mirror image; the corners and the middle of images 1.1 and 1.05
+times the size, ten views in all; or those and their mirror images, the published twenty."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """A random crop and flip: what a training image looks like this time."""
+
+    height: int
+    width: int
+    max_scale: float
+    """The image is enlarged up to this factor beyond what covers the crop; 1 never enlarges."""
+    flip: bool
+    """Mirror every other image."""
+
+    def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
+        """The crop, with random numbers from ``rng``."""
+        image = random_crop(image, self.height, rng, width=self.width, max_scale=self.max_scale)
+        return ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Views:
+    """The fixed views of an image, without any randomness."""
+
+    height: int
+    width: int
+    kind: ViewKind = "center"
+
+    def __post_init__(self) -> None:
+        if self.kind.endswith("-crop") and self.height != self.width:
+            raise InputError(
+                f"{self.kind} views are square, but the images are {self.width}x{self.height}; "
+                f"use --views flip"
+            )
+
+    def __len__(self) -> int:
+        per_range = {"five-crop": 5, "ten-crop": 10}
+        if self.kind in per_range:
+            return per_range[self.kind] * len(TEN_CROP_RANGES)
+        return 2 if self.kind == "flip" else 1
+
+    def __call__(self, image: Image.Image) -> list[Image.Image]:
+        """All views, always in the same order."""
+        if self.kind.endswith("-crop"):
+            crops = five_crop if self.kind == "five-crop" else ten_crop
+            return [
+                crop
+                for crop_range in TEN_CROP_RANGES
+                for crop in crops(image, self.height, crop_range)
+            ]
+        crop = center_crop(image, self.height, width=self.width)
+        return [crop] if self.kind == "center" else [crop, ImageOps.mirror(crop)]

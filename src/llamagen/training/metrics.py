@@ -1,0 +1,102 @@
+"""Numbers of a run: their means between two log lines, and the file that keeps them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import llamagen.storage as storage
+from llamagen.errors import InputError
+
+FILE_NAME = "metrics.jsonl"
+
+
+class Meter:
+    """Means of what is added. Sums stay on their device, so adding waits for nothing."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Adds one scalar per name."""
+        for name, value in values.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """The mean of each name's values since the last ``clear``."""
+        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._sums.clear()
+        self._counts.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a mean over an interruption is right."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Takes up what ``state_dict`` returned."""
+        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+
+class MetricsLog:
+    """One JSON object per line: ``step``, ``split`` (train or validation) and numbers."""
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        """Lines after ``last_step`` are dropped: the run goes through those steps again."""
+        self.path = path
+        self.records = [r for r in read_metrics(path) if r["step"] <= last_step]
+        lines = "".join(json.dumps(record) + "\n" for record in self.records)
+        storage.write_text(path, lines)
+
+    def add(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Appends a line."""
+        record = {"step": step, "split": split, **values}
+        self.records.append(record)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def latest(self, split: str) -> dict[str, float]:
+        """The numbers last logged for ``split``; empty if there are none."""
+        for record in reversed(self.records):
+            if record["split"] == split:
+                return {k: v for k, v in record.items() if k not in ("step", "split")}
+        return {}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a metrics file; the last may be cut off by a crash."""
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def require_finite(values: Mapping[str, float], step: int) -> None:
+    """Stops a run that went astray.
+
+    Raises:
+        InputError: a value is infinite or not a number.
+    """
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise InputError(
+                f"{name} became {value} at or shortly before step {step}; the last checkpoint is "
+                f"whole; lower --lr, raise --warmup-steps or use --precision float32"
+            )

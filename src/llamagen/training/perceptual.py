@@ -1,0 +1,367 @@
+"""LPIPS, a distance of images that follows the eye (arXiv 1801.03924).
+
+Both images go through VGG16; at five depths the differences of their features are squared and
+weighed by a head that was fitted to people's judgements. The weights are two public files, VGG16
+trained on ImageNet and the five heads; they are downloaded once, or read from where the user has
+them.
+
+Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.client
+import os
+import tempfile
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Self
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import llamagen.storage as storage
+from llamagen.checkpoints.pickles import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
+from llamagen.errors import InputError
+from llamagen.pretrained import check_shapes, read_safetensors
+
+FILE_NAME = "lpips-vgg16.safetensors"
+"""All weights in one file of 59 MB, as ``save_lpips`` writes it and the cache keeps it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicFile:
+    """A file on the web whose content is known."""
+
+    name: str
+    url: str
+    sha256: str
+
+
+HEADS_FILE = PublicFile(
+    name="vgg.pth",
+    url=(
+        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
+        "v0.1/vgg.pth"
+    ),
+    # Computed from the file in the repository (commit 082bb24) and in the package lpips 0.1.4,
+    # which are the same; their MD5 is the one that taming-transformers gives, d507d734...
+    sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+)
+"""The heads (7 kB)."""
+
+TRUNK_FILE = PublicFile(
+    name="vgg16-397923af.pth",
+    url="https://download.pytorch.org/models/vgg16-397923af.pth",
+    # The file's name has its first eight digits; the whole is what several projects that pin
+    # their weights record independently of each other.
+    sha256="397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
+"""VGG16 with its classifier, which is nine tenths of it (553 MB)."""
+
+# The small one first: if the network lacks a file, little has been downloaded in vain.
+_PUBLIC_FILES = (HEADS_FILE, TRUNK_FILE)
+
+_REMEDY = (
+    f"give the folder with {TRUNK_FILE.name} ({TRUNK_FILE.url}) and {HEADS_FILE.name} "
+    f"({HEADS_FILE.url}), or train without LPIPS: perceptual_weight 0"
+)
+
+_WIDTHS = (64, 128, 256, 512, 512)
+_CONVOLUTIONS = (2, 2, 3, 3, 3)
+"""Of each of VGG16's five stages."""
+_SMALLEST = 2 ** (len(_WIDTHS) - 1)
+"""Pixels of the smaller side, of which one position remains in the last stage."""
+
+# LPIPS brings images in [-1, 1] to about the mean and deviation that VGG16 was trained with.
+_SHIFT = (-0.030, -0.088, -0.188)
+_SCALE = (0.458, 0.448, 0.450)
+_NORM_EPS = 1e-10
+
+_CHUNK = 2**20
+_TIMEOUT = 30.0
+"""Seconds without an answer after which a download is given up."""
+
+_KIND = "LPIPS network"
+
+
+class Lpips(nn.Module):
+    """LPIPS 0.1 with VGG16. Its state-dict keys are those of the two public files.
+
+    A measure, not a model to train: the weights take no gradient, images do, and ``train()`` of
+    a module around it leaves it in eval mode.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, widths: tuple[int, ...] = _WIDTHS) -> None:
+        """A network without meaning yet; ``load_lpips`` gives the one that is LPIPS.
+
+        Args:
+            widths: channels of the five stages; others than VGG16's are of use in tests only.
+        """
+        super().__init__()
+        layers: list[nn.Module] = []
+        taps = []
+        channels = 3
+        for stage, (width, convolutions) in enumerate(zip(widths, _CONVOLUTIONS, strict=True)):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+                channels = width
+            taps.append(len(layers) - 1)
+            self.add_module(f"lin{stage}", _Head(width))
+        self.features = nn.Sequential(*layers)
+        self._taps = frozenset(taps)
+        # On a device of their own choice: weights that are read later start on "meta".
+        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
+            buffer = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
+            self.register_buffer(name, buffer, persistent=False)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+        """Stays in eval mode, whatever is asked for."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """Distances (B,) of images (B, 3, H, W) in [-1, 1] to as many references, in float32.
+
+        Under autocast VGG16 computes in its precision, all that follows in float32.
+
+        Raises:
+            InputError: the shapes differ, or a side is below 16 pixels.
+        """
+        if images.shape != references.shape or images.ndim != 4 or images.shape[1] != 3:
+            raise InputError(
+                f"images of shape {tuple(images.shape)} cannot be compared with references of "
+                f"shape {tuple(references.shape)}; LPIPS needs both as (B, 3, H, W)"
+            )
+        height, width = images.shape[-2:]
+        if min(height, width) < _SMALLEST:
+            raise InputError(
+                f"images of {width}x{height} pixels are too small for LPIPS: both sides must be "
+                f"at least {_SMALLEST}; train on larger images or with perceptual_weight 0"
+            )
+        distances = images.new_zeros(len(images), dtype=torch.float32)
+        # Stage by stage: features of references, which need no gradient, are dropped at once.
+        stages = zip(self._features(images), self._features(references), strict=True)
+        for stage, (a, b) in enumerate(stages):
+            head = self.get_submodule(f"lin{stage}")
+            with torch.autocast(images.device.type, enabled=False):
+                squared = (_unit(a.float()) - _unit(b.float())).square()  # (B, C, h, w)
+                distances = distances + head(squared).mean((1, 2, 3))
+        return distances
+
+    def _features(self, images: Tensor) -> Iterator[Tensor]:
+        """VGG16's features (B, C, h, w) at the end of each stage."""
+        x = (images - self.shift) / self.scale
+        # As in the tokenizer: convolutions are faster in this layout, if weights have it as well.
+        x = x.contiguous(memory_format=torch.channels_last)
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self._taps:
+                yield x
+
+
+class _Head(nn.Module):
+    """Weighs C channels, with weights of at least 0: (B, C, h, w) -> (B, 1, h, w)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # The original drops channels out in the place of the identity, while heads are fitted.
+        # These are, and a measure that changes from call to call would not be one.
+        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, 1, h, w)."""
+        return self.model(x)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) with a length of 1 at each position, or 0 where all of them are 0."""
+    return F.normalize(features, dim=1, eps=_NORM_EPS)
+
+
+def load_lpips(source: Path | None = None) -> Lpips:
+    """Loads LPIPS, on the CPU.
+
+    Args:
+        source: a file with all weights (``save_lpips``), or a folder with that file or with the
+            two public ones. Without it they are taken from the cache, or downloaded into it; the
+            cache is the folder LLAMAGEN_CACHE, or llamagen in XDG_CACHE_HOME or ~/.cache. Several
+            processes at once each download for themselves, so let one of them go first.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        InputError: a file is damaged or another one, or the download failed.
+    """
+    if source is not None:
+        return _from_files(_local_files(Path(source).expanduser()))
+    cached = cache_folder() / FILE_NAME
+    if cached.is_file():
+        try:
+            return _from_files([cached])
+        except InputError as error:
+            raise InputError(f"{error}; without that file it is downloaded again") from error
+    return _download(cached)
+
+
+def save_lpips(model: Lpips, path: Path) -> None:
+    """Writes all weights into one .safetensors file, which ``load_lpips`` reads; atomically.
+
+    Raises:
+        OSError: the disk is full, or the place cannot be written to.
+    """
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    content = safetensors.torch.save(state, metadata={"format": "pt"})
+    with storage.atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    own = os.environ.get("LLAMAGEN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
+
+
+def _local_files(source: Path) -> list[Path]:
+    """The files that hold all weights together."""
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} does not exist; {_REMEDY}")
+    if (source / FILE_NAME).is_file():
+        return [source / FILE_NAME]
+    files = [source / file.name for file in _PUBLIC_FILES]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise InputError(
+            f"{source} holds no weights of LPIPS: {' and '.join(missing)} not found; {_REMEDY}"
+        )
+    return files
+
+
+def _from_files(paths: list[Path]) -> Lpips:
+    """The network whose weights ``paths`` hold together, whichever holds which."""
+    tensors: dict[str, Tensor] = {}
+    for path in paths:
+        tensors.update(_read(path))
+    source = " and ".join(map(str, paths))
+    for part, prefix in (("VGG16", "features."), ("the heads of LPIPS", "lin")):
+        if not any(name.startswith(prefix) for name in tensors):
+            first = ", ".join(list(tensors)[:3]) or "no weights"
+            raise InputError(f"{source} lacks {part}, it holds {first}; {_REMEDY}")
+    return _from_tensors(tensors, source)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The weights in a .pth or .safetensors file, without VGG16's classifier."""
+    with path.open("rb") as file:
+        start = file.read(len(ZIP_MAGIC))
+    if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        content = load_pickle(path, mapped=start == ZIP_MAGIC)
+        if not isinstance(content, Mapping):
+            raise InputError(
+                f"{path} holds a {type(content).__name__}, expected a dictionary of weights"
+            )
+        found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    else:
+        found = {name: read() for name, read in read_safetensors(path)}
+    return {str(k): tensor for k, tensor in found.items() if not str(k).startswith("classifier.")}
+
+
+def _from_tensors(tensors: Mapping[str, Tensor], source: str) -> Lpips:
+    """The network around existing weights.
+
+    Raises:
+        InputError: the names or shapes are not LPIPS's, or the numbers cannot be.
+    """
+    # Without memory and first values: drawing those would also shift the caller's random numbers.
+    with torch.device("meta"):
+        model = Lpips()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(expected, found, source=source, kind=_KIND)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{source}: weight {name} ({tensor.dtype}) does not hold finite floating-point "
+                f"numbers; copy or download it again"
+            )
+        if name.startswith("lin") and bool((tensor < 0).any()):
+            raise InputError(
+                f"{source}: weight {name} holds numbers below 0, which no distance can have; get "
+                f"{HEADS_FILE.name} from {HEADS_FILE.url}"
+            )
+    model.load_state_dict({name: _own(tensor) for name, tensor in tensors.items()}, assign=True)
+    return model
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy in float32, in the layout that convolutions want."""
+    # What is left in a file's mapping would change or vanish with the file.
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    return torch.empty(tensor.shape, memory_format=layout).copy_(tensor)
+
+
+def _download(target: Path) -> Lpips:
+    """Downloads the public files and keeps what is needed of them as ``target``."""
+    try:
+        storage.require_writable(target.parent)
+    except InputError as error:
+        raise InputError(f"{error} for the weights of LPIPS (LLAMAGEN_CACHE)") from error
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".lpips.") as folder:
+        paths = [Path(folder) / file.name for file in _PUBLIC_FILES]
+        for file, path in zip(_PUBLIC_FILES, paths, strict=True):
+            _download_file(file, path)
+        model = _from_files(paths)
+    save_lpips(model, target)
+    return model
+
+
+def _download_file(file: PublicFile, path: Path) -> None:
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for part in _fetch(file):
+            digest.update(part)
+            out.write(part)
+    if digest.hexdigest() != file.sha256:
+        raise InputError(
+            f"{file.url} gave another file than expected (SHA-256 {digest.hexdigest()}, not "
+            f"{file.sha256}), which was thrown away; try again, or {_REMEDY}"
+        )
+
+
+def _fetch(file: PublicFile) -> Iterator[bytes]:
+    """The content of a file on the web, in parts, with a progress bar on a terminal."""
+    # Only what the network does is caught here: a full disk stays the OSError that it is.
+    try:
+        with urllib.request.urlopen(file.url, timeout=_TIMEOUT) as response:  # noqa: S310
+            with tqdm(
+                total=response.length,
+                desc=f"downloading {file.name}",
+                unit="B",
+                unit_scale=True,
+                disable=None,
+            ) as bar:
+                while part := response.read(_CHUNK):
+                    bar.update(len(part))
+                    yield part
+            if response.length:
+                raise http.client.IncompleteRead(b"", response.length)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise InputError(
+            f"cannot download {file.url} for the perceptual loss ({reason}); {_REMEDY}"
+        ) from error

@@ -1,0 +1,144 @@
+"""The folder of a run: what may be started in it, and whether it may go on.
+
+``recipe.yaml`` marks a folder as a run's and holds its complete recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import llamagen.storage as storage
+from llamagen.devices import find_device, find_dtype
+from llamagen.errors import InputError
+from llamagen.training import checkpoint
+from llamagen.training.config import TokenizerTraining, TransformerTraining
+from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yaml
+
+RecipeT = TypeVar("RecipeT", TokenizerTraining, TransformerTraining)
+
+RECIPE_NAME = "recipe.yaml"
+SKIPPED_NAME = "skipped.txt"
+
+MAY_CHANGE = frozenset(
+    {
+        # Where things are; that the images and the tokenizer are the same ones is checked apart.
+        *("out", "data", "validation_data", "tokenizer", "images.workers", "loop.device"),
+        # How long, how often, how much is looked at.
+        *("loop.steps", "loop.log_every", "loop.validate_every", "loop.sample_every"),
+        *("loop.save_every", "loop.keep_checkpoints", "loop.resume"),
+        *("images.max_validation_images", "sample_images"),
+        *("sampling.guidance_scale", "sampling.guidance_stop", "sampling.temperature"),
+        *("sampling.top_k", "sampling.top_p"),
+        # The same mathematics in smaller pieces.
+        "loop.gradient_accumulation",
+    }
+)
+"""Fields of a recipe that a run may be continued with other values of."""
+
+
+def open_run(recipe: RecipeT) -> RecipeT:
+    """Checks that ``recipe`` can start or continue a run in its folder; changes nothing.
+
+    Returns:
+        The recipe with its precision decided: the one that a run began with stays.
+
+    Raises:
+        InputError: the folder holds something else, or a run that differs in more than
+            ``MAY_CHANGE``, or one that shall not be continued.
+    """
+    loop = recipe.loop
+    device = find_device(loop.device)
+    recorded = _recorded(recipe)
+    if recorded is not None and loop.precision == "auto":
+        precision = recorded.loop.precision
+    elif loop.precision == "auto":
+        fast = str(find_dtype("auto", device)).removeprefix("torch.")
+        # float16 needs scaled gradients.
+        precision = "bfloat16" if fast == "bfloat16" else "float32"
+    else:
+        precision = loop.precision
+    recipe = dataclasses.replace(recipe, loop=dataclasses.replace(loop, precision=precision))
+    if recorded is not None:
+        _check_same(recorded, recipe)
+    return recipe
+
+
+def start_run(recipe: TokenizerTraining | TransformerTraining) -> None:
+    """Makes the run's folder, if need be, and writes the recipe.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    storage.require_writable(recipe.out)
+    storage.write_text(recipe.out / RECIPE_NAME, recipe_to_yaml(recipe))
+
+
+def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Checks that a run goes on with the data that it began with.
+
+    Raises:
+        InputError: names what has changed.
+    """
+    for name, identity in now.items():
+        if recorded.get(name) != identity:
+            raise InputError(
+                f"{name} is not what the run in {out} began with; restore it, "
+                f"or give another --out for a new run"
+            )
+
+
+def checkpoint_folder(out: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return out / checkpoint.FOLDER_NAME
+
+
+def _recorded(recipe: RecipeT) -> RecipeT | None:
+    """The recipe of the run in the folder, or None if the folder is free."""
+    out = recipe.out
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give --out a folder")
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    path = out / RECIPE_NAME
+    if not path.exists():
+        raise InputError(f"{out} is not empty and holds no run; give --out an empty folder")
+    if not checkpoint.has_checkpoint(checkpoint_folder(out)):
+        # Nothing to go on with, nothing to lose.
+        return None
+    if not recipe.loop.resume:
+        raise InputError(
+            f"{out} holds a run already; delete it, give another --out, or let it go on (--resume)"
+        )
+    try:
+        return load_recipe(type(recipe), path)
+    except InputError as error:
+        raise InputError(
+            f"{out} holds another kind of run ({error}); give another --out"
+        ) from error
+
+
+def _check_same(recorded: RecipeT, recipe: RecipeT) -> None:
+    before, now = _flat(recipe_to_dict(recorded)), _flat(recipe_to_dict(recipe))
+    may_change = MAY_CHANGE
+    if recipe.loop.schedule == "cosine":
+        # The cosine ends at the last step: other steps are other learning rates.
+        may_change = MAY_CHANGE - {"loop.steps"}
+    for name, value in now.items():
+        if name not in may_change and before[name] != value:
+            raise InputError(
+                f"the run in {recipe.out} began with {name} {before[name]}, now it is {value}; "
+                f"restore it, or give another --out for a new run"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
