@@ -198,9 +198,9 @@ class Pipeline:
             InputError: the folder holds something else.
         """
         folder = Path(folder)
-        if folder.exists() and not checkpoints.is_pipeline_folder(folder):
-            if not folder.is_dir() or any(folder.iterdir()):
-                raise InputError(f"{folder} exists and is no pipeline folder; choose another name")
+        replaceable = not folder.exists() or checkpoints.is_pipeline_folder(folder)
+        if not replaceable and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is no pipeline folder; choose another name")
         with storage.atomic_folder(folder) as temporary:
             self.tokenizer.save_pretrained(temporary / "tokenizer")
             self.transformer.save_pretrained(temporary / "transformer")

@@ -230,7 +230,10 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         values = read_json(path)
         kind = values.pop("kind", None)
         if kind != cls.kind:
-            raise InputError(f"{path} describes {kind or 'something else'}, expected {cls.kind}")
+            raise InputError(
+                f"{path} describes {kind or 'something else'}, expected {cls.kind}; name the "
+                f"folder of one"
+            )
         config: ConfigT = config_from_dict(cls.config_class, values, source=str(path))
         return config
 

@@ -101,7 +101,11 @@ def _extract(folder: Path, options: Options) -> Extraction:
     views = Views(height=height, width=width, kind=options.views)
     images = ImageFolder.scan(folder)
 
-    from llamagen.data.extraction import extract_in_processes, extract_store
+    from llamagen.data.extraction import (
+        extract_in_processes,
+        extract_store,
+        keep_freed_memory,
+    )
 
     device, dtype = options.resolve()
     device = _own_device(device)
@@ -122,6 +126,7 @@ def _extract(folder: Path, options: Options) -> Extraction:
             dtype=dtype,
             overwrite=options.overwrite,
         )
+    keep_freed_memory()
     rank = int(os.environ.get("RANK", "0"))
     return extract_store(
         tokenizer,

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
     "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
     "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),
+    "extract-codes": ("llamagen.cli.extract_codes", "encode a folder of images once, into shards"),
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
     "demo": ("llamagen.cli.demo", "train on handwritten digits and draw some, in minutes"),
@@ -61,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(command: str, arguments: list[str]) -> None:
     import tyro
 
+    # Threads that wait for one another shall sleep, not spin. When another program wants the
+    # processors too, spinning makes steps of many small operations tens of times slower. Read
+    # once, when torch is first imported; whoever has set it knows better.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     module = importlib.import_module(COMMANDS[command][0])
     keywords = {}
     if hasattr(module, "defaults"):

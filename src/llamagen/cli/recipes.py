@@ -69,7 +69,7 @@ def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
     for word in remaining:
         if word == flag:
             value = next(remaining, None)
-            if value is None:
+            if value is None or value.startswith("--"):
                 raise InputError(f"{flag} needs a value")
         elif word.startswith(f"{flag}="):
             value = word.partition("=")[2]

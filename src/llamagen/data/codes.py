@@ -117,7 +117,9 @@ class CodeSet:
                     codebook_size=about["codebook_size"],
                     origin=about["origin"],
                 )
-        except (zipfile.BadZipFile, KeyError, EOFError, json.JSONDecodeError) as error:
+        except InputError:
+            raise
+        except (zipfile.BadZipFile, ValueError, KeyError, EOFError) as error:
             raise InputError(
                 f"{path} is damaged ({error}); delete it to have it made again"
             ) from error

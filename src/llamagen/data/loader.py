@@ -51,7 +51,12 @@ def training_batches(
         InputError: none of the files can be read.
     """
     dataset = _TrainingImages(paths, order, augmentation)
-    yield from _load(dataset, _Steps(order, first, last), workers)
+    for batch in _load(dataset, _Steps(order, first, last), workers):
+        if len(batch.indices) == 0:
+            raise InputError(
+                f"none of the {len(paths)} image files can be read: {batch.skipped[0]}"
+            )
+        yield batch
 
 
 def image_views(
@@ -94,9 +99,7 @@ class _TrainingImages(Dataset[_Sample]):
                 continue
             crop = self.augmentation(image, self.order.random(draw))
             return _Sample(np.asarray(crop), index, tuple(skipped))
-        raise InputError(
-            f"none of the {len(self.paths)} image files can be read; the first is {self.paths[0]}"
-        )
+        return _Sample(None, draw.index, tuple(skipped))
 
 
 class _EveryImage(Dataset[_Sample]):

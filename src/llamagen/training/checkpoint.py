@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pickle
 import shutil
 import zipfile
 from importlib.metadata import version
@@ -97,5 +98,9 @@ def _read(path: Path) -> Checkpoint:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"wrong checksum of {damaged} in {_STATE_NAME}")
-    state = torch.load(state_path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(state_path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message explains how to run what is in the file.
+        raise ValueError(f"{_STATE_NAME} holds more than tensors and plain values") from error
     return Checkpoint(step=int(about["step"]), state=state, about=about)

@@ -1,0 +1,159 @@
+"""Images per second of code extraction: our store against one image at a time.
+
+The published way reads an image, encodes its centre crop in float32 and writes one .npy file for
+its codes and one for its label. Ours extracts the same crops in batches, in bfloat16 where the
+device is fast at it, into a store. Both read the same files, in turn, each in a process of its
+own, for ours tells its process to keep freed memory. The weights are drawn at random.
+
+    python benchmarks/extraction.py --preset small VQ-16 --images 16
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import multiprocessing
+import statistics
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import median_and_spread, print_table, record, time_in_turn
+from PIL import Image
+
+from llamagen.config import TOKENIZER_PRESETS, TokenizerConfig, preset
+from llamagen.data.crops import center_crop
+from llamagen.data.extraction import extract_store, keep_freed_memory
+from llamagen.data.images import ImageFolder, open_image
+from llamagen.data.views import Views
+from llamagen.devices import DTYPES, find_device, find_dtype
+from llamagen.tokenizer import ImageTokenizer, uint8_to_images
+
+PLAIN, OURS = "one at a time", "llamagen"
+PRESETS = {
+    "small": TokenizerConfig(
+        base_channels=32, channel_multipliers=(1, 2, 2), z_channels=64, codebook_size=1024
+    ),
+    **TOKENIZER_PRESETS,
+}
+SIZES = {"small": 64}
+"""Side of the images, where it is not 256."""
+
+
+def write_images(folder: Path, count: int, side: int) -> None:
+    """JPEG files in two classes: smooth colours with some noise, as photographs have."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((side + side // 4, side), Image.Resampling.BICUBIC))
+        pixels = np.clip(smooth + rng.normal(0, 8, smooth.shape), 0, 255).astype(np.uint8)
+        path = folder / str(index % 2) / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path, quality=90)
+
+
+@torch.inference_mode()
+def one_at_a_time(tokenizer: ImageTokenizer, images: ImageFolder, size: int, out: Path) -> None:
+    """Batches of one image in the ordinary memory layout, and two small files for each."""
+    out.mkdir(parents=True)
+    assert images.labels is not None
+    for index, (path, label) in enumerate(zip(images.paths, images.labels, strict=True)):
+        pixels = np.array(center_crop(open_image(path), size))
+        batch = torch.from_numpy(pixels).movedim(-1, -3)[None].contiguous()  # (1, 3, H, W)
+        latents = tokenizer.encoder(uint8_to_images(batch.to(tokenizer.device)))
+        codes = tokenizer.quantize(tokenizer.quant_conv(latents)).codes
+        np.save(out / f"{index}_codes.npy", codes.flatten(1).cpu().numpy())
+        np.save(out / f"{index}_label.npy", np.array([label]))
+
+
+def worker(
+    connection: Connection,
+    way: str,
+    name: str,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Extracts all images each time it is sent True; ends when it is sent False."""
+    tokenizer = ImageTokenizer(preset(PRESETS, name)).to(device).eval()
+    images = ImageFolder.scan(folder / "images")
+    size = SIZES.get(name, 256)
+    views = Views(height=size, width=size, kind="center")
+    if way != PLAIN:
+        keep_freed_memory()
+    for run in itertools.count():
+        connection.send(None)
+        if not connection.recv():
+            return
+        out = folder / f"{way}-{run}"
+        if way == PLAIN:
+            one_at_a_time(tokenizer, images, size, out)
+        else:
+            extract_store(tokenizer, images, views, out, dtype=dtype, progress=False)
+
+
+def measure(
+    name: str, count: int, repeats: int, device: torch.device, dtype: torch.dtype, folder: Path
+) -> dict[str, list[float]]:
+    """Images per second of both ways."""
+    write_images(folder / "images", count, SIZES.get(name, 256))
+    context = multiprocessing.get_context("spawn")
+    candidates, workers = {}, {}
+    for way in (PLAIN, OURS):
+        ours, theirs = context.Pipe()
+        arguments = (theirs, way, name, folder, device, dtype)
+        process = context.Process(target=worker, args=arguments, daemon=True)
+        process.start()
+        ours.recv()
+        workers[ours] = process
+        candidates[way] = functools.partial(run_once, ours)
+    seconds = time_in_turn(candidates, repeats=repeats)
+    for connection, process in workers.items():
+        connection.send(False)
+        process.join()
+    return {way: [count / s for s in values] for way, values in seconds.items()}
+
+
+def run_once(connection: Connection) -> None:
+    """Asks a worker to extract, and waits until it has."""
+    connection.send(True)
+    connection.recv()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", nargs="+", default=["small", "VQ-16"])
+    parser.add_argument("--images", type=int, default=32)
+    parser.add_argument("--dtype", default=None, choices=DTYPES)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = find_device(arguments.device)
+    dtype = find_dtype(arguments.dtype, device)
+    rows, results = [], []
+    for name in arguments.preset:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(name, arguments.images, arguments.repeats, device, dtype, Path(folder))
+        plain, ours = (statistics.median(found[way]) for way in (PLAIN, OURS))
+        precision = str(dtype).removeprefix("torch.")
+        rows.append(
+            [
+                name,
+                precision,
+                median_and_spread(found[PLAIN]),
+                median_and_spread(found[OURS]),
+                f"{ours / plain:.2f}",
+            ]
+        )
+        results.append({"preset": name, "dtype": precision, "images_per_second": found})
+    print_table(
+        ["tokenizer", "ours in", "one at a time, images/s", "llamagen, images/s", "ratio"], rows
+    )
+    record("extraction", results)
+
+
+if __name__ == "__main__":
+    main()

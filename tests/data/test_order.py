@@ -1,0 +1,54 @@
+from collections import Counter
+
+import pytest
+
+from llamagen.data.order import DataOrder, Draw
+
+KNOWN_ORDER = [1, 5, 2, 4, 3, 0]
+KNOWN_NUMBER = 136
+
+
+def draws(order, steps):
+    return [draw for step in range(steps) for draw in order.batch(step)]
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 5), (3, 8), (1, 4)])
+def test_every_sample_once_an_epoch(count, batch_size):
+    order = DataOrder(count=count, batch_size=batch_size, seed=1)
+    drawn = draws(order, 20)
+    assert len(drawn) == 20 * batch_size
+    whole = len(drawn) // count
+    counts = Counter(draw.epoch for draw in drawn)
+    for epoch in range(whole):
+        assert counts[epoch] == count
+        assert {d.index for d in drawn if d.epoch == epoch} == set(range(count))
+
+
+def test_a_function_of_seed_and_step():
+    order = DataOrder(count=100, batch_size=8, seed=1)
+    later = [order.batch(step) for step in (30, 2)]
+    again = DataOrder(count=100, batch_size=8, seed=1)
+    assert [again.batch(step) for step in (30, 2)] == later
+    assert DataOrder(count=100, batch_size=8, seed=2).batch(2) != later[1]
+
+
+def test_epochs_differ():
+    order = DataOrder(count=50, batch_size=50, seed=0)
+    first, second = ([draw.index for draw in order.batch(step)] for step in (0, 1))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_known_order():
+    # Frozen: a run must go on in the same order with a later version of this program.
+    order = DataOrder(count=6, batch_size=6, seed=3)
+    assert [draw.index for draw in order.batch(0)] == KNOWN_ORDER
+    assert order.random(Draw(0, 4)).randrange(1000) == KNOWN_NUMBER
+
+
+def test_random_numbers_belong_to_a_draw():
+    order = DataOrder(count=6, batch_size=6, seed=3)
+    numbers = {
+        order.random(Draw(epoch, index)).random() for epoch in range(3) for index in range(6)
+    }
+    assert len(numbers) == 18

@@ -1,0 +1,150 @@
+import dataclasses
+import shutil
+
+import pytest
+
+from llamagen.errors import InputError
+from llamagen.training import train_tokenizer, train_transformer
+from llamagen.training.run_folder import MAY_CHANGE, open_run
+from tests.images import write_digits
+from tests.models import tiny_tokenizer
+from tests.training.runs import records, tokenizer_recipe, transformer_recipe
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """A finished run of two steps; tests copy it."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    train_tokenizer(tokenizer_recipe(digits, out, steps=2), quiet=True)
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr": 0.5}, "began with loop.lr 0.001, now it is 0.5; restore it, or give another --out"),
+        ({"batch_size": 8}, "began with loop.batch_size 4, now it is 8"),
+        ({"dropout": 0.5}, "began with model.dropout 0.1, now it is 0.5"),
+        ({"precision": "bfloat16"}, "began with loop.precision float32, now it is bfloat16"),
+        ({"codebook_init": "data"}, "began with codebook_init random, now it is data"),
+    ],
+)
+def test_what_would_change_the_result_is_refused(digits, out, changes, message):
+    with pytest.raises(InputError, match=message):
+        train_tokenizer(tokenizer_recipe(digits, out, **{"steps": 2, **changes}), quiet=True)
+
+
+def test_what_may_change(digits, out):
+    recipe = tokenizer_recipe(
+        digits, out, steps=3, log_every=1, save_every=1, keep_checkpoints=1, precision="auto"
+    )
+    assert train_tokenizer(recipe, quiet=True).steps == 3
+    assert [record["step"] for record in records(out)] == [2, 2, 3, 3]
+
+
+def test_fields_that_may_change_exist(digits, out):
+    fields = set()
+    for recipe in (tokenizer_recipe(digits, out), transformer_recipe(digits, "", out)):
+        for name, value in vars(recipe).items():
+            inner = vars(value) if dataclasses.is_dataclass(value) else {}
+            fields |= {name, *(f"{name}.{key}" for key in inner)}
+    assert fields >= MAY_CHANGE
+
+
+def test_steps_are_part_of_a_cosine(digits, tmp_path):
+    for steps, message in ((2, None), (3, "began with loop.steps 2, now it is 3")):
+        recipe = tokenizer_recipe(digits, tmp_path / "out", steps=steps, schedule="cosine")
+        if message is None:
+            train_tokenizer(recipe, quiet=True)
+        else:
+            with pytest.raises(InputError, match=message):
+                train_tokenizer(recipe, quiet=True)
+
+
+def test_fewer_steps_than_done(digits, out):
+    with pytest.raises(InputError, match="is at step 2 already"):
+        train_tokenizer(tokenizer_recipe(digits, out, steps=1), quiet=True)
+
+
+def test_no_resume(digits, out):
+    with pytest.raises(InputError, match="holds a run already"):
+        train_tokenizer(tokenizer_recipe(digits, out, steps=2, resume=False), quiet=True)
+
+
+def test_another_kind_of_run(digits, out):
+    with pytest.raises(InputError, match="holds another kind of run"):
+        open_run(transformer_recipe(digits, "anything", out))
+
+
+def test_other_peoples_folder(digits, tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train_tokenizer(tokenizer_recipe(digits, tmp_path), quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_in_the_way(digits, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(InputError, match="is a file; give --out a folder"):
+        train_tokenizer(tokenizer_recipe(digits, tmp_path / "out"), quiet=True)
+
+
+def test_unwritable(digits, tmp_path, monkeypatch):
+    def refuse(*_args, **_keywords):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(InputError, match=r"cannot write to .*out \(Permission denied\)"):
+        train_tokenizer(tokenizer_recipe(digits, tmp_path / "out"), quiet=True)
+
+
+def test_a_run_without_checkpoints_may_begin_anew(digits, out):
+    shutil.rmtree(out / "checkpoints")
+    result = train_tokenizer(tokenizer_recipe(digits, out, steps=1, lr=0.5), quiet=True)
+    assert result.steps == 1
+    assert {record["step"] for record in records(out)} == {1}
+
+
+def test_bad_input_leaves_nothing_behind(digits, tmp_path):
+    out = tmp_path / "out"
+    for recipe in (
+        tokenizer_recipe(tmp_path / "missing", out),
+        tokenizer_recipe(None, out),
+        tokenizer_recipe(digits, out, validation_data=tmp_path / "missing"),
+    ):
+        with pytest.raises((InputError, FileNotFoundError)):
+            train_tokenizer(recipe, quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_images(digits, out, tmp_path):
+    other = write_digits(tmp_path / "other", per_class=5)
+    with pytest.raises(InputError, match="the set of training images is not what the run"):
+        train_tokenizer(tokenizer_recipe(other, out, steps=3), quiet=True)
+
+
+def test_moved_images(digits, out, tmp_path):
+    moved = shutil.copytree(digits, tmp_path / "moved")
+    assert train_tokenizer(tokenizer_recipe(moved, out, steps=3), quiet=True).steps == 3
+
+
+def test_another_tokenizer(digits, tokenizer_folder, tmp_path):
+    out = tmp_path / "out"
+    train_transformer(transformer_recipe(digits, tokenizer_folder, out, steps=1), quiet=True)
+    tiny_tokenizer(seed=1).save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="the image tokenizer is not what the run"):
+        train_transformer(transformer_recipe(digits, tmp_path / "other", out, steps=2), quiet=True)
+
+
+def test_precision_stays_what_it_was(digits, out, monkeypatch):
+    monkeypatch.setattr("llamagen.training.run_folder.find_dtype", lambda *_: "torch.bfloat16")
+    assert open_run(tokenizer_recipe(digits, out, precision="auto")).loop.precision == "float32"
+    fresh = tokenizer_recipe(digits, out / "fresh", precision="auto")
+    assert open_run(fresh).loop.precision == "bfloat16"
+    monkeypatch.setattr("llamagen.training.run_folder.find_dtype", lambda *_: "torch.float16")
+    assert open_run(fresh).loop.precision == "float32"
