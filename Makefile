@@ -51,7 +51,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	$(BIN)/python benchmarks/decoding.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/decoding.py
 	$(BIN)/python benchmarks/loading.py
 
 clean:
