@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 .PHONY: help install demo test lint format bench clean
 
 help:
-	@echo "make demo     train on handwritten digits and draw some (about 4 minutes)"
+	@echo "make demo     train on handwritten digits and draw some (about 3 minutes)"
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff format the code"
