@@ -46,9 +46,11 @@ class Losses:
     """What a task computes of a batch."""
 
     total: Tensor
-    """Scalar, to be minimised."""
+    """Scalar, to be minimised by the model."""
     metrics: dict[str, Tensor]
     """Scalars to be logged, without gradients."""
+    adversary: Tensor | None = None
+    """Scalar, to be minimised by the adversary; it leads back to nothing of the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,10 @@ class Task(abc.ABC):
     panels: ClassVar[Mapping[str, Sequence[str]]]
     """The curves: title -> metrics."""
     model: nn.Module
+    adversary: nn.Module | None = None
+    """Trained against the model, with an optimiser of its own; always in training mode."""
+    adversary_lr: float = 0.0
+    """The adversary's learning rate where the model's is the recipe's; both follow one schedule."""
     data: Mapping[str, str]
     """Identity of everything that the run reads, by name."""
 
@@ -88,8 +94,20 @@ class Task(abc.ABC):
         """The batches of the steps from ``first`` up to but not including ``last``."""
 
     @abc.abstractmethod
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Of one batch, or of a part of it."""
+    def losses(
+        self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
+    ) -> Losses:
+        """Of one batch, or of a part of it.
+
+        Args:
+            model: ``self.model`` as it is to be called: perhaps in a wrapper of torch.
+            batch: this process's rows, on its device.
+            step: finished steps.
+            adversary: ``self.adversary``, likewise.
+        """
+
+    def after_step(self, step: int) -> None:  # noqa: B027
+        """Called in every process after the weights have moved in step ``step``."""
 
     def statistics(self) -> dict[str, float]:
         """Further numbers to log, of the recent batches together."""
