@@ -152,18 +152,18 @@ def test_only_what_is_damaged_is_made_again(tokenizer, images, tmp_path):
 _CHILD = """
 import sys, time
 import torch
-from llamagen.data import loader
+import llamagen.data.images as images_module
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder
 from llamagen.data.views import Views
 from tests.models import tiny_tokenizer
 
 torch.set_num_threads(1)
-read = loader.open_image
+read = images_module.open_image
 def slowly(path):
     time.sleep(0.01)
     return read(path)
-loader.open_image = slowly
+images_module.open_image = slowly
 extract_store(
     tiny_tokenizer(), ImageFolder.scan(sys.argv[1]), Views(height=16, width=16), sys.argv[2],
     shard_size=3,
@@ -391,9 +391,9 @@ def test_the_batch_size_stays_that_of_the_first_run(tokenizer, images, tmp_path,
     sizes = []
     views = extraction.image_views
 
-    def watched(*arguments, batch_size, workers):
+    def watched(*arguments, batch_size, **options):
         sizes.append(batch_size)
-        return views(*arguments, batch_size=batch_size, workers=workers)
+        return views(*arguments, batch_size=batch_size, **options)
 
     monkeypatch.setattr(extraction, "image_views", watched)
     extract_store(tokenizer, images, VIEWS, out, shard_size=4)

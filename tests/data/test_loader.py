@@ -19,10 +19,16 @@ def paths(tmp_path):
     return ImageFolder.scan(write_digits(tmp_path / "digits", per_class=5)).paths
 
 
+def collection(paths):
+    return ImageFolder(paths[0].parents[1], tuple(paths))
+
+
 def batches(paths, *, first=0, last=6, workers=0, seed=0):
     order = DataOrder(count=len(paths), batch_size=4, seed=seed)
     return list(
-        training_batches(paths, order, AUGMENTATION, first=first, last=last, workers=workers)
+        training_batches(
+            collection(paths), order, AUGMENTATION, first=first, last=last, workers=workers
+        )
     )
 
 
@@ -82,7 +88,9 @@ def test_nothing_but_corrupt_files(paths, workers):
 
 def test_views_in_order_without_corrupt_files(paths):
     paths[2].write_bytes(b"broken")
-    found = list(image_views(paths, Views(height=8, width=8, kind="flip"), batch_size=4))
+    found = list(
+        image_views(collection(paths), Views(height=8, width=8, kind="flip"), batch_size=4)
+    )
     assert [i for batch in found for i in batch.indices.tolist()] == [0, 1, *range(3, 15)]
     assert [e.path for batch in found for e in batch.skipped] == [paths[2]]
     pixels = torch.cat([batch.pixels for batch in found])
@@ -93,7 +101,7 @@ def test_views_in_order_without_corrupt_files(paths):
 def test_a_batch_of_corrupt_files_only(paths):
     for path in paths[:4]:
         path.write_bytes(b"broken")
-    first, *_ = image_views(paths, Views(height=8, width=8), batch_size=4)
+    first, *_ = image_views(collection(paths), Views(height=8, width=8), batch_size=4)
     assert len(first.indices) == 0
     assert len(first.skipped) == 4
 
@@ -134,3 +142,20 @@ class TestOblongCrops:
         image = Image.fromarray(np.stack([columns] * 3, -1))
         cropped = np.asarray(center_crop(image, 16, width=24))
         np.testing.assert_array_equal(cropped[..., 0], columns[:, 12:36])
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(2, 0), (4, 2)])
+def test_processes_share_every_batch(paths, world_size, workers):
+    order = DataOrder(count=len(paths), batch_size=4, seed=0)
+
+    def of(rank, world_size):
+        return training_batches(
+            collection(paths), order, AUGMENTATION, first=3, last=9, workers=workers,
+            rank=rank, world_size=world_size,
+        )  # fmt: skip
+
+    whole = list(of(0, 1))
+    parts = [list(of(rank, world_size)) for rank in range(world_size)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(torch.cat([part[step].pixels for part in parts]), batch.pixels)
+        assert torch.equal(torch.cat([part[step].indices for part in parts]), batch.indices)

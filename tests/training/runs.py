@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
 
 from llamagen.config import TokenizerConfig
 from llamagen.training import LoopConfig, TokenizerTraining, TransformerTraining
@@ -75,16 +77,22 @@ def records(out: Path) -> list[dict[str, Any]]:
     """Lines of metrics.jsonl without what is measured by the clock."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [
-        {key: value for key, value in json.loads(line).items() if key != "images_per_second"}
+        {key: value for key, value in json.loads(line).items() if "per_second" not in key}
         for line in lines
     ]
 
 
 def state(out: Path, step: int) -> dict[str, Any]:
-    """The state in a run's checkpoint, without the time it took."""
-    path = out / "checkpoints" / f"step-{step:07d}" / "state.pt"
-    values: dict[str, Any] = torch.load(path, weights_only=True)
-    return {key: value for key, value in values.items() if key != "seconds"}
+    """Everything in a run's checkpoint but the time it took."""
+    path = out / "checkpoints" / f"step-{step:07d}"
+    values: dict[str, Any] = torch.load(path / "state.pt", weights_only=True)
+    del values["seconds"]
+    index = FileSystemReader(path / "tensors").read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()
+    }
+    dcp.load(tensors, checkpoint_id=path / "tensors", no_dist=True)
+    return values | tensors
 
 
 def assert_same_state(a: Any, b: Any) -> None:

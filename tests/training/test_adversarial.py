@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from llamagen.errors import InputError
 from llamagen.training.adversarial import (
     adaptive_weight,
-    adversarial_factor,
     discriminator_loss,
     generator_loss,
 )
@@ -80,11 +79,6 @@ def test_an_unknown_loss():
     ):
         with pytest.raises(InputError, match="'wasserstein'; choose one of hinge, vanilla, non-"):
             call()
-
-
-def test_the_start():
-    assert [adversarial_factor(step, 3) for step in range(5)] == [0.0, 0.0, 0.0, 1.0, 1.0]
-    assert adversarial_factor(0, 0) == 1.0
 
 
 def test_adaptive_weight_of_quadratics():

@@ -162,7 +162,7 @@ class TestLearningRate:
 
 def test_decay_is_for_matrices_only():
     model = tiny_transformer()
-    decayed, free = make_optimizer(model, LoopConfig(weight_decay=0.05)).param_groups
+    decayed, free = make_optimizer(model, LoopConfig(weight_decay=0.05), lr=1e-3).param_groups
     assert (decayed["weight_decay"], free["weight_decay"]) == (0.05, 0.0)
     assert {p.ndim for p in free["params"]} == {1}
     assert all(p.ndim >= 2 for p in decayed["params"])

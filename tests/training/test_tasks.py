@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,22 +10,35 @@ import torch
 from PIL import Image
 
 from llamagen.config import SamplingConfig
-from llamagen.data.codes import CodeSet
-from llamagen.data.images import SkippedFiles
+from llamagen.data.extraction import extract_store
+from llamagen.data.images import ImageFolder
+from llamagen.data.views import Views
 from llamagen.errors import InputError
-from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import ImageTokenizer
-from llamagen.training import train_tokenizer, train_transformer
-from llamagen.training.config import AugmentationConfig, ImageConfig, TokenizerLossConfig
+from llamagen.training import train_tokenizer, train_transformer, transformer_task
+from llamagen.training.checkpoint import latest_checkpoint
+from llamagen.training.config import (
+    AugmentationConfig,
+    ImageConfig,
+    TokenizerLossConfig,
+    TransformerSize,
+)
 from llamagen.training.loop import fit
 from llamagen.training.losses import tokenizer_terms
 from llamagen.training.tokenizer_task import init_codebook
+from llamagen.training.transformer_data import Codes
+from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask
-from llamagen.transformer import Transformer
 from tests.images import write_digits
-from tests.models import tiny_tokenizer, tiny_transformer
-from tests.training.runs import records, tokenizer_recipe, transformer_recipe
+from tests.models import tiny_tokenizer
+from tests.training.runs import (
+    assert_same_state,
+    records,
+    state,
+    tokenizer_recipe,
+    transformer_recipe,
+)
 
 
 class TestTokenizer:
@@ -98,8 +112,10 @@ class TestTokenizer:
         assert "003.png" in listed
 
     def test_a_loss_that_is_not_finite(self, digits, tmp_path):
-        recipe = tokenizer_recipe(digits, tmp_path / "out", lr=1e30, clip_norm=0.0, log_every=2)
-        with pytest.raises(InputError, match="at or shortly before step"):
+        recipe = tokenizer_recipe(
+            digits, tmp_path / "out", lr=1e30, clip_norm=0.0, max_skipped_steps=0
+        )
+        with pytest.raises(InputError, match="were infinite or not a number"):
             train_tokenizer(recipe, quiet=True)
         assert not (tmp_path / "out" / "tokenizer").exists()
 
@@ -166,13 +182,14 @@ class TestTransformer:
         labels = Pipeline.from_pretrained(model, device="cpu", dtype="float32").labels
         assert labels.names == ("0", "1", "2", "class 3", "class 4")
 
+    def test_fewer_classes_than_the_data_has(self, digits, tokenizer_folder, tmp_path):
+        recipe = transformer_recipe(digits, tokenizer_folder, tmp_path / "out", num_classes=2)
+        with pytest.raises(InputError, match=r"num_classes is 2, but .* has 3 classes; raise it"):
+            train_transformer(recipe, quiet=True)
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            (
-                {"num_classes": 2},
-                "num_classes is 2, but .* has 3 classes; raise it or leave it out",
-            ),
             ({"images": ImageConfig(size=18)}, "multiples of the tokenizer's downsampling 4"),
             ({"tokenizer": None}, "no image tokenizer was named; give --tokenizer"),
             ({"data": None}, "no images were named; give --data"),
@@ -192,38 +209,23 @@ class TestTransformer:
     def test_overfits(self, tmp_path):
         """Four sequences are learnt by heart: the codes are the only thing to go by."""
         rng = np.random.default_rng(0)
-        codes = CodeSet(
-            codes=rng.integers(0, 64, (4, 1, 4, 4)).astype(np.uint16),
-            labels=np.arange(4),
-            class_names=tuple("abcd"),
-            codebook_size=64,
-            origin="made up",
-        )
-        config = dataclasses.replace(
-            tiny_transformer().config,
-            num_classes=4, token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
-        )  # fmt: skip
+        store = Store(rng.integers(0, 64, (4, 1, 4, 4)), np.arange(4), tuple("abcd"))
         recipe = transformer_recipe(
-            None, "", tmp_path, class_dropout=0.0, sample_images=1,
+            None, "", tmp_path, class_dropout=0.0, sample_images=1, model=TransformerSize(
+                dim=32, layers=2, heads=2, hidden_dim=64,
+                token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
+            ),
             steps=120, lr=1e-2, log_every=60, validate_every=0, save_every=0,
         )  # fmt: skip
-        torch.manual_seed(0)
-        pipeline = Pipeline(tiny_tokenizer(), Transformer(config), labels=Labels(tuple("abcd")))
-        task = TransformerTask(
-            recipe, pipeline, codes, codes, data={}, skipped=SkippedFiles(tmp_path / "skipped.txt")
-        )
+        task = make_transformer_task(recipe, store)
         result = fit(task, recipe.loop, tmp_path, quiet=True)
         assert result.validation["bits_per_code"] < 0.1
 
     def test_batches_draw_labels_and_views(self, tmp_path):
-        numbers = np.arange(5 * 3).reshape(5, 3, 1, 1).astype(np.uint16)
-        codes = CodeSet(
-            codes=numbers, labels=np.arange(5) * 10, class_names=(), codebook_size=64, origin=""
-        )
+        numbers = np.arange(5 * 3).reshape(5, 3, 1, 1)
+        store = Store(numbers, np.arange(5) * 10, ())
         recipe = transformer_recipe(None, "", tmp_path, batch_size=5)
-        pipeline = Pipeline(tiny_tokenizer(), tiny_transformer())
-        skipped = SkippedFiles(tmp_path / "skipped.txt")
-        task = TransformerTask(recipe, pipeline, codes, None, data={}, skipped=skipped)
+        task = make_transformer_task(recipe, store)
         seen = set()
         for batch in task.batches(0, 20):
             rows = zip(batch["codes"].tolist(), batch["labels"].tolist(), strict=True)
@@ -236,24 +238,106 @@ class TestTransformer:
         assert all(torch.equal(a["codes"], b["codes"]) for a, b in zip(later, again, strict=True))
 
     def test_class_dropout_reaches_the_model(self, tmp_path):
-        recipe = transformer_recipe(None, "", tmp_path, class_dropout=0.5)
-        pipeline = Pipeline(tiny_tokenizer(), tiny_transformer())
-        codes = CodeSet(
-            codes=np.zeros((1, 1, 4, 4), np.uint16),
-            labels=np.zeros(1, np.int64), class_names=("a",), codebook_size=64, origin="",
-        )  # fmt: skip
-        skipped = SkippedFiles(tmp_path / "skipped.txt")
-        task = TransformerTask(recipe, pipeline, codes, None, data={}, skipped=skipped)
+        recipe = transformer_recipe(None, "", tmp_path, class_dropout=0.5, batch_size=400)
+        store = Store(np.zeros((1, 1, 4, 4)), np.zeros(1, np.int64), ("a",))
+        task = make_transformer_task(recipe, store)
+        batch = next(task.batches(0, 1))
+        assert 150 < int(batch["drop"].sum()) < 250
         dropped = []
 
-        def model(codes, labels, *, drop_condition):
+        def model(codes, labels, *, drop_condition, targets):
             dropped.append(drop_condition)
-            return torch.zeros(*codes.shape[:1], 16, 64, requires_grad=True)
+            assert targets.shape == (400, 16)
+            return torch.tensor(math.log(2.0))
 
-        batch = {"codes": torch.zeros(400, 16, dtype=torch.int64), "labels": torch.zeros(400)}
-        losses = task.losses(model, batch)
-        assert losses.total.item() == pytest.approx(math.log(64))
-        assert 100 < int(dropped[0].sum()) < 300
+        losses = task.losses(model, batch, step=0, adversary=None)
+        assert losses.metrics["bits_per_code"].item() == pytest.approx(1.0)
+        assert torch.equal(dropped[0], batch["drop"])
+
+    def test_a_store_of_codes(self, digits, tokenizer_folder, tmp_path):
+        tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
+        views = Views(height=16, width=16, kind="flip")
+        extract_store(tokenizer, ImageFolder.scan(digits), views, tmp_path / "store")
+        recipe = transformer_recipe(
+            None, tokenizer_folder, tmp_path / "out", codes=tmp_path / "store", steps=2
+        )
+        result = train_transformer(recipe, quiet=True)
+        assert result.validation["bits_per_code"] > 0
+        assert not (tmp_path / "out" / "codes").exists()
+        task = transformer_task.make_task(recipe)
+        codes = task._codes
+        assert len(codes.trained) + len(codes.validated) == 24
+        assert not set(codes.trained) & set(codes.validated)
+
+    def test_a_store_of_another_tokenizer(self, digits, tokenizer_folder, tmp_path):
+        views = Views(height=16, width=16)
+        extract_store(tiny_tokenizer(seed=1), ImageFolder.scan(digits), views, tmp_path / "store")
+        recipe = transformer_recipe(
+            None, tokenizer_folder, tmp_path / "out", codes=tmp_path / "store"
+        )
+        with pytest.raises(InputError, match="tokenizer"):
+            train_transformer(recipe, quiet=True)
+        assert not (tmp_path / "out").exists()
+
+    def test_recomputed_blocks_change_nothing(self, digits, tokenizer_folder, tmp_path):
+        for kind in ("none", "blocks"):
+            recipe = transformer_recipe(
+                digits, tokenizer_folder, tmp_path / kind, activation_checkpointing=kind
+            )
+            train_transformer(recipe, quiet=True)
+        assert_same_state(state(tmp_path / "blocks", 4), state(tmp_path / "none", 4))
+
+
+class Store:
+    """Codes in memory, for a task that is made without the rest."""
+
+    folder = Path("made up")
+    identity = "made up"
+
+    def __init__(self, codes, labels, class_names):
+        self.codes, self.labels, self.class_names = codes, labels, class_names
+        self.views, self.grid = codes.shape[1], codes.shape[2:]
+
+    def __len__(self):
+        return len(self.codes)
+
+    def rows(self, indices, views):
+        return self.codes[indices, views]
+
+    def skipped(self):
+        return []
+
+
+def make_transformer_task(recipe, store):
+    names = store.class_names or tuple(map(str, range(50)))
+    rows = np.arange(len(store))
+    start = find_start(recipe, codebook_size=64, grid=store.grid, class_names=names)
+    return TransformerTask(start, tiny_tokenizer(), Codes(store, rows, store, rows))
+
+
+def test_steps_without_gradients_are_skipped(digits, tokenizer_folder, tmp_path, monkeypatch):
+    """One bad batch changes nothing; too many in a row end the run with its checkpoint whole."""
+    losses = TransformerTask.losses
+    bad = {3}
+
+    def sometimes_infinite(self, model, batch, *, step, adversary):
+        found = losses(self, model, batch, step=step, adversary=adversary)
+        if step in bad:
+            found = dataclasses.replace(found, total=found.total * torch.inf)
+        return found
+
+    monkeypatch.setattr(TransformerTask, "losses", sometimes_infinite)
+    recipe = transformer_recipe(
+        digits, tokenizer_folder, tmp_path / "out", steps=6, log_every=1, max_skipped_steps=2
+    )
+    result = train_transformer(recipe, quiet=True)
+    assert result.train["skipped_steps"] == 1
+    assert all(math.isfinite(record["loss"]) for record in records(recipe.out) if "loss" in record)
+    bad |= set(range(6, 100))
+    longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=20))
+    with pytest.raises(InputError, match="gradients of 3 steps in a row, up to 9, were infinite"):
+        train_transformer(longer, quiet=True)
+    assert latest_checkpoint(tmp_path / "out" / "checkpoints").step == 8
 
 
 def test_bfloat16_trains(digits, tmp_path):

@@ -43,8 +43,8 @@ from tqdm import tqdm
 import llamagen.storage as storage
 from llamagen.config import config_to_dict
 from llamagen.data.codes import tokenizer_fingerprint
+from llamagen.data.collection import ImageCollection
 from llamagen.data.crops import TEN_CROP_RANGES
-from llamagen.data.images import ImageFolder
 from llamagen.data.loader import image_views
 from llamagen.data.store import (
     MANIFEST_NAME,
@@ -99,7 +99,7 @@ class Extraction:
 
 def extract_store(
     tokenizer: ImageTokenizer,
-    images: ImageFolder,
+    images: ImageCollection,
     views: Views,
     out: Path | str,
     *,
@@ -149,7 +149,7 @@ def extract_store(
 def extract_in_processes(
     processes: int,
     tokenizer: ImageTokenizer,
-    images: ImageFolder,
+    images: ImageCollection,
     views: Views,
     out: Path | str,
     *,
@@ -202,7 +202,7 @@ class _Job:
     """One extraction, as it is sent to the processes that share it."""
 
     tokenizer: ImageTokenizer
-    images: ImageFolder
+    images: ImageCollection
     views: Views
     out: Path
     captions: Sequence[str] | None
@@ -285,15 +285,16 @@ def _encode(
     encoder: ImageTokenizer, job: _Job, plan: StorePlan, numbers: range, report: Report
 ) -> _Shard:
     images = job.images
-    paths = images.paths[numbers.start : numbers.stop]
-    codes = np.empty((len(paths), plan.views.count, *plan.grid), dtype=plan.dtype)
+    codes = np.empty((len(numbers), plan.views.count, *plan.grid), dtype=plan.dtype)
     read: list[int] = []
     skipped: list[tuple[str, str]] = []
     per_batch = max(1, plan.batch_size // plan.views.count)
-    for batch in image_views(paths, job.views, batch_size=per_batch, workers=job.workers):
+    for batch in image_views(
+        images, job.views, batch_size=per_batch, workers=job.workers, indices=numbers
+    ):
         for error in batch.skipped:
             _log.warning("skipped: %s", error)
-            skipped.append((_key(images, error.path), error.reason))
+            skipped.append((error.key, error.reason))
         count = len(batch.indices)
         if count > 0:
             # An image may have more views than fit at once.
@@ -301,11 +302,11 @@ def _encode(
             grids = torch.cat([_codes(encoder, part) for part in parts])  # (B * V, rows, columns)
             start = len(read)
             codes[start : start + count] = grids.unflatten(0, (count, -1)).cpu().numpy()
-            read += [numbers[index] for index in batch.indices.tolist()]
+            read += batch.indices.tolist()
         report(count + len(batch.skipped))
     return _Shard(
         codes[: len(read)],
-        [_key(images, images.paths[i]) for i in read],
+        [images.key(i) for i in read],
         None if images.labels is None else [int(images.labels[i]) for i in read],
         None if job.captions is None else [job.captions[i] for i in read],
         skipped,
@@ -316,15 +317,11 @@ def _codes(encoder: ImageTokenizer, pixels: Tensor) -> Tensor:
     return encoder.encode(uint8_to_images(pixels.to(encoder.device)))
 
 
-def _key(images: ImageFolder, path: Path) -> str:
-    return path.relative_to(images.root).as_posix()
-
-
 def _code_dtype(codebook_size: int) -> str:
     return "uint16" if codebook_size <= 2**16 else "uint32"
 
 
-def source_digest(images: ImageFolder, captions: Sequence[str] | None = None) -> str:
+def source_digest(images: ImageCollection, captions: Sequence[str] | None = None) -> str:
     """A short text that changes with the names, labels and captions of images."""
     whole = hashlib.sha256(images.digest().encode())
     whole.update(json.dumps([images.class_names, images.labels, captions]).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import logging
 import os
@@ -16,6 +15,7 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llamagen.data.collection import ImageCollection
 from llamagen.errors import InputError
 
 EXTENSIONS = frozenset(
@@ -46,6 +46,9 @@ _WHITE = (255, 255, 255, 255)
 
 class CorruptImageError(InputError):
     """A file that cannot be read as an image: empty, truncated, or something else altogether."""
+
+    key: str = ""
+    """The image's key in its collection, where it was read from one by a loader."""
 
     def __init__(self, path: Path, reason: str) -> None:
         # Both go to the base class, so that the exception survives the way out of a worker process.
@@ -95,14 +98,19 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFolder:
+class ImageFolder(ImageCollection):
     """The images of a folder, sorted; each subfolder, if there are any, is a class."""
 
     root: Path
     paths: tuple[Path, ...]
     labels: tuple[int, ...] | None = None
-    """Index into ``class_names`` per image; None for a folder without classes."""
     class_names: tuple[str, ...] = ()
+    captions: tuple[str, ...] | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]  # a value of each, not of the class
+        """The folder."""
+        return str(self.root)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -152,36 +160,22 @@ class ImageFolder:
         """Finds the images in ``folder``, whatever its subfolders mean."""
         return cls(Path(folder), tuple(find_images(folder)))
 
-    def split(self, fraction: float) -> tuple[Self, Self]:
-        """Holds a part of the images out: (the rest, the part).
+    def key(self, index: int) -> str:
+        """The path of a file within the folder, with forward slashes."""
+        return self.paths[index].relative_to(self.root).as_posix()
 
-        Which ones depends on their names only, so every stage of training holds out the same.
-        At least one image is held out if ``fraction`` is above 0, and one is kept.
-        """
-        wanted = min(len(self) - 1, max(1, round(fraction * len(self)))) if fraction > 0 else 0
-        by_hash = sorted(range(len(self)), key=lambda i: hashlib.sha256(self._name(i)).digest())
-        held_out = sorted(by_hash[:wanted])
-        return self._subset(sorted(by_hash[wanted:])), self._subset(held_out)
+    def read(self, index: int) -> Image.Image:
+        """Reads a file; see ``open_image``."""
+        return open_image(self.paths[index])
 
-    def thinned(self, count: int) -> Self:
-        """At most ``count`` of the images, spread evenly over the list and so over the classes."""
-        kept = min(count, len(self))
-        return self._subset([i * len(self) // kept for i in range(kept)])
-
-    def digest(self) -> str:
-        """A short text that changes when a file is added, removed or renamed."""
-        whole = hashlib.sha256()
-        for index in range(len(self)):
-            whole.update(self._name(index) + b"\0")
-        return whole.hexdigest()[:16]
-
-    def _name(self, index: int) -> bytes:
-        return self.paths[index].relative_to(self.root).as_posix().encode()
-
-    def _subset(self, indices: Sequence[int]) -> Self:
-        labels = None if self.labels is None else tuple(self.labels[i] for i in indices)
-        paths = tuple(self.paths[i] for i in indices)
-        return dataclasses.replace(self, paths=paths, labels=labels)
+    def subset(self, indices: Sequence[int]) -> Self:
+        """Some of the files."""
+        return dataclasses.replace(
+            self,
+            paths=tuple(self.paths[i] for i in indices),
+            labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
+            captions=None if self.captions is None else tuple(self.captions[i] for i in indices),
+        )
 
 
 def _in_order(names: set[str]) -> list[str]:
@@ -204,7 +198,15 @@ def open_image(path: Path | str) -> Image.Image:
     """
     path = Path(path)
     # Read here, so that a fault of the disk or network is not taken for a damaged image.
-    content = path.read_bytes()
+    return decode_image(path.read_bytes(), path)
+
+
+def decode_image(content: bytes, path: Path) -> Image.Image:
+    """Decodes the bytes of an image file, as ``open_image`` does.
+
+    Raises:
+        CorruptImageError: they are not a whole image; ``path`` says whose they are.
+    """
     if not content:
         raise CorruptImageError(path, "the file is empty")
     try:
@@ -250,7 +252,10 @@ class SkippedFiles:
     def __init__(self, path: Path) -> None:
         """``path`` is the text file that lists them; what it already lists is known."""
         self.path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        text = ""
+        if path.exists():
+            text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        lines = text.splitlines()
         self._known = {line.split("\t")[0] for line in lines}
 
     def __len__(self) -> int:
@@ -264,5 +269,5 @@ class SkippedFiles:
                 continue
             self._known.add(name)
             _log.warning("skipped: %s", error)
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                 file.write(f"{name}\t{error.reason}\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,56 +15,76 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from llamagen.data.images import CorruptImageError, open_image
+from llamagen.data.collection import ImageCollection
+from llamagen.data.images import CorruptImageError
 from llamagen.data.order import DataOrder, Draw
 from llamagen.data.views import Augmentation, Views
 from llamagen.errors import InputError
 
 
 class ImageBatch(NamedTuple):
-    """Images as they come from the files."""
+    """Images as they were read."""
 
     pixels: Tensor
     """(B, 3, H, W) bytes; (B, V, 3, H, W) where several views were asked for."""
     indices: Tensor
-    """(B,) int64: which files."""
+    """(B,) int64: which of the collection."""
     skipped: tuple[CorruptImageError, ...]
-    """The files that could not be read."""
+    """Those that could not be read."""
 
 
 def training_batches(
-    paths: Sequence[Path],
+    images: ImageCollection,
     order: DataOrder,
     augmentation: Augmentation,
     *,
     first: int,
     last: int,
     workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[ImageBatch]:
     """The batches of the steps from ``first`` up to but not including ``last``.
 
-    In the place of a file that cannot be read stands the next in the list that can: a choice
-    that depends on nothing but the files, so it is the same after a restart.
+    In the place of an image that cannot be read stands the next in the list that can: a choice
+    that depends on nothing but the images, so it is the same after a restart.
+
+    Args:
+        images: what to read.
+        order: which images a step reads.
+        augmentation: what is done to each.
+        first: the first step.
+        last: the step after the last.
+        workers: processes that read for this one.
+        rank: of ``world_size`` processes that share every batch, which one this is. It gets
+            consecutive images; all parts together are what one process would get.
+        world_size: number of processes that train.
 
     Raises:
-        InputError: none of the files can be read.
+        InputError: none of the images can be read.
     """
-    dataset = _TrainingImages(paths, order, augmentation)
-    for batch in _load(dataset, _Steps(order, first, last), workers):
+    dataset = _TrainingImages(images, order, augmentation)
+    for batch in _load(dataset, _Steps(order, first, last, rank, world_size), workers):
         if len(batch.indices) == 0:
-            raise InputError(
-                f"none of the {len(paths)} image files can be read: {batch.skipped[0]}"
-            )
+            raise InputError(f"none of the {len(images)} images can be read: {batch.skipped[0]}")
         yield batch
 
 
 def image_views(
-    paths: Sequence[Path], views: Views, *, batch_size: int, workers: int = 0
+    images: ImageCollection,
+    views: Views,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Every image that can be read, in order: pixels are (B, V, 3, H, W)."""
-    indices = range(len(paths))
-    batches = [indices[i : i + batch_size] for i in range(0, len(paths), batch_size)]
-    yield from _load(_EveryImage(paths, views), batches, workers)
+    """Every image that can be read, in order: pixels are (B, V, 3, H, W).
+
+    With ``indices`` only those images.
+    """
+    chosen = range(len(images)) if indices is None else indices
+    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+    yield from _load(_EveryImage(images, views), batches, workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,22 +97,25 @@ class _Sample:
 class _TrainingImages(Dataset[_Sample]):
     """Augmented images by their draws."""
 
-    def __init__(self, paths: Sequence[Path], order: DataOrder, augmentation: Augmentation) -> None:
-        self.paths = paths
+    def __init__(
+        self, images: ImageCollection, order: DataOrder, augmentation: Augmentation
+    ) -> None:
+        self.images = images
         self.order = order
         self.augmentation = augmentation
         self.corrupt: set[int] = set()
 
     def __getitem__(self, draw: Draw) -> _Sample:
         skipped = []
-        for offset in range(len(self.paths)):
-            index = (draw.index + offset) % len(self.paths)
-            # Reading a file again that was found damaged would cost time and change nothing.
+        for offset in range(len(self.images)):
+            index = (draw.index + offset) % len(self.images)
+            # Reading an image again that was found damaged would cost time and change nothing.
             if index in self.corrupt:
                 continue
             try:
-                image = open_image(self.paths[index])
+                image = self.images.read(index)
             except CorruptImageError as error:
+                error.key = self.images.key(index)
                 self.corrupt.add(index)
                 skipped.append(error)
                 continue
@@ -105,29 +127,34 @@ class _TrainingImages(Dataset[_Sample]):
 class _EveryImage(Dataset[_Sample]):
     """All views of each image by its index."""
 
-    def __init__(self, paths: Sequence[Path], views: Views) -> None:
-        self.paths = paths
+    def __init__(self, images: ImageCollection, views: Views) -> None:
+        self.images = images
         self.views = views
 
     def __getitem__(self, index: int) -> _Sample:
         try:
-            image = open_image(self.paths[index])
+            image = self.images.read(index)
         except CorruptImageError as error:
+            error.key = self.images.key(index)
             return _Sample(None, index, (error,))
         return _Sample(np.stack([np.asarray(v) for v in self.views(image)]), index, ())
 
 
 class _Steps:
-    """The draws of each step, made when they are needed."""
+    """A process's draws of each step, made when they are needed."""
 
-    def __init__(self, order: DataOrder, first: int, last: int) -> None:
+    def __init__(
+        self, order: DataOrder, first: int, last: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.order, self.first, self.last = order, first, last
+        start, end = (order.batch_size * part // world_size for part in (rank, rank + 1))
+        self.part = slice(start, end)
 
     def __len__(self) -> int:
         return self.last - self.first
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        return map(self.order.batch, range(self.first, self.last))
+        return (self.order.batch(step)[self.part] for step in range(self.first, self.last))
 
 
 def _load(dataset: Dataset[_Sample], batches: Any, workers: int) -> Iterator[ImageBatch]:

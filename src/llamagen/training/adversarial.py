@@ -6,16 +6,14 @@ per patch; every loss is a mean over them, computed in float32.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen.errors import InputError
-
-AdversarialLoss = Literal["hinge", "vanilla", "non-saturating"]
-"""What a discriminator, or the model that it judges, minimises."""
+from llamagen.training.config import AdversarialLoss
 
 _MAX_ADAPTIVE_WEIGHT = 1e4
 _ADAPTIVE_EPS = 1e-4
@@ -50,11 +48,6 @@ def generator_loss(kind: AdversarialLoss, fake: Tensor) -> Tensor:
     _require_known(kind)
     fake = fake.float()
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
-
-
-def adversarial_factor(step: int, start: int) -> float:
-    """0 before the step ``start``, from there on 1: what both sides' losses are multiplied by."""
-    return 0.0 if step < start else 1.0
 
 
 def adaptive_weight(

@@ -1,7 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped.
 
-A checkpoint is a folder ``step-0001000`` that appears whole or not at all. No random generator is
-in it, since no step uses numbers that earlier steps left behind (see ``loop``).
+A checkpoint is a folder ``step-0001000`` that appears whole or not at all. Tensors are in it in
+the format of PyTorch's Distributed Checkpoint, each process having written its part, so they can be
+read by another number of processes. No random generator is in it, since no step uses numbers that
+earlier steps left behind (see ``loop``).
 """
 
 from __future__ import annotations
@@ -11,73 +13,105 @@ import json
 import logging
 import pickle
 import shutil
-import zipfile
+import tempfile
+import threading
+import warnings
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 import llamagen.storage as storage
+from llamagen.errors import InputError
+from llamagen.training import distributed
 
 FOLDER_NAME = "checkpoints"
 
+_TENSORS_NAME = "tensors"
 _STATE_NAME = "state.pt"
 _ABOUT_NAME = "about.json"
 _PREFIX = "step-"
 _DAMAGED_SUFFIX = ".damaged"
+_BLOCK = 1 << 24
 
 _log = logging.getLogger(__name__)
+
+# A run of one process is one. For good: the threads that write share the filters.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+NestedTensors = Mapping[str, Mapping[str, Tensor]]
+"""Groups of named tensors; each may be a ``DTensor``, of which a process holds a part."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint, read."""
+    """A checkpoint that is whole."""
 
+    path: Path
     step: int
     """Finished steps."""
-    state: dict[str, Any]
-    """Weights, optimiser and whatever else the loop keeps, on the CPU."""
     about: dict[str, Any]
     """What the run is: program version and identity of the data."""
 
+    def read_state(self) -> dict[str, Any]:
+        """The plain values and small tensors that were saved."""
+        state: dict[str, Any] = torch.load(
+            self.path / _STATE_NAME, map_location="cpu", weights_only=True
+        )
+        return state
 
-def save_checkpoint(
-    folder: Path, *, step: int, state: dict[str, Any], about: dict[str, Any], keep: int
-) -> Path:
-    """Writes a checkpoint into ``folder`` and removes all but the ``keep`` latest.
+    def read_tensors(self, tensors: NestedTensors) -> None:
+        """Fills ``tensors`` in place, each process its parts; to be called in every process.
 
-    If writing fails, the earlier checkpoints are as they were.
-    """
-    path = folder / f"{_PREFIX}{step:07d}"
-    with storage.atomic_folder(path) as temporary:
-        # Through a Python file: torch's own writer does not tell a full disk from other faults.
-        with (temporary / _STATE_NAME).open("wb") as file:
-            torch.save(state, file)
-        about = {"step": step, "llamagen": version("llamagen"), "torch": torch.__version__, **about}
-        storage.write_json(temporary / _ABOUT_NAME, about)
-    for old in _find(folder)[:-keep]:
-        shutil.rmtree(old)
-    return path
+        Raises:
+            InputError: the checkpoint does not hold these tensors.
+        """
+        with _errors_of_dcp():
+            load(
+                {name: dict(group) for name, group in tensors.items()},
+                storage_reader=_Reader(self.path / _TENSORS_NAME),
+            )
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The latest checkpoint that is whole, or None.
+    """The latest checkpoint that is whole, or None; to be called in every process.
 
     Damaged ones are reported, renamed and passed over. What an interrupted save left behind is
     removed.
     """
-    for leftover in folder.glob(f".{_PREFIX}*"):
-        shutil.rmtree(leftover)
-    for path in reversed(_find(folder)):
-        try:
-            return _read(path)
-        except (OSError, RuntimeError, ValueError, LookupError, EOFError, zipfile.error) as error:
-            reason = " ".join(str(error).split())
-            _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
-            # Out of the way: it must not count among the latest that are kept.
-            path.rename(path.with_name(path.name + _DAMAGED_SUFFIX))
-    return None
+    found = _latest(folder) if distributed.is_main() else None
+    # The main process's answer: files that it renames must not be seen by others before or after.
+    return distributed.gathered(found)[0]
+
+
+def read_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
+    """The checkpoint of a step, by default the latest; changes nothing.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    paths = {_step_of(path): path for path in _find(folder)}
+    if not paths:
+        raise InputError(f"there are no checkpoints in {folder}; name the folder of a run")
+    if step is not None and step not in paths:
+        known = ", ".join(str(number) for number in sorted(paths))
+        raise InputError(f"there is no checkpoint of step {step} in {folder}; there is {known}")
+    path = paths[max(paths) if step is None else step]
+    try:
+        return _verified(path)
+    except _DAMAGE as error:
+        raise InputError(f"checkpoint {path} is damaged ({error}); choose another step") from error
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -85,22 +119,272 @@ def has_checkpoint(folder: Path) -> bool:
     return bool(_find(folder))
 
 
-def _find(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix(_PREFIX)))
+class CheckpointWriter:
+    """Writes the checkpoints of a run, in the background while the training goes on."""
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int = 0) -> None:
+        """``keep`` of the latest are kept, and those of multiples of ``keep_every`` steps."""
+        self._folder = folder
+        self._keep = keep
+        self._keep_every = keep_every
+        self._writing: Future[Any] | None = None
+        self._finishing: threading.Thread | None = None
+        self._error: BaseException | None = None
+        # Its own: the threads that write talk to one another while the training does.
+        self._group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
+
+    def save(
+        self, *, step: int, tensors: NestedTensors, state: dict[str, Any], about: dict[str, Any]
+    ) -> None:
+        """Copies everything and begins to write it; to be called in every process.
+
+        Waits for the checkpoint before. If that or this one fails, the earlier ones are as they
+        were.
+
+        Args:
+            step: finished steps.
+            tensors: large ones, which may change as soon as this returns.
+            state: plain values and small tensors; the main process's are written.
+            about: plain values that describe the run.
+
+        Raises:
+            OSError: the checkpoint before could not be written, or this one cannot be begun.
+        """
+        self.wait()
+        path = self._folder / f"{_PREFIX}{step:07d}"
+        temporary = self._begin(path, state)
+        self._writing = _write(temporary / _TENSORS_NAME, tensors, self._group)
+        if distributed.is_main():
+            about = {
+                "step": step,
+                "llamagen": version("llamagen"),
+                "torch": torch.__version__,
+                "processes": distributed.world_size(),
+                **about,
+            }
+            self._finishing = threading.Thread(
+                target=self._finish, args=(self._writing, temporary, path, about), daemon=True
+            )
+            self._finishing.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more; to be called in every process.
+
+        Raises:
+            OSError: writing has failed.
+        """
+        if self._writing is None:
+            return
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        elif not distributed.is_main():
+            self._error = _error_of(self._writing)
+        self._writing = None
+        own, self._error = self._error, None
+        self._raise_together(own)
+
+    def check(self) -> None:
+        """As ``wait``, but without waiting: raises only what is known to have failed by now."""
+        if self._writing is not None:
+            done = self._finishing is None or not self._finishing.is_alive()
+            if all(distributed.gathered(done and self._writing.done())):
+                self.wait()
+
+    def _begin(self, path: Path, state: dict[str, Any]) -> Path:
+        """Makes the temporary folder, with the small things in it."""
+        error: OSError | None = None
+        name = ""
+        if distributed.is_main():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                name = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+                Path(name, _TENSORS_NAME).mkdir()
+                # Through a Python file: torch's own writer does not tell a full disk from others.
+                with Path(name, _STATE_NAME).open("wb") as file:
+                    torch.save(state, file)
+            except OSError as caught:
+                shutil.rmtree(name, ignore_errors=True)
+                error = caught
+        self._raise_together(error)
+        return Path(distributed.gathered(name)[0])
+
+    def _finish(
+        self, writing: Future[Any], temporary: Path, path: Path, about: dict[str, Any]
+    ) -> None:
+        """In the main process, in a thread: makes a folder that is written the checkpoint."""
+        try:
+            error = _error_of(writing)
+            if error is not None:
+                raise error
+            with storage.atomic_folder(path) as last:
+                for part in list(temporary.iterdir()):
+                    part.rename(last / part.name)
+                about["files"] = _checksums(last)
+                storage.write_json(last / _ABOUT_NAME, about)
+            for old in self._superfluous():
+                shutil.rmtree(old)
+        except BaseException as caught:  # noqa: BLE001
+            # Raised where somebody sees it: by wait().
+            self._error = caught
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _superfluous(self) -> list[Path]:
+        every = self._keep_every
+        return [
+            path
+            for path in _find(self._folder)[: -self._keep]
+            if every == 0 or _step_of(path) % every
+        ]
+
+    def _raise_together(self, own: BaseException | None) -> None:
+        """Raises in every process if anything went wrong in one."""
+        reasons = distributed.gathered(None if own is None else " ".join(str(own).split()))
+        if own is not None:
+            raise own
+        for number, reason in enumerate(reasons):
+            if reason is not None:
+                raise OSError(f"process {number} could not save a checkpoint ({reason})")
 
 
-def _read(path: Path) -> Checkpoint:
+def _write(path: Path, tensors: NestedTensors, group: Any) -> Future[Any]:
+    """Copies the tensors and writes them in a thread."""
+    with _errors_of_dcp():
+        response = async_save(
+            {name: dict(group) for name, group in tensors.items()},
+            storage_writer=FileSystemWriter(path),
+            process_group=group,
+        )
+    assert isinstance(response, Future)
+    return response
+
+
+def _error_of(writing: Future[Any]) -> BaseException | None:
+    """Waits; what went wrong, in terms of files."""
+    error = writing.exception()
+    return None if error is None else _cause(error)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The first fault of any process that led to an error of DCP's."""
+    if isinstance(error, CheckpointException):
+        for fault, _ in error.failures.values():
+            return fault
+    return error
+
+
+class _errors_of_dcp:  # noqa: N801
+    """Raises the fault itself where DCP collects those of all processes; its class is no Exception.
+
+    As a context manager in a class: a generator would lose the traceback.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, CheckpointException):
+            cause = _cause(error)
+            if isinstance(cause, OSError | InputError):
+                raise cause from error
+            raise InputError(
+                f"the checkpoint does not fit this run ({' '.join(str(cause).split())}); "
+                f"give another --out"
+            ) from error
+
+
+class _Reader(FileSystemReader):
+    """Reads a checkpoint's index without trusting it: a pickle can hold any program."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        with Path(self.path, ".metadata").open("rb") as file:
+            metadata: Metadata = _IndexUnpickler(file).load()
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Builds the classes of DCP's index, and nothing else."""
+
+    _MODULES = frozenset({"torch.distributed.checkpoint.metadata"})
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+            *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")),
+            *(("pathlib._local", name) for name in ("Path", "PosixPath", "WindowsPath")),
+            ("collections", "OrderedDict"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_index = module in self._MODULES and "." not in name
+        if not (is_dtype or is_index or (module, name) in self._NAMES):
+            raise pickle.UnpicklingError(
+                f"its index names {module}.{name}, which is no part of one"
+            )
+        return super().find_class(module, name)
+
+
+_DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError)
+
+
+def _latest(folder: Path) -> Checkpoint | None:
+    for leftover in folder.glob(f".{_PREFIX}*"):
+        shutil.rmtree(leftover)
+    for path in reversed(_find(folder)):
+        try:
+            return _verified(path)
+        except _DAMAGE as error:
+            reason = " ".join(str(error).split())
+            _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
+            # Out of the way: it must not count among the latest that are kept.
+            path.rename(path.with_name(path.name + _DAMAGED_SUFFIX))
+    return None
+
+
+def _verified(path: Path) -> Checkpoint:
+    """The checkpoint in ``path``, all of whose bytes are as they were written."""
     about = json.loads((path / _ABOUT_NAME).read_text(encoding="utf-8"))
-    state_path = path / _STATE_NAME
-    with zipfile.ZipFile(state_path) as archive:
-        # torch reads flipped bits without complaint; the archive has a checksum of each tensor.
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"wrong checksum of {damaged} in {_STATE_NAME}")
+    for name, checksum in about["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if _checksum(path / name) != checksum:
+            raise ValueError(f"wrong checksum of {name}")
+    checkpoint = Checkpoint(path=path, step=int(about["step"]), about=about)
     try:
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
+        checkpoint.read_state()
     except pickle.UnpicklingError as error:
         # torch's own message explains how to run what is in the file.
         raise ValueError(f"{_STATE_NAME} holds more than tensors and plain values") from error
-    return Checkpoint(step=int(about["step"]), state=state, about=about)
+    _Reader(path / _TENSORS_NAME).read_metadata()
+    return checkpoint
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
+
+
+def _checksum(path: Path) -> str:
+    """CRC-32: torch reads flipped bits without complaint."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def _find(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(found, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix(_PREFIX))

@@ -10,13 +10,20 @@ import dataclasses
 import math
 import typing
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llamagen.config import Grid, SamplingConfig, TokenizerConfig, TransformerConfig
 from llamagen.data.views import ViewKind
 from llamagen.errors import InputError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Parallel = Literal["ddp", "fsdp"]
+ActivationCheckpointing = Literal["none", "blocks"]
+AdversarialLoss = Literal["hinge", "vanilla", "non-saturating"]
+"""What a discriminator, or the model that it judges, minimises."""
+DiscriminatorName = Literal["patchgan", "stylegan"]
+"""Judges patches, as published, or whole images."""
+Tracker = Literal["tensorboard", "wandb"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -28,6 +35,11 @@ def _require_at_least(config: object, smallest: int, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value >= smallest, f"{name} is {value}, expected at least {smallest}")
+
+
+def _require_choice(config: object, name: str, choices: Any) -> None:
+    value, known = getattr(config, name), typing.get_args(choices)
+    _require(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
 
 
 def _require_weight(config: object, *names: str) -> None:
@@ -46,9 +58,10 @@ class LoopConfig:
     steps: int = 1000
     """Steps of the optimiser, in all."""
     batch_size: int = 64
-    """Images per step."""
+    """Images per step, over all processes."""
     gradient_accumulation: int = 1
-    """Parts that a batch is computed in, one after another; more parts need less memory."""
+    """Parts that a process computes its share of a batch in, one after another; more parts need
+    less memory."""
     lr: float = 1e-4
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -81,13 +94,45 @@ class LoopConfig:
     """Steps between two checkpoints; 0 saves at the end only."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints are kept."""
+    keep_every: int = 0
+    """Checkpoints of multiples of this many steps are kept for good; 0 keeps the latest only."""
+    export: bool = True
+    """Write the model's folder with every checkpoint; otherwise at the end only, and whenever
+    `llamagen export` is asked to."""
     resume: bool = True
     """Go on with the run in the output folder, if there is one."""
+    max_skipped_steps: int = 10
+    """Steps in a row whose gradients may be infinite or not a number. Such a step changes nothing
+    and is counted; with one more of them the run ends, its last checkpoint whole."""
+    parallel: Parallel = "ddp"
+    """What several processes (torchrun) share: ddp keeps the whole model in each and splits the
+    batch only; fsdp splits weights, gradients and optimiser as well."""
+    shard_processes: int | None = None
+    """With fsdp: how many processes split one copy of the model between them, as those of one
+    machine (hybrid sharding). Default: all of them."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the forward pass of a transformer forgets and the backward pass computes again: none,
+    or the inside of all blocks, for a third more computation and far less memory."""
+    compile: bool = False
+    """Compile the transformer's blocks (torch.compile): slower to start, then faster on a GPU."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where metrics and samples go beside the run's folder: tensorboard (files in the run's
+    folder), wandb."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "steps", "batch_size", "gradient_accumulation")
         _require_at_least(self, 1, "log_every", "keep_checkpoints")
         _require_at_least(self, 0, "validate_every", "sample_every", "save_every", "warmup_steps")
+        _require_at_least(self, 0, "keep_every", "max_skipped_steps")
+        if self.shard_processes is not None:
+            _require_at_least(self, 1, "shard_processes")
+        _require_choice(self, "parallel", Parallel)
+        _require_choice(self, "activation_checkpointing", ActivationCheckpointing)
+        for tracker in self.trackers:
+            _require(
+                tracker in typing.get_args(Tracker),
+                f"trackers has {tracker!r}, expected {' or '.join(typing.get_args(Tracker))}",
+            )
         _require_weight(self, "weight_decay", "clip_norm")
         _require(
             self.batch_size % self.gradient_accumulation == 0,
@@ -122,6 +167,10 @@ class LoopConfig:
         _require(
             0 <= self.seed < 2**63, f"seed is {self.seed}, expected an integer from 0 to 2^63 - 1"
         )
+
+    def part_size(self, processes: int) -> int:
+        """Images that one of ``processes`` computes at a time."""
+        return self.batch_size // (processes * self.gradient_accumulation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,6 +247,54 @@ class TokenizerLossConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """The part of the tokenizer's loss that compares features instead of pixels (LPIPS)."""
+
+    perceptual_weight: float = 0.0
+    """Weight of LPIPS; 0 leaves it out and downloads nothing. Published: 1."""
+    perceptual_weights: Path | None = None
+    """Where the network's weights are: a folder with the two public files, or one file of both.
+    Default: downloaded once (560 MB) and kept."""
+
+    def __post_init__(self) -> None:
+        _require_weight(self, "perceptual_weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """The part of the tokenizer's loss that a discriminator decides, and its training."""
+
+    adversarial_weight: float = 0.0
+    """Weight of the discriminator's judgement; 0 trains without one. Published: 0.5."""
+    adversarial_start: int = 20000
+    """Steps before the discriminator begins to learn and to judge."""
+    discriminator: DiscriminatorName = "patchgan"
+    """patchgan judges overlapping patches; stylegan, larger, the whole image."""
+    adversarial_loss: AdversarialLoss = "hinge"
+    """What both sides minimise."""
+    adaptive_weight: bool = False
+    """Scale the judgement so that its gradient at the decoder's last layer is as large as that
+    of the reconstruction."""
+    discriminator_lr: float | None = None
+    """The discriminator's learning rate. Default: the model's for patchgan, as published; 0.002
+    for stylegan, whose layers scale their weights down."""
+
+    def __post_init__(self) -> None:
+        _require_weight(self, "adversarial_weight")
+        _require_at_least(self, 0, "adversarial_start")
+        _require_choice(self, "discriminator", DiscriminatorName)
+        _require_choice(self, "adversarial_loss", AdversarialLoss)
+        if self.discriminator_lr is not None:
+            _require_weight(self, "discriminator_lr")
+
+    def lr(self, model_lr: float) -> float:
+        """The discriminator's learning rate, given the model's."""
+        if self.discriminator_lr is not None:
+            return self.discriminator_lr
+        return model_lr if self.discriminator == "patchgan" else 2e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerTraining:
     """A training run of an image tokenizer."""
 
@@ -210,9 +307,18 @@ class TokenizerTraining:
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     model: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    init: str | None = None
+    """Tokenizer to start from, whose architecture is kept and `model` ignored: folder, checkpoint
+    file, hub repository or published name. Default: random weights."""
     codebook_init: Literal["random", "data"] = "random"
-    """The first codebook: random as published, or latents of the first images."""
+    """The first codebook: random as published, or latents of the first images. Without effect
+    where `init` brings one."""
+    revive_codes_every: int = 0
+    """Steps after which codes that none of the last 65,536 latents took are put where latents of
+    the last batch are; 0 never does."""
     loss: TokenizerLossConfig = dataclasses.field(default_factory=TokenizerLossConfig)
+    perceptual: PerceptualConfig = dataclasses.field(default_factory=PerceptualConfig)
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(batch_size=128))
 
     def __post_init__(self) -> None:
@@ -220,7 +326,13 @@ class TokenizerTraining:
             self.codebook_init in ("random", "data"),
             f"codebook_init is {self.codebook_init!r}, expected 'random' or 'data'",
         )
-        self.model.grid_of(*self.images.shape)
+        _require_at_least(self, 0, "revive_codes_every")
+        if self.init is None:
+            self.model.grid_of(*self.images.shape)
+        _require(
+            self.loop.parallel == "ddp",
+            "parallel is fsdp, but an image tokenizer is too small to be split; use ddp",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -267,6 +379,34 @@ class TransformerSize:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Fine-tuning of a transformer through low-rank matrices beside its own (LoRA)."""
+
+    lora_rank: int = 0
+    """Rank of the matrices; 0 trains the whole model instead."""
+    lora_alpha: float = 16.0
+    """The matrices' product is multiplied by this over the rank."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the matrices, in training."""
+    lora_targets: tuple[str, ...] = ("wqkv", "wo", "w1", "w2", "w3")
+    """Layers of each block that get them."""
+
+    def __post_init__(self) -> None:
+        _require_at_least(self, 0, "lora_rank")
+        _require_weight(self, "lora_alpha")
+        _require(
+            0 <= self.lora_dropout < 1,
+            f"lora_dropout is {self.lora_dropout}, expected a number from 0 up to below 1",
+        )
+        _require(len(self.lora_targets) > 0, "lora_targets is empty; name at least one layer")
+
+    @property
+    def scale(self) -> float:
+        """What the product of the matrices is multiplied by."""
+        return self.lora_alpha / self.lora_rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerTraining:
     """A training run of a class-conditional transformer."""
 
@@ -274,8 +414,18 @@ class TransformerTraining:
     """Folder with one subfolder of images per class."""
     validation_data: Path | None = None
     """The same for validation. Default: a part of the data is held out."""
+    codes: Path | None = None
+    """Store of codes (`llamagen extract-codes`) to train on, instead of images."""
+    validation_codes: Path | None = None
+    """The same for validation. Default: a part of the codes is held out."""
+    init: str | None = None
+    """Model to start from, whose architecture is kept: pipeline folder, checkpoint file, hub
+    repository or published name. If its classes have other names than the data's, they get a new
+    table; "no class" stays. Default: random weights."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     tokenizer: str | None = None
-    """Image tokenizer that makes the codes: folder, checkpoint file or published name."""
+    """Image tokenizer that makes the codes: folder, checkpoint file or published name. Default:
+    that of the model to start from."""
     out: Path = Path("runs/transformer")
     """Folder of the run: checkpoints, metrics, samples, and the whole model in "pipeline"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
@@ -296,6 +446,10 @@ class TransformerTraining:
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "sample_images")
+        _require(
+            self.lora.lora_rank == 0 or self.init is not None,
+            "lora_rank is given without a model to adapt; name one with init (--init)",
+        )
         if self.num_classes is not None:
             _require_at_least(self, 1, "num_classes")
         _require(

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.errors import InputError
-
-DiscriminatorName = Literal["patchgan", "stylegan"]
-"""Judges patches, as published, or whole images."""
+from llamagen.training.config import DiscriminatorName
 
 _SLOPE = 0.2
 """Of every leaky ReLU, for negative values."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
+import datetime as dt
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ from llamagen.errors import InputError
 
 T = TypeVar("T")
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT = dt.timedelta(minutes=30)
 """How long a process waits for the others: longer than one of them samples, validates or saves."""
 
 
@@ -80,6 +80,21 @@ def gathered(value: T) -> list[T]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def any_of(value: bool) -> bool:
+    """Whether it holds in any process."""
+    if world_size() == 1:
+        return value
+    return bool(maximum(torch.tensor(float(value))))
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error says that another process, or the network to it, is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return any(word in text for word in ("gloo", "nccl", "connection closed", "reset by peer"))
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
@@ -156,10 +171,9 @@ def process_group(device: str) -> Iterator[torch.device]:
         world_size=launch.world_size,
         device_id=where if where.type == "cuda" else None,
     )
-    try:
-        yield where
-    finally:
-        dist.destroy_process_group()
+    yield where
+    # Not after an error: where another process is gone, saying goodbye would wait for it.
+    dist.destroy_process_group()
 
 
 def _own_device(device: torch.device, launch: Launch) -> torch.device:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from llamagen.training.parallel import local, release_gathered
+
 
 class Ema:
-    """A second model whose weights follow the first one's slowly (Polyak averaging)."""
+    """Weights that follow a model's slowly (Polyak averaging); as sharded as the model's are."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._weights: tuple[list[Tensor], list[Tensor]] = (
-            list(self.model.parameters()),
-            list(model.parameters()),
-        )
-        self._buffers = (list(self.model.buffers()), list(model.buffers()))
+        self._model = model
+        self._weights = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
+        self._means = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -27,7 +29,34 @@ class Ema:
         Early on the decay is smaller, so that the random first weights are soon forgotten.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        mean, now = self._weights
-        torch._foreach_lerp_(mean, now, 1.0 - decay)
-        for kept, current in zip(*self._buffers, strict=True):
-            kept.copy_(current)
+        torch._foreach_lerp_(self._local(self._means), self._local(self._weights), 1.0 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within this context the model has the mean weights; what is trained waits beside."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        release_gathered(self._model)
+        for weight, mean in zip(self._local(self._weights), self._local(self._means), strict=True):
+            held = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The mean weights by their names."""
+        return dict(self._means)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Takes up what ``state_dict`` returned."""
+        for name, mean in self._means.items():
+            local(mean).copy_(local(state[name]))
+
+    def _local(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        return [local(tensor) for tensor in tensors.values()]

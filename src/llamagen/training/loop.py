@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +23,31 @@ from torch import Tensor, nn
 
 from llamagen.devices import find_device
 from llamagen.errors import InputError
-from llamagen.training import curves, metrics
-from llamagen.training.checkpoint import latest_checkpoint, save_checkpoint
+from llamagen.training import curves, distributed, metrics
+from llamagen.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from llamagen.training.config import LoopConfig
 from llamagen.training.console import Console
 from llamagen.training.ema import Ema
-from llamagen.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from llamagen.training.optimizer import (
+    learning_rate,
+    make_optimizer,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from llamagen.training.parallel import (
+    callable_form,
+    gradients_stay_here,
+    number,
+    place,
+    release_gathered,
+    require_shares,
+    shards_model,
+    whole_state,
+)
 from llamagen.training.run_folder import check_same_data, checkpoint_folder
 from llamagen.training.signals import StopRequest
+from llamagen.training.throughput import peak_flops
+from llamagen.training.trackers import open_trackers
 
 Batch = dict[str, Tensor]
 """Named tensors with one row per image."""
@@ -76,7 +94,7 @@ class Task(abc.ABC):
     """What is trained, on what, and how one sees how well."""
 
     name: ClassVar[str]
-    panels: ClassVar[Mapping[str, Sequence[str]]]
+    panels: Mapping[str, Sequence[str]]
     """The curves: title -> metrics."""
     model: nn.Module
     adversary: nn.Module | None = None
@@ -85,9 +103,30 @@ class Task(abc.ABC):
     """The adversary's learning rate where the model's is the recipe's; both follow one schedule."""
     data: Mapping[str, str]
     """Identity of everything that the run reads, by name."""
+    units_per_image: Mapping[str, float] = {}
+    """What speed is measured in beside images: name -> how many an image has."""
 
     def prepare(self) -> None:  # noqa: B027
-        """Called once before the first step of a new run, with the model on its device."""
+        """Called once before the first step of a new run, with the model on its device.
+
+        In every process; where the model is whole in each, the main process's weights count.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What the model is, as plain values for the checkpoint: its kind, its configuration."""
+
+    def blocks(self) -> list[nn.Module]:
+        """Parts of the model that are compiled, or sharded, one by one."""
+        return []
+
+    def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """A model like ``self.model`` with this state, for one that is spread over processes."""
+        raise NotImplementedError(f"{self.name} models are not sharded")
+
+    def flops_per_image(self) -> float | None:
+        """Floating-point operations of a training step for one image, if they are known."""
+        return None
 
     @abc.abstractmethod
     def batches(self, first: int, last: int) -> Iterator[Batch]:
@@ -115,66 +154,92 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Metrics on held-out images; empty if there are none."""
+        """Metrics on held-out images, the same in every process; empty if there are none."""
 
     @abc.abstractmethod
     def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Writes a picture that shows what the model can do."""
+        """Writes a picture that shows what the model can do; called in the main process only."""
 
     @abc.abstractmethod
     def export(self, model: nn.Module, out: Path) -> Path:
-        """Writes the model's folder into the run's; returns it."""
+        """Writes the model's folder into the run's; returns it. In the main process only."""
 
     @abc.abstractmethod
     def skipped(self) -> int:
         """Files that could not be read so far."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside model and optimiser."""
+        """What a checkpoint keeps beside model and optimiser, collected from all processes."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
         """Takes up what ``state_dict`` returned."""
 
 
-def fit(task: Task, config: LoopConfig, out: Path, *, quiet: bool = False) -> TrainingResult:
+def fit(
+    task: Task,
+    config: LoopConfig,
+    out: Path,
+    *,
+    quiet: bool = False,
+    run: Mapping[str, Any] | None = None,
+) -> TrainingResult:
     """Trains ``task`` until the configured step, from the beginning or from a checkpoint.
+
+    To be called in every process of the run, within ``distributed.process_group``.
+
+    Args:
+        task: what to train.
+        config: how.
+        out: the run's folder.
+        quiet: no progress on the terminal.
+        run: what trackers are told of the run.
 
     Raises:
         InputError: the data has changed since the run began, the run is past the wanted steps,
-            or the loss is not finite.
+            the batch cannot be split over the processes, the gradients stay infinite or not a
+            number, or another process was lost.
         TrainingInterrupted: the process was asked to stop; the run was saved.
+        OSError: a checkpoint could not be written; the ones before are whole.
     """
-    with own_random_numbers(config.device):
-        run = _Run(task, config, out, quiet=quiet)
-        with run.console, StopRequest() as stop:
-            batches = task.batches(run.step, config.steps)
-            while run.step < config.steps:
-                run.take_step(batches)
-                if run.due(config.log_every):
-                    run.log_metrics()
-                if run.due(config.validate_every):
-                    run.validate()
-                if run.due(config.sample_every):
-                    run.draw_samples()
-                if run.due(config.save_every) or stop.requested:
-                    run.save()
-                if stop.requested and run.step < config.steps:
+    require_shares(config)
+    with own_random_numbers(config.device), _lost_processes(out):
+        training = _Run(task, config, out, quiet=quiet, about=run or {})
+        with training.closing(), StopRequest() as stop:
+            batches = task.batches(training.step, config.steps)
+            while training.step < config.steps:
+                training.take_step(batches)
+                stopping = distributed.any_of(stop.requested)
+                if training.due(config.log_every):
+                    training.log_metrics()
+                if training.due(config.validate_every):
+                    training.validate()
+                if training.due(config.sample_every):
+                    training.draw_samples()
+                if training.due(config.save_every) or stopping:
+                    training.save()
+                if stopping and training.step < config.steps:
+                    training.finish()
                     raise TrainingInterrupted(
-                        f"stopped after step {run.step} of {config.steps}; everything is saved in "
-                        f"{out}, and the same command goes on from there"
+                        f"stopped after step {training.step} of {config.steps}; everything is "
+                        f"saved in {out}, and the same command goes on from there"
                     )
-        return run.result()
+            training.finish()
+        return training.result()
 
 
 class _Run:
     """A task on its way: everything that changes from step to step."""
 
-    def __init__(self, task: Task, config: LoopConfig, out: Path, *, quiet: bool) -> None:
+    def __init__(
+        self, task: Task, config: LoopConfig, out: Path, *, quiet: bool, about: Mapping[str, Any]
+    ) -> None:
         self.task, self.config, self.out = task, config, out
         self.device = find_device(config.device)
         self.step = 0
         self.seconds = 0.0
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
         self.meter = metrics.Meter()
         self._exported: Path | None = None
         self._clock = time.perf_counter()
@@ -188,24 +253,60 @@ class _Run:
                     f"the run in {out} is at step {checkpoint.step} already; "
                     f"give --steps a larger number than that, or another --out"
                 )
-        task.model.to(self.device).train()
-        if checkpoint is None:
-            task.prepare()
+        self._place(config, new=checkpoint is None)
         self.ema = Ema(task.model, config.ema_decay) if config.ema_decay > 0 else None
-        self.optimizer = make_optimizer(task.model, config)
+        self.optimizers = self._make_optimizers()
         if checkpoint is not None:
-            self._restore(checkpoint.step, checkpoint.state)
-        self.log = metrics.MetricsLog(out / metrics.FILE_NAME, last_step=self.step)
+            self._restore(checkpoint)
+        self.writer = CheckpointWriter(
+            checkpoint_folder(out), keep=config.keep_checkpoints, keep_every=config.keep_every
+        )
+        main = distributed.is_main()
+        self.log = metrics.MetricsLog(
+            out / metrics.FILE_NAME if main else None, last_step=self.step
+        )
+        self.trackers = open_trackers(config.trackers if main else (), out, about)
         self.console = Console(
-            steps=config.steps, first=self.step, description=f"training {task.name}", quiet=quiet
+            steps=config.steps,
+            first=self.step,
+            description=f"training {task.name}",
+            quiet=quiet or not main,
         )
         if checkpoint is not None:
             self.console.line(f"going on after step {self.step} of the run in {out}")
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The model that is validated, sampled and exported."""
-        return self.task.model if self.ema is None else self.ema.model
+    def _place(self, config: LoopConfig, *, new: bool) -> None:
+        """Puts the models where they are trained; the first weights are there afterwards."""
+        task = self.task
+        if config.compile:
+            for block in task.blocks():
+                block.compile()
+        place(task.model.train(), config, self.device, units=task.blocks())
+        if new:
+            task.prepare()
+        self.called = callable_form(task.model, self.device)
+        self.called_adversary = None
+        if task.adversary is not None:
+            task.adversary.to(self.device).train()
+            self.called_adversary = callable_form(task.adversary, self.device)
+
+    def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        made: dict[str, torch.optim.Optimizer] = {}
+        made["optimizer"] = make_optimizer(self.task.model, self.config, lr=self.config.lr)
+        if self.task.adversary is not None:
+            lr = self.task.adversary_lr
+            made["adversary_optimizer"] = make_optimizer(self.task.adversary, self.config, lr=lr)
+        return made
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Closes what is open in the end, however it ends."""
+        with self.console:
+            try:
+                yield
+            finally:
+                for tracker in self.trackers:
+                    tracker.close()
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many steps, and at the end, happens now."""
@@ -216,84 +317,187 @@ class _Run:
         start = time.perf_counter()
         batch = {name: rows.to(self.device) for name, rows in next(batches).items()}
         _seed_step(self.config.seed, self.step)
-        set_learning_rate(self.optimizer, learning_rate(self.config, self.step))
-        self._backward(batch)
-        if self.config.clip_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.task.model.parameters(), self.config.clip_norm)
-            self.meter.add({"grad_norm": norm})
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers.values():
+            set_learning_rate(optimizer, learning_rate(self.config, self.step))
+        seen = self._backward(batch)
+        norms = {
+            f"{name}grad_norm": number(
+                nn.utils.clip_grad_norm_(model.parameters(), self.config.clip_norm or math.inf)
+            )
+            for name, model in self._trained().items()
+        }
         self.step += 1
-        if self.ema is not None:
-            self.ema.update(self.step)
+        if all(map(math.isfinite, norms.values())):
+            self._skipped_in_a_row = 0
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            if self.ema is not None:
+                self.ema.update(self.step)
+            self.task.after_step(self.step)
+            for values in seen:
+                self.meter.add(values)
+            self.meter.add({name: torch.tensor(norm) for name, norm in norms.items()})
+        else:
+            self._skip_step(norms)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
         self._step_seconds += time.perf_counter() - start
         self._steps_timed += 1
         self.console.stepped()
 
-    def _backward(self, batch: Batch) -> None:
+    def _trained(self) -> dict[str, nn.Module]:
+        """The models by the prefix of their metrics."""
+        trained = {"": self.task.model}
+        if self.task.adversary is not None:
+            trained["discriminator_"] = self.task.adversary
+        return trained
+
+    def _backward(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """Adds up the gradients of a batch; returns the metrics of its parts."""
         parts = self.config.gradient_accumulation
         chunks = {name: rows.chunk(parts) for name, rows in batch.items()}
+        called = [self.called, *([self.called_adversary] if self.called_adversary else [])]
+        seen = []
         for index in range(parts):
-            with _autocast(self.device, self.config):
-                losses = self.task.losses(
-                    self.task.model, {name: rows[index] for name, rows in chunks.items()}
-                )
-            (losses.total / parts).backward()
-            self.meter.add({"loss": losses.total, **losses.metrics})
+            with gradients_stay_here(*called, when=index + 1 < parts):
+                with autocast(self.device, self.config):
+                    losses = self.task.losses(
+                        self.called,
+                        {name: rows[index] for name, rows in chunks.items()},
+                        step=self.step,
+                        adversary=self.called_adversary,
+                    )
+                (losses.total / parts).backward()
+                if losses.adversary is not None:
+                    (losses.adversary / parts).backward()
+            seen.append({"loss": losses.total.detach(), **losses.metrics})
+        return seen
+
+    def _skip_step(self, norms: Mapping[str, float]) -> None:
+        """Leaves the weights as they are, since there are no gradients to change them with."""
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        named = ", ".join(f"{name} {norm}" for name, norm in norms.items())
+        self.console.line(f"step {self.step} is skipped: {named}")
+        if self._skipped_in_a_row > self.config.max_skipped_steps:
+            self.writer.wait()
+            raise InputError(
+                f"the gradients of {self._skipped_in_a_row} steps in a row, up to {self.step}, "
+                f"were infinite or not a number; the last checkpoint is whole; lower --lr, raise "
+                f"--warmup-steps or use --precision float32"
+            )
 
     def log_metrics(self) -> None:
         """Logs the means since the last time."""
+        self.writer.check()
         values = self.meter.means()
-        metrics.require_finite(values, self.step)
         values |= self.task.statistics()
-        values["lr"] = learning_rate(self.config, self.step - 1)
-        images = self._steps_timed * self.config.batch_size
-        values["images_per_second"] = images / max(self._step_seconds, 1e-9)
+        values["lr"] = learning_rate(self.config, self.step - 1) * self.config.lr
+        values["skipped_steps"] = self.skipped_steps
+        values |= self._speed()
         self.meter.clear()
+        self._record("train", values)
+
+    def _speed(self) -> dict[str, float]:
+        """What was computed per second since the last time, by all processes together."""
+        seconds = max(self._step_seconds, 1e-9)
+        images = self._steps_timed * self.config.batch_size / seconds
         self._step_seconds, self._steps_timed = 0.0, 0
-        self.log.add(self.step, "train", values)
-        self.console.metrics(self.step, "train", values)
+        values = {"images_per_second": images}
+        values |= {
+            f"{name}_per_second": images * count
+            for name, count in self.task.units_per_image.items()
+        }
+        work = self.task.flops_per_image()
+        peak = peak_flops(self.device, self.config.precision)
+        if work is not None and peak is not None:
+            values["mfu"] = images * work / (peak * distributed.world_size())
+        return values
+
+    def _record(self, split: str, values: dict[str, float]) -> None:
+        self.log.add(self.step, split, values)
+        self.console.metrics(self.step, split, values)
+        for tracker in self.trackers:
+            tracker.metrics(self.step, split, values)
+
+    @contextlib.contextmanager
+    def _evaluated(self) -> Iterator[None]:
+        """Within this context the task's model has the weights that are looked at and exported."""
+        with contextlib.ExitStack() as stack:
+            if self.ema is not None:
+                stack.enter_context(self.ema.in_place())
+            stack.enter_context(_evaluating(self.task.model))
+            yield
+            release_gathered(self.task.model)
 
     def validate(self) -> None:
         """Logs the metrics on held-out images."""
-        model = self.evaluated
-        with _evaluating(model), _autocast(self.device, self.config):
-            values = self.task.validate(model)
+        with self._evaluated(), autocast(self.device, self.config):
+            values = self.task.validate(self.task.model)
         if values:
-            self.log.add(self.step, "validation", values)
-            self.console.metrics(self.step, "validation", values)
+            self._record("validation", values)
 
     def draw_samples(self) -> None:
         """Writes this step's sheet of samples."""
-        model = self.evaluated
-        with _evaluating(model):
-            self.task.draw_samples(model, self.out / "samples" / f"step-{self.step:07d}.png")
+        path = self.out / "samples" / f"step-{self.step:07d}.png"
+        with self._evaluated(), self._whole_model(self.device) as model:
+            if model is not None:
+                self.task.draw_samples(model, path)
+                for tracker in self.trackers:
+                    tracker.picture(self.step, "samples", path)
+
+    @contextlib.contextmanager
+    def _whole_model(self, device: torch.device) -> Iterator[nn.Module | None]:
+        """All of the model, in the main process; None in the others, which wait for it."""
+        if shards_model(self.config):
+            state = whole_state(self.task.model)
+            model = self.task.whole_model(state).to(device) if distributed.is_main() else None
+        else:
+            model = self.task.model if distributed.is_main() else None
+        try:
+            yield model
+        finally:
+            distributed.barrier()
 
     def save(self) -> None:
-        """Writes a checkpoint, the model's folder and the curves."""
-        metrics.require_finite(self.meter.means(), self.step)
+        """Begins to write a checkpoint; writes the model's folder and the curves."""
         self.seconds += time.perf_counter() - self._clock
         self._clock = time.perf_counter()
-        save_checkpoint(
-            checkpoint_folder(self.out),
+        self.writer.save(
             step=self.step,
+            tensors=self._tensors(),
             state={
-                "model": self.task.model.state_dict(),
-                "ema": None if self.ema is None else self.ema.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
                 "meter": self.meter.state_dict(),
                 "task": self.task.state_dict(),
                 "seconds": self.seconds,
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self._skipped_in_a_row,
             },
-            about={"data": dict(self.task.data)},
-            keep=self.config.keep_checkpoints,
+            about={"data": dict(self.task.data), "model": self.task.describe()},
         )
-        self._export()
-        self._draw_curves()
+        if self.config.export or self.step == self.config.steps:
+            self._export()
+        if distributed.is_main():
+            self._draw_curves()
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All that is large, by its place in a checkpoint."""
+        tensors = {"model": self.task.model.state_dict()}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
+        if self.task.adversary is not None:
+            tensors["adversary"] = self.task.adversary.state_dict()
+        models = {"optimizer": self.task.model, "adversary_optimizer": self.task.adversary}
+        for name, optimizer in self.optimizers.items():
+            model = models[name]
+            assert model is not None
+            tensors[name] = optimizer_tensors(model, optimizer)
+        return tensors
 
     def _export(self) -> None:
-        with _evaluating(self.evaluated):
-            self._exported = self.task.export(self.evaluated, self.out)
+        with self._evaluated(), self._whole_model(torch.device("cpu")) as model:
+            if model is not None:
+                self._exported = self.task.export(model, self.out)
 
     def _draw_curves(self) -> None:
         try:
@@ -302,31 +506,52 @@ class _Run:
             # The numbers are in metrics.jsonl; a picture is not worth ending a run for.
             _log.warning("no curves: %s", error)
 
-    def _restore(self, step: int, state: Mapping[str, Any]) -> None:
-        self.step = step
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        # In place: what the models and optimisers hold are these very tensors.
+        checkpoint.read_tensors(self._tensors())
+        state = checkpoint.read_state()
+        self.step = checkpoint.step
         self.seconds = state["seconds"]
-        self.task.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.model.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.skipped_steps = state["skipped_steps"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
         self.meter.load_state_dict(state["meter"], self.device)
         self.task.load_state_dict(state["task"])
 
+    def finish(self) -> None:
+        """Waits until the last checkpoint is whole."""
+        self.writer.wait()
+
     def result(self) -> TrainingResult:
         """What there is now that the last step is done."""
-        if self._exported is None:
+        if not distributed.gathered(self._exported)[0]:
             # The run had ended before; its model's folder may have been moved away since.
             self._export()
-        assert self._exported is not None
+        exported = distributed.gathered(self._exported)[0]
+        assert exported is not None
         return TrainingResult(
             out=self.out,
-            model=self._exported,
+            model=exported,
             steps=self.step,
             seconds=self.seconds,
             train=self.log.latest("train"),
             validation=self.log.latest("validation"),
             skipped=self.task.skipped(),
         )
+
+
+@contextlib.contextmanager
+def _lost_processes(out: Path) -> Iterator[None]:
+    """Says in one line what it means when another process of the run is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not distributed.is_lost_peer(error):
+            raise
+        raise InputError(
+            f"process {distributed.rank()} lost another process of this run, whose own message "
+            f"says why ({str(error).splitlines()[0]}); the same command goes on from the last "
+            f"checkpoint in {out}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -340,12 +565,14 @@ def own_random_numbers(device: str, seed: int = 0) -> Iterator[None]:
 
 def _seed_step(seed: int, step: int) -> None:
     # Hashed: the CPU's generator looks at 32 bits of a seed only, and steps must not share them
-    # with the seeds of other runs.
-    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    # with the seeds of other runs. Processes have different images, so different dropout.
+    own = f" {distributed.rank()}" if distributed.rank() else ""
+    digest = hashlib.sha256(f"{seed} {step}{own}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def _autocast(device: torch.device, config: LoopConfig) -> torch.autocast:
+def autocast(device: torch.device, config: LoopConfig) -> torch.autocast:
+    """The precision of a run's forward passes."""
     enabled = config.precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 

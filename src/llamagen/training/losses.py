@@ -20,7 +20,7 @@ class Term:
 
     value: Tensor
     """Scalar, unweighted: the number that is logged."""
-    weight: float
+    weight: float | Tensor
 
 
 def total_loss(terms: Mapping[str, Term]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 import llamagen.storage as storage
-from llamagen.errors import InputError
+from llamagen.training import distributed
 
 FILE_NAME = "metrics.jsonl"
 
@@ -32,8 +31,8 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:
-        """The mean of each name's values since the last ``clear``."""
-        return {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        """The mean of each name's values since the last ``clear``, over all processes."""
+        return {name: total / self._counts[name] for name, total in self._totals().items()}
 
     def clear(self) -> None:
         """Forgets everything."""
@@ -42,20 +41,35 @@ class Meter:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a mean over an interruption is right."""
-        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+        return {"sums": self._totals(), "counts": dict(self._counts)}
+
+    def _totals(self) -> dict[str, float]:
+        """The sums, averaged over the processes, which have all added the same names."""
+        if not self._sums:
+            return {}
+        sums = torch.stack([total.double().cpu() for total in self._sums.values()])
+        return dict(zip(self._sums, distributed.mean(sums).tolist(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Takes up what ``state_dict`` returned."""
-        self._sums = {name: total.to(device) for name, total in state["sums"].items()}
+        self._sums = {
+            name: torch.tensor(total, device=device) for name, total in state["sums"].items()
+        }
         self._counts = dict(state["counts"])
 
 
 class MetricsLog:
     """One JSON object per line: ``step``, ``split`` (train or validation) and numbers."""
 
-    def __init__(self, path: Path, *, last_step: int) -> None:
-        """Lines after ``last_step`` are dropped: the run goes through those steps again."""
+    def __init__(self, path: Path | None, *, last_step: int) -> None:
+        """Lines after ``last_step`` are dropped: the run goes through those steps again.
+
+        Without a path the numbers are kept in memory only.
+        """
         self.path = path
+        self.records: list[dict[str, Any]] = []
+        if path is None:
+            return
         self.records = [r for r in read_metrics(path) if r["step"] <= last_step]
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         storage.write_text(path, lines)
@@ -64,6 +78,8 @@ class MetricsLog:
         """Appends a line."""
         record = {"step": step, "split": split, **values}
         self.records.append(record)
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -86,17 +102,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
-
-
-def require_finite(values: Mapping[str, float], step: int) -> None:
-    """Stops a run that went astray.
-
-    Raises:
-        InputError: a value is infinite or not a number.
-    """
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise InputError(
-                f"{name} became {value} at or shortly before step {step}; the last checkpoint is "
-                f"whole; lower --lr, raise --warmup-steps or use --precision float32"
-            )

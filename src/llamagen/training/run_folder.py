@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import llamagen.storage as storage
 from llamagen.devices import find_device, find_dtype
 from llamagen.errors import InputError
-from llamagen.training import checkpoint
+from llamagen.training import checkpoint, distributed
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yaml
 
@@ -25,15 +25,18 @@ SKIPPED_NAME = "skipped.txt"
 MAY_CHANGE = frozenset(
     {
         # Where things are; that the images and the tokenizer are the same ones is checked apart.
-        *("out", "data", "validation_data", "tokenizer", "images.workers", "loop.device"),
+        *("out", "data", "validation_data", "codes", "validation_codes"),
+        *("tokenizer", "images.workers", "loop.device"),
         # How long, how often, how much is looked at.
         *("loop.steps", "loop.log_every", "loop.validate_every", "loop.sample_every"),
-        *("loop.save_every", "loop.keep_checkpoints", "loop.resume"),
+        *("loop.save_every", "loop.keep_checkpoints", "loop.keep_every", "loop.export"),
+        *("loop.resume", "loop.trackers", "loop.max_skipped_steps"),
         *("images.max_validation_images", "sample_images"),
         *("sampling.guidance_scale", "sampling.guidance_stop", "sampling.temperature"),
         *("sampling.top_k", "sampling.top_p"),
-        # The same mathematics in smaller pieces.
-        "loop.gradient_accumulation",
+        # The same mathematics in other pieces.
+        *("loop.gradient_accumulation", "loop.activation_checkpointing", "loop.compile"),
+        *("loop.parallel", "loop.shard_processes"),
     }
 )
 """Fields of a recipe that a run may be continued with other values of."""
@@ -52,14 +55,16 @@ def open_run(recipe: RecipeT) -> RecipeT:
     loop = recipe.loop
     device = find_device(loop.device)
     recorded = _recorded(recipe)
-    if recorded is not None and loop.precision == "auto":
-        precision = recorded.loop.precision
-    elif loop.precision == "auto":
-        fast = str(find_dtype("auto", device)).removeprefix("torch.")
-        # float16 needs scaled gradients.
-        precision = "bfloat16" if fast == "bfloat16" else "float32"
-    else:
-        precision = loop.precision
+    precision = loop.precision
+    if precision == "auto":
+        if recorded is not None:
+            precision = recorded.loop.precision
+        else:
+            fast = str(find_dtype("auto", device)).removeprefix("torch.")
+            # float16 needs scaled gradients.
+            precision = "bfloat16" if fast == "bfloat16" else "float32"
+        # It is measured: processes must not come to different results.
+        precision = distributed.gathered(precision)[0]
     recipe = dataclasses.replace(recipe, loop=dataclasses.replace(loop, precision=precision))
     if recorded is not None:
         _check_same(recorded, recipe)
@@ -72,8 +77,12 @@ def start_run(recipe: TokenizerTraining | TransformerTraining) -> None:
     Raises:
         InputError: the folder cannot be written to.
     """
-    storage.require_writable(recipe.out)
-    storage.write_text(recipe.out / RECIPE_NAME, recipe_to_yaml(recipe))
+    # Every process has looked at the folder by now.
+    distributed.barrier()
+    if distributed.is_main():
+        storage.require_writable(recipe.out)
+        storage.write_text(recipe.out / RECIPE_NAME, recipe_to_yaml(recipe))
+    distributed.barrier()
 
 
 def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:

@@ -8,23 +8,34 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import llamagen.storage as storage
-from llamagen.data.images import ImageFolder, SkippedFiles
-from llamagen.data.loader import image_views, training_batches
+from llamagen.checkpoints import load_tokenizer
+from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
+from llamagen.data.collection import ImageCollection
+from llamagen.data.images import SkippedFiles
+from llamagen.data.loader import ImageBatch, image_views, training_batches
 from llamagen.data.order import DataOrder
 from llamagen.data.views import Augmentation, Views
-from llamagen.evaluation.metrics import psnr
+from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.pictures import image_grid, save_png, to_pil
 from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.training import distributed
+from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining
+from llamagen.training.discriminators import make_discriminator
 from llamagen.training.loop import Batch, Losses, Task, TrainingResult, fit, own_random_numbers
-from llamagen.training.losses import mean_psnr, tokenizer_terms, total_loss
-from llamagen.training.run_folder import SKIPPED_NAME, open_run, start_run
+from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_loss
+from llamagen.training.parallel import seeded
+from llamagen.training.perceptual import Lpips, load_lpips
+from llamagen.training.recipes import recipe_to_dict
+from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
 from llamagen.training.sources import Images, find_run_images
 from llamagen.training.usage import CodebookUsage
 
@@ -52,46 +63,105 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
         FileNotFoundError: a folder does not exist.
         InputError: recipe, images and the run's folder do not fit together.
         TrainingInterrupted: the process was asked to stop; the run was saved.
+        OSError: a checkpoint could not be written; the ones before are whole.
     """
-    recipe = open_run(recipe)
+    with distributed.process_group(recipe.loop.device):
+        recipe = open_run(recipe)
+        task = make_task(recipe)
+        return fit(task, recipe.loop, recipe.out, quiet=quiet, run=recipe_to_dict(recipe))
+
+
+def make_task(recipe: TokenizerTraining) -> TokenizerTask:
+    """The task that a recipe describes, with its images found and its model built.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        InputError: recipe and images do not fit together, or a network's weights are missing.
+    """
     images = find_run_images(recipe.data, recipe.validation_data, recipe.images, labelled=False)
-    start_run(recipe)
+    with distributed.main_first():
+        lpips = None
+        if recipe.perceptual.perceptual_weight > 0:
+            lpips = load_lpips(recipe.perceptual.perceptual_weights)
     with own_random_numbers(recipe.loop.device, recipe.loop.seed):
-        task = TokenizerTask(recipe, images)
-    return fit(task, recipe.loop, recipe.out, quiet=quiet)
+        model = _start(recipe)
+        model.config.grid_of(*recipe.images.shape)
+        start_run(recipe)
+        return TokenizerTask(recipe, images, model, lpips)
+
+
+def _start(recipe: TokenizerTraining) -> ImageTokenizer:
+    """The model before its first step."""
+    if recipe.init is None:
+        return ImageTokenizer(recipe.model)
+    folder = checkpoint_folder(recipe.out)
+    if has_checkpoint(folder):
+        # The model that the run started from may be gone by now.
+        values = read_checkpoint(folder).about["model"]["config"]
+        return ImageTokenizer(config_from_dict(TokenizerConfig, values, str(folder)))
+    with distributed.main_first():
+        return load_tokenizer(recipe.init, dtype=torch.float32)
 
 
 class TokenizerTask(Task):
     """Reconstruct images through a codebook."""
 
     name = "tokenizer"
-    panels: ClassVar[Mapping[str, Sequence[str]]] = {
-        "loss": ("loss", "reconstruction", "codebook"),
-        "PSNR (dB)": ("psnr",),
-        "share of the codes in use": ("codebook_usage",),
-        "norm of the gradients": ("grad_norm",),
-    }
     model: ImageTokenizer
 
-    def __init__(self, recipe: TokenizerTraining, images: Images) -> None:
-        """A task with a new model, from torch's global random numbers."""
+    def __init__(
+        self,
+        recipe: TokenizerTraining,
+        images: Images,
+        model: ImageTokenizer,
+        lpips: Lpips | None = None,
+    ) -> None:
+        """A task that trains ``model``; its discriminator takes torch's global random numbers."""
         self.recipe = recipe
         self.images = images
         self.data = images.identity
-        self.model = ImageTokenizer(recipe.model)
+        self.model = model
         self._order = DataOrder(
             count=len(images.training), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed
         )
-        self._usage = CodebookUsage(recipe.model.codebook_size, window=_USAGE_WINDOW)
+        self._usage = CodebookUsage(model.config.codebook_size, window=_USAGE_WINDOW)
+        self._revived = 0
+        self._recent: Tensor | None = None
         self._skipped = SkippedFiles(recipe.out / SKIPPED_NAME)
+        self._lpips = lpips
+        terms = ["loss", "reconstruction", "codebook"]
+        self.panels = {
+            "loss": (*terms, *(["perceptual"] if lpips is not None else [])),
+            "PSNR (dB)": ("psnr",),
+            "share of the codes in use": ("codebook_usage",),
+            "norm of the gradients": ("grad_norm",),
+        }
+        adversarial = recipe.adversarial
+        if adversarial.adversarial_weight > 0:
+            height, width = recipe.images.shape
+            self.adversary = make_discriminator(
+                adversarial.discriminator, height=height, width=width
+            )
+            self.adversary_lr = adversarial.lr(recipe.loop.lr)
+            self.panels["adversarial losses"] = ("generator", "discriminator")
 
     def prepare(self) -> None:
         """Gives the codebook its first vectors, if they are to come from the data."""
-        if self.recipe.codebook_init == "data":
+        if self.recipe.codebook_init == "data" and self.recipe.init is None:
             init_codebook(self.model, self._latents())
+
+    def describe(self) -> dict[str, Any]:
+        """The architecture."""
+        return {"kind": ImageTokenizer.kind, "config": config_to_dict(self.model.config)}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Augmented images as bytes."""
+        read = self._read(first, last, distributed.rank(), distributed.world_size())
+        for batch in read:
+            self._skipped.add(batch.skipped)
+            yield {"pixels": batch.pixels}
+
+    def _read(self, first: int, last: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
         height, width = self.recipe.images.shape
         augmentation = Augmentation(
             height=height,
@@ -99,55 +169,139 @@ class TokenizerTask(Task):
             max_scale=self.recipe.augmentation.crop_scale,
             flip=self.recipe.augmentation.flip,
         )
-        for batch in training_batches(
-            self.images.training.paths,
+        return training_batches(
+            self.images.training,
             self._order,
             augmentation,
             first=first,
             last=last,
             workers=self.recipe.images.workers,
-        ):
-            self._skipped.add(batch.skipped)
-            yield {"pixels": batch.pixels}
+            rank=rank,
+            world_size=world_size,
+        )
 
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
-        """Reconstruction and codebook terms."""
+    def losses(
+        self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
+    ) -> Losses:
+        """What the model and, once it has begun, the discriminator minimise."""
         images = uint8_to_images(batch["pixels"])
         output = model(images)
-        terms = tokenizer_terms(output, images, self.model.quantize, self.recipe.loss)
+        terms = self._terms(output, images)
+        metrics = {"psnr": mean_psnr(output.reconstruction.detach(), images)}
+        against = None
+        if adversary is not None and step >= self.recipe.adversarial.adversarial_start:
+            terms["generator"] = self._judged(output.reconstruction, terms, metrics)
+            against = self._against(adversary, images, output.reconstruction.detach(), metrics)
         self._usage.add(output.quantized.codes)
-        metrics = {name: term.value for name, term in terms.items()}
-        metrics["psnr"] = mean_psnr(output.reconstruction.detach(), images)
-        return Losses(total=total_loss(terms), metrics=metrics)
+        self._recent = output.quantized.latents.detach()
+        metrics |= {name: term.value.detach() for name, term in terms.items()}
+        return Losses(total=total_loss(terms), metrics=metrics, adversary=against)
+
+    def _terms(self, output: Any, images: Tensor) -> dict[str, Term]:
+        """The terms that compare a reconstruction with its image."""
+        terms = tokenizer_terms(output, images, self.model.quantize, self.recipe.loss)
+        if self._lpips is not None:
+            distance = self._lpips.to(images.device)(output.reconstruction, images).mean()
+            terms["perceptual"] = Term(distance, self.recipe.perceptual.perceptual_weight)
+        return terms
+
+    def _judged(
+        self, reconstruction: Tensor, terms: Mapping[str, Term], metrics: dict[str, Tensor]
+    ) -> Term:
+        """What the discriminator makes of reconstructions; it does not learn from it."""
+        assert self.adversary is not None
+        config = self.recipe.adversarial
+        # Copies of its buffers too: only what it sees while it learns counts in its statistics.
+        state = {name: tensor.detach() for name, tensor in self.adversary.named_parameters()}
+        state |= {name: tensor.clone() for name, tensor in self.adversary.named_buffers()}
+        value = generator_loss(
+            config.adversarial_loss, functional_call(self.adversary, state, (reconstruction,))
+        )
+        if not config.adaptive_weight:
+            return Term(value, config.adversarial_weight)
+        compared = {name: terms[name] for name in ("reconstruction", "perceptual") if name in terms}
+        scale = distributed.mean(
+            adaptive_weight(total_loss(compared), value, self.model.decoder.conv_out.weight)
+        )
+        metrics["adaptive_weight"] = scale
+        return Term(value, config.adversarial_weight * scale)
+
+    def _against(
+        self,
+        adversary: nn.Module,
+        images: Tensor,
+        reconstructions: Tensor,
+        metrics: dict[str, Tensor],
+    ) -> Tensor:
+        """What the discriminator minimises."""
+        real, fake = adversary(images), adversary(reconstructions)
+        loss = discriminator_loss(self.recipe.adversarial.adversarial_loss, real, fake)
+        metrics["discriminator"] = loss.detach()
+        metrics["logits_real"] = real.detach().float().mean()
+        metrics["logits_fake"] = fake.detach().float().mean()
+        return loss
+
+    def after_step(self, step: int) -> None:
+        """Moves codes that nothing is near to where latents are."""
+        every = self.recipe.revive_codes_every
+        if every > 0 and step % every == 0 and self._recent is not None:
+            dead = self._usage.unused()
+            latents = self._recent.movedim(1, -1).flatten(0, -2)
+            generator = seeded(self.recipe.loop.seed, "revive", step)
+            drawn = torch.randperm(len(latents), generator=generator)[: len(dead)]
+            dead = dead[: len(drawn)]
+            # Their moments in the optimiser have long faded: they had no gradients.
+            with torch.no_grad():
+                codebook = self.model.quantize.embedding.weight
+                codebook[dead.to(codebook.device)] = distributed.broadcast(
+                    latents[drawn.to(latents.device)]
+                ).to(codebook.dtype)
+            self._usage.mark_used(dead)
+            self._revived += len(dead)
 
     def statistics(self) -> dict[str, float]:
-        """Codebook usage of the last images."""
-        return {"codebook_usage": self._usage.share()}
+        """Codebook usage of the last images, and how many codes were revived so far."""
+        values = {"codebook_usage": self._usage.share()}
+        if self.recipe.revive_codes_every > 0:
+            values["revived_codes"] = self._revived
+        return values
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Reconstruction error, PSNR and codebook usage on the held-out images."""
-        sums = {"reconstruction": 0.0, "psnr": 0.0}
-        count = 0
-        used = torch.zeros(self.model.config.codebook_size, dtype=torch.bool)
-        for images in self._fixed_images(self.images.validation):
+        """Reconstruction error, PSNR, SSIM, LPIPS if trained with, and usage, on held-out images.
+
+        Every process takes its share of the images.
+        """
+        sums: dict[str, float] = {"count": 0.0, "reconstruction": 0.0, "psnr": 0.0, "ssim": 0.0}
+        if self._lpips is not None:
+            sums["perceptual"] = 0.0
+        used = torch.zeros(self.model.config.codebook_size)
+        own = distributed.share(range(len(self.images.validation)))
+        for images in self._fixed_images(self.images.validation, own):
             output = model(images)
-            terms = tokenizer_terms(output, images, self.model.quantize, self.recipe.loss)
+            terms = self._terms(output, images)
             before, after = (
-                images_to_uint8(x).cpu().numpy() for x in (images, output.reconstruction)
+                images_to_uint8(x).cpu().movedim(1, -1).numpy()
+                for x in (images, output.reconstruction)
             )
-            sums["reconstruction"] += float(terms["reconstruction"].value) * len(images)
+            sums["count"] += len(images)
             sums["psnr"] += float(psnr(before, after).clip(max=100.0).sum())
-            used[output.quantized.codes.flatten().cpu()] = True
-            count += len(images)
+            sums["ssim"] += float(ssim(before, after).sum())
+            for name in ("reconstruction", "perceptual"):
+                if name in sums:
+                    sums[name] += float(terms[name].value) * len(images)
+            used[output.quantized.codes.flatten().cpu()] = 1.0
+        sums, used = distributed.summed(sums), distributed.maximum(used)
+        count = sums.pop("count")
         if count == 0:
             return {}
         means = {name: total / count for name, total in sums.items()}
-        return {**means, "codebook_usage": float(used.float().mean())}
+        return {**means, "codebook_usage": float(used.mean())}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Images and, below each, its reconstruction."""
         shown = self.images.validation if len(self.images.validation) else self.images.training
-        before = torch.cat(list(self._fixed_images(shown.thinned(_SHEET_IMAGES))))
+        shown = shown.thinned(_SHEET_IMAGES)
+        before = torch.cat(list(self._fixed_images(shown, range(len(shown)))))
         after = model(before).reconstruction
         columns = min(8, len(before))
         rows = []
@@ -170,20 +324,22 @@ class TokenizerTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         """The usage window."""
-        return {"usage": self._usage.state_dict()}
+        return {"usage": self._usage.state_dict(), "revived": self._revived}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what ``state_dict`` returned."""
         self._usage.load_state_dict(state["usage"])
+        self._revived = state["revived"]
 
-    def _fixed_images(self, folder: ImageFolder) -> Iterator[Tensor]:
-        """Centre crops of the folder's images, in batches (B, 3, H, W)."""
+    def _fixed_images(self, images: ImageCollection, indices: Sequence[int]) -> Iterator[Tensor]:
+        """Centre crops of some images, in batches (B, 3, H, W)."""
         height, width = self.recipe.images.shape
         for batch in image_views(
-            folder.paths,
+            images,
             Views(height=height, width=width),
-            batch_size=self.recipe.loop.batch_size // self.recipe.loop.gradient_accumulation,
+            batch_size=max(1, self.recipe.loop.part_size(distributed.world_size())),
             workers=self.recipe.images.workers,
+            indices=indices,
         ):
             self._skipped.add(batch.skipped)
             if len(batch.indices) > 0:
@@ -196,8 +352,9 @@ class TokenizerTask(Task):
         per_batch = self.recipe.loop.batch_size * rows * columns
         steps = math.ceil(self.model.config.codebook_size / per_batch)
         latents = []
-        for batch in self.batches(0, steps):
-            images = uint8_to_images(batch["pixels"].to(self.model.device))
+        # All of every batch: each process comes to the same.
+        for batch in self._read(0, steps, rank=0, world_size=1):
+            images = uint8_to_images(batch.pixels.to(self.model.device))
             compared = self.model.quantize.compared(self.model.encode_latents(images))
             latents.append(compared.movedim(1, -1).flatten(0, -2))
         return torch.cat(latents)

@@ -5,37 +5,45 @@ Shapes: B images, T codes of an image, V views of an image.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from llamagen.checkpoints import load_tokenizer
-from llamagen.data.codes import CodeSet, load_or_extract, tokenizer_fingerprint
-from llamagen.data.images import ImageFolder, SkippedFiles
+from llamagen import labels as label_files
+from llamagen.checkpoints import load_tokenizer, resolve_pipeline
+from llamagen.checkpoints.sources import Source
+from llamagen.config import config_to_dict
+from llamagen.data.codes import tokenizer_fingerprint
+from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.order import DataOrder
-from llamagen.data.views import Views
+from llamagen.data.store import CodeStore
 from llamagen.devices import find_device
 from llamagen.errors import InputError
 from llamagen.labels import Labels
 from llamagen.pictures import image_grid, save_png
 from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import ImageTokenizer
+from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import Batch, Losses, Task, TrainingResult, fit, own_random_numbers
-from llamagen.training.losses import bits, code_loss
-from llamagen.training.run_folder import SKIPPED_NAME, open_run, start_run
-from llamagen.training.sources import Images, find_run_images
+from llamagen.training.lora import merged_state, save_adapter
+from llamagen.training.losses import bits
+from llamagen.training.recipes import recipe_to_dict
+from llamagen.training.run_folder import SKIPPED_NAME, open_run
+from llamagen.training.throughput import training_flops
+from llamagen.training.transformer_data import Codes, find_codes
+from llamagen.training.transformer_start import Start, find_start
 from llamagen.transformer import Transformer
 
 PIPELINE_FOLDER = "pipeline"
 """The exported pipeline, in the run's folder."""
-CODES_FOLDER = "codes"
-"""The codes of the images, in the run's folder."""
+ADAPTER_FOLDER = "adapter"
+"""What was trained of a fine-tuned model (LoRA), in the run's folder."""
 
 _SHEET_CLASSES = 10
 _SHEET_SIDE = 64
@@ -45,7 +53,8 @@ _SHEET_SIDE = 64
 def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> TrainingResult:
     """Trains a transformer, or goes on with it if the run's folder holds a checkpoint.
 
-    The images are encoded once, at the start; the codes stay in the run's folder.
+    Images are encoded once, at the start; the codes stay in the run's folder. A store of codes
+    that is there already is read instead, if the recipe names one.
 
     Args:
         recipe: the whole run.
@@ -58,150 +67,166 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
         FileNotFoundError: a folder does not exist.
         InputError: recipe, images, tokenizer and the run's folder do not fit together.
         TrainingInterrupted: the process was asked to stop; the run was saved.
+        OSError: a checkpoint could not be written; the ones before are whole.
     """
-    recipe = open_run(recipe)
-    if recipe.tokenizer is None:
-        raise InputError("no image tokenizer was named; give --tokenizer a folder or a name")
-    images = find_run_images(recipe.data, recipe.validation_data, recipe.images, labelled=True)
-    # float32: the codes are made once and learnt many times.
-    tokenizer = load_tokenizer(
-        recipe.tokenizer, device=find_device(recipe.loop.device), dtype=torch.float32
-    )
-    names = _class_names(recipe, images.training)
-    config = recipe.model.config(
-        codebook_size=tokenizer.config.codebook_size,
-        grid=tokenizer.config.grid_of(*recipe.images.shape),
-        num_classes=len(names),
-    )
-    start_run(recipe)
-    skipped = SkippedFiles(recipe.out / SKIPPED_NAME)
-    training, validation = _codes(recipe, tokenizer, images, skipped)
-    training.check_fits(config)
-    with own_random_numbers(recipe.loop.device, recipe.loop.seed):
-        transformer = Transformer(config)
-    task = TransformerTask(
+    with distributed.process_group(recipe.loop.device):
+        recipe = open_run(recipe)
+        task = make_task(recipe)
+        return fit(task, recipe.loop, recipe.out, quiet=quiet, run=recipe_to_dict(recipe))
+
+
+def make_task(recipe: TransformerTraining) -> TransformerTask:
+    """The task that a recipe describes, with its data read and its model built.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        InputError: recipe, images and tokenizer do not fit together.
+    """
+    with distributed.main_first():
+        # float32: the codes are made once and learnt many times.
+        tokenizer = load_tokenizer(
+            _tokenizer_source(recipe),
+            device=find_device(recipe.loop.device),
+            dtype=torch.float32,
+        )
+    codes = find_codes(recipe, tokenizer)
+    start = find_start(
         recipe,
-        Pipeline(
-            tokenizer,
-            transformer,
-            labels=Labels(names),
-            name=recipe.out.name,
-            sampling=recipe.sampling,
-        ),
-        training,
-        validation,
-        data={
-            **images.identity,
-            "the number of readable images": str(len(training)),
-            "the image tokenizer": tokenizer_fingerprint(tokenizer),
-        },
-        skipped=skipped,
+        codebook_size=tokenizer.config.codebook_size,
+        grid=codes.training.grid,
+        class_names=_class_names(recipe.num_classes, codes.training),
     )
-    return fit(task, recipe.loop, recipe.out, quiet=quiet)
+    codes.training.check_fits(start.config)
+    with own_random_numbers(recipe.loop.device):
+        return TransformerTask(start, tokenizer, codes)
 
 
-def _class_names(recipe: TransformerTraining, images: ImageFolder) -> tuple[str, ...]:
+def _tokenizer_source(recipe: TransformerTraining) -> Source:
+    if recipe.tokenizer is not None:
+        return recipe.tokenizer
+    found = None if recipe.init is None else resolve_pipeline(recipe.init).tokenizer
+    if found is None:
+        raise InputError("no image tokenizer was named; give --tokenizer a folder or a name")
+    return found
+
+
+def _class_names(num_classes: int | None, codes: CodeStore) -> tuple[str, ...]:
     """One name per class of the model: those of the data, then numbers for the rest."""
-    found = images.class_names
-    wanted = recipe.num_classes or len(found)
+    if codes.labels is None:
+        raise InputError(
+            f"the codes in {codes.folder} have no labels; make them from images in class folders"
+        )
+    found = codes.class_names or Labels.numbered(int(codes.labels.max()) + 1).names
+    wanted = num_classes or len(found)
     if wanted < len(found):
         raise InputError(
-            f"num_classes is {wanted}, but {images.root} has {len(found)} classes; "
+            f"num_classes is {wanted}, but {codes.folder} has {len(found)} classes; "
             f"raise it or leave it out"
         )
     return found + Labels.numbered(wanted).names[len(found) :]
-
-
-def _codes(
-    recipe: TransformerTraining, tokenizer: ImageTokenizer, images: Images, skipped: SkippedFiles
-) -> tuple[CodeSet, CodeSet | None]:
-    """Codes of the training and of the validation images."""
-    height, width = recipe.images.shape
-    sets = {
-        "training": (images.training, Views(height=height, width=width, kind=recipe.views)),
-        "validation": (images.validation, Views(height=height, width=width)),
-    }
-    codes = {
-        name: load_or_extract(
-            recipe.out / CODES_FOLDER / f"{name}.npz",
-            tokenizer,
-            folder,
-            views,
-            skipped=skipped,
-            workers=recipe.images.workers,
-        )
-        for name, (folder, views) in sets.items()
-        if len(folder) > 0
-    }
-    return codes["training"], codes.get("validation")
 
 
 class TransformerTask(Task):
     """Predict each code from the class and the codes before it."""
 
     name = "transformer"
-    panels: ClassVar[Mapping[str, Sequence[str]]] = {
-        "loss in bits per code": ("bits_per_code",),
-        "norm of the gradients": ("grad_norm",),
-    }
     model: Transformer
 
-    def __init__(
-        self,
-        recipe: TransformerTraining,
-        pipeline: Pipeline,
-        training: CodeSet,
-        validation: CodeSet | None,
-        *,
-        data: Mapping[str, str],
-        skipped: SkippedFiles,
-    ) -> None:
-        """A task that trains the transformer of ``pipeline``."""
+    def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: Codes) -> None:
+        """A task with a new model, which has its weights after ``prepare``."""
+        recipe = start.recipe
         self.recipe = recipe
-        self.model = pipeline.transformer
-        self.data = data
-        self._pipeline = pipeline
-        self._training = training
-        self._validation = validation
-        self._skipped = skipped
+        self.start = start
+        self.model = start.build()
+        self.panels = {
+            "loss in bits per code": ("bits_per_code",),
+            "norm of the gradients": ("grad_norm",),
+        }
+        self.units_per_image = {"tokens": float(math.prod(codes.training.grid))}
+        self.data = {
+            "the image tokenizer": tokenizer_fingerprint(tokenizer),
+            "the training codes": codes.training.identity,
+            "the number of training images": str(len(codes.trained)),
+        }
+        self._tokenizer = tokenizer
+        self._codes = codes
+        self._skipped = self._list_skipped()
         self._order = DataOrder(
-            count=len(training), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed
+            count=len(codes.trained), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed
         )
 
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Codes of one view per image, and labels."""
-        views = self._training.codes.shape[1]
-        for step in range(first, last):
-            draws = self._order.batch(step)
-            view = [self._order.random(draw).randrange(views) for draw in draws]
-            yield _batch(self._training, np.array([draw.index for draw in draws]), np.array(view))
+    def prepare(self) -> None:
+        """Gives the model its first weights."""
+        self.start.fill(self.model)
 
-    def losses(self, model: nn.Module, batch: Batch) -> Losses:
+    def describe(self) -> dict[str, Any]:
+        """The architecture and the classes."""
+        return {
+            "kind": Transformer.kind,
+            "config": config_to_dict(self.model.config),
+            "classes": list(self.start.labels.names),
+        }
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer's blocks."""
+        return list(self.model.layers)
+
+    def whole_model(self, state: Mapping[str, Tensor]) -> Transformer:
+        """A transformer with this state; low-rank matrices are merged into it."""
+        if self.recipe.lora.lora_rank > 0:
+            state = merged_state(state, self.recipe.lora)
+        with torch.device("meta"):
+            model = Transformer(self.start.config)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def flops_per_image(self) -> float:
+        """Of the matrix products and the attention, forward and backward."""
+        return training_flops(self.model.config)
+
+    def batches(self, first: int, last: int) -> Iterator[Batch]:
+        """Codes of one view per image, labels, and which labels become "no class"."""
+        store, dropout = self._codes.training, self.recipe.class_dropout
+        for step in range(first, last):
+            draws = distributed.share(self._order.batch(step))
+            # By image: it does not matter which process, or part of a batch, an image is in.
+            numbers = [self._order.random(draw) for draw in draws]
+            views = np.array([number.randrange(store.views) for number in numbers])
+            rows = self._codes.trained[np.array([draw.index for draw in draws])]
+            drop = torch.tensor([number.random() < dropout for number in numbers])
+            yield {**_batch(store, rows, views), "drop": drop}
+
+    def losses(
+        self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
+    ) -> Losses:
         """Cross-entropy over all codes, some labels replaced by "no class"."""
-        codes, labels = batch["codes"], batch["labels"]
-        drop = torch.rand(labels.shape, device=labels.device) < self.recipe.class_dropout
-        loss = code_loss(model(codes[:, :-1], labels, drop_condition=drop), codes)
-        return Losses(total=loss, metrics={"bits_per_code": bits(loss)})
+        del step, adversary
+        codes = batch["codes"]
+        loss = model(codes[:, :-1], batch["labels"], drop_condition=batch["drop"], targets=codes)
+        return Losses(total=loss, metrics={"bits_per_code": bits(loss.detach())})
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Loss on the held-out images, all with their labels."""
-        if self._validation is None:
+        rows, store = self._codes.validated, self._codes.validation
+        if len(rows) == 0:
             return {}
-        total, count = 0.0, len(self._validation)
-        size = self.recipe.loop.batch_size // self.recipe.loop.gradient_accumulation
-        for start in range(0, count, size):
-            rows = np.arange(start, min(start + size, count))
-            batch = _batch(self._validation, rows, np.zeros_like(rows))
-            codes, labels = (batch[name].to(self.model.device) for name in ("codes", "labels"))
-            total += float(code_loss(model(codes[:, :-1], labels), codes)) * len(rows)
-        loss = torch.tensor(total / count)
+        loop = self.recipe.loop
+        size = loop.batch_size // loop.gradient_accumulation  # of all processes together
+        total = 0.0
+        for start in range(0, len(rows), size):
+            part = rows[start : start + size]
+            own = part[list(distributed.share(range(len(part))))]
+            # A sharded model is called by all processes or by none.
+            batch = _batch(store, own if len(own) else rows[:1], 0)
+            codes, labels = (batch[name].to(find_device(loop.device)) for name in batch)
+            loss = model(codes[:, :-1], labels, targets=codes)
+            total += float(loss) * len(own)
+        loss = torch.tensor(distributed.summed({"loss": total})["loss"] / len(rows))
         return {"loss": float(loss), "bits_per_code": float(bits(loss))}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Images of a few classes, one class per column, with the same seeds every time."""
-        pipeline = self._pipeline_of(model)
-        labels = pipeline.labels
-        assert labels is not None
+        pipeline, labels = self._pipeline_of(model), self.start.labels
         columns = min(_SHEET_CLASSES, len(labels), self.recipe.sample_images)
         classes = [i * len(labels) // columns for i in range(columns)]
         prompts = [classes[i % columns] for i in range(self.recipe.sample_images)]
@@ -217,26 +242,51 @@ class TransformerTask(Task):
         )
 
     def export(self, model: nn.Module, out: Path) -> Path:
-        """Writes the pipeline's folder: tokenizer, transformer and labels."""
+        """Writes the pipeline's folder: tokenizer, transformer and labels; the adapter's as well.
+
+        With LoRA the pipeline has the merged weights.
+        """
+        lora = self.recipe.lora
+        if lora.lora_rank > 0:
+            state = model.state_dict()
+            save_adapter(state, lora, out / ADAPTER_FOLDER, base=str(self.recipe.init))
+            self.start.labels.save(out / ADAPTER_FOLDER / label_files.FILE_NAME)
+            model = self.whole_model(state)
         self._pipeline_of(model).save_pretrained(out / PIPELINE_FOLDER)
         return out / PIPELINE_FOLDER
 
     def skipped(self) -> int:
         """Files that could not be read."""
-        return len(self._skipped)
+        return self._skipped
+
+    def _list_skipped(self) -> int:
+        """Lists the files that have no codes since they could not be read."""
+        stores = {store.folder: store for store in (self._codes.training, self._codes.validation)}
+        errors = [
+            CorruptImageError(Path(key), reason)
+            for store in stores.values()
+            for key, reason in store.skipped()
+        ]
+        if distributed.is_main():
+            SkippedFiles(self.recipe.out / SKIPPED_NAME).add(errors)
+        return len(errors)
 
     def _pipeline_of(self, model: nn.Module) -> Pipeline:
         assert isinstance(model, Transformer)
-        pipeline = copy.copy(self._pipeline)
-        pipeline.transformer = model
-        return pipeline
+        return Pipeline(
+            self._tokenizer,
+            model,
+            labels=self.start.labels,
+            name=self.recipe.out.name,
+            sampling=self.recipe.sampling,
+        )
 
 
-def _batch(codes: CodeSet, rows: np.ndarray, views: np.ndarray) -> Batch:
+def _batch(store: CodeStore, rows: np.ndarray, views: np.ndarray | int) -> Batch:
     """Codes (B, T) and labels (B,) of the given rows and views."""
-    assert codes.labels is not None
-    chosen = codes.codes[rows, views].reshape(len(rows), -1)
+    assert store.labels is not None
+    codes = store.rows(rows, views).reshape(len(rows), -1)
     return {
-        "codes": torch.from_numpy(chosen.astype(np.int64)),
-        "labels": torch.from_numpy(codes.labels[rows]),
+        "codes": torch.from_numpy(codes.astype(np.int64)),
+        "labels": torch.from_numpy(store.labels[rows].astype(np.int64)),
     }

@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamagen.training import distributed
+
 
 class CodebookUsage:
-    """Share of the codes that occurred among about the last ``window`` codes seen."""
+    """Share of the codes that occurred among about the last ``window`` codes seen.
+
+    All processes together: each counts its own, and they compare when asked.
+    """
 
     def __init__(self, codebook_size: int, *, window: int) -> None:
         self.window = window
@@ -21,16 +26,30 @@ class CodebookUsage:
     def add(self, codes: Tensor) -> None:
         """Counts a batch of codes, of any shape."""
         self._last = self._last.to(codes.device)
-        self._seen += codes.numel()
+        # As many in every process.
+        self._seen += codes.numel() * distributed.world_size()
         self._last[codes.flatten()] = self._seen
 
     def share(self) -> float:
         """From 0 to 1."""
-        return float((self._last > self._seen - self.window).float().mean())
+        return float(self._used().float().mean())
+
+    def unused(self) -> Tensor:
+        """Indices of the codes that did not occur; none before a whole window has been seen."""
+        if self._seen < self.window:
+            return self._last.new_empty(0)
+        return (~self._used()).nonzero().flatten()
+
+    def mark_used(self, codes: Tensor) -> None:
+        """Gives codes (N,) a whole window from now on to occur in."""
+        self._last[codes.to(self._last.device)] = self._seen
+
+    def _used(self) -> Tensor:
+        return distributed.maximum(self._last) > self._seen - self.window
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
-        return {"seen": self._seen, "last": self._last}
+        """What a checkpoint keeps, from all processes."""
+        return {"seen": self._seen, "last": distributed.maximum(self._last)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what ``state_dict`` returned."""

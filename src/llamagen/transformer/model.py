@@ -12,11 +12,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.pretrained import PretrainedModel
 from llamagen.transformer.blocks import AttentionMask, RMSNorm, TransformerBlock
 from llamagen.transformer.cache import KVCache
+from llamagen.transformer.code_loss import code_loss
 from llamagen.transformer.condition import ClassCondition, TextCondition
 from llamagen.transformer.rope import rope_table
 
@@ -30,6 +32,9 @@ class Transformer(PretrainedModel[TransformerConfig]):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
+        self.recompute_blocks = False
+        """Forget the inside of the blocks in the forward pass of training, and compute it again
+        in the backward pass: less memory for more computation."""
         is_class = config.condition == "class"
         self.cls_embedding = ClassCondition(config) if is_class else TextCondition(config)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
@@ -44,15 +49,23 @@ class Transformer(PretrainedModel[TransformerConfig]):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Normal with standard deviation 0.02 for every matrix, zero for the output head."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, RMSNorm):
-                nn.init.ones_(module.weight)
-            elif isinstance(module, TextCondition):
-                # The scale that a text encoder's features have per entry of their norm.
-                nn.init.normal_(module.uncond_embedding, std=self.config.text_dim**-0.5)
-        nn.init.zeros_(self.output.weight)
+        for name, parameter in self.named_parameters():
+            self.init_tensor(name, parameter)
+
+    @torch.no_grad()
+    def init_tensor(
+        self, name: str, tensor: Tensor, generator: torch.Generator | None = None
+    ) -> None:
+        """Gives ``tensor`` the first values of the weight called ``name``."""
+        if name == "output.weight":
+            nn.init.zeros_(tensor)
+        elif name.endswith("norm.weight"):
+            nn.init.ones_(tensor)
+        else:
+            # The scale that a text encoder's features have per entry of their norm.
+            is_text = name == "cls_embedding.uncond_embedding"
+            std = self.config.text_dim**-0.5 if is_text else 0.02
+            nn.init.normal_(tensor, std=std, generator=generator)
 
     def forward(
         self,
@@ -62,8 +75,10 @@ class Transformer(PretrainedModel[TransformerConfig]):
         condition_mask: Tensor | None = None,
         drop_condition: Tensor | None = None,
         grid: Grid | None = None,
+        targets: Tensor | None = None,
+        target_weights: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next code at every position, given the codes before it.
+        """Logits of the next code at every position, given the codes before it, or their loss.
 
         Args:
             codes: (B, T) int, the first T codes in raster order; in training all but the last.
@@ -71,9 +86,13 @@ class Transformer(PretrainedModel[TransformerConfig]):
             condition_mask: (B, C) bool, False where text features are padding.
             drop_condition: (B,) bool, True where the condition is replaced by "no condition".
             grid: rows and columns of the image; by default the configuration's.
+            targets: (B, T + 1) int64, the codes to be predicted. With them the loss is returned,
+                and the logits are never all in memory.
+            target_weights: (B,), what each image counts; by default all alike.
 
         Returns:
-            (B, T + 1, V) logits; row t is the prediction of code t.
+            (B, T + 1, V) logits; row t is the prediction of code t. With ``targets`` the mean
+            cross-entropy, a scalar in nats.
         """
         hidden = self.hidden_states(
             codes,
@@ -82,7 +101,12 @@ class Transformer(PretrainedModel[TransformerConfig]):
             drop_condition=drop_condition,
             grid=grid,
         )
-        return self.output(hidden)
+        if targets is None:
+            return self.output(hidden)
+        weights = None
+        if target_weights is not None:
+            weights = target_weights.repeat_interleave(targets.shape[1])
+        return code_loss(hidden.flatten(0, 1), self.output.weight, targets.flatten(), weights)
 
     def hidden_states(
         self,
@@ -150,7 +174,10 @@ class Transformer(PretrainedModel[TransformerConfig]):
     def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
         x = self.tok_dropout(x)
         for block in self.layers:
-            x = block(x, rope, mask, cache)
+            if self.recompute_blocks and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+            else:
+                x = block(x, rope, mask, cache)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)

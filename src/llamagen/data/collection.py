@@ -1,0 +1,81 @@
+"""Collections of images that can be indexed, wherever they come from."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Self
+
+from PIL import Image
+
+
+class ImageCollection(abc.ABC):
+    """Images in a fixed order, with or without classes and captions.
+
+    Sent to worker processes as a whole, so it holds names, not pixels.
+    """
+
+    name: str
+    """Where the images come from, for messages."""
+    labels: tuple[int, ...] | None = None
+    """Index into ``class_names`` per image; None for images without classes."""
+    class_names: tuple[str, ...] = ()
+    captions: tuple[str, ...] | None = None
+    """One per image; None for images without captions."""
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def key(self, index: int) -> str:
+        """A name of an image within the collection that is the same wherever the collection is."""
+
+    @abc.abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """The image as RGB.
+
+        Raises:
+            CorruptImageError: it cannot be read as an image.
+            OSError: it cannot be reached.
+        """
+
+    @abc.abstractmethod
+    def subset(self, indices: Sequence[int]) -> Self:
+        """Some of the images, in the order given."""
+
+    def split(self, fraction: float) -> tuple[Self, Self]:
+        """Holds a part of the images out: (the rest, the part).
+
+        Which ones depends on their keys only, so every stage of training holds out the same.
+        At least one image is held out if ``fraction`` is above 0, and one is kept.
+        """
+        wanted = held_out_count(len(self), fraction)
+        digests = [hashlib.sha256(key_bytes(key)).digest() for key in self._keys()]
+        by_hash = sorted(range(len(self)), key=digests.__getitem__)
+        return self.subset(sorted(by_hash[wanted:])), self.subset(sorted(by_hash[:wanted]))
+
+    def thinned(self, count: int) -> Self:
+        """At most ``count`` of the images, spread evenly over the list and so over the classes."""
+        kept = min(count, len(self))
+        return self.subset([i * len(self) // kept for i in range(kept)])
+
+    def digest(self) -> str:
+        """A short text that changes when an image is added, removed or renamed."""
+        whole = hashlib.sha256()
+        for key in self._keys():
+            whole.update(key_bytes(key) + b"\0")
+        return whole.hexdigest()[:16]
+
+    def _keys(self) -> Iterator[str]:
+        return map(self.key, range(len(self)))
+
+
+def held_out_count(count: int, fraction: float) -> int:
+    """How many of ``count`` images a fraction of them is; neither none nor all."""
+    return min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
+
+
+def key_bytes(key: str) -> bytes:
+    """A key as bytes; names of files need not be valid text."""
+    return key.encode("utf-8", "surrogateescape")

@@ -1,0 +1,114 @@
+"""Low-rank adaptation (Hu et al. 2106.09685) of a transformer, through ``peft``.
+
+The matrices are peft's own modules, and an adapter is saved in peft's format, so that other
+programs of that family can read it. Reading one needs nothing but ``llamagen.adapters``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import llamagen.storage as storage
+from llamagen.adapters import ADAPTER_WEIGHTS_NAME
+from llamagen.errors import InputError
+from llamagen.training.config import LoraConfig
+from llamagen.transformer import Transformer
+
+_ADAPTER = "default"
+"""peft's name for the only adapter of a model."""
+_CLASS_TABLE = "cls_embedding."
+
+
+def add_lora(model: Transformer, config: LoraConfig) -> None:
+    """Puts low-rank matrices beside those of every block; only they and the classes are trained.
+
+    Raises:
+        InputError: peft is not installed, or the model has no such layers.
+    """
+    try:
+        from peft import inject_adapter_in_model
+    except ImportError as error:
+        raise InputError(
+            "LoRA needs a package that is not installed; pip install 'llamagen[finetune]'"
+        ) from error
+    try:
+        inject_adapter_in_model(_peft_config(config), model)
+    except ValueError as error:
+        raise InputError(
+            f"lora_targets {', '.join(config.lora_targets)} are no layers of a transformer; "
+            f"choose from wqkv, wo, w1, w2, w3"
+        ) from error
+    for name, parameter in model.named_parameters():
+        if name.startswith(_CLASS_TABLE):
+            parameter.requires_grad_(True)
+
+
+def init_lora_tensor(name: str, tensor: Tensor, generator: torch.Generator | None) -> bool:
+    """Gives a low-rank matrix its first values; False if ``name`` is none."""
+    if ".lora_A." in name:
+        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+    elif ".lora_B." in name:
+        # The product is zero: training starts from the model as it was.
+        nn.init.zeros_(tensor)
+    else:
+        return False
+    return True
+
+
+def original_name(name: str) -> str:
+    """A weight's name in a model without low-rank matrices."""
+    return name.replace(".base_layer.", ".")
+
+
+def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """The state of a plain transformer that computes the same, from that of one with LoRA."""
+    scale = config.scale
+    merged = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." in name:
+            down, up = (
+                state[name.replace(".base_layer.", f".{part}.{_ADAPTER}.")]
+                for part in ("lora_A", "lora_B")
+            )
+            tensor = tensor + scale * (up @ down)
+        merged[original_name(name)] = tensor
+    return merged
+
+
+def save_adapter(
+    state: Mapping[str, Tensor], config: LoraConfig, folder: Path, *, base: str
+) -> None:
+    """Writes what was trained, in peft's format; ``base`` names the model that it belongs to."""
+    tensors = {}
+    for name, tensor in state.items():
+        if ".lora_" in name:
+            tensors[f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}"] = tensor.contiguous()
+        elif name.startswith(_CLASS_TABLE):
+            tensors[f"base_model.model.{name}"] = tensor.contiguous()
+    settings = _peft_config(config)
+    settings.base_model_name_or_path = base
+    settings.inference_mode = True
+    with storage.atomic_folder(folder) as temporary:
+        settings.save_pretrained(str(temporary))
+        save_file(tensors, temporary / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def _peft_config(config: LoraConfig) -> Any:
+    import peft
+
+    return peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # any number will do
+        lora_dropout=config.lora_dropout,
+        target_modules=list(config.lora_targets),
+        modules_to_save=["cls_embedding"],
+    )

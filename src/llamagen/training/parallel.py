@@ -1,0 +1,187 @@
+"""How a model is spread over the processes of a run: DDP, FSDP2, hybrid, or not at all.
+
+What is called, trained and saved is the model itself in every case. DDP wraps it for the call;
+FSDP2 turns its parameters into ``DTensor``, of which each process holds a part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from llamagen.errors import InputError
+from llamagen.training import distributed
+from llamagen.training.config import LoopConfig
+
+
+def require_shares(config: LoopConfig) -> None:
+    """Checks that a batch and a sharded model can be split evenly over the processes.
+
+    Raises:
+        InputError: says which number does not divide which.
+    """
+    processes = distributed.world_size()
+    if config.batch_size % (processes * config.gradient_accumulation):
+        raise InputError(
+            f"batch_size {config.batch_size} cannot be split over {processes} processes and "
+            f"gradient_accumulation {config.gradient_accumulation}; make it a multiple of "
+            f"{processes * config.gradient_accumulation}"
+        )
+    shards = config.shard_processes
+    if config.parallel == "fsdp" and shards is not None and processes % shards:
+        raise InputError(
+            f"{processes} processes cannot be divided into groups of shard_processes {shards}; "
+            f"give a divisor of {processes}"
+        )
+
+
+def shards_model(config: LoopConfig) -> bool:
+    """Whether processes hold parts of the model only; such a model is built without memory."""
+    return config.parallel == "fsdp" and distributed.world_size() > 1
+
+
+def place(
+    model: nn.Module, config: LoopConfig, device: torch.device, *, units: list[nn.Module]
+) -> None:
+    """Moves ``model`` to the device, or with FSDP this process's part of it.
+
+    Args:
+        model: with weights that are the same in every process, or on the "meta" device with
+            FSDP, which leaves its new memory without values.
+        config: whether and how to share.
+        device: this process's.
+        units: the parts of the model whose weights are gathered one after another.
+    """
+    if not shards_model(config):
+        model.to(device)
+        return
+    processes = distributed.world_size()
+    shards = config.shard_processes or processes
+    # Two dimensions in all cases: with one copy in all, or a part for one process each, one of
+    # them has length 1, and nothing else is different.
+    mesh = init_device_mesh(
+        device.type, (processes // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
+    half = torch.bfloat16 if config.precision == "bfloat16" else None
+    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    # The root explicitly too: by default it keeps its gathered weights after a forward pass, which
+    # would be stale once the mean weights of an EMA have been put in their place.
+    for module in (*units, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        model.to_empty(device=device)
+
+
+def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
+    """What is to be called so that gradients are averaged over the processes.
+
+    For a model that is whole in every process, with the main process's weights in all of them.
+    """
+    if distributed.world_size() == 1 or isinstance(model, FSDPModule):
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        # What a process counts in its buffers is its own.
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+@contextlib.contextmanager
+def gradients_stay_here(*called: nn.Module, when: bool) -> Iterator[None]:
+    """Within this context, if ``when``, backward passes add gradients up without exchanging them.
+
+    Args:
+        called: what ``callable_form`` returned.
+        when: whether a further part of the batch follows, whose gradients go with these.
+    """
+    with contextlib.ExitStack() as stack:
+        for model in called:
+            if isinstance(model, DistributedDataParallel) and when:
+                stack.enter_context(model.no_sync())
+            elif isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(not when)
+        yield
+
+
+def seeded(seed: int, *names: object) -> torch.Generator:
+    """A generator of its own for everything that has a name."""
+    digest = hashlib.sha256(" ".join(map(str, (seed, *names))).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int, init_tensor: Callable[..., None]) -> None:
+    """First weights that depend on the seed only, not on how the model is spread.
+
+    Every tensor is drawn whole, from random numbers of its own, and each process keeps its part.
+
+    Args:
+        model: any, with memory.
+        seed: of the run.
+        init_tensor: called with a weight's name, a tensor for its values and a generator.
+    """
+    for name, parameter in model.named_parameters():
+        # On the CPU: other devices draw other numbers.
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype)
+        init_tensor(name, whole, seeded(seed, name))
+        set_tensor(parameter, whole)
+
+
+@torch.no_grad()
+def set_tensor(parameter: Tensor, whole: Tensor) -> None:
+    """Copies ``whole`` into a parameter, or this process's part of it into its part."""
+    if isinstance(parameter, DTensor):
+        own = distribute_tensor(
+            whole.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            # Every process has all of it: nothing has to be sent.
+            src_data_rank=None,
+        )
+        local(parameter).copy_(local(own))
+    else:
+        parameter.copy_(whole)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor; the memory is shared."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def number(tensor: Tensor) -> float:
+    """A scalar as a number, the same in every process."""
+    return float(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Lets go of weights that a forward pass without a backward pass has gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def whole_state(model: nn.Module) -> dict[str, Any]:
+    """The state of all of a model; to be called in every process.
+
+    The tensors of a sharded model are collected in the CPU's memory of the main process; the
+    others get an empty dictionary.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return model.state_dict()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_model_state_dict(model, options=options)

@@ -1,0 +1,107 @@
+"""Where a run's numbers and pictures go beside its folder: TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import llamagen.storage as storage
+from llamagen.errors import InputError
+
+TENSORBOARD_FOLDER = "tensorboard"
+"""TensorBoard's files, in the run's folder."""
+
+_WANDB_ID_NAME = "wandb-id.txt"
+
+
+class Tracker(abc.ABC):
+    """Takes what a run logs."""
+
+    @abc.abstractmethod
+    def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl."""
+
+    @abc.abstractmethod
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """A PNG file that was drawn."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Writes out what is left."""
+
+
+def open_trackers(names: Sequence[str], out: Path, about: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers called ``names``, for the run in ``out``.
+
+    Args:
+        names: "tensorboard", "wandb".
+        out: the run's folder.
+        about: the recipe, as plain values.
+
+    Raises:
+        InputError: the package of one is not installed.
+    """
+    kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+    return [kinds[name](out, about) for name in names]
+
+
+class _TensorBoard(Tracker):
+    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+        try:
+            from torch.utils.tensorboard.writer import SummaryWriter
+        except ImportError as error:
+            raise InputError(
+                "tracker tensorboard needs a package that is not installed; "
+                "pip install 'llamagen[train]'"
+            ) from error
+        del about
+        self._writer = SummaryWriter(str(out / TENSORBOARD_FOLDER))
+
+    def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        with Image.open(path) as image:
+            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb(Tracker):
+    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise InputError(
+                "tracker wandb needs a package that is not installed; pip install wandb"
+            ) from error
+        self._wandb = wandb
+        # The run goes on under one name there too.
+        id_path = out / _WANDB_ID_NAME
+        if not id_path.exists():
+            storage.write_text(id_path, wandb.util.generate_id() + "\n")
+        self._run = wandb.init(
+            project="llamagen",
+            name=out.name,
+            id=id_path.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(out),
+            config=dict(about),
+        )
+
+    def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        # Not the step of its own, which may not fall back: a resumed run goes through some again.
+        self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        self._run.log({"step": step, name: self._wandb.Image(str(path))})
+
+    def close(self) -> None:
+        self._run.finish()
