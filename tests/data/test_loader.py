@@ -82,7 +82,7 @@ def test_the_next_good_file_stands_in_for_a_corrupt_one(paths):
 def test_nothing_but_corrupt_files(paths, workers):
     for path in paths:
         path.write_bytes(b"broken")
-    with pytest.raises(InputError, match="none of the 15 image files can be read"):
+    with pytest.raises(InputError, match="none of the 15 images can be read"):
         batches(paths, workers=workers)
 
 
