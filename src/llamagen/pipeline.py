@@ -16,6 +16,7 @@ from torch import Tensor
 import llamagen.storage as storage
 from llamagen import checkpoints
 from llamagen import labels as label_files
+from llamagen.adapters import merge_adapter
 from llamagen.config import Grid, SamplingConfig
 from llamagen.devices import find_device, find_dtype
 from llamagen.errors import InputError
@@ -162,6 +163,24 @@ class Pipeline:
             name=found.name,
             sampling=found.sampling,
         )
+
+    def load_adapter(self, folder: str | Path) -> Self:
+        """Merges what fine-tuning with LoRA has made of this model; returns the pipeline.
+
+        Args:
+            folder: an adapter in peft's format; class names that lie beside it are taken over.
+
+        Raises:
+            FileNotFoundError: a file of the adapter is missing.
+            InputError: it is no LoRA adapter, is damaged, or belongs to another model.
+        """
+        merge_adapter(self.transformer, folder)
+        names = Path(folder) / label_files.FILE_NAME
+        if names.is_file():
+            self.labels = Labels.load(names)
+        elif self.labels is not None and len(self.labels) != self.transformer.config.num_classes:
+            self.labels = Labels.numbered(self.transformer.config.num_classes)
+        return self
 
     @property
     def device(self) -> torch.device:

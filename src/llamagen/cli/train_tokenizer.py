@@ -20,6 +20,9 @@ class Options:
     the other options change it."""
     preset: str | None = None
     """Published model, VQ-16 or VQ-8; the options for its fields change it."""
+    dry_run: bool = False
+    """Only say how large the run is, how much memory it needs and what data it finds, and take two
+    steps to see how fast it is. Nothing is written."""
     training: Annotated[TokenizerTraining, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=TokenizerTraining
     )
@@ -33,6 +36,11 @@ def defaults(arguments: list[str]) -> tuple[Options, list[str]]:
 
 def run(options: Options) -> None:
     """Trains, and says where the model is."""
+    if options.dry_run:
+        from llamagen.training.dry_run import dry_run
+
+        dry_run(options.training)
+        return
     from llamagen.training import train_tokenizer
 
     run_training(lambda: train_tokenizer(options.training))

@@ -228,6 +228,32 @@ def fit(
         return training.result()
 
 
+def try_steps(task: Task, config: LoopConfig, out: Path, *, steps: int) -> list[float]:
+    """Takes the first steps of a run and keeps nothing of it.
+
+    Args:
+        task: what to train; its model is changed.
+        config: how.
+        out: an empty folder for temporary files.
+        steps: how many.
+
+    Returns:
+        Seconds that each step took.
+    """
+    require_shares(config)
+    seconds = []
+    with own_random_numbers(config.device):
+        training = _Run(task, config, out, quiet=True, about={})
+        with training.closing():
+            batches = task.batches(0, steps)
+            for _ in range(steps):
+                start = time.perf_counter()
+                training.take_step(batches)
+                # The gradients' norm has been read: nothing is left to wait for on a GPU.
+                seconds.append(time.perf_counter() - start)
+    return seconds
+
+
 class _Run:
     """A task on its way: everything that changes from step to step."""
 

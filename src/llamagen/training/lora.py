@@ -95,6 +95,8 @@ def save_adapter(
         elif name.startswith(_CLASS_TABLE):
             tensors[f"base_model.model.{name}"] = tensor.contiguous()
     settings = _peft_config(config)
+    # Not while training: peft would wrap the module and with it change its weights' names.
+    settings.modules_to_save = ["cls_embedding"]
     settings.base_model_name_or_path = base
     settings.inference_mode = True
     with storage.atomic_folder(folder) as temporary:
@@ -110,5 +112,4 @@ def _peft_config(config: LoraConfig) -> Any:
         lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=config.lora_dropout,
         target_modules=list(config.lora_targets),
-        modules_to_save=["cls_embedding"],
     )
