@@ -20,6 +20,7 @@ from PIL import Image
 from llamagen.data import extraction, store
 from llamagen.data.extraction import extract_in_processes, extract_store
 from llamagen.data.images import ImageFolder, open_image
+from llamagen.data.processes import run_children
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.errors import InputError
@@ -254,10 +255,9 @@ def _child(connection, behave):
 def test_a_process_that_fails_ends_the_others(monkeypatch, behave, error, words):
     # The processes import this module.
     monkeypatch.syspath_prepend(ROOT)
-    monkeypatch.setattr(extraction, "_child", _child)
     start = time.monotonic()
     with pytest.raises(error, match=words):
-        list(extraction._run_children([(_work_on,), (behave,)]))
+        list(run_children(_child, [(_work_on,), (behave,)]))
     assert time.monotonic() - start < 50
     assert multiprocessing.active_children() == []
 

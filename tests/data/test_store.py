@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from llamagen.config import TransformerConfig
-from llamagen.data import extraction
+from llamagen.data import store_writer
 from llamagen.data.codes import tokenizer_fingerprint
-from llamagen.data.extraction import extract_store, import_published
-from llamagen.data.store import CodeStore, export_published
+from llamagen.data.extraction import extract_store
+from llamagen.data.published_codes import export_published, import_published
+from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.errors import InputError
 from tests.data.test_extraction import SIZE, encoded, image_tree, one_thread  # noqa: F401
@@ -283,7 +284,7 @@ def test_an_interrupted_export_goes_on(whole, tmp_path):
 def test_an_interrupted_import_goes_on(whole, tmp_path, monkeypatch):
     export_published(CodeStore.open(whole), tmp_path)
     reference = import_published(tiny_tokenizer(), tmp_path, tmp_path / "a", shard_size=4)
-    write = extraction.write_npy
+    write = store_writer.write_npy
     written = []
 
     def fail_at_the_second(path, array):
@@ -292,7 +293,7 @@ def test_an_interrupted_import_goes_on(whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(path, array)
 
-    monkeypatch.setattr(extraction, "write_npy", fail_at_the_second)
+    monkeypatch.setattr(store_writer, "write_npy", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         import_published(tiny_tokenizer(), tmp_path, tmp_path / "b", shard_size=4)
     assert import_published(tiny_tokenizer(), tmp_path, tmp_path / "b", shard_size=4).images == 7

@@ -19,8 +19,8 @@ from llamagen.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.data.extraction import Extraction
     from llamagen.data.store import CodeStore
+    from llamagen.data.store_writer import Extraction
     from llamagen.tokenizer import ImageTokenizer
 
 
@@ -101,11 +101,8 @@ def _extract(folder: Path, options: Options) -> Extraction:
     views = Views(height=height, width=width, kind=options.views)
     images = ImageFolder.scan(folder)
 
-    from llamagen.data.extraction import (
-        extract_in_processes,
-        extract_store,
-        keep_freed_memory,
-    )
+    from llamagen.data.extraction import extract_in_processes, extract_store
+    from llamagen.data.processes import keep_freed_memory
 
     device, dtype = options.resolve()
     device = _own_device(device)
@@ -145,7 +142,7 @@ def _extract(folder: Path, options: Options) -> Extraction:
 
 
 def _import(folder: Path, options: Options) -> Extraction:
-    from llamagen.data.extraction import import_published
+    from llamagen.data.published_codes import import_published
 
     device, _ = options.resolve()
     return import_published(
@@ -159,7 +156,8 @@ def _import(folder: Path, options: Options) -> Extraction:
 
 def _export(store: CodeStore | None, options: Options) -> None:
     """Exports ``store``, or the one that is in the output folder."""
-    from llamagen.data.store import CodeStore, export_published
+    from llamagen.data.published_codes import export_published
+    from llamagen.data.store import CodeStore
 
     assert options.export_published is not None
     count = export_published(store or CodeStore.open(options.out), options.export_published)

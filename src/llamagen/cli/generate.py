@@ -45,6 +45,8 @@ class Options(DeviceOptions):
     """Make the image in this PNG again: class, seed and settings are read from it."""
     tokenizer: str | None = None
     """Another image tokenizer than the model's: published name, folder or checkpoint file."""
+    adapter: Path | None = None
+    """Folder of what fine-tuning with LoRA has made of the model."""
     grid: tuple[int, int] | None = None
     """Rows and columns of codes, for checkpoint files that do not say."""
     columns: int | None = None
@@ -65,6 +67,8 @@ def run(options: Options) -> None:
     pipe = Pipeline.from_pretrained(
         source, tokenizer=options.tokenizer, grid=options.grid, device=device, dtype=dtype
     )
+    if options.adapter is not None:
+        pipe.load_adapter(options.adapter)
     output = _generate(pipe, settings, options)
     for path in _save(output, options):
         print(path)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 import llamagen.storage as storage
 from llamagen.config import (
@@ -474,58 +473,6 @@ def check_shard(folder: Path, plan: StorePlan, shard: int, *, images: int) -> No
     whole = start + math.prod(shape) * dtype.itemsize
     if size != whole:
         raise InputError(f"{path} has {size} of {whole} bytes; {remedy}")
-
-
-def export_published(store: CodeStore, root: Path | str, *, name: str | None = None) -> int:
-    """Writes a store in the published layout, one .npy per image.
-
-    ``<root>/<name>_codes/N.npy`` holds the codes of image N, int64 of shape (1, V, codes), or
-    (1, codes) for a single view; ``<root>/<name>_labels/N.npy`` its label, of shape (1,). Files
-    that are there already are kept, so an interrupted export goes on.
-
-    Args:
-        store: any store; without labels, no folder of labels is made.
-        root: folder above both.
-        name: first part of both folders' names; the published training looks for the default,
-            imagenet and the height of the images.
-
-    Returns:
-        The number of images.
-
-    Raises:
-        InputError: a folder cannot be written to, or holds the codes of something else.
-    """
-    name = name or f"imagenet{store.manifest.plan.views.height}"
-    codes = storage.require_writable(Path(root) / f"{name}_codes")
-    labels = store.labels
-    if labels is not None:
-        storage.require_writable(Path(root) / f"{name}_labels")
-    shape = (1, -1) if store.views == 1 else (1, store.views, store.grid[0] * store.grid[1])
-    index = 0
-    with tqdm(total=len(store), desc="exporting", unit="image", disable=None) as bar:
-        for shard in range(len(store.manifest.shards)):
-            for row in store.shard(shard):
-                _write_array(codes / f"{index}.npy", row.reshape(shape).astype(np.int64))
-                if labels is not None:
-                    path = Path(root) / f"{name}_labels" / f"{index}.npy"
-                    _write_array(path, labels[index : index + 1])
-                index += 1
-                bar.update()
-    return index
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array, unless the file is there with the same content."""
-    if path.exists():
-        try:
-            found = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError):
-            found = None
-        if found is None or not np.array_equal(found, array):
-            raise InputError(f"{path} is there with other content; give an empty folder")
-        return
-    with storage.atomic_file(path) as temporary:
-        write_npy(temporary, array)
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:

@@ -1,0 +1,150 @@
+"""A training step of the transformer against a plain eager loop, in tokens/s and peak memory.
+
+The plain loop computes all logits, turns them to float32, and steps AdamW as torch comes; the
+product's step is the one that ``llamagen train transformer`` takes. Both train the same model on
+the same codes under bfloat16 autocast.
+
+    OMP_WAIT_POLICY=PASSIVE python benchmarks/training.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from common import median_and_spread, print_table, record, time_in_turn
+from torch import nn
+
+from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
+from llamagen.data.processes import keep_freed_memory
+from llamagen.training.config import LoopConfig
+from llamagen.training.optimizer import make_optimizer
+from llamagen.training.throughput import peak_flops, training_flops
+from llamagen.transformer import Transformer
+
+Step = Callable[[], float]
+
+
+def batch(config: TransformerConfig, size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    codes = torch.randint(config.codebook_size, (size, config.num_codes), device=device)
+    return codes, torch.randint(config.num_classes, (size,), device=device)
+
+
+def plain_step(config: TransformerConfig, size: int, device: str) -> Step:
+    """What a first version of a training script does."""
+    model = Transformer(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    codes, labels = batch(config, size, device)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(codes[:, :-1], labels)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def product_step(
+    config: TransformerConfig, size: int, device: str, *, compiled: bool, recompute: bool
+) -> Step:
+    """What the training loop does."""
+    keep_freed_memory()
+    model = Transformer(config).to(device).train()
+    model.recompute_blocks = recompute
+    if compiled:
+        for block in model.layers:
+            block.compile()
+    loop = LoopConfig(weight_decay=0.05)
+    optimizer = make_optimizer(model, loop, lr=1e-4)
+    codes, labels = batch(config, size, device)
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(codes[:, :-1], labels, targets=codes)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        assert torch.isfinite(norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+STEPS: dict[str, Callable[[TransformerConfig, int, str], Step]] = {
+    "plain": plain_step,
+    "llamagen": lambda *a: product_step(*a, compiled=False, recompute=False),
+    "llamagen, recomputing": lambda *a: product_step(*a, compiled=False, recompute=True),
+    "llamagen, compiled": lambda *a: product_step(*a, compiled=True, recompute=False),
+}
+
+
+def peak_memory(name: str, arguments: argparse.Namespace) -> float:
+    """Bytes of a process that takes three steps."""
+    command = [sys.executable, __file__, "--only", name, "--preset", arguments.preset]
+    command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def take_only(name: str, config: TransformerConfig, size: int, device: str) -> None:
+    step = STEPS[name](config, size, device)
+    for _ in range(3):
+        step()
+    if device == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="B")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--compiled", action="store_true", help="also with torch.compile")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    config, size = preset(TRANSFORMER_PRESETS, arguments.preset), arguments.batch_size
+    if arguments.only is not None:
+        take_only(arguments.only, config, size, arguments.device)
+        return
+    names = [name for name in STEPS if arguments.compiled or name != "llamagen, compiled"]
+    steps = {name: STEPS[name](config, size, arguments.device) for name in names}
+    seconds = time_in_turn(steps, repeats=arguments.repeats)
+    tokens = size * config.num_codes
+    peak = peak_flops(torch.device(arguments.device), "bfloat16")
+    results, rows = {}, []
+    for name in names:
+        rates = [tokens / value for value in seconds[name]]
+        ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
+        memory = peak_memory(name, arguments)
+        results[name] = {"seconds": seconds[name], "peak_memory": memory}
+        row = [name, median_and_spread(rates), f"{statistics.median(ratios):.2f}"]
+        row.append(f"{memory / 1e9:.2f}")
+        if peak is not None:
+            mfu = size * training_flops(config) / statistics.median(seconds[name]) / peak
+            results[name]["mfu"] = mfu
+            row.append(f"{mfu:.1%}")
+        rows.append(row)
+    print(f"preset {arguments.preset}, {size} x {config.num_codes} codes, bfloat16 autocast")
+    header = ["step", "tokens/s", "times plain", "peak GB"]
+    print_table(header + (["MFU"] if peak is not None else []), rows)
+    record(f"training-{arguments.preset}", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Processes that share a piece of work, started and watched by one."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+
+# Numbers of options in glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+
+def run_children(
+    target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
+) -> Generator[int, None, None]:
+    """Runs ``target`` in a process for each of ``arguments``; yields what they report.
+
+    Each is called with a connection first, through which it sends numbers, or the exception that
+    ended it. It should begin with ``become_child``.
+
+    If one fails or dies, the others are ended.
+    """
+    context = multiprocessing.get_context("spawn")
+    children: dict[Connection, SpawnProcess] = {}
+    try:
+        for values in arguments:
+            ours, theirs = context.Pipe(duplex=False)
+            child = context.Process(target=target, args=(theirs, *values))
+            child.start()
+            children[ours] = child
+            # The child's copy is then the only one: when it dies, reading ends.
+            theirs.close()
+        running = set(children)
+        while running:
+            for connection in multiprocessing.connection.wait(list(running)):
+                assert isinstance(connection, Connection)
+                try:
+                    message = connection.recv()
+                except EOFError:
+                    running.discard(connection)
+                    _check_end(children[connection])
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                yield message
+    finally:
+        for child in children.values():
+            child.terminate()
+        for connection, child in children.items():
+            child.join()
+            connection.close()
+
+
+def _check_end(child: SpawnProcess) -> None:
+    child.join()
+    if child.exitcode != 0:
+        number = child.exitcode or 0
+        cause = f"signal {signal.Signals(-number).name}" if number < 0 else f"status {number}"
+        if number == -signal.SIGKILL:
+            cause += ", most often for want of memory"
+        raise ChildProcessError(
+            f"a process of the extraction ended ({cause}); run the same command again, "
+            f"it goes on where it stopped"
+        )
+
+
+def become_child(threads: int) -> None:
+    """Makes this process one that ends with its parent, and only when that wants it to."""
+    # Ctrl-C reaches every process of the terminal; the parent ends its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory of tensors that are freed, for those that come next.
+
+    glibc hands blocks of more than 32 MB back to the system at once, and gets the next one page
+    by page: on a CPU, a fifth of the time that encoding takes. For a process that does little
+    else; elsewhere than on glibc, nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def _end_with_parent() -> None:
+    """A process whose parent was killed would go on for hours, unseen."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -1,0 +1,304 @@
+"""The published layout of codes, one .npy file per image: read into a store, written from one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import llamagen.storage as storage
+from llamagen.data.codes import tokenizer_fingerprint
+from llamagen.data.store import (
+    CodeStore,
+    StorePlan,
+    StoreViews,
+    write_npy,
+)
+from llamagen.data.store_writer import (
+    SHARD_SIZE,
+    Extraction,
+    Report,
+    Shard,
+    begin,
+    code_dtype,
+    complete,
+    progress_bar,
+    write_shards,
+)
+from llamagen.errors import InputError
+from llamagen.tokenizer import ImageTokenizer
+
+_log = logging.getLogger(__name__)
+
+
+def export_published(store: CodeStore, root: Path | str, *, name: str | None = None) -> int:
+    """Writes a store in the published layout, one .npy per image.
+
+    ``<root>/<name>_codes/N.npy`` holds the codes of image N, int64 of shape (1, V, codes), or
+    (1, codes) for a single view; ``<root>/<name>_labels/N.npy`` its label, of shape (1,). Files
+    that are there already are kept, so an interrupted export goes on.
+
+    Args:
+        store: any store; without labels, no folder of labels is made.
+        root: folder above both.
+        name: first part of both folders' names; the published training looks for the default,
+            imagenet and the height of the images.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        InputError: a folder cannot be written to, or holds the codes of something else.
+    """
+    name = name or f"imagenet{store.manifest.plan.views.height}"
+    codes = storage.require_writable(Path(root) / f"{name}_codes")
+    labels = store.labels
+    if labels is not None:
+        storage.require_writable(Path(root) / f"{name}_labels")
+    shape = (1, -1) if store.views == 1 else (1, store.views, store.grid[0] * store.grid[1])
+    index = 0
+    with tqdm(total=len(store), desc="exporting", unit="image", disable=None) as bar:
+        for shard in range(len(store.manifest.shards)):
+            for row in store.shard(shard):
+                _write_array(codes / f"{index}.npy", row.reshape(shape).astype(np.int64))
+                if labels is not None:
+                    path = Path(root) / f"{name}_labels" / f"{index}.npy"
+                    _write_array(path, labels[index : index + 1])
+                index += 1
+                bar.update()
+    return index
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """Writes an array, unless the file is there with the same content."""
+    if path.exists():
+        try:
+            found = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError):
+            found = None
+        if found is None or not np.array_equal(found, array):
+            raise InputError(f"{path} is there with other content; give an empty folder")
+        return
+    with storage.atomic_file(path) as temporary:
+        write_npy(temporary, array)
+
+
+def import_published(
+    tokenizer: ImageTokenizer,
+    root: Path | str,
+    out: Path | str,
+    *,
+    shard_size: int = SHARD_SIZE,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Extraction:
+    """Makes a store of codes in the published layout (``export_published``).
+
+    Damaged files are skipped as damaged images are; an interrupted import goes on.
+
+    Args:
+        tokenizer: the one that made the codes, with its weights in float32. Only that the codes
+            lie within its codebook can be checked.
+        root: folder with the two folders, or the one with codes.
+        out: folder of the store.
+        shard_size: images to a shard.
+        overwrite: delete a store of something else first.
+        progress: show a bar, if there is a terminal.
+
+    Raises:
+        FileNotFoundError: there are no such folders, or a label is missing.
+        InputError: the files do not hold codes of this tokenizer, or ``out`` something else.
+    """
+    out = Path(out)
+    source = _Published.find(Path(root), tokenizer.config.codebook_size)
+    config = tokenizer.config
+    rows, columns = source.grid
+    plan = StorePlan(
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_config=config,
+        grid=source.grid,
+        codebook_size=config.codebook_size,
+        dtype=code_dtype(config.codebook_size),
+        precision="unknown",
+        views=StoreViews(
+            kind="published",
+            count=source.views,
+            height=rows * config.downsampling,
+            width=columns * config.downsampling,
+        ),
+        source_digest=source.digest(),
+        source_images=len(source.numbers),
+        shard_size=shard_size,
+        labelled=source.labels is not None,
+        captioned=False,
+        class_names=(),
+        batch_size=1,
+    )
+    plan = begin(out, plan, None, overwrite=overwrite, alone=True)
+    shards = range(plan.shards)
+    with progress_bar(out, plan, shards, shown=progress) as bar:
+        start = time.perf_counter()
+        count = write_shards(plan, out, shards, source.read, bar.update)
+        seconds = time.perf_counter() - start
+    return Extraction(store=complete(out, plan), images=count, seconds=seconds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Published:
+    """Two folders in the published layout."""
+
+    codes: Path
+    labels: Path | None
+    numbers: tuple[int, ...]
+    """Of the files, sorted."""
+    views: int
+    grid: tuple[int, int]
+    codebook_size: int
+
+    @classmethod
+    def find(cls, root: Path, codebook_size: int) -> _Published:
+        """Looks for the folders, and at the first file that is whole for the shape of the codes."""
+        codes = _published_folder(root)
+        labels = codes.with_name(codes.name.removesuffix("_codes") + "_labels")
+        stems = {path.stem for path in codes.glob("*.npy")}
+        strange = [stem for stem in stems if not stem.isdecimal()]
+        if strange:
+            raise InputError(
+                f"{codes / min(strange)}.npy is not named by a number as the published codes are; "
+                f"move it out of the folder"
+            )
+        numbers = tuple(sorted(map(int, stems)))
+        for number in numbers:
+            try:
+                shape = _load_array(codes / f"{number}.npy").shape
+            except _DamagedFileError:
+                continue
+            views, side = _published_shape(codes / f"{number}.npy", shape)
+            return cls(
+                codes=codes,
+                labels=labels if labels.is_dir() else None,
+                numbers=numbers,
+                views=views,
+                grid=(side, side),
+                codebook_size=codebook_size,
+            )
+        raise InputError(
+            f"none of the {len(numbers)} .npy files in {codes} can be read; give another folder"
+        )
+
+    def digest(self) -> str:
+        """Changes if files are added or removed, or one of a sample has another content."""
+        whole = hashlib.sha256(json.dumps([self.numbers, self.labels is not None]).encode())
+        sample = self.numbers[:: max(1, len(self.numbers) // 16)]
+        for number in sample:
+            whole.update((self.codes / f"{number}.npy").read_bytes())
+        return whole.hexdigest()[:16]
+
+    def read(self, rows: range, report: Report) -> Shard:
+        """The content of the shard with these files."""
+        codes, keys, labels, skipped = [], [], [], []
+        for row in rows:
+            path = self.codes / f"{self.numbers[row]}.npy"
+            try:
+                codes.append(self._read_codes(path))
+            except _DamagedFileError as error:
+                _log.warning("skipped: %s cannot be read (%s)", path, error)
+                skipped.append((path.name, str(error)))
+            else:
+                keys.append(path.name)
+                if self.labels is not None:
+                    labels.append(_read_label(self.labels / path.name))
+            report(1)
+        stacked = np.stack(codes) if codes else np.empty((0, self.views, *self.grid))
+        return Shard(
+            stacked.astype(code_dtype(self.codebook_size)),
+            keys,
+            None if self.labels is None else labels,
+            None,
+            skipped,
+        )
+
+    def _read_codes(self, path: Path) -> np.ndarray:
+        """The codes (V, rows, columns) in a file."""
+        array = _load_array(path)
+        views, side = _published_shape(path, array.shape)
+        if (views, (side, side)) != (self.views, self.grid):
+            raise InputError(
+                f"{path} has {views} views of {side * side} codes, but the files before it have "
+                f"{self.views} of {self.grid[0] * self.grid[1]}; keep only files of one extraction "
+                f"in the folder"
+            )
+        if not np.issubdtype(array.dtype, np.integer):
+            raise InputError(f"{path} holds {array.dtype}, expected integers; give another folder")
+        if not (0 <= array.min() and array.max() < self.codebook_size):
+            raise InputError(
+                f"{path} has codes from {array.min()} to {array.max()}, but the tokenizer has "
+                f"{self.codebook_size} (0 to {self.codebook_size - 1}); give --tokenizer the one "
+                f"that made them"
+            )
+        return array.reshape(self.views, *self.grid)
+
+
+def _published_folder(root: Path) -> Path:
+    """The one folder of codes in or at ``root``."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder; give the one with published codes")
+    found = [root] if root.name.endswith("_codes") else sorted(root.glob("*_codes"))
+    if not found:
+        raise FileNotFoundError(
+            f"there is no folder *_codes in {root}; give the folder above it, or the one itself"
+        )
+    if len(found) > 1:
+        names = " and ".join(folder.name for folder in found)
+        raise InputError(f"{root} has {names}; give one of them")
+    return found[0]
+
+
+def _published_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Views, and codes along a side."""
+    views = shape[1] if len(shape) == 3 else 1
+    side = math.isqrt(shape[-1]) if shape else 0
+    if len(shape) not in (2, 3) or shape[0] != 1 or min(views, side) < 1 or side**2 != shape[-1]:
+        raise InputError(
+            f"{path} has shape {shape}, expected (1, codes) or (1, views, codes) with a square "
+            f"number of codes; give another folder"
+        )
+    return views, side
+
+
+def _read_label(path: Path) -> int:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist, but its codes do; restore it, or move the folder of labels "
+            f"away"
+        )
+    try:
+        label = _load_array(path)
+    except _DamagedFileError as error:
+        raise InputError(f"{path} is damaged ({error}); restore it") from error
+    if label.size != 1 or not np.issubdtype(label.dtype, np.integer) or label.min() < 0:
+        raise InputError(f"{path} holds {label.dtype} {label.shape}, expected one label from 0 on")
+    return int(label.reshape(()))
+
+
+class _DamagedFileError(Exception):
+    """An .npy file that is not a whole array; the message is the reason."""
+
+
+def _load_array(path: Path) -> np.ndarray:
+    # Read here, so that a fault of the disk or network is not taken for a damaged file.
+    content = path.read_bytes()
+    try:
+        array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        reason = " ".join(str(error).split()) or "damaged"
+        raise _DamagedFileError(reason) from error
+    return array
