@@ -28,9 +28,8 @@ from llamagen.config import TOKENIZER_PRESETS, TokenizerConfig, preset
 from llamagen.data.crops import center_crop
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder, open_image
-from llamagen.data.processes import keep_freed_memory
 from llamagen.data.views import Views
-from llamagen.devices import DTYPES, find_device, find_dtype
+from llamagen.devices import DTYPES, find_device, find_dtype, keep_freed_memory
 from llamagen.tokenizer import ImageTokenizer, uint8_to_images
 
 PLAIN, OURS = "one at a time", "llamagen"

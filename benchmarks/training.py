@@ -10,11 +10,12 @@ the same codes under bfloat16 autocast.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,11 @@ from common import median_and_spread, print_table, record, time_in_turn
 from torch import nn
 
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
-from llamagen.data.processes import keep_freed_memory
+from llamagen.devices import keep_freed_memory
 from llamagen.training.config import LoopConfig
 from llamagen.training.optimizer import make_optimizer
 from llamagen.training.throughput import peak_flops, training_flops
-from llamagen.transformer import Transformer
+from llamagen.transformer import Transformer, cpu
 
 Step = Callable[[], float]
 
@@ -42,10 +43,15 @@ def plain_step(config: TransformerConfig, size: int, device: str) -> Step:
     model = Transformer(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     codes, labels = batch(config, size, device)
+    for module in model.modules():
+        if isinstance(module, cpu.Dropout):
+            module.__class__ = nn.Dropout
+    # torch's own attention, too.
+    stock = mock.patch.object(cpu, "plain_attention_pays", return_value=False)
 
     def step() -> float:
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16):
+        with stock, torch.autocast(device, torch.bfloat16):
             logits = model(codes[:, :-1], labels)
         loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
         loss.backward()
@@ -89,24 +95,57 @@ STEPS: dict[str, Callable[[TransformerConfig, int, str], Step]] = {
     "llamagen, recomputing": lambda *a: product_step(*a, compiled=False, recompute=True),
     "llamagen, compiled": lambda *a: product_step(*a, compiled=True, recompute=False),
 }
+WARM_UP = 2
 
 
-def peak_memory(name: str, arguments: argparse.Namespace) -> float:
-    """Bytes of a process that takes three steps."""
-    command = [sys.executable, __file__, "--only", name, "--preset", arguments.preset]
-    command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stdout.split()[-1])
+class Worker:
+    """A process of its own for each candidate: neither shares the other's allocator."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--only", name, "--preset", arguments.preset]
+        command += ["--batch-size", str(arguments.batch_size), "--device", arguments.device]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        for _ in range(WARM_UP):
+            self()
+
+    def __call__(self) -> None:
+        """Takes a step."""
+        self.ask("step")
+
+    def ask(self, what: str) -> str:
+        """Sends a line, and returns the line that comes back."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(what + "\n")
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise SystemExit(f"the process ended with {self._process.wait()}")
+        return answer
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.wait()
 
 
-def take_only(name: str, config: TransformerConfig, size: int, device: str) -> None:
+def work(name: str, config: TransformerConfig, size: int, device: str) -> None:
+    """The other end of a ``Worker``."""
     step = STEPS[name](config, size, device)
-    for _ in range(3):
-        step()
+    for line in sys.stdin:
+        if line.strip() == "peak memory":
+            print(peak_memory(device), flush=True)
+        else:
+            print(step(), flush=True)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes; of this process, or of the GPU for its tensors."""
     if device == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def main() -> None:
@@ -120,18 +159,19 @@ def main() -> None:
     arguments = parser.parse_args()
     config, size = preset(TRANSFORMER_PRESETS, arguments.preset), arguments.batch_size
     if arguments.only is not None:
-        take_only(arguments.only, config, size, arguments.device)
+        work(arguments.only, config, size, arguments.device)
         return
     names = [name for name in STEPS if arguments.compiled or name != "llamagen, compiled"]
-    steps = {name: STEPS[name](config, size, arguments.device) for name in names}
-    seconds = time_in_turn(steps, repeats=arguments.repeats)
+    workers = {name: Worker(name, arguments) for name in names}
+    seconds = time_in_turn(workers, repeats=arguments.repeats)
     tokens = size * config.num_codes
     peak = peak_flops(torch.device(arguments.device), "bfloat16")
     results, rows = {}, []
     for name in names:
         rates = [tokens / value for value in seconds[name]]
         ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
-        memory = peak_memory(name, arguments)
+        memory = int(workers[name].ask("peak memory"))
+        workers[name].end()
         results[name] = {"seconds": seconds[name], "peak_memory": memory}
         row = [name, median_and_spread(rates), f"{statistics.median(ratios):.2f}"]
         row.append(f"{memory / 1e9:.2f}")

@@ -102,7 +102,7 @@ def _extract(folder: Path, options: Options) -> Extraction:
     images = ImageFolder.scan(folder)
 
     from llamagen.data.extraction import extract_in_processes, extract_store
-    from llamagen.data.processes import keep_freed_memory
+    from llamagen.devices import keep_freed_memory
 
     device, dtype = options.resolve()
     device = _own_device(device)

@@ -41,8 +41,10 @@ def options_from_recipe(
 
 def run_training(train: Callable[[], TrainingResult]) -> None:
     """Trains, prints what came out of it, and ends politely on Ctrl-C."""
+    from llamagen.devices import keep_freed_memory
     from llamagen.training.loop import TrainingInterrupted
 
+    keep_freed_memory()
     try:
         result = train()
     except TrainingInterrupted as stop:

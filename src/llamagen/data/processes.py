@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection
@@ -16,9 +14,7 @@ from typing import Any
 
 import torch
 
-# Numbers of options in glibc's malloc.h.
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
+from llamagen.devices import keep_freed_memory
 
 
 def run_children(
@@ -82,21 +78,6 @@ def become_child(threads: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Lets this process keep the memory of tensors that are freed, for those that come next.
-
-    glibc hands blocks of more than 32 MB back to the system at once, and gets the next one page
-    by page: on a CPU, a fifth of the time that encoding takes. For a process that does little
-    else; elsewhere than on glibc, nothing happens.
-    """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def _end_with_parent() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import TransformerConfig
+from llamagen.transformer import cpu
 from llamagen.transformer.cache import KVCache
 from llamagen.transformer.rope import apply_rope
 
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.resid_dropout = nn.Dropout(config.residual_dropout)
+        self.resid_dropout = cpu.Dropout(config.residual_dropout)
 
     def forward(
         self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None
@@ -65,15 +66,19 @@ class Attention(nn.Module):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, E)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask.allowed,
-            is_causal=mask.causal and mask.allowed is None,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            enable_gqa=self.kv_heads != self.heads,
-        )
+        dropout = self.attention_dropout if self.training else 0.0
+        if self.training and mask.causal and dropout == 0 and cpu.plain_attention_pays(q, k):
+            out = cpu.causal_attention(q, k, v)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=mask.allowed,
+                is_causal=mask.causal and mask.allowed is None,
+                dropout_p=dropout,
+                enable_gqa=self.kv_heads != self.heads,
+            )
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
 
@@ -85,7 +90,7 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.ffn_dropout = nn.Dropout(config.ffn_dropout)
+        self.ffn_dropout = cpu.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to the same shape."""

@@ -20,6 +20,7 @@ from llamagen.transformer.blocks import AttentionMask, RMSNorm, TransformerBlock
 from llamagen.transformer.cache import KVCache
 from llamagen.transformer.code_loss import code_loss
 from llamagen.transformer.condition import ClassCondition, TextCondition
+from llamagen.transformer.cpu import Dropout
 from llamagen.transformer.rope import rope_table
 
 
@@ -38,7 +39,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         is_class = config.condition == "class"
         self.cls_embedding = ClassCondition(config) if is_class else TextCondition(config)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
-        self.tok_dropout = nn.Dropout(config.token_dropout)
+        self.tok_dropout = Dropout(config.token_dropout)
         self.layers = nn.ModuleList(
             TransformerBlock(config, layer) for layer in range(config.layers)
         )
