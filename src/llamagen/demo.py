@@ -240,8 +240,8 @@ def _tokenizer_recipe(
     recipe = load_recipe(TokenizerTraining, "digits-tokenizer")
     return dataclasses.replace(
         recipe,
-        data=data / "train",
-        validation_data=data / "held-out",
+        data=str(data / "train"),
+        validation_data=str(data / "held-out"),
         out=out / "tokenizer",
         loop=_loop(recipe.loop, device, seed, None if steps is None else steps[0]),
     )
@@ -255,8 +255,8 @@ def _transformer_recipe(
     recipe = load_recipe(TransformerTraining, "digits-transformer")
     return dataclasses.replace(
         recipe,
-        data=data / "train",
-        validation_data=data / "held-out",
+        data=str(data / "train"),
+        validation_data=str(data / "held-out"),
         tokenizer=str(tokenizer),
         out=out / "transformer",
         loop=_loop(recipe.loop, device, seed, None if steps is None else steps[1]),

@@ -87,14 +87,20 @@ def staged_files(folder: Path | str, *, last: str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a text file atomically, in UTF-8."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Writes a text file atomically, in UTF-8; bytes of file names that are not, as they are."""
+    _write(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path | str, values: Any) -> None:
     """Writes values as indented JSON, atomically."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    # What UTF-8 cannot hold, as bytes of file names, becomes an escape, which JSON reads back.
+    _write(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _write(path: Path | str, content: bytes) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def require_writable(folder: Path | str) -> Path:

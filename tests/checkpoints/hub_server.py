@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -79,6 +80,11 @@ class _Handler(BaseHTTPRequestHandler):
                 for file in json.loads(content)["files"]
             ]
             self._json({"files": files})
+        elif "/paths-info/" in path:
+            repo = "/".join(path.removeprefix("/api/datasets/").split("/")[:2])
+            wanted = parse_qs(content.decode()).get("paths", [])
+            held = self.hub.repos[repo]
+            self._json([self._entry(repo, name) for name in wanted if name in held])
         elif "/commit/" in path:
             repo = path.removeprefix("/api/models/").split("/commit/")[0]
             for line in content.splitlines():
@@ -104,15 +110,15 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append((self.command, path, self.headers.get("Range")))
-        is_api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models/").strip("/").split("/")
+        is_api = path.startswith(("/api/models/", "/api/datasets/"))
+        parts = re.sub(r"^/(api/)?(models/|datasets/)?", "", path).split("/")
         repo, rest = "/".join(parts[:2]), parts[2:]
         if repo in self.hub.gated:
             self._error(403, "GatedRepo")
         elif repo not in self.hub.repos:
             self._error(404, "RepoNotFound")
         elif is_api and rest[:1] == ["tree"]:
-            self._json([self._entry(repo, name) for name in self.hub.repos[repo]])
+            self._json(self._tree(repo, "/".join(rest[2:])))
         elif is_api:
             siblings = [{"rfilename": name} for name in self.hub.repos[repo]]
             self._json({"id": repo, "sha": COMMIT, "siblings": siblings, "private": False})
@@ -120,6 +126,21 @@ class _Handler(BaseHTTPRequestHandler):
             self._file(self.hub.repos[repo].get("/".join(rest[2:])), "/".join(rest[2:]), body)
         else:
             self._error(404, "EntryNotFound")
+
+    def _tree(self, repo: str, folder: str) -> list[dict]:
+        recursive = "recursive=true" in urlsplit(self.path).query.lower()
+        prefix = folder + "/" if folder else ""
+        entries: dict[str, dict] = {}
+        for name in self.hub.repos[repo]:
+            inside = name.removeprefix(prefix)
+            if not name.startswith(prefix):
+                continue
+            if "/" in inside and not recursive:
+                path = prefix + inside.split("/")[0]
+                entries[path] = {"type": "directory", "path": path, "oid": _oid(path.encode())}
+            else:
+                entries[name] = self._entry(repo, name)
+        return list(entries.values())
 
     def _entry(self, repo: str, name: str) -> dict:
         content = self.hub.repos[repo][name]

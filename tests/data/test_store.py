@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -31,9 +32,10 @@ def images(tmp_path_factory):
 def whole(tmp_path_factory, images):
     """A store of 11 images in two views and three shards."""
     views = Views(height=SIZE, width=SIZE, kind="flip")
-    captions = [f"image {i}" for i in range(len(images))]
+    captions = tuple(f"image {i}" for i in range(len(images)))
     out = tmp_path_factory.mktemp("store") / "codes"
-    extract_store(tiny_tokenizer(), images, views, out, captions=captions, shard_size=4)
+    images = dataclasses.replace(images, captions=captions)
+    extract_store(tiny_tokenizer(), images, views, out, shard_size=4)
     return out
 
 

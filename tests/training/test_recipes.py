@@ -85,17 +85,58 @@ def test_unknown_names(tmp_path):
         load_recipe(TokenizerTraining, tmp_path / "my.yaml")
 
 
+def recipe_class(name):
+    is_tokenizer = name.startswith("vq-") or name.endswith("tokenizer")
+    return TokenizerTraining if is_tokenizer else TransformerTraining
+
+
 @pytest.mark.parametrize("name", recipe_names())
 def test_packaged_recipes_load(name):
-    cls = TokenizerTraining if name.endswith("tokenizer") else TransformerTraining
-    recipe = load_recipe(cls, name)
+    recipe = load_recipe(recipe_class(name), name)
     assert recipe.data is None
-    assert recipe.tokenizer is None if cls is TransformerTraining else True
+    # Images are many or few, batches fit the processes of one machine.
+    assert recipe.loop.batch_size % 8 == 0
+
+
+PUBLISHED_STEPS = {128: 40 * 1_281_167 / 128, 256: 300 * 1_281_167 / 256}
+
+
+@pytest.mark.parametrize("name", ["vq-16", "vq-8"])
+def test_published_tokenizers(name):
+    recipe = load_recipe(TokenizerTraining, name)
+    assert recipe.model == TOKENIZER_PRESETS[name.upper()]
+    loop, losses, judged = recipe.loop, recipe.loss, recipe.adversarial
+    assert (loop.batch_size, loop.lr, loop.betas, loop.clip_norm) == (128, 1e-4, (0.9, 0.95), 1.0)
+    assert (loop.schedule, loop.weight_decay, loop.precision) == ("constant", 0.0, "bfloat16")
+    assert loop.steps == pytest.approx(PUBLISHED_STEPS[128], abs=1)
+    assert (losses.reconstruction, losses.commitment_weight) == ("l2", 0.25)
+    assert recipe.perceptual.perceptual_weight == 1.0
+    assert (judged.adversarial_weight, judged.adversarial_start) == (0.5, 20000)
+    assert (judged.discriminator, judged.adversarial_loss) == ("patchgan", "hinge")
+    assert recipe.images.shape == (256, 256)
+    assert recipe.augmentation.crop_scale == 1 / 0.8
+
+
+@pytest.mark.parametrize("size", [256, 384])
+@pytest.mark.parametrize("name", ["B", "L", "XL", "XXL", "3B"])
+def test_published_transformers(name, size):
+    recipe = load_recipe(TransformerTraining, f"c2i-{name}-{size}")
+    grid = TOKENIZER_PRESETS["VQ-16"].grid_of(*recipe.images.shape)
+    assert grid == (size // 16, size // 16)
+    config = recipe.model.config(codebook_size=16384, grid=grid, num_classes=recipe.num_classes)
+    assert config == dataclasses.replace(TRANSFORMER_PRESETS[name], grid=grid)
+    assert (config.token_dropout, config.residual_dropout, config.ffn_dropout) == (0.1, 0.1, 0.1)
+    loop = recipe.loop
+    assert (loop.batch_size, loop.lr, loop.betas, loop.clip_norm) == (256, 1e-4, (0.9, 0.95), 1.0)
+    assert (loop.schedule, loop.weight_decay, loop.precision) == ("constant", 0.05, "bfloat16")
+    assert loop.steps == pytest.approx(PUBLISHED_STEPS[256], abs=1)
+    assert loop.parallel == ("fsdp" if name in ("XXL", "3B") else "ddp")
+    assert (recipe.tokenizer, recipe.views, recipe.class_dropout) == ("vq-16", "ten-crop", 0.1)
 
 
 @pytest.mark.parametrize("cls", [TokenizerTraining, TransformerTraining])
 def test_yaml_round_trip(recipe, cls, tmp_path):
-    before = dataclasses.replace(cls(), data=tmp_path / "images", out=tmp_path / "out")
+    before = dataclasses.replace(cls(), data=str(tmp_path / "images"), out=tmp_path / "out")
     assert recipe(recipe_to_yaml(before), cls) == before
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from llamagen.cli.options import DeviceOptions
+from llamagen.data.columns import SourceConfig
 from llamagen.data.views import ViewKind
 from llamagen.errors import InputError
 
@@ -28,8 +29,11 @@ if TYPE_CHECKING:
 class Options(DeviceOptions):
     """Options of ``llamagen extract-codes``."""
 
-    images: tyro.conf.Positional[Path | None] = None
-    """Folder with images; each subfolder, if there are any, is a class."""
+    images: tyro.conf.Positional[str | None] = None
+    """Folder with images, with a subfolder for each class or a table (metadata.csv,
+    metadata.jsonl) or neither; Parquet or tar files, as a folder, file or pattern; or a data set
+    on the hub, hf:owner/name."""
+    source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     tokenizer: Annotated[str, tyro.conf.arg(aliases=["-t"])] = "vq-16"
     """Published name (vq-16, vq-8), folder, checkpoint file or hub repository."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("codes")
@@ -76,7 +80,9 @@ def _check(options: Options) -> None:
     if options.images is not None and options.from_published is not None:
         raise InputError("give either a folder of images or --from-published, not both")
     if options.images is None and options.from_published is None and not options.export_published:
-        raise InputError("no images were named; give a folder")
+        raise InputError("no images were named; give a folder, files, or hf:owner/name")
+    if options.source.streaming:
+        raise InputError("codes are extracted from whole data sets; leave --streaming out")
     for name in ("size", "width", "shard_size", "batch_size", "processes"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -93,13 +99,13 @@ def _check(options: Options) -> None:
             )
 
 
-def _extract(folder: Path, options: Options) -> Extraction:
-    from llamagen.data.images import ImageFolder
+def _extract(source: str, options: Options) -> Extraction:
+    from llamagen.data.sources import open_images
     from llamagen.data.views import Views
 
     height, width = options.size, options.width or options.size
     views = Views(height=height, width=width, kind=options.views)
-    images = ImageFolder.scan(folder)
+    images = open_images(source, options.source)
 
     from llamagen.data.extraction import extract_in_processes, extract_store
     from llamagen.devices import keep_freed_memory

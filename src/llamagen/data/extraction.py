@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -60,7 +59,6 @@ def extract_store(
     views: Views,
     out: Path | str,
     *,
-    captions: Sequence[str] | None = None,
     shard_size: int = SHARD_SIZE,
     batch_size: int | None = None,
     workers: int = 0,
@@ -77,7 +75,6 @@ def extract_store(
         images: with or without labels.
         views: what is encoded of each image.
         out: folder of the store; new, empty, or begun with the same arguments.
-        captions: one per image.
         shard_size: images to a shard.
         batch_size: views encoded at once; by default as many as fit into memory.
         workers: processes that read images for this one.
@@ -92,7 +89,7 @@ def extract_store(
             image can be read.
         OSError: the disk is full, or an image file cannot be reached.
     """
-    job = _Job(tokenizer, images, views, Path(out), captions, workers, dtype)
+    job = _Job(tokenizer, images, views, Path(out), workers, dtype)
     plan = job.plan(shard_size, batch_size, processes=world_size)
     plan = begin(job.out, plan, batch_size, overwrite=overwrite, alone=world_size == 1)
     shards = range(rank, plan.shards, world_size)
@@ -110,7 +107,6 @@ def extract_in_processes(
     views: Views,
     out: Path | str,
     *,
-    captions: Sequence[str] | None = None,
     shard_size: int = SHARD_SIZE,
     batch_size: int | None = None,
     workers: int = 0,
@@ -131,7 +127,7 @@ def extract_in_processes(
         raise InputError(f"the number of processes is {processes}, expected at least 1")
     cuda = tokenizer.device.type == "cuda"
     devices = torch.cuda.device_count() if cuda else 1
-    job = _Job(tokenizer, images, views, Path(out), captions, workers, dtype)
+    job = _Job(tokenizer, images, views, Path(out), workers, dtype)
     plan = job.plan(shard_size, batch_size, processes=math.ceil(processes / devices))
     plan = begin(job.out, plan, batch_size, overwrite=overwrite, alone=True)
     targets = [f"cuda:{i % devices}" if cuda else tokenizer.device.type for i in range(processes)]
@@ -162,7 +158,6 @@ class _Job:
     images: ImageCollection
     views: Views
     out: Path
-    captions: Sequence[str] | None
     workers: int
     dtype: torch.dtype
 
@@ -172,11 +167,6 @@ class _Job:
             raise InputError(
                 f"the tokenizer's weights are {self.tokenizer.dtype}, but it is known by those in "
                 f"float32; load it so, and name the precision of encoding (dtype)"
-            )
-        if self.captions is not None and len(self.captions) != len(self.images):
-            raise InputError(
-                f"there are {len(self.captions)} captions for {len(self.images)} images; give one "
-                f"for each"
             )
         config = self.tokenizer.config
         grid = config.grid_of(self.views.height, self.views.width)
@@ -201,11 +191,11 @@ class _Job:
                 width=self.views.width,
                 ranges=TEN_CROP_RANGES if self.views.kind.endswith("-crop") else (),
             ),
-            source_digest=source_digest(self.images, self.captions),
+            source_digest=source_digest(self.images),
             source_images=len(self.images),
             shard_size=shard_size,
             labelled=self.images.labels is not None,
-            captioned=self.captions is not None,
+            captioned=self.images.captions is not None,
             class_names=self.images.class_names,
             batch_size=batch_size,
         )
@@ -250,7 +240,7 @@ def _encode(
         codes[: len(read)],
         [images.key(i) for i in read],
         None if images.labels is None else [int(images.labels[i]) for i in read],
-        None if job.captions is None else [job.captions[i] for i in read],
+        None if images.captions is None else [images.captions[i] for i in read],
         skipped,
     )
 
@@ -259,10 +249,10 @@ def _codes(encoder: ImageTokenizer, pixels: Tensor) -> Tensor:
     return encoder.encode(uint8_to_images(pixels.to(encoder.device)))
 
 
-def source_digest(images: ImageCollection, captions: Sequence[str] | None = None) -> str:
+def source_digest(images: ImageCollection) -> str:
     """A short text that changes with the names, labels and captions of images."""
     whole = hashlib.sha256(images.digest().encode())
-    whole.update(json.dumps([images.class_names, images.labels, captions]).encode())
+    whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
     return whole.hexdigest()[:16]
 
 

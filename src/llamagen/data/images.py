@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llamagen.data.classes import in_order
 from llamagen.data.collection import ImageCollection
 from llamagen.errors import InputError
 
@@ -145,7 +146,7 @@ class ImageFolder(ImageCollection):
                 f"{root} has images both in class folders and beside them, such as {stray.name}; "
                 f"move each into the folder of its class"
             )
-        classes = tuple(_in_order(set(names)) if class_names is None else class_names)
+        classes = tuple(in_order(set(names)) if class_names is None else class_names)
         index = {name: label for label, name in enumerate(classes)}
         for name in names:
             if name not in index:
@@ -176,13 +177,6 @@ class ImageFolder(ImageCollection):
             labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
             captions=None if self.captions is None else tuple(self.captions[i] for i in indices),
         )
-
-
-def _in_order(names: set[str]) -> list[str]:
-    """Folders named 0 to 11 are classes 0 to 11, although "10" sorts before "2"."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
 
 
 def open_image(path: Path | str) -> Image.Image:

@@ -6,6 +6,7 @@ Shapes: B images, V views of an image, H x W pixels.
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def training_batches(
         InputError: none of the images can be read.
     """
     dataset = _TrainingImages(images, order, augmentation)
-    for batch in _load(dataset, _Steps(order, first, last, rank, world_size), workers):
+    for batch in load_batches(dataset, _Steps(order, first, last, rank, world_size), workers):
         if len(batch.indices) == 0:
             raise InputError(f"none of the {len(images)} images can be read: {batch.skipped[0]}")
         yield batch
@@ -84,17 +85,20 @@ def image_views(
     """
     chosen = range(len(images)) if indices is None else indices
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    yield from _load(_EveryImage(images, views), batches, workers)
+    yield from load_batches(_EveryImage(images, views), batches, workers)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sample:
+class Sample:
+    """One image of a batch, or why there is none."""
+
     pixels: np.ndarray | None
+    """(H, W, 3) bytes, or (V, H, W, 3)."""
     index: int
     skipped: tuple[CorruptImageError, ...]
 
 
-class _TrainingImages(Dataset[_Sample]):
+class _TrainingImages(Dataset[Sample]):
     """Augmented images by their draws."""
 
     def __init__(
@@ -105,7 +109,7 @@ class _TrainingImages(Dataset[_Sample]):
         self.augmentation = augmentation
         self.corrupt: set[int] = set()
 
-    def __getitem__(self, draw: Draw) -> _Sample:
+    def __getitem__(self, draw: Draw) -> Sample:
         skipped = []
         for offset in range(len(self.images)):
             index = (draw.index + offset) % len(self.images)
@@ -120,24 +124,24 @@ class _TrainingImages(Dataset[_Sample]):
                 skipped.append(error)
                 continue
             crop = self.augmentation(image, self.order.random(draw))
-            return _Sample(np.asarray(crop), index, tuple(skipped))
-        return _Sample(None, draw.index, tuple(skipped))
+            return Sample(np.asarray(crop), index, tuple(skipped))
+        return Sample(None, draw.index, tuple(skipped))
 
 
-class _EveryImage(Dataset[_Sample]):
+class _EveryImage(Dataset[Sample]):
     """All views of each image by its index."""
 
     def __init__(self, images: ImageCollection, views: Views) -> None:
         self.images = images
         self.views = views
 
-    def __getitem__(self, index: int) -> _Sample:
+    def __getitem__(self, index: int) -> Sample:
         try:
             image = self.images.read(index)
         except CorruptImageError as error:
             error.key = self.images.key(index)
-            return _Sample(None, index, (error,))
-        return _Sample(np.stack([np.asarray(v) for v in self.views(image)]), index, ())
+            return Sample(None, index, (error,))
+        return Sample(np.stack([np.asarray(v) for v in self.views(image)]), index, ())
 
 
 class _Steps:
@@ -157,11 +161,13 @@ class _Steps:
         return (self.order.batch(step)[self.part] for step in range(self.first, self.last))
 
 
-def _load(dataset: Dataset[_Sample], batches: Any, workers: int) -> Iterator[ImageBatch]:
+def load_batches(dataset: Dataset[Sample], batches: Any, workers: int) -> Iterator[ImageBatch]:
+    """What a data set makes of the keys that ``batches`` lists, batch by batch."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
+        # More than there are cores only get in each other's way.
+        num_workers=min(workers, os.cpu_count() or 1),
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_parent,
         # Its own: the loader draws a seed for its workers, which must not be taken from the
@@ -171,7 +177,7 @@ def _load(dataset: Dataset[_Sample], batches: Any, workers: int) -> Iterator[Ima
     yield from loader
 
 
-def _collate(samples: list[_Sample]) -> ImageBatch:
+def _collate(samples: list[Sample]) -> ImageBatch:
     """Channels first; files that could not be read are left out."""
     read = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.empty(0, dtype=torch.uint8)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamagen.config import Grid, SamplingConfig, TokenizerConfig, TransformerConfig
+from llamagen.data.columns import SourceConfig
 from llamagen.data.views import ViewKind
 from llamagen.errors import InputError
 
@@ -298,10 +299,12 @@ class AdversarialConfig:
 class TokenizerTraining:
     """A training run of an image tokenizer."""
 
-    data: Path | None = None
-    """Folder with images, searched through."""
-    validation_data: Path | None = None
-    """Folder with images for validation. Default: a part of the data is held out."""
+    data: str | None = None
+    """Images: a folder, searched through; Parquet or tar files, as a folder, file or pattern; or a
+    data set on the hub, hf:owner/name."""
+    validation_data: str | None = None
+    """Images for validation. Default: a part of the data is held out."""
+    source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     out: Path = Path("runs/tokenizer")
     """Folder of the run: checkpoints, metrics, samples, and the model in "tokenizer"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
@@ -410,10 +413,13 @@ class LoraConfig:
 class TransformerTraining:
     """A training run of a class-conditional transformer."""
 
-    data: Path | None = None
-    """Folder with one subfolder of images per class."""
-    validation_data: Path | None = None
+    data: str | None = None
+    """Images with classes: a folder with a subfolder for each, or with a table (metadata.csv,
+    metadata.jsonl); Parquet or tar files, as a folder, file or pattern; or a data set on the hub,
+    hf:owner/name."""
+    validation_data: str | None = None
     """The same for validation. Default: a part of the data is held out."""
+    source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     codes: Path | None = None
     """Store of codes (`llamagen extract-codes`) to train on, instead of images."""
     validation_codes: Path | None = None

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -20,8 +20,11 @@ import torch
 from PIL import Image
 
 from llamagen import checkpoints
-from llamagen.config import Grid, TokenizerConfig
+from llamagen.checkpoints.names import find_public
+from llamagen.config import TOKENIZER_PRESETS, Grid, TokenizerConfig, preset
+from llamagen.data.collection import ImageCollection
 from llamagen.data.images import ImageFolder
+from llamagen.data.order import DataOrder
 from llamagen.devices import find_device
 from llamagen.errors import InputError
 from llamagen.tokenizer import ImageTokenizer
@@ -29,8 +32,15 @@ from llamagen.training import distributed
 from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
 from llamagen.training.loop import Task, try_steps
 from llamagen.training.parallel import require_shares
+from llamagen.training.recipes import preset_model
 from llamagen.training.run_folder import open_run
-from llamagen.training.sources import Images, find_run_images
+from llamagen.training.sources import (
+    Images,
+    Shuffled,
+    TokenizerImages,
+    find_run_images,
+    tokenizer_images,
+)
 from llamagen.training.tokenizer_task import TokenizerTask
 from llamagen.training.transformer_data import Codes
 from llamagen.training.transformer_start import find_start
@@ -74,44 +84,79 @@ def _checked(recipe: TokenizerTraining | TransformerTraining) -> Any:
     return open_run(recipe)
 
 
-def _tokenizer(recipe: TokenizerTraining, small: Any) -> tuple[str, Callable[[], Task]]:
+class _Data(NamedTuple):
+    """What a recipe would train on."""
+
+    text: str
+    images: int | None = None
+    """How many, if there is an end to them."""
+
+
+def _tokenizer(recipe: TokenizerTraining, small: Any) -> tuple[_Data, Callable[[], Task]]:
     if recipe.data is None:
-        data, images = "none named; two steps on noise", _noise(small)
+        data, images = _Data("none named; two steps on noise"), _noise(small)
+    elif recipe.source.streaming:
+        images = tokenizer_images(small)
+        data = _Data(f"streamed, {images.training.digest()}")
     else:
-        found = find_run_images(recipe.data, recipe.validation_data, recipe.images, labelled=False)
-        data = _counts(found)
+        found = find_run_images(recipe, labelled=False)
+        data = _counted(found)
         few = found.training.thinned(_STEPS * recipe.loop.batch_size)
-        images = Images(few, few.subset([]))
+        images = _few_images(small, few)
     config = recipe.model
     if recipe.init is not None:
-        config = checkpoints.load_tokenizer(recipe.init, device="meta").config
+        config = _tokenizer_config(recipe.init)
     # Without LPIPS, which would be downloaded.
     return data, lambda: TokenizerTask(small, images, ImageTokenizer(config))
 
 
-def _transformer(recipe: TransformerTraining, small: Any) -> tuple[str, Callable[[], Task]]:
+def _few_images(recipe: TokenizerTraining, images: ImageCollection) -> TokenizerImages:
+    order = DataOrder(count=len(images), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed)
+    return TokenizerImages(Shuffled(images, order), images.subset([]), images)
+
+
+def _transformer(recipe: TransformerTraining, small: Any) -> tuple[_Data, Callable[[], Task]]:
     tokenizer = TokenizerConfig()
     if recipe.tokenizer is not None:
-        tokenizer = checkpoints.load_tokenizer(recipe.tokenizer, device="meta").config
+        tokenizer = _tokenizer_config(recipe.tokenizer)
     names: tuple[str, ...] = ()
     if recipe.codes is not None:
         from llamagen.data.store import CodeStore
 
         store = CodeStore.open(recipe.codes)
-        data, names = f"{len(store)} images with codes", store.class_names
+        data, names = _Data(f"{len(store)} images with codes", len(store)), store.class_names
     elif recipe.data is not None:
-        found = find_run_images(recipe.data, recipe.validation_data, recipe.images, labelled=True)
-        data, names = _counts(found), found.training.class_names
+        found = find_run_images(recipe, labelled=True)
+        data, names = _counted(found), found.training.class_names
     else:
-        data = "none named"
+        data = _Data("none named")
     classes = names or tuple(map(str, range(recipe.num_classes or 1000)))
     grid = tokenizer.grid_of(*recipe.images.shape)
+    small = _without_download(small)
     start = find_start(small, codebook_size=tokenizer.codebook_size, grid=grid, class_names=classes)
     store_of_noise: Any = _RandomCodes(recipe.loop.batch_size, grid, tokenizer, len(classes))
     rows = np.arange(len(store_of_noise))
     codes = Codes(store_of_noise, rows, store_of_noise, rows[:0])
     stand_in = ImageTokenizer(_smallest(tokenizer))
-    return f"{data}; two steps on random codes", lambda: TransformerTask(start, stand_in, codes)
+    data = data._replace(text=f"{data.text}; two steps on random codes")
+    return data, lambda: TransformerTask(start, stand_in, codes)
+
+
+def _tokenizer_config(source: str) -> TokenizerConfig:
+    """A tokenizer's architecture; that of a published one is known without its weights."""
+    public = find_public(source)
+    if public is not None:
+        return preset(TOKENIZER_PRESETS, public.preset)
+    return checkpoints.load_tokenizer(source, device="meta").config
+
+
+def _without_download(recipe: TransformerTraining) -> TransformerTraining:
+    """The recipe with random weights of the same size in the place of published ones."""
+    public = None if recipe.init is None else find_public(recipe.init)
+    if public is None or recipe.lora.lora_rank > 0:
+        return recipe
+    size = preset_model(TransformerTraining, public.preset)
+    return dataclasses.replace(recipe, init=None, model=size)
 
 
 def _smallest(config: TokenizerConfig) -> TokenizerConfig:
@@ -151,7 +196,7 @@ class _RandomCodes:
         return []
 
 
-def _noise(recipe: TokenizerTraining) -> Images:
+def _noise(recipe: TokenizerTraining) -> TokenizerImages:
     """A folder of a few random images."""
     folder = recipe.out / "noise"
     folder.mkdir()
@@ -160,27 +205,24 @@ def _noise(recipe: TokenizerTraining) -> Images:
     for number in range(2):
         pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    images = ImageFolder.scan_unlabelled(folder)
-    return Images(images, images.subset([]))
+    return _few_images(recipe, ImageFolder.scan_unlabelled(folder))
 
 
-def _counts(images: Images) -> str:
-    return f"{len(images.training)} images, and {len(images.validation)} for validation"
+def _counted(images: Images) -> _Data:
+    count = len(images.training)
+    return _Data(f"{count} images, and {len(images.validation)} for validation", count)
 
 
-def _report(recipe: TokenizerTraining | TransformerTraining, data: str, task: Task) -> float:
+def _report(recipe: TokenizerTraining | TransformerTraining, data: _Data, task: Task) -> float:
     """Prints everything but the steps; returns the bytes that a process needs for what it keeps."""
     loop, processes = recipe.loop, distributed.world_size()
     kept, parts = _kept_bytes(task, loop, processes)
     epochs = ""
-    if recipe.data is not None:
-        images = find_run_images(
-            recipe.data, recipe.validation_data, recipe.images, labelled=False
-        ).training
-        epochs = f", {loop.steps * loop.batch_size / len(images):.1f} times through the data"
+    if data.images is not None:
+        epochs = f", {loop.steps * loop.batch_size / data.images:.1f} times through the data"
     lines = [
         ("parameters", f"{_count(task.model):,} ({_count(task.model, trained=True):,} trained)"),
-        ("data", data),
+        ("data", data.text),
         ("steps", f"{loop.steps:,} of {loop.batch_size} images{epochs}"),
         ("processes", f"{processes}, each {loop.part_size(processes)} images at a time"),
         ("precision", loop.precision),

@@ -27,7 +27,7 @@ _PRESETS: Mapping[type[Any], Mapping[str, Any]] = {
     TokenizerTraining: TOKENIZER_PRESETS,
     TransformerTraining: TRANSFORMER_PRESETS,
 }
-_PATHS = ("data", "validation_data", "out", "codes", "validation_codes")
+_PATHS = ("out", "codes", "validation_codes")
 
 
 class _Loader(yaml.SafeLoader):

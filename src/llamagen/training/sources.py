@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
-from llamagen.data.images import ImageFolder
+from llamagen.data.collection import ImageCollection
+from llamagen.data.columns import SourceConfig
+from llamagen.data.loader import ImageBatch, training_batches
+from llamagen.data.order import DataOrder
+from llamagen.data.sources import is_library_source, open_images
+from llamagen.data.views import Augmentation
 from llamagen.errors import InputError
-from llamagen.training.config import ImageConfig
+from llamagen.training import distributed
+from llamagen.training.config import TokenizerTraining, TransformerTraining
 
 
 class Images(NamedTuple):
-    """Images of a run; the two sets have no image in common unless two folders do."""
+    """Images of a run; the two sets have no image in common unless two sources do."""
 
-    training: ImageFolder
-    validation: ImageFolder
+    training: ImageCollection
+    validation: ImageCollection
     """May be empty."""
 
     @property
@@ -26,28 +33,172 @@ class Images(NamedTuple):
         }
 
 
-def find_run_images(
-    data: Path | None, validation_data: Path | None, config: ImageConfig, *, labelled: bool
-) -> Images:
-    """Finds the images of a run.
+class TrainingSource(Protocol):
+    """Where a run's batches of images come from."""
+
+    def training_batches(
+        self,
+        augmentation: Augmentation,
+        *,
+        first: int,
+        last: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[ImageBatch]:
+        """The batches of the steps from ``first`` up to but not including ``last``."""
+
+    def digest(self) -> str:
+        """A short text that changes when the images do."""
+
+    def state_dict(self) -> dict[int, tuple[int, ...]]:
+        """Where this process stands, beyond the number of the step."""
+
+    def load_state_dict(self, state: Mapping[int, Any]) -> None:
+        """Takes up what the processes' ``state_dict`` returned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """Images that can be indexed, in a random order that needs no state."""
+
+    images: ImageCollection
+    order: DataOrder
+
+    def training_batches(
+        self,
+        augmentation: Augmentation,
+        *,
+        first: int,
+        last: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[ImageBatch]:
+        """See ``llamagen.data.loader.training_batches``."""
+        return training_batches(
+            self.images,
+            self.order,
+            augmentation,
+            first=first,
+            last=last,
+            workers=workers,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def digest(self) -> str:
+        """The images' own."""
+        return self.images.digest()
+
+    def state_dict(self) -> dict[int, tuple[int, ...]]:
+        """Nothing: the step's number says it all."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[int, Any]) -> None:
+        """Takes up nothing."""
+
+
+class TokenizerImages(NamedTuple):
+    """What an image tokenizer is trained and validated on."""
+
+    training: TrainingSource
+    validation: ImageCollection
+    """May be empty."""
+    shown: ImageCollection
+    """What sheets show."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must stay the same when a run goes on."""
+        return {
+            "the set of training images": self.training.digest(),
+            "the set of validation images": self.validation.digest(),
+        }
+
+
+def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
+    """Finds the images of a tokenizer's run. To be called in every process.
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        InputError: no folder was named, or there are no images, or no classes where ``labelled``.
+        InputError: no images were named, or there are none, or streamed data has no validation.
     """
-    if data is None:
-        raise InputError("no images were named; give --data a folder")
-    found = ImageFolder.scan(data) if labelled else ImageFolder.scan_unlabelled(data)
+    if recipe.source.streaming:
+        return _streamed(recipe)
+    images = find_run_images(recipe, labelled=False)
+    loop = recipe.loop
+    order = DataOrder(count=len(images.training), batch_size=loop.batch_size, seed=loop.seed)
+    shown = images.validation if len(images.validation) else images.training
+    return TokenizerImages(Shuffled(images.training, order), images.validation, shown)
+
+
+def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled: bool) -> Images:
+    """Finds the images of a run. To be called in every process.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        InputError: no images were named, or there are none, or no classes where ``labelled``.
+    """
+    data, source = _named(recipe), recipe.source
+    if source.streaming:
+        raise InputError("only image tokenizers train on streamed data; leave --streaming out")
+    with distributed.main_first():
+        found = open_images(data, source, labelled=labelled)
     if labelled and found.labels is None:
         raise InputError(
             f"the images in {data} have no classes; put the images of each class into a subfolder "
-            f"of its name"
+            f"of its name, or name the column of the classes with --label-column"
         )
-    if validation_data is None:
-        training, held_out = found.split(config.validation_fraction)
-    elif labelled:
-        training = found
-        held_out = ImageFolder.scan(validation_data, class_names=found.class_names)
+    if recipe.validation_data is None and source.validation_split is None:
+        training, held_out = found.split(recipe.images.validation_fraction)
     else:
-        training, held_out = found, ImageFolder.scan_unlabelled(validation_data)
-    return Images(training, held_out.thinned(config.max_validation_images))
+        training, held_out = found, _validation(recipe, source, labelled, found)
+    return Images(training, held_out.thinned(recipe.images.max_validation_images))
+
+
+def _named(recipe: TokenizerTraining | TransformerTraining) -> str:
+    if recipe.data is None:
+        raise InputError(
+            "no images were named; give --data a folder, Parquet or tar files, or hf:owner/name"
+        )
+    return recipe.data
+
+
+def _validation(
+    recipe: TokenizerTraining | TransformerTraining,
+    source: SourceConfig,
+    labelled: bool,
+    training: ImageCollection | None,
+) -> ImageCollection:
+    data = recipe.validation_data or _named(recipe)
+    names = training.class_names if labelled and training is not None else None
+    with distributed.main_first():
+        return open_images(
+            data, source, split=source.validation_split, labelled=labelled, class_names=names
+        )
+
+
+def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
+    from llamagen.data.datasets_library import InMemory
+    from llamagen.data.streaming import ImageStream
+
+    data, source = _named(recipe), recipe.source
+    if not is_library_source(data):
+        raise InputError(
+            f"{data} cannot be streamed; that is for hub data sets, Parquet and tar files"
+        )
+    size, seed = recipe.loop.batch_size, recipe.loop.seed
+    training = ImageStream(data, source, batch_size=size, seed=seed)
+    limit = recipe.images.max_validation_images
+    if recipe.validation_data is not None:
+        whole = dataclasses.replace(source, streaming=False)
+        validation = _validation(recipe, whole, False, None).thinned(limit)
+    elif source.validation_split is not None:
+        split = ImageStream(data, source, batch_size=size, seed=seed, split=source.validation_split)
+        validation = InMemory(list(split.first_images(limit)), f"{data} {source.validation_split}")
+    else:
+        raise InputError(
+            "no part of streamed data can be held out; give --validation-split or --validation-data"
+        )
+    return TokenizerImages(training, validation, validation)

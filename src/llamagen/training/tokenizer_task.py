@@ -19,8 +19,7 @@ from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
 from llamagen.data.collection import ImageCollection
 from llamagen.data.images import SkippedFiles
-from llamagen.data.loader import ImageBatch, image_views, training_batches
-from llamagen.data.order import DataOrder
+from llamagen.data.loader import ImageBatch, image_views
 from llamagen.data.views import Augmentation, Views
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.pictures import image_grid, save_png, to_pil
@@ -36,7 +35,7 @@ from llamagen.training.parallel import seeded
 from llamagen.training.perceptual import Lpips, load_lpips
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
-from llamagen.training.sources import Images, find_run_images
+from llamagen.training.sources import TokenizerImages, tokenizer_images
 from llamagen.training.usage import CodebookUsage
 
 MODEL_FOLDER = "tokenizer"
@@ -78,7 +77,7 @@ def make_task(recipe: TokenizerTraining) -> TokenizerTask:
         FileNotFoundError: a folder does not exist.
         InputError: recipe and images do not fit together, or a network's weights are missing.
     """
-    images = find_run_images(recipe.data, recipe.validation_data, recipe.images, labelled=False)
+    images = tokenizer_images(recipe)
     with distributed.main_first():
         lpips = None
         if recipe.perceptual.perceptual_weight > 0:
@@ -112,7 +111,7 @@ class TokenizerTask(Task):
     def __init__(
         self,
         recipe: TokenizerTraining,
-        images: Images,
+        images: TokenizerImages,
         model: ImageTokenizer,
         lpips: Lpips | None = None,
     ) -> None:
@@ -121,9 +120,6 @@ class TokenizerTask(Task):
         self.images = images
         self.data = images.identity
         self.model = model
-        self._order = DataOrder(
-            count=len(images.training), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed
-        )
         self._usage = CodebookUsage(model.config.codebook_size, window=_USAGE_WINDOW)
         self._revived = 0
         self._recent: Tensor | None = None
@@ -169,9 +165,7 @@ class TokenizerTask(Task):
             max_scale=self.recipe.augmentation.crop_scale,
             flip=self.recipe.augmentation.flip,
         )
-        return training_batches(
-            self.images.training,
-            self._order,
+        return self.images.training.training_batches(
             augmentation,
             first=first,
             last=last,
@@ -299,8 +293,7 @@ class TokenizerTask(Task):
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Images and, below each, its reconstruction."""
-        shown = self.images.validation if len(self.images.validation) else self.images.training
-        shown = shown.thinned(_SHEET_IMAGES)
+        shown = self.images.shown.thinned(_SHEET_IMAGES)
         before = torch.cat(list(self._fixed_images(shown, range(len(shown)))))
         after = model(before).reconstruction
         columns = min(8, len(before))
@@ -323,13 +316,17 @@ class TokenizerTask(Task):
         return len(self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """The usage window."""
-        return {"usage": self._usage.state_dict(), "revived": self._revived}
+        """The usage window, and where streamed data stands."""
+        places: dict[int, Any] = {}
+        for own in distributed.gathered(self.images.training.state_dict()):
+            places |= own
+        return {"usage": self._usage.state_dict(), "revived": self._revived, "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes up what ``state_dict`` returned."""
         self._usage.load_state_dict(state["usage"])
         self._revived = state["revived"]
+        self.images.training.load_state_dict(state["places"])
 
     def _fixed_images(self, images: ImageCollection, indices: Sequence[int]) -> Iterator[Tensor]:
         """Centre crops of some images, in batches (B, 3, H, W)."""
@@ -351,12 +348,13 @@ class TokenizerTask(Task):
         rows, columns = self.model.config.grid_of(*self.recipe.images.shape)
         per_batch = self.recipe.loop.batch_size * rows * columns
         steps = math.ceil(self.model.config.codebook_size / per_batch)
-        latents = []
+        latents, places = [], self.images.training.state_dict()
         # All of every batch: each process comes to the same.
         for batch in self._read(0, steps, rank=0, world_size=1):
             images = uint8_to_images(batch.pixels.to(self.model.device))
             compared = self.model.quantize.compared(self.model.encode_latents(images))
             latents.append(compared.movedim(1, -1).flatten(0, -2))
+        self.images.training.load_state_dict(places)
         return torch.cat(latents)
 
 

@@ -48,7 +48,7 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Codes:
     """
     if recipe.codes is not None:
         return _stored_codes(recipe, recipe.codes, tokenizer)
-    images = find_run_images(recipe.data, recipe.validation_data, recipe.images, labelled=True)
+    images = find_run_images(recipe, labelled=True)
     height, width = recipe.images.shape
     tokenizer.config.grid_of(height, width)
     start_run(recipe)

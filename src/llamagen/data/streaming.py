@@ -1,0 +1,282 @@
+"""Training batches from data that is read as it comes: shuffled, shared and resumed exactly.
+
+The files of the data are dealt to parts. A part goes through its files in an order of each
+epoch's own, shuffles the images of one block after another among themselves, and supplies the
+same share of every batch, so that batches do not depend on how many processes share the parts.
+Where a part stands is four numbers; going on from there reads no more than a block again.
+
+Shapes: B images, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import queue
+import random
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from llamagen.data import datasets_library as library
+from llamagen.data.columns import SourceConfig
+from llamagen.data.images import CorruptImageError
+from llamagen.data.loader import ImageBatch, Sample, load_batches
+from llamagen.data.views import Augmentation
+from llamagen.errors import InputError
+
+T = TypeVar("T")
+
+_AHEAD = 2
+"""Batches that are read while another is worked on."""
+_EMPTY_EPOCHS = 2
+"""Times through its files after which a part without a single image gives up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """Where a part stands: an image of a block, and where the block begins."""
+
+    epoch: int = 0
+    file: int = 0
+    """Which of the part's files of this epoch, in their order."""
+    row: int = 0
+    """Row of that file that the block begins with."""
+    taken: int = 0
+    """Images of the block that were supplied already."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Streamed:
+    """An image on its way to be decoded."""
+
+    value: Any
+    name: str
+    number: int
+    """Which sample of the training, counted over all steps."""
+
+
+class ImageStream:
+    """A data set that is streamed, for training."""
+
+    def __init__(
+        self,
+        source: str,
+        config: SourceConfig,
+        *,
+        batch_size: int,
+        seed: int,
+        split: str | None = None,
+    ) -> None:
+        """Opens the data set; nothing is read yet.
+
+        Raises:
+            InputError: it cannot be opened, or has no column of images.
+        """
+        dataset = library.load(source, split or config.split, config)
+        features = dataset.features
+        if features is None:
+            dataset = dataset._resolve_features()
+            features = dataset.features
+        columns = library.Columns.find(features, config, source)
+        self.name = source
+        self._column = columns.image
+        self._features = sorted(features)
+        dataset = library.undecoded(dataset, columns)
+        keep = [name for name in ("__key__",) if name in features]
+        self._files = library.files_of(dataset.select_columns([columns.image, *keep]))
+        self._seed, self._batch_size = seed, batch_size
+        limit = min(config.stream_parts, len(self._files))
+        self.parts = next(n for n in range(limit, 0, -1) if batch_size % n == 0)
+        self._block = max(1, config.shuffle_buffer // self.parts)
+        self._positions = dict.fromkeys(range(self.parts), Position())
+
+    def digest(self) -> str:
+        """A short text that changes with the number of files, their columns, and the division."""
+        return f"{len(self._files)} files in {self.parts} parts: {', '.join(self._features)}"
+
+    def state_dict(self) -> dict[int, tuple[int, ...]]:
+        """Where the parts of this process stand after the last batch it was given."""
+        return {part: dataclasses.astuple(place) for part, place in self._positions.items()}
+
+    def load_state_dict(self, state: Mapping[int, Sequence[int]]) -> None:
+        """Takes up what ``state_dict`` returned, in all processes together."""
+        self._positions = {int(part): Position(*place) for part, place in state.items()}
+
+    def first_images(self, count: int) -> Iterator[Any]:
+        """Undecoded images, in the data's own order."""
+        rows = itertools.chain.from_iterable(library.examples(f, 0) for f in self._files)
+        return (row[self._column] for row in itertools.islice(rows, count))
+
+    def training_batches(
+        self,
+        augmentation: Augmentation,
+        *,
+        first: int,
+        last: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[ImageBatch]:
+        """The batches of some steps, as those of a collection.
+
+        In the place of an image that cannot be read stands another of its batch.
+
+        Raises:
+            InputError: the parts cannot be shared by so many processes, or there are no images.
+        """
+        if self.parts % world_size:
+            raise InputError(
+                f"{self.name} is streamed in {self.parts} parts, which {world_size} processes "
+                f"cannot share evenly; set --stream-parts to a multiple of {world_size} that "
+                f"divides the batch size (there are {len(self._files)} files)"
+            )
+        share = self.parts // world_size
+        own = range(rank * share, (rank + 1) * share)
+        self._positions = {part: self._positions[part] for part in own}
+        steps = _Steps(self, own, first, last)
+        dataset = _Augmented(augmentation, self._seed)
+        for batch in load_batches(dataset, steps, workers):
+            self._positions |= steps.positions.popleft()
+            if len(batch.indices) == 0:
+                raise InputError(f"no image of a batch can be read: {batch.skipped[0]}")
+            holes = self._batch_size // world_size - len(batch.indices)
+            if holes:
+                again = [i % len(batch.indices) for i in range(holes)]
+                batch = batch._replace(
+                    pixels=batch.pixels[[*range(len(batch.indices)), *again]],
+                    indices=batch.indices[[*range(len(batch.indices)), *again]],
+                )
+            yield batch
+
+    def read(self, own: Sequence[int], first: int, last: int) -> Iterator[_Read]:
+        """What some parts supply to each step, and where they then stand."""
+        parts = {part: self._part(part, self._positions[part]) for part in own}
+        share = self._batch_size // self.parts
+        for step in range(first, last):
+            samples, positions = [], {}
+            for part, images in parts.items():
+                for index in range(share):
+                    value, name, positions[part] = next(images)
+                    number = step * self._batch_size + part * share + index
+                    samples.append(_Streamed(value, name, number))
+            yield samples, positions
+
+    def _part(self, part: int, place: Position) -> Iterator[tuple[Any, str, Position]]:
+        """A part's images without end: undecoded, its name, and where the part then stands."""
+        empty = 0
+        while empty < _EMPTY_EPOCHS:
+            found = False
+            for value, name, after in self._epoch(part, place):
+                found = True
+                yield value, name, after
+            empty = 0 if found else empty + 1
+            place = Position(epoch=place.epoch + 1)
+        raise InputError(f"{self.name} has no images in some of its files")
+
+    def _epoch(self, part: int, place: Position) -> Iterator[tuple[Any, str, Position]]:
+        """The rest of an epoch, block by block."""
+        order = list(range(len(self._files)))
+        random.Random(f"{self._seed} files {place.epoch}").shuffle(order)  # noqa: S311
+        rows = self._rows(order[part :: self.parts], place)
+        taken = place.taken
+        while block := list(itertools.islice(rows, self._block)):
+            _, file, row = block[0]
+            start = Position(place.epoch, file, row)
+            shuffling = random.Random(f"{self._seed} {part} {start}")  # noqa: S311
+            shuffling.shuffle(block)
+            for count in range(taken, len(block)):
+                value, at, index = block[count]
+                name = str(value.get("__key__", f"file {at} row {index}"))
+                yield value[self._column], name, dataclasses.replace(start, taken=count + 1)
+            taken = 0
+
+    def _rows(self, files: Sequence[int], place: Position) -> Iterator[tuple[Any, int, int]]:
+        """Rows of a part's files from a block's first on: the row, its file, its number."""
+        for file in range(place.file, len(files)):
+            first = place.row if file == place.file else 0
+            for row, value in enumerate(library.examples(self._files[files[file]], first), first):
+                yield value, file, row
+
+
+_Read = tuple[list[_Streamed], dict[int, Position]]
+
+
+class _Steps:
+    """A process's images of each step; what is read ahead of the training is not forgotten."""
+
+    def __init__(self, stream: ImageStream, own: Sequence[int], first: int, last: int) -> None:
+        self._stream, self._own, self._first, self._last = stream, own, first, last
+        self.positions: collections.deque[dict[int, Position]] = collections.deque()
+        """Where the parts stand after each batch, in their order."""
+
+    def __len__(self) -> int:
+        return self._last - self._first
+
+    def __iter__(self) -> Iterator[list[_Streamed]]:
+        for samples, positions in ahead(
+            self._stream.read(self._own, self._first, self._last), _AHEAD
+        ):
+            self.positions.append(positions)
+            yield samples
+
+
+class _Augmented(Dataset[Sample]):
+    """Decodes images and augments them."""
+
+    def __init__(self, augmentation: Augmentation, seed: int) -> None:
+        self.augmentation, self.seed = augmentation, seed
+
+    def __getitem__(self, image: _Streamed) -> Sample:
+        try:
+            decoded = library.decode(image.value, Path(image.name))
+        except CorruptImageError as error:
+            error.key = image.name
+            return Sample(None, image.number, (error,))
+        rng = random.Random(f"{self.seed} stream {image.number}")  # noqa: S311
+        return Sample(np.asarray(self.augmentation(decoded, rng)), image.number, ())
+
+
+def ahead(items: Iterator[T], count: int) -> Iterator[T]:
+    """The same items, up to ``count`` of them fetched by a thread before they are asked for."""
+    fetched: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(count)
+    stopping = threading.Event()
+
+    def put(item: tuple[T | None, BaseException | None]) -> None:
+        while not stopping.is_set():
+            try:
+                fetched.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def fetch() -> None:
+        end: BaseException = StopIteration()
+        try:
+            for item in items:
+                put((item, None))
+                if stopping.is_set():
+                    return
+        # Raised again where the item is asked for.
+        except BaseException as error:  # noqa: BLE001
+            end = error
+        put((None, end))
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, end = fetched.get()
+            if isinstance(end, StopIteration):
+                return
+            if end is not None:
+                raise end
+            yield item  # type: ignore[misc]  # an item is None only beside an error
+    finally:
+        stopping.set()
+        thread.join()

@@ -1,0 +1,241 @@
+"""Images by the name of their source: tables, Parquet, tars, the hub."""
+
+import csv
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamagen.data import SourceConfig, open_images
+from llamagen.data.classes import classes_of
+from llamagen.data.datasets_library import Table
+from llamagen.data.images import CorruptImageError, ImageFolder
+from llamagen.errors import InputError
+from tests.data.sets import NAMES, as_dataset, scans, write_parquet, write_tars
+from tests.images import write_digits
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def same_images(collection, items):
+    return len(collection) == len(items) and all(
+        np.array_equal(np.asarray(collection.read(i)), pixels(content))
+        for i, (content, _) in enumerate(items)
+    )
+
+
+class TestLabels:
+    def test_numbers_are_labels_themselves(self):
+        assert classes_of([2, 0, 2], "here") == ((2, 0, 2), ("0", "1", "2"))
+        assert classes_of(["2", "0"], "here") == ((2, 0), ("0", "1", "2"))
+
+    def test_names_are_sorted(self):
+        assert classes_of(["dog", "cat", "dog"], "here") == ((1, 0, 1), ("cat", "dog"))
+        assert classes_of(["dog"], "here", class_names=["dog", "ape"]) == ((0,), ("dog", "ape"))
+
+    @pytest.mark.parametrize(
+        ("values", "names", "message"),
+        [
+            ([0, None], None, "row 1 of here has no label"),
+            (["a", ""], None, "row 1 of here has no label"),
+            ([0, -1], None, "row 1 of here has the label -1"),
+            ([0, 3], ("a", "b", "c"), "row 1 of here has the label 3, but the classes are 0 to 2"),
+            (["b", "d"], ("a", "b"), "row 1 of here has the class 'd'"),
+            ([10**9], None, "is it a label at all"),
+        ],
+    )
+    def test_bad_labels_are_named(self, values, names, message):
+        with pytest.raises(InputError, match=message):
+            classes_of(values, "here", class_names=names)
+
+
+class TestMetadata:
+    def folder(self, tmp_path, kind, rows=None, columns=("file_name", "label", "text")):
+        (tmp_path / "sub").mkdir()
+        found = []
+        for i, (content, label) in enumerate(scans(6)):
+            name = f"sub/ümlaut {i}.png" if i % 2 else f"{i}.png"
+            (tmp_path / name).write_bytes(content)
+            found.append((name, NAMES[label], f'a "{NAMES[label]}",\nhand-written'))
+        rows = found if rows is None else rows
+        with (tmp_path / f"metadata.{kind}").open("w", encoding="utf-8", newline="") as file:
+            if kind == "csv":
+                writer = csv.writer(file)
+                writer.writerows([columns, *rows])
+            else:
+                file.writelines(
+                    json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows
+                )
+        return found
+
+    @pytest.mark.parametrize("kind", ["csv", "jsonl"])
+    def test_names_classes_and_captions(self, tmp_path, kind):
+        rows = self.folder(tmp_path, kind)
+        images = open_images(tmp_path)
+        assert images.class_names == tuple(sorted(NAMES))
+        assert [images.class_names[label] for label in images.labels] == [row[1] for row in rows]
+        assert images.captions == tuple(row[2] for row in rows)
+        assert [images.key(i) for i in range(6)] == [row[0] for row in rows]
+        assert same_images(images, scans(6))
+        assert open_images(tmp_path / f"metadata.{kind}").digest() == images.digest()
+
+    def test_unlabelled(self, tmp_path):
+        self.folder(tmp_path, "csv")
+        assert open_images(tmp_path, labelled=False).labels is None
+
+    def test_columns_by_name(self, tmp_path):
+        columns = ("picture", "kind", "alt")
+        rows = self.folder(tmp_path, "jsonl", columns=columns)
+        with pytest.raises(InputError, match=r"no column of file names .*picture, kind, alt"):
+            open_images(tmp_path)
+        config = SourceConfig(image_column="picture", label_column="kind", caption_column="alt")
+        images = open_images(tmp_path, config)
+        assert images.captions == tuple(row[2] for row in rows)
+        assert images.class_names == tuple(sorted(NAMES))
+        with pytest.raises(InputError, match="has no column 'colour' for the label"):
+            open_images(tmp_path, SourceConfig(image_column="picture", label_column="colour"))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("lost.png", "row 0 of .* names lost.png, which is not there"),
+            ("../lost.png", "outside the table's folder"),
+            ("/lost.png", "outside the table's folder"),
+            ("", "names no file"),
+        ],
+    )
+    def test_bad_rows_are_named(self, tmp_path, name, message):
+        self.folder(tmp_path, "csv", rows=[(name, "zero", "")])
+        with pytest.raises(InputError, match=message):
+            open_images(tmp_path)
+
+    def test_damaged_tables(self, tmp_path):
+        table = tmp_path / "metadata.jsonl"
+        table.write_text('{"file_name": \n')
+        with pytest.raises(InputError, match="cannot be read as a table"):
+            open_images(tmp_path)
+        table.write_text("[1]\n")
+        with pytest.raises(InputError, match="a line that is no object"):
+            open_images(tmp_path)
+        table.write_text("")
+        with pytest.raises(InputError, match="lists no images"):
+            open_images(tmp_path)
+
+
+class TestLibrary:
+    @pytest.mark.parametrize("form", ["folder", "data folder", "file", "pattern", "saved"])
+    def test_parquet(self, tmp_path, form):
+        items = scans(7)
+        folder = tmp_path / "set" / ("data" if form == "data folder" else "")
+        files = 1 if form == "file" else 3
+        write_parquet(folder, items, files=files)
+        source = tmp_path / "set"
+        if form == "file":
+            source = folder / "train-00000-of-00001.parquet"
+        elif form == "pattern":
+            source = folder / "train-*.parquet"
+        elif form == "saved":
+            source = tmp_path / "saved"
+            as_dataset(items).save_to_disk(source)
+        images = open_images(source)
+        assert same_images(images, items)
+        assert images.labels == tuple(label for _, label in items)
+        assert images.class_names == tuple(NAMES)
+        assert images.captions == tuple(f"a {NAMES[label]}" for _, label in items)
+
+    def test_tars(self, tmp_path):
+        items = scans(7)
+        images = open_images(write_tars(tmp_path / "set", items))
+        assert same_images(images, items)
+        assert images.labels == tuple(label for _, label in items)
+        assert images.class_names == ("0", "1", "2")
+        assert images.captions == tuple(f"a {NAMES[label]}" for _, label in items)
+
+    def test_splits(self, tmp_path):
+        items = scans(9)
+        folder = write_parquet(tmp_path / "set", items[:6])
+        write_parquet(folder, items[6:], split="validation")
+        assert same_images(open_images(folder), items[:6])
+        assert same_images(open_images(folder, split="validation"), items[6:])
+        assert same_images(open_images(folder, SourceConfig(split="train[2:4]")), items[2:4])
+        with pytest.raises(InputError, match=r"cannot be read as a data set .*test"):
+            open_images(folder, split="test")
+
+    def test_is_a_collection_like_a_folder(self, tmp_path):
+        items = scans(20)
+        images = open_images(write_parquet(tmp_path / "set", items))
+        rest, held_out = images.split(0.25)
+        assert len(held_out) == 5
+        keys = {rest.key(i) for i in range(15)} | {held_out.key(i) for i in range(5)}
+        assert len(keys) == 20
+        for i in range(len(held_out)):
+            row = int(held_out.key(i))
+            assert np.array_equal(np.asarray(held_out.read(i)), pixels(items[row][0]))
+            assert held_out.labels[i] == items[row][1]
+        sent = pickle.loads(pickle.dumps(rest))
+        assert np.array_equal(np.asarray(sent.read(3)), np.asarray(rest.read(3)))
+
+    def test_digest_changes_with_the_images_only(self, tmp_path):
+        items = scans(8)
+        first = open_images(write_parquet(tmp_path / "a", items)).digest()
+        assert open_images(write_parquet(tmp_path / "b", items, files=3)).digest() == first
+        assert open_images(write_parquet(tmp_path / "c", items[:7])).digest() != first
+        assert open_images(write_parquet(tmp_path / "d", scans(9)[1:])).digest() != first
+
+    def test_damaged_and_missing_images_are_skipped_by_name(self, tmp_path):
+        good = scans(3)
+        items = [good[0], (good[1][0][:60], 1), (None, 2), (b"", 0)]
+        images = open_images(write_parquet(tmp_path / "set", items))
+        assert images.read(0).size == (16, 16)
+        for row, reason in ((1, "truncated|damaged|broken|known format"), (2, "no image")):
+            with pytest.raises(CorruptImageError, match=rf"row {row} cannot be read.*({reason})"):
+                images.read(row)
+        with pytest.raises(CorruptImageError, match="row 3"):
+            images.read(3)
+
+    def test_images_that_are_files_elsewhere(self, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        path = tmp_path / "a.png"
+        path.write_bytes(scans(1)[0][0])
+        table = datasets.Dataset.from_dict(
+            {"image": [str(path)]}, features=datasets.Features({"image": datasets.Image()})
+        )
+        images = Table(table, "here")
+        assert images.read(0).size == (16, 16)
+        assert images.digest() != ""
+
+    def test_missing_columns_are_named(self, tmp_path):
+        datasets = pytest.importorskip("datasets")
+        table = datasets.Dataset.from_dict({"number": [1, 2]})
+        with pytest.raises(InputError, match=r"no column of images \(it has number\)"):
+            Table(table, "here")
+
+    def test_what_is_no_source(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("no images")
+        with pytest.raises(InputError, match="is no source of images"):
+            open_images(tmp_path / "notes.txt")
+        with pytest.raises(FileNotFoundError, match=r"lost\.parquet does not exist"):
+            open_images(tmp_path / "lost.parquet")
+        with pytest.raises(FileNotFoundError, match="does not exist"):
+            open_images(tmp_path / "lost")
+        (tmp_path / "bad").mkdir()
+        (tmp_path / "bad" / "train.parquet").write_bytes(b"not parquet")
+        with pytest.raises(InputError, match="cannot be read as a data set"):
+            open_images(tmp_path / "bad")
+
+    def test_a_folder_stays_a_folder(self, tmp_path):
+        digits = write_digits(tmp_path / "digits", per_class=1)
+        assert isinstance(open_images(digits), ImageFolder)
+
+    def test_without_the_library(self, tmp_path, monkeypatch):
+        folder = write_parquet(tmp_path / "set", scans(1))
+        monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+        with pytest.raises(InputError, match=r"pip install 'llamagen\[data\]'"):
+            open_images(folder)
