@@ -35,7 +35,7 @@ def loop(**changes: Any) -> LoopConfig:
 def tokenizer_recipe(data: Path, out: Path, *, dropout: float = 0.1, **changes: Any) -> Any:
     loop_changes = {key: changes.pop(key) for key in list(changes) if hasattr(LoopConfig, key)}
     values: dict[str, Any] = {
-        "data": str(data),
+        "data": None if data is None else str(data),
         "out": out,
         "images": ImageConfig(size=16, validation_fraction=0.2),
         "model": TokenizerConfig(
@@ -58,7 +58,7 @@ def tokenizer_recipe(data: Path, out: Path, *, dropout: float = 0.1, **changes: 
 def transformer_recipe(data: Path, tokenizer: Path | str, out: Path, **changes: Any) -> Any:
     loop_changes = {key: changes.pop(key) for key in list(changes) if hasattr(LoopConfig, key)}
     values: dict[str, Any] = {
-        "data": str(data),
+        "data": None if data is None else str(data),
         "tokenizer": str(tokenizer),
         "out": out,
         "images": ImageConfig(size=16, validation_fraction=0.2),

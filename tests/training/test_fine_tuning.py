@@ -1,5 +1,6 @@
 """Starting from another model: new classes, LoRA, adapters; and exporting from checkpoints."""
 
+import dataclasses
 import json
 import shutil
 
@@ -38,8 +39,6 @@ def fine_tuned(digits, base, out, **changes):
     """A recipe that starts from ``base``, with that model's tokenizer."""
     changes = {"model": TransformerSize(), "init": str(base), "steps": 2, **changes}
     recipe = transformer_recipe(digits, "", out, **changes)
-    import dataclasses
-
     return dataclasses.replace(recipe, tokenizer=None)
 
 

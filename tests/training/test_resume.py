@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -115,15 +116,51 @@ def test_seeds_differ(make_run, tmp_path):
     assert losses[0] != losses[1]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.slow)])
+def _small_files_only():
+    """The system then refuses to write more, as it does on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_disk_that_fills_up(digits, tmp_path):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+
+    def train(out, steps, **limits):
+        return subprocess.run(
+            training_command(digits, out, steps=steps), check=False, capture_output=True,
+            text=True, timeout=300, **limits,
+        )  # fmt: skip
+
+    assert train(whole, 12).returncode == 0
+    assert train(run, 6).returncode == 0
+    stopped = train(run, 12, preexec_fn=_small_files_only)
+    assert stopped.returncode == 1
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert last.startswith("llamagen: error: ")
+    assert "File too large" in last
+    # What was saved before is whole, and the run ends as if nothing had happened.
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "step-0000003",
+        "step-0000006",
+    }
+    assert train(run, 12).returncode == 0
+    assert records(run)[-1] == records(whole)[-1]
+
+
+def training_command(digits, out, *, steps):
+    """A shell's words for a run that saves every third step."""
+    flags = "--size 16 --validation-fraction 0.2 --codebook-size 32 --codebook-dim 4 "
+    flags += "--base-channels 8 --channel-multipliers 1 1 2 --norm-groups 4 --z-channels 8 "
+    flags += f"--encoder-blocks 1 --decoder-blocks 1 --dropout 0.1 --batch-size 4 --steps {steps} "
+    flags += "--precision float32 --device cpu --log-every 5 --save-every 3 --seed 3"
+    program = [sys.executable, "-m", "llamagen", "train", "tokenizer"]
+    return [*program, "--data", str(digits), "--out", str(out), *flags.split()]
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_process(digits, tmp_path, kills):
     def command(out):
-        flags = "--size 16 --validation-fraction 0.2 --codebook-size 32 --codebook-dim 4 "
-        flags += "--base-channels 8 --channel-multipliers 1 1 2 --norm-groups 4 --z-channels 8 "
-        flags += "--encoder-blocks 1 --decoder-blocks 1 --dropout 0.1 --batch-size 4 --steps 40 "
-        flags += "--precision float32 --device cpu --log-every 5 --save-every 3 --seed 3"
-        program = [sys.executable, "-m", "llamagen", "train", "tokenizer"]
-        return [*program, "--data", str(digits), "--out", str(out), *flags.split()]
+        return training_command(digits, out, steps=60)
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=300)
     moments = random.Random()

@@ -1,6 +1,7 @@
 """What is particular to each of the two trainings."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -277,6 +278,32 @@ class TestTransformer:
         )
         with pytest.raises(InputError, match="tokenizer"):
             train_transformer(recipe, quiet=True)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("file", "changes", "message"),
+        [
+            ("shard-00001.npy", None, "shard-00001.npy"),
+            ("manifest.json", {"version": 2}, "version 2"),
+            ("shard-00000.json", {"labels": [0, 1, 7, 0, 0, 0, 0, 0, 0, 0]}, "7"),
+        ],
+        ids=["missing shard", "another version", "label outside the range"],
+    )
+    def test_a_store_that_is_not_whole(
+        self, digits, tokenizer_folder, tmp_path, file, changes, message
+    ):
+        tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
+        store, views = tmp_path / "store", Views(height=16, width=16)
+        extract_store(tokenizer, ImageFolder.scan(digits), views, store, shard_size=10)
+        if changes is None:
+            (store / file).unlink()
+        else:
+            values = json.loads((store / file).read_text())
+            (store / file).write_text(json.dumps(values | changes))
+        recipe = transformer_recipe(None, tokenizer_folder, tmp_path / "out", codes=store)
+        with pytest.raises((InputError, FileNotFoundError), match=message) as caught:
+            train_transformer(recipe, quiet=True)
+        assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
 
     def test_recomputed_blocks_change_nothing(self, digits, tokenizer_folder, tmp_path):

@@ -77,6 +77,9 @@ def _stored_codes(recipe: TransformerTraining, folder: Path, tokenizer: ImageTok
         validation = CodeStore.open(recipe.validation_codes)
         validation.check_tokenizer(fingerprint)
         held_out, trained = np.arange(len(validation)), np.arange(len(training))
+    # Read now, so that damaged ones leave no run behind.
+    for store in (training, validation):
+        _ = store.labels
     start_run(recipe)
     return Codes(
         training, trained, validation, _thinned(held_out, recipe.images.max_validation_images)
