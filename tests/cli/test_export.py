@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
 
 def test_any_checkpoint_becomes_a_model(run, runs, tmp_path):
     out = tmp_path / "model"
-    result = run("export", runs / "base", "--out", out, "--step", 2, "--weights", "trained")
+    result = run("export", runs / "base", "--out", out, "--step", 6, "--weights", "trained")
     assert (result.status, result.out.strip()) == (0, str(out))
     assert Pipeline.from_pretrained(out).labels.names == ("0", "1", "2")
     picture = tmp_path / "one.png"
