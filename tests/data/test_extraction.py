@@ -96,6 +96,32 @@ def test_equals_encoding_one_by_one(tokenizer, images, tmp_path, kind, batch_siz
     np.testing.assert_array_equal(np.concatenate([done.store.shard(i) for i in range(3)]), expected)
 
 
+def test_crops_of_one_range(tokenizer, images, tmp_path):
+    views = Views(height=SIZE, width=SIZE, kind="ten-crop", crop_ranges=(1.25,))
+    done = extract_store(tokenizer, images, views, tmp_path / "codes").store
+    assert (done.views, done.manifest.plan.views.ranges) == (10, (1.25,))
+    np.testing.assert_array_equal(done.shard(0), encoded(tokenizer, images, views))
+    other = dataclasses.replace(views, crop_ranges=(1.1,))
+    with pytest.raises(InputError, match="other views"):
+        extract_store(tokenizer, images, other, tmp_path / "codes")
+
+
+@pytest.mark.parametrize("ranges", [(), (0.9,), (1.1, float("nan"))])
+def test_crop_ranges_that_make_no_sense(ranges):
+    with pytest.raises(InputError, match="crop_ranges"):
+        Views(height=SIZE, width=SIZE, crop_ranges=ranges)
+
+
+@pytest.mark.slow
+def test_compiled(tokenizer, images, tmp_path):
+    done = extract_store(tokenizer, images, VIEWS, tmp_path / "codes", compiled=True, batch_size=4)
+    # Sums in another order: only a tie between two codes may be decided otherwise.
+    agreement = np.mean(done.store.shard(0) == encoded(tokenizer, images, VIEWS))
+    assert agreement > 0.99
+    # The tokenizer that was given is as it was.
+    assert tokenizer.encoder._compiled_call_impl is None
+
+
 def test_images_that_are_not_square(tokenizer, images, tmp_path):
     views = Views(height=16, width=24)
     done = extract_store(tokenizer, images, views, tmp_path / "codes").store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from typing import Literal
 
@@ -12,8 +13,20 @@ from llamagen.data.crops import TEN_CROP_RANGES, center_crop, five_crop, random_
 from llamagen.errors import InputError
 
 ViewKind = Literal["center", "flip", "five-crop", "ten-crop"]
-"""The centre crop; that and its mirror image; the corners and the middle of images 1.1 and 1.05
-times the size, ten views in all; or those and their mirror images, the published twenty."""
+"""The centre crop; that and its mirror image; the corners and the middle of larger images, five
+views for each enlargement; or those and their mirror images, ten for each."""
+
+
+def check_crop_ranges(ranges: tuple[float, ...]) -> None:
+    """Checks the enlargements that crops are cut from.
+
+    Raises:
+        InputError: there are none, or one is below 1.
+    """
+    if not ranges or not all(math.isfinite(each) and each >= 1 for each in ranges):
+        raise InputError(
+            f"crop_ranges are {ranges}, expected one or more finite numbers of at least 1"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +53,11 @@ class Views:
     height: int
     width: int
     kind: ViewKind = "center"
+    crop_ranges: tuple[float, ...] = TEN_CROP_RANGES
+    """How many times the size are the images that five or ten crops are cut from."""
 
     def __post_init__(self) -> None:
+        check_crop_ranges(self.crop_ranges)
         if self.kind.endswith("-crop") and self.height != self.width:
             raise InputError(
                 f"{self.kind} views are square, but the images are {self.width}x{self.height}; "
@@ -51,7 +67,7 @@ class Views:
     def __len__(self) -> int:
         per_range = {"five-crop": 5, "ten-crop": 10}
         if self.kind in per_range:
-            return per_range[self.kind] * len(TEN_CROP_RANGES)
+            return per_range[self.kind] * len(self.crop_ranges)
         return 2 if self.kind == "flip" else 1
 
     def __call__(self, image: Image.Image) -> list[Image.Image]:
@@ -60,7 +76,7 @@ class Views:
             crops = five_crop if self.kind == "five-crop" else ten_crop
             return [
                 crop
-                for crop_range in TEN_CROP_RANGES
+                for crop_range in self.crop_ranges
                 for crop in crops(image, self.height, crop_range)
             ]
         crop = center_crop(image, self.height, width=self.width)

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 from llamagen.config import Grid, SamplingConfig, TokenizerConfig, TransformerConfig
 from llamagen.data.columns import SourceConfig
-from llamagen.data.views import ViewKind
+from llamagen.data.crops import TEN_CROP_RANGES
+from llamagen.data.views import ViewKind, check_crop_ranges
 from llamagen.errors import InputError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
@@ -437,7 +438,10 @@ class TransformerTraining:
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     views: ViewKind = "ten-crop"
     """Views of an image that are encoded, one drawn at random each time it is read: its centre
-    crop; that and its mirror image; ten crops; or the published twenty, half of them mirrored."""
+    crop; that and its mirror image; its corners and middle, five for each of the crop ranges; or
+    those and their mirror images, the published twenty."""
+    crop_ranges: tuple[float, ...] = TEN_CROP_RANGES
+    """How many times the size are the images that five or ten crops are cut from."""
     model: TransformerSize = dataclasses.field(default_factory=TransformerSize)
     num_classes: int | None = None
     """Classes of the model. Default: as many as the data has."""
@@ -462,6 +466,7 @@ class TransformerTraining:
             self.views in typing.get_args(ViewKind),
             f"views is {self.views!r}, expected one of {', '.join(typing.get_args(ViewKind))}",
         )
+        check_crop_ranges(self.crop_ranges)
         _require(
             0 <= self.class_dropout < 1,
             f"class_dropout is {self.class_dropout}, expected a number from 0 up to below 1",

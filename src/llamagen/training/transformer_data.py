@@ -52,7 +52,7 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Codes:
     height, width = recipe.images.shape
     tokenizer.config.grid_of(height, width)
     start_run(recipe)
-    views = Views(height=height, width=width, kind=recipe.views)
+    views = Views(height=height, width=width, kind=recipe.views, crop_ranges=recipe.crop_ranges)
     training = _extracted(recipe, tokenizer, images.training, views, "training")
     rows = np.arange(len(training))
     if len(images.validation) == 0:
