@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from llamagen.config import TokenizerConfig, TransformerConfig
+from llamagen.config import SmallTextEncoderConfig, TokenizerConfig, TransformerConfig
 from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
+from llamagen.text.encoder import TextEncoder
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.transformer import Transformer
 
@@ -56,3 +57,18 @@ def tiny_pipeline(**changes) -> Pipeline:
     """Both, for five classes."""
     labels = Labels(("cat", "dog", "red fox", "grey fox", "crane"), (("n1",), (), (), (), ()))
     return Pipeline(tiny_tokenizer(), tiny_transformer(**changes), labels=labels, name="tiny")
+
+
+def tiny_text_encoder(seed: int = 0, *, clean: bool = True, **changes) -> TextEncoder:
+    """An untrained text encoder over bytes, as wide as the tiny transformer's text features."""
+    values = {"dim": 16, "layers": 2, "heads": 2, "max_length": 30, **changes}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TextEncoder.small(SmallTextEncoderConfig(**values), clean=clean).eval()
+
+
+def tiny_text_pipeline(**changes) -> Pipeline:
+    """Tokenizer, text-conditional transformer and text encoder."""
+    transformer = tiny_transformer(condition="text", text_length=30)
+    encoder = tiny_text_encoder(**changes)
+    return Pipeline(tiny_tokenizer(), transformer, name="tiny-text", text_encoder=encoder)

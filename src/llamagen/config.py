@@ -255,6 +255,49 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How prompts become text features (paper section 3.2)."""
+
+    encoder: str = "google/flan-t5-xl"
+    """An encoder of the T5 family: hub repository or folder; empty for one that is in the
+    pipeline's own folder."""
+    max_length: int = 120
+    """Tokens of a caption that are read."""
+    clean: bool = True
+    """Clean captions as those that the published models were trained with."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "max_length")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SmallTextEncoderConfig:
+    """Architecture of a text encoder of one's own: T5's, over bytes."""
+
+    dim: int = 256
+    """Width of its features."""
+    layers: int = 4
+    """Number of blocks."""
+    heads: int = 4
+    """Attention heads; they divide dim."""
+    hidden_dim: int | None = None
+    """Hidden size of the gated feed-forward layer; None means twice dim."""
+    dropout: float = 0.1
+    """Dropout everywhere, in training."""
+    max_length: int = 120
+    """Bytes of a caption that are read, with one for its end."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "dim", "layers", "heads", "max_length")
+        _require_fraction(self, "dropout")
+        _require(
+            self.dim % self.heads == 0, f"heads {self.heads} must divide the text's dim {self.dim}"
+        )
+        if self.hidden_dim is not None:
+            _require_positive(self, "hidden_dim")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """How codes are drawn from the transformer's logits (paper sections 3.3 and 4.2).
 

@@ -7,17 +7,17 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import llamagen.storage as storage
 from llamagen import checkpoints
 from llamagen import labels as label_files
 from llamagen.adapters import merge_adapter
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid, SamplingConfig, TextConfig
 from llamagen.devices import find_device, find_dtype
 from llamagen.errors import InputError
 from llamagen.generation import generate_codes
@@ -26,6 +26,9 @@ from llamagen.labels import Labels
 from llamagen.pictures import to_pil
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.transformer import Transformer
+
+if TYPE_CHECKING:
+    from llamagen.text.encoder import TextEncoder
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class PipelineOutput:
     seeds: tuple[int, ...]
     """Seed of each image: with the same model and settings it makes the image again."""
     metadata: tuple[dict[str, Any], ...]
-    """Per image: model, class, seed and settings, as ``pictures.save_png`` stores them."""
+    """Per image: model, class or prompt, seed and settings; ``pictures.save_png`` stores them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,18 +67,23 @@ class _Conditions:
     condition: Tensor
     mask: Tensor | None
     described: list[dict[str, Any]]
+    unconditional: Tensor | None = None
+    """What guidance leads away from, if that is not the model's own "no condition"."""
+    unconditional_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.condition.shape[0]
 
 
 class Pipeline:
-    """An image tokenizer and a transformer over its codes, with the names of its classes.
+    """An image tokenizer, a transformer over its codes, and its classes or its text encoder.
 
     Example::
 
         pipe = Pipeline.from_pretrained("c2i-L-384")
         pipe("golden retriever", num_images_per_prompt=4, seed=0).images[0].save("dog.png")
+        pipe = Pipeline.from_pretrained("t2i-XL-256")
+        pipe("a lighthouse in a storm, oil painting", negative_prompt="photo").images[0].show()
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class Pipeline:
         labels: Labels | None = None,
         name: str = "custom",
         sampling: SamplingConfig | None = None,
+        text_encoder: TextEncoder | TextConfig | None = None,
     ) -> None:
         """Puts the parts together.
 
@@ -95,6 +104,8 @@ class Pipeline:
             labels: class names; by default the classes are numbered.
             name: the model's name, as images record it.
             sampling: settings for calls that give none.
+            text_encoder: of a text-conditional model, or what it is loaded from when it is first
+                needed; without it such a model takes ``prompt_embeds`` only.
 
         Raises:
             InputError: the parts do not fit together.
@@ -117,6 +128,9 @@ class Pipeline:
         self.labels = labels
         self.name = name
         self.sampling = sampling or SamplingConfig()
+        self._text: TextEncoder | TextConfig | None = None
+        if transformer.config.condition == "text":
+            self._text = text_encoder
 
     @classmethod
     def from_pretrained(
@@ -124,6 +138,7 @@ class Pipeline:
         source: str | Path,
         *,
         tokenizer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
         labels: Labels | None = None,
         grid: Grid | None = None,
         device: str | torch.device | None = None,
@@ -135,6 +150,7 @@ class Pipeline:
             source: a pipeline folder, a hub repository that holds one, a published name such as
                 "c2i-L-384", or a transformer (folder or checkpoint file) given a ``tokenizer``.
             tokenizer: overrides the source's image tokenizer: folder, file or published name.
+            text_encoder: overrides the source's text encoder: folder or hub repository.
             labels: overrides the source's class names.
             grid: rows and columns that a checkpoint file was trained on, if it does not say.
             device: "cpu", "cuda", "mps" or a torch device; by default the best there is.
@@ -156,13 +172,41 @@ class Pipeline:
         transformer = checkpoints.load_transformer(
             found.transformer, grid=grid, device=where, dtype=precision
         )
+        text = found.text
+        if text_encoder is not None:
+            text = dataclasses.replace(text or TextConfig(), encoder=str(text_encoder))
         return cls(
             checkpoints.load_tokenizer(tokenizer, device=where, dtype=precision),
             transformer,
             labels=labels or found.labels,
             name=found.name,
             sampling=found.sampling,
+            text_encoder=text,
         )
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """What turns prompts into features; loaded when it is first asked for.
+
+        Raises:
+            InputError: it cannot be loaded, or its features are not those of the transformer.
+        """
+        if self._text is None:
+            return None
+        from llamagen.text.encoder import TextEncoder
+
+        if not isinstance(self._text, TextEncoder):
+            # bfloat16 as published; float16 overflows.
+            precision = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+            encoder = TextEncoder.from_pretrained(self._text, device=self.device, dtype=precision)
+            wanted = self.transformer.config.text_dim
+            if encoder.width != wanted:
+                raise InputError(
+                    f"text encoder {self._text.encoder} gives features of width {encoder.width}, "
+                    f"but {self.name} takes {wanted}; use the one that it was trained with"
+                )
+            self._text = encoder
+        return self._text
 
     def load_adapter(self, folder: str | Path) -> Self:
         """Merges what fine-tuning with LoRA has made of this model; returns the pipeline.
@@ -206,6 +250,8 @@ class Pipeline:
         precision = self.dtype if dtype is None else find_dtype(dtype, where)
         self.tokenizer.to(where, precision)
         self.transformer.to(where, precision)
+        if isinstance(self._text, nn.Module):
+            self._text.to(where, None if precision == torch.float16 else precision)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -225,8 +271,21 @@ class Pipeline:
             self.transformer.save_pretrained(temporary / "transformer")
             if self.labels is not None:
                 self.labels.save(temporary / label_files.FILE_NAME)
-            index = checkpoints.PipelineIndex(name=self.name, sampling=self.sampling)
+            text = self._saved_text(temporary)
+            index = checkpoints.PipelineIndex(name=self.name, sampling=self.sampling, text=text)
             checkpoints.write_index(temporary, index)
+
+    def _saved_text(self, folder: Path) -> TextConfig | None:
+        """Writes a text encoder that is on no hub into a pipeline's folder; what the index says."""
+        if self._text is None:
+            return None
+        known = self._text if isinstance(self._text, TextConfig) else self._text.config
+        if known.encoder and not Path(known.encoder).is_dir():
+            return known
+        encoder = self.text_encoder
+        assert encoder is not None
+        encoder.save_pretrained(folder / checkpoints.TEXT_ENCODER_FOLDER)
+        return dataclasses.replace(known, encoder="")
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
@@ -247,6 +306,7 @@ class Pipeline:
         self,
         prompt: str | int | Sequence[str | int] | None = None,
         *,
+        negative_prompt: str | int | Sequence[str | int] | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         guidance_stop: int | None = None,
@@ -265,7 +325,10 @@ class Pipeline:
         what each means.
 
         Args:
-            prompt: class names or indices, one or several.
+            prompt: texts, or for a class-conditional model names or indices of classes; one or
+                several.
+            negative_prompt: what guidance leads away from instead of "no text" or "no class": one
+                for all prompts, or one for each. Without guidance it has no effect.
             num_images_per_prompt: images of each.
             guidance_scale: 1 means no guidance.
             guidance_stop: index of the first code drawn without guidance.
@@ -282,7 +345,7 @@ class Pipeline:
                 call.
 
         Raises:
-            InputError: a class or setting is not one this model has.
+            InputError: a class or setting is not one this model has, or a prompt says nothing.
         """
         if num_images_per_prompt < 1:
             raise InputError(
@@ -301,7 +364,7 @@ class Pipeline:
             self.sampling, **{name: value for name, value in given.items() if value is not None}
         )
         conditions = self._conditions(
-            prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt
+            prompt, negative_prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt
         )
         seeds = _seeds(seed, len(conditions))
         images: list[Image.Image] = []
@@ -336,30 +399,85 @@ class Pipeline:
     def _conditions(
         self,
         prompt: str | int | Sequence[str | int] | None,
+        negative: str | int | Sequence[str | int] | None,
         embeds: Tensor | None,
         mask: Tensor | None,
         copies: int,
     ) -> _Conditions:
-        if self.labels is None:
-            if embeds is None or prompt is not None:
+        if embeds is not None:
+            if self.labels is not None or prompt is not None or negative is not None:
                 raise InputError(
-                    f"{self.name} is conditioned on text features, and comes without a text "
-                    f"encoder: give prompt_embeds instead of a prompt"
+                    "prompt_embeds go with text-conditional models, and with neither prompt nor "
+                    "negative_prompt"
                 )
             if mask is not None:
                 mask = mask.repeat_interleave(copies, dim=0)
             embeds = embeds.repeat_interleave(copies, dim=0)
             return _Conditions(embeds, mask, [{} for _ in range(embeds.shape[0])])
-        if prompt is None or embeds is not None:
-            raise InputError(f"{self.name} is class-conditional: give class names or indices")
+        what = "prompt" if self.labels is None else "class"
+        if prompt is None:
+            kind = "text" if self.labels is None else "class"
+            asked = "a prompt" if self.labels is None else "class names or indices"
+            raise InputError(f"{self.name} is {kind}-conditional: give {asked}")
         wanted = [prompt] if isinstance(prompt, str | int) else list(prompt)
         if not wanted:
-            raise InputError("no class was given; name at least one")
-        classes = [self.labels.find(name) for name in wanted for _ in range(copies)]
+            raise InputError(f"no {what} was given; name at least one")
+        against = _one_each(negative, len(wanted))
+        if self.labels is None:
+            return self._text_conditions(wanted, against, copies)
+        return self._class_conditions(self.labels, wanted, against, copies)
+
+    def _class_conditions(
+        self,
+        labels: Labels,
+        wanted: Sequence[str | int],
+        against: Sequence[str | int] | None,
+        copies: int,
+    ) -> _Conditions:
+        classes = [labels.find(name) for name in wanted for _ in range(copies)]
         described: list[dict[str, Any]] = [
-            {"class": self.labels.name(index), "class_index": index} for index in classes
+            {"class": labels.name(index), "class_index": index} for index in classes
         ]
-        return _Conditions(torch.tensor(classes), None, described)
+        if against is None:
+            return _Conditions(torch.tensor(classes), None, described)
+        others = [labels.find(name) for name in against for _ in range(copies)]
+        for entry, index in zip(described, others, strict=True):
+            entry["negative_prompt"] = labels.name(index)
+        return _Conditions(torch.tensor(classes), None, described, torch.tensor(others))
+
+    def _text_conditions(
+        self,
+        wanted: Sequence[str | int],
+        against: Sequence[str | int] | None,
+        copies: int,
+    ) -> _Conditions:
+        from llamagen.text.encoder import padded
+
+        encoder = self.text_encoder
+        if encoder is None:
+            raise InputError(
+                f"{self.name} is conditioned on text features, and comes without a text encoder: "
+                f"name one with text_encoder (--text-encoder), or give prompt_embeds"
+            )
+        texts = [*map(str, wanted), *map(str, against or ())]
+        # Each text once, and whatever is wrong with one before the first is encoded.
+        prepared = {text: encoder.require_text(text) for text in texts}
+        encoder.token_ids(list(prepared.values()), warn=True)
+        features = dict(zip(prepared, encoder.encode(list(prepared.values())), strict=True))
+        length = max(map(len, features.values()))
+
+        def rows(chosen: Sequence[str | int]) -> tuple[Tensor, Tensor]:
+            return padded([features[str(t)] for t in chosen for _ in range(copies)], length)
+
+        described: list[dict[str, Any]] = [
+            {"prompt": str(t)} for t in wanted for _ in range(copies)
+        ]
+        if against is None:
+            return _Conditions(*rows(wanted), described)
+        others = [str(text) for text in against for _ in range(copies)]
+        for entry, text in zip(described, others, strict=True):
+            entry["negative_prompt"] = text
+        return _Conditions(*rows(wanted), described, *rows(against))
 
     def _drawn(
         self,
@@ -378,7 +496,9 @@ class Pipeline:
                 codes = generate_codes(
                     self.transformer,
                     conditions.condition[rows],
-                    condition_mask=None if conditions.mask is None else conditions.mask[rows],
+                    condition_mask=_some(conditions.mask, rows),
+                    unconditional=_some(conditions.unconditional, rows),
+                    unconditional_mask=_some(conditions.unconditional_mask, rows),
                     seeds=seeds[rows],
                     sampling=sampling,
                     on_row=None if callback is None else _row_callback(callback, first),
@@ -391,6 +511,25 @@ class Pipeline:
                 continue
             yield codes
             first += codes.shape[0]
+
+
+def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+def _one_each(
+    negative: str | int | Sequence[str | int] | None, prompts: int
+) -> list[str | int] | None:
+    """One negative prompt per prompt."""
+    if negative is None:
+        return None
+    if isinstance(negative, str | int):
+        return [negative] * prompts
+    if len(negative) != prompts:
+        raise InputError(
+            f"{len(negative)} negative prompts for {prompts} prompts; give one, or one per prompt"
+        )
+    return list(negative)
 
 
 def _row_callback(

@@ -8,6 +8,7 @@ from PIL import Image
 
 import llamagen.storage as storage
 from llamagen.pictures import read_metadata
+from tests.models import tiny_text_pipeline
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_transformer_with_a_tokenizer_named_apart(run, fails, model_folder, tm
     [
         (["--class", "dgo"], "did you mean 'dog'"),
         (["--class", "12"], "no class 12"),
-        ([], "no class was named"),
+        ([], "there is nothing to draw"),
         (["--class", "dog", "--top-k", "-1"], "top_k"),
         (["--class", "dog", "--temperature", "-1"], "temperature"),
         (["--class", "dog", "--top-p", "7"], "top_p"),
@@ -141,3 +142,39 @@ def test_a_full_disk_leaves_whole_images_only(fails, model_folder, tmp_path, mon
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == ["dog-0.png", "dog-1.png"]
     assert all(pixels(tmp_path / "out" / name).shape == (16, 16, 3) for name in left)
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "model"
+    tiny_text_pipeline().save_pretrained(folder)
+    return folder
+
+
+class TestPrompts:
+    def test_drawn_and_drawn_again(self, run, text_folder, tmp_path):
+        model = ("generate", "--model", text_folder, "--dtype", "float32")
+        result = run(
+            *(*model, "--prompt", "A red heart", "x/y" * 100, "-n", 2, "--seed", 3),
+            *("--negative-prompt", "blue", "--out", tmp_path / "out"),
+        )
+        assert result.status == 0, result.err
+        names = [Path(line).name for line in result.out.splitlines()]
+        assert names[:2] == ["a-red-heart-3.png", "a-red-heart-4.png"]
+        assert len(names) == 5
+        wanted = tmp_path / "out" / "a-red-heart-4.png"
+        metadata = read_metadata(wanted)
+        assert (metadata["prompt"], metadata["negative_prompt"]) == ("A red heart", "blue")
+        assert run(*model, "--like", wanted, "--out", tmp_path / "again").status == 0
+        assert np.array_equal(pixels(tmp_path / "again" / wanted.name), pixels(wanted))
+
+    def test_bad_input(self, fails, text_folder, model_folder, tmp_path):
+        model = ("generate", "--model", text_folder, "--out", tmp_path / "out")
+        assert "is empty" in fails(*model, "--prompt", " ")
+        assert "not both" in fails(*model, "--prompt", "a", "--class", "b")
+        assert "no folder and no hub" in fails(*model, "--prompt", "a", "--text-encoder", "a b")
+        assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+    def test_described(self, run, text_folder):
+        assert "120 tokens" not in run("info", text_folder).out
+        assert "30 tokens, captions cleaned" in run("info", text_folder).out

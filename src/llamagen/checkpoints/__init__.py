@@ -2,6 +2,7 @@
 
 from llamagen.checkpoints.index import (
     INDEX_NAME,
+    TEXT_ENCODER_FOLDER,
     PipelineIndex,
     is_pipeline_folder,
     read_index,
@@ -21,6 +22,7 @@ from llamagen.checkpoints.sources import PipelineSource, Source, resolve_pipelin
 __all__ = [
     "INDEX_NAME",
     "PUBLIC_MODELS",
+    "TEXT_ENCODER_FOLDER",
     "Checkpoint",
     "PipelineIndex",
     "PipelineSource",

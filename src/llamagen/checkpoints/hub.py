@@ -10,7 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from llamagen.checkpoints.index import is_pipeline_folder
+from llamagen.checkpoints.index import TEXT_ENCODER_FOLDER, is_pipeline_folder
 from llamagen.checkpoints.names import PUBLIC_MODELS
 from llamagen.errors import InputError
 from llamagen.pretrained import CONFIG_NAME, WEIGHTS_NAME, hub_errors
@@ -43,6 +43,9 @@ def download_folder(repo: str, part: str | None = None) -> Path:
         if is_pipeline_folder(folder):
             parts = ["tokenizer", "transformer"] if part is None else [part]
             wanted = [f"{name}/{WEIGHTS_NAME}" for name in parts]
+            if part is None and (folder / TEXT_ENCODER_FOLDER).is_dir():
+                # Tokenizers have files of many kinds.
+                wanted.append(f"{TEXT_ENCODER_FOLDER}/*")
         elif (folder / CONFIG_NAME).is_file():
             wanted = [WEIGHTS_NAME]
         else:

@@ -7,10 +7,18 @@ from importlib.metadata import version
 from pathlib import Path
 
 import llamagen.storage as storage
-from llamagen.config import SamplingConfig, config_from_dict, config_to_dict, read_json
+from llamagen.config import (
+    SamplingConfig,
+    TextConfig,
+    config_from_dict,
+    config_to_dict,
+    read_json,
+)
 from llamagen.errors import InputError
 
 INDEX_NAME = "model_index.json"
+TEXT_ENCODER_FOLDER = "text_encoder"
+"""Where a pipeline keeps a text encoder of its own."""
 
 _FORMAT = "llamagen-pipeline"
 _FORMAT_VERSION = 1
@@ -24,6 +32,8 @@ class PipelineIndex:
     """The model's name, as images record it."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """Settings for calls that give none."""
+    text: TextConfig | None = None
+    """How prompts become text features, if they do."""
     llamagen_version: str = dataclasses.field(default_factory=lambda: version("llamagen"))
     """The version that wrote the folder."""
 

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid, SamplingConfig, TextConfig
 
 Kind = Literal["image tokenizer", "transformer"]
 
@@ -32,6 +32,8 @@ class PublicModel:
     """Name of the image tokenizer whose codes a transformer draws."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """Settings that a transformer's published demo draws with."""
+    text: TextConfig | None = None
+    """What makes the features that a transformer is conditioned on, if it is on text."""
 
 
 _MAIN = "FoundationVision/LlamaGen"
@@ -66,6 +68,7 @@ def _by_text(name: str, file: str, preset: str, side: int) -> PublicModel:
         grid=(side, side),
         tokenizer="vq-16-t2i",
         sampling=_TEXT_DEMO,
+        text=TextConfig(),
     )
 
 

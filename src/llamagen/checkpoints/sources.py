@@ -8,10 +8,15 @@ from typing import Literal
 
 from llamagen import labels as label_files
 from llamagen.checkpoints.hub import download_file, download_folder
-from llamagen.checkpoints.index import INDEX_NAME, is_pipeline_folder, read_index
+from llamagen.checkpoints.index import (
+    INDEX_NAME,
+    TEXT_ENCODER_FOLDER,
+    is_pipeline_folder,
+    read_index,
+)
 from llamagen.checkpoints.names import Kind, PublicModel, find_public, nearest_names
 from llamagen.checkpoints.published import read_checkpoint
-from llamagen.config import SamplingConfig, read_json
+from llamagen.config import SamplingConfig, TextConfig, read_json
 from llamagen.errors import InputError
 from llamagen.labels import Labels
 from llamagen.pretrained import CONFIG_NAME, is_repo_id
@@ -48,6 +53,8 @@ class PipelineSource:
     """Class names, if they are known."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """Settings for calls that give none."""
+    text: TextConfig | None = None
+    """How prompts become text features, if that is known."""
     folder: Path | None = None
     """The pipeline folder, if it is one."""
 
@@ -105,6 +112,7 @@ def resolve_pipeline(source: Source) -> PipelineSource:
         tokenizer=public.tokenizer,
         labels=Labels.imagenet() if public.condition == "class" else None,
         sampling=public.sampling,
+        text=public.text,
     )
 
 
@@ -122,12 +130,16 @@ def _in_folder(folder: Path, name: str) -> PipelineSource:
     labels = folder / label_files.FILE_NAME
     if is_pipeline_folder(folder):
         index = read_index(folder)
+        text = index.text
+        if text is not None and not text.encoder:
+            text = dataclasses.replace(text, encoder=str(folder / TEXT_ENCODER_FOLDER))
         return PipelineSource(
             name=index.name,
             transformer=folder / "transformer",
             tokenizer=folder / "tokenizer",
             labels=Labels.load(labels) if labels.is_file() else None,
             sampling=index.sampling,
+            text=text,
             folder=folder,
         )
     folder = _model_folder(folder, "transformer", str(folder))

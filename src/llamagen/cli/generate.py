@@ -1,4 +1,4 @@
-"""Draw images of classes, as PNG files that record how to make them again."""
+"""Draw images of texts or classes, as PNG files that record how to make them again."""
 
 from __future__ import annotations
 
@@ -16,17 +16,25 @@ if TYPE_CHECKING:
     from llamagen.pipeline import Pipeline, PipelineOutput, Progress
 
 
+_STEM_LENGTH = 50
+"""Letters of a prompt that a file is named by."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(DeviceOptions):
     """Options of ``llamagen generate``."""
 
     model: str | None = None
-    """Published name (c2i-L-384), pipeline folder, hub repository, or a transformer to be used
-    with --tokenizer."""
+    """Published name (c2i-L-384, t2i-XL-256), pipeline folder, hub repository, or a transformer to
+    be used with --tokenizer."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt", aliases=["-p"])] = ()
+    """What to draw, for text-conditional models; one text or several."""
+    negative_prompt: str | None = None
+    """Text, or class, that guidance leads away from. Default: the model's "no text"."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
-    """Classes by name or number, one or several."""
+    """What to draw, for class-conditional models: classes by name or number, one or several."""
     count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
-    """Images of each class."""
+    """Images of each prompt or class."""
     guidance_scale: float | None = None
     """Classifier-free guidance; 1 is none. Default: the model's own setting, as for the next."""
     guidance_stop: int | None = None
@@ -42,9 +50,11 @@ class Options(DeviceOptions):
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
     """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
     like: Path | None = None
-    """Make the image in this PNG again: class, seed and settings are read from it."""
+    """Make the image in this PNG again: prompt or class, seed and settings are read from it."""
     tokenizer: str | None = None
     """Another image tokenizer than the model's: published name, folder or checkpoint file."""
+    text_encoder: str | None = None
+    """Another text encoder than the model's: folder or hub repository."""
     adapter: Path | None = None
     """Folder of what fine-tuning with LoRA has made of the model."""
     grid: tuple[int, int] | None = None
@@ -65,7 +75,12 @@ def run(options: Options) -> None:
 
     device, dtype = dataclasses.replace(options, dtype=settings.pop("dtype")).resolve()
     pipe = Pipeline.from_pretrained(
-        source, tokenizer=options.tokenizer, grid=options.grid, device=device, dtype=dtype
+        source,
+        tokenizer=options.tokenizer,
+        text_encoder=options.text_encoder,
+        grid=options.grid,
+        device=device,
+        dtype=dtype,
     )
     if options.adapter is not None:
         pipe.load_adapter(options.adapter)
@@ -84,11 +99,18 @@ def _settings(options: Options) -> dict[str, Any]:
     model = options.model or recorded.get("model")
     if model is None:
         raise InputError("no model was named; give --model, for example --model c2i-L-384")
-    classes: list[str | int] = list(options.classes)
-    if not classes and "class_index" in recorded:
-        classes = [recorded["class_index"]]
-    if not classes:
-        raise InputError('no class was named; give --class, for example --class "golden retriever"')
+    if options.prompts and options.classes:
+        raise InputError("give either --prompt or --class, not both")
+    wanted: list[str | int] = [*options.prompts, *options.classes]
+    negative = options.negative_prompt
+    if not wanted:
+        wanted = [recorded[name] for name in ("prompt", "class_index") if name in recorded][:1]
+        negative = recorded.get("negative_prompt") if negative is None else negative
+    if not wanted:
+        raise InputError(
+            'there is nothing to draw; give --prompt, or --class, for example --class "golden '
+            'retriever"'
+        )
     names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature", "seed")
     settings: dict[str, Any] = {}
     for name in names:
@@ -97,7 +119,13 @@ def _settings(options: Options) -> dict[str, Any]:
     dtype = options.dtype
     if dtype == "auto" and "dtype" in recorded:
         dtype = recorded["dtype"]
-    return {"model": model, "prompt": classes, "dtype": dtype, **settings}
+    return {
+        "model": model,
+        "prompt": wanted,
+        "negative_prompt": negative,
+        "dtype": dtype,
+        **settings,
+    }
 
 
 def _require_place(out: Path) -> None:
@@ -147,5 +175,7 @@ def _save(output: PipelineOutput, options: Options) -> list[Path]:
 
 
 def _file_stem(metadata: dict[str, Any]) -> str:
-    name = re.sub(r"[^\w]+", "-", str(metadata.get("class", "image"))).strip("-").lower()
-    return f"{name}-{metadata['seed']}"
+    text = str(metadata.get("class", metadata.get("prompt", "image")))
+    name = re.sub(r"[^\w]+", "-", text).strip("-").lower()
+    # File names of 255 bytes are the longest almost anywhere, of which a letter may take four.
+    return f"{name[:_STEM_LENGTH].strip('-') or 'image'}-{metadata['seed']}"

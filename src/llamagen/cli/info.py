@@ -68,6 +68,9 @@ def _describe(source: str) -> list[str]:
         parts.append(_describe_tokenizer(found.tokenizer))
     if found.labels is not None:
         parts.append(f"classes: {len(found.labels)} ({', '.join(found.labels.names[:5])}, ...)")
+    if found.text is not None:
+        length, cleaned = found.text.max_length, "cleaned" if found.text.clean else "as they are"
+        parts.append(f"text encoder: {found.text.encoder}, {length} tokens, captions {cleaned}")
     sampling = dataclasses.asdict(found.sampling)
     parts.append("sampling: " + ", ".join(f"{name} {value}" for name, value in sampling.items()))
     return parts

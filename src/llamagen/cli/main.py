@@ -17,7 +17,7 @@ from typing import NoReturn
 from llamagen.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("llamagen.cli.generate", "draw images of classes"),
+    "generate": ("llamagen.cli.generate", "draw images of texts or classes"),
     "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
     "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
     "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),

@@ -31,6 +31,7 @@ def generate_codes(
     sampling: SamplingConfig | None = None,
     condition_mask: Tensor | None = None,
     unconditional: Tensor | None = None,
+    unconditional_mask: Tensor | None = None,
     grid: Grid | None = None,
     on_row: RowCallback | None = None,
 ) -> Tensor:
@@ -47,6 +48,8 @@ def generate_codes(
         condition_mask: (B, C) bool, False where text features are padding.
         unconditional: shaped like ``condition``, what guidance leads away from; by default the
             model's own "no class" or "no text".
+        unconditional_mask: (B, C) bool, False where ``unconditional`` is padding; by default
+            ``condition_mask``.
         grid: rows and columns; by default the model's.
         on_row: called after each finished row of the grid.
 
@@ -64,19 +67,16 @@ def generate_codes(
     images = condition.shape[0]
     if len(seeds) != images:
         raise InputError(f"{len(seeds)} seeds for {images} images; give one seed per image")
-    if condition_mask is not None:
-        condition_mask = condition_mask.to(model.device)
-        condition, unconditional, condition_mask = _without_common_padding(
-            condition, unconditional, condition_mask
-        )
-
     guided = sampling.guided
     if guided:
         if unconditional is None:
             unconditional = model.cls_embedding.unconditional(condition)
+        condition_mask = _both_masks(condition, condition_mask, unconditional_mask)
         condition = torch.cat([condition, unconditional.to(condition)])
-        if condition_mask is not None:
-            condition_mask = condition_mask.repeat(2, 1)
+    if condition_mask is not None:
+        condition, condition_mask = _without_common_padding(
+            condition, condition_mask.to(model.device)
+        )
     length = condition.shape[1] if condition.ndim == 3 else 1
     cache = model.new_cache(condition.shape[0], condition_length=length, grid=(rows, columns))
     uniforms = uniform_draws(seeds, rows * columns).to(model.device)
@@ -119,22 +119,36 @@ def _decode_one(model: Transformer, drawn: Tensor, cache: KVCache) -> Tensor:
     return model.decode(drawn.repeat(copies).unsqueeze(1), cache)[:, -1]
 
 
-def _without_common_padding(
-    condition: Tensor, unconditional: Tensor | None, mask: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Cuts the padding that all rows share off the front of text features.
+def _both_masks(
+    condition: Tensor, mask: Tensor | None, unconditional_mask: Tensor | None
+) -> Tensor | None:
+    """The mask of the conditional rows above that of the unconditional ones."""
+    if mask is None and unconditional_mask is None:
+        return None
+    if mask is None:
+        mask = torch.ones(condition.shape[:2], dtype=torch.bool)
+    other = mask if unconditional_mask is None else unconditional_mask
+    for each in (mask, other):
+        _check_mask(each, condition)
+    return torch.cat([mask.bool().cpu(), other.bool().cpu()])
 
-    Exact: padding is never attended to, and condition positions carry no position of their own
-    (see ``rope_table``).
-    """
+
+def _check_mask(mask: Tensor, condition: Tensor) -> None:
     if mask.shape != condition.shape[:2]:
         raise InputError(
             f"the condition mask has shape {tuple(mask.shape)}, "
             f"expected {tuple(condition.shape[:2])} like the text features"
         )
+
+
+def _without_common_padding(condition: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cuts the padding that all rows share off the front of text features.
+
+    Exact: padding is never attended to, and condition positions carry no position of their own
+    (see ``rope_table``).
+    """
+    _check_mask(mask, condition)
     mask = mask.bool()
     used = max(1, int(mask.sum(-1).max()))
     mask = mask[:, -used:]
-    if unconditional is not None:
-        unconditional = unconditional[:, -used:]
-    return condition[:, -used:], unconditional, None if bool(mask.all()) else mask
+    return condition[:, -used:], None if bool(mask.all()) else mask

@@ -1,0 +1,311 @@
+"""The text encoder: captions to features, through any encoder of the T5 family.
+
+Shapes: B captions, L tokens of the longest, W width of a feature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+import llamagen.storage as storage
+from llamagen.config import SmallTextEncoderConfig, TextConfig
+from llamagen.errors import InputError
+from llamagen.pretrained import hub_errors, is_repo_id
+from llamagen.text.cleaning import clean_caption
+
+_TOKENS_AT_ONCE = 4096
+"""Tokens of a batch, padding included: enough for an encoder to be busy, little memory."""
+_BYTE_TOKENS = 384
+"""Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
+
+_log = logging.getLogger(__name__)
+
+
+class Tokens(NamedTuple):
+    """Captions as an encoder reads them, shorter ones padded in front."""
+
+    ids: Tensor
+    """(B, L) int64."""
+    mask: Tensor
+    """(B, L) bool, False where there is padding."""
+
+
+class TextEncoder(nn.Module):
+    """A T5 encoder with its tokenizer, and what is done to captions before."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, config: TextConfig) -> None:
+        """Puts the parts together: ``from_pretrained`` and ``small`` make them.
+
+        Args:
+            model: ``transformers.T5EncoderModel``.
+            tokenizer: its tokenizer, of ``transformers``.
+            config: how captions are prepared.
+        """
+        super().__init__()
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.config = config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        config: TextConfig | None = None,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> Self:
+        """Loads an encoder; of a whole T5 model, its encoder's weights only.
+
+        Args:
+            config: what to load, by default FLAN-T5-XL as in the published models.
+            device: where it goes.
+            dtype: precision of the weights. Not float16, in which T5 overflows.
+
+        Raises:
+            InputError: there is no such encoder, it is of another family, or the packages that
+                it takes are not installed.
+        """
+        config = config or TextConfig()
+        transformers = _import_transformers()
+        source = config.encoder
+        if not Path(source).is_dir() and not is_repo_id(source):
+            raise InputError(
+                f"text encoder {source} is no folder and no hub repository (owner/name)"
+            )
+        with _load_errors(source), _quietly():
+            family = transformers.AutoConfig.from_pretrained(source).model_type
+            if family not in ("t5", "mt5", "umt5"):
+                raise InputError(f"text encoder {source} is of the family {family}, expected t5")
+            kinds = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+            kind = getattr(transformers, kinds.get(family, "T5EncoderModel"))
+            model = kind.from_pretrained(source, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        return cls(model.to(device).eval(), tokenizer, config)
+
+    @classmethod
+    def small(cls, config: SmallTextEncoderConfig, *, clean: bool = True) -> Self:
+        """A new encoder that reads bytes, with random weights, to be trained with a transformer.
+
+        Raises:
+            InputError: the packages that it takes are not installed.
+        """
+        transformers = _import_transformers()
+        model = transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=_BYTE_TOKENS,
+                d_model=config.dim,
+                d_kv=config.dim // config.heads,
+                d_ff=config.hidden_dim or 2 * config.dim,
+                num_layers=config.layers,
+                num_heads=config.heads,
+                dropout_rate=config.dropout,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+                use_cache=False,
+            )
+        )
+        text = TextConfig(encoder="", max_length=config.max_length, clean=clean)
+        return cls(model, transformers.ByT5Tokenizer(), text)
+
+    @property
+    def width(self) -> int:
+        """Length of a feature."""
+        return int(self.model.config.d_model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    def prepare(self, caption: str) -> str:
+        """A caption as it is encoded; it may be empty.
+
+        Raises:
+            InputError: it has control characters in it.
+        """
+        odd = next(
+            (c for c in caption if unicodedata.category(c) == "Cc" and c not in "\t\r\n"), ""
+        )
+        if odd:
+            raise InputError(
+                f"the text {_shortened(caption)} has the control character U+{ord(odd):04X} in it; "
+                f"remove it"
+            )
+        return clean_caption(caption) if self.config.clean else caption.strip()
+
+    def require_text(self, caption: str) -> str:
+        """As ``prepare``, for a caption that has to say something.
+
+        Raises:
+            InputError: nothing is left of it, or it has control characters in it.
+        """
+        prepared = self.prepare(caption)
+        if not prepared:
+            why = "is empty" if not caption.strip() else "is empty once it is cleaned"
+            raise InputError(f"the prompt {_shortened(caption)} {why}; describe an image")
+        return prepared
+
+    def token_ids(self, prepared: Sequence[str], *, warn: bool = False) -> list[list[int]]:
+        """Tokens of captions that are prepared, cut after ``max_length`` of them.
+
+        Args:
+            prepared: captions.
+            warn: say which are cut.
+        """
+        limit = self.config.max_length
+        ids: list[list[int]] = self.tokenizer(
+            list(prepared), truncation=True, max_length=limit, add_special_tokens=True
+        )["input_ids"]
+        if warn:
+            for text, tokens in zip(prepared, ids, strict=True):
+                if len(tokens) == limit and self._length(text) > limit:
+                    _log.warning(
+                        "only the first %d tokens of the text %s are read", limit, _shortened(text)
+                    )
+        return ids
+
+    def tokens(self, ids: Sequence[Sequence[int]]) -> Tokens:
+        """Tokens of several captions side by side."""
+        length = max(map(len, ids))
+        pad = self.tokenizer.pad_token_id
+        rows = [[pad] * (length - len(row)) + list(row) for row in ids]
+        masks = [[False] * (length - len(row)) + [True] * len(row) for row in ids]
+        return Tokens(torch.tensor(rows), torch.tensor(masks))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Tokens (B, L) and where they are no padding to features (B, L, W)."""
+        # T5 knows distances only, so padding in front changes nothing.
+        features: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return features
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        prepared: Sequence[str],
+        *,
+        tokens_at_once: int = _TOKENS_AT_ONCE,
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Tensor]:
+        """Features of captions that are prepared, each (its tokens, W), on the CPU.
+
+        Captions of like length are encoded together, so hardly anything is padding.
+
+        Args:
+            prepared: captions, in any order.
+            tokens_at_once: largest number of tokens of a batch.
+            progress: is told how many more are done.
+        """
+        ids = self.token_ids(prepared)
+        found: list[Tensor] = [torch.empty(0)] * len(ids)
+        for batch in length_batches([len(row) for row in ids], tokens_at_once):
+            tokens = self.tokens([ids[i] for i in batch])
+            features = self(tokens.ids.to(self.device), tokens.mask.to(self.device)).cpu()
+            for row, index in enumerate(batch):
+                found[index] = features[row, -len(ids[index]) :].clone()
+            if progress is not None:
+                progress(len(batch))
+        return found
+
+    def fingerprint(self) -> str:
+        """A short text that changes with the weights and with what is done to captions."""
+        whole = hashlib.sha256(
+            repr((self.config.max_length, self.config.clean, len(self.tokenizer))).encode()
+        )
+        for name, tensor in sorted(self.model.state_dict().items()):
+            whole.update(name.encode())
+            # The same in every precision that it may be loaded in.
+            low = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+            whole.update(low.view(torch.int16).numpy().tobytes())
+        return whole.hexdigest()[:16]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the encoder and its tokenizer as ``transformers`` reads them."""
+        with storage.atomic_folder(Path(folder)) as temporary, _quietly():
+            self.model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+
+    def _length(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=True)["input_ids"])
+
+
+def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, the longest first, of at most so many tokens padded."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    start = 0
+    while start < len(order):
+        count = max(1, tokens_at_once // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def padded(features: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
+    """Features of several captions side by side, zeros in front of shorter ones.
+
+    Args:
+        features: each (its tokens, W).
+        length: by default that of the longest.
+
+    Returns:
+        (B, L, W), and (B, L) bool, False where there is padding.
+    """
+    length = length or max(len(each) for each in features)
+    together = features[0].new_zeros(len(features), length, features[0].shape[-1])
+    mask = torch.zeros(len(features), length, dtype=torch.bool)
+    for row, each in enumerate(features):
+        together[row, length - len(each) :] = each
+        mask[row, length - len(each) :] = True
+    return together, mask
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            "text encoders need packages that are not installed; install them with "
+            "pip install 'llamagen[text]'"
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without a bar for the reading of a file that takes less than a second."""
+    bars = _import_transformers().utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _load_errors(source: str) -> Iterator[None]:
+    """Errors of ``transformers`` as one line."""
+    try:
+        if Path(source).is_dir():
+            yield
+        else:
+            with hub_errors(source):
+                yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(
+            f"text encoder {source} cannot be loaded ({' '.join(str(error).split())[:300]})"
+        ) from error

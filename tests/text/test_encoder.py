@@ -1,0 +1,139 @@
+"""The text encoder, with small T5 encoders over bytes in the place of FLAN-T5-XL."""
+
+import logging
+
+import pytest
+import torch
+import transformers
+
+from llamagen.config import SmallTextEncoderConfig, TextConfig
+from llamagen.errors import InputError
+from llamagen.text.encoder import TextEncoder, length_batches, padded
+from tests.models import tiny_text_encoder
+
+CAPTIONS = ["a red heart", "llama", "a very long caption, of many words", "x"]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return tiny_text_encoder()
+
+
+def test_alone_or_among_others(encoder):
+    together = encoder.encode(CAPTIONS)
+    assert [len(each) for each in together] == [12, 6, 30, 2]  # one for the end of each
+    for caption, features in zip(CAPTIONS, together, strict=True):
+        torch.testing.assert_close(encoder.encode([caption])[0], features, atol=1e-5, rtol=1e-4)
+    for tokens_at_once in (1, 24):
+        for a, b in zip(
+            encoder.encode(CAPTIONS, tokens_at_once=tokens_at_once), together, strict=True
+        ):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_padding_stands_in_front(encoder):
+    tokens = encoder.tokens(encoder.token_ids(CAPTIONS))
+    assert tokens.mask.sum(1).tolist() == [12, 6, 30, 2]
+    assert not tokens.mask[3, :28].any()
+    assert tokens.mask[3, 28:].all()
+    features, mask = padded(encoder.encode(CAPTIONS))
+    assert torch.equal(mask, tokens.mask)
+    assert torch.equal(features[~mask], torch.zeros_like(features[~mask]))
+
+
+def test_progress_counts_captions(encoder):
+    counts = []
+    encoder.encode(CAPTIONS, tokens_at_once=12, progress=counts.append)
+    assert sum(counts) == len(CAPTIONS)
+    assert len(counts) > 1
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 10, 16, 1000])
+def test_batches_of_like_lengths(tokens_at_once):
+    lengths = [3, 9, 2, 8, 1, 1, 7]
+    batches = list(length_batches(lengths, tokens_at_once))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens_at_once
+
+
+def test_captions_are_cleaned_unless_told_otherwise(encoder):
+    assert encoder.prepare(" A <b>Red</b> HEART ") == "a red heart"
+    assert tiny_text_encoder(clean=False).prepare(" A Red HEART ") == "A Red HEART"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "is empty"),
+        ("  \n", "is empty"),
+        ("https://example.com", "empty once it is cleaned"),
+        ("a\x00b", "U\\+0000"),
+        ("bell \x07", "U\\+0007"),
+    ],
+)
+def test_prompts_that_say_nothing(encoder, prompt, message):
+    with pytest.raises(InputError, match=message):
+        encoder.require_text(prompt)
+
+
+def test_long_prompts_are_cut_and_said_to_be(encoder, caplog):
+    prompt = encoder.require_text("llama " * 1700)
+    with caplog.at_level(logging.WARNING):
+        assert len(encoder.token_ids([prompt], warn=True)[0]) == 30
+        assert len(caplog.records) == 1
+        assert "only the first 30 tokens" in caplog.text
+        assert len(caplog.text) < 300
+        encoder.token_ids(["llama"], warn=True)
+        assert len(caplog.records) == 1
+
+
+def test_there_and_back(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "encoder")
+    config = TextConfig(encoder=str(tmp_path / "encoder"), max_length=30)
+    loaded = TextEncoder.from_pretrained(config, dtype=torch.float32)
+    for a, b in zip(loaded.encode(CAPTIONS), encoder.encode(CAPTIONS), strict=True):
+        assert torch.equal(a, b)
+    assert loaded.fingerprint() == encoder.fingerprint()
+    # By default in bfloat16, and still known as the same.
+    low = TextEncoder.from_pretrained(config)
+    assert next(low.parameters()).dtype == torch.bfloat16
+    assert low.fingerprint() == encoder.fingerprint()
+    assert tiny_text_encoder(seed=1).fingerprint() != encoder.fingerprint()
+    assert tiny_text_encoder(clean=False).fingerprint() != encoder.fingerprint()
+
+
+def test_only_the_encoder_of_a_whole_model(tmp_path):
+    config = transformers.T5Config(
+        vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    whole = transformers.T5ForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path)
+    transformers.ByT5Tokenizer().save_pretrained(tmp_path)
+    loaded = TextEncoder.from_pretrained(TextConfig(encoder=str(tmp_path)), dtype=torch.float32)
+    assert not any("decoder" in name for name in loaded.state_dict())
+    tokens = loaded.tokens(loaded.token_ids(["llama"]))
+    expected = whole.eval().encoder(input_ids=tokens.ids).last_hidden_state
+    torch.testing.assert_close(loaded(*tokens), expected)
+
+
+def test_encoders_that_cannot_be_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for source, message in {
+        str(tmp_path): "cannot be loaded",
+        "no such thing": "no folder and no hub repository",
+        "nobody/nothing": "nobody/nothing",
+    }.items():
+        with pytest.raises(InputError, match=message) as caught:
+            TextEncoder.from_pretrained(TextConfig(encoder=source))
+        assert "\n" not in str(caught.value)
+    transformers.BertConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="family bert, expected t5"):
+        TextEncoder.from_pretrained(TextConfig(encoder=str(tmp_path)))
+
+
+def test_sizes_that_make_no_sense():
+    with pytest.raises(InputError, match="heads 3 must divide"):
+        SmallTextEncoderConfig(dim=16, heads=3)
+    with pytest.raises(InputError, match="max_length"):
+        TextConfig(max_length=0)
