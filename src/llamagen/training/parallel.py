@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 from llamagen.errors import InputError
 from llamagen.training import distributed
 from llamagen.training.config import LoopConfig
+
+# DDP says so of 1x1 convolutions in channels-last layout, whose strides differ in name only.
+warnings.filterwarnings("ignore", message="Grad strides do not match", category=UserWarning)
 
 
 def require_shares(config: LoopConfig) -> None:
