@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from llamagen.data import extraction, store
+from llamagen.data.captions import Caption
 from llamagen.data.extraction import extract_in_processes, extract_store
 from llamagen.data.images import ImageFolder, open_image
 from llamagen.data.processes import run_children
@@ -335,7 +336,7 @@ def other_images(tokenizer, images, out):
 
 
 def other_captions(tokenizer, images, out):
-    images = dataclasses.replace(images, captions=("a caption",) * len(images))
+    images = dataclasses.replace(images, captions=((Caption("a caption", 1.0),),) * len(images))
     extract_store(tokenizer, images, VIEWS, out)
 
 

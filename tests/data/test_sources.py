@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from llamagen.data import SourceConfig, open_images
+from llamagen.data.captions import Caption
 from llamagen.data.classes import classes_of
 from llamagen.data.datasets_library import Table
 from llamagen.data.images import CorruptImageError, ImageFolder
@@ -81,7 +82,7 @@ class TestMetadata:
         images = open_images(tmp_path)
         assert images.class_names == tuple(sorted(NAMES))
         assert [images.class_names[label] for label in images.labels] == [row[1] for row in rows]
-        assert images.captions == tuple(row[2] for row in rows)
+        assert images.captions == tuple((Caption(row[2], 1.0),) for row in rows)
         assert [images.key(i) for i in range(6)] == [row[0] for row in rows]
         assert same_images(images, scans(6))
         assert open_images(tmp_path / f"metadata.{kind}").digest() == images.digest()
@@ -95,9 +96,9 @@ class TestMetadata:
         rows = self.folder(tmp_path, "jsonl", columns=columns)
         with pytest.raises(InputError, match=r"no column of file names .*picture, kind, alt"):
             open_images(tmp_path)
-        config = SourceConfig(image_column="picture", label_column="kind", caption_column="alt")
+        config = SourceConfig(image_column="picture", label_column="kind", caption_columns=("alt",))
         images = open_images(tmp_path, config)
-        assert images.captions == tuple(row[2] for row in rows)
+        assert images.captions == tuple((Caption(row[2], 1.0),) for row in rows)
         assert images.class_names == tuple(sorted(NAMES))
         with pytest.raises(InputError, match="has no column 'colour' for the label"):
             open_images(tmp_path, SourceConfig(image_column="picture", label_column="colour"))
@@ -148,7 +149,7 @@ class TestLibrary:
         assert same_images(images, items)
         assert images.labels == tuple(label for _, label in items)
         assert images.class_names == tuple(NAMES)
-        assert images.captions == tuple(f"a {NAMES[label]}" for _, label in items)
+        assert images.captions == tuple((Caption(f"a {NAMES[label]}", 1.0),) for _, label in items)
 
     def test_tars(self, tmp_path):
         items = scans(7)
@@ -156,7 +157,7 @@ class TestLibrary:
         assert same_images(images, items)
         assert images.labels == tuple(label for _, label in items)
         assert images.class_names == ("0", "1", "2")
-        assert images.captions == tuple(f"a {NAMES[label]}" for _, label in items)
+        assert images.captions == tuple((Caption(f"a {NAMES[label]}", 1.0),) for _, label in items)
 
     def test_splits(self, tmp_path):
         items = scans(9)

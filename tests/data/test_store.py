@@ -13,6 +13,7 @@ import pytest
 
 from llamagen.config import TransformerConfig
 from llamagen.data import store_writer
+from llamagen.data.captions import Caption
 from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.extraction import extract_store
 from llamagen.data.published_codes import export_published, import_published
@@ -32,7 +33,7 @@ def images(tmp_path_factory):
 def whole(tmp_path_factory, images):
     """A store of 11 images in two views and three shards."""
     views = Views(height=SIZE, width=SIZE, kind="flip")
-    captions = tuple(f"image {i}" for i in range(len(images)))
+    captions = tuple((Caption(f"image {i}", 1.0),) for i in range(len(images)))
     out = tmp_path_factory.mktemp("store") / "codes"
     images = dataclasses.replace(images, captions=captions)
     extract_store(tiny_tokenizer(), images, views, out, shard_size=4)
@@ -80,7 +81,7 @@ def test_what_belongs_to_the_images(whole, images):
     store = CodeStore.open(whole)
     assert store.labels.tolist() == list(images.labels)
     assert store.class_names == ("cat", "dog", "owl")
-    assert store.captions([9, 0, 5]) == ["image 9", "image 0", "image 5"]
+    assert store.captions([9, 0, 5]) == [(Caption(f"image {i}", 1.0),) for i in (9, 0, 5)]
     assert store.keys([10, 4]) == [
         images.paths[i].relative_to(images.root).as_posix() for i in (10, 4)
     ]
@@ -172,8 +173,8 @@ def test_a_damaged_sidecar(folder, values):
 
 
 def test_a_manifest_of_another_version(folder):
-    change(folder / "manifest.json", version=2)
-    fails_to_open(folder, "manifest.json", "version 2", "reads 1", "extract the codes again")
+    change(folder / "manifest.json", version=1)
+    fails_to_open(folder, "manifest.json", "version 1", "reads 2", "extract the codes again")
 
 
 @pytest.mark.parametrize(

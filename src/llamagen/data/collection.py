@@ -9,6 +9,8 @@ from typing import Self
 
 from PIL import Image
 
+from llamagen.data.captions import Captions
+
 
 class ImageCollection(abc.ABC):
     """Images in a fixed order, with or without classes and captions.
@@ -21,8 +23,8 @@ class ImageCollection(abc.ABC):
     labels: tuple[int, ...] | None = None
     """Index into ``class_names`` per image; None for images without classes."""
     class_names: tuple[str, ...] = ()
-    captions: tuple[str, ...] | None = None
-    """One per image; None for images without captions."""
+    captions: tuple[Captions, ...] | None = None
+    """Per image; None for images without captions."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from llamagen.errors import InputError
@@ -29,8 +30,13 @@ class SourceConfig:
     file_name."""
     label_column: str | None = None
     """Column of the class. Default: label, class or cls if there is one."""
-    caption_column: str | None = None
-    """Column of the caption. Default: text, caption or txt if there is one."""
+    caption_columns: tuple[str, ...] = ()
+    """Columns of captions, of which one is drawn each time. Default: text, caption or txt if there
+    is one."""
+    caption_weights: tuple[float, ...] = ()
+    """How often a caption of each of those columns is drawn. Default: all alike."""
+    caption_separator: str | None = None
+    """What stands between several captions in one value, as "|"."""
     streaming: bool = False
     """Read a hub data set, Parquet or tar files as they come, without a copy of the whole on the
     disk first (tokenizer training only)."""
@@ -45,6 +51,17 @@ class SourceConfig:
         for name in ("shuffle_buffer", "stream_parts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        weights = self.caption_weights
+        if weights and (
+            len(weights) != len(self.caption_columns)
+            or not all(math.isfinite(weight) and weight > 0 for weight in weights)
+        ):
+            raise InputError(
+                f"caption_weights are {weights} for the columns {self.caption_columns}, expected "
+                f"a number above 0 for each"
+            )
+        if self.caption_separator == "":
+            raise InputError("caption_separator is empty; give a character, or leave it out")
 
 
 def find_column(

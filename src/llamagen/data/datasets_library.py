@@ -15,10 +15,10 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from llamagen.data.captions import caption_columns, captions_of
 from llamagen.data.classes import classes_of
 from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import (
-    CAPTION_NAMES,
     IMAGE_NAMES,
     LABEL_NAMES,
     SourceConfig,
@@ -119,8 +119,10 @@ class Table(ImageCollection):
                     f"same names first"
                 )
             self.labels, self.class_names = classes_of(values, name, class_names=names)
-        if columns.caption is not None:
-            self.captions = tuple(map(one_caption, dataset[columns.caption][:]))
+        if columns.captions:
+            rows = dataset.select_columns(list(columns.captions))
+            separator = config.caption_separator
+            self.captions = tuple(captions_of(row, columns.captions, separator) for row in rows)
         self._dataset = undecoded(dataset, columns).select_columns([columns.image])
         self._column = columns.image
         self._rows = np.arange(len(dataset))
@@ -192,9 +194,15 @@ class Columns:
     """The columns of a data set that are read."""
 
     def __init__(
-        self, image: str, label: str | None, caption: str | None, class_names: Sequence[str] | None
+        self,
+        image: str,
+        label: str | None,
+        captions: dict[str, float],
+        class_names: Sequence[str] | None,
     ) -> None:
-        self.image, self.label, self.caption = image, label, caption
+        self.image, self.label = image, label
+        self.captions = captions
+        """With the weight of each."""
         self.class_names = class_names
         """The classes' names, where the data set has them."""
 
@@ -216,9 +224,9 @@ class Columns:
             )
         typed = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
         label = find_column("label", config.label_column, [*typed, *LABEL_NAMES], names, name)
-        caption = find_column("caption", config.caption_column, CAPTION_NAMES, names, name)
+        captions = caption_columns(config, names, name)
         named = getattr(features[label], "names", None) if label is not None else None
-        return cls(image, label, caption, named)
+        return cls(image, label, captions, named)
 
 
 def undecoded(dataset: Any, columns: Columns) -> Any:
@@ -240,13 +248,6 @@ def decode(value: Any, path: Path) -> Image.Image:
     if content is None:
         content = Path(value["path"]).read_bytes()
     return decode_image(content, path)
-
-
-def one_caption(value: Any) -> str:
-    """A caption; of several, the first."""
-    if isinstance(value, (list, tuple)):
-        value = value[0] if value else ""
-    return "" if value is None else str(value)
 
 
 def files_of(dataset: Any) -> list[Any]:

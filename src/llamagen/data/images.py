@@ -15,6 +15,7 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from llamagen.data.captions import Captions
 from llamagen.data.classes import in_order
 from llamagen.data.collection import ImageCollection
 from llamagen.errors import InputError
@@ -106,7 +107,7 @@ class ImageFolder(ImageCollection):
     paths: tuple[Path, ...]
     labels: tuple[int, ...] | None = None
     class_names: tuple[str, ...] = ()
-    captions: tuple[str, ...] | None = None
+    captions: tuple[Captions, ...] | None = None
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a value of each, not of the class

@@ -12,14 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llamagen.data.captions import caption_columns, captions_of
 from llamagen.data.classes import classes_of
-from llamagen.data.columns import (
-    CAPTION_NAMES,
-    FILE_NAMES,
-    LABEL_NAMES,
-    SourceConfig,
-    find_column,
-)
+from llamagen.data.columns import FILE_NAMES, LABEL_NAMES, SourceConfig, find_column
 from llamagen.data.images import ImageFolder
 from llamagen.errors import InputError
 
@@ -67,10 +62,10 @@ def open_table(
     if labelled and label is not None:
         values = [row.get(label) for row in rows]
         labels, names = classes_of(values, str(table), class_names=class_names)
-    caption = find_column("caption", config.caption_column, CAPTION_NAMES, columns, str(table))
+    named = caption_columns(config, columns, str(table))
     captions = None
-    if caption is not None:
-        captions = tuple(str(row.get(caption) or "") for row in rows)
+    if named:
+        captions = tuple(captions_of(row, named, config.caption_separator) for row in rows)
     return ImageFolder(table.parent, paths, labels, names, captions)
 
 

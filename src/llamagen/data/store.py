@@ -32,12 +32,14 @@ from llamagen.config import (
     config_to_dict,
     read_json,
 )
+from llamagen.data.captions import Caption, Captions
 from llamagen.errors import InputError
 
 FileT = TypeVar("FileT", "StorePlan", "Manifest")
+T = TypeVar("T")
 
 FORMAT = "llamagen-codes"
-VERSION = 1
+VERSION = 2
 MANIFEST_NAME = "manifest.json"
 PLAN_NAME = "plan.json"
 SKIPPED_NAME = "skipped.txt"
@@ -143,7 +145,7 @@ class Sidecar:
     keys: tuple[str, ...]
     """Path of each image within its folder."""
     labels: tuple[int, ...] | None
-    captions: tuple[str, ...] | None
+    captions: tuple[Captions, ...] | None
     skipped: tuple[tuple[str, str], ...]
     """Path of each file that could not be read, and why."""
     used: str
@@ -268,7 +270,7 @@ class CodeStore:
             parts.append(labels)
         return np.concatenate(parts)
 
-    def captions(self, indices: Sequence[int] | np.ndarray) -> list[str] | None:
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
         """The captions of some images; None for images without captions.
 
         Raises:
@@ -347,19 +349,19 @@ class CodeStore:
         return read_sidecar(self.folder, self.manifest.plan, shard)
 
     def _told(
-        self, indices: Sequence[int] | np.ndarray, tell: Callable[[Sidecar], Sequence[str]]
-    ) -> list[str]:
-        """One text per image, of those that sidecars hold."""
+        self, indices: Sequence[int] | np.ndarray, tell: Callable[[Sidecar], Sequence[T]]
+    ) -> list[T]:
+        """What sidecars hold of some images, one entry each."""
         wanted = np.asarray(indices, dtype=np.int64)
         _check_range(wanted, len(self), "image")
-        texts = [""] * len(wanted)
+        found: dict[int, T] = {}
         shards = np.searchsorted(self._ends, wanted, side="right")
         for shard in np.unique(shards):
             told = tell(self._sidecar(int(shard)))
             start = int(self._ends[shard]) - self.manifest.shards[shard]
             for place in np.flatnonzero(shards == shard):
-                texts[place] = told[int(wanted[place]) - start]
-        return texts
+                found[int(place)] = told[int(wanted[place]) - start]
+        return [found[place] for place in range(len(wanted))]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -433,7 +435,12 @@ def read_sidecar(folder: Path, plan: StorePlan, shard: int) -> Sidecar:
             labels=None
             if values["labels"] is None
             else tuple(map(operator.index, values["labels"])),
-            captions=None if values["captions"] is None else tuple(values["captions"]),
+            captions=None
+            if values["captions"] is None
+            else tuple(
+                tuple(Caption(str(text), float(weight)) for text, weight in each)
+                for each in values["captions"]
+            ),
             skipped=tuple((file, reason) for file, reason in values["skipped"]),
             used=values["used"],
         )

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import llamagen.storage as storage
 from llamagen.config import config_to_dict
+from llamagen.data.captions import Captions
 from llamagen.data.store import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -71,7 +72,7 @@ class Shard:
     """(n, V, rows, columns)"""
     keys: list[str]
     labels: list[int] | None
-    captions: list[str] | None
+    captions: list[Captions] | None
     skipped: list[tuple[str, str]]
 
 

@@ -1,0 +1,49 @@
+import pytest
+
+from llamagen.data.captions import Caption, caption_columns, captions_of, draw_caption
+from llamagen.data.columns import SourceConfig
+from llamagen.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"text": "red heart", "aliases": ""}, (("red heart", 1.0),)),
+        ({"text": "red heart", "aliases": "love"}, (("red heart", 0.75), ("love", 0.25))),
+        (
+            {"text": "red heart", "aliases": "love| <3 |"},
+            (("red heart", 0.75), ("love", 0.125), ("<3", 0.125)),
+        ),
+        ({"text": ["one", "two"], "aliases": None}, (("one", 0.5), ("two", 0.5))),
+        ({"text": " ", "aliases": float("nan")}, ()),
+        ({}, ()),
+    ],
+)
+def test_all_captions_of_a_row(row, expected):
+    assert captions_of(row, {"text": 3.0, "aliases": 1.0}, "|") == expected
+
+
+def test_without_a_separator_nothing_is_split():
+    assert captions_of({"text": "a|b"}, {"text": 1.0}, None) == (("a|b", 1.0),)
+
+
+def test_drawn_as_often_as_they_weigh():
+    captions = (Caption("long", 0.7), Caption("short", 0.3))
+    drawn = [draw_caption(captions, number / 1000) for number in range(1000)]
+    assert drawn.count("short") == pytest.approx(300, abs=1)
+    assert draw_caption((), 0.5) is None
+    # Weights need not add up to 1 exactly.
+    assert draw_caption((Caption("a", 0.333),), 0.9999) == "a"
+
+
+def test_columns():
+    columns = ["file_name", "text", "long", "short"]
+    assert caption_columns(SourceConfig(), columns, "t") == {"text": 1.0}
+    assert caption_columns(SourceConfig(), ["file_name"], "t") == {}
+    chosen = SourceConfig(caption_columns=("long", "short"), caption_weights=(7, 3))
+    assert caption_columns(chosen, columns, "t") == {"long": 7, "short": 3}
+    with pytest.raises(InputError, match="no column 'none' for the caption"):
+        caption_columns(SourceConfig(caption_columns=("none",)), columns, "t")
+    for bad in ({"caption_weights": (1.0,)}, {"caption_separator": ""}):
+        with pytest.raises(InputError, match="caption_"):
+            SourceConfig(**bad)
