@@ -1,6 +1,7 @@
 """Runs of several processes, started as torchrun starts them, over gloo."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,6 +92,21 @@ def test_transformer_of_two_processes_is_that_of_one(digits, tokenizer_folder, t
     for processes, more in ((1, []), (2, flags)):
         out = tmp_path / str(processes)
         run(processes, *transformer_command(digits, tokenizer_folder, out, *more))
+    assert_same_losses(tmp_path / "1", tmp_path / "2")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_text_encoder_of_two_processes_is_that_of_one(digits, tokenizer_folder, tmp_path, parallel):
+    images = shutil.copytree(digits, tmp_path / "images")
+    paths = sorted(path.relative_to(images) for path in images.rglob("*.png"))
+    rows = [f"{path},digit {path.parent.name}" for path in paths]
+    (images / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
+    flags = "--condition text --text-dim 16 --text-layers 1 --text-heads 2 --text-dropout 0"
+    for processes in (1, 2):
+        command = transformer_command(
+            images, tokenizer_folder, tmp_path / str(processes), *flags.split()
+        )
+        run(processes, *command, "--parallel", parallel)
     assert_same_losses(tmp_path / "1", tmp_path / "2")
 
 

@@ -131,7 +131,7 @@ def test_published_transformers(name, size):
     assert (loop.schedule, loop.weight_decay, loop.precision) == ("constant", 0.05, "bfloat16")
     assert loop.steps == pytest.approx(PUBLISHED_STEPS[256], abs=1)
     assert loop.parallel == ("fsdp" if name in ("XXL", "3B") else "ddp")
-    assert (recipe.tokenizer, recipe.views, recipe.class_dropout) == ("vq-16", "ten-crop", 0.1)
+    assert (recipe.tokenizer, recipe.views, recipe.condition_dropout) == ("vq-16", "ten-crop", 0.1)
 
 
 @pytest.mark.parametrize("cls", [TokenizerTraining, TransformerTraining])
@@ -175,7 +175,7 @@ def test_preset_model_is_the_preset():
         (lambda: TokenizerLossConfig(reconstruction="l3"), "expected 'l2' or 'l1'"),
         (lambda: TokenizerLossConfig(commitment_weight=-1.0), "commitment_weight is -1.0"),
         (lambda: TransformerSize(dim=100, heads=12), "dim 100 over 12 heads"),
-        (lambda: TransformerTraining(class_dropout=1.0), "class_dropout is 1.0"),
+        (lambda: TransformerTraining(condition_dropout=1.0), "condition_dropout is 1.0"),
         (lambda: TransformerTraining(views="none"), "center, flip, five-crop, ten-crop"),
         (lambda: TransformerTraining(num_classes=0), "num_classes is 0"),
         (lambda: TokenizerTraining(codebook_init="zero"), "expected 'random' or 'data'"),

@@ -212,7 +212,7 @@ class TestTransformer:
         rng = np.random.default_rng(0)
         store = Store(rng.integers(0, 64, (4, 1, 4, 4)), np.arange(4), tuple("abcd"))
         recipe = transformer_recipe(
-            None, "", tmp_path, class_dropout=0.0, sample_images=1, model=TransformerSize(
+            None, "", tmp_path, condition_dropout=0.0, sample_images=1, model=TransformerSize(
                 dim=32, layers=2, heads=2, hidden_dim=64,
                 token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
             ),
@@ -238,8 +238,8 @@ class TestTransformer:
         again = list(task.batches(0, 9))[7:]
         assert all(torch.equal(a["codes"], b["codes"]) for a, b in zip(later, again, strict=True))
 
-    def test_class_dropout_reaches_the_model(self, tmp_path):
-        recipe = transformer_recipe(None, "", tmp_path, class_dropout=0.5, batch_size=400)
+    def test_condition_dropout_reaches_the_model(self, tmp_path):
+        recipe = transformer_recipe(None, "", tmp_path, condition_dropout=0.5, batch_size=400)
         store = Store(np.zeros((1, 1, 4, 4)), np.zeros(1, np.int64), ("a",))
         task = make_transformer_task(recipe, store)
         batch = next(task.batches(0, 1))
@@ -284,7 +284,7 @@ class TestTransformer:
         ("file", "changes", "message"),
         [
             ("shard-00001.npy", None, "shard-00001.npy"),
-            ("manifest.json", {"version": 2}, "version 2"),
+            ("manifest.json", {"version": 1}, "version 1"),
             ("shard-00000.json", {"labels": [0, 1, 7, 0, 0, 0, 0, 0, 0, 0]}, "7"),
         ],
         ids=["missing shard", "another version", "label outside the range"],

@@ -52,6 +52,9 @@ class TextEncoder(nn.Module):
         """
         super().__init__()
         self.model: Any = model
+        # One module under both names: a weight that is only shared would become two when the model
+        # is moved from the "meta" device.
+        self.model.set_input_embeddings(self.model.get_input_embeddings())
         self.tokenizer = tokenizer
         self.config = config
 
@@ -115,6 +118,18 @@ class TextEncoder(nn.Module):
         )
         text = TextConfig(encoder="", max_length=config.max_length, clean=clean)
         return cls(model, transformers.ByT5Tokenizer(), text)
+
+    def small_config(self, *, dropout: float) -> SmallTextEncoderConfig:
+        """The architecture, of an encoder that ``small`` made."""
+        config = self.model.config
+        return SmallTextEncoderConfig(
+            dim=config.d_model,
+            layers=config.num_layers,
+            heads=config.num_heads,
+            hidden_dim=config.d_ff,
+            dropout=dropout,
+            max_length=self.config.max_length,
+        )
 
     @property
     def width(self) -> int:

@@ -12,7 +12,13 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from llamagen.config import Grid, SamplingConfig, TokenizerConfig, TransformerConfig
+from llamagen.config import (
+    Grid,
+    SamplingConfig,
+    SmallTextEncoderConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import TEN_CROP_RANGES
 from llamagen.data.views import ViewKind, check_crop_ranges
@@ -26,6 +32,7 @@ AdversarialLoss = Literal["hinge", "vanilla", "non-saturating"]
 DiscriminatorName = Literal["patchgan", "stylegan"]
 """Judges patches, as published, or whole images."""
 Tracker = Literal["tensorboard", "wandb"]
+ConditionKind = Literal["class", "text"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -372,13 +379,10 @@ class TransformerSize:
         # The architecture's own checks; the data's part of it is not known yet.
         self.config(codebook_size=1, grid=(1, 1), num_classes=1)
 
-    def config(self, *, codebook_size: int, grid: Grid, num_classes: int) -> TransformerConfig:
-        """The architecture for codes, a grid and a number of classes."""
+    def config(self, *, codebook_size: int, grid: Grid, **condition: Any) -> TransformerConfig:
+        """The architecture for codes, a grid, and what ``TransformerConfig`` has of a condition."""
         return TransformerConfig(
-            codebook_size=codebook_size,
-            grid=grid,
-            num_classes=num_classes,
-            **dataclasses.asdict(self),
+            codebook_size=codebook_size, grid=grid, **condition, **dataclasses.asdict(self)
         )
 
 
@@ -411,13 +415,50 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerTraining:
-    """A training run of a class-conditional transformer."""
+class TextTraining:
+    """What captions go through on their way to a text-conditional transformer."""
 
+    text_encoder: str | None = None
+    """Text encoder of the T5 family that stays as it is: hub repository or folder. Default: that
+    of the model to start from; without one, a small one that reads bytes is trained along."""
+    text_length: int = 120
+    """Tokens (of the small one: bytes) of a caption that are read."""
+    clean_captions: bool = True
+    """Clean captions as those that the published models were trained with."""
+    text_dim: int = 256
+    """Of the small one: width of its features."""
+    text_layers: int = 4
+    """Of the small one: number of blocks."""
+    text_heads: int = 4
+    """Of the small one: attention heads; they divide its width."""
+    text_dropout: float = 0.1
+    """Of the small one: dropout everywhere."""
+
+    def __post_init__(self) -> None:
+        _ = self.small
+
+    @property
+    def small(self) -> SmallTextEncoderConfig:
+        """The small encoder's architecture."""
+        return SmallTextEncoderConfig(
+            dim=self.text_dim,
+            layers=self.text_layers,
+            heads=self.text_heads,
+            dropout=self.text_dropout,
+            max_length=self.text_length,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerTraining:
+    """A training run of a transformer, conditioned on classes or on text."""
+
+    condition: ConditionKind = "class"
+    """What images are drawn of: their class, or their caption."""
     data: str | None = None
-    """Images with classes: a folder with a subfolder for each, or with a table (metadata.csv,
-    metadata.jsonl); Parquet or tar files, as a folder, file or pattern; or a data set on the hub,
-    hf:owner/name."""
+    """Images with classes or captions: a folder with a subfolder for each class, or with a table
+    (metadata.csv, metadata.jsonl); Parquet or tar files, as a folder, file or pattern; or a data
+    set on the hub, hf:owner/name."""
     validation_data: str | None = None
     """The same for validation. Default: a part of the data is held out."""
     source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
@@ -445,8 +486,9 @@ class TransformerTraining:
     model: TransformerSize = dataclasses.field(default_factory=TransformerSize)
     num_classes: int | None = None
     """Classes of the model. Default: as many as the data has."""
-    class_dropout: float = 0.1
-    """Part of the labels that become "no class", which guidance needs."""
+    condition_dropout: float = 0.1
+    """Part of the labels or captions that become "no class" or "no text", which guidance needs."""
+    text: TextTraining = dataclasses.field(default_factory=TextTraining)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     sample_images: int = 40
     """Images on a sheet of samples."""
@@ -456,6 +498,7 @@ class TransformerTraining:
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "sample_images")
+        _require_choice(self, "condition", ConditionKind)
         _require(
             self.lora.lora_rank == 0 or self.init is not None,
             "lora_rank is given without a model to adapt; name one with init (--init)",
@@ -468,6 +511,7 @@ class TransformerTraining:
         )
         check_crop_ranges(self.crop_ranges)
         _require(
-            0 <= self.class_dropout < 1,
-            f"class_dropout is {self.class_dropout}, expected a number from 0 up to below 1",
+            0 <= self.condition_dropout < 1,
+            f"condition_dropout is {self.condition_dropout}, expected a number from 0 up to "
+            f"below 1",
         )

@@ -21,7 +21,14 @@ from PIL import Image
 
 from llamagen import checkpoints
 from llamagen.checkpoints.names import find_public
-from llamagen.config import TOKENIZER_PRESETS, Grid, TokenizerConfig, preset
+from llamagen.config import (
+    TOKENIZER_PRESETS,
+    Grid,
+    TokenizerConfig,
+    TransformerConfig,
+    preset,
+)
+from llamagen.data.captions import Caption, Captions
 from llamagen.data.collection import ImageCollection
 from llamagen.data.images import ImageFolder
 from llamagen.data.order import DataOrder
@@ -45,7 +52,6 @@ from llamagen.training.tokenizer_task import TokenizerTask
 from llamagen.training.transformer_data import Codes
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask
-from llamagen.transformer import Transformer
 
 _STEPS = 2
 _GB = 1e9
@@ -126,7 +132,7 @@ def _transformer(recipe: TransformerTraining, small: Any) -> tuple[_Data, Callab
         store = CodeStore.open(recipe.codes)
         data, names = _Data(f"{len(store)} images with codes", len(store)), store.class_names
     elif recipe.data is not None:
-        found = find_run_images(recipe, labelled=True)
+        found = find_run_images(recipe, labelled=recipe.condition == "class")
         data, names = _counted(found), found.training.class_names
     else:
         data = _Data("none named")
@@ -192,6 +198,9 @@ class _RandomCodes:
         shape = (len(indices), *self.grid)
         return random.integers(0, self.tokenizer.codebook_size, shape) + 0 * int(np.max(views))
 
+    def captions(self, indices: np.ndarray) -> list[Captions]:
+        return [(Caption("a caption of about usual length", 1.0),) for _ in indices]
+
     def skipped(self) -> list[tuple[str, str]]:
         return []
 
@@ -252,14 +261,14 @@ def _kept_bytes(
     parts = [("weights", weights), ("gradients", trained), ("optimiser", 2 * trained)]
     if loop.ema_decay > 0:
         parts.append(("running mean", 4.0 * _count(task.model, trained=True) / shards))
-    if isinstance(task.model, Transformer):
-        parts.append(("activations (about)", _activation_bytes(task.model, loop, processes)))
+    if isinstance(task, TransformerTask):
+        config = task.start.config
+        parts.append(("activations (about)", _activation_bytes(config, loop, processes)))
     return sum(size for _, size in parts), parts
 
 
-def _activation_bytes(model: Transformer, loop: LoopConfig, processes: int) -> float:
+def _activation_bytes(config: TransformerConfig, loop: LoopConfig, processes: int) -> float:
     """What the backward pass needs of a part of a batch: counted by tensors, not measured."""
-    config = model.config
     rows = loop.part_size(processes) * (config.condition_length + config.num_codes - 1)
     size = 2 if loop.precision == "bfloat16" else 4
     # Per position and block: the shortcuts and norms in float32, then q, k, v, the attention's

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 import llamagen.storage as storage
 from llamagen.checkpoints import load_tokenizer
-from llamagen.config import TokenizerConfig, TransformerConfig, config_from_dict
+from llamagen.config import TokenizerConfig, config_from_dict
 from llamagen.errors import InputError
-from llamagen.labels import Labels
-from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training.checkpoint import Checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining, TransformerTraining
-from llamagen.training.lora import add_lora, merged_state
 from llamagen.training.recipes import load_recipe
 from llamagen.training.run_folder import RECIPE_NAME, checkpoint_folder
-from llamagen.transformer import Transformer
+from llamagen.training.transformer_start import start_of
 
 Weights = Literal["auto", "mean", "trained"]
 """The running mean (EMA), the weights as they are trained, or the mean if there is one."""
@@ -74,30 +71,14 @@ def _export_pipeline(
     weights: Weights,
     tokenizer: str | None,
 ) -> None:
-    about: dict[str, Any] = checkpoint.about["model"]
-    config = config_from_dict(TransformerConfig, about["config"], "checkpoint")
     source = tokenizer or recipe.tokenizer or recipe.init
     if source is None:
         raise InputError("no image tokenizer is known; name the one of this run (--tokenizer)")
-    with torch.device("meta"):
-        model = Transformer(config)
-        if recipe.lora.lora_rank > 0:
-            add_lora(model, recipe.lora)
-    model.to_empty(device="cpu")
+    start = start_of(recipe, checkpoint.about["model"], str(checkpoint.path))
+    model = start.build_empty()
     _read(checkpoint, model, _has_mean(recipe, weights, checkpoint))
-    if recipe.lora.lora_rank > 0:
-        state = merged_state(model.state_dict(), recipe.lora)
-        with torch.device("meta"):
-            model = Transformer(config)
-        model.load_state_dict(state, assign=True)
-    pipeline = Pipeline(
-        load_tokenizer(source, dtype=torch.float32),
-        model.eval(),
-        labels=Labels(tuple(about["classes"])),
-        name=recipe.out.name,
-        sampling=recipe.sampling,
-    )
-    pipeline.save_pretrained(out)
+    whole = start.whole(model.state_dict())
+    start.pipeline(load_tokenizer(source, dtype=torch.float32), whole).save_pretrained(out)
 
 
 def _has_mean(

@@ -150,6 +150,11 @@ def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled
             f"the images in {data} have no classes; put the images of each class into a subfolder "
             f"of its name, or name the column of the classes with --label-column"
         )
+    if isinstance(recipe, TransformerTraining) and not labelled and found.captions is None:
+        raise InputError(
+            f"the images in {data} have no captions; add a metadata.csv with the columns file_name "
+            f"and text, or name the column of captions with --caption-columns"
+        )
     if recipe.validation_data is None and source.validation_split is None:
         training, held_out = found.split(recipe.images.validation_fraction)
     else:

@@ -48,7 +48,7 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Codes:
     """
     if recipe.codes is not None:
         return _stored_codes(recipe, recipe.codes, tokenizer)
-    images = find_run_images(recipe, labelled=True)
+    images = find_run_images(recipe, labelled=recipe.condition == "class")
     height, width = recipe.images.shape
     tokenizer.config.grid_of(height, width)
     start_run(recipe)
@@ -79,7 +79,7 @@ def _stored_codes(recipe: TransformerTraining, folder: Path, tokenizer: ImageTok
         held_out, trained = np.arange(len(validation)), np.arange(len(training))
     # Read now, so that damaged ones leave no run behind.
     for store in (training, validation):
-        _ = store.labels
+        _ = store.labels, store.captions([0])
     start_run(recipe)
     return Codes(
         training, trained, validation, _thinned(held_out, recipe.images.max_validation_images)

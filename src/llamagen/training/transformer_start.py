@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llamagen import checkpoints
-from llamagen.config import Grid, TransformerConfig, config_from_dict
+from llamagen.config import (
+    Grid,
+    SmallTextEncoderConfig,
+    TextConfig,
+    TransformerConfig,
+    config_from_dict,
+    config_to_dict,
+)
 from llamagen.errors import InputError
 from llamagen.labels import Labels
+from llamagen.pipeline import Pipeline
+from llamagen.text.encoder import TextEncoder
+from llamagen.tokenizer import ImageTokenizer
+from llamagen.training import distributed
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
+from llamagen.training.conditioning import (
+    CaptionConditioning,
+    Conditioning,
+    LabelConditioning,
+)
 from llamagen.training.config import TransformerSize, TransformerTraining
-from llamagen.training.lora import add_lora, init_lora_tensor, original_name
+from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, original_name
 from llamagen.training.parallel import initialise, seeded, set_tensor, shards_model
 from llamagen.training.run_folder import checkpoint_folder
+from llamagen.training.text_model import TRANSFORMER, TextModel, init_encoder_tensor
 from llamagen.transformer import Transformer
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
@@ -25,57 +44,131 @@ _DROPOUT = ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropo
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
-    """How the transformer of a run is built and filled."""
+    """How the model of a run is built and filled."""
 
     recipe: TransformerTraining
     config: TransformerConfig
     source_labels: Labels | None = None
     """Classes of the model that it starts from, if there is one."""
-    labels: Labels
+    labels: Labels | None
+    """None if it is conditioned on text."""
+    small_text: SmallTextEncoderConfig | None = None
+    """The text encoder that is trained along, if one is."""
+    frozen_text: TextEncoder | None = None
+    """The text encoder that stays as it is, if there is one."""
 
-    def build(self) -> Transformer:
-        """The transformer, with weights of no meaning, or without memory if it is to be sharded."""
+    def build(self) -> Transformer | TextModel:
+        """The model, with weights of no meaning, or without memory if it is to be sharded."""
         loop = self.recipe.loop
         if shards_model(loop):
             with torch.device("meta"):
-                model = Transformer(self.config)
-                self._adapt(model)
+                model = self._new()
         else:
-            model = Transformer(self.config)
-            self._adapt(model)
-        model.recompute_blocks = loop.activation_checkpointing == "blocks"
+            model = self._new()
+        transformer_of(model).recompute_blocks = loop.activation_checkpointing == "blocks"
         return model
 
-    def fill(self, model: Transformer) -> None:
-        """Gives the transformer, or this process's part of it, its first weights."""
+    def build_empty(self) -> Transformer | TextModel:
+        """The model on the CPU, without any values: for weights that are read from elsewhere."""
+        with torch.device("meta"):
+            model = self._new()
+        return model.to_empty(device="cpu")
+
+    def conditioning(self, model: Transformer | TextModel) -> Conditioning:
+        """How images are told to ``model``."""
+        if isinstance(model, TextModel):
+            return CaptionConditioning(model.encoder, frozen=False)
+        if self.frozen_text is not None:
+            return CaptionConditioning(self.frozen_text, frozen=True)
+        return LabelConditioning()
+
+    def fill(self, model: Transformer | TextModel) -> None:
+        """Gives the model, or this process's part of it, its first weights."""
+        transformer, small = transformer_of(model), self.small_text
 
         def init_tensor(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+            if small is not None and init_encoder_tensor(name, tensor, generator, small):
+                return
             if not init_lora_tensor(name, tensor, generator):
-                model.init_tensor(original_name(name), tensor, generator)
+                transformer.init_tensor(_transformer_name(name), tensor, generator)
 
         initialise(model, self.recipe.loop.seed, init_tensor)
         if self.recipe.init is not None:
             self._copy_source(self.recipe.init, model)
 
-    def _adapt(self, model: Transformer) -> None:
+    def whole(self, state: Mapping[str, Tensor]) -> Transformer | TextModel:
+        """The model with this state; low-rank matrices are merged into it."""
         if self.recipe.lora.lora_rank > 0:
-            add_lora(model, self.recipe.lora)
+            state = merged_state(state, self.recipe.lora)
+        with torch.device("meta"):
+            model = self._new(lora=False)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
 
-    def _copy_source(self, source: str, model: Transformer) -> None:
+    def pipeline(self, tokenizer: ImageTokenizer, model: Transformer | TextModel) -> Pipeline:
+        """What draws images with ``model``."""
+        return Pipeline(
+            tokenizer,
+            transformer_of(model),
+            labels=self.labels,
+            name=self.recipe.out.name,
+            sampling=self.recipe.sampling,
+            text_encoder=model.encoder if isinstance(model, TextModel) else self.frozen_text,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says of the model."""
+        values: dict[str, Any] = {
+            "kind": Transformer.kind,
+            "config": config_to_dict(self.config),
+            "classes": list(self.labels.names) if self.labels is not None else [],
+        }
+        if self.small_text is not None:
+            values["small_text"] = config_to_dict(self.small_text)
+        if self.frozen_text is not None:
+            values["text_encoder"] = self.frozen_text.config.encoder
+        return values
+
+    def _new(self, *, lora: bool = True) -> Transformer | TextModel:
+        transformer = Transformer(self.config)
+        if lora and self.recipe.lora.lora_rank > 0:
+            add_lora(transformer, self.recipe.lora)
+        if self.small_text is None:
+            return transformer
+        clean = self.recipe.text.clean_captions
+        return TextModel(transformer, TextEncoder.small(self.small_text, clean=clean))
+
+    def _copy_source(self, source: str, model: Transformer | TextModel) -> None:
         found = checkpoints.resolve_pipeline(source)
         state = checkpoints.load_transformer(found.transformer, dtype=torch.float32).state_dict()
-        if self.source_labels is None or self.source_labels.names != self.labels.names:
+        if self.labels is not None and self._has_other_classes():
             state[_CLASS_TABLE] = self._new_class_table(model, state[_CLASS_TABLE])
-        parameters = {original_name(name): value for name, value in model.named_parameters()}
+        parameters = {_transformer_name(name): value for name, value in model.named_parameters()}
         for name, tensor in state.items():
             set_tensor(parameters[name], tensor)
+        if isinstance(model, TextModel) and _has_own_encoder(found):
+            assert found.text is not None
+            encoder = TextEncoder.from_pretrained(found.text, dtype=torch.float32)
+            trained = dict(model.encoder.named_parameters())
+            for name, tensor in encoder.named_parameters():
+                set_tensor(trained[name], tensor)
 
-    def _new_class_table(self, model: Transformer, old: Tensor) -> Tensor:
+    def _has_other_classes(self) -> bool:
+        assert self.labels is not None
+        return self.source_labels is None or self.source_labels.names != self.labels.names
+
+    def _new_class_table(self, model: Transformer | TextModel, old: Tensor) -> Tensor:
         """Random rows for the classes; "no class", which guidance rests on, stays what it was."""
         table = torch.empty(self.config.num_classes + 1, self.config.dim)
-        model.init_tensor(_CLASS_TABLE, table, seeded(self.recipe.loop.seed, _CLASS_TABLE))
+        generator = seeded(self.recipe.loop.seed, _CLASS_TABLE)
+        transformer_of(model).init_tensor(_CLASS_TABLE, table, generator)
         table[-1] = old[-1]
         return table
+
+
+def transformer_of(model: Transformer | TextModel) -> Transformer:
+    """The transformer of a model that may have a text encoder too."""
+    return model.transformer if isinstance(model, TextModel) else model
 
 
 def find_start(
@@ -83,36 +176,127 @@ def find_start(
 ) -> Start:
     """How to begin, or what was begun with if the run's folder holds a checkpoint.
 
+    Args:
+        recipe: the run.
+        codebook_size: number of codes.
+        grid: rows and columns of an image's codes.
+        class_names: of the data; without meaning for a text-conditional model.
+
     Raises:
         FileNotFoundError: the model to start from does not exist.
         InputError: it is damaged, or recipe, codes and model do not fit together.
     """
-    labels = Labels(class_names)
-    sizes: dict[str, Any] = {
-        "codebook_size": codebook_size,
-        "grid": grid,
-        "num_classes": len(class_names),
-    }
-    if recipe.init is None:
-        return Start(recipe=recipe, config=recipe.model.config(**sizes), labels=labels)
+    sizes: dict[str, Any] = {"codebook_size": codebook_size, "grid": grid}
     folder = checkpoint_folder(recipe.out)
+    about: dict[str, Any] | None = None
     if has_checkpoint(folder):
         # The model that the run started from may be gone by now.
-        begun = read_checkpoint(folder).about["model"]["config"]
-        source = config_from_dict(TransformerConfig, begun, str(folder))
-        return Start(recipe=recipe, config=_with_dropout(source, recipe), labels=labels)
+        about = read_checkpoint(folder).about["model"]
+    text: dict[str, Any] = {}
+    if recipe.condition == "class":
+        labels = Labels(class_names)
+        sizes["num_classes"] = len(class_names)
+    else:
+        labels = None
+        text = _find_text(recipe, about, str(folder))
+        sizes |= _text_sizes(text, recipe)
+    if recipe.init is None:
+        config = recipe.model.config(condition=recipe.condition, **sizes)
+        return Start(recipe=recipe, config=config, labels=labels, **text)
+    if about is not None:
+        source = config_from_dict(TransformerConfig, about["config"], str(folder))
+        return Start(recipe=recipe, config=_with_dropout(source, recipe), labels=labels, **text)
     found = checkpoints.resolve_pipeline(recipe.init)
     source = checkpoints.load_transformer(found.transformer, device="meta").config
-    if source.condition != "class":
-        raise InputError(f"{recipe.init} is conditioned on text; start from a model with classes")
+    if source.condition != recipe.condition:
+        raise InputError(
+            f"{recipe.init} is conditioned on {source.condition}, but the run on "
+            f"{recipe.condition}; start from another model, or change --condition"
+        )
     if source.codebook_size != codebook_size:
         raise InputError(
             f"{recipe.init} predicts {source.codebook_size} codes but the tokenizer has "
             f"{codebook_size}; use the tokenizer that it was trained with"
         )
+    for name in ("text_dim", "text_length"):
+        if name in sizes and sizes[name] != getattr(source, name):
+            raise InputError(
+                f"{recipe.init} has {name} {getattr(source, name)}, but the text encoder "
+                f"{sizes[name]}; use the one that it was trained with"
+            )
     _require_agreement(recipe, source)
     config = dataclasses.replace(_with_dropout(source, recipe), **sizes)
-    return Start(recipe=recipe, config=config, source_labels=found.labels, labels=labels)
+    return Start(recipe=recipe, config=config, source_labels=found.labels, labels=labels, **text)
+
+
+def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str) -> Start:
+    """How the model of a checkpoint is built, from what the checkpoint says of it.
+
+    Raises:
+        InputError: that is damaged; ``source`` names the checkpoint.
+    """
+    by_class = recipe.condition == "class"
+    return Start(
+        recipe=recipe,
+        config=config_from_dict(TransformerConfig, about["config"], source),
+        labels=Labels(tuple(about["classes"])) if by_class else None,
+        **({} if by_class else _find_text(recipe, about, source)),
+    )
+
+
+def _find_text(
+    recipe: TransformerTraining, about: Mapping[str, Any] | None, folder: str
+) -> dict[str, Any]:
+    """The text encoder of a run, frozen or small, as ``Start`` has it."""
+    asked = recipe.text
+    found = None
+    if recipe.init is not None and asked.text_encoder is None and about is None:
+        found = checkpoints.resolve_pipeline(recipe.init)
+    name = asked.text_encoder or (about or {}).get("text_encoder")
+    if (
+        name is None
+        and found is not None
+        and found.text is not None
+        and not _has_own_encoder(found)
+    ):
+        name = found.text.encoder
+    if name is not None:
+        text = TextConfig(encoder=name, max_length=asked.text_length, clean=asked.clean_captions)
+        with distributed.main_first():
+            return {"frozen_text": TextEncoder.from_pretrained(text)}
+    if recipe.lora.lora_rank > 0:
+        raise InputError(
+            "LoRA adapts a transformer alone; name the text encoder that stays as it is with "
+            "--text-encoder, or train without LoRA"
+        )
+    if about is not None:
+        known = config_from_dict(SmallTextEncoderConfig, about["small_text"], folder)
+        return {"small_text": known}
+    if found is not None and _has_own_encoder(found):
+        assert found.text is not None
+        encoder = TextEncoder.from_pretrained(found.text, dtype=torch.float32)
+        return {"small_text": encoder.small_config(dropout=asked.text_dropout)}
+    return {"small_text": asked.small}
+
+
+def _text_sizes(text: dict[str, Any], recipe: TransformerTraining) -> dict[str, Any]:
+    frozen, small = text.get("frozen_text"), text.get("small_text")
+    if frozen is not None:
+        return {"text_dim": frozen.width, "text_length": recipe.text.text_length}
+    assert small is not None
+    return {"text_dim": small.dim, "text_length": small.max_length}
+
+
+def _has_own_encoder(found: checkpoints.PipelineSource) -> bool:
+    """Whether a pipeline has a text encoder in its own folder."""
+    if found.folder is None or found.text is None:
+        return False
+    return Path(found.text.encoder) == found.folder / checkpoints.TEXT_ENCODER_FOLDER
+
+
+def _transformer_name(name: str) -> str:
+    """A weight's name in a transformer on its own, without low-rank matrices."""
+    return original_name(name.removeprefix(TRANSFORMER))
 
 
 def _with_dropout(source: TransformerConfig, recipe: TransformerTraining) -> TransformerConfig:

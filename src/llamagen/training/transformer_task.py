@@ -1,4 +1,4 @@
-"""Training of the class-conditional transformer (paper section 3.2).
+"""Training of the transformer, on classes or captions (paper section 3.2).
 
 Shapes: B images, T codes of an image, V views of an image.
 """
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from llamagen import labels as label_files
 from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
-from llamagen.config import config_to_dict
 from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.order import DataOrder
@@ -31,13 +30,14 @@ from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import Batch, Losses, Task, TrainingResult, fit, own_random_numbers
-from llamagen.training.lora import merged_state, save_adapter
+from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
+from llamagen.training.text_model import TextModel
 from llamagen.training.throughput import training_flops
 from llamagen.training.transformer_data import Codes, find_codes
-from llamagen.training.transformer_start import Start, find_start
+from llamagen.training.transformer_start import Start, find_start, transformer_of
 from llamagen.transformer import Transformer
 
 PIPELINE_FOLDER = "pipeline"
@@ -46,6 +46,8 @@ ADAPTER_FOLDER = "adapter"
 """What was trained of a fine-tuned model (LoRA), in the run's folder."""
 
 _SHEET_CLASSES = 10
+_SHEET_TEXT = 24
+"""Letters of a caption that are shown below an image."""
 _SHEET_SIDE = 64
 """Smaller images are enlarged to about this many pixels on a sheet."""
 
@@ -90,11 +92,12 @@ def make_task(recipe: TransformerTraining) -> TransformerTask:
             dtype=torch.float32,
         )
     codes = find_codes(recipe, tokenizer)
+    by_class = recipe.condition == "class"
     start = find_start(
         recipe,
         codebook_size=tokenizer.config.codebook_size,
         grid=codes.training.grid,
-        class_names=_class_names(recipe.num_classes, codes.training),
+        class_names=_class_names(recipe.num_classes, codes.training) if by_class else (),
     )
     codes.training.check_fits(start.config)
     with own_random_numbers(recipe.loop.device):
@@ -127,10 +130,10 @@ def _class_names(num_classes: int | None, codes: CodeStore) -> tuple[str, ...]:
 
 
 class TransformerTask(Task):
-    """Predict each code from the class and the codes before it."""
+    """Predict each code from the class or caption and the codes before it."""
 
     name = "transformer"
-    model: Transformer
+    model: Transformer | TextModel
 
     def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: Codes) -> None:
         """A task with a new model, which has its weights after ``prepare``."""
@@ -138,6 +141,8 @@ class TransformerTask(Task):
         self.recipe = recipe
         self.start = start
         self.model = start.build()
+        self._conditioning = start.conditioning(self.model)
+        self._without_caption = self._conditioning.check(codes.training, codes.trained)
         self.panels = {
             "loss in bits per code": ("bits_per_code",),
             "norm of the gradients": ("grad_norm",),
@@ -160,33 +165,24 @@ class TransformerTask(Task):
         self.start.fill(self.model)
 
     def describe(self) -> dict[str, Any]:
-        """The architecture and the classes."""
-        return {
-            "kind": Transformer.kind,
-            "config": config_to_dict(self.model.config),
-            "classes": list(self.start.labels.names),
-        }
+        """The architecture, the classes or the text encoder."""
+        return self.start.describe()
 
     def blocks(self) -> list[nn.Module]:
         """The transformer's blocks."""
-        return list(self.model.layers)
+        return list(transformer_of(self.model).layers)
 
-    def whole_model(self, state: Mapping[str, Tensor]) -> Transformer:
-        """A transformer with this state; low-rank matrices are merged into it."""
-        if self.recipe.lora.lora_rank > 0:
-            state = merged_state(state, self.recipe.lora)
-        with torch.device("meta"):
-            model = Transformer(self.start.config)
-        model.load_state_dict(state, assign=True)
-        return model.eval()
+    def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """A model with this state; low-rank matrices are merged into it."""
+        return self.start.whole(state)
 
     def flops_per_image(self) -> float:
         """Of the matrix products and the attention, forward and backward."""
-        return training_flops(self.model.config)
+        return training_flops(self.start.config)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Codes of one view per image, labels, and which labels become "no class"."""
-        store, dropout = self._codes.training, self.recipe.class_dropout
+        """Codes of one view per image, conditions, and which of them become "no condition"."""
+        store, dropout = self._codes.training, self.recipe.condition_dropout
         for step in range(first, last):
             draws = distributed.share(self._order.batch(step))
             # By image: it does not matter which process, or part of a batch, an image is in.
@@ -194,19 +190,19 @@ class TransformerTask(Task):
             views = np.array([number.randrange(store.views) for number in numbers])
             rows = self._codes.trained[np.array([draw.index for draw in draws])]
             drop = torch.tensor([number.random() < dropout for number in numbers])
-            yield {**_batch(store, rows, views), "drop": drop}
+            condition = self._conditioning.batch(store, rows, numbers)
+            yield {"codes": _codes(store, rows, views), **condition, "drop": drop}
 
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
     ) -> Losses:
-        """Cross-entropy over all codes, some labels replaced by "no class"."""
+        """Cross-entropy over all codes, some conditions replaced by "no condition"."""
         del step, adversary
-        codes = batch["codes"]
-        loss = model(codes[:, :-1], batch["labels"], drop_condition=batch["drop"], targets=codes)
+        loss = self._conditioning.loss(model, batch, batch["drop"])
         return Losses(total=loss, metrics={"bits_per_code": bits(loss.detach())})
 
     def validate(self, model: nn.Module) -> dict[str, float]:
-        """Loss on the held-out images, all with their labels."""
+        """Loss on the held-out images, all with their labels or likeliest captions."""
         rows, store = self._codes.validated, self._codes.validation
         if len(rows) == 0:
             return {}
@@ -217,29 +213,42 @@ class TransformerTask(Task):
             part = rows[start : start + size]
             own = part[list(distributed.share(range(len(part))))]
             # A sharded model is called by all processes or by none.
-            batch = _batch(store, own if len(own) else rows[:1], 0)
-            codes, labels = (batch[name].to(find_device(loop.device)) for name in batch)
-            loss = model(codes[:, :-1], labels, targets=codes)
-            total += float(loss) * len(own)
+            looked_at = own if len(own) else rows[:1]
+            batch = {
+                "codes": _codes(store, looked_at, 0),
+                **self._conditioning.batch(store, looked_at, None),
+            }
+            batch = {name: rows.to(find_device(loop.device)) for name, rows in batch.items()}
+            total += float(self._conditioning.loss(model, batch, None)) * len(own)
         loss = torch.tensor(distributed.summed({"loss": total})["loss"] / len(rows))
         return {"loss": float(loss), "bits_per_code": float(bits(loss))}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Images of a few classes, one class per column, with the same seeds every time."""
-        pipeline, labels = self._pipeline_of(model), self.start.labels
-        columns = min(_SHEET_CLASSES, len(labels), self.recipe.sample_images)
-        classes = [i * len(labels) // columns for i in range(columns)]
-        prompts = [classes[i % columns] for i in range(self.recipe.sample_images)]
-        images = pipeline(prompts, seed=0).images
-        save_png(
-            image_grid(
-                images,
-                columns=columns,
-                captions=[labels.name(label) for label in prompts],
-                scale=max(1, _SHEET_SIDE // images[0].width),
-            ),
-            path,
-        )
+        """Images of a few classes, one class per column, or of held-out captions.
+
+        With the same seeds every time.
+        """
+        prompts, names, columns = self._prompts()
+        images = self._pipeline_of(model)(prompts, seed=0).images
+        scale = max(1, _SHEET_SIDE // images[0].width)
+        save_png(image_grid(images, columns=columns, captions=names, scale=scale), path)
+
+    def _prompts(self) -> tuple[list[str | int], list[str], int]:
+        """What a sheet shows, what is written below each image, and in how many columns."""
+        labels, count = self.start.labels, self.recipe.sample_images
+        if labels is not None:
+            columns = min(_SHEET_CLASSES, len(labels), count)
+            classes = [i * len(labels) // columns for i in range(columns)]
+            shown = [classes[i % columns] for i in range(count)]
+            return list(shown), [labels.name(label) for label in shown], columns
+        codes = self._codes
+        store, rows = codes.validation, codes.validated
+        if len(rows) == 0:
+            store, rows = codes.training, codes.trained
+        found = store.captions(rows[np.arange(min(count, len(rows))) * len(rows) // count])
+        assert found is not None
+        texts = [max(each, key=lambda c: c.weight).text for each in found if each]
+        return list(texts), [_shortened(text) for text in texts], min(_SHEET_CLASSES, len(texts))
 
     def export(self, model: nn.Module, out: Path) -> Path:
         """Writes the pipeline's folder: tokenizer, transformer and labels; the adapter's as well.
@@ -250,7 +259,8 @@ class TransformerTask(Task):
         if lora.lora_rank > 0:
             state = model.state_dict()
             save_adapter(state, lora, out / ADAPTER_FOLDER, base=str(self.recipe.init))
-            self.start.labels.save(out / ADAPTER_FOLDER / label_files.FILE_NAME)
+            if self.start.labels is not None:
+                self.start.labels.save(out / ADAPTER_FOLDER / label_files.FILE_NAME)
             model = self.whole_model(state)
         self._pipeline_of(model).save_pretrained(out / PIPELINE_FOLDER)
         return out / PIPELINE_FOLDER
@@ -258,6 +268,10 @@ class TransformerTask(Task):
     def skipped(self) -> int:
         """Files that could not be read."""
         return self._skipped
+
+    def statistics(self) -> dict[str, float]:
+        """How many images have no caption, and so no weight."""
+        return {} if self.start.labels is not None else {"without_caption": self._without_caption}
 
     def _list_skipped(self) -> int:
         """Lists the files that have no codes since they could not be read."""
@@ -272,21 +286,15 @@ class TransformerTask(Task):
         return len(errors)
 
     def _pipeline_of(self, model: nn.Module) -> Pipeline:
-        assert isinstance(model, Transformer)
-        return Pipeline(
-            self._tokenizer,
-            model,
-            labels=self.start.labels,
-            name=self.recipe.out.name,
-            sampling=self.recipe.sampling,
-        )
+        assert isinstance(model, Transformer | TextModel)
+        return self.start.pipeline(self._tokenizer, model)
 
 
-def _batch(store: CodeStore, rows: np.ndarray, views: np.ndarray | int) -> Batch:
-    """Codes (B, T) and labels (B,) of the given rows and views."""
-    assert store.labels is not None
+def _codes(store: CodeStore, rows: np.ndarray, views: np.ndarray | int) -> Tensor:
+    """Codes (B, T) of the given rows and views."""
     codes = store.rows(rows, views).reshape(len(rows), -1)
-    return {
-        "codes": torch.from_numpy(codes.astype(np.int64)),
-        "labels": torch.from_numpy(store.labels[rows].astype(np.int64)),
-    }
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _SHEET_TEXT else f"{text[: _SHEET_TEXT - 1]}…"

@@ -1,0 +1,273 @@
+"""Training on captions: with a text encoder that is trained along, or with one that stays."""
+
+import csv
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from llamagen.data.captions import Caption
+from llamagen.data.columns import SourceConfig
+from llamagen.data.extraction import extract_store
+from llamagen.data.sources import open_images
+from llamagen.data.store import CodeStore
+from llamagen.data.views import Views
+from llamagen.errors import InputError
+from llamagen.pipeline import Pipeline
+from llamagen.tokenizer import ImageTokenizer
+from llamagen.training import train_transformer
+from llamagen.training.conditioning import CaptionConditioning
+from llamagen.training.config import ImageConfig, LoraConfig, TextTraining, TransformerSize
+from llamagen.training.dry_run import dry_run
+from llamagen.training.export import export_run
+from llamagen.training.loop import fit
+from llamagen.training.transformer_data import Codes
+from llamagen.training.transformer_start import find_start
+from llamagen.training.transformer_task import TransformerTask, make_task
+from tests.models import tiny_text_encoder, tiny_tokenizer
+from tests.training.runs import assert_same_state, state, transformer_recipe
+
+SMALL = TextTraining(text_dim=16, text_layers=1, text_heads=2, text_length=30)
+WORDS = ("nought", "one", "two")
+
+
+@pytest.fixture(scope="module")
+def captioned(digits, tmp_path_factory):
+    """The digits with a table of captions, one of them without."""
+    folder = tmp_path_factory.mktemp("captioned")
+    rows = []
+    for path in sorted(digits.rglob("*.png")):
+        name = f"{path.parent.name}-{path.name}"
+        (folder / name).write_bytes(path.read_bytes())
+        rows.append((name, f"the digit {WORDS[int(path.parent.name)]}", path.parent.name))
+    rows[::4] = [(name, "", "") for name, _, _ in rows[::4]]
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("file_name", "text", "aliases"), *rows])
+    return folder
+
+
+def text_recipe(data, tokenizer, out, **changes):
+    return transformer_recipe(
+        data, tokenizer, out, **{"condition": "text", "text": SMALL, **changes}
+    )
+
+
+def test_folder_of_the_run(captioned, tokenizer_folder, tmp_path):
+    out = tmp_path / "out"
+    recipe = text_recipe(captioned, tokenizer_folder, out, ema_decay=0.5)
+    result = train_transformer(recipe, quiet=True)
+    assert result.validation["bits_per_code"] > 0
+    stored = CodeStore.open(out / "codes" / "training")
+    missing = stored.captions(range(len(stored))).count(())
+    assert result.train["without_caption"] == missing > 0
+    assert (out / "samples" / "step-0000004.png").exists()
+    pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")
+    assert pipe.labels is None
+    assert pipe("the digit two", seed=0).images[0].size == (16, 16)
+    assert pipe.text_encoder.config.max_length == 30
+    # Any checkpoint, the trained weights and the mean, become the same kind of folder.
+    trained = export_run(out, tmp_path / "trained", step=4, weights="trained")
+    mean = export_run(out, tmp_path / "mean", step=4)
+    features = [
+        Pipeline.from_pretrained(folder, dtype="float32").text_encoder.encode(["two"])[0]
+        for folder in (trained, mean, result.model)
+    ]
+    assert torch.equal(features[1], features[2])
+    assert not torch.equal(features[0], features[1])
+
+
+def test_goes_on_exactly(captioned, tokenizer_folder, tmp_path):
+    def train(name, steps):
+        recipe = text_recipe(captioned, tokenizer_folder, tmp_path / name, steps=steps)
+        train_transformer(recipe, quiet=True)
+
+    train("whole", 4)
+    for steps in (2, 4):
+        train("parts", steps)
+    assert_same_state(state(tmp_path / "parts", 4), state(tmp_path / "whole", 4))
+
+
+def test_draws_what_it_is_told(tmp_path):
+    """Four sequences, known by their captions only: each prompt gives its own."""
+    rng = np.random.default_rng(0)
+    captions = [((Caption(text, 1.0),)) for text in ("red heart", "blue heart", "cat", "red cat")]
+    store = Store(rng.integers(0, 64, (4, 1, 4, 4)), captions)
+    recipe = text_recipe(
+        None, "", tmp_path, condition_dropout=0.1, sample_images=1,
+        text=dataclasses.replace(SMALL, text_dropout=0.0, text_dim=32),
+        model=TransformerSize(
+            dim=32, layers=2, heads=2, hidden_dim=64,
+            token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
+        ),
+        steps=400, batch_size=16, lr=1e-2, log_every=100, validate_every=0, save_every=0,
+    )  # fmt: skip
+    task = make_text_task(recipe, store)
+    result = fit(task, recipe.loop, tmp_path, quiet=True)
+    assert result.validation["bits_per_code"] < 0.1
+    pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")
+    drawn = pipe([each[0].text for each in captions], temperature=0.0, guidance_scale=1.5)
+    np.testing.assert_array_equal(drawn.codes.numpy(), store.codes[:, 0])
+
+
+def test_images_without_captions_weigh_nothing(tmp_path):
+    store = Store(np.arange(64).reshape(4, 1, 4, 4), [(Caption("a", 1.0),), (), (), ()])
+    task = make_text_task(text_recipe(None, "", tmp_path), store)
+    task.prepare()
+    torch.nn.init.normal_(task.model.transformer.output.weight)
+    task.model.eval()
+
+    def loss(rows):
+        batch = task._conditioning.batch(store, np.array(rows), None)
+        codes = torch.from_numpy(store.rows(np.array(rows), 0).reshape(len(rows), -1))
+        return task._conditioning.loss(task.model, {"codes": codes, **batch}, None)
+
+    torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0]))
+    assert loss([1, 2]).item() == 0
+    assert task.statistics() == {"without_caption": 3}
+    empty = Store(store.codes, [()] * 4)
+    with pytest.raises(InputError, match="none of the 4 images"):
+        make_text_task(text_recipe(None, "", tmp_path), empty)
+
+
+def test_captions_are_drawn_by_their_weights(tmp_path):
+    store = Store(np.zeros((1, 1, 4, 4)), [(Caption("long", 0.7), Caption("short", 0.3))])
+    task = make_text_task(text_recipe(None, "", tmp_path, batch_size=400), store)
+    batch = next(task.batches(0, 1))
+    lengths = batch["mask"].sum(1)
+    assert set(lengths.tolist()) == {5, 6}
+    assert 90 < int((lengths == 6).sum()) < 150
+    again = next(task.batches(0, 1))
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+class TestFrozenEncoder:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def encoder(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("encoder") / "t5"
+        tiny_text_encoder().save_pretrained(folder)
+        return folder
+
+    def frozen(self, encoder, **changes):
+        return TextTraining(text_encoder=str(encoder), text_length=30, **changes)
+
+    @pytest.mark.parametrize("lora", [0, 2])
+    def test_run(self, captioned, tokenizer_folder, encoder, tmp_path, lora):
+        out = tmp_path / "out"
+        recipe = text_recipe(captioned, tokenizer_folder, out, text=self.frozen(encoder))
+        result = train_transformer(recipe, quiet=True)
+        pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")
+        # It is the one that there was, and goes with the pipeline.
+        expected = tiny_text_encoder().encode(["the digit one"])[0]
+        found = pipe.text_encoder.encode(["the digit one"])[0]
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+        tuned = text_recipe(
+            captioned, tokenizer_folder, tmp_path / "tuned", init=str(result.model),
+            text=self.frozen(encoder), lora=LoraConfig(lora_rank=lora), model=TransformerSize(),
+        )  # fmt: skip
+        result = train_transformer(tuned, quiet=True)
+        assert Pipeline.from_pretrained(result.model)("two", seed=0).images
+        longer = dataclasses.replace(tuned, loop=dataclasses.replace(tuned.loop, steps=6))
+        assert train_transformer(longer, quiet=True).steps == 6
+
+    def test_features_are_the_encoder_s(self, captioned, tokenizer_folder, encoder, tmp_path):
+        recipe = text_recipe(
+            captioned, tokenizer_folder, tmp_path / "out", text=self.frozen(encoder)
+        )
+        task = make_task(recipe)
+        assert isinstance(task._conditioning, CaptionConditioning)
+        assert task.model.config.text_dim == 16
+        batch = next(task.batches(0, 1))
+        seen = {}
+
+        def model(codes, features, *, condition_mask, **_):
+            seen.update(features=features, mask=condition_mask)
+            return torch.tensor(1.0)
+
+        task.losses(model, batch, step=0, adversary=None)
+        assert seen["features"].shape == (*batch["ids"].shape, 16)
+        assert not seen["features"].requires_grad
+
+
+def test_from_a_smaller_grid_to_a_larger_one(captioned, tokenizer_folder, tmp_path):
+    first = train_transformer(
+        text_recipe(captioned, tokenizer_folder, tmp_path / "small"), quiet=True
+    )
+    recipe = text_recipe(
+        captioned, tokenizer_folder, tmp_path / "large", init=str(first.model),
+        images=ImageConfig(size=32, validation_fraction=0.2), model=TransformerSize(),
+        text=TextTraining(text_length=30, text_dropout=0.0), steps=2, save_every=1,
+    )  # fmt: skip
+    task = make_task(recipe)
+    task.prepare()
+    before = Pipeline.from_pretrained(first.model, dtype="float32")
+    assert torch.equal(
+        task.model.encoder.encode(["two"])[0], before.text_encoder.encode(["two"])[0]
+    )
+    second = train_transformer(recipe, quiet=True)
+    assert Pipeline.from_pretrained(second.model)("two", seed=0).images[0].size == (32, 32)
+    # Once begun, it needs its source no more.
+    first.model.rename(tmp_path / "gone")
+    longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=3))
+    assert train_transformer(longer, quiet=True).steps == 3
+
+
+def test_what_does_not_fit(digits, captioned, tokenizer_folder, tmp_path):
+    out = tmp_path / "out"
+    for changes, message in (
+        ({"data": str(digits)}, "have no captions; add a metadata.csv"),
+        ({"source": SourceConfig(caption_columns=("alt",))}, "no column 'alt' for the caption"),
+    ):
+        recipe = dataclasses.replace(text_recipe(captioned, tokenizer_folder, out), **changes)
+        with pytest.raises(InputError, match=message) as caught:
+            train_transformer(recipe, quiet=True)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="heads 3 must divide"):
+        TextTraining(text_dim=10, text_heads=3)
+    with pytest.raises(InputError, match="condition is 'colour'"):
+        text_recipe(captioned, tokenizer_folder, out, condition="colour")
+    # Codes of images that had no captions.
+    tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
+    views = Views(height=16, width=16)
+    extract_store(tokenizer, open_images(digits), views, tmp_path / "codes")
+    recipe = text_recipe(None, tokenizer_folder, out, codes=tmp_path / "codes")
+    with pytest.raises(InputError, match="have no captions"):
+        train_transformer(recipe, quiet=True)
+
+
+def test_dry_run(captioned, tokenizer_folder, tmp_path, capsys):
+    dry_run(text_recipe(captioned, tokenizer_folder, tmp_path / "out"))
+    assert "2 steps taken" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+class Store:
+    """Codes in memory, with captions."""
+
+    folder = "made up"
+    identity = "made up"
+    labels = None
+    class_names = ()
+
+    def __init__(self, codes, captions):
+        self.codes, self._captions = codes, captions
+        self.views, self.grid = codes.shape[1], codes.shape[2:]
+
+    def __len__(self):
+        return len(self.codes)
+
+    def rows(self, indices, views):
+        return self.codes[indices, views]
+
+    def captions(self, indices):
+        return [self._captions[i] for i in indices]
+
+    def skipped(self):
+        return []
+
+
+def make_text_task(recipe, store):
+    rows = np.arange(len(store))
+    start = find_start(recipe, codebook_size=64, grid=store.grid, class_names=())
+    return TransformerTask(start, tiny_tokenizer(), Codes(store, rows, store, rows))
