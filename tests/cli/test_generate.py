@@ -178,3 +178,26 @@ class TestPrompts:
     def test_described(self, run, text_folder):
         assert "120 tokens" not in run("info", text_folder).out
         assert "30 tokens, captions cleaned" in run("info", text_folder).out
+
+
+class TestPromptsFile:
+    def test_drawn_and_gone_on_with(self, run, text_folder, tmp_path):
+        (tmp_path / "p.tsv").write_text("Prompt\tCategory\nllama\tAnimals\na heart\tAbstract\n")
+        command = ("generate", "--model", text_folder, "--prompts-file", tmp_path / "p.tsv")
+        command += ("-n", 2, "--dtype", "float32", "--out", tmp_path / "out")
+        result = run(*command)
+        assert result.status == 0, result.err
+        assert result.out.splitlines() == ["4 images drawn of 4", str(tmp_path / "out")]
+        lines = (tmp_path / "out" / "index.jsonl").read_text().splitlines()
+        assert '"Category": "Abstract"' in lines[2]
+        (tmp_path / "out" / "000001-0.png").unlink()
+        assert run(*command).out.startswith("1 images drawn of 4")
+
+    def test_bad_input(self, fails, text_folder, tmp_path):
+        command = ("generate", "--model", text_folder, "--out", tmp_path / "out")
+        assert "does not exist" in fails(*command, "--prompts-file", tmp_path / "none.txt")
+        (tmp_path / "p.txt").write_text("llama\n")
+        more = ("--prompts-file", tmp_path / "p.txt")
+        assert "goes without" in fails(*command, *more, "--prompt", "a")
+        assert "no model" in fails("generate", *more)
+        assert "expected at least 1" in fails(*command, *more, "-n", 0)

@@ -13,9 +13,13 @@ from llamagen.cli.options import DeviceOptions
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
+
     from llamagen.pipeline import Pipeline, PipelineOutput, Progress
 
 
+_BATCH = 16
+"""Images of a file of prompts that are drawn at once, unless said otherwise."""
 _STEM_LENGTH = 50
 """Letters of a prompt that a file is named by."""
 
@@ -29,6 +33,12 @@ class Options(DeviceOptions):
     be used with --tokenizer."""
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt", aliases=["-p"])] = ()
     """What to draw, for text-conditional models; one text or several."""
+    prompts_file: Path | None = None
+    """File of prompts (.txt, .csv, .tsv, .jsonl, .json, as those of PartiPrompts and COCO): all are
+    drawn into the output folder, with an index. The same command goes on where it stopped; under
+    torchrun the processes share the work."""
+    prompt_column: str | None = None
+    """Column of the prompts in that file. Default: prompt, text or caption."""
     negative_prompt: str | None = None
     """Text, or class, that guidance leads away from. Default: the model's "no text"."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
@@ -46,7 +56,8 @@ class Options(DeviceOptions):
     temperature: float | None = None
     """Below 1 for less variety, above 1 for more; 0 takes the likeliest code."""
     seed: int | None = None
-    """Seed of the first image; the next get the next numbers. Default: random."""
+    """Seed of the first image; the next get the next numbers. Default: random; 0 for a file of
+    prompts."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
     """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
     like: Path | None = None
@@ -67,13 +78,23 @@ class Options(DeviceOptions):
 
 def run(options: Options) -> None:
     """Generates and saves what ``options`` ask for."""
+    if options.prompts_file is not None:
+        _draw_file(options, options.prompts_file)
+        return
     settings = _settings(options)
     source = settings.pop("model")
     _require_place(options.out)
 
+    device, dtype = dataclasses.replace(options, dtype=settings.pop("dtype")).resolve()
+    pipe = _load(source, options, device, dtype)
+    output = _generate(pipe, settings, options)
+    for path in _save(output, options):
+        print(path)
+
+
+def _load(source: str, options: Options, device: torch.device, dtype: torch.dtype) -> Pipeline:
     from llamagen.pipeline import Pipeline
 
-    device, dtype = dataclasses.replace(options, dtype=settings.pop("dtype")).resolve()
     pipe = Pipeline.from_pretrained(
         source,
         tokenizer=options.tokenizer,
@@ -84,9 +105,52 @@ def run(options: Options) -> None:
     )
     if options.adapter is not None:
         pipe.load_adapter(options.adapter)
-    output = _generate(pipe, settings, options)
-    for path in _save(output, options):
-        print(path)
+    return pipe
+
+
+def _draw_file(options: Options, path: Path) -> None:
+    """Draws all prompts of a file into the output folder."""
+    if options.prompts or options.classes or options.like is not None:
+        raise InputError("--prompts-file goes without --prompt, --class and --like")
+    if options.model is None:
+        raise InputError("no model was named; give --model")
+    if options.count < 1:
+        raise InputError(f"--num-images is {options.count}, expected at least 1")
+    from llamagen.text.prompt_files import read_prompts
+
+    prompts = read_prompts(path, column=options.prompt_column)
+    from tqdm import tqdm
+
+    from llamagen.drawing import draw_into_folder, plan_images
+    from llamagen.training.distributed import Launch, own_device
+
+    device, dtype = options.resolve()
+    launch = Launch.read() or Launch(rank=0, local_rank=0, world_size=1)
+    pipe = _load(options.model, options, own_device(device, launch), dtype)
+    planned = plan_images(prompts, images_per_prompt=options.count, seed=options.seed or 0)
+    size = options.batch_size or _BATCH
+    own = sum(
+        len(planned[start : start + size])
+        for start in range(launch.rank * size, len(planned), launch.world_size * size)
+    )
+    with tqdm(total=own, desc="drawing", unit="image", disable=None) as bar:
+        drawn = draw_into_folder(
+            pipe,
+            planned,
+            options.out,
+            batch_size=size,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            progress=bar.update,
+            negative_prompt=options.negative_prompt,
+            guidance_scale=options.guidance_scale,
+            guidance_stop=options.guidance_stop,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            temperature=options.temperature,
+        )
+    print(f"{drawn} images drawn of {len(planned)}")
+    print(options.out)
 
 
 def _settings(options: Options) -> dict[str, Any]:

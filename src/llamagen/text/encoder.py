@@ -51,10 +51,12 @@ class TextEncoder(nn.Module):
             config: how captions are prepared.
         """
         super().__init__()
+        # As Any: its class is known to ``transformers`` only.
         self.model: Any = model
+        whole: Any = model
         # One module under both names: a weight that is only shared would become two when the model
         # is moved from the "meta" device.
-        self.model.set_input_embeddings(self.model.get_input_embeddings())
+        whole.set_input_embeddings(whole.get_input_embeddings())
         self.tokenizer = tokenizer
         self.config = config
 

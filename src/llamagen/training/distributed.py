@@ -162,7 +162,7 @@ def process_group(device: str) -> Iterator[torch.device]:
     if launch is None or dist.is_initialized():
         yield find_device(device)
         return
-    where = _own_device(find_device(device), launch)
+    where = own_device(find_device(device), launch)
     # gloo beside nccl: plain numbers and objects are exchanged without a stop of the GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
@@ -176,7 +176,14 @@ def process_group(device: str) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def _own_device(device: torch.device, launch: Launch) -> torch.device:
+def own_device(device: torch.device, launch: Launch) -> torch.device:
+    """The device of this process: on "cuda" the GPU of its local rank.
+
+    Raises:
+        InputError: this machine has fewer GPUs than processes, or the device cannot be shared.
+    """
+    if launch.world_size == 1:
+        return device
     if device.type == "mps":
         raise InputError("several processes cannot share device mps; start one, without torchrun")
     if device.type != "cuda":

@@ -1,0 +1,148 @@
+"""Many images into a folder: goes on where it was interrupted, shared by several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import llamagen.storage as storage
+from llamagen.errors import InputError
+from llamagen.pictures import save_png
+from llamagen.pipeline import Pipeline
+
+INDEX_NAME = "index.jsonl"
+"""One line per image: its file, prompt and seed, and what the prompts' file says of it."""
+
+_SETTINGS_NAME = "settings.json"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """An image that is to be drawn."""
+
+    file: str
+    """Its name in the folder."""
+    prompt: str
+    seed: int
+    about: Mapping[str, Any]
+    """What else is known of the prompt."""
+
+
+def plan_images(
+    prompts: Sequence[tuple[str, Mapping[str, Any]]], *, images_per_prompt: int, seed: int
+) -> list[Planned]:
+    """What is drawn of some prompts: image k of prompt i gets the seed ``seed`` + i n + k."""
+    width = max(6, len(str(len(prompts))))
+    return [
+        Planned(
+            file=f"{index:0{width}d}-{copy}.png",
+            prompt=text,
+            seed=seed + index * images_per_prompt + copy,
+            about=about,
+        )
+        for index, (text, about) in enumerate(prompts)
+        for copy in range(images_per_prompt)
+    ]
+
+
+def draw_into_folder(
+    pipeline: Pipeline,
+    planned: Sequence[Planned],
+    out: Path,
+    *,
+    batch_size: int = 16,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], object] | None = None,
+    **settings: Any,
+) -> int:
+    """Draws the images that are not in the folder yet.
+
+    Args:
+        pipeline: draws them.
+        planned: all of them, of all processes.
+        out: the folder; new, empty, or begun with the same prompts and settings.
+        batch_size: images drawn at once.
+        rank: this process draws every ``world_size``-th batch, from this one on.
+        world_size: processes that draw into the folder.
+        progress: is told how many more are there.
+        settings: what ``Pipeline.__call__`` takes, as guidance_scale or negative_prompt.
+
+    Returns:
+        How many this call has drawn.
+
+    Raises:
+        InputError: the folder holds something else, or a prompt or setting is refused.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    _begin(pipeline, planned, out, settings)
+    drawn = 0
+    for batch in _batches(planned, batch_size, rank, world_size):
+        left = [image for image in batch if not (out / image.file).is_file()]
+        if left:
+            output = pipeline(
+                [image.prompt for image in left], seed=[image.seed for image in left], **settings
+            )
+            for image, picture, about in zip(left, output.images, output.metadata, strict=True):
+                save_png(picture, out / image.file, metadata=about)
+        drawn += len(left)
+        if progress is not None:
+            progress(len(batch))
+    return drawn
+
+
+def _batches(
+    planned: Sequence[Planned], size: int, rank: int, world_size: int
+) -> Iterator[Sequence[Planned]]:
+    # Fixed cuts, so that the processes never draw the same image, whatever is there already.
+    for start in range(rank * size, len(planned), world_size * size):
+        yield planned[start : start + size]
+
+
+def _begin(
+    pipeline: Pipeline, planned: Sequence[Planned], out: Path, settings: Mapping[str, Any]
+) -> None:
+    """Writes the index and the settings, or finds the same ones in the folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give --out a folder")
+    storage.require_writable(out)
+    given = {name: value for name, value in settings.items() if value is not None}
+    about = {
+        "model": pipeline.name,
+        "sampling": {**dataclasses.asdict(pipeline.sampling), **given},
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+    }
+    index = "".join(
+        json.dumps(
+            {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed},
+            ensure_ascii=False,
+        )
+        + "\n"
+        for image in planned
+    )
+    wanted = {
+        _SETTINGS_NAME: json.dumps(about, indent=2, ensure_ascii=False) + "\n",
+        INDEX_NAME: index,
+    }
+    others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]
+    if others and _SETTINGS_NAME not in others:
+        raise InputError(
+            f"{out} is not empty and holds no images of a prompts' file (but {min(others)}); "
+            f"give --out an empty folder"
+        )
+    for name, text in wanted.items():
+        path = out / name
+        if path.is_file() and path.read_text(encoding="utf-8") != text:
+            what = "settings" if name == _SETTINGS_NAME else "prompts or seeds"
+            raise InputError(
+                f"the images in {out} were begun with other {what} ({name}); restore them, or "
+                f"give another --out"
+            )
+        if not path.is_file():
+            storage.write_text(path, text)

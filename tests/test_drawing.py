@@ -1,0 +1,87 @@
+"""Folders of images: what interrupts them and however many processes share them, the same."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llamagen.drawing import draw_into_folder, plan_images
+from llamagen.errors import InputError
+from llamagen.pictures import read_metadata
+from tests.models import tiny_text_pipeline
+
+PROMPTS = [("a red heart", {"id": 4}), ("llama", {"id": 9}), ("x", {})]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_text_pipeline()
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan_images(PROMPTS, images_per_prompt=3, seed=10)
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, planned, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert draw_into_folder(pipe, planned, folder, batch_size=2) == 9
+    return folder
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)).tobytes() for path in folder.glob("*.png")}
+
+
+def test_the_folder(whole, pipe):
+    lines = [json.loads(line) for line in (whole / "index.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == list(range(10, 19))
+    assert lines[4] == {"id": 9, "file": "000001-1.png", "prompt": "llama", "seed": 14}
+    assert sorted(pictures(whole)) == [line["file"] for line in lines]
+    about = read_metadata(whole / "000001-1.png")
+    assert (about["prompt"], about["seed"]) == ("llama", 14)
+    alone = np.asarray(pipe("llama", seed=14).images[0]).tobytes()
+    assert pictures(whole)["000001-1.png"] == alone
+
+
+def test_goes_on(whole, pipe, planned, tmp_path):
+    class StopError(Exception):
+        pass
+
+    done = []
+
+    def stop(count):
+        done.append(count)
+        if len(done) == 2:
+            raise StopError
+
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        draw_into_folder(pipe, planned, out, batch_size=2, progress=stop)
+    (out / "000000-1.png").unlink()
+    assert draw_into_folder(pipe, planned, out, batch_size=2) == 6
+    assert pictures(out) == pictures(whole)
+    assert draw_into_folder(pipe, planned, out, batch_size=2) == 0
+
+
+def test_processes_share_the_work(whole, pipe, planned, tmp_path):
+    counts = [
+        draw_into_folder(pipe, planned, tmp_path, batch_size=2, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    assert counts == [4, 3, 2]
+    assert pictures(tmp_path) == pictures(whole)
+
+
+def test_folders_of_something_else(whole, pipe, planned, tmp_path):
+    with pytest.raises(InputError, match="begun with other settings"):
+        draw_into_folder(pipe, planned, whole, top_k=3)
+    with pytest.raises(InputError, match="begun with other prompts or seeds"):
+        draw_into_folder(pipe, planned[:-1], whole)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="not empty and holds no images"):
+        draw_into_folder(pipe, planned, tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        draw_into_folder(pipe, planned, tmp_path / "notes.txt")
