@@ -12,6 +12,10 @@ from llamagen.data.columns import CAPTION_NAMES
 from llamagen.errors import InputError
 
 
+_REST = "more"
+"""What fields are called that a row has beyond the header's."""
+
+
 class FilePrompt(NamedTuple):
     """A prompt of a file."""
 
@@ -57,7 +61,7 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
         found = row.get(field)
         if not isinstance(found, str) or not found.strip():
             raise InputError(f"prompt {number} of {path} is empty; write one, or remove the row")
-        about = {name: value for name, value in row.items() if name not in (field, None)}
+        about = {name: value for name, value in row.items() if name != field}
         prompts.append(FilePrompt(found.strip(), about))
     return prompts
 
@@ -68,13 +72,15 @@ def _rows(text: str, kind: str) -> list[dict[str, Any]] | None:
     if kind == ".txt":
         return [{"prompt": line} for line in lines]
     if kind in (".csv", ".tsv"):
-        separator = "\t" if kind == ".tsv" else ","
-        # A tab ends a field of a .tsv whatever quotes there are; PartiPrompts has lone ones.
-        quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
-        reader = csv.DictReader(
-            text.splitlines(keepends=True), delimiter=separator, quoting=quoting, strict=True
+        whole = text.splitlines(keepends=True)
+        if kind == ".csv":
+            return list(csv.DictReader(whole, restkey=_REST, strict=True))
+        # A tab ends a field whatever quotes there are; PartiPrompts has lone ones.
+        return list(
+            csv.DictReader(
+                whole, restkey=_REST, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True
+            )
         )
-        return list(reader)
     if kind == ".jsonl":
         return [_object(json.loads(line)) for line in lines]
     if kind == ".json":
@@ -101,7 +107,7 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _field(path: Path, rows: list[dict[str, Any]], wanted: str | None) -> str:
-    names = [name for name in rows[0] if name is not None]
+    names = list(rows[0])
     if wanted is not None:
         if wanted not in names:
             raise InputError(f"{path} has no column {wanted!r}; it has {', '.join(names)}")
