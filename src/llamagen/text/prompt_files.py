@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from llamagen.data.columns import CAPTION_NAMES
 from llamagen.errors import InputError
 
-
 _REST = "more"
 """What fields are called that a row has beyond the header's."""
 
