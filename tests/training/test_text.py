@@ -15,9 +15,10 @@ from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.errors import InputError
 from llamagen.pipeline import Pipeline
+from llamagen.text.features import extract_text
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import train_transformer
-from llamagen.training.conditioning import CaptionConditioning
+from llamagen.training.conditioning import TokenConditioning
 from llamagen.training.config import ImageConfig, LoraConfig, TextTraining, TransformerSize
 from llamagen.training.dry_run import dry_run
 from llamagen.training.export import export_run
@@ -176,7 +177,7 @@ class TestFrozenEncoder:
             captioned, tokenizer_folder, tmp_path / "out", text=self.frozen(encoder)
         )
         task = make_task(recipe)
-        assert isinstance(task._conditioning, CaptionConditioning)
+        assert isinstance(task._conditioning, TokenConditioning)
         assert task.model.config.text_dim == 16
         batch = next(task.batches(0, 1))
         seen = {}
@@ -186,8 +187,63 @@ class TestFrozenEncoder:
             return torch.tensor(1.0)
 
         task.losses(model, batch, step=0, adversary=None)
-        assert seen["features"].shape == (*batch["ids"].shape, 16)
+        assert seen["features"].shape == (*batch["texts"].shape, 16)
         assert not seen["features"].requires_grad
+
+
+class TestStoredFeatures:
+    @pytest.fixture
+    def features(self, captioned, tmp_path):
+        captions = [each.text for each in sum(open_images(captioned).captions, ())]
+        encoder = tiny_text_encoder()
+        encoder.save_pretrained(tmp_path / "t5")
+        encoder.config = dataclasses.replace(encoder.config, encoder=str(tmp_path / "t5"))
+        # One of the three is left out.
+        kept = [text for text in captions if "one" not in text]
+        return extract_text(encoder, kept, tmp_path / "features").store
+
+    def test_run(self, captioned, tokenizer_folder, features, tmp_path):
+        out = tmp_path / "out"
+        text = TextTraining(text_features=features.folder)
+        recipe = text_recipe(captioned, tokenizer_folder, out, text=text)
+        result = train_transformer(recipe, quiet=True)
+        stored = CodeStore.open(out / "codes" / "training")
+        texts = [each[0].text if each else "" for each in stored.captions(range(len(stored)))]
+        missing = sum("one" in text or not text for text in texts)
+        assert result.train["without_caption"] == missing > 0
+        longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=6))
+        result = train_transformer(longer, quiet=True)
+        pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")
+        assert pipe("the digit two", seed=0).images
+        assert export_run(out, tmp_path / "model", step=6).is_dir()
+
+    def test_the_loss_is_the_encoder_s(self, captioned, tokenizer_folder, features, tmp_path):
+        losses = []
+        for name, text in (
+            ("stored", TextTraining(text_features=features.folder)),
+            ("made", TextTraining(text_encoder=features.text.encoder, text_length=30)),
+        ):
+            recipe = text_recipe(captioned, tokenizer_folder, tmp_path / name, text=text)
+            task = make_task(recipe)
+            task.prepare()
+            torch.manual_seed(0)
+            torch.nn.init.normal_(task.model.output.weight)
+            store = task._codes.training
+            told = [str(each) for each in store.captions(range(len(store)))]
+            rows = [row for row, text in enumerate(told) if "two" in text]
+            batch = task._conditioning.batch(task._codes.training, np.array(rows), None)
+            codes = torch.from_numpy(task._codes.training.rows(np.array(rows), 0).astype(np.int64))
+            task.model.eval()
+            losses.append(
+                task._conditioning.loss(task.model, {"codes": codes.flatten(1), **batch}, None)
+            )
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-2)
+
+    def test_what_does_not_fit(self, captioned, tokenizer_folder, features, tmp_path):
+        text = TextTraining(text_features=features.folder, text_encoder="google/flan-t5-xl")
+        recipe = text_recipe(captioned, tokenizer_folder, tmp_path / "out", text=text)
+        with pytest.raises(InputError, match="not by google/flan-t5-xl"):
+            train_transformer(recipe, quiet=True)
 
 
 def test_from_a_smaller_grid_to_a_larger_one(captioned, tokenizer_folder, tmp_path):

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
     "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),
     "extract-codes": ("llamagen.cli.extract_codes", "encode a folder of images once, into shards"),
+    "extract-text": ("llamagen.cli.extract_text", "encode captions once, into shards"),
     "export": ("llamagen.cli.export", "write the model of a training run's checkpoint"),
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),

@@ -22,7 +22,7 @@ from llamagen.errors import InputError
 from llamagen.pretrained import hub_errors, is_repo_id
 from llamagen.text.cleaning import clean_caption
 
-_TOKENS_AT_ONCE = 4096
+TOKENS_AT_ONCE = 4096
 """Tokens of a batch, padding included: enough for an encoder to be busy, little memory."""
 _BYTE_TOKENS = 384
 """Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
@@ -209,7 +209,7 @@ class TextEncoder(nn.Module):
         self,
         prepared: Sequence[str],
         *,
-        tokens_at_once: int = _TOKENS_AT_ONCE,
+        tokens_at_once: int = TOKENS_AT_ONCE,
         progress: Callable[[int], object] | None = None,
     ) -> list[Tensor]:
         """Features of captions that are prepared, each (its tokens, W), on the CPU.

@@ -16,8 +16,12 @@ from torch import Tensor, nn
 from llamagen.data.captions import Captions, draw_caption
 from llamagen.data.store import CodeStore
 from llamagen.errors import InputError
-from llamagen.text.encoder import TextEncoder
+from llamagen.text.encoder import TextEncoder, padded
+from llamagen.text.features import TextStore
 from llamagen.training.loop import Batch
+
+_REMEMBERED = 1 << 18
+"""Captions whose tokens are remembered, at most."""
 
 
 class Conditioning(abc.ABC):
@@ -70,17 +74,11 @@ class LabelConditioning(Conditioning):
 class CaptionConditioning(Conditioning):
     """A caption of each image, drawn anew each time. Images without any weigh nothing."""
 
-    def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
-        """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
-        self._encoder = encoder
-        self._frozen = frozen
-        self._tokens: dict[str, list[int]] = {}
-
     def batch(
         self, store: CodeStore, rows: np.ndarray, numbers: Sequence[random.Random] | None
     ) -> Batch:
-        """Tokens (B, L), where they are no padding (B, L), and what each image weighs (B,)."""
-        captions = self._captions(store, rows)
+        """Texts (B, L) or (B, L, W), where they are no padding (B, L), and weights (B,)."""
+        captions = captions_of_rows(store, rows)
         if numbers is None:
             chosen = [max(each, key=lambda c: c.weight).text if each else "" for each in captions]
         else:
@@ -88,19 +86,25 @@ class CaptionConditioning(Conditioning):
                 draw_caption(each, number.random()) or ""
                 for each, number in zip(captions, numbers, strict=True)
             ]
-        tokens = self._encoder.tokens([self._token_ids(text) for text in chosen])
-        weights = torch.tensor([float(bool(each)) for each in captions])
-        return {"ids": tokens.ids, "mask": tokens.mask, "weights": weights}
+        texts, mask, there = self._texts(chosen)
+        weights = torch.tensor([float(bool(a and b)) for a, b in zip(captions, there, strict=True)])
+        return {"texts": texts, "mask": mask, "weights": weights}
+
+    @abc.abstractmethod
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        """Tokens or features of captions, their mask, and which of them say anything."""
+
+    def _condition(self, texts: Tensor, mask: Tensor) -> Tensor:
+        """What the model is given in the place of ``texts``."""
+        del mask
+        return texts
 
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
         """See ``Conditioning``."""
-        codes, condition = batch["codes"], batch["ids"]
-        if self._frozen:
-            with torch.no_grad(), torch.autocast(condition.device.type, enabled=False):
-                condition = self._encoder.to(condition.device)(condition, batch["mask"])
+        codes = batch["codes"]
         loss: Tensor = model(
             codes[:, :-1],
-            condition,
+            self._condition(batch["texts"], batch["mask"]),
             condition_mask=batch["mask"],
             drop_condition=drop,
             targets=codes,
@@ -110,7 +114,7 @@ class CaptionConditioning(Conditioning):
 
     def check(self, store: CodeStore, rows: np.ndarray) -> int:
         """How many of these images have no caption."""
-        missing = sum(not each for each in self._captions(store, rows))
+        missing = sum(not self._says_anything(each) for each in captions_of_rows(store, rows))
         if missing == len(rows) > 0:
             raise InputError(
                 f"none of the {len(rows)} images in {store.folder} has a caption; name the column "
@@ -118,17 +122,67 @@ class CaptionConditioning(Conditioning):
             )
         return missing
 
-    def _captions(self, store: CodeStore, rows: np.ndarray) -> list[Captions]:
-        captions = store.captions(rows)
-        if captions is None:
-            raise InputError(
-                f"the codes in {store.folder} have no captions; make them from images with captions"
-            )
-        return captions
+    def _says_anything(self, captions: Captions) -> bool:
+        return bool(captions)
+
+
+class TokenConditioning(CaptionConditioning):
+    """Captions as tokens, for a model that has its text encoder in it, or for one that has not."""
+
+    def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
+        """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
+        self._encoder = encoder
+        self._frozen = frozen
+        self._tokens: dict[str, list[int]] = {}
+
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
+        return tokens.ids, tokens.mask, [True] * len(captions)
+
+    def _condition(self, texts: Tensor, mask: Tensor) -> Tensor:
+        if not self._frozen:
+            return texts
+        with torch.no_grad(), torch.autocast(texts.device.type, enabled=False):
+            features: Tensor = self._encoder.to(texts.device)(texts, mask)
+        return features
 
     def _token_ids(self, caption: str) -> list[int]:
         # Cleaning takes longer than everything else here, and captions come again every epoch.
         if caption not in self._tokens:
+            if len(self._tokens) == _REMEMBERED:
+                self._tokens.clear()
             prepared = self._encoder.prepare(caption)
             self._tokens[caption] = self._encoder.token_ids([prepared])[0]
         return self._tokens[caption]
+
+
+class FeatureConditioning(CaptionConditioning):
+    """Captions as features that were made before. Those that are not there weigh nothing."""
+
+    def __init__(self, features: TextStore) -> None:
+        """Features are looked up in a store."""
+        self._features = features
+
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        found = self._features.features(captions)
+        # At least one position, where nothing is: a sequence begins with its condition.
+        texts, mask = padded(found, max([1, *(len(each) for each in found)]))
+        mask[:, -1] = True
+        return texts, mask, [len(each) > 0 for each in found]
+
+    def _says_anything(self, captions: Captions) -> bool:
+        return any(len(f) for f in self._features.features([each.text for each in captions]))
+
+
+def captions_of_rows(store: CodeStore, rows: np.ndarray) -> list[Captions]:
+    """The captions of some images of a store.
+
+    Raises:
+        InputError: its images have none.
+    """
+    captions = store.captions(rows)
+    if captions is None:
+        raise InputError(
+            f"the codes in {store.folder} have no captions; make them from images with captions"
+        )
+    return captions

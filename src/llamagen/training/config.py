@@ -421,6 +421,9 @@ class TextTraining:
     text_encoder: str | None = None
     """Text encoder of the T5 family that stays as it is: hub repository or folder. Default: that
     of the model to start from; without one, a small one that reads bytes is trained along."""
+    text_features: Path | None = None
+    """Store of text features (`llamagen extract-text`) to train on, instead of encoding captions
+    again each time; the encoder, its length and the cleaning are then the store's."""
     text_length: int = 120
     """Tokens (of the small one: bytes) of a caption that are read."""
     clean_captions: bool = True

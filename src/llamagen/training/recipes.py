@@ -28,6 +28,7 @@ _PRESETS: Mapping[type[Any], Mapping[str, Any]] = {
     TransformerTraining: TRANSFORMER_PRESETS,
 }
 _PATHS = ("out", "codes", "validation_codes")
+_NESTED_PATHS = ("perceptual_weights", "text_features")
 
 
 class _Loader(yaml.SafeLoader):
@@ -88,6 +89,8 @@ def recipe_from_dict(cls: type[RecipeT], values: Mapping[str, Any], source: str)
     # Stage-specific defaults of the loop stand behind what the file says of it.
     for name, default in _nested_defaults(cls).items():
         given = prepared.get(name)
+        if isinstance(given, Mapping):
+            given = {key: _as_path(key, value) for key, value in given.items()}
         if given is None:
             given = {}
         if not isinstance(given, Mapping):
@@ -118,6 +121,10 @@ def preset_model(cls: type[RecipeT], name: str) -> Any:
     fields = {field.name for field in dataclasses.fields(model_class)}
     values = {key: value for key, value in vars(config).items() if key in fields}
     return model_class(**values)
+
+
+def _as_path(name: str, value: Any) -> Any:
+    return Path(str(value)) if name in _NESTED_PATHS and value is not None else value
 
 
 def _model_values(cls: type[RecipeT], given: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ SKIPPED_NAME = "skipped.txt"
 MAY_CHANGE = frozenset(
     {
         # Where things are; that the images and the tokenizer are the same ones is checked apart.
-        *("out", "data", "validation_data", "codes", "validation_codes"),
+        *("out", "data", "validation_data", "codes", "validation_codes", "text.text_features"),
         *("tokenizer", "images.workers", "loop.device"),
         # How long, how often, how much is looked at.
         *("loop.steps", "loop.log_every", "loop.validate_every", "loop.sample_every"),

@@ -23,13 +23,15 @@ from llamagen.errors import InputError
 from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
 from llamagen.text.encoder import TextEncoder
+from llamagen.text.features import TextStore
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import distributed
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.conditioning import (
-    CaptionConditioning,
     Conditioning,
+    FeatureConditioning,
     LabelConditioning,
+    TokenConditioning,
 )
 from llamagen.training.config import TransformerSize, TransformerTraining
 from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, original_name
@@ -56,6 +58,8 @@ class Start:
     """The text encoder that is trained along, if one is."""
     frozen_text: TextEncoder | None = None
     """The text encoder that stays as it is, if there is one."""
+    features: TextStore | None = None
+    """What such an encoder has made of the captions before, instead of itself."""
 
     def build(self) -> Transformer | TextModel:
         """The model, with weights of no meaning, or without memory if it is to be sharded."""
@@ -77,9 +81,11 @@ class Start:
     def conditioning(self, model: Transformer | TextModel) -> Conditioning:
         """How images are told to ``model``."""
         if isinstance(model, TextModel):
-            return CaptionConditioning(model.encoder, frozen=False)
+            return TokenConditioning(model.encoder, frozen=False)
         if self.frozen_text is not None:
-            return CaptionConditioning(self.frozen_text, frozen=True)
+            return TokenConditioning(self.frozen_text, frozen=True)
+        if self.features is not None:
+            return FeatureConditioning(self.features)
         return LabelConditioning()
 
     def fill(self, model: Transformer | TextModel) -> None:
@@ -107,13 +113,18 @@ class Start:
 
     def pipeline(self, tokenizer: ImageTokenizer, model: Transformer | TextModel) -> Pipeline:
         """What draws images with ``model``."""
+        text: TextEncoder | TextConfig | None = self.frozen_text
+        if isinstance(model, TextModel):
+            text = model.encoder
+        elif self.features is not None:
+            text = self.features.text
         return Pipeline(
             tokenizer,
             transformer_of(model),
             labels=self.labels,
             name=self.recipe.out.name,
             sampling=self.recipe.sampling,
-            text_encoder=model.encoder if isinstance(model, TextModel) else self.frozen_text,
+            text_encoder=text,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -127,6 +138,8 @@ class Start:
             values["small_text"] = config_to_dict(self.small_text)
         if self.frozen_text is not None:
             values["text_encoder"] = self.frozen_text.config.encoder
+        if self.features is not None:
+            values["text_features"] = self.features.identity
         return values
 
     def _new(self, *, lora: bool = True) -> Transformer | TextModel:
@@ -249,6 +262,8 @@ def _find_text(
 ) -> dict[str, Any]:
     """The text encoder of a run, frozen or small, as ``Start`` has it."""
     asked = recipe.text
+    if asked.text_features is not None:
+        return {"features": _open_features(asked.text_features, asked.text_encoder)}
     found = None
     if recipe.init is not None and asked.text_encoder is None and about is None:
         found = checkpoints.resolve_pipeline(recipe.init)
@@ -279,8 +294,21 @@ def _find_text(
     return {"small_text": asked.small}
 
 
+def _open_features(folder: Path, encoder: str | None) -> TextStore:
+    store = TextStore.open(folder)
+    if encoder is not None and encoder != store.text.encoder:
+        raise InputError(
+            f"the text features in {folder} were made by {store.text.encoder}, not by {encoder}; "
+            f"extract them again with that, or leave --text-encoder out"
+        )
+    return store
+
+
 def _text_sizes(text: dict[str, Any], recipe: TransformerTraining) -> dict[str, Any]:
     frozen, small = text.get("frozen_text"), text.get("small_text")
+    features: TextStore | None = text.get("features")
+    if features is not None:
+        return {"text_dim": features.width, "text_length": features.text.max_length}
     if frozen is not None:
         return {"text_dim": frozen.width, "text_length": recipe.text.text_length}
     assert small is not None

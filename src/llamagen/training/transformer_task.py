@@ -26,6 +26,7 @@ from llamagen.errors import InputError
 from llamagen.labels import Labels
 from llamagen.pictures import image_grid, save_png
 from llamagen.pipeline import Pipeline
+from llamagen.text.encoder import padded
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
@@ -153,6 +154,8 @@ class TransformerTask(Task):
             "the training codes": codes.training.identity,
             "the number of training images": str(len(codes.trained)),
         }
+        if start.features is not None:
+            self.data["the text features"] = start.features.identity
         self._tokenizer = tokenizer
         self._codes = codes
         self._skipped = self._list_skipped()
@@ -229,7 +232,13 @@ class TransformerTask(Task):
         With the same seeds every time.
         """
         prompts, names, columns = self._prompts()
-        images = self._pipeline_of(model)(prompts, seed=0).images
+        pipeline, features = self._pipeline_of(model), self.start.features
+        if features is None:
+            images = pipeline(prompts, seed=0).images
+        else:
+            # The encoder that made them need not be here.
+            embeds, mask = padded(features.features([str(prompt) for prompt in prompts]))
+            images = pipeline(prompt_embeds=embeds, prompt_attention_mask=mask, seed=0).images
         scale = max(1, _SHEET_SIDE // images[0].width)
         save_png(image_grid(images, columns=columns, captions=names, scale=scale), path)
 
