@@ -86,3 +86,14 @@ def test_what_does_not_fit_is_refused_before_it_is_built(fails, monkeypatch, nam
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     line = fails("train", "transformer", "--recipe", name, "--dry-run", "--device", "cpu")
     assert "GB on cpu, which has 8.0 GB free" in line
+
+
+def test_published_text_models_are_not_downloaded(run, tmp_path):
+    sizes = "--batch-size 2 --size 64 --dim 32 --layers 1 --heads 2 --hidden-dim 64 --no-compile"
+    for recipe in ("t2i-XL-256", "t2i-XL-512"):
+        # Stage II goes on from stage I, whose size is then the published one.
+        more = sizes.split() if recipe == "t2i-XL-256" else ["--init", "None", *sizes.split()]
+        command = ("train", "transformer", "--recipe", recipe, "--dry-run", *more)
+        result = run(*command, "--device", "cpu", "--out", tmp_path / "out")
+        assert result.status == 0, result.err
+        assert "2 steps taken" in result.out

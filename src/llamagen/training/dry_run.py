@@ -10,7 +10,7 @@ import dataclasses
 import resource
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from llamagen.checkpoints.names import find_public
 from llamagen.config import (
     TOKENIZER_PRESETS,
     Grid,
+    TextConfig,
     TokenizerConfig,
     TransformerConfig,
     preset,
@@ -50,10 +51,13 @@ from llamagen.training.sources import (
 )
 from llamagen.training.tokenizer_task import TokenizerTask
 from llamagen.training.transformer_data import Codes
-from llamagen.training.transformer_start import find_start
+from llamagen.training.transformer_start import Start, find_start
 from llamagen.training.transformer_task import TransformerTask
 
 _STEPS = 2
+_PUBLISHED_ENCODER = TextConfig()
+_CAPTION_TOKENS = 24
+"""Tokens of a caption that is made up."""
 _GB = 1e9
 
 
@@ -139,7 +143,14 @@ def _transformer(recipe: TransformerTraining, small: Any) -> tuple[_Data, Callab
     classes = names or tuple(map(str, range(recipe.num_classes or 1000)))
     grid = tokenizer.grid_of(*recipe.images.shape)
     small = _without_download(small)
+    stand_in_text = small.text.text_encoder == _PUBLISHED_ENCODER.encoder
+    stand_in_text = stand_in_text and small.text.text_features is None
+    if stand_in_text:
+        without = dataclasses.replace(small.text, text_encoder=None)
+        small = dataclasses.replace(small, text=without)
     start = find_start(small, codebook_size=tokenizer.codebook_size, grid=grid, class_names=classes)
+    if stand_in_text and small.condition == "text":
+        start = _with_random_features(start)
     store_of_noise: Any = _RandomCodes(recipe.loop.batch_size, grid, tokenizer, len(classes))
     rows = np.arange(len(store_of_noise))
     codes = Codes(store_of_noise, rows, store_of_noise, rows[:0])
@@ -163,6 +174,25 @@ def _without_download(recipe: TransformerTraining) -> TransformerTraining:
         return recipe
     size = preset_model(TransformerTraining, public.preset)
     return dataclasses.replace(recipe, init=None, model=size)
+
+
+def _with_random_features(start: Start) -> Start:
+    """The start with features of no text, as wide as those of the published encoder."""
+    features: Any = _RandomFeatures()
+    width = TransformerConfig(condition="text").text_dim
+    config = dataclasses.replace(start.config, text_dim=width)
+    return dataclasses.replace(start, small_text=None, features=features, config=config)
+
+
+class _RandomFeatures:
+    """A store of text features that has one of every caption."""
+
+    text = _PUBLISHED_ENCODER
+    identity = "random"
+
+    def features(self, captions: Sequence[str]) -> list[torch.Tensor]:
+        width = TransformerConfig(condition="text").text_dim
+        return [torch.randn(_CAPTION_TOKENS, width) for _ in captions]
 
 
 def _smallest(config: TokenizerConfig) -> TokenizerConfig:
