@@ -17,6 +17,13 @@ import llamagen.storage as storage
 from llamagen import checkpoints
 from llamagen import labels as label_files
 from llamagen.adapters import merge_adapter
+from llamagen.conditions import (
+    Conditions,
+    Prompts,
+    class_conditions,
+    one_each,
+    text_conditions,
+)
 from llamagen.config import Grid, SamplingConfig, TextConfig
 from llamagen.devices import find_device, find_dtype
 from llamagen.errors import InputError
@@ -58,21 +65,6 @@ class PipelineOutput:
     """Seed of each image: with the same model and settings it makes the image again."""
     metadata: tuple[dict[str, Any], ...]
     """Per image: model, class or prompt, seed and settings; ``pictures.save_png`` stores them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Conditions:
-    """One condition per image of a call."""
-
-    condition: Tensor
-    mask: Tensor | None
-    described: list[dict[str, Any]]
-    unconditional: Tensor | None = None
-    """What guidance leads away from, if that is not the model's own "no condition"."""
-    unconditional_mask: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.condition.shape[0]
 
 
 class Pipeline:
@@ -304,9 +296,9 @@ class Pipeline:
 
     def __call__(
         self,
-        prompt: str | int | Sequence[str | int] | None = None,
+        prompt: Prompts | None = None,
         *,
-        negative_prompt: str | int | Sequence[str | int] | None = None,
+        negative_prompt: Prompts | None = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         guidance_stop: int | None = None,
@@ -398,12 +390,12 @@ class Pipeline:
 
     def _conditions(
         self,
-        prompt: str | int | Sequence[str | int] | None,
-        negative: str | int | Sequence[str | int] | None,
+        prompt: Prompts | None,
+        negative: Prompts | None,
         embeds: Tensor | None,
         mask: Tensor | None,
         copies: int,
-    ) -> _Conditions:
+    ) -> Conditions:
         if embeds is not None:
             if self.labels is not None or prompt is not None or negative is not None:
                 raise InputError(
@@ -413,7 +405,7 @@ class Pipeline:
             if mask is not None:
                 mask = mask.repeat_interleave(copies, dim=0)
             embeds = embeds.repeat_interleave(copies, dim=0)
-            return _Conditions(embeds, mask, [{} for _ in range(embeds.shape[0])])
+            return Conditions(embeds, mask, [{} for _ in range(embeds.shape[0])])
         what = "prompt" if self.labels is None else "class"
         if prompt is None:
             kind = "text" if self.labels is None else "class"
@@ -422,66 +414,21 @@ class Pipeline:
         wanted = [prompt] if isinstance(prompt, str | int) else list(prompt)
         if not wanted:
             raise InputError(f"no {what} was given; name at least one")
-        against = _one_each(negative, len(wanted))
-        if self.labels is None:
-            return self._text_conditions(wanted, against, copies)
-        return self._class_conditions(self.labels, wanted, against, copies)
-
-    def _class_conditions(
-        self,
-        labels: Labels,
-        wanted: Sequence[str | int],
-        against: Sequence[str | int] | None,
-        copies: int,
-    ) -> _Conditions:
-        classes = [labels.find(name) for name in wanted for _ in range(copies)]
-        described: list[dict[str, Any]] = [
-            {"class": labels.name(index), "class_index": index} for index in classes
-        ]
-        if against is None:
-            return _Conditions(torch.tensor(classes), None, described)
-        others = [labels.find(name) for name in against for _ in range(copies)]
-        for entry, index in zip(described, others, strict=True):
-            entry["negative_prompt"] = labels.name(index)
-        return _Conditions(torch.tensor(classes), None, described, torch.tensor(others))
-
-    def _text_conditions(
-        self,
-        wanted: Sequence[str | int],
-        against: Sequence[str | int] | None,
-        copies: int,
-    ) -> _Conditions:
-        from llamagen.text.encoder import padded
-
+        against = one_each(negative, len(wanted))
+        if self.labels is not None:
+            return class_conditions(self.labels, wanted, against, copies)
         encoder = self.text_encoder
         if encoder is None:
             raise InputError(
                 f"{self.name} is conditioned on text features, and comes without a text encoder: "
                 f"name one with text_encoder (--text-encoder), or give prompt_embeds"
             )
-        texts = [*map(str, wanted), *map(str, against or ())]
-        # Each text once, and whatever is wrong with one before the first is encoded.
-        prepared = {text: encoder.require_text(text) for text in texts}
-        encoder.token_ids(list(prepared.values()), warn=True)
-        features = dict(zip(prepared, encoder.encode(list(prepared.values())), strict=True))
-        length = max(map(len, features.values()))
-
-        def rows(chosen: Sequence[str | int]) -> tuple[Tensor, Tensor]:
-            return padded([features[str(t)] for t in chosen for _ in range(copies)], length)
-
-        described: list[dict[str, Any]] = [
-            {"prompt": str(t)} for t in wanted for _ in range(copies)
-        ]
-        if against is None:
-            return _Conditions(*rows(wanted), described)
-        others = [str(text) for text in against for _ in range(copies)]
-        for entry, text in zip(described, others, strict=True):
-            entry["negative_prompt"] = text
-        return _Conditions(*rows(wanted), described, *rows(against))
+        texts = None if against is None else list(map(str, against))
+        return text_conditions(encoder, list(map(str, wanted)), texts, copies)
 
     def _drawn(
         self,
-        conditions: _Conditions,
+        conditions: Conditions,
         seeds: Sequence[int],
         sampling: SamplingConfig,
         batch_size: int | None,
@@ -515,21 +462,6 @@ class Pipeline:
 
 def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
     return None if tensor is None else tensor[rows]
-
-
-def _one_each(
-    negative: str | int | Sequence[str | int] | None, prompts: int
-) -> list[str | int] | None:
-    """One negative prompt per prompt."""
-    if negative is None:
-        return None
-    if isinstance(negative, str | int):
-        return [negative] * prompts
-    if len(negative) != prompts:
-        raise InputError(
-            f"{len(negative)} negative prompts for {prompts} prompts; give one, or one per prompt"
-        )
-    return list(negative)
 
 
 def _row_callback(

@@ -17,6 +17,7 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import TEN_CROP_RANGES
 from llamagen.data.views import ViewKind
 from llamagen.errors import InputError
+from llamagen.launch import Launch, own_device
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +97,7 @@ def _check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
     if options.workers is not None and options.workers < 0:
         raise InputError(f"--workers is {options.workers}, expected at least 0")
-    if _world_size() > 1:
+    if Launch.current().world_size > 1:
         if options.processes > 1:
             raise InputError("torchrun starts the processes already; leave --processes out")
         if options.from_published is not None or options.export_published is not None:
@@ -118,7 +119,8 @@ def _extract(source: str, options: Options) -> Extraction:
     from llamagen.devices import keep_freed_memory
 
     device, dtype = options.resolve()
-    device = _own_device(device)
+    launch = Launch.current()
+    device = own_device(device, launch)
     workers = options.workers
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
@@ -138,7 +140,6 @@ def _extract(source: str, options: Options) -> Extraction:
             overwrite=options.overwrite,
         )
     keep_freed_memory()
-    rank = int(os.environ.get("RANK", "0"))
     return extract_store(
         tokenizer,
         images,
@@ -149,10 +150,10 @@ def _extract(source: str, options: Options) -> Extraction:
         workers=workers,
         dtype=dtype,
         compiled=options.compile,
-        rank=rank,
-        world_size=_world_size(),
+        rank=launch.rank,
+        world_size=launch.world_size,
         overwrite=options.overwrite,
-        progress=rank == 0,
+        progress=launch.rank == 0,
     )
 
 
@@ -187,20 +188,6 @@ def _tokenizer(options: Options, device: torch.device) -> ImageTokenizer:
 
     # float32 whatever it encodes with: a tokenizer is known by these weights.
     return load_tokenizer(options.tokenizer, device=device, dtype=torch.float32)
-
-
-def _world_size() -> int:
-    """Processes that torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """Under torchrun, each process of a machine takes a GPU of its own."""
-    import torch
-
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
-        return device
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
 
 def _report(extraction: Extraction, out: Path) -> None:

@@ -58,12 +58,12 @@ def run(options: Options) -> None:
     import torch
     from tqdm import tqdm
 
+    from llamagen.launch import Launch, own_device
     from llamagen.text.encoder import TextEncoder
     from llamagen.text.features import extract_text
-    from llamagen.training.distributed import Launch, own_device
 
     device, dtype = options.resolve()
-    launch = Launch.read() or Launch(rank=0, local_rank=0, world_size=1)
+    launch = Launch.current()
     config = TextConfig(
         encoder=options.text_encoder, max_length=options.text_length, clean=options.clean_captions
     )

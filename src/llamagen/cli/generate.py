@@ -122,10 +122,10 @@ def _draw_file(options: Options, path: Path) -> None:
     from tqdm import tqdm
 
     from llamagen.drawing import draw_into_folder, plan_images
-    from llamagen.training.distributed import Launch, own_device
+    from llamagen.launch import Launch, own_device
 
     device, dtype = options.resolve()
-    launch = Launch.read() or Launch(rank=0, local_rank=0, world_size=1)
+    launch = Launch.current()
     pipe = _load(options.model, options, own_device(device, launch), dtype)
     planned = plan_images(prompts, images_per_prompt=options.count, seed=options.seed or 0)
     size = options.batch_size or _BATCH

@@ -18,7 +18,7 @@ from llamagen.data.store import CodeStore
 from llamagen.errors import InputError
 from llamagen.text.encoder import TextEncoder, padded
 from llamagen.text.features import TextStore
-from llamagen.training.loop import Batch
+from llamagen.training.task import Batch
 
 _REMEMBERED = 1 << 18
 """Captions whose tokens are remembered, at most."""

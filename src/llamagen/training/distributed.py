@@ -8,9 +8,7 @@ variables) has started it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import datetime as dt
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -19,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llamagen.devices import find_device
-from llamagen.errors import InputError
+from llamagen.launch import Launch, own_device
 
 T = TypeVar("T")
 
@@ -126,28 +124,6 @@ def main_first() -> Iterator[None]:
             barrier()
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """What torchrun says of this process in its environment."""
-
-    rank: int
-    local_rank: int
-    world_size: int
-
-    @classmethod
-    def read(cls) -> Launch | None:
-        """None if the process was started alone."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return None
-        numbers = []
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            text = os.environ.get(name, "0")
-            if not text.isdecimal():
-                raise InputError(f"{name} is {text!r} in the environment; start with torchrun")
-            numbers.append(int(text))
-        return cls(*numbers)
-
-
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
     """Joins the run's other processes, if there are any; yields this process's device.
@@ -174,28 +150,6 @@ def process_group(device: str) -> Iterator[torch.device]:
     yield where
     # Not after an error: where another process is gone, saying goodbye would wait for it.
     dist.destroy_process_group()
-
-
-def own_device(device: torch.device, launch: Launch) -> torch.device:
-    """The device of this process: on "cuda" the GPU of its local rank.
-
-    Raises:
-        InputError: this machine has fewer GPUs than processes, or the device cannot be shared.
-    """
-    if launch.world_size == 1:
-        return device
-    if device.type == "mps":
-        raise InputError("several processes cannot share device mps; start one, without torchrun")
-    if device.type != "cuda":
-        return device
-    if launch.local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"process {launch.local_rank} of this machine has no GPU of its own, there are "
-            f"{torch.cuda.device_count()}; lower torchrun's --nproc_per_node"
-        )
-    own = torch.device("cuda", launch.local_rank)
-    torch.cuda.set_device(own)
-    return own
 
 
 def _reduced(tensor: Tensor, operation: Any) -> Tensor:

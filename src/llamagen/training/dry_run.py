@@ -38,7 +38,7 @@ from llamagen.errors import InputError
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import distributed
 from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
-from llamagen.training.loop import Task, try_steps
+from llamagen.training.loop import try_steps
 from llamagen.training.parallel import require_shares
 from llamagen.training.recipes import preset_model
 from llamagen.training.run_folder import open_run
@@ -49,6 +49,7 @@ from llamagen.training.sources import (
     find_run_images,
     tokenizer_images,
 )
+from llamagen.training.task import Task
 from llamagen.training.tokenizer_task import TokenizerTask
 from llamagen.training.transformer_data import Codes
 from llamagen.training.transformer_start import Start, find_start

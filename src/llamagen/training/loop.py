@@ -2,21 +2,21 @@
 
 What differs between them is a ``Task``. Every random number of a step comes from the run's seed
 and the step's number, so a run that is interrupted goes on exactly as it would have, and what
-happens between steps (validation, samples) cannot change it.
+happens between steps (validation, samples) cannot change it. Longer than most files: it is one
+loop, and reads from top to bottom.
 """
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import hashlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,29 +46,15 @@ from llamagen.training.parallel import (
 )
 from llamagen.training.run_folder import check_same_data, checkpoint_folder
 from llamagen.training.signals import StopRequest
+from llamagen.training.task import Batch, Task
 from llamagen.training.throughput import peak_flops
 from llamagen.training.trackers import open_trackers
-
-Batch = dict[str, Tensor]
-"""Named tensors with one row per image."""
 
 _log = logging.getLogger(__name__)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM, after the run was saved; the message says how to go on."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Losses:
-    """What a task computes of a batch."""
-
-    total: Tensor
-    """Scalar, to be minimised by the model."""
-    metrics: dict[str, Tensor]
-    """Scalars to be logged, without gradients."""
-    adversary: Tensor | None = None
-    """Scalar, to be minimised by the adversary; it leads back to nothing of the model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,92 +74,6 @@ class TrainingResult:
     """The last validation's metrics; empty without validation images."""
     skipped: int
     """Files that could not be read."""
-
-
-class Task(abc.ABC):
-    """What is trained, on what, and how one sees how well."""
-
-    name: ClassVar[str]
-    panels: Mapping[str, Sequence[str]]
-    """The curves: title -> metrics."""
-    model: nn.Module
-    adversary: nn.Module | None = None
-    """Trained against the model, with an optimiser of its own; always in training mode."""
-    adversary_lr: float = 0.0
-    """The adversary's learning rate where the model's is the recipe's; both follow one schedule."""
-    data: Mapping[str, str]
-    """Identity of everything that the run reads, by name."""
-    units_per_image: Mapping[str, float] = {}
-    """What speed is measured in beside images: name -> how many an image has."""
-
-    def prepare(self) -> None:  # noqa: B027
-        """Called once before the first step of a new run, with the model on its device.
-
-        In every process; where the model is whole in each, the main process's weights count.
-        """
-
-    @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """What the model is, as plain values for the checkpoint: its kind, its configuration."""
-
-    def blocks(self) -> list[nn.Module]:
-        """Parts of the model that are compiled, or sharded, one by one."""
-        return []
-
-    def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A model like ``self.model`` with this state, for one that is spread over processes."""
-        raise NotImplementedError(f"{self.name} models are not sharded")
-
-    def flops_per_image(self) -> float | None:
-        """Floating-point operations of a training step for one image, if they are known."""
-        return None
-
-    @abc.abstractmethod
-    def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """The batches of the steps from ``first`` up to but not including ``last``."""
-
-    @abc.abstractmethod
-    def losses(
-        self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
-    ) -> Losses:
-        """Of one batch, or of a part of it.
-
-        Args:
-            model: ``self.model`` as it is to be called: perhaps in a wrapper of torch.
-            batch: this process's rows, on its device.
-            step: finished steps.
-            adversary: ``self.adversary``, likewise.
-        """
-
-    def after_step(self, step: int) -> None:  # noqa: B027
-        """Called in every process after the weights have moved in step ``step``."""
-
-    def statistics(self) -> dict[str, float]:
-        """Further numbers to log, of the recent batches together."""
-        return {}
-
-    @abc.abstractmethod
-    def validate(self, model: nn.Module) -> dict[str, float]:
-        """Metrics on held-out images, the same in every process; empty if there are none."""
-
-    @abc.abstractmethod
-    def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Writes a picture that shows what the model can do; called in the main process only."""
-
-    @abc.abstractmethod
-    def export(self, model: nn.Module, out: Path) -> Path:
-        """Writes the model's folder into the run's; returns it. In the main process only."""
-
-    @abc.abstractmethod
-    def skipped(self) -> int:
-        """Files that could not be read so far."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside model and optimiser, collected from all processes."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Takes up what ``state_dict`` returned."""
 
 
 def fit(

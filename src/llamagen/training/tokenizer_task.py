@@ -29,13 +29,14 @@ from llamagen.training.adversarial import adaptive_weight, discriminator_loss, g
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining
 from llamagen.training.discriminators import make_discriminator
-from llamagen.training.loop import Batch, Losses, Task, TrainingResult, fit, own_random_numbers
+from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_loss
 from llamagen.training.parallel import seeded
 from llamagen.training.perceptual import Lpips, load_lpips
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
 from llamagen.training.sources import TokenizerImages, tokenizer_images
+from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.usage import CodebookUsage
 
 MODEL_FOLDER = "tokenizer"

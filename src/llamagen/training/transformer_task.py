@@ -30,11 +30,12 @@ from llamagen.text.encoder import padded
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
-from llamagen.training.loop import Batch, Losses, Task, TrainingResult, fit, own_random_numbers
+from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
+from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.text_model import TextModel
 from llamagen.training.throughput import training_flops
 from llamagen.training.transformer_data import Codes, find_codes
