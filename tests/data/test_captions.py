@@ -1,6 +1,13 @@
 import pytest
 
-from llamagen.data.captions import Caption, caption_columns, captions_of, draw_caption
+from llamagen.data.captions import (
+    Caption,
+    CaptionTable,
+    caption_columns,
+    captions_of,
+    draw_caption,
+    write_captions,
+)
 from llamagen.data.columns import SourceConfig
 from llamagen.errors import InputError
 
@@ -47,3 +54,32 @@ def test_columns():
     for bad in ({"caption_weights": (1.0,)}, {"caption_separator": ""}):
         with pytest.raises(InputError, match="caption_"):
             SourceConfig(**bad)
+
+
+class TestTable:
+    CAPTIONS = (
+        (Caption("röd", 0.7), Caption('a "quoted"\nline', 0.3)),
+        (),
+        (Caption("", 1.0),),
+    )
+
+    def test_there_and_back(self, tmp_path):
+        write_captions(tmp_path, self.CAPTIONS)
+        table = CaptionTable(tmp_path, 3)
+        assert [table[index] for index in (2, 0, 1)] == [self.CAPTIONS[i] for i in (2, 0, 1)]
+        write_captions(tmp_path, [])
+        CaptionTable(tmp_path, 0)
+
+    def test_damaged(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"captions\.bin is missing"):
+            CaptionTable(tmp_path, 3)
+        write_captions(tmp_path, self.CAPTIONS)
+        with pytest.raises(InputError, match="3 of 4 images"):
+            CaptionTable(tmp_path, 4)
+        content = (tmp_path / "captions.bin").read_bytes()
+        (tmp_path / "captions.bin").write_bytes(content[:-1])
+        with pytest.raises(InputError, match="run llamagen extract-codes again"):
+            CaptionTable(tmp_path, 3)
+        (tmp_path / "captions.npy").write_bytes(b"nothing")
+        with pytest.raises(InputError, match=r"captions\.npy is damaged"):
+            CaptionTable(tmp_path, 3)

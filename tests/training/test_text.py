@@ -11,7 +11,6 @@ from llamagen.data.captions import Caption
 from llamagen.data.columns import SourceConfig
 from llamagen.data.extraction import extract_store
 from llamagen.data.sources import open_images
-from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.errors import InputError
 from llamagen.pipeline import Pipeline
@@ -59,9 +58,7 @@ def test_folder_of_the_run(captioned, tokenizer_folder, tmp_path):
     recipe = text_recipe(captioned, tokenizer_folder, out, ema_decay=0.5)
     result = train_transformer(recipe, quiet=True)
     assert result.validation["bits_per_code"] > 0
-    stored = CodeStore.open(out / "codes" / "training")
-    missing = stored.captions(range(len(stored))).count(())
-    assert result.train["without_caption"] == missing > 0
+    assert 0 < result.train["without_caption"] < 0.6
     assert (out / "samples" / "step-0000004.png").exists()
     pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")
     assert pipe.labels is None
@@ -125,9 +122,10 @@ def test_images_without_captions_weigh_nothing(tmp_path):
 
     torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0]))
     assert loss([1, 2]).item() == 0
-    assert task.statistics() == {"without_caption": 3}
+    some = task._conditioning.batch(store, np.array([0, 1, 2, 3]), None)
+    assert task._conditioning.metrics(some)["without_caption"].item() == 0.75
     empty = Store(store.codes, [()] * 4)
-    with pytest.raises(InputError, match="none of the 4 images"):
+    with pytest.raises(InputError, match="of 4 images in made up, none"):
         make_text_task(text_recipe(None, "", tmp_path), empty)
 
 
@@ -207,10 +205,7 @@ class TestStoredFeatures:
         text = TextTraining(text_features=features.folder)
         recipe = text_recipe(captioned, tokenizer_folder, out, text=text)
         result = train_transformer(recipe, quiet=True)
-        stored = CodeStore.open(out / "codes" / "training")
-        texts = [each[0].text if each else "" for each in stored.captions(range(len(stored)))]
-        missing = sum("one" in text or not text for text in texts)
-        assert result.train["without_caption"] == missing > 0
+        assert 0.2 < result.train["without_caption"] < 0.9
         longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=6))
         result = train_transformer(longer, quiet=True)
         pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+import llamagen.storage as storage
 from llamagen.data.columns import CAPTION_NAMES, SourceConfig, find_column
+from llamagen.errors import InputError
+
+_CONTENT_NAME = "captions.bin"
+_ENDS_NAME = "captions.npy"
+_AGAIN = "run llamagen extract-codes again with the same options"
 
 
 class Caption(NamedTuple):
@@ -68,6 +78,54 @@ def draw_caption(captions: Captions, number: float) -> str | None:
         if number < 0:
             return text
     return captions[-1].text
+
+
+class CaptionTable:
+    """Captions of many images on the disk, read one image at a time."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        """Opens what ``write_captions`` wrote into ``folder``.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            InputError: it is damaged, or of another number of images.
+        """
+        self._folder = folder
+        for name in (_CONTENT_NAME, _ENDS_NAME):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing; {_AGAIN}")
+        try:
+            self._ends = np.load(folder / _ENDS_NAME, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / _ENDS_NAME} is damaged ({error}); {_AGAIN}") from error
+        size = (folder / _CONTENT_NAME).stat().st_size
+        last = int(self._ends[-1]) if len(self._ends) else 0
+        if len(self._ends) != images or size != last:
+            raise InputError(
+                f"{folder / _CONTENT_NAME} has {size} of {last} bytes for {len(self._ends)} of "
+                f"{images} images; {_AGAIN}"
+            )
+        self._content = np.memmap(folder / _CONTENT_NAME, mode="r") if size else np.empty(0, "u1")
+
+    def __getitem__(self, index: int) -> Captions:
+        """The captions of an image."""
+        start = int(self._ends[index - 1]) if index else 0
+        text = self._content[start : int(self._ends[index])].tobytes()
+        return tuple(Caption(caption, weight) for caption, weight in json.loads(text))
+
+
+def write_captions(folder: Path, captions: Iterable[Captions]) -> None:
+    """Writes the captions of images, for ``CaptionTable``."""
+    ends: list[int] = []
+    end = 0
+    with storage.atomic_file(folder / _CONTENT_NAME) as temporary, temporary.open("wb") as file:
+        for each in captions:
+            content = json.dumps(each, ensure_ascii=False).encode("utf-8", "surrogatepass")
+            file.write(content)
+            end += len(content)
+            ends.append(end)
+    with storage.atomic_file(folder / _ENDS_NAME) as temporary, temporary.open("wb") as file:
+        np.save(file, np.array(ends, dtype=np.int64))
 
 
 def _texts(value: Any, separator: str | None) -> list[str]:

@@ -32,11 +32,10 @@ from llamagen.config import (
     config_to_dict,
     read_json,
 )
-from llamagen.data.captions import Caption, Captions
+from llamagen.data.captions import Caption, Captions, CaptionTable
 from llamagen.errors import InputError
 
 FileT = TypeVar("FileT", "StorePlan", "Manifest")
-T = TypeVar("T")
 
 FORMAT = "llamagen-codes"
 VERSION = 2
@@ -161,6 +160,7 @@ class CodeStore:
         self.manifest = manifest
         self._ends = np.cumsum(manifest.shards)
         self._maps: dict[int, np.ndarray] = {}
+        self._captions: CaptionTable | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -182,7 +182,7 @@ class CodeStore:
 
     def __getstate__(self) -> dict[str, Any]:
         # A mapping would be sent to another process with all it shows.
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_maps": {}, "_captions": None}
 
     @property
     def views(self) -> int:
@@ -275,10 +275,16 @@ class CodeStore:
 
         Raises:
             IndexError: there is no such image.
+            FileNotFoundError: the file of captions is missing.
+            InputError: the file of captions is damaged.
         """
         if not self.manifest.plan.captioned:
             return None
-        return self._told(indices, lambda sidecar: sidecar.captions or ())
+        if self._captions is None:
+            self._captions = CaptionTable(self.folder, len(self))
+        wanted = np.asarray(indices, dtype=np.int64)
+        _check_range(wanted, len(self), "image")
+        return [self._captions[index] for index in wanted.tolist()]
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """The paths of some images within the folder that they came from.
@@ -349,19 +355,19 @@ class CodeStore:
         return read_sidecar(self.folder, self.manifest.plan, shard)
 
     def _told(
-        self, indices: Sequence[int] | np.ndarray, tell: Callable[[Sidecar], Sequence[T]]
-    ) -> list[T]:
-        """What sidecars hold of some images, one entry each."""
+        self, indices: Sequence[int] | np.ndarray, tell: Callable[[Sidecar], Sequence[str]]
+    ) -> list[str]:
+        """One text per image, of those that sidecars hold."""
         wanted = np.asarray(indices, dtype=np.int64)
         _check_range(wanted, len(self), "image")
-        found: dict[int, T] = {}
+        texts = [""] * len(wanted)
         shards = np.searchsorted(self._ends, wanted, side="right")
         for shard in np.unique(shards):
             told = tell(self._sidecar(int(shard)))
             start = int(self._ends[shard]) - self.manifest.shards[shard]
             for place in np.flatnonzero(shards == shard):
-                found[int(place)] = told[int(wanted[place]) - start]
-        return [found[place] for place in range(len(wanted))]
+                texts[place] = told[int(wanted[place]) - start]
+        return texts
 
 
 def shard_path(folder: Path, shard: int) -> Path:

@@ -14,7 +14,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import llamagen.storage as storage
 from llamagen.config import config_to_dict
-from llamagen.data.captions import Captions
+from llamagen.data.captions import Captions, write_captions
 from llamagen.data.store import (
     MANIFEST_NAME,
     PLAN_NAME,
@@ -174,7 +174,14 @@ def _delete(out: Path) -> None:
     # The manifest first, the plan last: whatever is left by a kill is no complete store, but
     # still known as one.
     (out / MANIFEST_NAME).unlink(missing_ok=True)
-    for pattern in ("shard-*.json", "shard-*.npy", ".shard-*.tmp", SKIPPED_NAME, PLAN_NAME):
+    for pattern in (
+        "shard-*.json",
+        "shard-*.npy",
+        "captions.*",
+        ".shard-*.tmp",
+        SKIPPED_NAME,
+        PLAN_NAME,
+    ):
         for path in out.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -231,6 +238,11 @@ def write_shards(
     return count
 
 
+def _all_captions(out: Path, plan: StorePlan) -> Iterator[Captions]:
+    for shard in range(plan.shards):
+        yield from read_sidecar(out, plan, shard).captions or ()
+
+
 def complete(out: Path, plan: StorePlan) -> CodeStore | None:
     """Writes the manifest if all shards are there; several processes may do so at once.
 
@@ -259,6 +271,9 @@ def complete(out: Path, plan: StorePlan) -> CodeStore | None:
     if skipped:
         lines = [f"{file}\t{reason}\n" for file, reason in skipped]
         storage.write_text(out / SKIPPED_NAME, "".join(lines))
+    if plan.captioned:
+        # One table beside the shards: training reads captions of images in any order.
+        write_captions(out, _all_captions(out, plan))
     names = plan.class_names or (Labels.numbered(classes).names if plan.labelled else ())
     manifest = Manifest(
         plan=read_plan_file(StorePlan, out / PLAN_NAME),

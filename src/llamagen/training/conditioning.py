@@ -20,6 +20,8 @@ from llamagen.text.encoder import TextEncoder, padded
 from llamagen.text.features import TextStore
 from llamagen.training.task import Batch
 
+_LOOKED_AT = 1000
+"""Images that are looked at before a training starts, about."""
 _REMEMBERED = 1 << 18
 """Captions whose tokens are remembered, at most."""
 
@@ -43,14 +45,18 @@ class Conditioning(abc.ABC):
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
         """The loss of the batch's "codes" (B, T); rows where ``drop`` (B,) get no condition."""
 
-    def check(self, store: CodeStore, rows: np.ndarray) -> int:
-        """How many of these images lack a condition.
+    def check(self, store: CodeStore, rows: np.ndarray) -> None:
+        """Looks at some of these images.
 
         Raises:
-            InputError: all of them do.
+            InputError: none of them has a condition.
         """
         del store, rows
-        return 0
+
+    def metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """Further scalars to be logged of a batch."""
+        del batch
+        return {}
 
 
 class LabelConditioning(Conditioning):
@@ -112,15 +118,18 @@ class CaptionConditioning(Conditioning):
         )
         return loss
 
-    def check(self, store: CodeStore, rows: np.ndarray) -> int:
-        """How many of these images have no caption."""
-        missing = sum(not self._says_anything(each) for each in captions_of_rows(store, rows))
-        if missing == len(rows) > 0:
+    def check(self, store: CodeStore, rows: np.ndarray) -> None:
+        """See ``Conditioning``."""
+        some = rows[:: max(1, len(rows) // _LOOKED_AT)]
+        if len(some) and not any(map(self._says_anything, captions_of_rows(store, some))):
             raise InputError(
-                f"none of the {len(rows)} images in {store.folder} has a caption; name the column "
-                f"with --caption-columns and make the codes again"
+                f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
+                f"name the columns with --caption-columns and make the codes again"
             )
-        return missing
+
+    def metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """The share of images that had no caption, and so no weight."""
+        return {"without_caption": 1.0 - batch["weights"].mean()}
 
     def _says_anything(self, captions: Captions) -> bool:
         return bool(captions)

@@ -144,7 +144,7 @@ class TransformerTask(Task):
         self.start = start
         self.model = start.build()
         self._conditioning = start.conditioning(self.model)
-        self._without_caption = self._conditioning.check(codes.training, codes.trained)
+        self._conditioning.check(codes.training, codes.trained)
         self.panels = {
             "loss in bits per code": ("bits_per_code",),
             "norm of the gradients": ("grad_norm",),
@@ -203,7 +203,8 @@ class TransformerTask(Task):
         """Cross-entropy over all codes, some conditions replaced by "no condition"."""
         del step, adversary
         loss = self._conditioning.loss(model, batch, batch["drop"])
-        return Losses(total=loss, metrics={"bits_per_code": bits(loss.detach())})
+        metrics = {"bits_per_code": bits(loss.detach()), **self._conditioning.metrics(batch)}
+        return Losses(total=loss, metrics=metrics)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         """Loss on the held-out images, all with their labels or likeliest captions."""
@@ -278,10 +279,6 @@ class TransformerTask(Task):
     def skipped(self) -> int:
         """Files that could not be read."""
         return self._skipped
-
-    def statistics(self) -> dict[str, float]:
-        """How many images have no caption, and so no weight."""
-        return {} if self.start.labels is not None else {"without_caption": self._without_caption}
 
     def _list_skipped(self) -> int:
         """Lists the files that have no codes since they could not be read."""
