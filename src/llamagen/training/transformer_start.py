@@ -56,10 +56,12 @@ class Start:
     """None if it is conditioned on text."""
     small_text: SmallTextEncoderConfig | None = None
     """The text encoder that is trained along, if one is."""
+    text: TextConfig | None = None
+    """Where the text encoder is that stays as it is, if there is one."""
     frozen_text: TextEncoder | None = None
-    """The text encoder that stays as it is, if there is one."""
+    """That encoder, where training needs it."""
     features: TextStore | None = None
-    """What such an encoder has made of the captions before, instead of itself."""
+    """What it has made of the captions before, where training needs that instead."""
 
     def build(self) -> Transformer | TextModel:
         """The model, with weights of no meaning, or without memory if it is to be sharded."""
@@ -113,11 +115,7 @@ class Start:
 
     def pipeline(self, tokenizer: ImageTokenizer, model: Transformer | TextModel) -> Pipeline:
         """What draws images with ``model``."""
-        text: TextEncoder | TextConfig | None = self.frozen_text
-        if isinstance(model, TextModel):
-            text = model.encoder
-        elif self.features is not None:
-            text = self.features.text
+        text = model.encoder if isinstance(model, TextModel) else self.frozen_text or self.text
         return Pipeline(
             tokenizer,
             transformer_of(model),
@@ -136,10 +134,8 @@ class Start:
         }
         if self.small_text is not None:
             values["small_text"] = config_to_dict(self.small_text)
-        if self.frozen_text is not None:
-            values["text_encoder"] = self.frozen_text.config.encoder
-        if self.features is not None:
-            values["text_features"] = self.features.identity
+        if self.text is not None:
+            values["text"] = config_to_dict(self.text)
         return values
 
     def _new(self, *, lora: bool = True) -> Transformer | TextModel:
@@ -248,12 +244,16 @@ def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str)
     Raises:
         InputError: that is damaged; ``source`` names the checkpoint.
     """
-    by_class = recipe.condition == "class"
+    text: dict[str, Any] = {}
+    if "small_text" in about:
+        text["small_text"] = config_from_dict(SmallTextEncoderConfig, about["small_text"], source)
+    if "text" in about:
+        text["text"] = config_from_dict(TextConfig, about["text"], source)
     return Start(
         recipe=recipe,
         config=config_from_dict(TransformerConfig, about["config"], source),
-        labels=Labels(tuple(about["classes"])) if by_class else None,
-        **({} if by_class else _find_text(recipe, about, source)),
+        labels=Labels(tuple(about["classes"])) if recipe.condition == "class" else None,
+        **text,
     )
 
 
@@ -263,22 +263,20 @@ def _find_text(
     """The text encoder of a run, frozen or small, as ``Start`` has it."""
     asked = recipe.text
     if asked.text_features is not None:
-        return {"features": _open_features(asked.text_features, asked.text_encoder)}
+        store = _open_features(asked.text_features, asked.text_encoder)
+        return {"text": store.text, "features": store}
     found = None
     if recipe.init is not None and asked.text_encoder is None and about is None:
         found = checkpoints.resolve_pipeline(recipe.init)
-    name = asked.text_encoder or (about or {}).get("text_encoder")
-    if (
-        name is None
-        and found is not None
-        and found.text is not None
-        and not _has_own_encoder(found)
-    ):
-        name = found.text.encoder
+    name = asked.text_encoder
+    if name is None and about is not None and "text" in about:
+        name = about["text"]["encoder"]
+    if name is None and found is not None and found.text is not None:
+        name = None if _has_own_encoder(found) else found.text.encoder
     if name is not None:
         text = TextConfig(encoder=name, max_length=asked.text_length, clean=asked.clean_captions)
         with distributed.main_first():
-            return {"frozen_text": TextEncoder.from_pretrained(text)}
+            return {"text": text, "frozen_text": TextEncoder.from_pretrained(text)}
     if recipe.lora.lora_rank > 0:
         raise InputError(
             "LoRA adapts a transformer alone; name the text encoder that stays as it is with "
