@@ -1,0 +1,173 @@
+"""How well a text-conditional model draws emoji: those it has seen, and combinations it has not.
+
+    python benchmarks/emoji.py split emoji/              # writes train.csv and held-out.csv there
+    python benchmarks/emoji.py measure emoji/ --model runs/emoji/pipeline
+
+Held out is one of the five skin tones of every fourth person, hand or face that comes in all five.
+Measured are
+
+- seen: of 200 prompts of train.csv, the share whose image is nearer to the emoji that was asked for
+  than to any other of train.csv, by pixels and by the tokenizer's latents (mean squared error);
+- tone: of the prompts of held-out.csv, the share that is drawn in the right skin tone. The pixels
+  in which the five real tones of that emoji differ are compared with each of the five;
+- psnr: of the tokenizer's reconstructions of held-out.csv, which it must not have been trained on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import print_table, record
+from torch import Tensor
+
+from llamagen import Pipeline
+from llamagen.data.crops import center_crop
+from llamagen.data.images import open_image
+from llamagen.evaluation.metrics import psnr
+from llamagen.pictures import image_grid, save_png
+from llamagen.tokenizer import images_to_uint8, uint8_to_images
+
+TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
+EVERY = 4
+"""Of the emoji in five tones, every such one has a tone held out."""
+PROMPTS = 200
+DIFFERENT = 24
+"""Pixels count for the tone where the five differ by at least this much on average, of 255."""
+
+Row = dict[str, str]
+
+
+def read_rows(table: Path) -> list[Row]:
+    with table.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def in_five_tones(rows: list[Row]) -> dict[str, dict[str, Row]]:
+    """What comes in all five tones: its text without one -> tone -> row."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        match = re.fullmatch(rf"(.*) ({'|'.join(TONES)}) skin tone", row["text"])
+        if match and "skin tone" not in match[1]:
+            found.setdefault(match[1], {})[match[2]] = row
+    return {base: tones for base, tones in sorted(found.items()) if len(tones) == len(TONES)}
+
+
+def split(folder: Path) -> None:
+    rows = read_rows(folder / "metadata.csv")
+    chosen = list(in_five_tones(rows).values())[::EVERY]
+    held_out = [tones[TONES[number % len(TONES)]] for number, tones in enumerate(chosen)]
+    files = {row["file_name"] for row in held_out}
+    kept = [row for row in rows if row["file_name"] not in files]
+    for name, part in (("train.csv", kept), ("held-out.csv", held_out)):
+        with (folder / name).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(part)
+        print(f"{len(part)} emoji in {folder / name}")
+
+
+def load(folder: Path, rows: list[Row], side: int) -> np.ndarray:
+    """(N, side, side, 3) bytes."""
+    images = [center_crop(open_image(folder / row["file_name"]), side) for row in rows]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def nearest(drawn: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """For each row of ``drawn`` (N, ...), the row of ``known`` (M, ...) nearest to it."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (drawn, known))
+    return (np.square(b).sum(1) - 2 * a @ b.T).argmin(1)
+
+
+def share_found(chosen: np.ndarray, drawn: np.ndarray, known: np.ndarray) -> float:
+    """How often the nearest is the chosen one, or one that looks exactly like it."""
+    found = nearest(drawn, known)
+    same = [np.array_equal(known[a], known[b]) for a, b in zip(chosen, found, strict=True)]
+    return float(np.mean(same))
+
+
+def tone_of(drawn: np.ndarray, variants: np.ndarray) -> int:
+    """Which of the five real variants (5, H, W, 3) an image (H, W, 3) has the tone of."""
+    real = variants.astype(np.float64)
+    counts = real.std(0).mean(-1) >= DIFFERENT / 2
+    errors = np.abs(real - drawn)[:, counts].mean((1, 2))
+    return int(errors.argmin())
+
+
+@torch.inference_mode()
+def latents(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(images).movedim(-1, 1)
+    parts: list[Tensor] = []
+    for part in pixels.split(64):
+        found = pipe.tokenizer.encode_latents(uint8_to_images(part.to(pipe.device)))
+        parts.append(pipe.tokenizer.quantize.compared(found).cpu())
+    return torch.cat(parts).numpy()
+
+
+@torch.inference_mode()
+def reconstructed(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(images).movedim(-1, 1).to(pipe.device)
+    found = pipe.tokenizer.decode(pipe.tokenizer.encode(uint8_to_images(pixels)))
+    return images_to_uint8(found).movedim(1, -1).cpu().numpy()
+
+
+def measure(folder: Path, model: str, out: Path, seed: int) -> None:
+    rows, held_out = (read_rows(folder / name) for name in ("train.csv", "held-out.csv"))
+    pipe = Pipeline.from_pretrained(model)
+    rows_of_codes = pipe.transformer.config.grid[0]
+    side = rows_of_codes * pipe.tokenizer.config.downsampling
+    known, real = load(folder, rows, side), load(folder, held_out, side)
+
+    chosen = np.arange(PROMPTS) * len(rows) // PROMPTS
+    prompts = [rows[index]["text"] for index in chosen]
+    seen = pipe(prompts, seed=seed).images
+    drawn = np.stack([np.asarray(image) for image in seen])
+    new = pipe([row["text"] for row in held_out], seed=seed).images
+    sheet = [x for pair in zip(new, real, strict=True) for x in pair]
+    out.mkdir(parents=True, exist_ok=True)
+    save_png(image_grid(seen[:64], columns=8, captions=prompts[:64]), out / "seen.png")
+    save_png(image_grid(sheet, columns=10), out / "held-out.png")
+
+    variants = in_five_tones([*rows, *held_out])
+    right = []
+    for row, image in zip(held_out, new, strict=True):
+        (tones,) = [each for each in variants.values() if row in each.values()]
+        five = load(folder, [tones[tone] for tone in TONES], side)
+        right.append(tone_of(np.asarray(image), five) == TONES.index(tone_name(row)))
+    results = {
+        "model": pipe.name,
+        "seen, by pixels": share_found(chosen, drawn, known),
+        "seen, by latents": share_found(chosen, latents(pipe, drawn), latents(pipe, known)),
+        "tone": float(np.mean(right)),
+        "psnr": float(psnr(real, reconstructed(pipe, real)).mean()),
+    }
+    print_table(["measure", "value"], [[k, str(v)] for k, v in results.items()])
+    record("emoji", results)
+
+
+def tone_name(row: Row) -> str:
+    return row["text"].removesuffix(" skin tone").rsplit(" ", 1)[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("action", choices=["split", "measure"])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--out", type=Path, default=Path("runs/emoji-measured"))
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.action == "split":
+        split(arguments.folder)
+    elif arguments.model is None:
+        parser.error("measure needs --model")
+    else:
+        measure(arguments.folder, arguments.model, arguments.out, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
