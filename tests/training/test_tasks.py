@@ -331,6 +331,9 @@ class Store:
     def rows(self, indices, views):
         return self.codes[indices, views]
 
+    def readable(self, indices):
+        return indices
+
     def skipped(self):
         return []
 
@@ -371,3 +374,17 @@ def test_bfloat16_trains(digits, tmp_path):
     recipe = tokenizer_recipe(digits, tmp_path / "out", precision="bfloat16", steps=2)
     result = train_tokenizer(recipe, quiet=True)
     assert ImageTokenizer.from_pretrained(result.model).dtype == torch.float32
+
+
+def test_encoding_always_is_encoding_once(digits, tokenizer_folder, tmp_path):
+    for encode in ("once", "always"):
+        recipe = transformer_recipe(digits, tokenizer_folder, tmp_path / encode, encode=encode)
+        train_transformer(recipe, quiet=True)
+    assert records(tmp_path / "always") == records(tmp_path / "once")
+    assert not (tmp_path / "always" / "codes" / "training").exists()
+    # An interrupted run goes on, and not with the other's codes.
+    recipe = transformer_recipe(digits, tokenizer_folder, tmp_path / "always", encode="always")
+    longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=6))
+    assert train_transformer(longer, quiet=True).steps == 6
+    with pytest.raises(InputError, match="encode"):
+        train_transformer(dataclasses.replace(longer, encode="once"), quiet=True)

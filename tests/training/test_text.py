@@ -311,6 +311,9 @@ class Store:
     def rows(self, indices, views):
         return self.codes[indices, views]
 
+    def readable(self, indices):
+        return indices
+
     def captions(self, indices):
         return [self._captions[i] for i in indices]
 

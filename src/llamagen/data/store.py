@@ -270,6 +270,10 @@ class CodeStore:
             parts.append(labels)
         return np.concatenate(parts)
 
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """These images: those that could not be read are in no store."""
+        return indices
+
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
         """The captions of some images; None for images without captions.
 

@@ -81,3 +81,12 @@ class Views:
             ]
         crop = center_crop(image, self.height, width=self.width)
         return [crop] if self.kind == "center" else [crop, ImageOps.mirror(crop)]
+
+    def view(self, image: Image.Image, number: int) -> Image.Image:
+        """The view of this number, without those before it."""
+        if not self.kind.endswith("-crop"):
+            crop = center_crop(image, self.height, width=self.width)
+            return ImageOps.mirror(crop) if number == 1 else crop
+        each = len(self) // len(self.crop_ranges)
+        one = dataclasses.replace(self, crop_ranges=(self.crop_ranges[number // each],))
+        return one(image)[number % each]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.data.captions import Captions, draw_caption
-from llamagen.data.store import CodeStore
+from llamagen.data.live_codes import CodeSource
 from llamagen.errors import InputError
 from llamagen.text.encoder import TextEncoder, padded
 from llamagen.text.features import TextStore
@@ -31,7 +31,10 @@ class Conditioning(abc.ABC):
 
     @abc.abstractmethod
     def batch(
-        self, store: CodeStore, rows: np.ndarray, numbers: Sequence[random.Random] | None
+        self,
+        store: CodeSource,
+        rows: np.ndarray,
+        numbers: Sequence[random.Random] | None,
     ) -> Batch:
         """The conditions of some images, with one row for each.
 
@@ -45,7 +48,7 @@ class Conditioning(abc.ABC):
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
         """The loss of the batch's "codes" (B, T); rows where ``drop`` (B,) get no condition."""
 
-    def check(self, store: CodeStore, rows: np.ndarray) -> None:
+    def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """Looks at some of these images.
 
         Raises:
@@ -63,7 +66,10 @@ class LabelConditioning(Conditioning):
     """The class of each image."""
 
     def batch(
-        self, store: CodeStore, rows: np.ndarray, numbers: Sequence[random.Random] | None
+        self,
+        store: CodeSource,
+        rows: np.ndarray,
+        numbers: Sequence[random.Random] | None,
     ) -> Batch:
         """Labels (B,)."""
         del numbers
@@ -81,7 +87,10 @@ class CaptionConditioning(Conditioning):
     """A caption of each image, drawn anew each time. Images without any weigh nothing."""
 
     def batch(
-        self, store: CodeStore, rows: np.ndarray, numbers: Sequence[random.Random] | None
+        self,
+        store: CodeSource,
+        rows: np.ndarray,
+        numbers: Sequence[random.Random] | None,
     ) -> Batch:
         """Texts (B, L) or (B, L, W), where they are no padding (B, L), and weights (B,)."""
         captions = captions_of_rows(store, rows)
@@ -118,7 +127,7 @@ class CaptionConditioning(Conditioning):
         )
         return loss
 
-    def check(self, store: CodeStore, rows: np.ndarray) -> None:
+    def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""
         some = rows[:: max(1, len(rows) // _LOOKED_AT)]
         if len(some) and not any(map(self._says_anything, captions_of_rows(store, some))):
@@ -183,7 +192,7 @@ class FeatureConditioning(CaptionConditioning):
         return any(len(f) for f in self._features.features([each.text for each in captions]))
 
 
-def captions_of_rows(store: CodeStore, rows: np.ndarray) -> list[Captions]:
+def captions_of_rows(store: CodeSource, rows: np.ndarray) -> list[Captions]:
     """The captions of some images of a store.
 
     Raises:

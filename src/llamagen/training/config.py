@@ -480,6 +480,9 @@ class TransformerTraining:
     out: Path = Path("runs/transformer")
     """Folder of the run: checkpoints, metrics, samples, and the whole model in "pipeline"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+    encode: Literal["once", "always"] = "once"
+    """Encode all views of the images once, before the training, or the one that is drawn each time
+    an image is read: nothing to wait for and no disk, but more computation."""
     views: ViewKind = "ten-crop"
     """Views of an image that are encoded, one drawn at random each time it is read: its centre
     crop; that and its mirror image; its corners and middle, five for each of the crop ranges; or
@@ -513,6 +516,10 @@ class TransformerTraining:
             f"views is {self.views!r}, expected one of {', '.join(typing.get_args(ViewKind))}",
         )
         check_crop_ranges(self.crop_ranges)
+        _require(
+            self.encode in ("once", "always"),
+            f"encode is {self.encode!r}, expected 'once' or 'always'",
+        )
         _require(
             0 <= self.condition_dropout < 1,
             f"condition_dropout is {self.condition_dropout}, expected a number from 0 up to "

@@ -229,6 +229,9 @@ class _RandomCodes:
         shape = (len(indices), *self.grid)
         return random.integers(0, self.tokenizer.codebook_size, shape) + 0 * int(np.max(views))
 
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        return indices
+
     def captions(self, indices: np.ndarray) -> list[Captions]:
         return [(Caption("a caption of about usual length", 1.0),) for _ in indices]
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.collection import ImageCollection
 from llamagen.data.extraction import extract_store
+from llamagen.data.images import SkippedFiles
+from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.errors import InputError
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
-from llamagen.training.run_folder import start_run
+from llamagen.training.run_folder import SKIPPED_NAME, start_run
 from llamagen.training.sources import find_run_images
 
 CODES_FOLDER = "codes"
@@ -27,10 +31,10 @@ CODES_FOLDER = "codes"
 class Codes(NamedTuple):
     """What a transformer is trained on."""
 
-    training: CodeStore
+    training: CodeSource
     trained: np.ndarray
     """Rows of ``training`` that are trained on."""
-    validation: CodeStore
+    validation: CodeSource
     """May be the same store."""
     validated: np.ndarray
     """Rows of ``validation`` that are validated on; may be empty."""
@@ -53,13 +57,34 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Codes:
     tokenizer.config.grid_of(height, width)
     start_run(recipe)
     views = Views(height=height, width=width, kind=recipe.views, crop_ranges=recipe.crop_ranges)
-    training = _extracted(recipe, tokenizer, images.training, views, "training")
+    training: CodeSource
+    if recipe.encode == "always":
+        training = _live(recipe, tokenizer, images.training, views)
+    else:
+        training = _extracted(recipe, tokenizer, images.training, views, "training")
     rows = np.arange(len(training))
     if len(images.validation) == 0:
         return Codes(training, rows, training, rows[:0])
     plain = Views(height=height, width=width)
     validation = _extracted(recipe, tokenizer, images.validation, plain, "validation")
     return Codes(training, rows, validation, np.arange(len(validation)))
+
+
+def _live(
+    recipe: TransformerTraining, tokenizer: ImageTokenizer, images: ImageCollection, views: Views
+) -> LiveCodes:
+    """Codes that are made when they are read, in the run's precision."""
+    encoder = None
+    if recipe.loop.precision == "bfloat16":
+        encoder = copy.deepcopy(tokenizer).to(torch.bfloat16).eval()
+    return LiveCodes(
+        tokenizer,
+        images,
+        views,
+        skipped=SkippedFiles(recipe.out / SKIPPED_NAME),
+        workers=recipe.images.workers,
+        encoder=encoder,
+    )
 
 
 def _stored_codes(recipe: TransformerTraining, folder: Path, tokenizer: ImageTokenizer) -> Codes:

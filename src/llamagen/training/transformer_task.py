@@ -19,8 +19,8 @@ from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
 from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.images import CorruptImageError, SkippedFiles
+from llamagen.data.live_codes import CodeSource
 from llamagen.data.order import DataOrder
-from llamagen.data.store import CodeStore
 from llamagen.devices import find_device
 from llamagen.errors import InputError
 from llamagen.labels import Labels
@@ -115,7 +115,7 @@ def _tokenizer_source(recipe: TransformerTraining) -> Source:
     return found
 
 
-def _class_names(num_classes: int | None, codes: CodeStore) -> tuple[str, ...]:
+def _class_names(num_classes: int | None, codes: CodeSource) -> tuple[str, ...]:
     """One name per class of the model: those of the data, then numbers for the rest."""
     if codes.labels is None:
         raise InputError(
@@ -193,6 +193,7 @@ class TransformerTask(Task):
             numbers = [self._order.random(draw) for draw in draws]
             views = np.array([number.randrange(store.views) for number in numbers])
             rows = self._codes.trained[np.array([draw.index for draw in draws])]
+            rows = store.readable(rows)
             drop = torch.tensor([number.random() < dropout for number in numbers])
             condition = self._conditioning.batch(store, rows, numbers)
             yield {"codes": _codes(store, rows, views), **condition, "drop": drop}
@@ -297,7 +298,7 @@ class TransformerTask(Task):
         return self.start.pipeline(self._tokenizer, model)
 
 
-def _codes(store: CodeStore, rows: np.ndarray, views: np.ndarray | int) -> Tensor:
+def _codes(store: CodeSource, rows: np.ndarray, views: np.ndarray | int) -> Tensor:
     """Codes (B, T) of the given rows and views."""
     codes = store.rows(rows, views).reshape(len(rows), -1)
     return torch.from_numpy(codes.astype(np.int64))

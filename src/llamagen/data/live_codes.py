@@ -1,0 +1,136 @@
+"""Codes that are made when they are asked for, instead of being stored.
+
+Shapes: N images, rows x columns codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llamagen.config import Grid, TransformerConfig
+from llamagen.data.captions import Captions
+from llamagen.data.codes import tokenizer_fingerprint
+from llamagen.data.collection import ImageCollection
+from llamagen.data.images import CorruptImageError, SkippedFiles
+from llamagen.data.store import CodeStore
+from llamagen.data.views import Views
+from llamagen.errors import InputError
+from llamagen.tokenizer import ImageTokenizer, uint8_to_images
+
+_THREADS = 4
+"""Threads that read images, unless more are asked for."""
+
+
+class LiveCodes:
+    """As ``CodeStore``, of images that are read and encoded again each time."""
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        images: ImageCollection,
+        views: Views,
+        *,
+        skipped: SkippedFiles,
+        workers: int = 0,
+        encoder: ImageTokenizer | None = None,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            tokenizer: by which the codes are known.
+            images: what is encoded.
+            views: of which each image has one encoded at a time.
+            skipped: where damaged files are listed.
+            workers: threads that read images.
+            encoder: the tokenizer in another precision, to encode with.
+        """
+        self._encoder = encoder or tokenizer
+        self._images = images
+        self._views = views
+        self._skipped = skipped
+        self._threads = ThreadPoolExecutor(workers or _THREADS)
+        self._read: dict[int, Image.Image] = {}
+        self._damaged: set[int] = set()
+        self.folder = Path(images.name)
+        self.views = len(views)
+        self.grid: Grid = tokenizer.config.grid_of(views.height, views.width)
+        self.codebook_size = tokenizer.config.codebook_size
+        self.class_names = images.class_names
+        self.labels = None if images.labels is None else np.array(images.labels, dtype=np.int64)
+        known = (tokenizer_fingerprint(tokenizer), images.digest(), views)
+        self.identity = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
+        """The captions of some images; None for images without captions."""
+        captions = self._images.captions
+        return None if captions is None else [captions[index] for index in indices]
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """None so far: damaged files are listed when they are met."""
+        return []
+
+    def check_fits(self, config: TransformerConfig) -> None:
+        """Nothing: the transformer is made for them."""
+        del config
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """These images, with the next that can be read in the place of each that cannot.
+
+        Raises:
+            InputError: none can be read.
+        """
+        wanted = indices.tolist()
+        unknown = [index for index in dict.fromkeys(wanted) if index not in self._damaged]
+        self._read = {}
+        for index, found in zip(unknown, self._threads.map(self._open, unknown), strict=True):
+            self._keep(index, found)
+        return np.array([self._next_readable(index) for index in wanted])
+
+    @torch.inference_mode()
+    def rows(self, indices: np.ndarray, views: np.ndarray | int) -> np.ndarray:
+        """Codes (N, rows, columns) of a view of each image that ``readable`` has returned."""
+        numbers = np.broadcast_to(np.asarray(views), len(indices))
+        crops = [
+            np.asarray(self._views.view(self._read[index], number))
+            for index, number in zip(indices.tolist(), numbers.tolist(), strict=True)
+        ]
+        pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1)
+        codes = self._encoder.encode(uint8_to_images(pixels.to(self._encoder.device)))
+        return codes.cpu().numpy()
+
+    def _next_readable(self, index: int) -> int:
+        for offset in range(len(self)):
+            number = (index + offset) % len(self)
+            if number not in self._read and number not in self._damaged:
+                self._keep(number, self._open(number))
+            if number in self._read:
+                return number
+        raise InputError(f"none of the {len(self)} images in {self.folder} can be read")
+
+    def _keep(self, index: int, found: Image.Image | CorruptImageError) -> None:
+        if isinstance(found, CorruptImageError):
+            self._damaged.add(index)
+            self._skipped.add([found])
+        else:
+            self._read[index] = found
+
+    def _open(self, index: int) -> Image.Image | CorruptImageError:
+        try:
+            return self._images.read(index)
+        except CorruptImageError as error:
+            error.key = self._images.key(index)
+            return error
+
+
+CodeSource = CodeStore | LiveCodes
+"""Where codes to train on come from."""
