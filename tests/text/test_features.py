@@ -96,7 +96,7 @@ def test_what_is_refused(encoder, whole, tmp_path):
     ("file", "change", "message"),
     [
         ("manifest.json", {"version": 9}, "version 9, this program reads 1"),
-        ("manifest.json", {"format": "x"}, "no store of text features"),
+        ("manifest.json", {"format": "x"}, "has format 'x'"),
         ("shard-00001.json", {"plan": "x"}, "belongs to another store"),
         ("shard-00001.json", {"ends": [1]}, "is not what its sidecar says"),
         ("shard-00001.json", {"ends": "x"}, "is damaged"),

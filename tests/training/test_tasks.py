@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,6 +33,7 @@ from llamagen.training.transformer_task import TransformerTask
 from tests.images import write_digits
 from tests.models import tiny_tokenizer
 from tests.training.runs import (
+    MemoryCodes,
     assert_same_state,
     records,
     state,
@@ -210,7 +210,7 @@ class TestTransformer:
     def test_overfits(self, tmp_path):
         """Four sequences are learnt by heart: the codes are the only thing to go by."""
         rng = np.random.default_rng(0)
-        store = Store(rng.integers(0, 64, (4, 1, 4, 4)), np.arange(4), tuple("abcd"))
+        store = MemoryCodes(rng.integers(0, 64, (4, 1, 4, 4)), np.arange(4), tuple("abcd"))
         recipe = transformer_recipe(
             None, "", tmp_path, condition_dropout=0.0, sample_images=1, model=TransformerSize(
                 dim=32, layers=2, heads=2, hidden_dim=64,
@@ -224,7 +224,7 @@ class TestTransformer:
 
     def test_batches_draw_labels_and_views(self, tmp_path):
         numbers = np.arange(5 * 3).reshape(5, 3, 1, 1)
-        store = Store(numbers, np.arange(5) * 10, ())
+        store = MemoryCodes(numbers, np.arange(5) * 10, ())
         recipe = transformer_recipe(None, "", tmp_path, batch_size=5)
         task = make_transformer_task(recipe, store)
         seen = set()
@@ -240,7 +240,7 @@ class TestTransformer:
 
     def test_condition_dropout_reaches_the_model(self, tmp_path):
         recipe = transformer_recipe(None, "", tmp_path, condition_dropout=0.5, batch_size=400)
-        store = Store(np.zeros((1, 1, 4, 4)), np.zeros(1, np.int64), ("a",))
+        store = MemoryCodes(np.zeros((1, 1, 4, 4)), np.zeros(1, np.int64), ("a",))
         task = make_transformer_task(recipe, store)
         batch = next(task.batches(0, 1))
         assert 150 < int(batch["drop"].sum()) < 250
@@ -313,29 +313,6 @@ class TestTransformer:
             )
             train_transformer(recipe, quiet=True)
         assert_same_state(state(tmp_path / "blocks", 4), state(tmp_path / "none", 4))
-
-
-class Store:
-    """Codes in memory, for a task that is made without the rest."""
-
-    folder = Path("made up")
-    identity = "made up"
-
-    def __init__(self, codes, labels, class_names):
-        self.codes, self.labels, self.class_names = codes, labels, class_names
-        self.views, self.grid = codes.shape[1], codes.shape[2:]
-
-    def __len__(self):
-        return len(self.codes)
-
-    def rows(self, indices, views):
-        return self.codes[indices, views]
-
-    def readable(self, indices):
-        return indices
-
-    def skipped(self):
-        return []
 
 
 def make_transformer_task(recipe, store):

@@ -26,7 +26,7 @@ from llamagen.training.transformer_data import Codes
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask, make_task
 from tests.models import tiny_text_encoder, tiny_tokenizer
-from tests.training.runs import assert_same_state, state, transformer_recipe
+from tests.training.runs import MemoryCodes, assert_same_state, state, transformer_recipe
 
 SMALL = TextTraining(text_dim=16, text_layers=1, text_heads=2, text_length=30)
 WORDS = ("nought", "one", "two")
@@ -90,7 +90,7 @@ def test_draws_what_it_is_told(tmp_path):
     """Four sequences, known by their captions only: each prompt gives its own."""
     rng = np.random.default_rng(0)
     captions = [((Caption(text, 1.0),)) for text in ("red heart", "blue heart", "cat", "red cat")]
-    store = Store(rng.integers(0, 64, (4, 1, 4, 4)), captions)
+    store = MemoryCodes(rng.integers(0, 64, (4, 1, 4, 4)), captions=captions)
     recipe = text_recipe(
         None, "", tmp_path, condition_dropout=0.1, sample_images=1,
         text=dataclasses.replace(SMALL, text_dropout=0.0, text_dim=32),
@@ -109,7 +109,9 @@ def test_draws_what_it_is_told(tmp_path):
 
 
 def test_images_without_captions_weigh_nothing(tmp_path):
-    store = Store(np.arange(64).reshape(4, 1, 4, 4), [(Caption("a", 1.0),), (), (), ()])
+    store = MemoryCodes(
+        np.arange(64).reshape(4, 1, 4, 4), captions=[(Caption("a", 1.0),), (), (), ()]
+    )
     task = make_text_task(text_recipe(None, "", tmp_path), store)
     task.prepare()
     torch.nn.init.normal_(task.model.transformer.output.weight)
@@ -124,13 +126,15 @@ def test_images_without_captions_weigh_nothing(tmp_path):
     assert loss([1, 2]).item() == 0
     some = task._conditioning.batch(store, np.array([0, 1, 2, 3]), None)
     assert task._conditioning.metrics(some)["without_caption"].item() == 0.75
-    empty = Store(store.codes, [()] * 4)
+    empty = MemoryCodes(store.codes, captions=[()] * 4)
     with pytest.raises(InputError, match="of 4 images in made up, none"):
         make_text_task(text_recipe(None, "", tmp_path), empty)
 
 
 def test_captions_are_drawn_by_their_weights(tmp_path):
-    store = Store(np.zeros((1, 1, 4, 4)), [(Caption("long", 0.7), Caption("short", 0.3))])
+    store = MemoryCodes(
+        np.zeros((1, 1, 4, 4)), captions=[(Caption("long", 0.7), Caption("short", 0.3))]
+    )
     task = make_text_task(text_recipe(None, "", tmp_path, batch_size=400), store)
     batch = next(task.batches(0, 1))
     lengths = batch["mask"].sum(1)
@@ -291,34 +295,6 @@ def test_dry_run(captioned, tokenizer_folder, tmp_path, capsys):
     dry_run(text_recipe(captioned, tokenizer_folder, tmp_path / "out"))
     assert "2 steps taken" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
-
-
-class Store:
-    """Codes in memory, with captions."""
-
-    folder = "made up"
-    identity = "made up"
-    labels = None
-    class_names = ()
-
-    def __init__(self, codes, captions):
-        self.codes, self._captions = codes, captions
-        self.views, self.grid = codes.shape[1], codes.shape[2:]
-
-    def __len__(self):
-        return len(self.codes)
-
-    def rows(self, indices, views):
-        return self.codes[indices, views]
-
-    def readable(self, indices):
-        return indices
-
-    def captions(self, indices):
-        return [self._captions[i] for i in indices]
-
-    def skipped(self):
-        return []
 
 
 def make_text_task(recipe, store):

@@ -23,16 +23,15 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-import llamagen.storage as storage
 from llamagen.config import (
     Grid,
     TokenizerConfig,
     TransformerConfig,
-    config_from_dict,
     config_to_dict,
     read_json,
 )
 from llamagen.data.captions import Caption, Captions, CaptionTable
+from llamagen.data.versioned import read_versioned, write_versioned
 from llamagen.errors import InputError
 
 FileT = TypeVar("FileT", "StorePlan", "Manifest")
@@ -386,7 +385,7 @@ def sidecar_path(folder: Path, shard: int) -> Path:
 
 def write_plan_file(path: Path, content: StorePlan | Manifest) -> None:
     """Writes a plan or a manifest, with format and version."""
-    storage.write_json(path, {"format": FORMAT, "version": VERSION, **config_to_dict(content)})
+    write_versioned(path, content, FORMAT, VERSION)
 
 
 def read_plan_file(cls: type[FileT], path: Path) -> FileT:
@@ -396,17 +395,7 @@ def read_plan_file(cls: type[FileT], path: Path) -> FileT:
         FileNotFoundError: no such file.
         InputError: the file is damaged, of another version or of another format.
     """
-    values = read_json(path)
-    found = values.pop("format", None)
-    if found != FORMAT:
-        raise InputError(f"{path} has format {found!r}, expected {FORMAT!r}; give another folder")
-    version = values.pop("version", None)
-    if version != VERSION:
-        raise InputError(
-            f"{path} has version {version}, this program reads {VERSION}; use the llamagen "
-            f"that wrote it, or extract the codes again into another folder"
-        )
-    return config_from_dict(cls, values, source=str(path))
+    return read_versioned(cls, path, FORMAT, VERSION, again="extract the codes again")
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 import llamagen.storage as storage
-from llamagen.config import TextConfig, config_from_dict, config_to_dict, read_json
+from llamagen.config import TextConfig, config_to_dict, read_json
 from llamagen.data.store import write_npy
+from llamagen.data.versioned import read_versioned, write_versioned
 from llamagen.errors import InputError
 from llamagen.text.encoder import TOKENS_AT_ONCE, TextEncoder
 
@@ -350,20 +351,11 @@ def _sidecar_path(folder: Path, shard: int) -> Path:
 
 
 def _write(path: Path, content: TextPlan | TextManifest) -> None:
-    storage.write_json(path, {"format": FORMAT, "version": VERSION, **config_to_dict(content)})
+    write_versioned(path, content, FORMAT, VERSION)
 
 
 def _read(cls: type[FileT], path: Path) -> FileT:
-    values = read_json(path)
-    if values.pop("format", None) != FORMAT:
-        raise InputError(f"{path} describes no store of text features; give another folder")
-    version = values.pop("version", None)
-    if version != VERSION:
-        raise InputError(
-            f"{path} has version {version}, this program reads {VERSION}; use the llamagen that "
-            f"wrote it, or extract the features again into another folder"
-        )
-    return config_from_dict(cls, values, source=str(path))
+    return read_versioned(cls, path, FORMAT, VERSION, again="extract the features again")
 
 
 def _key(caption: str) -> int:
