@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import llamagen.storage as storage
 from llamagen.data import extraction, store
 from llamagen.data.captions import Caption
 from llamagen.data.extraction import extract_in_processes, extract_store
@@ -438,7 +439,7 @@ def test_a_full_disk(tokenizer, images, tmp_path, monkeypatch, full_at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.storage, "_finish", finish)
+        patch.setattr(storage, "_finish", finish)
         with pytest.raises(OSError, match="No space left") as raised:
             extract_store(tokenizer, images, VIEWS, out, shard_size=2)
     assert raised.value.errno == errno.ENOSPC
