@@ -152,5 +152,6 @@ def test_another_plan_needs_overwrite(extract, tmp_path):
 )
 def test_what_torchrun_cannot_do(fails, photos, monkeypatch, arguments):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     images = [] if "--from-published" in arguments else [photos]
     assert "torchrun" in fails("extract-codes", *images, *arguments)

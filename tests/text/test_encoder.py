@@ -118,7 +118,7 @@ def test_only_the_encoder_of_a_whole_model(tmp_path):
 
 
 def test_encoders_that_cannot_be_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, message in {
         str(tmp_path): "cannot be loaded",
         "no such thing": "no folder and no hub repository",

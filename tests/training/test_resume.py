@@ -160,7 +160,7 @@ def training_command(digits, out, *, steps):
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_process(digits, tmp_path, kills):
     def command(out):
-        return training_command(digits, out, steps=60)
+        return training_command(digits, out, steps=12 + 5 * kills)
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=300)
     moments = random.Random()
