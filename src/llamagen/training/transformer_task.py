@@ -57,8 +57,8 @@ _SHEET_SIDE = 64
 def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> TrainingResult:
     """Trains a transformer, or goes on with it if the run's folder holds a checkpoint.
 
-    Images are encoded once, at the start; the codes stay in the run's folder. A store of codes
-    that is there already is read instead, if the recipe names one.
+    Images are encoded once, at the start, and the codes stay in the run's folder; or each time
+    they are read, or not at all if the recipe names a store of codes.
 
     Args:
         recipe: the whole run.
