@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from llamagen.errors import InputError
+from llamagen.launch import Launch
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe, preset_model
 
@@ -50,6 +51,9 @@ def run_training(train: Callable[[], TrainingResult]) -> None:
     except TrainingInterrupted as stop:
         print(f"llamagen: {stop}", file=sys.stderr)
         sys.exit(_INTERRUPTED)
+    if Launch.current().rank > 0:
+        # The first process says it for all.
+        return
     numbers = {f"training {name}": value for name, value in result.train.items()}
     numbers |= {f"validation {name}": value for name, value in result.validation.items()}
     shown = ("psnr", "codebook_usage", "bits_per_code")
