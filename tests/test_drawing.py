@@ -9,7 +9,7 @@ from PIL import Image
 from llamagen.drawing import draw_into_folder, plan_images
 from llamagen.errors import InputError
 from llamagen.pictures import read_metadata
-from tests.models import tiny_text_pipeline
+from tests.models import tiny_pipeline, tiny_text_pipeline
 
 PROMPTS = [("a red heart", {"id": 4}), ("llama", {"id": 9}), ("x", {})]
 
@@ -73,6 +73,15 @@ def test_processes_share_the_work(whole, pipe, planned, tmp_path):
     ]
     assert counts == [4, 3, 2]
     assert pictures(tmp_path) == pictures(whole)
+
+
+def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
+    planned = plan_images([("llama", {}), ("https://example.com", {})], images_per_prompt=1, seed=0)
+    with pytest.raises(InputError, match="empty once it is cleaned"):
+        draw_into_folder(pipe, planned, tmp_path / "out", batch_size=1)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="no class"):
+        tiny_pipeline().check_prompts(["dog", "unknown"])
 
 
 def test_folders_of_something_else(whole, pipe, planned, tmp_path):

@@ -81,9 +81,11 @@ def draw_into_folder(
         InputError: the folder holds something else, or a prompt or setting is refused.
         OSError: the disk is full, or the folder cannot be written to.
     """
+    # All of them before the first is drawn: a prompts' file that is mended is another one.
+    pipeline.check_prompts([image.prompt for image in planned])
     _begin(pipeline, planned, out, settings)
     drawn = 0
-    for batch in _batches(planned, batch_size, rank, world_size):
+    for batch in batches(planned, batch_size, rank, world_size):
         left = [image for image in batch if not (out / image.file).is_file()]
         if left:
             output = pipeline(
@@ -97,9 +99,10 @@ def draw_into_folder(
     return drawn
 
 
-def _batches(
+def batches(
     planned: Sequence[Planned], size: int, rank: int, world_size: int
 ) -> Iterator[Sequence[Planned]]:
+    """What one of several processes draws, ``size`` images at a time."""
     # Fixed cuts, so that the processes never draw the same image, whatever is there already.
     for start in range(rank * size, len(planned), world_size * size):
         yield planned[start : start + size]

@@ -377,6 +377,19 @@ class Pipeline:
         )
         return PipelineOutput(images=images, codes=torch.cat(codes), seeds=seeds, metadata=metadata)
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Checks that all of these can be drawn, without drawing any.
+
+        Raises:
+            InputError: a prompt says nothing, or names no class of this model.
+        """
+        encoder = self.text_encoder
+        for prompt in dict.fromkeys(prompts):
+            if self.labels is not None:
+                self.labels.find(prompt)
+            elif encoder is not None:
+                encoder.require_text(prompt)
+
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (images, rows, columns) to images, in parts that fit into memory."""
         tokenizer = self.tokenizer

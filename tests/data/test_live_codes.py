@@ -41,6 +41,7 @@ def test_damaged_images_are_listed_and_the_next_ones_taken(tmp_path):
     for _ in range(2):
         assert codes.readable(np.array([4, 1, 5])).tolist() == [6, 1, 6]
         assert codes.rows(np.array([6, 1, 6]), 0).shape == (3, 4, 4)
+    assert codes.damaged == 2
     assert len((tmp_path / "skipped.txt").read_text().splitlines()) == 2
     for path in images.paths:
         path.write_bytes(b"damaged")

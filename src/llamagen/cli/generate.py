@@ -121,7 +121,7 @@ def _draw_file(options: Options, path: Path) -> None:
     prompts = read_prompts(path, column=options.prompt_column)
     from tqdm import tqdm
 
-    from llamagen.drawing import draw_into_folder, plan_images
+    from llamagen.drawing import batches, draw_into_folder, plan_images
     from llamagen.launch import Launch, own_device
 
     device, dtype = options.resolve()
@@ -129,10 +129,7 @@ def _draw_file(options: Options, path: Path) -> None:
     pipe = _load(options.model, options, own_device(device, launch), dtype)
     planned = plan_images(prompts, images_per_prompt=options.count, seed=options.seed or 0)
     size = options.batch_size or _BATCH
-    own = sum(
-        len(planned[start : start + size])
-        for start in range(launch.rank * size, len(planned), launch.world_size * size)
-    )
+    own = sum(map(len, batches(planned, size, launch.rank, launch.world_size)))
     with tqdm(total=own, desc="drawing", unit="image", disable=None) as bar:
         drawn = draw_into_folder(
             pipe,

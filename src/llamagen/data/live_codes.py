@@ -70,6 +70,11 @@ class LiveCodes:
     def __len__(self) -> int:
         return len(self._images)
 
+    @property
+    def damaged(self) -> int:
+        """Images that were found damaged so far."""
+        return len(self._damaged)
+
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
         """The captions of some images; None for images without captions."""
         captions = self._images.captions

@@ -19,7 +19,7 @@ from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
 from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.images import CorruptImageError, SkippedFiles
-from llamagen.data.live_codes import CodeSource
+from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.order import DataOrder
 from llamagen.devices import find_device
 from llamagen.errors import InputError
@@ -278,8 +278,9 @@ class TransformerTask(Task):
         return out / PIPELINE_FOLDER
 
     def skipped(self) -> int:
-        """Files that could not be read."""
-        return self._skipped
+        """Files that could not be read so far."""
+        training = self._codes.training
+        return self._skipped + (training.damaged if isinstance(training, LiveCodes) else 0)
 
     def _list_skipped(self) -> int:
         """Lists the files that have no codes since they could not be read."""
