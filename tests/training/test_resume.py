@@ -12,7 +12,13 @@ import time
 import pytest
 import torch
 
-from llamagen.training import TrainingInterrupted, train_tokenizer, train_transformer
+from llamagen.training import (
+    TrainingInterrupted,
+    checkpoint,
+    train_tokenizer,
+    train_transformer,
+)
+from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.console import Console
 from tests.training.runs import (
     assert_same_state,
@@ -93,6 +99,25 @@ def test_crash_between_checkpoints(make_run, tmp_path, monkeypatch):
     make_run(tmp_path / "parts", steps=6)
     assert records(tmp_path / "parts") == records(tmp_path / "whole")
     assert_same_state(state(tmp_path / "parts", 6), state(tmp_path / "whole", 6))
+
+
+def test_a_checkpoint_becomes_whole_when_the_run_ends_early(make_run, tmp_path, monkeypatch):
+    checksums = checkpoint._checksums
+
+    def slowly(folder):
+        time.sleep(0.5)
+        return checksums(folder)
+
+    def refuse(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_checksums", slowly)
+        patch.setattr("llamagen.training.loop._Run._export", refuse)
+        with pytest.raises(OSError, match="no space left"):
+            make_run(tmp_path / "run")
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert latest_checkpoint(kept.parent).path == kept
 
 
 def test_finished_run(make_run, tmp_path):

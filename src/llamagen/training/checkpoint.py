@@ -44,6 +44,8 @@ _ABOUT_NAME = "about.json"
 _PREFIX = "step-"
 _DAMAGED_SUFFIX = ".damaged"
 _BLOCK = 1 << 24
+_GRACE = 120.0
+"""Seconds that a run which ends early waits for its last checkpoint."""
 
 _log = logging.getLogger(__name__)
 
@@ -190,6 +192,14 @@ class CheckpointWriter:
             done = self._finishing is None or not self._finishing.is_alive()
             if all(distributed.gathered(done and self._writing.done())):
                 self.wait()
+
+    def close(self) -> None:
+        """Lets a checkpoint that is being written become whole, where a run ends early.
+
+        Talks to no other process, since one may be what ended the run.
+        """
+        if self._finishing is not None:
+            self._finishing.join(_GRACE)
 
     def _begin(self, path: Path, state: dict[str, Any]) -> Path:
         """Makes the temporary folder, with the small things in it."""

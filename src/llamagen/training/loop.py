@@ -231,6 +231,7 @@ class _Run:
             try:
                 yield
             finally:
+                self.writer.close()
                 for tracker in self.trackers:
                     tracker.close()
 
