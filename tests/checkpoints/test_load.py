@@ -95,7 +95,7 @@ def test_folders_without_a_model(tmp_path):
     ],
 )
 def test_unknown_sources(load, source, hint):
-    with pytest.raises(InputError, match="is no folder, no file, no published model") as error:
+    with pytest.raises(InputError, match="is no folder, no file, no known model") as error:
         load(source)
     assert hint in str(error.value)
     assert "no hub repository (owner/name)" in str(error.value)

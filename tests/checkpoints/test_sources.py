@@ -70,7 +70,7 @@ def test_a_tokenizer_alone_is_no_pipeline(tmp_path):
 
 @pytest.mark.parametrize("source", ["c2i-B-265", "no/where/near", "missing.pt", ""])
 def test_nothing(source):
-    with pytest.raises(InputError, match="is no folder, no file, no published model"):
+    with pytest.raises(InputError, match="is no folder, no file, no known model"):
         resolve_pipeline(source)
 
 

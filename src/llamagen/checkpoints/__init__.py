@@ -1,4 +1,4 @@
-"""Models from wherever they are: our folders, published .pt files and names, the hub."""
+"""Models from wherever they are: our folders, the package, published .pt files, the hub."""
 
 from llamagen.checkpoints.index import (
     INDEX_NAME,
@@ -17,6 +17,7 @@ from llamagen.checkpoints.names import (
     nearest_names,
 )
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
+from llamagen.checkpoints.shipped import find_shipped, shipped_models
 from llamagen.checkpoints.sources import PipelineSource, Source, resolve_pipeline
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Source",
     "demo_sampling",
     "find_public",
+    "find_shipped",
     "is_pipeline_folder",
     "load_model",
     "load_tokenizer",
@@ -38,5 +40,6 @@ __all__ = [
     "read_checkpoint",
     "read_index",
     "resolve_pipeline",
+    "shipped_models",
     "write_index",
 ]

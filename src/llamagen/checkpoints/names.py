@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from typing import Literal
 
+from llamagen.checkpoints.shipped import shipped_models
 from llamagen.config import Grid, SamplingConfig, TextConfig
 
 Kind = Literal["image tokenizer", "transformer"]
@@ -103,7 +104,9 @@ def find_public(name: str) -> PublicModel | None:
 
 
 def nearest_names(name: str) -> list[str]:
-    """Up to three names of published models that ``name`` may be a misspelling of."""
-    known = {model.name.lower(): model.name for model in PUBLIC_MODELS}
+    """Up to three names of known models that ``name`` may be a misspelling of."""
+    known = {
+        known.lower(): known for known in [*shipped_models(), *(m.name for m in PUBLIC_MODELS)]
+    }
     wanted = name.lower().replace("_", "-")
     return [known[near] for near in difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)]

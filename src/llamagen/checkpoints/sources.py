@@ -1,4 +1,4 @@
-"""What people call a model, and where it is: a folder, a file, a published name, a repository."""
+"""What people call a model, and where it is: a folder, a file, a name, a repository."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from llamagen.checkpoints.index import (
 )
 from llamagen.checkpoints.names import Kind, PublicModel, find_public, nearest_names
 from llamagen.checkpoints.published import read_checkpoint
+from llamagen.checkpoints.shipped import find_shipped
 from llamagen.config import SamplingConfig, TextConfig, read_json
 from llamagen.errors import InputError
 from llamagen.labels import Labels
 from llamagen.pretrained import CONFIG_NAME, is_repo_id
 
 Source = str | Path
-"""A folder, a checkpoint file, a published name, or a hub repository "owner/name"."""
+"""A folder, a checkpoint file, the name of a model that comes with the package or of a published
+one, or a hub repository "owner/name"."""
 
 Part = Literal["tokenizer", "transformer"]
 """A model of a pipeline, and its folder's name."""
@@ -69,7 +71,7 @@ def locate(source: Source, part: Part | None = None) -> Location:
     Raises:
         InputError: there is no such model, or it is the wrong one, or it cannot be downloaded.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir() and str(source):
         return Location(_model_folder(path, part, str(source)))
     if path.is_file():
@@ -93,7 +95,7 @@ def resolve_pipeline(source: Source) -> PipelineSource:
         FileNotFoundError: a part of the folder is missing.
         InputError: there is no such model, it is an image tokenizer, or it cannot be downloaded.
     """
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir() and str(source):
         return _in_folder(path, path.resolve().name)
     if path.is_file():
@@ -124,6 +126,23 @@ def folder_kind(folder: Path) -> str:
         InputError: the configuration is damaged.
     """
     return str(read_json(folder / CONFIG_NAME).get("kind", "something else"))
+
+
+def _path(source: Source) -> Path:
+    """Where ``source`` is if it is a path, or a model that comes with the package.
+
+    A folder without a model does not hide a model of its name: the data that one was trained on is
+    often called the same.
+    """
+    path = Path(source).expanduser()
+    shipped = find_shipped(str(source))
+    if shipped is None or path.is_file() or _is_model_folder(path):
+        return path
+    return shipped
+
+
+def _is_model_folder(path: Path) -> bool:
+    return is_pipeline_folder(path) or (path / CONFIG_NAME).is_file()
 
 
 def _in_folder(folder: Path, name: str) -> PipelineSource:
@@ -166,9 +185,7 @@ def _model_folder(folder: Path, part: Part | None, source: str) -> Path:
     inside = sorted(
         child
         for child in folder.iterdir()
-        if is_pipeline_folder(child)
-        or (child / CONFIG_NAME).is_file()
-        or child.suffix in (".pt", ".pth", ".bin", ".safetensors")
+        if _is_model_folder(child) or child.suffix in (".pt", ".pth", ".bin", ".safetensors")
     )
     hint = f"; did you mean {' or '.join(map(str, inside[:3]))}?" if inside else ""
     raise InputError(
@@ -187,6 +204,6 @@ def _repo_id(source: Source) -> str:
     near = nearest_names(text)
     hint = f" (did you mean {' or '.join(near)}?)" if near else ""
     raise InputError(
-        f"{text or 'an empty name'} is no folder, no file, no published model{hint} and no hub "
-        f"repository (owner/name); `llamagen info` lists the published models"
+        f"{text or 'an empty name'} is no folder, no file, no known model{hint} and no hub "
+        f"repository (owner/name); `llamagen info` lists the known models"
     )

@@ -29,7 +29,7 @@ class Options(DeviceOptions):
     """Options of ``llamagen generate``."""
 
     model: str | None = None
-    """Published name (c2i-L-384, t2i-XL-256), pipeline folder, hub repository, or a transformer to
+    """Name (emoji, c2i-L-384, t2i-XL-256), pipeline folder, hub repository, or a transformer to
     be used with --tokenizer."""
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt", aliases=["-p"])] = ()
     """What to draw, for text-conditional models; one text or several."""

@@ -17,7 +17,7 @@ class Options:
     """Options of ``llamagen info``."""
 
     source: tyro.conf.Positional[str | None] = None
-    """Published name, folder, checkpoint file, hub repository, or a PNG made by llamagen."""
+    """Name, folder, checkpoint file, hub repository, or a PNG made by llamagen."""
 
 
 def run(options: Options) -> None:
@@ -33,7 +33,7 @@ def run(options: Options) -> None:
 
 
 def _overview() -> str:
-    from llamagen.checkpoints import PUBLIC_MODELS
+    from llamagen.checkpoints import PUBLIC_MODELS, shipped_models
     from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS
 
     lines = ["transformer presets (layers, heads, dim):"]
@@ -46,6 +46,8 @@ def _overview() -> str:
         f"  {name:<5} {c.downsampling:>3} {c.codebook_size:>6}"
         for name, c in TOKENIZER_PRESETS.items()
     ]
+    lines += ["", "models that come with the package (names for --model):"]
+    lines += [f"  {name}" for name in shipped_models()]
     lines += ["", "published models (names for --model and --tokenizer):"]
     lines += [f"  {m.name:<12} {m.kind:<16} {m.repo}/{m.file}" for m in PUBLIC_MODELS]
     return "\n".join(lines)
