@@ -188,3 +188,15 @@ def test_on_the_gpu():
     pipe = tiny_pipeline()
     expected = pipe("dog", seed=4, temperature=0.0).codes
     assert torch.equal(pipe.to("cuda")("dog", seed=4, temperature=0.0).codes, expected)
+
+
+def test_codes_alone():
+    pipe = tiny_pipeline()
+    whole, codes = pipe([0, 3], seed=4), pipe([0, 3], seed=4, output_type="codes")
+    assert codes.images == []
+    assert torch.equal(codes.codes, whole.codes)
+    assert [im.tobytes() for im in pipe.decode(codes.codes)] == [
+        im.tobytes() for im in whole.images
+    ]
+    (pixels,) = pipe.decode_in_parts(codes.codes)
+    assert pixels.shape[:2] == (2, 3)

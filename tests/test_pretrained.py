@@ -208,3 +208,12 @@ def test_onto_the_gpu(tmp_path):
     loaded = ImageTokenizer.from_pretrained(tmp_path / "m", device="cuda", dtype=torch.bfloat16)
     assert loaded.device.type == "cuda"
     assert same(loaded.cpu(), tiny_tokenizer().bfloat16())
+
+
+def test_fingerprint():
+    others = [tiny_tokenizer(1), tiny_tokenizer(0, codebook_l2_norm=False), tiny_transformer()]
+    changed = tiny_tokenizer(0)
+    with torch.no_grad():
+        changed.decoder.conv_out.bias[0] += 1e-6
+    models = [tiny_tokenizer(0), tiny_tokenizer(0), changed, *others]
+    assert len({model.fingerprint() for model in models}) == 5

@@ -7,7 +7,7 @@ import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from PIL import Image
@@ -59,6 +59,7 @@ class PipelineOutput:
     """What one call made."""
 
     images: list[Image.Image]
+    """Empty where only the codes were asked for."""
     codes: Tensor
     """(images, rows, columns) int64, on the CPU."""
     seeds: tuple[int, ...]
@@ -311,6 +312,7 @@ class Pipeline:
         prompt_attention_mask: Tensor | None = None,
         batch_size: int | None = None,
         callback: Callable[[Progress], None] | None = None,
+        output_type: Literal["pil", "codes"] = "pil",
     ) -> PipelineOutput:
         """Makes images.
 
@@ -336,6 +338,7 @@ class Pipeline:
             batch_size: images drawn at once; by default as many as fit into memory.
             callback: called after each finished row of a batch; an exception from it ends the
                 call.
+            output_type: "codes" leaves the images out, which ``decode`` makes of the codes.
 
         Raises:
             InputError: a class or setting is not one this model has, or a prompt says nothing.
@@ -363,7 +366,8 @@ class Pipeline:
         images: list[Image.Image] = []
         codes: list[Tensor] = []
         for part in self._drawn(conditions, seeds, sampling, batch_size, callback):
-            images += self.decode(part)
+            if output_type == "pil":
+                images += self.decode(part)
             codes.append(part.cpu())
         metadata = tuple(
             {
@@ -392,15 +396,19 @@ class Pipeline:
                 encoder.require_text(prompt)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Codes (images, rows, columns) to images, in parts that fit into memory."""
+        """Codes (images, rows, columns) to images."""
+        return [image for part in self.decode_in_parts(codes) for image in to_pil(part)]
+
+    @torch.inference_mode()
+    def decode_in_parts(self, codes: Tensor) -> Iterator[Tensor]:
+        """Codes (images, rows, columns) to images (part, 3, H, W) in [-1, 1], as memory allows."""
         tokenizer = self.tokenizer
         rows, columns = codes.shape[-2:]
         size = decoding_batch_size(
             tokenizer.config, (rows, columns), device=tokenizer.device, dtype=tokenizer.dtype
         )
-        with torch.inference_mode():
-            parts = [to_pil(tokenizer.decode(part.to(self.device))) for part in codes.split(size)]
-        return [image for part in parts for image in part]
+        for part in codes.split(size):
+            yield tokenizer.decode(part.to(self.device))
 
     def _conditions(
         self,

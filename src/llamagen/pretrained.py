@@ -7,6 +7,8 @@ or initial values and fills it tensor by tensor, so it never holds the weights t
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -56,6 +58,17 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
     def parameter_count(self) -> int:
         """Number of weights."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def fingerprint(self) -> str:
+        """A short text that two models share only if they have the same weights.
+
+        Codes mean the same to two image tokenizers with one fingerprint.
+        """
+        whole = hashlib.sha256(json.dumps(config_to_dict(self.config)).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            whole.update(name.encode())
+            whole.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return whole.hexdigest()[:16]
 
     @classmethod
     def from_tensors(

@@ -139,7 +139,7 @@ def test_in_bfloat16(tokenizer, images, tmp_path):
     np.testing.assert_array_equal(done.shard(0), expected)
     # The given tokenizer is as it was, and is the one that the store knows.
     assert tokenizer.dtype == torch.float32
-    done.check_tokenizer(extraction.tokenizer_fingerprint(tokenizer))
+    done.check_tokenizer(tokenizer.fingerprint())
     with pytest.raises(InputError, match="float32"):
         extract_store(tokenizer.to(low), images, VIEWS, tmp_path / "b")
 

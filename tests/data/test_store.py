@@ -14,7 +14,6 @@ import pytest
 from llamagen.config import TransformerConfig
 from llamagen.data import store_writer
 from llamagen.data.captions import Caption
-from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.extraction import extract_store
 from llamagen.data.published_codes import export_published, import_published
 from llamagen.data.store import CodeStore
@@ -193,9 +192,9 @@ def test_a_label_outside_the_range(folder, label):
 
 def test_the_tokenizer(whole):
     store = CodeStore.open(whole)
-    store.check_tokenizer(tokenizer_fingerprint(tiny_tokenizer()))
+    store.check_tokenizer(tiny_tokenizer().fingerprint())
     with pytest.raises(InputError, match=r"another image tokenizer .* extract the codes again"):
-        store.check_tokenizer(tokenizer_fingerprint(tiny_tokenizer(seed=1)))
+        store.check_tokenizer(tiny_tokenizer(seed=1).fingerprint())
 
 
 def test_the_transformer(whole, images, tmp_path):
@@ -255,7 +254,7 @@ def test_there_and_back(whole, tmp_path):
             )
         assert again.labels.tolist() == store.labels.tolist()
         assert again.class_names == ("class 0", "class 1", "class 2")
-        again.check_tokenizer(tokenizer_fingerprint(tiny_tokenizer()))
+        again.check_tokenizer(tiny_tokenizer().fingerprint())
 
 
 def test_a_single_view_without_labels(images, tmp_path):

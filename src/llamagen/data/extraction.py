@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.collection import ImageCollection
 from llamagen.data.loader import image_views
 from llamagen.data.processes import become_child, run_children
@@ -182,7 +181,7 @@ class _Job:
                 fitting = min(fitting, _CPU_BATCH)
             batch_size = max(1, fitting // processes)
         return StorePlan(
-            tokenizer_fingerprint=tokenizer_fingerprint(self.tokenizer),
+            tokenizer_fingerprint=self.tokenizer.fingerprint(),
             tokenizer_config=config,
             grid=grid,
             codebook_size=config.codebook_size,

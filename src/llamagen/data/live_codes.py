@@ -16,7 +16,6 @@ from PIL import Image
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.data.captions import Captions
-from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.collection import ImageCollection
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.store import CodeStore
@@ -64,7 +63,7 @@ class LiveCodes:
         self.codebook_size = tokenizer.config.codebook_size
         self.class_names = images.class_names
         self.labels = None if images.labels is None else np.array(images.labels, dtype=np.int64)
-        known = (tokenizer_fingerprint(tokenizer), images.digest(), views)
+        known = (tokenizer.fingerprint(), images.digest(), views)
         self.identity = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:

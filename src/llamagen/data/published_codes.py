@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 import llamagen.storage as storage
-from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.store import (
     CodeStore,
     StorePlan,
@@ -122,7 +121,7 @@ def import_published(
     config = tokenizer.config
     rows, columns = source.grid
     plan = StorePlan(
-        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        tokenizer_fingerprint=tokenizer.fingerprint(),
         tokenizer_config=config,
         grid=source.grid,
         codebook_size=config.codebook_size,

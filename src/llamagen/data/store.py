@@ -306,7 +306,7 @@ class CodeStore:
         ]
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Checks that the codes mean what they mean to a tokenizer (``tokenizer_fingerprint``).
+        """Checks that the codes mean what they mean to a tokenizer (its fingerprint).
 
         Raises:
             InputError: another tokenizer made them.

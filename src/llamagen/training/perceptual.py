@@ -10,12 +10,7 @@ Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import http.client
-import os
 import tempfile
-import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
@@ -24,25 +19,20 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import llamagen.storage as storage
-from llamagen.checkpoints.pickles import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
 from llamagen.errors import InputError
-from llamagen.pretrained import check_shapes, read_safetensors
+from llamagen.weights import (
+    PublicFile,
+    build,
+    cache_folder,
+    download,
+    read_weights,
+    writable_cache,
+)
 
 FILE_NAME = "lpips-vgg16.safetensors"
 """All weights in one file of 59 MB, as ``save_lpips`` writes it and the cache keeps it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PublicFile:
-    """A file on the web whose content is known."""
-
-    name: str
-    url: str
-    sha256: str
-
 
 HEADS_FILE = PublicFile(
     name="vgg.pth",
@@ -84,10 +74,7 @@ _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
 _NORM_EPS = 1e-10
 
-_CHUNK = 2**20
-_TIMEOUT = 30.0
-"""Seconds without an answer after which a download is given up."""
-
+_PURPOSE = "the perceptual loss"
 _KIND = "LPIPS network"
 
 
@@ -227,14 +214,6 @@ def save_lpips(model: Lpips, path: Path) -> None:
         temporary.write_bytes(content)
 
 
-def cache_folder() -> Path:
-    """Where downloads are kept."""
-    own = os.environ.get("LLAMAGEN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
-
-
 def _local_files(source: Path) -> list[Path]:
     """The files that hold all weights together."""
     if source.is_file():
@@ -267,18 +246,8 @@ def _from_files(paths: list[Path]) -> Lpips:
 
 def _read(path: Path) -> dict[str, Tensor]:
     """The weights in a .pth or .safetensors file, without VGG16's classifier."""
-    with path.open("rb") as file:
-        start = file.read(len(ZIP_MAGIC))
-    if start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
-        content = load_pickle(path, mapped=start == ZIP_MAGIC)
-        if not isinstance(content, Mapping):
-            raise InputError(
-                f"{path} holds a {type(content).__name__}, expected a dictionary of weights"
-            )
-        found = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    else:
-        found = {name: read() for name, read in read_safetensors(path)}
-    return {str(k): tensor for k, tensor in found.items() if not str(k).startswith("classifier.")}
+    found = read_weights(path)
+    return {name: each for name, each in found.items() if not name.startswith("classifier.")}
 
 
 def _from_tensors(tensors: Mapping[str, Tensor], source: str) -> Lpips:
@@ -287,81 +256,23 @@ def _from_tensors(tensors: Mapping[str, Tensor], source: str) -> Lpips:
     Raises:
         InputError: the names or shapes are not LPIPS's, or the numbers cannot be.
     """
-    # Without memory and first values: drawing those would also shift the caller's random numbers.
-    with torch.device("meta"):
-        model = Lpips()
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    check_shapes(expected, found, source=source, kind=_KIND)
+    model = build(Lpips, tensors, source=source, kind=_KIND)
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
-            raise InputError(
-                f"{source}: weight {name} ({tensor.dtype}) does not hold finite floating-point "
-                f"numbers; copy or download it again"
-            )
         if name.startswith("lin") and bool((tensor < 0).any()):
             raise InputError(
                 f"{source}: weight {name} holds numbers below 0, which no distance can have; get "
                 f"{HEADS_FILE.name} from {HEADS_FILE.url}"
             )
-    model.load_state_dict({name: _own(tensor) for name, tensor in tensors.items()}, assign=True)
     return model
-
-
-def _own(tensor: Tensor) -> Tensor:
-    """A copy in float32, in the layout that convolutions want."""
-    # What is left in a file's mapping would change or vanish with the file.
-    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-    return torch.empty(tensor.shape, memory_format=layout).copy_(tensor)
 
 
 def _download(target: Path) -> Lpips:
     """Downloads the public files and keeps what is needed of them as ``target``."""
-    try:
-        storage.require_writable(target.parent)
-    except InputError as error:
-        raise InputError(f"{error} for the weights of LPIPS (LLAMAGEN_CACHE)") from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".lpips.") as folder:
+    cache = writable_cache(_PURPOSE)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".lpips.") as folder:
         paths = [Path(folder) / file.name for file in _PUBLIC_FILES]
         for file, path in zip(_PUBLIC_FILES, paths, strict=True):
-            _download_file(file, path)
+            download(file, path, purpose=_PURPOSE, remedy=_REMEDY)
         model = _from_files(paths)
     save_lpips(model, target)
     return model
-
-
-def _download_file(file: PublicFile, path: Path) -> None:
-    digest = hashlib.sha256()
-    with path.open("wb") as out:
-        for part in _fetch(file):
-            digest.update(part)
-            out.write(part)
-    if digest.hexdigest() != file.sha256:
-        raise InputError(
-            f"{file.url} gave another file than expected (SHA-256 {digest.hexdigest()}, not "
-            f"{file.sha256}), which was thrown away; try again, or {_REMEDY}"
-        )
-
-
-def _fetch(file: PublicFile) -> Iterator[bytes]:
-    """The content of a file on the web, in parts, with a progress bar on a terminal."""
-    # Only what the network does is caught here: a full disk stays the OSError that it is.
-    try:
-        with urllib.request.urlopen(file.url, timeout=_TIMEOUT) as response:  # noqa: S310
-            with tqdm(
-                total=response.length,
-                desc=f"downloading {file.name}",
-                unit="B",
-                unit_scale=True,
-                disable=None,
-            ) as bar:
-                while part := response.read(_CHUNK):
-                    bar.update(len(part))
-                    yield part
-            if response.length:
-                raise http.client.IncompleteRead(b"", response.length)
-    except (OSError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
-        raise InputError(
-            f"cannot download {file.url} for the perceptual loss ({reason}); {_REMEDY}"
-        ) from error

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.collection import ImageCollection
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import SkippedFiles
@@ -91,7 +90,7 @@ def _stored_codes(recipe: TransformerTraining, folder: Path, tokenizer: ImageTok
     """The codes in a store, and in the one for validation; by default a part is held out."""
     if recipe.data is not None:
         raise InputError("give either images (--data) or a store of codes (--codes), not both")
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = tokenizer.fingerprint()
     training = CodeStore.open(folder)
     training.check_tokenizer(fingerprint)
     if recipe.validation_codes is None:

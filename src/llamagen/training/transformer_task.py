@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from llamagen import labels as label_files
 from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
-from llamagen.data.codes import tokenizer_fingerprint
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.order import DataOrder
@@ -151,7 +150,7 @@ class TransformerTask(Task):
         }
         self.units_per_image = {"tokens": float(math.prod(codes.training.grid))}
         self.data = {
-            "the image tokenizer": tokenizer_fingerprint(tokenizer),
+            "the image tokenizer": tokenizer.fingerprint(),
             "the training codes": codes.training.identity,
             "the number of training images": str(len(codes.trained)),
         }
