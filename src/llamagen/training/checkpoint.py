@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 import llamagen.storage as storage
+from llamagen import distributed
 from llamagen.errors import InputError
-from llamagen.training import distributed
 
 FOLDER_NAME = "checkpoints"
 

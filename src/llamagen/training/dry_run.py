@@ -19,7 +19,7 @@ import psutil
 import torch
 from PIL import Image
 
-from llamagen import checkpoints
+from llamagen import checkpoints, distributed
 from llamagen.checkpoints.names import find_public
 from llamagen.config import (
     TOKENIZER_PRESETS,
@@ -36,7 +36,6 @@ from llamagen.data.order import DataOrder
 from llamagen.devices import find_device
 from llamagen.errors import InputError
 from llamagen.tokenizer import ImageTokenizer
-from llamagen.training import distributed
 from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
 from llamagen.training.loop import try_steps
 from llamagen.training.parallel import require_shares

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import llamagen.storage as storage
-from llamagen.training import distributed
+from llamagen import distributed
 
 FILE_NAME = "metrics.jsonl"
 

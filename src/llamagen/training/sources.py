@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from llamagen import distributed
 from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
 from llamagen.data.loader import ImageBatch, training_batches
@@ -13,7 +14,6 @@ from llamagen.data.order import DataOrder
 from llamagen.data.sources import is_library_source, open_images
 from llamagen.data.views import Augmentation
 from llamagen.errors import InputError
-from llamagen.training import distributed
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import llamagen.storage as storage
+from llamagen import distributed
 from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
 from llamagen.data.collection import ImageCollection
@@ -24,7 +25,6 @@ from llamagen.data.views import Augmentation, Views
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.pictures import image_grid, save_png, to_pil
 from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
-from llamagen.training import distributed
 from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining

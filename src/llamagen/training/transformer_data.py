@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from llamagen import distributed
 from llamagen.data.collection import ImageCollection
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import SkippedFiles
@@ -18,7 +19,6 @@ from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.errors import InputError
 from llamagen.tokenizer import ImageTokenizer
-from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
 from llamagen.training.run_folder import SKIPPED_NAME, start_run
 from llamagen.training.sources import find_run_images

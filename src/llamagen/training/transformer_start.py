@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen import checkpoints
+from llamagen import checkpoints, distributed
 from llamagen.config import (
     Grid,
     SmallTextEncoderConfig,
@@ -25,7 +25,6 @@ from llamagen.pipeline import Pipeline
 from llamagen.text.encoder import TextEncoder
 from llamagen.text.features import TextStore
 from llamagen.tokenizer import ImageTokenizer
-from llamagen.training import distributed
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.conditioning import (
     Conditioning,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llamagen import distributed
 from llamagen import labels as label_files
 from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
@@ -27,7 +28,6 @@ from llamagen.pictures import image_grid, save_png
 from llamagen.pipeline import Pipeline
 from llamagen.text.encoder import padded
 from llamagen.tokenizer import ImageTokenizer
-from llamagen.training import distributed
 from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter

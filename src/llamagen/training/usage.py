@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen.training import distributed
+from llamagen import distributed
 
 
 class CodebookUsage:
