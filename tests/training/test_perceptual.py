@@ -6,8 +6,6 @@ import errno
 import hashlib
 import io
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +20,11 @@ from llamagen.training.perceptual import (
     HEADS_FILE,
     TRUNK_FILE,
     Lpips,
-    PublicFile,
-    cache_folder,
     load_lpips,
     save_lpips,
 )
+from llamagen.weights import PublicFile, cache_folder
+from tests.web import running
 
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 """Where they stand in VGG16's features."""
@@ -444,42 +442,11 @@ def test_the_checksums_are_those_that_are_known():
     assert {file.url.split(":")[0] for file in (TRUNK_FILE, HEADS_FILE)} == {"https"}
 
 
-class Web:
-    """Stands in for the servers of the two public files."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.files: dict[str, bytes] = {}
-        self.cut_after: dict[str, int] = {}
-        self.requests: list[str] = []
-
-
 @pytest.fixture
 def web():
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def do_GET(self):
-            name = self.path.strip("/")
-            web.requests.append(name)
-            content = web.files.get(name)
-            if content is None:
-                self.send_error(404)
-                return
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content[: web.cut_after.get(name)])
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    web = Web(f"http://127.0.0.1:{server.server_address[1]}")
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    yield web
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    """Stands in for the servers of the two public files."""
+    with running() as web:
+        yield web
 
 
 @pytest.fixture
@@ -557,7 +524,7 @@ def test_a_server_that_does_not_answer(web, cache, monkeypatch):
     def silent(*_, **__):
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr(perceptual.urllib.request, "urlopen", silent)
+    monkeypatch.setattr("urllib.request.urlopen", silent)
     assert "(timed out)" in one_line(load_lpips)
 
 

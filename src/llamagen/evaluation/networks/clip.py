@@ -1,0 +1,211 @@
+"""CLIP: how well images fit captions (arXiv 2103.00020), through ``transformers``.
+
+Shapes: B images or captions, D numbers of a feature, H x W pixels, S x S those that CLIP sees.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from llamagen.errors import InputError
+from llamagen.evaluation.networks.inputs import require_images
+from llamagen.pretrained import hub_errors, is_repo_id
+
+DEFAULT_CLIP = "openai/clip-vit-base-patch32"
+"""What most CLIP scores are given for."""
+CAPTION_PREFIX = "A photo depicts "
+"""What CLIP score puts before a caption (arXiv 2104.08718, section 3)."""
+
+# Of the images that CLIP was trained on, in [0, 1].
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipEncoder(nn.Module):
+    """CLIP's two encoders: images and captions to features whose product says how they fit."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
+        """Puts the parts together: ``from_pretrained`` makes them.
+
+        Args:
+            model: ``transformers.CLIPModel``.
+            tokenizer: its tokenizer, of ``transformers``.
+            name: what it is called in reports.
+        """
+        super().__init__()
+        # As Any: its class is known to ``transformers`` only.
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path = DEFAULT_CLIP, *, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Loads CLIP in float32.
+
+        Args:
+            source: a folder as ``transformers`` writes it, or a hub repository "owner/name".
+            device: where it goes.
+
+        Raises:
+            InputError: there is no such model, it is of another family, it cannot be downloaded,
+                or the packages that it takes are not installed.
+        """
+        transformers = _import_transformers()
+        folder = Path(source).expanduser()
+        place = str(folder) if folder.is_dir() else str(source)
+        if not folder.is_dir() and not is_repo_id(place):
+            raise InputError(f"CLIP {place} is no folder and no hub repository (owner/name)")
+        with _load_errors(place), _quietly(transformers):
+            family = transformers.AutoConfig.from_pretrained(place).model_type
+            if family != "clip":
+                raise InputError(f"{place} holds a model of the family {family}, expected clip")
+            model, found = transformers.CLIPModel.from_pretrained(
+                place, dtype=torch.float32, output_loading_info=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+        # Missing weights are drawn at random there, with no more than a warning.
+        if found["missing_keys"]:
+            raise InputError(
+                f"{place} lacks weights of CLIP, as {sorted(found['missing_keys'])[0]}; download "
+                f"it again"
+            )
+        return cls(model.to(device), tokenizer, str(source))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.parameters()).device
+
+    @property
+    def width(self) -> int:
+        """Length of a feature."""
+        return int(self.model.config.projection_dim)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of its weights and tokens: scores of others cannot be compared."""
+        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
+        for name, tensor in sorted(self.model.named_parameters()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"clip/{digest.hexdigest()[:16]}"
+
+    @torch.no_grad()
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Features (B, D) of images, float32 and of length 1.
+
+        The short side is brought to S pixels (224) and the middle square is taken, as CLIP does.
+
+        Args:
+            images: uint8 (B, 3, H, W), of any size.
+
+        Raises:
+            InputError: the images are of another type or shape.
+        """
+        require_images(images)
+        if len(images) == 0:
+            return torch.empty(0, self.width, device=self.device)
+        side = int(self.model.config.vision_config.image_size)
+        pixels = _prepare(images, side).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            return F.normalize(self.model.visual_projection(pooled), dim=-1)
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str], *, prefix: str = CAPTION_PREFIX) -> Tensor:
+        """Features (B, D) of captions, float32 and of length 1.
+
+        Args:
+            texts: captions; what is beyond CLIP's 77 tokens is not read.
+            prefix: what to put before each.
+        """
+        if not texts:
+            return torch.empty(0, self.width, device=self.device)
+        tokens = self.tokenizer(
+            [prefix + text for text in texts],
+            padding=True,
+            truncation=True,
+            max_length=int(self.model.config.text_config.max_position_embeddings),
+            return_tensors="pt",
+        ).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            pooled = self.model.text_model(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            ).pooler_output
+            return F.normalize(self.model.text_projection(pooled), dim=-1)
+
+
+def _prepare(images: Tensor, side: int) -> Tensor:
+    """uint8 (B, 3, H, W) to what CLIP was trained on: (B, 3, S, S), normalised."""
+    # By Pillow as in the original: other bicubic resizings differ, above all when they shrink.
+    squares = [
+        np.asarray(_square(Image.fromarray(image), side))
+        for image in images.movedim(1, -1).cpu().numpy()
+    ]
+    x = torch.from_numpy(np.stack(squares)).movedim(-1, 1).float() / 255.0
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
+    return (x - mean) / deviation
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """The middle of an image whose short side was brought to ``side`` pixels."""
+    short = min(image.size)
+    width, height = (side * each // short for each in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    # Halves are rounded to even numbers, as in the original.
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    return image.crop((left, top, left + side, top + side))
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            "the CLIP score needs packages that are not installed; install them with "
+            "pip install 'llamagen[text]'"
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def _quietly(transformers: Any) -> Iterator[None]:
+    """Without a bar for the reading of a file that takes less than a second."""
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _load_errors(place: str) -> Iterator[None]:
+    """Errors of ``transformers`` as one line."""
+    try:
+        with contextlib.nullcontext() if Path(place).is_dir() else hub_errors(place):
+            yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"CLIP {place} cannot be loaded ({' '.join(str(error).split())[:300]}); give a folder "
+            f"or hub repository with its weights and its tokenizer"
+        ) from error

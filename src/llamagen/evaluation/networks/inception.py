@@ -1,0 +1,476 @@
+"""Inception-v3 as FID uses it: the graph that was published with TensorFlow on 2015-12-05.
+
+FID, sFID, Inception Score, precision and recall are defined by the outputs of this one graph, so
+its peculiarities are kept: the resizing without half-pixel centres, average pooling that leaves
+padding out, a maximum where the paper has an average in the last block, 1008 outputs for 1000
+classes. The architecture is that of arXiv 1512.00567; weights and their names are those of the
+public conversion for torch.
+
+Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple, Self
+from urllib.parse import unquote, urlsplit
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llamagen.checkpoints.hub import download_file
+from llamagen.errors import InputError
+from llamagen.evaluation.networks.inputs import require_images
+from llamagen.pretrained import is_repo_id
+from llamagen.weights import (
+    PublicFile,
+    build,
+    cache_folder,
+    cached,
+    read_weights,
+    require_checksum,
+)
+
+WEIGHTS_FILE = PublicFile(
+    name="pt_inception-2015-12-05-6726825d.pth",
+    url=(
+        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+        "pt_inception-2015-12-05-6726825d.pth"
+    ),
+    # The file's name has its first eight digits; the whole is what several projects that pin
+    # their weights record independently of each other.
+    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+)
+"""The graph's weights, converted for torch (96 MB)."""
+
+NAME = "inception-2015-12-05"
+SIDE = 299
+"""Pixels of the square that the graph brings images to."""
+CLASSES = 1008
+"""Outputs; the first and the last seven stand for no class of ImageNet, but count all the same."""
+
+_SPATIAL_BLOCK = "Mixed_6d"
+"""Called mixed_6 in the graph."""
+_SPATIAL_CHANNELS = 7
+"""Of the block's first branch: 2023 numbers in all, about as many as in the pool (arXiv 2103.03841,
+and ADM's evaluator)."""
+_NORM_EPS = 1e-3
+
+_KIND = "Inception-v3 of 2015"
+_PURPOSE = "the features of FID"
+_REMEDY = f"give the path of {WEIGHTS_FILE.name} ({WEIGHTS_FILE.url})"
+
+
+class InceptionFeatures(NamedTuple):
+    """What the network says of B images, in float32."""
+
+    pool: Tensor
+    """(B, 2048), at least 0: for FID, precision and recall."""
+    spatial: Tensor
+    """(B, 2023), at least 0: 17 rows of 17 positions of 7 channels, for sFID."""
+    logits: Tensor
+    """(B, 1008), without the bias that the last layer has: for the Inception Score."""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, 1008), as the Inception Score takes them."""
+        return self.logits.softmax(-1)
+
+
+class _Layer(NamedTuple):
+    """A convolution to ``width`` channels; where it moves by more than 1 it has no padding."""
+
+    width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padded: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Branch:
+    """Layers after each other; those of the fork then stand side by side."""
+
+    name: str
+    layers: tuple[_Layer, ...]
+    fork: tuple[_Layer, ...] = ()
+
+    def layer_names(self) -> list[str]:
+        """As the public file calls them."""
+        if len(self.layers) == 1 and not self.fork:
+            return [self.name]
+        return [f"{self.name}_{number}" for number in range(1, len(self.layers) + 1)]
+
+    def fork_names(self) -> list[str]:
+        """As the public file calls them."""
+        number = len(self.layers) + 1
+        return [f"{self.name}_{number}{letter}" for letter in "ab"[: len(self.fork)]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _BlockPlan:
+    """Branches over the same input, and a pooling beside them."""
+
+    branches: tuple[_Branch, ...]
+    pooling: Literal["average", "max"]
+    pooled: int | None
+    """Channels that the pooled are brought to; None halves the resolution instead."""
+
+
+_3x3, _5x5 = (3, 3), (5, 5)
+_1x7, _7x1 = (1, 7), (7, 1)
+_1x3, _3x1 = (1, 3), (3, 1)
+
+
+def _at_35(pooled: int) -> _BlockPlan:
+    branches = (
+        _Branch("branch1x1", (_Layer(64),)),
+        _Branch("branch5x5", (_Layer(48), _Layer(64, _5x5))),
+        _Branch("branch3x3dbl", (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3))),
+    )
+    return _BlockPlan(branches, "average", pooled)
+
+
+def _from_35_to_17() -> _BlockPlan:
+    branches = (
+        _Branch("branch3x3", (_Layer(384, _3x3, 2),)),
+        _Branch("branch3x3dbl", (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3, 2))),
+    )
+    return _BlockPlan(branches, "max", None)
+
+
+def _at_17(inner: int) -> _BlockPlan:
+    twice = (_Layer(inner, _7x1), _Layer(inner, _1x7), _Layer(inner, _7x1), _Layer(192, _1x7))
+    branches = (
+        _Branch("branch1x1", (_Layer(192),)),
+        _Branch("branch7x7", (_Layer(inner), _Layer(inner, _1x7), _Layer(192, _7x1))),
+        _Branch("branch7x7dbl", (_Layer(inner), *twice)),
+    )
+    return _BlockPlan(branches, "average", 192)
+
+
+def _from_17_to_8() -> _BlockPlan:
+    seven = (_Layer(192), _Layer(192, _1x7), _Layer(192, _7x1), _Layer(192, _3x3, 2))
+    branches = (
+        _Branch("branch3x3", (_Layer(192), _Layer(320, _3x3, 2))),
+        _Branch("branch7x7x3", seven),
+    )
+    return _BlockPlan(branches, "max", None)
+
+
+def _at_8(pooling: Literal["average", "max"]) -> _BlockPlan:
+    fork = (_Layer(384, _1x3), _Layer(384, _3x1))
+    branches = (
+        _Branch("branch1x1", (_Layer(320),)),
+        _Branch("branch3x3", (_Layer(384),), fork),
+        _Branch("branch3x3dbl", (_Layer(448), _Layer(384, _3x3)), fork),
+    )
+    return _BlockPlan(branches, pooling, 192)
+
+
+_BLOCKS = {
+    "Mixed_5b": _at_35(32),
+    "Mixed_5c": _at_35(64),
+    "Mixed_5d": _at_35(64),
+    "Mixed_6a": _from_35_to_17(),
+    "Mixed_6b": _at_17(128),
+    "Mixed_6c": _at_17(160),
+    "Mixed_6d": _at_17(160),
+    "Mixed_6e": _at_17(192),
+    "Mixed_7a": _from_17_to_8(),
+    "Mixed_7b": _at_8("average"),
+    "Mixed_7c": _at_8("max"),
+}
+
+
+class InceptionV3(nn.Module):
+    """Images to the features that metrics are made of. Its state-dict keys are the public file's.
+
+    A measure, not a model to train: nothing takes a gradient, and ``train()`` changes nothing.
+    """
+
+    name = NAME
+
+    def __init__(self) -> None:
+        """A network without meaning yet; ``from_weights`` gives the one of FID."""
+        super().__init__()
+        self.Conv2d_1a_3x3 = _ConvUnit(3, _Layer(32, _3x3, 2))
+        self.Conv2d_2a_3x3 = _ConvUnit(32, _Layer(32, _3x3, padded=False))
+        self.Conv2d_2b_3x3 = _ConvUnit(32, _Layer(64, _3x3))
+        self.Conv2d_3b_1x1 = _ConvUnit(64, _Layer(80))
+        self.Conv2d_4a_3x3 = _ConvUnit(80, _Layer(192, _3x3, padded=False))
+        width = 192
+        for name, plan in _BLOCKS.items():
+            block = _Block(width, plan)
+            self.add_module(name, block)
+            width = block.width
+        self.fc = nn.Linear(width, CLASSES)
+        self.requires_grad_(False)
+        self.eval()
+
+    @classmethod
+    def from_weights(
+        cls, source: str | Path | None = None, *, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Loads the network.
+
+        Args:
+            source: a .pth or .safetensors file, a folder with the public file, an address
+                (https://...) or a file on the hub ("owner/name/file"). Without it the public file
+                is taken from the cache (``weights.cache_folder``), from torch.hub's, where
+                other programs may have left it, or downloaded. Under its own name it is
+                accepted only with the content that is known, wherever it comes from.
+            device: where the network goes.
+
+        Raises:
+            InputError: there is no such file, it is damaged or another network's, or the download
+                failed.
+            OSError: the disk is full.
+        """
+        path = _locate(source)
+        try:
+            tensors = read_weights(path)
+            # Counters of training that some conversions have, others not.
+            kept = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if not name.endswith(".num_batches_tracked")
+            }
+            model = build(cls, kept, source=str(path), kind=_KIND)
+        except InputError as error:
+            raise InputError(f"{error}; {_REMEDY}") from error
+        return model.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.fc.weight.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Its name and a digest of its weights, the same for whatever file they came from.
+
+        Features of networks with different fingerprints cannot be compared. Computed anew each
+        time, from 96 MB.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            # contiguous: the layout of convolutions differs from place to place.
+            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return f"{NAME}/{digest.hexdigest()[:16]}"
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> InceptionFeatures:
+        """Features of images, each of its own whatever else is in the batch.
+
+        In float32 also under autocast, and on CUDA without the TF32 that convolutions have there.
+
+        Args:
+            images: uint8 (B, 3, H, W), of any size.
+
+        Raises:
+            InputError: the images are of another type or shape.
+        """
+        require_images(images)
+        with torch.autocast(images.device.type, enabled=False), _exact_convolutions(images.device):
+            x = _prepare(images).to(self.fc.weight.dtype)
+            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
+            x = F.max_pool2d(x, 3, stride=2)
+            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
+            x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
+            for name in _BLOCKS:
+                x = self.get_submodule(name)(x)
+                if name == _SPATIAL_BLOCK:
+                    # In TensorFlow's order: (B, 17, 17, 7) -> (B, 2023).
+                    spatial = x[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+            pool = x.mean((2, 3))
+            logits = F.linear(pool, self.fc.weight)
+        return InceptionFeatures(pool.float(), spatial.float(), logits.float())
+
+
+class _Block(nn.Module):
+    """Branches over the same input, their channels joined: (B, C_in, h, w) -> (B, C_out, ...)."""
+
+    def __init__(self, inputs: int, plan: _BlockPlan) -> None:
+        super().__init__()
+        self._plan = plan
+        self.width = plan.pooled or inputs
+        for branch in plan.branches:
+            width = inputs
+            for name, layer in zip(branch.layer_names(), branch.layers, strict=True):
+                self.add_module(name, _ConvUnit(width, layer))
+                width = layer.width
+            for name, layer in zip(branch.fork_names(), branch.fork, strict=True):
+                self.add_module(name, _ConvUnit(width, layer))
+            self.width += sum(layer.width for layer in branch.fork) or width
+        if plan.pooled is not None:
+            self.branch_pool = _ConvUnit(inputs, _Layer(plan.pooled))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) to (B, C_out, ...) at this or half the resolution."""
+        parts = []
+        for branch in self._plan.branches:
+            y = x
+            for name in branch.layer_names():
+                y = self.get_submodule(name)(y)
+            parts += [self.get_submodule(name)(y) for name in branch.fork_names()] or [y]
+        if self._plan.pooled is None:
+            parts.append(F.max_pool2d(x, 3, stride=2))
+        else:
+            pool = _average if self._plan.pooling == "average" else _maximum
+            parts.append(self.branch_pool(pool(x)))
+        return torch.cat(parts, dim=1)
+
+
+class _ConvUnit(nn.Module):
+    """Convolution, normalisation, ReLU: (B, C_in, h, w) -> (B, C_out, ...)."""
+
+    def __init__(self, inputs: int, layer: _Layer) -> None:
+        super().__init__()
+        height, width = layer.kernel
+        padding = (height // 2, width // 2) if layer.padded and layer.stride == 1 else (0, 0)
+        self.conv = nn.Conv2d(inputs, layer.width, layer.kernel, layer.stride, padding, bias=False)
+        self.bn = _Norm(layer.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) to (B, C_out, ...)."""
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class _Norm(nn.Module):
+    """Batch normalisation with the statistics of the training, never of a batch."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
+            self.register_buffer(name, torch.full((width,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same shape."""
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=_NORM_EPS
+        )
+
+
+def _average(x: Tensor) -> Tensor:
+    """Mean of each position's neighbours (B, C, h, w); there are fewer of them at the edges."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _maximum(x: Tensor) -> Tensor:
+    """Largest of each position's neighbours (B, C, h, w)."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _prepare(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) to what the graph makes of them: (B, 3, 299, 299), -1 to about 1."""
+    x = (resize_bilinear(images.float(), SIDE) - 128.0) / 128.0
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def resize_bilinear(images: Tensor, side: int) -> Tensor:
+    """Resizes as TensorFlow's ResizeBilinear did in 2015, which the graph begins with.
+
+    A pixel is a point at its upper left corner, nothing is smoothed before images are shrunk, and
+    the last row and column are repeated. Other ways of resizing shift FID (arXiv 2104.11222).
+
+    Args:
+        images: float32 (B, C, H, W).
+        side: pixels of the square's side.
+
+    Returns:
+        (B, C, side, side), the same on every device.
+    """
+    top, bottom, down = (each.to(images.device) for each in _neighbours(images.shape[-2], side))
+    left, right, across = (each.to(images.device) for each in _neighbours(images.shape[-1], side))
+    x = images[..., left]
+    x = x + (images[..., right] - x) * across  # (B, C, H, side)
+    upper = x[..., top, :]
+    return upper + (x[..., bottom, :] - upper) * down[:, None]
+
+
+def _neighbours(size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of ``side`` new pixels: the two old ones around it, and how far it is to the second.
+
+    On the CPU and in float32 as in TensorFlow: a place that is rounded otherwise may have other
+    neighbours.
+    """
+    scale = torch.tensor(size, dtype=torch.float32) / side
+    places = torch.arange(side, dtype=torch.float32) * scale
+    first = places.floor()
+    lower = first.long()
+    return lower, (lower + 1).clamp(max=size - 1), places - first
+
+
+@contextlib.contextmanager
+def _exact_convolutions(device: torch.device) -> Iterator[None]:
+    """Without TF32, in which CUDA otherwise rounds the factors to 10 bits."""
+    if device.type != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    # torch does not let its old switch be used once somebody has used the new one.
+    switch: tuple[Any, str, Any] = (cudnn, "allow_tf32", False)
+    if hasattr(cudnn, "conv"):
+        switch = (cudnn.conv, "fp32_precision", "ieee")
+    owner, name, exact = switch
+    before = getattr(owner, name)
+    setattr(owner, name, exact)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def _locate(source: str | Path | None) -> Path:
+    """The file that ``source`` means, downloaded if need be."""
+    if source is None:
+        shared = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE.name)
+        if shared.is_file() and not (cache_folder() / WEIGHTS_FILE.name).is_file():
+            return _checked(shared)
+        return cached(WEIGHTS_FILE, purpose=_PURPOSE, remedy=_REMEDY)
+    text = str(source)
+    if re.match(r"https?://", text):
+        return cached(_at_address(text), purpose=_PURPOSE, remedy=_REMEDY)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = path / WEIGHTS_FILE.name
+    if path.is_file():
+        return _checked(path)
+    on_hub = re.fullmatch(r"([^/]+/[^/]+)/(.+)", text)
+    # Whoever has the first folder of a path meant the path.
+    if on_hub and is_repo_id(on_hub[1]) and not Path(on_hub[1]).parent.is_dir():
+        return _checked(download_file(on_hub[1], on_hub[2]))
+    raise InputError(
+        f"{path} does not exist, and {text} is no address (https://...) and no file on the hub "
+        f"(owner/name/file) either; {_REMEDY}"
+    )
+
+
+def _checked(path: Path) -> Path:
+    """``path``, whose content is that of the public file if it has its name."""
+    if path.name == WEIGHTS_FILE.name:
+        remedy = f"get it again from {WEIGHTS_FILE.url}, or remove it"
+        require_checksum(path, WEIGHTS_FILE.sha256, remedy=remedy)
+    return path
+
+
+def _at_address(url: str) -> PublicFile:
+    """A file on the web, as the cache keeps it."""
+    name = PurePosixPath(unquote(urlsplit(url).path)).name
+    if name == WEIGHTS_FILE.name:
+        return dataclasses.replace(WEIGHTS_FILE, url=url)
+    # Another address may give another file under the same name.
+    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    return PublicFile(name=f"{digest}-{name}", url=url, sha256=None)

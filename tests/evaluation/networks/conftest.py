@@ -1,0 +1,34 @@
+"""A network with drawn weights, for all tests of Inception-v3."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llamagen.evaluation.networks import InceptionV3
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Where other programs run, threads that wait for each other take most of such small work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def network() -> InceptionV3:
+    """With weights that keep features in range, and statistics that matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = InceptionV3()
+        for name, tensor in model.state_dict().items():
+            if tensor.ndim == 4:
+                nn.init.kaiming_normal_(tensor, nonlinearity="relu")
+            elif name.endswith(("running_var", "bn.weight")):
+                tensor.uniform_(0.8, 1.2)
+            elif name != "fc.weight":
+                tensor.normal_(std=0.2)
+    return model
