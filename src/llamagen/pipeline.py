@@ -395,6 +395,14 @@ class Pipeline:
             elif encoder is not None:
                 encoder.require_text(prompt)
 
+    def conditions(self, prompts: Prompts) -> Conditions:
+        """What the transformer is told of prompts, one row each.
+
+        Raises:
+            InputError: a prompt says nothing, or names no class of this model.
+        """
+        return self._conditions(prompts, None, None, None, 1)
+
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (images, rows, columns) to images."""
         return [image for part in self.decode_in_parts(codes) for image in to_pil(part)]

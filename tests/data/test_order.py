@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 
 import pytest
@@ -52,3 +53,29 @@ def test_random_numbers_belong_to_a_draw():
         order.random(Draw(epoch, index)).random() for epoch in range(3) for index in range(6)
     }
     assert len(numbers) == 18
+
+
+def test_batches_of_like_lengths():
+    count, batch, group = 50, 4, 3
+    lengths = [(index * 37) % 101 for index in range(count)]
+    plain = DataOrder(count=count, batch_size=batch, seed=5)
+    grouped = DataOrder(
+        count=count,
+        batch_size=batch,
+        seed=5,
+        group=group,
+        lengths=lambda indices: [lengths[index] for index in indices],
+    )
+    places = set()
+    for first in range(0, 60, group):
+        batches = [grouped.batch(first + number) for number in range(group)]
+        # The same samples as without, in other batches.
+        drawn = [draw for each in batches for draw in each]
+        assert Counter(drawn) == Counter(draws(plain, first + group)[first * batch :])
+        spans = sorted(
+            (min(lengths[d.index] for d in each), max(lengths[d.index] for d in each), number)
+            for number, each in enumerate(batches)
+        )
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+        places.add(tuple(number for *_, number in spans))
+    assert len(places) > 1, "short ones do not always come first"

@@ -301,3 +301,19 @@ def make_text_task(recipe, store):
     rows = np.arange(len(store))
     start = find_start(recipe, codebook_size=64, grid=store.grid, class_names=())
     return TransformerTask(start, tiny_tokenizer(), Codes(store, rows, store, rows))
+
+
+def test_captions_of_like_lengths_share_a_batch(tmp_path):
+    lengths = [3, 20, 4, 19, 5, 21, 2, 18]
+    store = MemoryCodes(
+        np.zeros((8, 1, 4, 4), dtype=np.int64),
+        captions=[(Caption("x" * length, 1.0),) for length in lengths],
+    )
+    recipe = text_recipe(None, "", tmp_path, batch_size=4)
+    recipe = dataclasses.replace(
+        recipe, text=dataclasses.replace(recipe.text, length_group=2, text_length=30)
+    )
+    task = make_text_task(recipe, store)
+    widths = sorted(batch["mask"].shape[1] for batch in task.batches(0, 2))
+    # One more: the end of the text.
+    assert widths == [6, 22]

@@ -9,8 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+_LAST_NUMBER = 2**64 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,28 @@ class DataOrder:
     count: int
     batch_size: int
     seed: int
+    group: int = 1
+    """So many batches in a row are put together by length, and come in random order."""
+    lengths: Callable[[Sequence[int]], Sequence[int]] | None = None
+    """The lengths of some samples by their indices; without them ``group`` has no effect."""
 
     def batch(self, step: int) -> list[Draw]:
         """The samples of step ``step``, counted from 0."""
+        if self.lengths is None or self.group == 1:
+            return self._draws(step * self.batch_size, self.batch_size)
+        group, number = divmod(step, self.group)
+        size = self.group * self.batch_size
+        draws = self._draws(group * size, size)
+        lengths = self.lengths([draw.index for draw in draws])
+        by_length = [draws[place] for place in np.argsort(lengths, kind="stable")]
+        # From the other end than the epochs' numbers.
+        batches = _permutation(self.group, self.seed, _LAST_NUMBER - group)
+        first = int(batches[number]) * self.batch_size
+        return by_length[first : first + self.batch_size]
+
+    def _draws(self, first: int, count: int) -> list[Draw]:
         draws = []
-        for number in range(step * self.batch_size, (step + 1) * self.batch_size):
+        for number in range(first, first + count):
             epoch, position = divmod(number, self.count)
             draws.append(Draw(epoch, int(_permutation(self.count, self.seed, epoch)[position])))
         return draws
@@ -48,7 +68,7 @@ class DataOrder:
         return random.Random(f"{self.seed} {draw.epoch} {draw.index}")  # noqa: S311
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     # Sorting Philox's raw numbers: unlike numpy's own shuffles, the same in every version.
     numbers = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)

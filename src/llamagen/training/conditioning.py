@@ -48,6 +48,11 @@ class Conditioning(abc.ABC):
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
         """The loss of the batch's "codes" (B, T); rows where ``drop`` (B,) get no condition."""
 
+    def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
+        """About how long the conditions of some images are, to put like ones together."""
+        del store
+        return [1] * len(rows)
+
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """Looks at some of these images.
 
@@ -126,6 +131,11 @@ class CaptionConditioning(Conditioning):
             target_weights=batch["weights"],
         )
         return loss
+
+    def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
+        """Letters of the likeliest captions: a look at them costs nothing."""
+        captions = captions_of_rows(store, rows)
+        return [len(max(each, key=lambda c: c.weight).text) if each else 0 for each in captions]
 
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""

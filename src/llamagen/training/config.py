@@ -428,6 +428,9 @@ class TextTraining:
     """Tokens (of the small one: bytes) of a caption that are read."""
     clean_captions: bool = True
     """Clean captions as those that the published models were trained with."""
+    length_group: int = 1
+    """Batches in a row whose captions are sorted by length before they are dealt out, so that
+    little of a batch is padding; 1 leaves captions as they come."""
     text_dim: int = 256
     """Of the small one: width of its features."""
     text_layers: int = 4
@@ -438,6 +441,7 @@ class TextTraining:
     """Of the small one: dropout everywhere."""
 
     def __post_init__(self) -> None:
+        _require_at_least(self, 1, "length_group")
         _ = self.small
 
     @property

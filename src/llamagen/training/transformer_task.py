@@ -160,7 +160,13 @@ class TransformerTask(Task):
         self._codes = codes
         self._skipped = self._list_skipped()
         self._order = DataOrder(
-            count=len(codes.trained), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed
+            count=len(codes.trained),
+            batch_size=recipe.loop.batch_size,
+            seed=recipe.loop.seed,
+            group=recipe.text.length_group if recipe.condition == "text" else 1,
+            lengths=lambda indices: self._conditioning.lengths(
+                codes.training, codes.trained[np.array(indices)]
+            ),
         )
 
     def prepare(self) -> None:
