@@ -23,6 +23,7 @@ from llamagen.data.images import SkippedFiles
 from llamagen.data.loader import ImageBatch, image_views
 from llamagen.data.views import Augmentation, Views
 from llamagen.evaluation.metrics import psnr, ssim
+from llamagen.evaluation.networks.lpips import Lpips, load_lpips
 from llamagen.pictures import image_grid, save_png, to_pil
 from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
 from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
@@ -32,7 +33,6 @@ from llamagen.training.discriminators import make_discriminator
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_loss
 from llamagen.training.parallel import seeded
-from llamagen.training.perceptual import Lpips, load_lpips
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
 from llamagen.training.sources import TokenizerImages, tokenizer_images

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.errors import InputError
-from llamagen.training import perceptual
-from llamagen.training.perceptual import (
+from llamagen.evaluation.networks import lpips
+from llamagen.evaluation.networks.lpips import (
     FILE_NAME,
     HEADS_FILE,
     TRUNK_FILE,
@@ -458,7 +458,7 @@ def cache(web, tmp_path, monkeypatch) -> Path:
         content = web.files[name] = (tmp_path / "public" / name).read_bytes()
         digest = hashlib.sha256(content).hexdigest()
         files.append(PublicFile(name=name, url=f"{web.url}/{name}", sha256=digest))
-    monkeypatch.setattr(perceptual, "_PUBLIC_FILES", tuple(files))
+    monkeypatch.setattr(lpips, "_PUBLIC_FILES", tuple(files))
     monkeypatch.setenv("LLAMAGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path / "cache"
@@ -510,7 +510,7 @@ def test_downloads_that_fail_leave_nothing(web, cache, name, fault, message):
 def test_without_a_network(cache, monkeypatch):
     # Nobody listens on the port for discarding.
     away = [PublicFile(name="vgg.pth", url="http://127.0.0.1:9/vgg.pth", sha256="0" * 64)]
-    monkeypatch.setattr(perceptual, "_PUBLIC_FILES", tuple(away))
+    monkeypatch.setattr(lpips, "_PUBLIC_FILES", tuple(away))
     text = one_line(load_lpips)
     assert text.startswith("cannot download http://127.0.0.1:9/vgg.pth for the perceptual loss (")
     assert (

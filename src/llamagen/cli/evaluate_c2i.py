@@ -1,0 +1,84 @@
+"""Draw images of all classes and compare them with a reference: FID and its relatives.
+
+The published protocol: 50,000 samples, all classes as often, compared at 256x256 with ADM's
+VIRTUAL_imagenet256_labeled.npz in Inception's features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
+from llamagen.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(EvaluationOptions):
+    """Options of ``llamagen evaluate c2i``."""
+
+    model: str | None = None
+    """Name (c2i-L-384), pipeline folder or hub repository."""
+    reference: str | None = None
+    """What samples are compared with: ADM's .npz file, or images: a folder of class folders, or
+    any other source that training takes."""
+    count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 50_000
+    """Samples."""
+    classes: Literal["balanced", "random"] = "balanced"
+    """All classes as often, in random order; or the class of each drawn at random."""
+    size: int | None = None
+    """Side in pixels at which images are compared. Default: 256 for published models, else as they
+    are drawn."""
+    guidance_scale: float | None = None
+    """Default, as for the next: the paper's for published models, else the model's own setting."""
+    guidance_stop: int | None = None
+    """Index of the first code drawn without guidance."""
+    top_k: int | None = None
+    """Draw from the k likeliest codes; 0 means all."""
+    top_p: float | None = None
+    """Draw from the likeliest codes that reach probability p; 1 means all."""
+    temperature: float | None = None
+    """Below 1 for less variety, above 1 for more."""
+    seed: int = 0
+    """Of the classes' order, and of the first sample; the next get the next numbers."""
+    batch_size: int | None = None
+    """Images drawn at once. Default: as many as fit into memory."""
+    npz: Path | None = None
+    """Also write the samples as ADM's evaluator takes them."""
+    compare: NetworkOptions = dataclasses.field(default_factory=NetworkOptions)
+
+
+def run(options: Options) -> None:
+    """Draws, compares and reports."""
+    if options.reference is None:
+        raise InputError("no reference was named; give --reference an .npz file or images")
+    if options.count < 2:
+        raise InputError(f"--num-images is {options.count}, expected at least 2")
+    from llamagen.evaluation.protocols.c2i import ClassSampling, evaluate_classes
+    from llamagen.evaluation.protocols.common import Workplace
+    from llamagen.evaluation.reference import ReferenceSource
+
+    sampling = ClassSampling(
+        count=options.count,
+        order=options.classes,
+        seed=options.seed,
+        size=options.size,
+        batch_size=options.batch_size,
+        guidance_scale=options.guidance_scale,
+        guidance_stop=options.guidance_stop,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        temperature=options.temperature,
+    )
+    with options.processes() as device:
+        pipeline = options.load(options.model, device)
+        if pipeline.labels is None:
+            raise InputError(f"{pipeline.name} draws texts, not classes; use evaluate t2i")
+        size = sampling.compared_size(pipeline)
+        reference = ReferenceSource.open(options.reference, options.source.config(), size=size)
+        network = options.compare.open(options.out, reference.images, device)
+        place = Workplace(out=options.out, network=network, device=device)
+        options.finish(evaluate_classes(pipeline, reference, sampling, place, npz=options.npz))

@@ -1,0 +1,183 @@
+"""How likely a model finds images: bits per code and per pixel.
+
+Shapes: N images, B images of a batch, T codes of an image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import llamagen.storage as storage
+from llamagen.conditions import Conditions
+from llamagen.errors import InputError
+from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.generation.memory import decoding_batch_size
+from llamagen.pipeline import Pipeline
+from llamagen.tokenizer import uint8_to_images
+
+_LOGITS = 1 << 27
+"""Numbers that a batch's logits have at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Of a set of images."""
+
+    conditional: np.ndarray
+    """(N, rows, columns) float32 bits of each code, given class or caption and the codes before."""
+    unconditional: np.ndarray
+    """The same without class or caption."""
+    pixels: int
+    """Of an image."""
+
+    @property
+    def bits_per_code(self) -> float:
+        """Mean over all codes."""
+        return float(self.conditional.mean(dtype=np.float64))
+
+    @property
+    def bits_per_code_unconditional(self) -> float:
+        """Mean over all codes, without class or caption."""
+        return float(self.unconditional.mean(dtype=np.float64))
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Of the codes, not of the pixels themselves: what the tokenizer lost is not in it."""
+        return self.bits_per_code * math.prod(self.conditional.shape[1:]) / self.pixels
+
+    def map(self) -> np.ndarray:
+        """(rows, columns) mean bits at each place of the grid."""
+        result: np.ndarray = self.conditional.mean(0, dtype=np.float64)
+        return result
+
+
+def measure_likelihood(
+    pipeline: Pipeline,
+    images: ImageSet,
+    folder: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    progress: Callable[[int], object] | None = None,
+) -> None:
+    """Computes the bits that are not in the folder yet.
+
+    Args:
+        pipeline: tokenizer and transformer.
+        images: with the model's classes, or with captions; as large as the model's images.
+        folder: new, or begun with the same model and images.
+        rank: this process takes every ``world_size``-th piece, from this one on.
+        world_size: processes that work on the folder.
+        progress: is told how many more images are done.
+
+    Raises:
+        InputError: images and model do not fit together.
+    """
+    grid = pipeline.tokenizer.config.grid_of(*images.size)
+    if grid != pipeline.transformer.config.grid:
+        rows, columns = pipeline.transformer.config.grid
+        side = pipeline.tokenizer.config.downsampling
+        raise InputError(
+            f"images of {images.name} have {images.size[1]}x{images.size[0]} pixels, but "
+            f"{pipeline.name} draws {columns * side}x{rows * side}; give --size"
+        )
+    conditions = _conditions(pipeline, images)
+    storage.require_writable(folder)
+    for number in range(rank, images.pieces(), world_size):
+        path = _piece_path(folder, number)
+        first = number * PIECE
+        last = min(len(images), first + PIECE)
+        if not path.is_file():
+            bits = _bits_of_piece(pipeline, images.read(first, last), conditions[first:last])
+            with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
+                np.save(file, bits)
+        if progress is not None:
+            progress(last - first)
+
+
+def load_likelihood(images: ImageSet, folder: Path) -> Likelihood:
+    """Reads what ``measure_likelihood`` has written, once all processes are done.
+
+    Raises:
+        InputError: a piece is missing or damaged.
+    """
+    parts = []
+    for number in range(images.pieces()):
+        path = _piece_path(folder, number)
+        try:
+            parts.append(np.load(path))
+        except (OSError, ValueError, EOFError) as error:
+            path.unlink(missing_ok=True)
+            raise InputError(f"{path} is damaged ({error}); run the same command again") from error
+    both = np.concatenate(parts, axis=1)
+    return Likelihood(both[0], both[1], math.prod(images.size))
+
+
+def likelihood_folder(root: Path, pipeline: Pipeline, images: ImageSet) -> Path:
+    """Where in ``root`` these numbers belong: another model or other images go elsewhere."""
+    weights = [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()]
+    whole = hashlib.sha256(f"{weights} {images.identity} {pipeline.dtype}".encode()).hexdigest()
+    return root / f"likelihood-{whole[:16]}"
+
+
+def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
+    """Class or caption of every image."""
+    if pipeline.labels is not None:
+        if images.labels is None:
+            raise InputError(
+                f"{images.name} has no classes, but {pipeline.name} draws them; use class folders"
+            )
+        classes = [pipeline.labels.find(name) for name in images.class_names]
+        return [classes[label] for label in images.labels]
+    if images.captions is None or not all(images.captions):
+        raise InputError(
+            f"not every image of {images.name} has a caption, but {pipeline.name} draws captions; "
+            f"add a table with the column text"
+        )
+    return list(images.captions)
+
+
+@torch.inference_mode()
+def _bits_of_piece(
+    pipeline: Pipeline, pixels: np.ndarray, conditions: list[str | int]
+) -> np.ndarray:
+    """(2, images, rows, columns) float32: with the condition, and without."""
+    config = pipeline.transformer.config
+    size = decoding_batch_size(
+        pipeline.tokenizer.config, config.grid, device=pipeline.device, dtype=pipeline.dtype
+    )
+    size = max(1, min(size, _LOGITS // (config.num_codes * config.codebook_size)))
+    parts = []
+    for first in range(0, len(pixels), size):
+        images = torch.from_numpy(np.array(pixels[first : first + size])).movedim(-1, 1)
+        images = uint8_to_images(images.to(pipeline.device)).to(pipeline.tokenizer.dtype)
+        codes = pipeline.tokenizer.encode(images)
+        given = pipeline.conditions(conditions[first : first + size])
+        parts.append(torch.stack([_bits(pipeline, codes, given, drop) for drop in (False, True)]))
+    return torch.cat(parts, dim=1).cpu().numpy()
+
+
+def _bits(pipeline: Pipeline, codes: Tensor, given: Conditions, drop: bool) -> Tensor:
+    """(B, rows, columns) bits of codes (B, rows, columns)."""
+    flat = codes.flatten(1)
+    logits = pipeline.transformer(
+        flat[:, :-1],
+        given.condition.to(pipeline.device),
+        condition_mask=None if given.mask is None else given.mask.to(pipeline.device),
+        drop_condition=torch.full((len(flat),), drop, device=flat.device),
+    )
+    nats = F.cross_entropy(logits.float().flatten(0, 1), flat.flatten(), reduction="none")
+    return (nats / math.log(2)).view_as(codes)
+
+
+def _piece_path(folder: Path, number: int) -> Path:
+    return folder / f"piece-{number:05d}.npy"

@@ -1,0 +1,150 @@
+"""A small classifier, trained on the reference images, in whose feature space images are compared.
+
+For data that no public network knows, and for machines without Inception's weights. Its distances
+are comparable only among evaluations with the very same classifier, and never with a published FID.
+
+Shapes: B images of H x W pixels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import llamagen.storage as storage
+from llamagen.config import read_json
+from llamagen.errors import InputError
+from llamagen.evaluation.features import NetworkOutput
+from llamagen.labels import FILE_NAME, Labels
+from llamagen.pretrained import CONFIG_NAME, PretrainedModel
+
+_MEASURED_NAME = "measured.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """Architecture of the classifier."""
+
+    classes: int
+    """How many it tells apart."""
+    size: int = 32
+    """Side in pixels that images are resized to."""
+    channels: tuple[int, ...] = (16, 32, 64, 128)
+    """Of the first layer and of each level; each level halves the resolution."""
+
+    def __post_init__(self) -> None:
+        if self.classes < 2:
+            raise ValueError(f"classes is {self.classes}, expected at least 2")
+        if self.size < 2 ** (len(self.channels) - 1):
+            raise ValueError(f"size {self.size} is too small for {len(self.channels)} levels")
+
+
+class Classifier(PretrainedModel[ClassifierConfig]):
+    """A residual network of a few layers. Its features are the last level's mean."""
+
+    config_class = ClassifierConfig
+    kind: ClassVar[str] = "classifier"
+    labels: Labels | None = None
+    accuracy: float | None = None
+    """On images that it was not trained on, from 0 to 1."""
+
+    def __init__(self, config: ClassifierConfig) -> None:
+        super().__init__()
+        self.config = config
+        first, *rest = config.channels
+        self.stem = _convolution(3, first)
+        self.levels = nn.ModuleList(
+            _Level(a, b) for a, b in zip(config.channels, rest, strict=False)
+        )
+        self.head = nn.Linear(config.channels[-1], config.classes)
+
+    @property
+    def name(self) -> str:
+        """For reports: never to be mistaken for Inception."""
+        known = "" if self.accuracy is None else f", {self.accuracy:.0%} right on held-out images"
+        return f"classifier trained on the reference ({self.config.classes} classes{known})"
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to (B, channels)."""
+        x = self.stem(images)
+        for level in self.levels:
+            x = level(x)
+        return x.mean((2, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, size, size) in [-1, 1] to logits (B, classes)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to float32 (B, 3, size, size) in [-1, 1]."""
+        pixels = images.float() / 127.5 - 1.0
+        side = self.config.size
+        if pixels.shape[-2:] == (side, side):
+            return pixels
+        return F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True)
+
+
+class ClassifierFeatures:
+    """A trained classifier as a network to compare images with."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        self.classifier = classifier.eval()
+        self.name = classifier.name
+        self.fingerprint = f"classifier {classifier.fingerprint()}"
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> NetworkOutput:
+        """See ``FeatureNetwork``."""
+        model = self.classifier
+        pool = model.features(model.prepare(images.to(model.device)))
+        return NetworkOutput(pool, None, model.head(pool).softmax(1))
+
+
+def load_classifier(folder: Path, *, device: torch.device | str = "cpu") -> Classifier:
+    """Reads what ``train_classifier`` has written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        InputError: it holds something else.
+    """
+    model = Classifier.from_pretrained(folder).to(device)
+    if not isinstance(model, Classifier):
+        raise InputError(f"{folder} holds no classifier")
+    model.labels = Labels.load(folder / FILE_NAME)
+    model.accuracy = float(read_json(folder / _MEASURED_NAME)["accuracy"])
+    return model.eval()
+
+
+def save_classifier(model: Classifier, folder: Path) -> None:
+    """Writes what ``load_classifier`` reads; the configuration last."""
+    assert model.labels is not None
+    with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
+        model.save_pretrained(temporary)
+        model.labels.save(temporary / FILE_NAME)
+        storage.write_json(temporary / _MEASURED_NAME, {"accuracy": model.accuracy})
+
+
+class _Level(nn.Module):
+    """Halves the resolution, then a residual pair of convolutions."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.down = _convolution(inputs, outputs)
+        self.block = nn.Sequential(_convolution(outputs, outputs), _convolution(outputs, outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.down(x), 2)
+        result: Tensor = x + self.block(x)
+        return result
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.ReLU()
+    )

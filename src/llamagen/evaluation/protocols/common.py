@@ -1,0 +1,184 @@
+"""What the protocols share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llamagen import distributed
+from llamagen.evaluation.features import (
+    FeatureNetwork,
+    Features,
+    compute_features,
+    feature_folder,
+    load_features,
+)
+from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.evaluation.metrics import nearest
+from llamagen.evaluation.progress import bar, own_share
+from llamagen.evaluation.reference import Reference, ReferenceSource
+from llamagen.evaluation.report import Picture
+from llamagen.evaluation.samples import SamplePlan, Samples, draw_samples
+from llamagen.pictures import image_grid
+from llamagen.pipeline import Pipeline
+
+FEATURES_FOLDER = "features"
+SHOWN = 64
+"""Images on a sheet."""
+_NEIGHBOUR_ROWS = 12
+_NEIGHBOURS = 4
+_SHEET_SIDE = 64
+"""Smaller images are enlarged to about this many pixels on a sheet."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workplace:
+    """Where an evaluation computes, and keeps what it has computed."""
+
+    out: Path
+    network: FeatureNetwork
+    device: torch.device
+
+    @property
+    def features(self) -> Path:
+        """Folder of features."""
+        return self.out / FEATURES_FOLDER
+
+
+def draw_of_all(
+    pipeline: Pipeline,
+    plan: SamplePlan,
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    batch_size: int | None = None,
+) -> Samples:
+    """Samples that all processes draw together."""
+    with bar("drawing", own_share(len(plan), PIECE)) as update:
+        samples = draw_samples(
+            pipeline,
+            plan,
+            folder,
+            batch_size=batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            progress=update,
+            **settings,
+        )
+    distributed.barrier()
+    return samples
+
+
+def describe_samples(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
+    """What a report says of samples."""
+    rows, columns = pipeline.transformer.config.grid
+    side = pipeline.tokenizer.config.downsampling
+    return {
+        "images": len(samples),
+        "size": f"{samples.size[1]}x{samples.size[0]}",
+        "drawn at": f"{columns * side}x{rows * side}",
+        "resizing": "none" if samples.plan.size is None else "bicubic, in float, before 8 bits",
+        "folder": str(samples.folder),
+    }
+
+
+def describe_settings(
+    pipeline: Pipeline, samples: Samples, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a report says of how samples were drawn."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {
+        "model": pipeline.name,
+        **dataclasses.asdict(pipeline.sampling),
+        **given,
+        "seed": samples.plan.seed,
+        "precision": str(pipeline.dtype).removeprefix("torch."),
+    }
+
+
+def features_of_all(images: ImageSet, place: Workplace, what: str) -> Features:
+    """Features of a set, computed by all processes together."""
+    folder = feature_folder(place.features, place.network, images)
+    with bar(f"features of {what}", own_share(len(images), PIECE)) as update:
+        compute_features(
+            place.network,
+            images,
+            folder,
+            device=place.device,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            progress=update,
+        )
+    distributed.barrier()
+    return load_features(images, folder)
+
+
+def reference_of_all(
+    source: ReferenceSource, place: Workplace
+) -> tuple[Reference, Features | None]:
+    """A reference, computed by all processes together."""
+    count = 0 if source.images is None else len(source.images)
+    with bar("features of the reference", own_share(count, PIECE)) as update:
+        source.compute(
+            place.network,
+            place.features,
+            device=place.device,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            progress=update,
+        )
+    distributed.barrier()
+    return source.load(place.network, place.features)
+
+
+def sheet_of(images: ImageSet, captions: Sequence[str] = (), title: str = "Samples") -> Picture:
+    """The first images of a set, unpicked."""
+    arrays = images.read(0, min(len(images), SHOWN))
+    return Picture(
+        title=title,
+        image=_grid(arrays, columns=8, captions=list(captions[: len(arrays)])),
+        note="The first ones, not picked.",
+    )
+
+
+def neighbours_sheet(images: ImageSet, features: Features, reference: Reference) -> Picture | None:
+    """The first images, each beside the reference images that its features are nearest to."""
+    if reference.images is None or reference.features is None:
+        return None
+    count = min(len(images), _NEIGHBOUR_ROWS)
+    found = nearest(
+        features.pool[:count],
+        reference.features,
+        count=min(_NEIGHBOURS, len(reference.features)),
+    )
+    arrays: list[np.ndarray] = []
+    captions: list[str] = []
+    for row, image in zip(found, images.read(0, count), strict=True):
+        beside = [reference.images.read(index, index + 1)[0] for index in row.tolist()]
+        arrays += [image, *(_fitted(each, image.shape) for each in beside)]
+        captions += ["sample", *(f"reference {index}" for index in row.tolist())]
+    columns = 2 * (found.shape[1] + 1)
+    return Picture(
+        title="Nearest reference images",
+        image=_grid(np.stack(arrays), columns=columns, captions=captions),
+        note="In the network's feature space. A sample that equals one of them was learnt by "
+        "heart.",
+    )
+
+
+def _fitted(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if image.shape == shape:
+        return image
+    return np.asarray(Image.fromarray(image).resize((shape[1], shape[0])))
+
+
+def _grid(arrays: np.ndarray, *, columns: int, captions: list[str]) -> Image.Image:
+    scale = max(1, _SHEET_SIDE // arrays.shape[2])
+    images = [Image.fromarray(np.array(array)) for array in arrays]
+    return image_grid(images, columns=columns, captions=captions or None, scale=scale)

@@ -1,0 +1,192 @@
+"""What images are compared with: statistics that were published, or images.
+
+ADM's .npz files hold ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``, ``sigma_s`` (of
+its spatial ones) and ``arr_0``: images for precision and recall. Of images alone everything is
+computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import llamagen.storage as storage
+from llamagen.data.columns import SourceConfig
+from llamagen.errors import InputError
+from llamagen.evaluation.features import (
+    FeatureNetwork,
+    Features,
+    compute_features,
+    feature_folder,
+    load_features,
+)
+from llamagen.evaluation.image_sets import (
+    ArchivedImages,
+    CollectedImages,
+    ImageSet,
+    open_archive,
+    read_array,
+)
+from llamagen.evaluation.metrics import FeatureStatistics
+
+INCEPTION = "inception"
+"""What the fingerprint of the network that ADM's statistics were made with begins with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One side of a comparison."""
+
+    name: str
+    count: int | None
+    """Images that the statistics are of; None where the file does not say."""
+    pool: FeatureStatistics
+    spatial: FeatureStatistics | None
+    features: np.ndarray | None
+    """(M, D) pooled features of images, for precision, recall and neighbours."""
+    images: ImageSet | None
+    """Those images."""
+    statistics_only: bool = False
+    """Whether the statistics are of other images than ``images``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceSource:
+    """A reference whose features may still have to be computed."""
+
+    name: str
+    images: ImageSet | None
+    archive: Path | None = None
+    """An .npz file with statistics."""
+
+    @classmethod
+    def open(
+        cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
+    ) -> ReferenceSource:
+        """Finds a reference: a folder or other source of images, or an .npz file.
+
+        Args:
+            source: where it is.
+            config: columns of a data set that is more than a folder.
+            size: crop the middle square of images to this side; see ``CollectedImages``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            InputError: it is none.
+        """
+        path = Path(source)
+        if path.suffix.lower() != ".npz":
+            return cls(str(source), CollectedImages.open(source, config, size=size))
+        with open_archive(path) as archive:
+            names = {entry.removesuffix(".npy") for entry in archive.namelist()}
+        if "mu" in names:
+            return cls(str(source), ArchivedImages(path) if "arr_0" in names else None, path)
+        return cls(str(source), ArchivedImages(path))
+
+    def compute(
+        self,
+        network: FeatureNetwork,
+        root: Path,
+        *,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Callable[[int], object] | None = None,
+    ) -> None:
+        """Computes the features of the images; see ``compute_features``.
+
+        Raises:
+            InputError: the statistics were made with another network.
+        """
+        if self.archive is not None and not network.fingerprint.startswith(INCEPTION):
+            raise InputError(
+                f"{self.name} holds statistics of Inception's features, which cannot be compared "
+                f"with those of the {network.name}; give a folder of images"
+            )
+        if self.images is not None:
+            compute_features(
+                network,
+                self.images,
+                feature_folder(root, network, self.images),
+                device=device,
+                rank=rank,
+                world_size=world_size,
+                progress=progress,
+            )
+
+    def load(self, network: FeatureNetwork, root: Path) -> tuple[Reference, Features | None]:
+        """The reference, once every process has computed its share; and its images' features.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        features = None
+        if self.images is not None:
+            features = load_features(self.images, feature_folder(root, network, self.images))
+        pooled = None if features is None else features.pool
+        if self.archive is not None:
+            pool, spatial, count = read_statistics(self.archive)
+            reference = Reference(
+                name=self.name,
+                count=count,
+                pool=pool,
+                spatial=spatial,
+                features=pooled,
+                images=self.images,
+                statistics_only=True,
+            )
+            return reference, features
+        assert features is not None
+        reference = Reference(
+            name=self.name,
+            count=len(features),
+            pool=features.pool_statistics(),
+            spatial=features.spatial_statistics(),
+            features=pooled,
+            images=self.images,
+        )
+        return reference, features
+
+
+def read_statistics(
+    path: Path,
+) -> tuple[FeatureStatistics, FeatureStatistics | None, int | None]:
+    """Statistics of pooled and of spatial features in an .npz file, and of how many images.
+
+    Raises:
+        InputError: the file is damaged, or its arrays do not fit together.
+    """
+    with open_archive(path) as archive:
+        names = {entry.removesuffix(".npy") for entry in archive.namelist()}
+        count = int(read_array(archive, path, "count")) if "count" in names else None
+
+        def statistics(mean: str, covariance: str) -> FeatureStatistics:
+            arrays = (read_array(archive, path, mean), read_array(archive, path, covariance))
+            if not all(np.isfinite(array).all() for array in arrays):
+                raise InputError(f"{mean} or {covariance} in {path} hold NaN or infinity")
+            try:
+                # How many images does not matter for a distance.
+                return FeatureStatistics.from_moments(*arrays, count=max(count or 2, 2))
+            except ValueError as error:
+                raise InputError(f"{path}: {error}; get it again") from error
+
+        spatial = statistics("mu_s", "sigma_s") if "mu_s" in names else None
+        return statistics("mu", "sigma"), spatial, count
+
+
+def write_statistics(path: Path, features: Features) -> None:
+    """Writes statistics as ADM's evaluator, and ``read_statistics``, read them.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    pool, spatial = features.pool_statistics(), features.spatial_statistics()
+    arrays = {"mu": pool.mean, "sigma": pool.covariance, "count": np.array(pool.count)}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # names are ours

@@ -1,0 +1,105 @@
+"""The numbers of a comparison, and what is to be said of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from llamagen.errors import InputError
+from llamagen.evaluation.features import FeatureNetwork, Features
+from llamagen.evaluation.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
+from llamagen.evaluation.reference import INCEPTION, Reference
+
+_KERNEL_SUBSET = 1000
+_DUPLICATES_NAMED = 3
+
+
+@dataclasses.dataclass
+class Scores:
+    """What a comparison gave."""
+
+    metrics: dict[str, float]
+    warnings: list[str]
+
+
+def score(
+    features: Features,
+    reference: Reference,
+    network: FeatureNetwork,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Scores:
+    """All metrics on features.
+
+    Names are those of the papers if the network is Inception; those of another network's features
+    say so, since no paper has them.
+
+    Args:
+        features: of the images that are evaluated, in random class order.
+        reference: what they are compared with.
+        network: whose features.
+        device: where neighbours are looked for.
+        seed: of the kernel distance's subsets.
+
+    Raises:
+        InputError: there are too few images, or the features are of different networks.
+    """
+    if features.pool.shape[1] != reference.pool.width:
+        raise InputError(
+            f"{reference.name} has features of {reference.pool.width} numbers, but the network "
+            f"gives {features.pool.shape[1]}; it was made with another network"
+        )
+    if len(features) < 2:
+        raise InputError(f"{len(features)} image is too few to evaluate; give at least 2")
+    metrics = {"fid": frechet_distance(features.pool_statistics(), reference.pool)}
+    spatial = features.spatial_statistics()
+    if spatial is not None and reference.spatial is not None:
+        metrics["sfid"] = frechet_distance(spatial, reference.spatial)
+    metrics["inception_score"] = inception_score(features.probabilities)
+    if reference.features is not None and min(len(features), len(reference.features)) > 3:
+        found = precision_recall(features.pool, reference.features, device=device)
+        metrics |= {"precision": found.precision, "recall": found.recall}
+        # Subsets of everything would all be the same one.
+        half = min(len(features), len(reference.features)) // 2
+        size = min(_KERNEL_SUBSET, half)
+        kernel = kernel_distance(features.pool, reference.features, subset_size=size, seed=seed)
+        metrics |= {"kid": kernel.mean, "kid_std": kernel.std}
+    warnings = [*_too_few(len(features), features, "samples"), *duplicates(features)]
+    if reference.count is not None:
+        warnings += _too_few(reference.count, features, "reference images")
+    if not network.fingerprint.startswith(INCEPTION):
+        metrics = {f"classifier_{name}": value for name, value in metrics.items()}
+        warnings.append(
+            f"distances are in the feature space of a {network.name}: compare them with others "
+            f"of the same classifier, never with a published FID"
+        )
+    return Scores(metrics, warnings)
+
+
+def duplicates(features: Features) -> list[str]:
+    """A warning if images occur more than once."""
+    rows = np.ascontiguousarray(features.pool)
+    as_bytes = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+    _, first, counts = np.unique(as_bytes, return_index=True, return_counts=True)
+    again = int((counts - 1).sum())
+    if again == 0:
+        return []
+    some = sorted(first[counts > 1].tolist())[:_DUPLICATES_NAMED]
+    named = ", ".join(map(str, some)) + (", ..." if (counts > 1).sum() > len(some) else "")
+    return [f"{again} of {len(rows)} images are copies of others among them (of number {named})"]
+
+
+def _too_few(count: int, features: Features, what: str) -> list[str]:
+    width = features.pool.shape[1]
+    if count > width:
+        return []
+    reason = "their covariance has no full rank, and the Frechet distance says little"
+    return [f"{count} {what} for features of {width} numbers: {reason}"]
