@@ -62,13 +62,13 @@ def run(options: Options) -> None:
     # float32 unless asked otherwise: this command measures the tokenizer, not the precision.
     exact = "float32" if options.dtype == "auto" else options.dtype
     with options.processes() as device:
+        given = ReferenceSource.open(options.images, options.source.config(), size=options.size)
+        if given.images is None or given.archive is not None:
+            raise InputError(f"{options.images} holds statistics; give the images themselves")
         with distributed.main_first():
             tokenizer = load_tokenizer(
                 options.tokenizer, device=device, dtype=find_dtype(exact, device)
             )
-        given = ReferenceSource.open(options.images, options.source.config(), size=options.size)
-        if given.images is None or given.archive is not None:
-            raise InputError(f"{options.images} holds statistics; give the images themselves")
         larger = options.size is not None and options.size > _COMPARED
         compared = _COMPARED if larger else None
         reference = ReferenceSource.open(

@@ -179,10 +179,12 @@ def _per_class(
         or labels is None
         or samples.labels is None
         or reference is None
-        or reference.class_names != labels.names
+        or set(reference.class_names) != set(labels.names)
     ):
         return None
-    found = features.probabilities.argmax(1)
+    # The classifier's classes are those of the reference, in its order.
+    classes = np.array([labels.names.index(name) for name in reference.class_names])
+    found = classes[features.probabilities[:, : len(classes)].argmax(1)]
     rows = []
     for label in np.unique(samples.labels).tolist():
         own = samples.labels == label

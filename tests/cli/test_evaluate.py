@@ -1,0 +1,151 @@
+"""The evaluate commands, on small models and real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.evaluation.sets import write_noise
+from tests.models import tiny_text_pipeline
+
+CLASSIFIER = ("--network", "classifier", "--classifier-steps", "3", "--device", "cpu")
+EXACT = ("--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory) -> Path:
+    """60 images of the tiny pipeline's classes."""
+    return write_noise(tmp_path_factory.mktemp("real") / "images", 60)
+
+
+def metrics(folder):
+    return json.loads((folder / "report.json").read_text())["metrics"]
+
+
+def test_c2i_and_the_same_again(run, model_folder, real, tmp_path):
+    command = ("evaluate", "c2i", "--model", model_folder, "--reference", real, "-n", 40)
+    command = (*command, *CLASSIFIER, "--out", tmp_path / "e", "--npz", tmp_path / "s.npz")
+    result = run(*command)
+    assert result.status == 0, result.err
+    assert "note: 40 samples instead of the protocol's 50,000" in result.out
+    assert result.out.splitlines()[-1].endswith("report.html")
+    found = metrics(tmp_path / "e")
+    assert found["classifier_fid"] >= 0
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.np[yz]")}
+    assert run(*command).status == 0
+    assert metrics(tmp_path / "e") == found
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.np[yz]")}
+    assert again == times, "nothing was drawn or computed twice"
+    # What was written for other programs is evaluated like a folder.
+    statistics = tmp_path / "r.npz"
+    folder = run(
+        *("evaluate", "folder", tmp_path / "s.npz", real, *CLASSIFIER, "--out", tmp_path / "f"),
+        *("--classifier", tmp_path / "e" / "classifier", "--save-reference", statistics),
+    )
+    assert folder.status == 0, folder.err
+    assert metrics(tmp_path / "f")["classifier_fid"] == pytest.approx(found["classifier_fid"])
+    with np.load(statistics) as arrays:
+        assert arrays["count"] == 60
+
+
+def test_tokenizer(run, model_folder, real, tmp_path):
+    result = run(
+        *("evaluate", "tokenizer", real, "-t", model_folder / "tokenizer", "--size", 16),
+        *(*CLASSIFIER, "--out", tmp_path / "e"),
+    )
+    assert result.status == 0, result.err
+    found = metrics(tmp_path / "e")
+    assert {"classifier_rfid", "psnr", "ssim", "codebook_usage"} <= set(found)
+    plain = run(
+        *("evaluate", "tokenizer", real, "-t", model_folder / "tokenizer", "--size", 16),
+        *("--no-rfid", *EXACT, "--out", tmp_path / "p"),
+    )
+    assert plain.status == 0, plain.err
+    assert metrics(tmp_path / "p")["psnr"] == pytest.approx(found["psnr"])
+
+
+def test_likelihood(run, model_folder, real, tmp_path):
+    result = run(
+        *("evaluate", "likelihood", real, "--model", model_folder, *EXACT),
+        *("--out", tmp_path / "e"),
+    )
+    assert result.status == 0, result.err
+    found = metrics(tmp_path / "e")
+    assert found["bits_per_pixel"] == pytest.approx(found["bits_per_code"] * 16 / 256)
+
+
+def test_sweep(run, model_folder, real, tmp_path):
+    result = run(
+        *("evaluate", "sweep", "--model", model_folder, "--reference", real, "-n", 10),
+        *("--guidance-scales", 1, 2, "--top-ks", 0, 3, *CLASSIFIER, "--out", tmp_path / "e"),
+    )
+    assert result.status == 0, result.err
+    table = json.loads((tmp_path / "e" / "report.json").read_text())["tables"][0]
+    assert [row[:2] for row in table["rows"]] == [["all", 1], ["all", 2], [3, 1], [3, 2]]
+
+
+def test_t2i(run, real, tmp_path):
+    tiny_text_pipeline().save_pretrained(tmp_path / "model")
+    (tmp_path / "captions.txt").write_text("a cat\na dog\na fox\n")
+    command = ("evaluate", "t2i", "--model", tmp_path / "model", "--clip", "none")
+    command = (*command, "--prompts-file", tmp_path / "captions.txt", "--size", 16, *CLASSIFIER)
+    result = run(*command, "--reference", real, "--out", tmp_path / "e")
+    assert result.status == 0, result.err
+    assert "classifier_fid" in metrics(tmp_path / "e")
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(model_folder, real, tmp_path):
+    def evaluate(out, *launcher):
+        words = [*launcher, "evaluate", "c2i", "--model", str(model_folder)]
+        words += ["--reference", str(real), "-n", "600", *CLASSIFIER, "--dtype", "float32"]
+        # The sampled codes, and so the metrics, are those of one process.
+        words += ["--classifier", str(tmp_path / "classifier"), "--out", str(out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(words, check=True, capture_output=True, timeout=300, env=environment)
+        return metrics(out)
+
+    alone = evaluate(tmp_path / "one", sys.executable, "-m", "llamagen")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    both = evaluate(tmp_path / "two", *torchrun, "-m", "llamagen")
+    assert both == pytest.approx(alone, rel=1e-4)
+
+
+def test_bad_input(fails, run, model_folder, real, tmp_path):
+    out = ("--out", tmp_path / "e")
+    assert "--reference an .npz file" in fails("evaluate", "c2i", "--model", model_folder, *out)
+    assert "expected at least 2" in fails(
+        "evaluate", "c2i", "--model", model_folder, "--reference", real, "-n", 1, *out
+    )
+    assert "give --model" in fails("evaluate", "c2i", "--reference", real, *out)
+    assert "does not exist" in fails(
+        "evaluate", "folder", real, tmp_path / "nowhere.npz", *CLASSIFIER, *out
+    )
+    assert "two sets of images" in fails("evaluate", "folder", real, *out)
+    (tmp_path / "weights.pth").write_bytes(b"cut off")
+    text = fails(*("evaluate", "folder", real, real, "--inception", tmp_path / "weights.pth", *out))
+    assert "weights.pth" in text
+    assert "--network classifier" in text
+    np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert "statistics of Inception's features" in fails(
+        *("evaluate", "folder", real, tmp_path / "s.npz", *out, *CLASSIFIER),
+        *("--classifier", _classifier(run, real, tmp_path)),
+    )
+    assert "holds statistics; give the images" in fails(
+        "evaluate", "tokenizer", tmp_path / "s.npz", *out
+    )
+    assert "give --guidance-scales and --top-ks" in fails(
+        *("evaluate", "sweep", "--model", model_folder, "--reference", real),
+        *("--guidance-scales", *out),
+    )
+
+
+def _classifier(run, real, tmp_path) -> Path:
+    assert run("evaluate", "folder", real, real, *CLASSIFIER, "--out", tmp_path / "c").status == 0
+    return tmp_path / "c" / "classifier"

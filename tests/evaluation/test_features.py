@@ -1,0 +1,116 @@
+"""Features are computed in pieces, once, and never mixed up."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llamagen.errors import InputError
+from llamagen.evaluation import features as module
+from llamagen.evaluation import image_sets
+from llamagen.evaluation.features import (
+    NetworkOutput,
+    compute_features,
+    feature_folder,
+    features_of,
+    load_features,
+)
+from llamagen.evaluation.image_sets import CollectedImages
+from llamagen.evaluation.metrics import FeatureStatistics
+from llamagen.evaluation.reference import ReferenceSource, read_statistics, write_statistics
+from tests.evaluation.sets import CoarsePixels, noise, write_noise
+
+
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    for part in (image_sets, module):
+        monkeypatch.setattr(part, "PIECE", 4)
+    return CollectedImages.open(write_noise(tmp_path / "images", 10))
+
+
+def test_pieces_are_the_whole(images, tmp_path):
+    found = features_of(CoarsePixels(), images, tmp_path / "f")
+    pixels = torch.from_numpy(images.read(0, 10)).movedim(-1, 1)
+    whole = CoarsePixels()(pixels)
+    np.testing.assert_allclose(found.pool, whole.pool.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found.spatial, whole.spatial.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found.probabilities, whole.probabilities.numpy(), rtol=1e-6)
+
+
+def test_goes_on_where_it_stopped_and_shares_the_work(images, tmp_path):
+    network, done = CoarsePixels(), []
+    compute_features(network, images, tmp_path / "f", rank=1, world_size=2, progress=done.append)
+    assert (network.seen, done) == (4, [4])
+    with pytest.raises(InputError, match="run the same command again"):
+        load_features(images, tmp_path / "f")
+    found = features_of(network, images, tmp_path / "f")
+    assert (network.seen, len(found)) == (10, 10)
+    (tmp_path / "f" / "piece-00002.npz").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"piece-00002.npz is damaged .* run the same command"):
+        load_features(images, tmp_path / "f")
+    features_of(network, images, tmp_path / "f")
+    assert network.seen == 12
+
+
+def test_other_networks_and_images_go_elsewhere(images, tmp_path):
+    other = CollectedImages.open(write_noise(tmp_path / "other", 10, seed=1))
+    pairs = [
+        (CoarsePixels(), images),
+        (CoarsePixels("coarse 2"), images),
+        (CoarsePixels(), CollectedImages.open(tmp_path / "images", size=8)),
+    ]
+    assert len({feature_folder(tmp_path, *pair) for pair in pairs}) == 3
+    # Names and sizes of files say which images they are.
+    assert len(other) == len(images)
+
+
+def test_nan(images, tmp_path):
+    class Broken(CoarsePixels):
+        def __call__(self, pixels):
+            found = super().__call__(pixels)
+            return NetworkOutput(found.pool / 0.0, None, found.probabilities)
+
+    with pytest.raises(InputError, match=r"NaN or infinity \(pool\) for piece 0"):
+        features_of(Broken(), images, tmp_path / "f")
+    assert not list((tmp_path / "f").glob("piece*"))
+
+
+def test_statistics_in_the_form_of_adm(images, tmp_path):
+    found = features_of(CoarsePixels(), images, tmp_path / "f")
+    write_statistics(tmp_path / "s.npz", found)
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(arrays)
+        np.testing.assert_allclose(arrays["mu"], found.pool.mean(0), rtol=1e-6)
+    pool, spatial, count = read_statistics(tmp_path / "s.npz")
+    assert count == 10
+    np.testing.assert_allclose(pool.covariance, np.cov(found.pool, rowvar=False), rtol=1e-6)
+    assert spatial.width == 4
+
+
+def test_a_reference_of_statistics_and_images(images, tmp_path):
+    # As ADM's file: statistics of many images, and a few images for precision and recall.
+    network = CoarsePixels("inception made up")
+    statistics = FeatureStatistics.of(np.random.default_rng(0).normal(size=(50, 12)))
+    np.savez(tmp_path / "r.npz", arr_0=noise(6), mu=statistics.mean, sigma=statistics.covariance)
+    source = ReferenceSource.open(tmp_path / "r.npz")
+    source.compute(network, tmp_path / "f")
+    reference, features = source.load(network, tmp_path / "f")
+    assert (reference.count, len(features), reference.features.shape) == (None, 6, (6, 12))
+    np.testing.assert_allclose(reference.pool.mean, statistics.mean)
+    assert reference.statistics_only
+    with pytest.raises(InputError, match="Inception's features, which cannot be compared"):
+        source.compute(CoarsePixels(), tmp_path / "f")
+
+
+def test_damaged_statistics(tmp_path):
+    good = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    np.savez(tmp_path / "nan.npz", **good | {"mu": np.full(3, np.nan)})
+    with pytest.raises(InputError, match="hold NaN or infinity"):
+        read_statistics(tmp_path / "nan.npz")
+    np.savez(tmp_path / "shape.npz", **good | {"sigma": np.eye(4)})
+    with pytest.raises(InputError, match="do not fit; get it again"):
+        read_statistics(tmp_path / "shape.npz")
+    np.savez(tmp_path / "half.npz", mu=np.zeros(3))
+    with pytest.raises(InputError, match="no array sigma"):
+        read_statistics(tmp_path / "half.npz")

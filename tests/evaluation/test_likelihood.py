@@ -1,0 +1,95 @@
+"""Bits are those of the loss, for each code, with and without the condition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llamagen.errors import InputError
+from llamagen.evaluation import image_sets, likelihood
+from llamagen.evaluation.image_sets import CollectedImages
+from llamagen.evaluation.likelihood import likelihood_folder, load_likelihood, measure_likelihood
+from llamagen.tokenizer import uint8_to_images
+from tests.evaluation.sets import write_noise
+from tests.models import tiny_pipeline, tiny_text_pipeline
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    for part in (image_sets, likelihood):
+        monkeypatch.setattr(part, "PIECE", 4)
+
+
+def test_bits_are_those_of_the_loss(tmp_path):
+    pipe = tiny_pipeline()
+    images = CollectedImages.open(write_noise(tmp_path / "a", 10))
+    folder = likelihood_folder(tmp_path, pipe, images)
+    measure_likelihood(pipe, images, folder)
+    found = load_likelihood(images, folder)
+    assert found.conditional.shape == (10, 4, 4)
+    pixels = torch.from_numpy(images.read(0, 10)).movedim(-1, 1)
+    codes = pipe.tokenizer.encode(uint8_to_images(pixels)).flatten(1)
+    # The folder's classes are in alphabetical order, the model's are not.
+    labels = torch.tensor([pipe.labels.find(images.class_names[i]) for i in images.labels])
+    drop = torch.ones(10, dtype=torch.bool)
+    with torch.no_grad():
+        loss = pipe.transformer(codes[:, :-1], labels, targets=codes)
+        without = pipe.transformer(codes[:, :-1], labels, targets=codes, drop_condition=drop)
+    assert found.bits_per_code == pytest.approx(float(loss) / math.log(2), rel=1e-5)
+    assert found.bits_per_code_unconditional == pytest.approx(
+        float(without) / math.log(2), rel=1e-5
+    )
+    assert found.bits_per_pixel == pytest.approx(found.bits_per_code * 16 / 256)
+    np.testing.assert_allclose(found.map().mean(), found.bits_per_code)
+
+
+def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    pipe = tiny_pipeline()
+    images = CollectedImages.open(write_noise(tmp_path / "a", 10))
+    measure_likelihood(pipe, images, tmp_path / "l", rank=0, world_size=2)
+    with pytest.raises(InputError, match="run the same command again"):
+        load_likelihood(images, tmp_path / "l")
+    calls = []
+    bits = likelihood._bits_of_piece
+    monkeypatch.setattr(
+        likelihood, "_bits_of_piece", lambda *given: calls.append(1) or bits(*given)
+    )
+    measure_likelihood(pipe, images, tmp_path / "l")
+    assert len(calls) == 1
+    assert load_likelihood(images, tmp_path / "l").conditional.shape == (10, 4, 4)
+
+
+def test_captions(tmp_path):
+    write_noise(tmp_path, 2)
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text\ncat/000.png,a cat\ndog/001.png,a much longer dog\n"
+    )
+    pipe = tiny_text_pipeline()
+    images = CollectedImages.open(tmp_path)
+    measure_likelihood(pipe, images, tmp_path / "l")
+    both = load_likelihood(images, tmp_path / "l")
+    # Each caption gives what it gives alone, whatever padding the batch needs.
+    (tmp_path / "metadata.csv").write_text("file_name,text\ncat/000.png,a cat\n")
+    one = CollectedImages.open(tmp_path)
+    measure_likelihood(pipe, one, tmp_path / "l1")
+    alone = load_likelihood(one, tmp_path / "l1")
+    np.testing.assert_allclose(both.conditional[0], alone.conditional[0], rtol=1e-4)
+    assert not np.allclose(both.conditional[0], both.unconditional[0])
+
+
+def test_images_that_do_not_fit(tmp_path):
+    pipe = tiny_pipeline()
+    folder = write_noise(tmp_path / "a", 4, side=32)
+    with pytest.raises(InputError, match="32x32 pixels, but tiny draws 16x16; give --size"):
+        measure_likelihood(pipe, CollectedImages.open(folder), tmp_path / "l")
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (16, 16)).save(flat / "a.png")
+    with pytest.raises(InputError, match="has no classes, but tiny draws them"):
+        measure_likelihood(pipe, CollectedImages.open(flat), tmp_path / "l")
+    with pytest.raises(InputError, match=r"not every image of .* has a caption"):
+        measure_likelihood(tiny_text_pipeline(), CollectedImages.open(flat), tmp_path / "l")
