@@ -8,6 +8,7 @@ Measured are
 
 - seen: of 200 prompts of train.csv, the share whose image is nearer to the emoji that was asked for
   than to any other of train.csv, by pixels and by the tokenizer's latents (mean squared error);
+  the same by pixels for clock times, letters, hearts and the like;
 - tone: of the prompts of held-out.csv, the share that is drawn in the right skin tone. The pixels
   in which the five real tones of that emoji differ are compared with each of the five;
 - psnr: of the tokenizer's reconstructions of held-out.csv, which it must not have been trained on.
@@ -17,12 +18,14 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 from common import print_table, record
+from PIL import Image
 from torch import Tensor
 
 from llamagen import Pipeline
@@ -36,6 +39,17 @@ TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 EVERY = 4
 """Of the emoji in five tones, every such one has a tone held out."""
 PROMPTS = 200
+SHOWN = 64
+KINDS = {
+    "clock times": r"o.clock$|-thirty$",
+    "keycaps and letters": r"^keycap|button \(blood type\)$|^[A-Z!]+ button$",
+    "hearts": r" heart$",
+    "coloured shapes": r"(red|orange|yellow|green|blue|purple|brown) .*(circle|square)$",
+    "flags": r" flag$",
+    "hair": r"hair$",
+}
+MOST = 60
+"""Of each kind, at most so many are drawn."""
 DIFFERENT = 24
 """Pixels count for the tone where the five differ by at least this much on average, of 255."""
 
@@ -118,39 +132,65 @@ def reconstructed(pipe: Pipeline, images: np.ndarray) -> np.ndarray:
 def measure(folder: Path, model: str, out: Path, seed: int) -> None:
     rows, held_out = (read_rows(folder / name) for name in ("train.csv", "held-out.csv"))
     pipe = Pipeline.from_pretrained(model)
-    rows_of_codes = pipe.transformer.config.grid[0]
-    side = rows_of_codes * pipe.tokenizer.config.downsampling
+    side = pipe.transformer.config.grid[0] * pipe.tokenizer.config.downsampling
     known, real = load(folder, rows, side), load(folder, held_out, side)
+    out.mkdir(parents=True, exist_ok=True)
 
     chosen = np.arange(PROMPTS) * len(rows) // PROMPTS
-    prompts = [rows[index]["text"] for index in chosen]
-    seen = pipe(prompts, seed=seed).images
-    drawn = np.stack([np.asarray(image) for image in seen])
-    new = pipe([row["text"] for row in held_out], seed=seed).images
-    sheet = [x for pair in zip(new, real, strict=True) for x in pair]
-    out.mkdir(parents=True, exist_ok=True)
-    save_png(image_grid(seen[:64], columns=8, captions=prompts[:64]), out / "seen.png")
-    save_png(image_grid(sheet, columns=10), out / "held-out.png")
-
-    variants = in_five_tones([*rows, *held_out])
-    right = []
-    for row, image in zip(held_out, new, strict=True):
-        (tones,) = [each for each in variants.values() if row in each.values()]
-        five = load(folder, [tones[tone] for tone in TONES], side)
-        right.append(tone_of(np.asarray(image), five) == TONES.index(tone_name(row)))
-    results = {
+    drawn = draw(pipe, [rows[index]["text"] for index in chosen], seed)
+    shown = np.arange(SHOWN) * PROMPTS // SHOWN
+    captions = [short(rows[chosen[index]]["text"]) for index in shown]
+    save_sheet(drawn[shown], captions, out / "seen.png")
+    results: dict[str, object] = {
         "model": pipe.name,
+        "seed": seed,
+        "sampling": dataclasses.asdict(pipe.sampling),
         "seen, by pixels": share_found(chosen, drawn, known),
         "seen, by latents": share_found(chosen, latents(pipe, drawn), latents(pipe, known)),
-        "tone": float(np.mean(right)),
-        "psnr": float(psnr(real, reconstructed(pipe, real)).mean()),
     }
+    for kind, pattern in KINDS.items():
+        of_kind = [n for n, row in enumerate(rows) if re.search(pattern, row["text"])][:MOST]
+        images = draw(pipe, [rows[index]["text"] for index in of_kind], seed)
+        name = f"seen, {kind} ({len(of_kind)})"
+        results[name] = share_found(np.array(of_kind), images, known)
+
+    new = draw(pipe, [row["text"] for row in held_out], seed)
+    pairs = np.stack([new, real], axis=1).reshape(-1, *new.shape[1:])
+    names = [x for row in held_out for x in (short(row["text"]), "real")]
+    save_sheet(pairs, names, out / "held-out.png", columns=12)
+    results["tone"] = tones_right(folder, rows, held_out, new)
+    results["psnr"] = float(psnr(real, reconstructed(pipe, real)).mean())
     print_table(["measure", "value"], [[k, str(v)] for k, v in results.items()])
     record("emoji", results)
 
 
+def draw(pipe: Pipeline, prompts: list[str], seed: int) -> np.ndarray:
+    """An image of each prompt (N, H, W, 3)."""
+    return np.stack([np.asarray(image) for image in pipe(prompts, seed=seed).images])
+
+
+def tones_right(folder: Path, rows: list[Row], held_out: list[Row], new: np.ndarray) -> float:
+    """The share of new images (N, H, W, 3) that has the tone that was asked for."""
+    variants = in_five_tones([*rows, *held_out])
+    right = []
+    for row, image in zip(held_out, new, strict=True):
+        (tones,) = [each for each in variants.values() if row in each.values()]
+        five = load(folder, [tones[tone] for tone in TONES], image.shape[0])
+        right.append(tone_of(image, five) == TONES.index(tone_name(row)))
+    return float(np.mean(right))
+
+
 def tone_name(row: Row) -> str:
     return row["text"].removesuffix(" skin tone").rsplit(" ", 1)[1]
+
+
+def short(text: str) -> str:
+    return text.replace(" skin tone", "")
+
+
+def save_sheet(images: np.ndarray, captions: list[str], path: Path, columns: int = 8) -> None:
+    pictures = [Image.fromarray(image) for image in images]
+    save_png(image_grid(pictures, columns=columns, captions=captions, scale=2), path)
 
 
 def main() -> None:

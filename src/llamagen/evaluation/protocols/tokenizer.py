@@ -249,6 +249,11 @@ def _differences(reconstructions: Reconstructions, reference: ReferenceSource) -
             f"reconstructions are compared with the statistics in {reference.name}, not with the "
             f"images they were made of: VQ-16 then gets 4.28 instead of its published 2.19"
         )
+    elif reference.name != reconstructions.originals.name:
+        warnings.append(
+            f"reconstructions are compared with {reference.name}, not with the images they were "
+            f"made of"
+        )
     if len(reconstructions) < _VALIDATION_IMAGES:
         warnings.append(
             f"{len(reconstructions):,} images instead of the protocol's {_VALIDATION_IMAGES:,} "
