@@ -120,7 +120,8 @@ def test_images_without_captions_weigh_nothing(tmp_path):
     def loss(rows):
         batch = task._conditioning.batch(store, np.array(rows), None)
         codes = torch.from_numpy(store.rows(np.array(rows), 0).reshape(len(rows), -1))
-        return task._conditioning.loss(task.model, {"codes": codes, **batch}, None)
+        batch |= {"codes": codes, "shown": codes[:, :-1]}
+        return task._conditioning.loss(task.model, batch, None)
 
     torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0]))
     assert loss([1, 2]).item() == 0
@@ -231,11 +232,10 @@ class TestStoredFeatures:
             told = [str(each) for each in store.captions(range(len(store)))]
             rows = [row for row, text in enumerate(told) if "two" in text]
             batch = task._conditioning.batch(task._codes.training, np.array(rows), None)
-            codes = torch.from_numpy(task._codes.training.rows(np.array(rows), 0).astype(np.int64))
+            codes = torch.from_numpy(store.rows(np.array(rows), 0).astype(np.int64)).flatten(1)
+            batch |= {"codes": codes, "shown": codes[:, :-1]}
             task.model.eval()
-            losses.append(
-                task._conditioning.loss(task.model, {"codes": codes.flatten(1), **batch}, None)
-            )
+            losses.append(task._conditioning.loss(task.model, batch, None))
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-2)
 
     def test_what_does_not_fit(self, captioned, tokenizer_folder, features, tmp_path):
@@ -317,3 +317,25 @@ def test_captions_of_like_lengths_share_a_batch(tmp_path):
     widths = sorted(batch["mask"].shape[1] for batch in task.batches(0, 2))
     # One more: the end of the text.
     assert widths == [6, 22]
+
+
+def test_code_noise(tmp_path):
+    store = MemoryCodes(
+        np.full((50, 1, 10, 10), 7), captions=[(Caption("a", 1.0),) for _ in range(50)]
+    )
+    recipe = text_recipe(None, "", tmp_path, batch_size=50, code_noise=0.8)
+    task = make_text_task(recipe, store)
+    (batch,) = task.batches(0, 1)
+    assert (batch["codes"] == 7).all()
+    assert batch["shown"].shape == (50, 99)
+    noisy = (batch["shown"] != 7).float().mean(1)
+    # Each image has its own part, from none to the largest.
+    assert noisy.min() < 0.2
+    assert 0.6 < noisy.max() < 0.9
+    assert noisy.mean() == pytest.approx(0.4, abs=0.08)
+    assert batch["shown"].max() < task.model.config.codebook_size
+    (again,) = task.batches(0, 1)
+    assert torch.equal(batch["shown"], again["shown"])
+    plain = make_text_task(dataclasses.replace(recipe, code_noise=0.0), store)
+    (batch,) = plain.batches(0, 1)
+    assert torch.equal(batch["shown"], batch["codes"][:, :-1])

@@ -46,7 +46,10 @@ class Conditioning(abc.ABC):
 
     @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
-        """The loss of the batch's "codes" (B, T); rows where ``drop`` (B,) get no condition."""
+        """The loss of the batch's "codes" (B, T), of which the model is shown "shown" (B, T - 1).
+
+        Rows where ``drop`` (B,) get no condition.
+        """
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
         """About how long the conditions of some images are, to put like ones together."""
@@ -84,7 +87,7 @@ class LabelConditioning(Conditioning):
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
         """See ``Conditioning``."""
         codes = batch["codes"]
-        loss: Tensor = model(codes[:, :-1], batch["labels"], drop_condition=drop, targets=codes)
+        loss: Tensor = model(batch["shown"], batch["labels"], drop_condition=drop, targets=codes)
         return loss
 
 
@@ -123,7 +126,7 @@ class CaptionConditioning(Conditioning):
         """See ``Conditioning``."""
         codes = batch["codes"]
         loss: Tensor = model(
-            codes[:, :-1],
+            batch["shown"],
             self._condition(batch["texts"], batch["mask"]),
             condition_mask=batch["mask"],
             drop_condition=drop,

@@ -498,6 +498,10 @@ class TransformerTraining:
     """Classes of the model. Default: as many as the data has."""
     condition_dropout: float = 0.1
     """Part of the labels or captions that become "no class" or "no text", which guidance needs."""
+    code_noise: float = 0.0
+    """Largest part of an image's codes that the model is shown random ones in the place of, while
+    it predicts the true ones; how many is drawn for each image. Small sets are otherwise learnt by
+    heart from the codes before, and the caption or class counts for little."""
     text: TextTraining = dataclasses.field(default_factory=TextTraining)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     sample_images: int = 40
@@ -523,6 +527,10 @@ class TransformerTraining:
         _require(
             self.encode in ("once", "always"),
             f"encode is {self.encode!r}, expected 'once' or 'always'",
+        )
+        _require(
+            0 <= self.code_noise <= 1,
+            f"code_noise is {self.code_noise}, expected a number from 0 to 1",
         )
         _require(
             0 <= self.condition_dropout < 1,

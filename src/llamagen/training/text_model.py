@@ -18,6 +18,8 @@ from llamagen.transformer import Transformer
 TRANSFORMER = "transformer."
 """What the names of the transformer's weights begin with."""
 _ENCODER = "encoder.model."
+_NEIGHBOUR_BIAS = 6.0
+"""Against 80 others, nine tenths of the attention."""
 
 
 class TextModel(nn.Module):
@@ -60,10 +62,15 @@ def init_encoder_tensor(
 ) -> bool:
     """Gives a weight of the text encoder its first values, T5's; False if ``name`` is none.
 
-    T5 does not scale its attention scores: its query weights are drawn smaller instead.
+    T5 does not scale its attention scores: its query weights are drawn smaller instead. All heads
+    but one begin by looking at a neighbour each, since words are made of neighbouring bytes: it
+    takes attention long to find that out by itself.
     """
     if not name.startswith(_ENCODER):
         return False
+    if name.endswith("relative_attention_bias.weight"):
+        _look_at_neighbours(tensor)
+        return True
     hidden = config.hidden_dim or 2 * config.dim
     head = config.dim // config.heads
     scales = {
@@ -79,3 +86,16 @@ def init_encoder_tensor(
     else:
         nn.init.normal_(tensor, std=scale, generator=generator)
     return True
+
+
+def _look_at_neighbours(bias: Tensor) -> None:
+    """Fills T5's bias (buckets, heads), by distance: the next on the left, on the right, and so on.
+
+    The first half of the buckets are for what stands on the left, the second for the right; the
+    first few of each are for single distances.
+    """
+    buckets, heads = bias.shape
+    bias.zero_()
+    for head in range(heads - 1):
+        distance = min(head // 2 + 1, buckets // 4 - 1)
+        bias[distance + (head % 2) * (buckets // 2), head] = _NEIGHBOUR_BIAS

@@ -6,7 +6,8 @@ Shapes: B images, T codes of an image, V views of an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,22 @@ class TransformerTask(Task):
             rows = store.readable(rows)
             drop = torch.tensor([number.random() < dropout for number in numbers])
             condition = self._conditioning.batch(store, rows, numbers)
-            yield {"codes": _codes(store, rows, views), **condition, "drop": drop}
+            codes = _codes(store, rows, views)
+            shown = self._shown(codes, numbers)
+            yield {"codes": codes, "shown": shown, **condition, "drop": drop}
+
+    def _shown(self, codes: Tensor, numbers: Sequence[random.Random]) -> Tensor:
+        """All codes (B, T) but the last of each image, some of them exchanged for random ones."""
+        shown = codes[:, :-1]
+        if self.recipe.code_noise == 0:
+            return shown
+        generators = [np.random.Generator(np.random.Philox(n.getrandbits(64))) for n in numbers]
+        length, size = shown.shape[1], self.start.config.codebook_size
+        noisy = [g.random(length) < g.random() * self.recipe.code_noise for g in generators]
+        others = [g.integers(size, size=length) for g in generators]
+        return torch.where(
+            torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(others)), shown
+        )
 
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
@@ -226,7 +242,8 @@ class TransformerTask(Task):
             # A sharded model is called by all processes or by none.
             looked_at = own if len(own) else rows[:1]
             batch = {
-                "codes": _codes(store, looked_at, 0),
+                "codes": (codes := _codes(store, looked_at, 0)),
+                "shown": codes[:, :-1],
                 **self._conditioning.batch(store, looked_at, None),
             }
             batch = {name: rows.to(find_device(loop.device)) for name, rows in batch.items()}
