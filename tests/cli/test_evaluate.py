@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_c2i_and_the_same_again(run, model_folder, real, tmp_path):
     assert "note: 40 samples instead of the protocol's 50,000" in result.out
     assert result.out.splitlines()[-1].endswith("report.html")
     found = metrics(tmp_path / "e")
-    assert found["classifier_fid"] >= 0
+    assert found["classifier_frechet"] >= 0
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.np[yz]")}
     assert run(*command).status == 0
     assert metrics(tmp_path / "e") == found
@@ -49,7 +50,9 @@ def test_c2i_and_the_same_again(run, model_folder, real, tmp_path):
         *("--classifier", tmp_path / "e" / "classifier", "--save-reference", statistics),
     )
     assert folder.status == 0, folder.err
-    assert metrics(tmp_path / "f")["classifier_fid"] == pytest.approx(found["classifier_fid"])
+    assert metrics(tmp_path / "f")["classifier_frechet"] == pytest.approx(
+        found["classifier_frechet"]
+    )
     with np.load(statistics) as arrays:
         assert arrays["count"] == 60
 
@@ -61,7 +64,7 @@ def test_tokenizer(run, model_folder, real, tmp_path):
     )
     assert result.status == 0, result.err
     found = metrics(tmp_path / "e")
-    assert {"classifier_rfid", "psnr", "ssim", "codebook_usage"} <= set(found)
+    assert {"classifier_frechet", "psnr", "ssim", "codebook_usage"} <= set(found)
     plain = run(
         *("evaluate", "tokenizer", real, "-t", model_folder / "tokenizer", "--size", 16),
         *("--no-rfid", *EXACT, "--out", tmp_path / "p"),
@@ -97,7 +100,7 @@ def test_t2i(run, real, tmp_path):
     command = (*command, "--prompts-file", tmp_path / "captions.txt", "--size", 16, *CLASSIFIER)
     result = run(*command, "--reference", real, "--out", tmp_path / "e")
     assert result.status == 0, result.err
-    assert "classifier_fid" in metrics(tmp_path / "e")
+    assert "classifier_frechet" in metrics(tmp_path / "e")
 
 
 @pytest.mark.slow
@@ -115,6 +118,28 @@ def test_two_processes_find_what_one_does(model_folder, real, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     both = evaluate(tmp_path / "two", *torchrun, "-m", "llamagen")
     assert both == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(model_folder, real, tmp_path):
+    def command(out):
+        words = [sys.executable, "-m", "llamagen", "evaluate", "c2i", "--model", str(model_folder)]
+        words += ["--reference", str(real), "-n", "1500", *CLASSIFIER, "--out", str(out)]
+        return [*words, "--classifier", str(tmp_path / "classifier")]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=300)
+    samples = tmp_path / "killed" / "samples"
+    for wanted in (1, 3):
+        process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
+        while len(list(samples.glob("shard-*.npy"))) < wanted and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in samples.glob("shard-*.npy")}
+    assert kept
+    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, timeout=300)
+    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
 
 
 def test_bad_input(fails, run, model_folder, real, tmp_path):

@@ -17,6 +17,14 @@ from llamagen.evaluation.metrics import (
 )
 from llamagen.evaluation.reference import INCEPTION, Reference
 
+_OTHER_NAMES = {
+    "fid": "classifier_frechet",
+    "sfid": "classifier_spatial_frechet",
+    "inception_score": "classifier_score",
+    "kid": "classifier_kernel",
+    "kid_std": "classifier_kernel_std",
+}
+"""What is not measured with Inception is not called by the papers' names."""
 _KERNEL_SUBSET = 1000
 _DUPLICATES_NAMED = 3
 
@@ -26,6 +34,7 @@ class Scores:
     """What a comparison gave."""
 
     metrics: dict[str, float]
+    """The Frechet distance first."""
     warnings: list[str]
 
 
@@ -76,7 +85,7 @@ def score(
     if reference.count is not None:
         warnings += _too_few(reference.count, features, "reference images")
     if not network.fingerprint.startswith(INCEPTION):
-        metrics = {f"classifier_{name}": value for name, value in metrics.items()}
+        metrics = {_OTHER_NAMES.get(name, f"classifier_{name}"): v for name, v in metrics.items()}
         warnings.append(
             f"distances are in the feature space of a {network.name}: compare them with others "
             f"of the same classifier, never with a published FID"

@@ -162,13 +162,13 @@ def neighbours_sheet(images: ImageSet, features: Features, reference: Reference)
     for row, image in zip(found, images.read(0, count), strict=True):
         beside = [reference.images.read(index, index + 1)[0] for index in row.tolist()]
         arrays += [image, *(_fitted(each, image.shape) for each in beside)]
-        captions += ["sample", *(f"reference {index}" for index in row.tolist())]
+        captions += ["sample", *(f"#{index}" for index in row.tolist())]
     columns = 2 * (found.shape[1] + 1)
     return Picture(
         title="Nearest reference images",
         image=_grid(np.stack(arrays), columns=columns, captions=captions),
-        note="In the network's feature space. A sample that equals one of them was learnt by "
-        "heart.",
+        note="In the network's feature space, by number in the reference. A sample that equals one "
+        "of them was learnt by heart.",
     )
 
 

@@ -60,7 +60,7 @@ def evaluate_sweep(
         found[top_k, guidance] = score(features, compared, place.network, device=place.device)
         pictures.append(sheet_of(samples, title=name))
     metrics = list(next(iter(found.values())).metrics)
-    frechet = next(name for name in metrics if name.endswith("fid") and "s" not in name[-4:-3])
+    frechet = metrics[0]
     best = min(pairs, key=lambda pair: found[pair].metrics[frechet])
     return Report(
         protocol="sweep",

@@ -239,7 +239,7 @@ def evaluate_tokenizer(
 
 def _as_reconstruction(name: str) -> str:
     """RFID is the FID of reconstructions."""
-    return name.replace("fid", "rfid") if not name.endswith("score") else name
+    return {"fid": "rfid", "sfid": "rsfid"}.get(name, name)
 
 
 def _differences(reconstructions: Reconstructions, reference: ReferenceSource) -> list[str]:
