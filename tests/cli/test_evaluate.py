@@ -38,10 +38,10 @@ def test_c2i_and_the_same_again(run, model_folder, real, tmp_path):
     assert result.out.splitlines()[-1].endswith("report.html")
     found = metrics(tmp_path / "e")
     assert found["classifier_frechet"] >= 0
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.np[yz]")}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.npz")}
     assert run(*command).status == 0
     assert metrics(tmp_path / "e") == found
-    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.np[yz]")}
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "e").rglob("*.npz")}
     assert again == times, "nothing was drawn or computed twice"
     # What was written for other programs is evaluated like a folder.
     statistics = tmp_path / "r.npz"
@@ -131,11 +131,11 @@ def test_killed_and_started_again(model_folder, real, tmp_path):
     samples = tmp_path / "killed" / "samples"
     for wanted in (1, 3):
         process = subprocess.Popen(command(tmp_path / "killed"), stderr=subprocess.DEVNULL)
-        while len(list(samples.glob("shard-*.npy"))) < wanted and process.poll() is None:
+        while len(list(samples.glob("piece-*.npz"))) < wanted and process.poll() is None:
             time.sleep(0.01)
         process.kill()
         process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in samples.glob("shard-*.npy")}
+    kept = {path: path.stat().st_mtime_ns for path in samples.glob("piece-*.npz")}
     assert kept
     subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, timeout=300)
     assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")

@@ -7,15 +7,8 @@ import pytest
 import torch
 
 from llamagen.errors import InputError
-from llamagen.evaluation import features as module
-from llamagen.evaluation import image_sets
-from llamagen.evaluation.features import (
-    NetworkOutput,
-    compute_features,
-    feature_folder,
-    features_of,
-    load_features,
-)
+from llamagen.evaluation import pieces
+from llamagen.evaluation.features import NetworkOutput, compute_features, feature_folder
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics
 from llamagen.evaluation.reference import ReferenceSource, read_statistics, write_statistics
@@ -24,13 +17,12 @@ from tests.evaluation.sets import CoarsePixels, noise, write_noise
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    for part in (image_sets, module):
-        monkeypatch.setattr(part, "PIECE", 4)
+    monkeypatch.setattr(pieces, "PIECE", 4)
     return CollectedImages.open(write_noise(tmp_path / "images", 10))
 
 
 def test_pieces_are_the_whole(images, tmp_path):
-    found = features_of(CoarsePixels(), images, tmp_path / "f")
+    found = compute_features(CoarsePixels(), images, tmp_path / "f")
     pixels = torch.from_numpy(images.read(0, 10)).movedim(-1, 1)
     whole = CoarsePixels()(pixels)
     np.testing.assert_allclose(found.pool, whole.pool.numpy(), rtol=1e-6)
@@ -38,19 +30,19 @@ def test_pieces_are_the_whole(images, tmp_path):
     np.testing.assert_allclose(found.probabilities, whole.probabilities.numpy(), rtol=1e-6)
 
 
-def test_goes_on_where_it_stopped_and_shares_the_work(images, tmp_path):
-    network, done = CoarsePixels(), []
-    compute_features(network, images, tmp_path / "f", rank=1, world_size=2, progress=done.append)
-    assert (network.seen, done) == (4, [4])
-    with pytest.raises(InputError, match="run the same command again"):
-        load_features(images, tmp_path / "f")
-    found = features_of(network, images, tmp_path / "f")
-    assert (network.seen, len(found)) == (10, 10)
-    (tmp_path / "f" / "piece-00002.npz").write_bytes(b"cut off")
+def test_goes_on_where_it_stopped(images, tmp_path):
+    network = CoarsePixels()
+    first = compute_features(network, images, tmp_path / "f")
+    assert network.seen == 10
+    (path,) = (tmp_path / "f").rglob("piece-00002.npz")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"piece-00002.npz is damaged .* run the same command"):
-        load_features(images, tmp_path / "f")
-    features_of(network, images, tmp_path / "f")
+        compute_features(network, images, tmp_path / "f")
+    again = compute_features(network, images, tmp_path / "f")
+    # Images 8 and 9 were looked at again, no others.
     assert network.seen == 12
+    np.testing.assert_array_equal(again.pool, first.pool)
 
 
 def test_other_networks_and_images_go_elsewhere(images, tmp_path):
@@ -71,13 +63,13 @@ def test_nan(images, tmp_path):
             found = super().__call__(pixels)
             return NetworkOutput(found.pool / 0.0, None, found.probabilities)
 
-    with pytest.raises(InputError, match=r"NaN or infinity \(pool\) for piece 0"):
-        features_of(Broken(), images, tmp_path / "f")
-    assert not list((tmp_path / "f").glob("piece*"))
+    with pytest.raises(InputError, match=r"NaN or infinity \(pool\) for images 0 to 3 of"):
+        compute_features(Broken(), images, tmp_path / "f")
+    assert not list((tmp_path / "f").rglob("piece*"))
 
 
 def test_statistics_in_the_form_of_adm(images, tmp_path):
-    found = features_of(CoarsePixels(), images, tmp_path / "f")
+    found = compute_features(CoarsePixels(), images, tmp_path / "f")
     write_statistics(tmp_path / "s.npz", found)
     with np.load(tmp_path / "s.npz") as arrays:
         assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(arrays)
@@ -94,8 +86,7 @@ def test_a_reference_of_statistics_and_images(images, tmp_path):
     statistics = FeatureStatistics.of(np.random.default_rng(0).normal(size=(50, 12)))
     np.savez(tmp_path / "r.npz", arr_0=noise(6), mu=statistics.mean, sigma=statistics.covariance)
     source = ReferenceSource.open(tmp_path / "r.npz")
-    source.compute(network, tmp_path / "f")
-    reference, features = source.load(network, tmp_path / "f")
+    reference, features = source.compute(network, tmp_path / "f")
     assert (reference.count, len(features), reference.features.shape) == (None, 6, (6, 12))
     np.testing.assert_allclose(reference.pool.mean, statistics.mean)
     assert reference.statistics_only

@@ -13,13 +13,13 @@ from tests.evaluation.sets import CLASSES, noise, write_noise
 
 
 def test_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "PIECE", 4)
+    monkeypatch.setattr(image_sets, "_PART", 4)
     images = CollectedImages.open(write_noise(tmp_path / "a", 10))
-    assert (len(images), images.size, images.pieces()) == (10, (16, 16), 3)
+    assert (len(images), images.size) == (10, (16, 16))
     assert set(images.class_names) == set(CLASSES)
-    pieces = [images.read_piece(number) for number in range(3)]
-    assert [len(piece) for piece in pieces] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate(pieces), images.read(0, 10))
+    parts = list(images.parts())
+    assert [len(part) for part in parts] == [4, 4, 2]
+    np.testing.assert_array_equal(np.concatenate(parts), images.read(0, 10))
     assert CollectedImages.open(tmp_path / "a", size=8).size == (8, 8)
 
 
@@ -58,17 +58,15 @@ def test_a_damaged_image_is_not_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_archives_of_numpy(tmp_path, monkeypatch, save):
-    monkeypatch.setattr(image_sets, "PIECE", 3)
+def test_archives_of_numpy(tmp_path, save):
     save(tmp_path / "a.npz", noise(8))
     images = ArchivedImages(tmp_path / "a.npz")
     assert (len(images), images.size) == (8, (16, 16))
     np.testing.assert_array_equal(images.read(5, 7), noise(8)[5:7])
-    np.testing.assert_array_equal(images.read_piece(2), noise(8)[6:])
 
 
 def test_archives_are_read_by_numpy(tmp_path, monkeypatch):
-    monkeypatch.setattr(image_sets, "PIECE", 3)
+    monkeypatch.setattr(image_sets, "_PART", 3)
     images = CollectedImages.open(write_noise(tmp_path / "a", 8))
     write_images(tmp_path / "a.npz", images, images.labels)
     with np.load(tmp_path / "a.npz") as arrays:

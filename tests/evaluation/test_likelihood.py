@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from llamagen.errors import InputError
-from llamagen.evaluation import image_sets, likelihood
+from llamagen.evaluation import likelihood, pieces
 from llamagen.evaluation.image_sets import CollectedImages
-from llamagen.evaluation.likelihood import likelihood_folder, load_likelihood, measure_likelihood
+from llamagen.evaluation.likelihood import measure_likelihood
 from llamagen.tokenizer import uint8_to_images
 from tests.evaluation.sets import write_noise
 from tests.models import tiny_pipeline, tiny_text_pipeline
@@ -20,16 +20,13 @@ from tests.models import tiny_pipeline, tiny_text_pipeline
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    for part in (image_sets, likelihood):
-        monkeypatch.setattr(part, "PIECE", 4)
+    monkeypatch.setattr(pieces, "PIECE", 4)
 
 
 def test_bits_are_those_of_the_loss(tmp_path):
     pipe = tiny_pipeline()
     images = CollectedImages.open(write_noise(tmp_path / "a", 10))
-    folder = likelihood_folder(tmp_path, pipe, images)
-    measure_likelihood(pipe, images, folder)
-    found = load_likelihood(images, folder)
+    found = measure_likelihood(pipe, images, tmp_path)
     assert found.conditional.shape == (10, 4, 4)
     pixels = torch.from_numpy(images.read(0, 10)).movedim(-1, 1)
     codes = pipe.tokenizer.encode(uint8_to_images(pixels)).flatten(1)
@@ -50,17 +47,17 @@ def test_bits_are_those_of_the_loss(tmp_path):
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     pipe = tiny_pipeline()
     images = CollectedImages.open(write_noise(tmp_path / "a", 10))
-    measure_likelihood(pipe, images, tmp_path / "l", rank=0, world_size=2)
-    with pytest.raises(InputError, match="run the same command again"):
-        load_likelihood(images, tmp_path / "l")
+    whole = measure_likelihood(pipe, images, tmp_path / "l")
+    (path,) = (tmp_path / "l").rglob("piece-00001.npz")
+    path.unlink()
     calls = []
     bits = likelihood._bits_of_piece
     monkeypatch.setattr(
         likelihood, "_bits_of_piece", lambda *given: calls.append(1) or bits(*given)
     )
-    measure_likelihood(pipe, images, tmp_path / "l")
+    again = measure_likelihood(pipe, images, tmp_path / "l")
     assert len(calls) == 1
-    assert load_likelihood(images, tmp_path / "l").conditional.shape == (10, 4, 4)
+    np.testing.assert_array_equal(again.conditional, whole.conditional)
 
 
 def test_captions(tmp_path):
@@ -70,13 +67,11 @@ def test_captions(tmp_path):
     )
     pipe = tiny_text_pipeline()
     images = CollectedImages.open(tmp_path)
-    measure_likelihood(pipe, images, tmp_path / "l")
-    both = load_likelihood(images, tmp_path / "l")
+    both = measure_likelihood(pipe, images, tmp_path / "l")
     # Each caption gives what it gives alone, whatever padding the batch needs.
     (tmp_path / "metadata.csv").write_text("file_name,text\ncat/000.png,a cat\n")
     one = CollectedImages.open(tmp_path)
-    measure_likelihood(pipe, one, tmp_path / "l1")
-    alone = load_likelihood(one, tmp_path / "l1")
+    alone = measure_likelihood(pipe, one, tmp_path / "l")
     np.testing.assert_allclose(both.conditional[0], alone.conditional[0], rtol=1e-4)
     assert not np.allclose(both.conditional[0], both.unconditional[0])
 

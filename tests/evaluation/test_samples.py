@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llamagen.errors import InputError
-from llamagen.evaluation import image_sets, samples
+from llamagen.evaluation import pieces
 from llamagen.evaluation.samples import SamplePlan, draw_samples
 from llamagen.tokenizer import images_to_uint8
 from tests.models import tiny_pipeline
@@ -16,8 +16,7 @@ from tests.models import tiny_pipeline
 
 @pytest.fixture
 def pipe(monkeypatch):
-    for part in (image_sets, samples):
-        monkeypatch.setattr(part, "PIECE", 4)
+    monkeypatch.setattr(pieces, "PIECE", 4)
     return tiny_pipeline()
 
 
@@ -53,23 +52,32 @@ def test_resized_in_float(pipe, tmp_path):
     np.testing.assert_array_equal(drawn.read(0, 4), images_to_uint8(resized).movedim(1, -1).numpy())
 
 
-def test_goes_on_where_it_stopped(pipe, tmp_path):
-    drawn = []
+def test_goes_on_where_it_stopped(pipe, tmp_path, monkeypatch):
     settings = {"guidance_scale": 2.0}
-    draw_samples(pipe, plan(), tmp_path, rank=1, world_size=2, progress=drawn.append, **settings)
-    assert sum(drawn) == 4
-    part = np.load(tmp_path / "shard-00001.npy")
-    whole = draw_samples(pipe, plan(), tmp_path, **settings)
-    np.testing.assert_array_equal(whole.read(4, 8), part)
-    (tmp_path / "shard-00000.npy").write_bytes(b"cut off")
-    with pytest.raises(InputError, match=r"shard-00000.npy is damaged .* run the same command"):
-        whole.read(0, 10)
+    whole = draw_samples(pipe, plan(), tmp_path, **settings).read(0, 10)
+    for name in ("piece-00000.npz", "piece-00001.npz"):
+        (tmp_path / name).unlink()
+    calls = []
+    monkeypatch.setattr(type(pipe), "decode_in_parts", _counting(type(pipe).decode_in_parts, calls))
     again = draw_samples(pipe, plan(), tmp_path, **settings)
-    assert len(again.read(0, 10)) == 10
+    assert calls == [4, 4]
+    np.testing.assert_array_equal(again.read(0, 10), whole)
+    (tmp_path / "piece-00000.npz").write_bytes(b"cut off")
+    with pytest.raises(InputError, match=r"piece-00000.npz is damaged .* run the same command"):
+        again.read(0, 10)
+    assert len(draw_samples(pipe, plan(), tmp_path, **settings).read(0, 10)) == 10
+
+
+def _counting(decode, calls):
+    def counted(self, codes):
+        calls.append(len(codes))
+        return decode(self, codes)
+
+    return counted
 
 
 def test_other_settings_are_refused(pipe, tmp_path):
-    draw_samples(pipe, plan(), tmp_path, rank=2, world_size=3)
+    draw_samples(pipe, plan(), tmp_path)
     with pytest.raises(InputError, match=r"begun with other settings .*sampling.* another --out"):
         draw_samples(pipe, plan(), tmp_path, guidance_scale=2.0)
     with pytest.raises(InputError, match=r"begun with other settings \(images, identity\)"):

@@ -32,10 +32,9 @@ def run(options: Options) -> None:
     """Compares and reports."""
     if options.images is None or options.reference is None:
         raise InputError("two sets of images are needed: llamagen evaluate folder A B")
-    from llamagen import distributed
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.protocols.folders import evaluate_folder
-    from llamagen.evaluation.reference import ReferenceSource, write_statistics
+    from llamagen.evaluation.reference import ReferenceSource
 
     with options.processes() as device:
         config = options.source.config()
@@ -45,10 +44,6 @@ def run(options: Options) -> None:
         reference = ReferenceSource.open(options.reference, config, size=options.size)
         network = options.compare.open(options.out, reference.images, device)
         place = Workplace(out=options.out, network=network, device=device)
-        report = evaluate_folder(given.images, reference, place)
-        if options.save_reference is not None and distributed.is_main():
-            _, features = reference.load(network, place.features)
-            if features is None or reference.archive is not None:
-                raise InputError(f"{options.reference} holds statistics already")
-            write_statistics(options.save_reference, features)
-        options.finish(report)
+        options.finish(
+            evaluate_folder(given.images, reference, place, save_reference=options.save_reference)
+        )

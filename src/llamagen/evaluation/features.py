@@ -18,8 +18,9 @@ from torch import Tensor
 
 import llamagen.storage as storage
 from llamagen.errors import InputError
-from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import FeatureStatistics
+from llamagen.evaluation.pieces import Pieces
 
 _ABOUT_NAME = "about.json"
 
@@ -77,72 +78,44 @@ class Features:
 def compute_features(
     network: FeatureNetwork,
     images: ImageSet,
-    folder: Path,
+    root: Path,
     *,
+    what: str = "images",
     batch_size: int = 64,
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Computes the features that are not in the folder yet.
+) -> Features:
+    """Features of all images; to be called in every process of a run, which share the work.
+
+    What was computed before, of the same images by the same network, is only read.
 
     Args:
         network: whose.
         images: of which images.
-        folder: new, or begun with the same network and images.
+        root: gets a folder for this network and these images.
+        what: what the images are, for the progress bar.
         batch_size: images that the network is given at once.
         device: where the network is.
-        rank: this process takes every ``world_size``-th piece, from this one on.
-        world_size: processes that work on the folder.
-        progress: is told how many more images are done.
 
     Raises:
         InputError: an image is damaged, or the network gave NaN or infinity.
         OSError: the disk is full.
     """
+    folder = feature_folder(root, network, images)
     _begin(network, images, folder)
-    for number in range(rank, images.pieces(), world_size):
-        path = _piece_path(folder, number)
-        pixels = None if path.is_file() else images.read_piece(number)
-        if pixels is not None:
-            outputs = [network(part.to(device)) for part in _as_batch(pixels).split(batch_size)]
-            _write(path, outputs, images, number)
-        if progress is not None:
-            progress(min(PIECE, len(images) - number * PIECE))
 
+    def compute(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+        pixels = torch.from_numpy(np.array(images.read(first, last))).movedim(-1, 1)
+        outputs = []
+        for part in pixels.split(batch_size):
+            outputs.append(network(part.contiguous().to(device)))
+            advance(len(part))
+        return _joined(outputs, f"images {first} to {last - 1} of {images.name}")
 
-def load_features(images: ImageSet, folder: Path) -> Features:
-    """Reads what ``compute_features`` has written, once all processes are done.
-
-    Raises:
-        InputError: a piece is missing or damaged.
-    """
-    parts: list[dict[str, np.ndarray]] = []
-    for number in range(images.pieces()):
-        path = _piece_path(folder, number)
-        try:
-            with np.load(path) as arrays:
-                parts.append(dict(arrays))
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            # A damaged one shall be made again next time.
-            path.unlink(missing_ok=True)
-            raise InputError(f"{path} is damaged ({error}); run the same command again") from error
-    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return Features(joined["pool"], joined.get("spatial"), joined["probabilities"])
-
-
-def features_of(
-    network: FeatureNetwork,
-    images: ImageSet,
-    folder: Path,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Callable[[int], object] | None = None,
-) -> Features:
-    """Computes, in one process, and reads; see ``compute_features``."""
-    compute_features(network, images, folder, device=device, progress=progress)
-    return load_features(images, folder)
+    pieces = Pieces(folder, len(images))
+    pieces.make(compute, f"features of the {what}")
+    parts = [pieces.read(number) for number in range(len(pieces))]
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Features(whole["pool"], whole.get("spatial"), whole["probabilities"])
 
 
 def feature_folder(root: Path, network: FeatureNetwork, images: ImageSet) -> Path:
@@ -167,11 +140,8 @@ def _begin(network: FeatureNetwork, images: ImageSet, folder: Path) -> None:
         )
 
 
-def _as_batch(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(pixels)).movedim(-1, 1).contiguous()
-
-
-def _write(path: Path, outputs: list[NetworkOutput], images: ImageSet, number: int) -> None:
+def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:
+    """What a network said of a piece, as it is stored."""
     arrays = {
         "pool": [each.pool for each in outputs],
         "probabilities": [each.probabilities for each in outputs],
@@ -183,12 +153,6 @@ def _write(path: Path, outputs: list[NetworkOutput], images: ImageSet, number: i
     for name, array in joined.items():
         if not np.isfinite(array).all():
             raise InputError(
-                f"the network gave NaN or infinity ({name}) for piece {number} of {images.name}; "
-                f"use --dtype float32"
+                f"the network gave NaN or infinity ({name}) for {where}; use --dtype float32"
             )
-    with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **joined)  # type: ignore[arg-type]  # names are ours
-
-
-def _piece_path(folder: Path, number: int) -> Path:
-    return folder / f"piece-{number:05d}.npz"
+    return joined

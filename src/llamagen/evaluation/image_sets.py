@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,8 +21,7 @@ from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.data.sources import open_images
 from llamagen.errors import InputError
 
-PIECE = 256
-"""Images that are read, and whose features are stored, together."""
+_PART = 256
 
 
 class ImageSet(abc.ABC):
@@ -49,13 +48,10 @@ class ImageSet(abc.ABC):
             InputError: one of them is damaged, or they differ in size.
         """
 
-    def pieces(self) -> int:
-        """How many pieces there are."""
-        return -(-len(self) // PIECE)
-
-    def read_piece(self, number: int) -> np.ndarray:
-        """The images of one piece; see ``read``."""
-        return self.read(number * PIECE, min(len(self), (number + 1) * PIECE))
+    def parts(self) -> Iterator[np.ndarray]:
+        """All images, some hundred at a time."""
+        for first in range(0, len(self), _PART):
+            yield self.read(first, min(len(self), first + _PART))
 
     @property
     def size(self) -> tuple[int, int]:
@@ -213,8 +209,8 @@ def write_images(path: Path, images: ImageSet, labels: np.ndarray | None = None)
     with storage.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, dict(header))
-            for number in range(images.pieces()):
-                file.write(np.ascontiguousarray(images.read_piece(number)).tobytes())
+            for part in images.parts():
+                file.write(np.ascontiguousarray(part).tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.asarray(labels, np.int64))

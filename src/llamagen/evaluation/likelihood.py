@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import llamagen.storage as storage
 from llamagen.conditions import Conditions
 from llamagen.errors import InputError
-from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.evaluation.image_sets import ImageSet
+from llamagen.evaluation.pieces import Pieces
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import uint8_to_images
@@ -60,27 +60,19 @@ class Likelihood:
         return result
 
 
-def measure_likelihood(
-    pipeline: Pipeline,
-    images: ImageSet,
-    folder: Path,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[int], object] | None = None,
-) -> None:
-    """Computes the bits that are not in the folder yet.
+def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Likelihood:
+    """Bits of all images; to be called in every process of a run, which share the work.
+
+    What was computed before, of the same images by the same model, is only read.
 
     Args:
         pipeline: tokenizer and transformer.
         images: with the model's classes, or with captions; as large as the model's images.
-        folder: new, or begun with the same model and images.
-        rank: this process takes every ``world_size``-th piece, from this one on.
-        world_size: processes that work on the folder.
-        progress: is told how many more images are done.
+        root: gets a folder for this model and these images.
 
     Raises:
         InputError: images and model do not fit together.
+        OSError: the disk is full.
     """
     grid = pipeline.tokenizer.config.grid_of(*images.size)
     if grid != pipeline.transformer.config.grid:
@@ -91,38 +83,18 @@ def measure_likelihood(
             f"{pipeline.name} draws {columns * side}x{rows * side}; give --size"
         )
     conditions = _conditions(pipeline, images)
-    storage.require_writable(folder)
-    for number in range(rank, images.pieces(), world_size):
-        path = _piece_path(folder, number)
-        first = number * PIECE
-        last = min(len(images), first + PIECE)
-        if not path.is_file():
-            bits = _bits_of_piece(pipeline, images.read(first, last), conditions[first:last])
-            with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
-                np.save(file, bits)
-        if progress is not None:
-            progress(last - first)
+
+    def measure(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+        return _bits_of_piece(pipeline, images.read(first, last), conditions[first:last], advance)
+
+    pieces = Pieces(_folder(root, pipeline, images), len(images))
+    pieces.make(measure, "likelihood")
+    return Likelihood(
+        pieces.rows("conditional"), pieces.rows("unconditional"), math.prod(images.size)
+    )
 
 
-def load_likelihood(images: ImageSet, folder: Path) -> Likelihood:
-    """Reads what ``measure_likelihood`` has written, once all processes are done.
-
-    Raises:
-        InputError: a piece is missing or damaged.
-    """
-    parts = []
-    for number in range(images.pieces()):
-        path = _piece_path(folder, number)
-        try:
-            parts.append(np.load(path))
-        except (OSError, ValueError, EOFError) as error:
-            path.unlink(missing_ok=True)
-            raise InputError(f"{path} is damaged ({error}); run the same command again") from error
-    both = np.concatenate(parts, axis=1)
-    return Likelihood(both[0], both[1], math.prod(images.size))
-
-
-def likelihood_folder(root: Path, pipeline: Pipeline, images: ImageSet) -> Path:
+def _folder(root: Path, pipeline: Pipeline, images: ImageSet) -> Path:
     """Where in ``root`` these numbers belong: another model or other images go elsewhere."""
     weights = [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()]
     whole = hashlib.sha256(f"{weights} {images.identity} {pipeline.dtype}".encode()).hexdigest()
@@ -148,22 +120,27 @@ def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
 
 @torch.inference_mode()
 def _bits_of_piece(
-    pipeline: Pipeline, pixels: np.ndarray, conditions: list[str | int]
-) -> np.ndarray:
-    """(2, images, rows, columns) float32: with the condition, and without."""
+    pipeline: Pipeline,
+    pixels: np.ndarray,
+    conditions: list[str | int],
+    advance: Callable[[int], object],
+) -> dict[str, np.ndarray]:
+    """(images, rows, columns) float32: with the condition, and without."""
     config = pipeline.transformer.config
     size = decoding_batch_size(
         pipeline.tokenizer.config, config.grid, device=pipeline.device, dtype=pipeline.dtype
     )
     size = max(1, min(size, _LOGITS // (config.num_codes * config.codebook_size)))
-    parts = []
+    found: dict[str, list[Tensor]] = {"conditional": [], "unconditional": []}
     for first in range(0, len(pixels), size):
         images = torch.from_numpy(np.array(pixels[first : first + size])).movedim(-1, 1)
         images = uint8_to_images(images.to(pipeline.device)).to(pipeline.tokenizer.dtype)
         codes = pipeline.tokenizer.encode(images)
         given = pipeline.conditions(conditions[first : first + size])
-        parts.append(torch.stack([_bits(pipeline, codes, given, drop) for drop in (False, True)]))
-    return torch.cat(parts, dim=1).cpu().numpy()
+        for name, drop in (("conditional", False), ("unconditional", True)):
+            found[name].append(_bits(pipeline, codes, given, drop))
+        advance(len(images))
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
 def _bits(pipeline: Pipeline, codes: Tensor, given: Conditions, drop: bool) -> Tensor:
@@ -177,7 +154,3 @@ def _bits(pipeline: Pipeline, codes: Tensor, given: Conditions, drop: bool) -> T
     )
     nats = F.cross_entropy(logits.float().flatten(0, 1), flat.flatten(), reduction="none")
     return (nats / math.log(2)).view_as(codes)
-
-
-def _piece_path(folder: Path, number: int) -> Path:
-    return folder / f"piece-{number:05d}.npy"

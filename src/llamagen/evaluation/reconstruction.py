@@ -101,18 +101,24 @@ def _reconstruct_batch(
     pixels = torch.from_numpy(before).movedim(-1, 1).to(tokenizer.device)
     codes = tokenizer.encode(uint8_to_images(pixels))
     after = images_to_uint8(tokenizer.decode(codes)).movedim(1, -1).cpu().numpy()
-    signal = psnr(before, after)
-    similarity, published = np.full((2, len(batch)), np.nan)
-    if min(before.shape[1:3]) >= WINDOW:
-        similarity = ssim(before, after)
-        published = ssim(before / 255.0, after / 255.0, data_range=2.0)
+    measured = compare(before, after)
     for index, (path, image) in enumerate(batch):
         yield Reconstruction(
             path=path,
             original=image,
             image=Image.fromarray(after[index]),
-            psnr=float(signal[index]),
-            ssim=float(similarity[index]),
-            ssim_published=float(published[index]),
+            **{name: float(values[index]) for name, values in measured.items()},
             codes=codes[index].cpu().numpy(),
         )
+
+
+def compare(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+    """PSNR and both kinds of SSIM of pairs of images (N, H, W, 3) uint8, each (N,).
+
+    SSIM is NaN where a side is below 7 pixels.
+    """
+    similarity, published = np.full((2, len(before)), np.nan)
+    if min(before.shape[1:3]) >= WINDOW:
+        similarity = ssim(before, after)
+        published = ssim(before / 255.0, after / 255.0, data_range=2.0)
+    return {"psnr": psnr(before, after), "ssim": similarity, "ssim_published": published}

@@ -8,7 +8,6 @@ computed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,7 @@ import torch
 import llamagen.storage as storage
 from llamagen.data.columns import SourceConfig
 from llamagen.errors import InputError
-from llamagen.evaluation.features import (
-    FeatureNetwork,
-    Features,
-    compute_features,
-    feature_folder,
-    load_features,
-)
+from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
 from llamagen.evaluation.image_sets import (
     ArchivedImages,
     CollectedImages,
@@ -88,66 +81,36 @@ class ReferenceSource:
         return cls(str(source), ArchivedImages(path))
 
     def compute(
-        self,
-        network: FeatureNetwork,
-        root: Path,
-        *,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world_size: int = 1,
-        progress: Callable[[int], object] | None = None,
-    ) -> None:
-        """Computes the features of the images; see ``compute_features``.
+        self, network: FeatureNetwork, root: Path, *, device: torch.device | str = "cpu"
+    ) -> tuple[Reference, Features | None]:
+        """The reference, and the features of its images; see ``compute_features``.
 
         Raises:
-            InputError: the statistics were made with another network.
+            InputError: the statistics were made with another network, or the file is damaged.
+            OSError: the disk is full.
         """
         if self.archive is not None and not network.fingerprint.startswith(INCEPTION):
             raise InputError(
                 f"{self.name} holds statistics of Inception's features, which cannot be compared "
                 f"with those of the {network.name}; give a folder of images"
             )
-        if self.images is not None:
-            compute_features(
-                network,
-                self.images,
-                feature_folder(root, network, self.images),
-                device=device,
-                rank=rank,
-                world_size=world_size,
-                progress=progress,
-            )
-
-    def load(self, network: FeatureNetwork, root: Path) -> tuple[Reference, Features | None]:
-        """The reference, once every process has computed its share; and its images' features.
-
-        Raises:
-            InputError: the file is damaged.
-        """
         features = None
         if self.images is not None:
-            features = load_features(self.images, feature_folder(root, network, self.images))
-        pooled = None if features is None else features.pool
+            features = compute_features(network, self.images, root, what="reference", device=device)
         if self.archive is not None:
             pool, spatial, count = read_statistics(self.archive)
-            reference = Reference(
-                name=self.name,
-                count=count,
-                pool=pool,
-                spatial=spatial,
-                features=pooled,
-                images=self.images,
-                statistics_only=True,
-            )
-            return reference, features
-        assert features is not None
+        else:
+            assert features is not None
+            pool, spatial = features.pool_statistics(), features.spatial_statistics()
+            count = len(features)
         reference = Reference(
             name=self.name,
-            count=len(features),
-            pool=features.pool_statistics(),
-            spatial=features.spatial_statistics(),
-            features=pooled,
+            count=count,
+            pool=pool,
+            spatial=spatial,
+            features=None if features is None else features.pool,
             images=self.images,
+            statistics_only=self.archive is not None,
         )
         return reference, features
 

@@ -1,4 +1,4 @@
-"""Images drawn for an evaluation, in shards: goes on where it was interrupted, shared by processes.
+"""Images drawn for an evaluation, in pieces: goes on where it was interrupted, shared by processes.
 
 Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 """
@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import llamagen.storage as storage
+from llamagen import distributed
 from llamagen.errors import InputError
-from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.evaluation.image_sets import ImageSet
+from llamagen.evaluation.pieces import Pieces
 from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import images_to_uint8
 
@@ -65,6 +67,7 @@ class Samples(ImageSet):
         """Of a folder that ``draw_samples`` has begun."""
         self.folder, self.plan, self.name = folder, plan, str(folder)
         self.identity = _identity(plan, settings)
+        self.pieces = Pieces(folder, len(plan))
         if all(isinstance(prompt, int) for prompt in plan.prompts):
             self.labels = np.array(plan.prompts)
 
@@ -73,24 +76,7 @@ class Samples(ImageSet):
 
     def read(self, first: int, last: int) -> np.ndarray:
         """See ``ImageSet``."""
-        parts = []
-        for number in range(first // PIECE, (last - 1) // PIECE + 1):
-            start = number * PIECE
-            part = self._shard(number)
-            parts.append(part[max(first - start, 0) : last - start])
-        return np.concatenate(parts)
-
-    def _shard(self, number: int) -> np.ndarray:
-        path = _shard_path(self.folder, number)
-        expected = min(PIECE, len(self) - number * PIECE)
-        try:
-            images: np.ndarray = np.load(path, mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            path.unlink(missing_ok=True)
-            raise InputError(f"{path} is damaged ({error}); run the same command again") from error
-        if len(images) != expected:
-            raise InputError(f"{path} holds {len(images)} images, expected {expected}; remove it")
-        return images
+        return self.pieces.rows("images", first, last)
 
 
 def draw_samples(
@@ -99,25 +85,16 @@ def draw_samples(
     folder: Path,
     *,
     batch_size: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Callable[[int], object] | None = None,
     **settings: Any,
 ) -> Samples:
-    """Draws the images that are not in the folder yet.
+    """Draws the images that are not in the folder yet; to be called in every process of a run.
 
     Args:
         pipeline: draws them.
         plan: all of them, of all processes.
         folder: new, empty, or begun with the same plan, model and settings.
         batch_size: images drawn at once; by default as many as fit into memory.
-        rank: this process draws every ``world_size``-th shard, from this one on.
-        world_size: processes that draw into the folder.
-        progress: is told how many more images are there.
         settings: what ``Pipeline.__call__`` takes, as guidance_scale.
-
-    Returns:
-        The images, whole once every process has returned.
 
     Raises:
         InputError: the folder was begun with something else, or a setting is refused.
@@ -125,44 +102,27 @@ def draw_samples(
     """
     about = _describe(pipeline, settings)
     samples = Samples(folder, plan, about)
-    _begin(folder, samples, about)
-    for number in range(rank, samples.pieces(), world_size):
-        path = _shard_path(folder, number)
-        first = number * PIECE
-        last = min(len(plan), first + PIECE)
-        if not path.is_file():
-            _draw_shard(pipeline, plan, first, last, path, batch_size, progress, settings)
-        elif progress is not None:
-            progress(last - first)
+    with distributed.main_first():
+        _begin(folder, samples, about)
+
+    def draw(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+        parts = []
+        step = batch_size or last - first
+        for start in range(first, last, step):
+            stop = min(last, start + step)
+            output = pipeline(
+                plan.prompts[start:stop],
+                seed=range(plan.seed + start, plan.seed + stop),
+                batch_size=batch_size,
+                output_type="codes",
+                **settings,
+            )
+            parts.append(_to_pixels(pipeline, output.codes, plan.size))
+            advance(stop - start)
+        return {"images": np.concatenate(parts)}
+
+    samples.pieces.make(draw, "drawing")
     return samples
-
-
-def _draw_shard(
-    pipeline: Pipeline,
-    plan: SamplePlan,
-    first: int,
-    last: int,
-    path: Path,
-    batch_size: int | None,
-    progress: Callable[[int], object] | None,
-    settings: dict[str, Any],
-) -> None:
-    parts = []
-    step = batch_size or PIECE
-    for start in range(first, last, step):
-        stop = min(last, start + step)
-        output = pipeline(
-            plan.prompts[start:stop],
-            seed=range(plan.seed + start, plan.seed + stop),
-            batch_size=batch_size,
-            output_type="codes",
-            **settings,
-        )
-        parts.append(_to_pixels(pipeline, output.codes, plan.size))
-        if progress is not None:
-            progress(stop - start)
-    with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.save(file, np.concatenate(parts))
 
 
 def _to_pixels(pipeline: Pipeline, codes: Tensor, size: int | None) -> np.ndarray:
@@ -208,7 +168,3 @@ def _begin(folder: Path, samples: Samples, about: dict[str, Any]) -> None:
 def _identity(plan: SamplePlan, about: dict[str, Any]) -> str:
     text = json.dumps([dataclasses.asdict(plan), about], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:05d}.npy"

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from llamagen import distributed
 from llamagen.evaluation.features import FeatureNetwork, NetworkOutput
@@ -18,7 +19,6 @@ from llamagen.evaluation.networks.classifier import (
 )
 from llamagen.evaluation.networks.inception import InceptionV3
 from llamagen.evaluation.networks.train_classifier import ClassifierTraining, train_classifier
-from llamagen.evaluation.progress import bar
 from llamagen.pretrained import CONFIG_NAME
 
 NetworkKind = Literal["inception", "classifier"]
@@ -62,7 +62,7 @@ def open_classifier(
         config = ClassifierConfig(
             classes=max(2, len(images.class_names)), size=min(_LARGEST_CLASSIFIER, *images.size)
         )
-        with bar("training the classifier", training.steps, "step") as update:
-            train_classifier(images, folder, config, training, device=device, progress=update)
+        with tqdm(total=training.steps, desc="training the classifier", disable=None) as bar:
+            train_classifier(images, folder, config, training, device=device, progress=bar.update)
     distributed.barrier()
     return ClassifierFeatures(load_classifier(folder, device=device))

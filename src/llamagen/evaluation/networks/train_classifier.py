@@ -199,8 +199,8 @@ def _read_all(images: ImageSet, side: int) -> Tensor:
 
 
 def _resized(images: ImageSet, side: int) -> Iterator[Tensor]:
-    for number in range(images.pieces()):
-        pixels = torch.from_numpy(np.array(images.read_piece(number))).movedim(-1, 1)
+    for part in images.parts():
+        pixels = torch.from_numpy(np.array(part)).movedim(-1, 1)
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(
                 pixels.float(), size=(side, side), mode="bilinear", antialias=True

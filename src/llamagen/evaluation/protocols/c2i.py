@@ -12,24 +12,20 @@ from llamagen import distributed
 from llamagen.evaluation.features import FeatureNetwork, Features
 from llamagen.evaluation.image_sets import ImageSet, write_images
 from llamagen.evaluation.protocols.common import (
+    SAMPLES_FOLDER,
     Workplace,
     describe_samples,
     describe_settings,
-    draw_of_all,
-    features_of_all,
     neighbours_sheet,
-    reference_of_all,
     sheet_of,
 )
 from llamagen.evaluation.published import CLASS_CONDITIONAL, SAMPLES, SIZE, protocol_guidance
 from llamagen.evaluation.reference import INCEPTION, Reference, ReferenceSource
 from llamagen.evaluation.report import Report, Table
-from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples
+from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_samples
 from llamagen.evaluation.scores import score
 from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
-
-SAMPLES_FOLDER = "samples"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,13 +89,13 @@ def evaluate_classes(
         OSError: the disk is full.
     """
     plan, settings = plan_classes(pipeline, sampling), sampling.settings(pipeline.name)
-    samples = draw_of_all(
-        pipeline, plan, place.out / SAMPLES_FOLDER, settings, batch_size=sampling.batch_size
+    samples = draw_samples(
+        pipeline, plan, place.out / SAMPLES_FOLDER, batch_size=sampling.batch_size, **settings
     )
     if npz is not None and distributed.is_main():
         write_images(npz, samples, samples.labels)
-    features = features_of_all(samples, place, "samples")
-    compared, _ = reference_of_all(reference, place)
+    features = place.features(samples, "samples")
+    compared, _ = place.reference(reference)
     scores = score(features, compared, place.network, device=place.device)
     report = Report(
         protocol="c2i",

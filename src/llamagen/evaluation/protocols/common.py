@@ -11,24 +11,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llamagen import distributed
-from llamagen.evaluation.features import (
-    FeatureNetwork,
-    Features,
-    compute_features,
-    feature_folder,
-    load_features,
-)
-from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
+from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import nearest
-from llamagen.evaluation.progress import bar, own_share
 from llamagen.evaluation.reference import Reference, ReferenceSource
 from llamagen.evaluation.report import Picture
-from llamagen.evaluation.samples import SamplePlan, Samples, draw_samples
+from llamagen.evaluation.samples import Samples
 from llamagen.pictures import image_grid
 from llamagen.pipeline import Pipeline
 
-FEATURES_FOLDER = "features"
+SAMPLES_FOLDER = "samples"
+"""Of what was drawn, in an evaluation's folder."""
+_FEATURES_FOLDER = "features"
 SHOWN = 64
 """Images on a sheet."""
 _NEIGHBOUR_ROWS = 12
@@ -45,34 +39,15 @@ class Workplace:
     network: FeatureNetwork
     device: torch.device
 
-    @property
-    def features(self) -> Path:
-        """Folder of features."""
-        return self.out / FEATURES_FOLDER
-
-
-def draw_of_all(
-    pipeline: Pipeline,
-    plan: SamplePlan,
-    folder: Path,
-    settings: Mapping[str, Any],
-    *,
-    batch_size: int | None = None,
-) -> Samples:
-    """Samples that all processes draw together."""
-    with bar("drawing", own_share(len(plan), PIECE)) as update:
-        samples = draw_samples(
-            pipeline,
-            plan,
-            folder,
-            batch_size=batch_size,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            progress=update,
-            **settings,
+    def features(self, images: ImageSet, what: str) -> Features:
+        """Features of images; see ``compute_features``."""
+        return compute_features(
+            self.network, images, self.out / _FEATURES_FOLDER, what=what, device=self.device
         )
-    distributed.barrier()
-    return samples
+
+    def reference(self, source: ReferenceSource) -> tuple[Reference, Features | None]:
+        """A reference, and the features of its images; see ``ReferenceSource.compute``."""
+        return source.compute(self.network, self.out / _FEATURES_FOLDER, device=self.device)
 
 
 def describe_samples(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
@@ -100,41 +75,6 @@ def describe_settings(
         "seed": samples.plan.seed,
         "precision": str(pipeline.dtype).removeprefix("torch."),
     }
-
-
-def features_of_all(images: ImageSet, place: Workplace, what: str) -> Features:
-    """Features of a set, computed by all processes together."""
-    folder = feature_folder(place.features, place.network, images)
-    with bar(f"features of {what}", own_share(len(images), PIECE)) as update:
-        compute_features(
-            place.network,
-            images,
-            folder,
-            device=place.device,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            progress=update,
-        )
-    distributed.barrier()
-    return load_features(images, folder)
-
-
-def reference_of_all(
-    source: ReferenceSource, place: Workplace
-) -> tuple[Reference, Features | None]:
-    """A reference, computed by all processes together."""
-    count = 0 if source.images is None else len(source.images)
-    with bar("features of the reference", own_share(count, PIECE)) as update:
-        source.compute(
-            place.network,
-            place.features,
-            device=place.device,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            progress=update,
-        )
-    distributed.barrier()
-    return source.load(place.network, place.features)
 
 
 def sheet_of(images: ImageSet, captions: Sequence[str] = (), title: str = "Samples") -> Picture:

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 
+from llamagen import distributed
+from llamagen.errors import InputError
 from llamagen.evaluation.features import Features
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.protocols.common import (
     Workplace,
-    features_of_all,
     neighbours_sheet,
-    reference_of_all,
     sheet_of,
 )
-from llamagen.evaluation.reference import ReferenceSource
+from llamagen.evaluation.reference import ReferenceSource, write_statistics
 from llamagen.evaluation.report import Report
 from llamagen.evaluation.scores import score
 
 
-def evaluate_folder(images: ImageSet, reference: ReferenceSource, place: Workplace) -> Report:
+def evaluate_folder(
+    images: ImageSet,
+    reference: ReferenceSource,
+    place: Workplace,
+    *,
+    save_reference: Path | None = None,
+) -> Report:
     """Compares two sets of images; to be called in every process.
+
+    ``save_reference`` gets the statistics of the reference as ADM's evaluator reads them.
 
     Raises:
         InputError: images, reference and network do not fit together.
         OSError: the disk is full.
     """
-    features = features_of_all(images, place, "the images")
-    compared, _ = reference_of_all(reference, place)
+    features = place.features(images, "images")
+    compared, known = place.reference(reference)
+    if save_reference is not None:
+        if known is None or compared.statistics_only:
+            raise InputError(f"{compared.name} holds statistics already")
+        if distributed.is_main():
+            write_statistics(save_reference, known)
     warnings = []
     if reference.images is not None and reference.images.size != images.size:
         height, width = reference.images.size

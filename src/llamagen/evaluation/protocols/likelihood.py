@@ -7,15 +7,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llamagen import distributed
-from llamagen.evaluation.image_sets import PIECE, ImageSet
-from llamagen.evaluation.likelihood import (
-    Likelihood,
-    likelihood_folder,
-    load_likelihood,
-    measure_likelihood,
-)
-from llamagen.evaluation.progress import bar, own_share
+from llamagen.evaluation.image_sets import ImageSet
+from llamagen.evaluation.likelihood import Likelihood, measure_likelihood
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.pipeline import Pipeline
 
@@ -34,18 +27,7 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
         InputError: images and model do not fit together.
         OSError: the disk is full.
     """
-    folder = likelihood_folder(out, pipeline, images)
-    with bar("likelihood", own_share(len(images), PIECE)) as update:
-        measure_likelihood(
-            pipeline,
-            images,
-            folder,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            progress=update,
-        )
-    distributed.barrier()
-    found = load_likelihood(images, folder)
+    found = measure_likelihood(pipeline, images, out)
     tables = [_per_class(found, images)] if images.labels is not None else []
     return Report(
         protocol="likelihood",

@@ -6,17 +6,16 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from llamagen.evaluation.protocols.c2i import SAMPLES_FOLDER, ClassSampling, plan_classes
+from llamagen.evaluation.protocols.c2i import ClassSampling, plan_classes
 from llamagen.evaluation.protocols.common import (
+    SAMPLES_FOLDER,
     Workplace,
     describe_samples,
-    draw_of_all,
-    features_of_all,
-    reference_of_all,
     sheet_of,
 )
 from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Curve, Report, Table
+from llamagen.evaluation.samples import draw_samples
 from llamagen.evaluation.scores import Scores, score
 from llamagen.pipeline import Pipeline
 
@@ -43,20 +42,20 @@ def evaluate_sweep(
         OSError: the disk is full.
     """
     pairs = list(itertools.product(top_ks, guidance_scales))
-    compared, _ = reference_of_all(reference, place)
+    compared, _ = place.reference(reference)
     found: dict[tuple[int, float], Scores] = {}
     pictures = []
     for top_k, guidance in pairs:
         at = dataclasses.replace(sampling, top_k=top_k, guidance_scale=guidance)
         name = f"guidance {guidance:g}, top-k {top_k or 'all'}"
-        samples = draw_of_all(
+        samples = draw_samples(
             pipeline,
             plan_classes(pipeline, at),
             place.out / SAMPLES_FOLDER / f"guidance-{guidance:g}-top-k-{top_k}",
-            at.settings(pipeline.name),
             batch_size=at.batch_size,
+            **at.settings(pipeline.name),
         )
-        features = features_of_all(samples, place, name)
+        features = place.features(samples, name)
         found[top_k, guidance] = score(features, compared, place.network, device=place.device)
         pictures.append(sheet_of(samples, title=name))
     metrics = list(next(iter(found.values())).metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen import distributed
-from llamagen.evaluation.image_sets import PIECE, ImageSet
+from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import clip_score
-from llamagen.evaluation.progress import bar
+from llamagen.evaluation.pieces import Pieces
 from llamagen.evaluation.protocols.common import (
+    SAMPLES_FOLDER,
     Workplace,
     describe_samples,
     describe_settings,
-    draw_of_all,
-    features_of_all,
     neighbours_sheet,
-    reference_of_all,
     sheet_of,
 )
 from llamagen.evaluation.published import SIZE, TEXT_SAMPLES
 from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Report
-from llamagen.evaluation.samples import SamplePlan
+from llamagen.evaluation.samples import SamplePlan, draw_samples
 from llamagen.evaluation.scores import score
 from llamagen.pipeline import Pipeline
 
-SAMPLES_FOLDER = "samples"
+_BATCH = 64
 
 ClipFeatures = Callable[[Tensor], Tensor]
 """uint8 (B, 3, H, W) to features (B, D)."""
@@ -86,12 +84,8 @@ def evaluate_texts(
     """
     pipeline.check_prompts(sampling.prompts)
     plan = SamplePlan(prompts=sampling.prompts, seed=sampling.seed, size=sampling.size)
-    samples = draw_of_all(
-        pipeline,
-        plan,
-        out / SAMPLES_FOLDER,
-        sampling.settings,
-        batch_size=sampling.batch_size,
+    samples = draw_samples(
+        pipeline, plan, out / SAMPLES_FOLDER, batch_size=sampling.batch_size, **sampling.settings
     )
     report = Report(
         protocol="t2i",
@@ -104,8 +98,8 @@ def evaluate_texts(
         pictures=[sheet_of(samples, sampling.prompts)],
     )
     if place is not None and reference is not None:
-        features = features_of_all(samples, place, "samples")
-        compared, _ = reference_of_all(reference, place)
+        features = place.features(samples, "samples")
+        compared, _ = place.reference(reference)
         scores = score(features, compared, place.network, device=place.device)
         report.metrics |= scores.metrics
         report.warnings += scores.warnings
@@ -114,23 +108,29 @@ def evaluate_texts(
         if sheet is not None:
             report.pictures.append(sheet)
     if clip is not None:
-        report.metrics["clip_score"] = _mean_clip_score(samples, sampling.prompts, clip)
+        report.metrics["clip_score"] = _mean_clip_score(samples, sampling.prompts, clip, out)
         report.settings["clip"] = clip.name
     return report
 
 
-@torch.inference_mode()
-def _mean_clip_score(images: ImageSet, prompts: Sequence[str], clip: Clip) -> float:
+def _mean_clip_score(images: ImageSet, prompts: Sequence[str], clip: Clip, folder: Path) -> float:
     """Over all samples; every process scores a share."""
-    total, count = 0.0, len(images)
-    with bar("CLIP score", count) as update:
-        for number in range(distributed.rank(), images.pieces(), distributed.world_size()):
-            pixels = torch.from_numpy(np.array(images.read_piece(number))).movedim(-1, 1)
-            texts = prompts[number * PIECE : number * PIECE + len(pixels)]
-            found = (clip.images(pixels), clip.texts(texts))
-            total += float(clip_score(*(each.float().cpu().numpy() for each in found)).sum())
-            update(len(pixels))
-    return distributed.summed({"clip_score": total})["clip_score"] / count
+
+    @torch.inference_mode()
+    def scored(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+        scores = []
+        for start in range(first, last, _BATCH):
+            stop = min(last, start + _BATCH)
+            pixels = torch.from_numpy(np.array(images.read(start, stop))).movedim(-1, 1)
+            found = (clip.images(pixels), clip.texts(prompts[start:stop]))
+            scores.append(clip_score(*(each.float().cpu().numpy() for each in found)))
+            advance(stop - start)
+        return {"score": np.concatenate(scores)}
+
+    whole = hashlib.sha256(f"{clip.name} {images.identity}".encode()).hexdigest()
+    pieces = Pieces(folder / f"clip-{whole[:16]}", len(images))
+    pieces.make(scored, "CLIP score")
+    return float(pieces.rows("score").mean())
 
 
 def _differences(count: int, size: int | None, reference: ReferenceSource | None) -> list[str]:

@@ -12,15 +12,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import llamagen.storage as storage
-from llamagen import distributed
-from llamagen.errors import InputError
-from llamagen.evaluation.image_sets import PIECE, ImageSet
-from llamagen.evaluation.metrics import codebook_use, psnr, ssim
-from llamagen.evaluation.metrics.ssim import WINDOW
-from llamagen.evaluation.progress import bar, own_share
-from llamagen.evaluation.protocols.common import Workplace, features_of_all, reference_of_all
+from llamagen.evaluation.image_sets import ImageSet
+from llamagen.evaluation.metrics import codebook_use
+from llamagen.evaluation.pieces import Pieces
+from llamagen.evaluation.protocols.common import Workplace
 from llamagen.evaluation.published import RECONSTRUCTION
+from llamagen.evaluation.reconstruction import compare
 from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.scores import score
@@ -76,7 +73,7 @@ class Reconstructions(ImageSet):
         about = f"{tokenizer.fingerprint()} {tokenizer.dtype} {originals.identity} {compared_size}"
         self.identity = hashlib.sha256(about.encode()).hexdigest()[:16]
         self.labels, self.class_names = originals.labels, originals.class_names
-        self.folder = root / self.identity
+        self.pieces = Pieces(root / self.identity, len(originals))
         # A size that does not fit is found before the first image is read.
         tokenizer.config.grid_of(*originals.size)
 
@@ -85,64 +82,42 @@ class Reconstructions(ImageSet):
 
     def read(self, first: int, last: int) -> np.ndarray:
         """See ``ImageSet``."""
-        parts = []
-        for number in range(first // PIECE, (last - 1) // PIECE + 1):
-            start = number * PIECE
-            parts.append(self._piece(number)["images"][max(first - start, 0) : last - start])
-        return np.concatenate(parts)
+        return self.pieces.rows("images", first, last)
 
     def measured(self) -> Measured:
         """All that was measured, once every process is done."""
-        parts = [self._piece(number) for number in range(self.pieces())]
-        rows = {
-            name: np.concatenate([part[name] for part in parts])
-            for name in ("psnr", "ssim", "ssim_published", "lpips")
-        }
-        return Measured(**rows, counts=np.sum([part["counts"] for part in parts], axis=0))
-
-    def piece_path(self, number: int) -> Path:
-        """The file of a piece."""
-        return self.folder / f"piece-{number:05d}.npz"
-
-    def _piece(self, number: int) -> dict[str, np.ndarray]:
-        path = self.piece_path(number)
-        try:
-            with np.load(path) as arrays:
-                return dict(arrays)
-        except (OSError, ValueError, EOFError, KeyError) as error:
-            path.unlink(missing_ok=True)
-            raise InputError(f"{path} is damaged ({error}); run the same command again") from error
+        rows = {name: self.pieces.rows(name) for name in Measured._fields if name != "counts"}
+        counts = [self.pieces.read(number)["counts"] for number in range(len(self.pieces))]
+        return Measured(**rows, counts=np.sum(counts, axis=0))
 
 
 def reconstruct_all(reconstructions: Reconstructions, perceptual: Perceptual | None) -> None:
-    """Reconstructs what is not there yet, all processes together."""
-    storage.require_writable(reconstructions.folder)
-    count = len(reconstructions)
-    with bar("reconstructing", own_share(count, PIECE)) as update:
-        for number in range(distributed.rank(), reconstructions.pieces(), distributed.world_size()):
-            path = reconstructions.piece_path(number)
-            if not path.is_file():
-                arrays = _reconstruct_piece(reconstructions, number, perceptual)
-                with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
-                    np.savez(file, **arrays)  # type: ignore[arg-type]  # names are ours
-            update(min(PIECE, count - number * PIECE))
-    distributed.barrier()
+    """Reconstructs what is not there yet; to be called in every process, which share the work."""
+
+    def make(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+        return _reconstruct(reconstructions, first, last, perceptual, advance)
+
+    reconstructions.pieces.make(make, "reconstructing")
 
 
 @torch.inference_mode()
-def _reconstruct_piece(
-    reconstructions: Reconstructions, number: int, perceptual: Perceptual | None
+def _reconstruct(
+    reconstructions: Reconstructions,
+    first: int,
+    last: int,
+    perceptual: Perceptual | None,
+    advance: Callable[[int], object],
 ) -> dict[str, np.ndarray]:
     tokenizer, size = reconstructions.tokenizer, reconstructions.compared_size
-    originals = reconstructions.originals.read_piece(number)
+    originals = reconstructions.originals.read(first, last)
     grid = tokenizer.config.grid_of(*originals.shape[1:3])
     step = decoding_batch_size(
         tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
     )
     parts: dict[str, list[np.ndarray]] = {}
     counts = np.zeros(tokenizer.config.codebook_size, np.int64)
-    for first in range(0, len(originals), step):
-        before = np.array(originals[first : first + step])
+    for start in range(0, len(originals), step):
+        before = np.array(originals[start : start + step])
         images = uint8_to_images(torch.from_numpy(before).movedim(-1, 1).to(tokenizer.device))
         codes = tokenizer.encode(images.to(tokenizer.dtype))
         decoded = tokenizer.decode(codes).float()
@@ -152,22 +127,15 @@ def _reconstruct_piece(
         if size is not None and decoded.shape[-1] != size:
             resized = F.interpolate(decoded, size=(size, size), mode="bicubic")
             compared = images_to_uint8(resized).movedim(1, -1).cpu().numpy()
-        found = {"images": compared, **_compared(before, after)}
+        found = {"images": compared, **compare(before, after)}
         distances = np.full(len(before), np.nan)
         if perceptual is not None:
             distances = perceptual(images, decoded.clamp(-1, 1)).flatten().cpu().numpy()
         found["lpips"] = distances
         for name, array in found.items():
             parts.setdefault(name, []).append(array)
+        advance(len(before))
     return {**{name: np.concatenate(each) for name, each in parts.items()}, "counts": counts}
-
-
-def _compared(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-    similarity, published = np.full((2, len(before)), np.nan)
-    if min(before.shape[1:3]) >= WINDOW:
-        similarity = ssim(before, after)
-        published = ssim(before / 255.0, after / 255.0, data_range=2.0)
-    return {"psnr": psnr(before, after), "ssim": similarity, "ssim_published": published}
 
 
 def evaluate_tokenizer(
@@ -207,8 +175,8 @@ def evaluate_tokenizer(
     warnings = _differences(reconstructions, reference)
     network = "none"
     if place is not None:
-        features = features_of_all(reconstructions, place, "reconstructions")
-        compared, _ = reference_of_all(reference, place)
+        features = place.features(reconstructions, "reconstructions")
+        compared, _ = place.reference(reference)
         scores = score(features, compared, place.network, device=place.device)
         metrics = {_as_reconstruction(k): v for k, v in scores.metrics.items()} | metrics
         warnings += scores.warnings
