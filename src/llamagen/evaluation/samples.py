@@ -21,6 +21,7 @@ from llamagen import distributed
 from llamagen.errors import InputError
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.pieces import Pieces
+from llamagen.generation.memory import sampling_batch_size
 from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import images_to_uint8
 
@@ -105,15 +106,17 @@ def draw_samples(
     with distributed.main_first():
         _begin(folder, samples, about)
 
+    # Batches of our own, though the pipeline has them too, so that each shows as progress.
+    step = batch_size or sampling_batch_size(pipeline.transformer, guided=True)
+
     def draw(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
         parts = []
-        step = batch_size or last - first
         for start in range(first, last, step):
             stop = min(last, start + step)
             output = pipeline(
                 plan.prompts[start:stop],
                 seed=range(plan.seed + start, plan.seed + stop),
-                batch_size=batch_size,
+                batch_size=step,
                 output_type="codes",
                 **settings,
             )
