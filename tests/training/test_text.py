@@ -339,3 +339,38 @@ def test_code_noise(tmp_path):
     plain = make_text_task(dataclasses.replace(recipe, code_noise=0.0), store)
     (batch,) = plain.batches(0, 1)
     assert torch.equal(batch["shown"], batch["codes"][:, :-1])
+
+
+def test_captions_learn_which_codes_an_image_has(tmp_path):
+    """With random codes shown for all, so that only the caption can tell."""
+    captions = [(Caption(f"number {index}", 1.0),) for index in range(4)]
+    codes = np.stack([np.full((1, 4, 4), 10 * index) for index in range(4)])
+    codes[:, :, 0] += 1
+    store = MemoryCodes(codes, captions=captions)
+
+    def trained(weight):
+        recipe = text_recipe(None, "", tmp_path, batch_size=4)
+        text = dataclasses.replace(recipe.text, code_set_weight=weight)
+        task = make_text_task(dataclasses.replace(recipe, text=text), store)
+        task.prepare()
+        return task
+
+    task = trained(1.0)
+    (batch,) = task.batches(0, 1)
+    losses = task.losses(task.model.train(), batch, step=0, adversary=None)
+    expected = float(losses.metrics["code_set_loss"]) + float(losses.metrics["bits_per_code"]) * (
+        np.log(2)
+    )
+    assert losses.total.item() == pytest.approx(expected, rel=1e-5)
+    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    for _ in range(150):
+        losses = task.losses(task.model, batch, step=0, adversary=None)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+    # Two codes an image, both as likely.
+    assert float(losses.metrics["code_set_loss"]) == pytest.approx(np.log(2), abs=0.2)
+    # What is exported and validated knows nothing of it.
+    assert task.validate(task.model.eval()).keys() == {"loss", "bits_per_code"}
+    assert "code_head" not in "".join(task.model.transformer.state_dict())
+    assert trained(0.0).model.code_head is None

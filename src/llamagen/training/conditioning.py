@@ -48,7 +48,8 @@ class Conditioning(abc.ABC):
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
         """The loss of the batch's "codes" (B, T), of which the model is shown "shown" (B, T - 1).
 
-        Rows where ``drop`` (B,) get no condition.
+        Rows where ``drop`` (B,) get no condition. A scalar, or (2,) with a further loss of the
+        model's behind it.
         """
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:

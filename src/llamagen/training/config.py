@@ -439,9 +439,14 @@ class TextTraining:
     """Of the small one: attention heads; they divide its width."""
     text_dropout: float = 0.1
     """Of the small one: dropout everywhere."""
+    code_set_weight: float = 0.0
+    """Of the small one: weight of a further loss, by which its features alone tell which codes an
+    image has. Small sets are otherwise learnt by heart from the codes before, and captions count
+    for little."""
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "length_group")
+        _require_weight(self, "code_set_weight")
         _ = self.small
 
     @property
@@ -500,8 +505,8 @@ class TransformerTraining:
     """Part of the labels or captions that become "no class" or "no text", which guidance needs."""
     code_noise: float = 0.0
     """Largest part of an image's codes that the model is shown random ones in the place of, while
-    it predicts the true ones; how many is drawn for each image. Small sets are otherwise learnt by
-    heart from the codes before, and the caption or class counts for little."""
+    it predicts the true ones; how many is drawn for each image. What is drawn later then rests on
+    the caption or class too, not only on the codes before."""
     text: TextTraining = dataclasses.field(default_factory=TextTraining)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     sample_images: int = 40

@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import SmallTextEncoderConfig
@@ -25,10 +26,17 @@ _NEIGHBOUR_BIAS = 6.0
 class TextModel(nn.Module):
     """Captions and codes in, loss out."""
 
-    def __init__(self, transformer: Transformer, encoder: TextEncoder) -> None:
+    def __init__(
+        self, transformer: Transformer, encoder: TextEncoder, *, code_sets: bool = False
+    ) -> None:
+        """``code_sets``: learn as well to tell from a caption alone which codes its image has."""
         super().__init__()
         self.transformer = transformer
         self.encoder = encoder
+        self.code_head = None
+        if code_sets:
+            config = transformer.config
+            self.code_head = nn.Linear(config.text_dim, config.codebook_size, bias=False)
 
     @property
     def config(self) -> Any:
@@ -45,15 +53,38 @@ class TextModel(nn.Module):
         targets: Tensor | None = None,
         target_weights: Tensor | None = None,
     ) -> Tensor:
-        """As ``Transformer.forward``, with tokens (B, L) in the place of text features."""
-        return self.transformer(
+        """As ``Transformer.forward``, with tokens (B, L) in the place of text features.
+
+        In training with ``code_sets`` the loss is followed by the one of the codes' sets: (2,).
+        """
+        features = self.encoder(ids, condition_mask)
+        result: Tensor = self.transformer(
             codes,
-            self.encoder(ids, condition_mask),
+            features,
             condition_mask=condition_mask,
             drop_condition=drop_condition,
             targets=targets,
             target_weights=target_weights,
         )
+        if self.code_head is None or targets is None or not self.training:
+            return result
+        further = self._code_set_loss(features, condition_mask, targets, target_weights)
+        return torch.stack([result, further])
+
+    def _code_set_loss(
+        self, features: Tensor, mask: Tensor, targets: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        """Cross-entropy of the codes that an image has, each once, to what its caption says."""
+        assert self.code_head is not None
+        counted = mask.unsqueeze(-1).to(features.dtype)
+        pooled = (features * counted).sum(1) / counted.sum(1).clamp(min=1)
+        logits = self.code_head(F.rms_norm(pooled, pooled.shape[-1:])).float()
+        there = torch.zeros_like(logits).scatter_(1, targets, 1.0)
+        shares = there / there.sum(1, keepdim=True)
+        losses = -(shares * logits.log_softmax(1)).sum(1)
+        if weights is None:
+            return losses.mean()
+        return (losses * weights).sum() / weights.sum().clamp(min=1e-9)
 
 
 @torch.no_grad()

@@ -144,7 +144,11 @@ class Start:
         if self.small_text is None:
             return transformer
         clean = self.recipe.text.clean_captions
-        return TextModel(transformer, TextEncoder.small(self.small_text, clean=clean))
+        return TextModel(
+            transformer,
+            TextEncoder.small(self.small_text, clean=clean),
+            code_sets=self.recipe.text.code_set_weight > 0,
+        )
 
     def _copy_source(self, source: str, model: Transformer | TextModel) -> None:
         found = checkpoints.resolve_pipeline(source)

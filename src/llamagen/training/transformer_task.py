@@ -224,8 +224,11 @@ class TransformerTask(Task):
     ) -> Losses:
         """Cross-entropy over all codes, some conditions replaced by "no condition"."""
         del step, adversary
-        loss = self._conditioning.loss(model, batch, batch["drop"])
+        loss, *further = self._conditioning.loss(model, batch, batch["drop"]).reshape(-1)
         metrics = {"bits_per_code": bits(loss.detach()), **self._conditioning.metrics(batch)}
+        for each in further:
+            metrics["code_set_loss"] = each.detach()
+            loss = loss + self.recipe.text.code_set_weight * each
         return Losses(total=loss, metrics=metrics)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
