@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from llamagen.errors import InputError
+from llamagen.evaluation.networks.lpips import Lpips
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import train_tokenizer
 from llamagen.training.adversarial import adaptive_weight, generator_loss
@@ -17,7 +18,6 @@ from llamagen.training.config import (
     TokenizerTraining,
 )
 from llamagen.training.losses import total_loss
-from llamagen.training.perceptual import Lpips
 from llamagen.training.recipes import load_recipe, recipe_to_yaml
 from llamagen.training.tokenizer_task import TokenizerTask, make_task
 from llamagen.training.usage import CodebookUsage
