@@ -137,3 +137,12 @@ def test_sizes_that_make_no_sense():
         SmallTextEncoderConfig(dim=16, heads=3)
     with pytest.raises(InputError, match="max_length"):
         TextConfig(max_length=0)
+
+
+def test_damaged_weights(tmp_path):
+    tiny_text_encoder().save_pretrained(tmp_path / "e")
+    weights = tmp_path / "e" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"text encoder .* cannot be loaded .* give a folder"):
+        TextEncoder.from_pretrained(TextConfig(encoder=str(tmp_path / "e")))

@@ -5,7 +5,6 @@ Shapes: B captions, L tokens of the longest, W width of a feature.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import unicodedata
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 import llamagen.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
 from llamagen.errors import InputError
-from llamagen.pretrained import hub_errors, is_repo_id
+from llamagen.pretrained import is_repo_id
 from llamagen.text.cleaning import clean_caption
+from llamagen.text.transformers_library import import_transformers, loading, quietly
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a batch, padding included: enough for an encoder to be busy, little memory."""
+_REMEDY = "give a folder or hub repository with an encoder of the T5 family and its tokenizer"
 _BYTE_TOKENS = 384
 """Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
 
@@ -80,13 +81,13 @@ class TextEncoder(nn.Module):
                 it takes are not installed.
         """
         config = config or TextConfig()
-        transformers = _import_transformers()
+        transformers = import_transformers("text encoders need")
         source = config.encoder
         if not Path(source).is_dir() and not is_repo_id(source):
             raise InputError(
                 f"text encoder {source} is no folder and no hub repository (owner/name)"
             )
-        with _load_errors(source), _quietly():
+        with loading("text encoder", source, remedy=_REMEDY):
             family = transformers.AutoConfig.from_pretrained(source).model_type
             if family not in ("t5", "mt5", "umt5"):
                 raise InputError(f"text encoder {source} is of the family {family}, expected t5")
@@ -103,7 +104,7 @@ class TextEncoder(nn.Module):
         Raises:
             InputError: the packages that it takes are not installed.
         """
-        transformers = _import_transformers()
+        transformers = import_transformers("text encoders need")
         model = transformers.T5EncoderModel(
             transformers.T5Config(
                 vocab_size=_BYTE_TOKENS,
@@ -246,7 +247,7 @@ class TextEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the encoder and its tokenizer as ``transformers`` reads them."""
-        with storage.atomic_folder(Path(folder)) as temporary, _quietly():
+        with storage.atomic_folder(Path(folder)) as temporary, quietly():
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
 
@@ -285,44 +286,3 @@ def padded(features: Sequence[Tensor], length: int | None = None) -> tuple[Tenso
 
 def _shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def _import_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            "text encoders need packages that are not installed; install them with "
-            "pip install 'llamagen[text]'"
-        ) from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without a bar for the reading of a file that takes less than a second."""
-    bars = _import_transformers().utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _load_errors(source: str) -> Iterator[None]:
-    """Errors of ``transformers`` as one line."""
-    try:
-        if Path(source).is_dir():
-            yield
-        else:
-            with hub_errors(source):
-                yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(
-            f"text encoder {source} cannot be loaded ({' '.join(str(error).split())[:300]})"
-        ) from error

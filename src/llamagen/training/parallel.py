@@ -96,13 +96,16 @@ def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if distributed.world_size() == 1 or isinstance(model, FSDPModule):
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        # What a process counts in its buffers is its own.
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():
+        # torch 2.13 has another name for it, which the versions before do not know.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            # What a process counts in its buffers is its own.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
 
 @contextlib.contextmanager

@@ -5,9 +5,8 @@ Shapes: B images or captions, D numbers of a feature, H x W pixels, S x S those 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,17 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from llamagen.errors import InputError
 from llamagen.evaluation.networks.inputs import require_images
-from llamagen.pretrained import hub_errors, is_repo_id
+from llamagen.pretrained import is_repo_id
+from llamagen.text.transformers_library import import_transformers, loading
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 """What most CLIP scores are given for."""
 CAPTION_PREFIX = "A photo depicts "
 """What CLIP score puts before a caption (arXiv 2104.08718, section 3)."""
+
+_REMEDY = "give a folder or hub repository with its weights and its tokenizer"
 
 # Of the images that CLIP was trained on, in [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -65,12 +66,12 @@ class ClipEncoder(nn.Module):
             InputError: there is no such model, it is of another family, it cannot be downloaded,
                 or the packages that it takes are not installed.
         """
-        transformers = _import_transformers()
+        transformers = import_transformers("the CLIP score needs")
         folder = Path(source).expanduser()
         place = str(folder) if folder.is_dir() else str(source)
         if not folder.is_dir() and not is_repo_id(place):
             raise InputError(f"CLIP {place} is no folder and no hub repository (owner/name)")
-        with _load_errors(place), _quietly(transformers):
+        with loading("CLIP", place, remedy=_REMEDY):
             family = transformers.AutoConfig.from_pretrained(place).model_type
             if family != "clip":
                 raise InputError(f"{place} holds a model of the family {family}, expected clip")
@@ -170,42 +171,3 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     # Halves are rounded to even numbers, as in the original.
     left, top = round((width - side) / 2), round((height - side) / 2)
     return image.crop((left, top, left + side, top + side))
-
-
-def _import_transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InputError(
-            "the CLIP score needs packages that are not installed; install them with "
-            "pip install 'llamagen[text]'"
-        ) from error
-    return transformers
-
-
-@contextlib.contextmanager
-def _quietly(transformers: Any) -> Iterator[None]:
-    """Without a bar for the reading of a file that takes less than a second."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            bars.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _load_errors(place: str) -> Iterator[None]:
-    """Errors of ``transformers`` as one line."""
-    try:
-        with contextlib.nullcontext() if Path(place).is_dir() else hub_errors(place):
-            yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise InputError(
-            f"CLIP {place} cannot be loaded ({' '.join(str(error).split())[:300]}); give a folder "
-            f"or hub repository with its weights and its tokenizer"
-        ) from error

@@ -1,0 +1,65 @@
+"""The ``transformers`` library: an optional dependency whose faults become one line."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from llamagen.errors import InputError
+from llamagen.pretrained import hub_errors
+
+
+def import_transformers(who: str) -> Any:
+    """The library.
+
+    Raises:
+        InputError: it is not installed; ``who`` needs it ("text encoders need").
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise InputError(
+            f"{who} packages that are not installed; install them with pip install 'llamagen[text]'"
+        ) from error
+    return transformers
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Without a bar for the reading of a file that takes less than a second."""
+    import transformers
+
+    bars = transformers.utils.logging
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
+    """Loads a model within this context: without progress bars, errors as one line.
+
+    Args:
+        what: the model, as messages call it.
+        source: folder or hub repository.
+        remedy: what to do about an error.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    try:
+        with quietly(), contextlib.nullcontext() if Path(source).is_dir() else hub_errors(source):
+            yield
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{what} {source} cannot be loaded ({reason}); {remedy}") from error
