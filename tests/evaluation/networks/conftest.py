@@ -1,4 +1,4 @@
-"""A network with drawn weights, for all tests of Inception-v3."""
+"""One thread for all tests of networks, and an Inception-v3 with drawn weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of Inception-v3 share."""
+"""What the tests of networks share."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ def one_line(call, *arguments) -> str:
         call(*arguments)
     text = str(error.value)
     assert "\n" not in text
-    assert len(text) < 900
+    assert len(text) < 700
     return text

@@ -11,10 +11,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from torch import Tensor
 
-from llamagen.errors import InputError
 from llamagen.evaluation.networks import CAPTION_PREFIX, ClipEncoder, clip
+from tests.evaluation.networks.helpers import images, one_line
 
 SIDE = 30
 LENGTH = 24
@@ -63,20 +62,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def encoder(folder) -> ClipEncoder:
     return ClipEncoder.from_pretrained(folder)
-
-
-def images(*size: int, count: int = 3) -> Tensor:
-    generator = torch.Generator().manual_seed(sum(size))
-    return torch.randint(0, 256, (count, 3, *size), generator=generator, dtype=torch.uint8)
-
-
-def one_line(call, *arguments) -> str:
-    with pytest.raises(InputError) as error:
-        call(*arguments)
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 700
-    return text
 
 
 def test_features_are_those_of_transformers(encoder, folder):

@@ -24,6 +24,7 @@ from llamagen.evaluation.networks.lpips import (
     save_lpips,
 )
 from llamagen.weights import PublicFile, cache_folder
+from tests.evaluation.networks.helpers import one_line
 from tests.web import running
 
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -71,24 +72,6 @@ def small(seed: int = 0) -> Lpips:
 
 def images(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Where other programs run, threads that wait for each other take most of such small work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def one_line(call, *arguments) -> str:
-    with pytest.raises(InputError) as error:
-        call(*arguments)
-    text = str(error.value)
-    assert "\n" not in text
-    assert len(text) < 900
-    return text
 
 
 # The measure

@@ -13,6 +13,7 @@ from llamagen.evaluation.features import FeatureNetwork, Features
 from llamagen.evaluation.image_sets import ImageSet, write_images
 from llamagen.evaluation.protocols.common import (
     SAMPLES_FOLDER,
+    SHOWN,
     Workplace,
     describe_samples,
     describe_settings,
@@ -112,7 +113,7 @@ def evaluate_classes(
         warnings=[*_differences(samples, compared, place.network), *scores.warnings],
     )
     names = _class_names(pipeline, samples)
-    report.pictures.append(sheet_of(samples, names[:64]))
+    report.pictures.append(sheet_of(samples, names))
     sheet = neighbours_sheet(samples, features, compared)
     if sheet is not None:
         report.pictures.append(sheet)
@@ -197,7 +198,7 @@ def _per_class(
 
 def _class_names(pipeline: Pipeline, samples: Samples) -> list[str]:
     assert pipeline.labels is not None
-    return [pipeline.labels.name(int(prompt)) for prompt in samples.plan.prompts[:64]]
+    return [pipeline.labels.name(int(prompt)) for prompt in samples.plan.prompts[:SHOWN]]
 
 
 def _published() -> Table:
