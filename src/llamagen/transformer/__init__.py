@@ -4,10 +4,12 @@ from llamagen.transformer.cache import KVCache
 from llamagen.transformer.condition import ClassCondition, TextCondition
 from llamagen.transformer.model import Transformer
 from llamagen.transformer.rope import apply_rope, rope_table
+from llamagen.transformer.slots import SlotCache
 
 __all__ = [
     "ClassCondition",
     "KVCache",
+    "SlotCache",
     "TextCondition",
     "Transformer",
     "apply_rope",

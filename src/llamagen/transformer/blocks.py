@@ -16,6 +16,9 @@ from llamagen.config import TransformerConfig
 from llamagen.transformer import cpu
 from llamagen.transformer.cache import KVCache
 from llamagen.transformer.rope import apply_rope
+from llamagen.transformer.slots import SlotCache
+
+Cache = KVCache | SlotCache
 
 
 class AttentionMask(NamedTuple):
@@ -56,10 +59,8 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = cpu.Dropout(config.residual_dropout)
 
-    def forward(
-        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None
-    ) -> Tensor:
-        """``x`` (B, T, D) with ``rope`` (T, E / 2, 2) to (B, T, D)."""
+    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
+        """``x`` (B, T, D) with ``rope`` ([B,] T, E / 2, 2) to (B, T, D)."""
         heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -124,9 +125,7 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop_path = DropPath(config.drop_path * layer / max(config.layers - 1, 1))
 
-    def forward(
-        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
         """``x`` (B, T, D) with ``rope`` (T, E / 2, 2) to (B, T, D)."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))

@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.pretrained import PretrainedModel
-from llamagen.transformer.blocks import AttentionMask, RMSNorm, TransformerBlock
+from llamagen.transformer.blocks import AttentionMask, Cache, RMSNorm, TransformerBlock
 from llamagen.transformer.cache import KVCache
 from llamagen.transformer.code_loss import code_loss
 from llamagen.transformer.condition import ClassCondition, TextCondition
 from llamagen.transformer.cpu import Dropout
 from llamagen.transformer.rope import rope_table
+from llamagen.transformer.slots import SlotCache
 
 
 class Transformer(PretrainedModel[TransformerConfig]):
@@ -172,7 +173,17 @@ class Transformer(PretrainedModel[TransformerConfig]):
         mask = _attention_mask(codes.shape[1], end, cache.condition_mask, x.device)
         return self.output(self._run(x, rope, mask, cache))
 
-    def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
+    def step(self, codes: Tensor, slots: SlotCache) -> Tensor:
+        """Continues sequences that are at different places: feeds one code to each, (B,).
+
+        Returns logits (B, V) of the codes that follow.
+        """
+        x = self.tok_embeddings(codes).unsqueeze(1)
+        rope = self._rope(slots.grid, 0)[slots.code_indices().to(self.device)].unsqueeze(1)
+        mask = AttentionMask(causal=False, allowed=slots.attended())
+        return self.output(self._run(x, rope, mask, slots))[:, -1]
+
+    def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
         x = self.tok_dropout(x)
         for block in self.layers:
             if self.recompute_blocks and self.training and torch.is_grad_enabled():

@@ -50,9 +50,10 @@ def rope_table(
 def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
     """Turns the interleaved pairs of ``x`` (B, T, H, E) by ``rope`` (T, E / 2, 2).
 
-    Computed in float32, returned in the dtype of ``x``.
+    ``rope`` may also be (B, T, E / 2, 2), where sequences are at different places. Computed
+    in float32, returned in the dtype of ``x``.
     """
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, E / 2) each
-    cos, sin = rope.unsqueeze(1).unbind(-1)  # (T, 1, E / 2) each
+    cos, sin = rope.unsqueeze(-3).unbind(-1)  # (..., T, 1, E / 2) each
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
     return turned.flatten(-2).type_as(x)

@@ -1,0 +1,237 @@
+"""A batch that images join and leave between any two codes (continuous batching).
+
+``generate_codes`` starts all images of a batch together, with the same settings. Here every image
+has a condition, a seed and settings of its own, and gets the codes (up to floating-point ties)
+that it would get alone.
+
+Shapes: N images, R sequences (an image with guidance has two), T codes of an image, V codes of the
+codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llamagen.config import SamplingConfig
+from llamagen.errors import InputError
+from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
+from llamagen.generation.seeds import check_seed, uniform_draws
+from llamagen.transformer import SlotCache, Transformer
+
+
+@dataclass(eq=False)
+class Drawing:
+    """An image in the making."""
+
+    condition: Tensor
+    """A label (), or text features (C, text_dim) without padding."""
+    seed: int
+    sampling: SamplingConfig
+    unconditional: Tensor | None = None
+    """What guidance leads away from, as ``condition``; by default the model's own "no class" or
+    "no text"."""
+    drawn: int = 0
+    """Codes drawn so far."""
+    codes: Tensor | None = None
+    """(T,) int64 on the model's device, the first ``drawn`` of them filled; None before it joins a
+    batch."""
+    finite: Tensor | None = None
+    """() bool, False once its logits were not."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next code needs the unconditional sequence."""
+        stop = self.sampling.guidance_stop
+        return self.sampling.guided and (stop is None or self.drawn < stop)
+
+    def check(self) -> None:
+        """Raises InputError if the model's logits were not finite. Waits for the device."""
+        if self.finite is not None and not bool(self.finite):
+            raise InputError(
+                "the transformer's logits are not finite; use bfloat16 or float32, or check the "
+                "weights"
+            )
+
+
+_Sequence = tuple[Drawing, bool]
+"""An image, and whether this is its unconditional sequence."""
+
+
+class RunningBatch:
+    """Draws one code of every image per step."""
+
+    def __init__(self, model: Transformer, max_images: int) -> None:
+        """Takes the memory of a batch.
+
+        Args:
+            model: in eval mode, on the device and in the precision to compute in.
+            max_images: images that can be drawn at once, guided or not.
+        """
+        self.model = model
+        self.max_images = max_images
+        self.drawings: list[Drawing] = []
+        self._sequences: list[_Sequence] = []
+        self._layout: _Layout | None = None
+        grid = model.config.grid
+        self.codes_per_image = grid[0] * grid[1]
+        self._slots = SlotCache.empty(
+            model.config, 2 * max_images, grid=grid, device=model.device, dtype=model.dtype
+        )
+
+    @property
+    def room(self) -> int:
+        """Images that can join."""
+        return self.max_images - len(self.drawings)
+
+    @property
+    def sequences(self) -> int:
+        """R, what a step has to compute."""
+        return len(self._sequences)
+
+    def check(self, drawing: Drawing) -> None:
+        """Raises InputError if its condition or seed is not one that the model can take."""
+        check_seed(drawing.seed)
+        for condition in (drawing.condition, drawing.unconditional):
+            if condition is not None:
+                self.model.cls_embedding.check(condition.unsqueeze(0))
+
+    @torch.inference_mode()
+    def add(self, drawings: Sequence[Drawing]) -> None:
+        """Starts images and draws the first code of each.
+
+        Raises:
+            InputError: a condition or a seed is not one that the model can take; none has joined.
+        """
+        assert len(drawings) <= self.room, f"{len(drawings)} images for {self.room} places"
+        embedding = self.model.cls_embedding
+        by_shape: dict[torch.Size, list[tuple[_Sequence, Tensor]]] = {}
+        for drawing in drawings:
+            self.check(drawing)
+            condition = drawing.condition.to(self.model.device)
+            given = [condition]
+            if drawing.guided:
+                other = drawing.unconditional
+                if other is None:
+                    other = embedding.unconditional(condition.unsqueeze(0))[0]
+                given.append(other.to(condition))
+            for flag, each in zip((False, True), given, strict=False):
+                by_shape.setdefault(each.shape, []).append(((drawing, flag), each))
+        for drawing in drawings:
+            empty = torch.zeros(self.codes_per_image, dtype=torch.int64)
+            drawing.codes = empty.to(self.model.device)
+            drawing.finite = torch.ones((), dtype=torch.bool, device=self.model.device)
+        started: list[_Sequence] = []
+        logits: list[Tensor] = []
+        for group in by_shape.values():
+            logits.append(self._prefill(torch.stack([condition for _, condition in group])))
+            started += [sequence for sequence, _ in group]
+        if drawings:
+            _Layout(drawings, started, self.codes_per_image).draw(torch.cat(logits))
+        self.drawings += drawings
+        self._sequences += started
+        self._layout = None
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Draws the next code of every image. None may be finished."""
+        if not self.drawings:
+            return
+        for drawing in self.drawings:
+            if drawing.sampling.guided and drawing.drawn == drawing.sampling.guidance_stop:
+                self._drop(self._sequences.index((drawing, True)))
+        if self._layout is None:
+            self._layout = _Layout(self.drawings, self._sequences, self.codes_per_image)
+        layout = self._layout
+        layout.draw(self.model.step(layout.last_codes(), self._slots))
+
+    def finished(self) -> list[Drawing]:
+        """Takes out the images that have all their codes."""
+        done = [d for d in self.drawings if d.drawn == self.codes_per_image]
+        for drawing in done:
+            self.remove(drawing)
+        return done
+
+    def remove(self, drawing: Drawing) -> None:
+        """Takes an image out, finished or not."""
+        for place in reversed(range(len(self._sequences))):
+            if self._sequences[place][0] is drawing:
+                self._drop(place)
+        self.drawings.remove(drawing)
+
+    def clear(self) -> None:
+        """Takes all images out, whatever state a failed step has left."""
+        self.drawings = []
+        self._sequences = []
+        self._layout = None
+        self._slots.clear()
+
+    def _prefill(self, condition: Tensor) -> Tensor:
+        """Starts sequences of one condition length; logits (R, V) of their first codes."""
+        length = 1 if condition.ndim == 1 else condition.shape[1]
+        # Room for the condition only: what is kept is copied into the slots.
+        cache = self.model.new_cache(len(condition), condition_length=length, grid=(1, 1))
+        logits = self.model.prefill(condition, cache)
+        self._slots.admit(cache)
+        return logits
+
+    def _drop(self, place: int) -> None:
+        """Ends a sequence; the last one takes its place, as in the slots."""
+        self._slots.remove(place)
+        self._sequences[place] = self._sequences[-1]
+        self._sequences.pop()
+        self._layout = None
+
+
+class _Layout:
+    """What a step needs to know of some images, as tensors; made anew when images join or leave."""
+
+    def __init__(
+        self, drawings: Sequence[Drawing], sequences: Sequence[_Sequence], codes: int
+    ) -> None:
+        assert drawings[0].codes is not None
+        device = drawings[0].codes.device
+        place = {sequence: index for index, sequence in enumerate(sequences)}
+        number = {drawing: index for index, drawing in enumerate(drawings)}
+        guided = [drawing for drawing in drawings if (drawing, True) in place]
+
+        def indices(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        self.drawings = list(drawings)
+        self.image = indices([number[drawing] for drawing, _ in sequences])
+        self.conditional = indices([place[drawing, False] for drawing in drawings])
+        self.guided = indices([number[drawing] for drawing in guided])
+        self.unconditional = indices([place[drawing, True] for drawing in guided])
+        scales = [drawing.sampling.guidance_scale for drawing in guided]
+        self.scales = torch.tensor(scales, dtype=torch.float32, device=device)
+        self.settings = RowSettings.of([drawing.sampling for drawing in drawings], device)
+        self.uniforms = uniform_draws([drawing.seed for drawing in drawings], codes).to(device)
+        self.next = indices([drawing.drawn for drawing in drawings]).unsqueeze(1)
+        self.codes = torch.stack([d.codes for d in drawings if d.codes is not None])
+        self.finite = torch.stack([d.finite for d in drawings if d.finite is not None])
+        for drawing, own, finite in zip(drawings, self.codes, self.finite, strict=True):
+            drawing.codes, drawing.finite = own, finite
+
+    def last_codes(self) -> Tensor:
+        """(R,): the code that each sequence is fed."""
+        return self.codes.gather(1, self.next - 1).squeeze(1)[self.image]
+
+    def draw(self, logits: Tensor) -> None:
+        """Draws a code of each image from the logits (R, V) of all sequences."""
+        logits = logits.float()
+        mixed = logits[self.conditional]
+        if self.guided.numel():
+            other = logits[self.unconditional]
+            mixed[self.guided] = guide_rows(mixed[self.guided], other, self.scales)
+        # In place: the drawings hold views.
+        self.finite &= mixed.isfinite().all(-1)
+        uniforms = self.uniforms.gather(1, self.next).squeeze(1)
+        drawn = next_codes_of_rows(mixed, self.settings, uniforms)
+        self.codes.scatter_(1, self.next, drawn.unsqueeze(1))
+        self.next += 1
+        for drawing in self.drawings:
+            drawing.drawn += 1
