@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
@@ -116,11 +117,40 @@ def save_png(
     image: Image.Image, path: Path | str, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a PNG atomically; ``metadata`` goes into it as JSON and ``read_metadata`` reads it."""
+    with storage.atomic_file(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=_png_chunks(metadata))
+
+
+def image_bytes(
+    image: Image.Image,
+    kind: Literal["png", "jpeg", "webp"],
+    *,
+    quality: int = 90,
+    metadata: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The file of an image.
+
+    Args:
+        image: RGB.
+        kind: its format.
+        quality: 0 to 100, of JPEG and WebP; WebP is lossless at 100.
+        metadata: as ``save_png`` writes it, into a PNG only.
+    """
+    file = io.BytesIO()
+    if kind == "png":
+        image.save(file, format="PNG", pnginfo=_png_chunks(metadata))
+    elif kind == "jpeg":
+        image.save(file, format="JPEG", quality=quality, subsampling=0)
+    else:
+        image.save(file, format="WEBP", quality=quality, lossless=quality == 100)
+    return file.getvalue()
+
+
+def _png_chunks(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
         chunks.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
-    with storage.atomic_file(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunks)
+    return chunks
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:

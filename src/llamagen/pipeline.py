@@ -395,13 +395,13 @@ class Pipeline:
             elif encoder is not None:
                 encoder.require_text(prompt)
 
-    def conditions(self, prompts: Prompts) -> Conditions:
+    def conditions(self, prompts: Prompts, negative_prompt: Prompts | None = None) -> Conditions:
         """What the transformer is told of prompts, one row each.
 
         Raises:
             InputError: a prompt says nothing, or names no class of this model.
         """
-        return self._conditions(prompts, None, None, None, 1)
+        return self._conditions(prompts, negative_prompt, None, None, 1)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (images, rows, columns) to images."""

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate folder": ("llamagen.cli.evaluate_folder", "FID and the like of any two image sets"),
     "evaluate likelihood": ("llamagen.cli.evaluate_likelihood", "bits per code of held-out images"),
     "evaluate sweep": ("llamagen.cli.evaluate_sweep", "FID at many guidance scales and top-ks"),
+    "serve": ("llamagen.cli.serve", "draw images for clients over HTTP, and on a web page"),
     "export": ("llamagen.cli.export", "write the model of a training run's checkpoint"),
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),

@@ -1,0 +1,160 @@
+"""Serve models over HTTP, by an API in the form of OpenAI's images endpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from llamagen.cli.options import DeviceOptions
+from llamagen.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llamagen.pipeline import Pipeline
+    from llamagen.serving.engine import CodeEngine
+    from llamagen.serving.metrics import ServerMetrics
+    from llamagen.serving.models import ServedModel
+
+_KEY_VARIABLE = "LLAMAGEN_API_KEY"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options(DeviceOptions):
+    """Options of ``llamagen serve``."""
+
+    models: Annotated[tuple[str, ...], tyro.conf.arg(name="model", aliases=["-m"])]
+    """What to serve: names, pipeline folders or hub repositories, each as MODEL or NAME=MODEL,
+    where NAME is what clients call it. The first serves requests that name none."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 lets other machines in, for which an API key is advised."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    ui: bool = False
+    """Also serve a page to try the models, at /."""
+    engine: Literal["native", "vllm"] = "native"
+    """What draws the codes: this package, or vLLM (extra vllm)."""
+    tensor_parallel_size: int = 1
+    """GPUs that share a model, with vLLM."""
+    data_parallel_size: int = 1
+    """Copies of a model, with vLLM."""
+    batch_size: int | None = None
+    """Images drawn at once. Default: as many as fit into memory."""
+    max_queue: int = 64
+    """Images that may wait beside those that are drawn; more are answered with 429."""
+    max_images: int = 10
+    """Images that a request may ask for."""
+    timeout: float = 300.0
+    """Seconds that a request may take."""
+    drain_timeout: float = 60.0
+    """Seconds that requests may take to finish after SIGTERM."""
+    file_lifetime: float = 3600.0
+    """Seconds that images can be fetched from their URLs."""
+    api_key_file: Path | None = None
+    """File with the key that clients must send. The environment's LLAMAGEN_API_KEY does the same;
+    a key on the command line could be read by other users."""
+    text_encoder: str | None = None
+    """Another text encoder than the models': folder or hub repository."""
+
+
+def run(options: Options) -> None:
+    """Loads the models, then serves until it is told to end."""
+    _require_serving()
+    sources = _sources(options)
+    key = _api_key(options)
+    from llamagen.serving.api import create_app
+    from llamagen.serving.metrics import ServerMetrics
+    from llamagen.serving.server import serve
+    from llamagen.serving.settings import ServerSettings
+
+    for name, value in (("max-queue", options.max_queue), ("max-images", options.max_images)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}, expected at least 1")
+    settings = ServerSettings(
+        api_key=key,
+        max_queue=options.max_queue,
+        max_images=options.max_images,
+        timeout=options.timeout,
+        file_lifetime=options.file_lifetime,
+        ui=options.ui,
+    )
+    device, dtype = options.resolve()
+    metrics = ServerMetrics()
+    models = [
+        _load(name, source, options, device, dtype, metrics) for name, source in sources.items()
+    ]
+    app = create_app(models, metrics=metrics, settings=settings)
+    serve(app, host=options.host, port=options.port, drain_timeout=options.drain_timeout)
+
+
+def _sources(options: Options) -> dict[str, str]:
+    """Name -> what to load."""
+    if not options.models:
+        raise InputError("no model was named; give --model, for example --model emoji")
+    sources: dict[str, str] = {}
+    for text in options.models:
+        name, _, source = text.rpartition("=")
+        name = name or Path(source).name
+        if name in sources:
+            raise InputError(f"two models are called {name}; name one with --model NAME=MODEL")
+        sources[name] = source
+    return sources
+
+
+def _api_key(options: Options) -> str | None:
+    key = os.environ.get(_KEY_VARIABLE)
+    if options.api_key_file is not None:
+        key = options.api_key_file.read_text(encoding="utf-8").strip()
+        if not key:
+            raise InputError(f"{options.api_key_file} is empty; put the key into it")
+    return key or None
+
+
+def _load(
+    name: str,
+    source: str,
+    options: Options,
+    device: torch.device,
+    dtype: torch.dtype,
+    metrics: ServerMetrics,
+) -> ServedModel:
+    from llamagen.pipeline import Pipeline
+    from llamagen.serving.models import ServedModel
+
+    pipeline = Pipeline.from_pretrained(
+        source, text_encoder=options.text_encoder, device=device, dtype=dtype
+    )
+    # Loaded now: the first request shall not wait for it, nor find that it cannot be loaded.
+    _ = pipeline.text_encoder
+    engine, at_once = _engine(name, source, pipeline, options, metrics)
+    return ServedModel(
+        name, pipeline, engine, metrics=metrics, max_in_flight=at_once + options.max_queue
+    )
+
+
+def _engine(
+    name: str, source: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
+) -> tuple[CodeEngine, int]:
+    """The engine, and how many images it draws at once."""
+    from llamagen.serving.engine import NativeEngine
+
+    def observe(images: int, _: int, seconds: float) -> None:
+        metrics.stepped(name, images, seconds)
+
+    engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
+    return engine, engine.max_images
+
+
+def _require_serving() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"serving needs {error.name}; install it with pip install 'llamagen[serve]'"
+        ) from error

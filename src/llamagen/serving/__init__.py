@@ -1,0 +1,1 @@
+"""Models behind an HTTP API: the engine that draws, the API, the page to try it."""

@@ -1,0 +1,283 @@
+"""A model that is served: pipeline, engine and decoder, and the images it is busy with."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncGenerator, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llamagen.conditions import Conditions
+from llamagen.config import SamplingConfig
+from llamagen.errors import InputError
+from llamagen.pipeline import Pipeline
+from llamagen.serving.decoding import ImageDecoder
+from llamagen.serving.engine import CodeEngine
+from llamagen.serving.metrics import ServerMetrics
+
+_SEEDS = 2**31
+
+
+class QueueFullError(RuntimeError):
+    """More images wait than the server lets wait."""
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds after which there is likely to be room."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Images of one request: what to draw, and how."""
+
+    condition: Tensor
+    """A label (), or text features (C, text_dim)."""
+    unconditional: Tensor | None
+    seeds: tuple[int, ...]
+    sampling: SamplingConfig
+    described: dict[str, Any]
+    """What the images' metadata say of the prompt."""
+
+    @property
+    def input_tokens(self) -> int:
+        """Positions of the condition."""
+        return 1 if self.condition.ndim == 0 else len(self.condition)
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """An image of a job, as far as it is drawn."""
+
+    index: int
+    """Which image of the job."""
+    rows: int
+    """Finished rows of the grid."""
+    codes: list[int]
+
+
+class ServedModel:
+    """What the API needs of a model."""
+
+    def __init__(
+        self,
+        name: str,
+        pipeline: Pipeline,
+        engine: CodeEngine,
+        *,
+        metrics: ServerMetrics,
+        max_in_flight: int,
+    ) -> None:
+        """Puts a model into service.
+
+        Args:
+            name: what clients call it.
+            pipeline: reads prompts and decodes codes.
+            engine: draws codes with the pipeline's transformer.
+            metrics: of the server.
+            max_in_flight: images accepted and not yet made, waiting ones among them.
+        """
+        self.name = name
+        self.pipeline = pipeline
+        self.engine = engine
+        self.decoder = ImageDecoder(pipeline.decode, engine.grid)
+        self.created = int(time.time())
+        self._metrics = metrics
+        self._max_in_flight = max_in_flight
+        self._in_flight = 0
+        self._seconds_per_image = 1.0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="llamagen-reader")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        return self.engine.grid
+
+    @property
+    def size(self) -> str:
+        """Of an image, as "256x256"."""
+        rows, columns = self.grid
+        scale = self.pipeline.tokenizer.config.downsampling
+        return f"{columns * scale}x{rows * scale}"
+
+    async def job(
+        self,
+        prompt: str,
+        negative_prompt: str | None,
+        *,
+        images: int,
+        seed: int | None,
+        settings: dict[str, Any],
+    ) -> Job:
+        """Reads a prompt.
+
+        Args:
+            prompt: a text, or a class by name or number.
+            negative_prompt: as ``prompt``, or None.
+            images: how many to draw.
+            seed: of the first; random if None.
+            settings: of ``SamplingConfig``, where the model's own are not wanted.
+
+        Raises:
+            InputError: the prompt or a setting is none that the model can take.
+        """
+        sampling = dataclasses.replace(self.pipeline.sampling, **settings)
+        first = secrets.randbelow(_SEEDS) if seed is None else seed
+        loop = asyncio.get_running_loop()
+        read = await loop.run_in_executor(self._reader, self._read, prompt, negative_prompt)
+        return Job(
+            condition=_only(read.condition, read.mask),
+            unconditional=(
+                None
+                if read.unconditional is None
+                else _only(read.unconditional, read.unconditional_mask)
+            ),
+            seeds=tuple(range(first, first + images)),
+            sampling=sampling,
+            described=read.described[0],
+        )
+
+    def reserve(self, images: int) -> Reservation:
+        """Room for some images, until it is released.
+
+        Raises:
+            QueueFullError: there is none.
+        """
+        if images > self._max_in_flight:
+            raise InputError(
+                f"n is {images}, but this server takes {self._max_in_flight} images at once"
+            )
+        if self._in_flight + images > self._max_in_flight:
+            wait = max(1, min(60, round(self._seconds_per_image * images)))
+            raise QueueFullError(
+                f"{self._in_flight} images are being drawn or wait already; try again later",
+                retry_after=wait,
+            )
+        self._count(images)
+        return Reservation(self, images)
+
+    async def updates(self, job: Job, *, every_row: bool) -> AsyncGenerator[Update, None]:
+        """Draws a job's images side by side.
+
+        Args:
+            job: what to draw.
+            every_row: tell of every finished row, not only of finished images.
+        """
+        news: asyncio.Queue[Update | BaseException] = asyncio.Queue()
+        request: Hashable = object()
+        tasks = [
+            asyncio.create_task(self._draw_one(job, index, request, every_row, news))
+            for index in range(len(job.seeds))
+        ]
+        try:
+            left = len(tasks)
+            while left:
+                update = await news.get()
+                if isinstance(update, BaseException):
+                    raise update
+                left -= update.rows == self.grid[0]
+                yield update
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def image(self, codes: Sequence[int]) -> Image.Image:
+        """The image of some codes, grey where rows are missing."""
+        return await self.decoder.decode(codes)
+
+    def metadata(self, job: Job, index: int) -> dict[str, Any]:
+        """What an image of a job says of itself, as those of ``Pipeline`` do."""
+        return {
+            "model": self.name,
+            **job.described,
+            "seed": job.seeds[index],
+            **dataclasses.asdict(job.sampling),
+            "dtype": str(self.pipeline.dtype).removeprefix("torch."),
+            "device": self.pipeline.device.type,
+        }
+
+    async def close(self) -> None:
+        """Ends what is being drawn."""
+        await self.engine.close()
+        self.decoder.close()
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    @torch.inference_mode()
+    def _read(self, prompt: str, negative_prompt: str | None) -> Conditions:
+        return self.pipeline.conditions(prompt, negative_prompt)
+
+    async def _draw_one(
+        self,
+        job: Job,
+        index: int,
+        request: Hashable,
+        every_row: bool,
+        news: asyncio.Queue[Update | BaseException],
+    ) -> None:
+        rows, columns = self.grid
+        counted, waiting = 0, self._metrics.waiting.labels(self.name)
+        waiting.inc()
+        try:
+            drawing = self.engine.draw(
+                job.condition,
+                seed=job.seeds[index],
+                sampling=job.sampling,
+                unconditional=job.unconditional,
+                request=request,
+            )
+            async with aclosing(drawing):
+                async for codes in drawing:
+                    if counted == 0:
+                        waiting.dec()
+                    self._metrics.codes.labels(self.name).inc(len(codes) - counted)
+                    counted = len(codes)
+                    done = counted // columns
+                    if every_row or done == rows:
+                        news.put_nowait(Update(index, done, codes))
+        except Exception as error:  # noqa: BLE001
+            news.put_nowait(error)
+        finally:
+            if counted == 0:
+                waiting.dec()
+
+    def _count(self, images: int) -> None:
+        self._in_flight += images
+        self._metrics.in_flight.labels(self.name).set(self._in_flight)
+
+    def _release(self, images: int, seconds: float | None) -> None:
+        self._count(-images)
+        if seconds is not None:
+            self._metrics.images.labels(self.name).inc(images)
+            self._seconds_per_image += 0.2 * (seconds / images - self._seconds_per_image)
+
+
+class Reservation:
+    """Room for the images of a request; a context manager."""
+
+    def __init__(self, model: ServedModel, images: int) -> None:
+        self._model = model
+        self._images = images
+        self._begun = time.perf_counter()
+        self.made = False
+        """Set when all images are made."""
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        seconds = time.perf_counter() - self._begun if self.made else None
+        self._model._release(self._images, seconds)
+
+
+def _only(features: Tensor, mask: Tensor | None) -> Tensor:
+    """The one condition of a batch of one, without its padding."""
+    return features[0] if mask is None else features[0][mask[0].bool()]

@@ -1,0 +1,179 @@
+"""What the HTTP API reads and writes: OpenAI's images endpoint, and our settings beside it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llamagen.generation.seeds import MAX_SEED
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+_Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class ImageRequest(BaseModel):
+    """Body of ``POST /v1/images/generations``."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str = Field(
+        min_length=1,
+        description="What to draw: a text, or the name or number of a class.",
+        examples=["llama"],
+    )
+    model: str | None = Field(
+        default=None, description="One of /v1/models. Default: the first of them."
+    )
+    n: int | None = Field(default=1, ge=1, le=1000, description="Images.")
+    size: str | None = Field(
+        default="auto", max_length=20, description="auto, or the size that the model draws."
+    )
+    response_format: Literal["b64_json", "url"] | None = Field(
+        default="b64_json", description="The images themselves, or where to fetch them for a time."
+    )
+    output_format: OutputFormat | None = "png"
+    output_compression: int | None = Field(
+        default=None, ge=0, le=100, description="Quality of jpeg and webp. Default: 90."
+    )
+    stream: bool | None = Field(
+        default=False, description="Send events, with unfinished images if partial_images asks."
+    )
+    partial_images: int | None = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Unfinished images to send of each image, evenly over its rows.",
+    )
+    negative_prompt: str | None = Field(
+        default=None, min_length=1, description="What guidance leads away from."
+    )
+    guidance_scale: _Number | None = Field(
+        default=None, ge=0, le=100, description="1 is none. Default: the model's, as for the next."
+    )
+    guidance_stop: int | None = Field(
+        default=None, ge=0, le=2**31, description="Index of the first code without guidance."
+    )
+    top_k: int | None = Field(
+        default=None, ge=0, le=2**31, description="Draw from the k likeliest codes; 0 means all."
+    )
+    top_p: _Number | None = Field(
+        default=None, gt=0, le=1, description="Draw from the likeliest codes that reach p."
+    )
+    temperature: _Number | None = Field(
+        default=None, ge=0, le=100, description="0 takes the likeliest code."
+    )
+    seed: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SEED - 1000,
+        description="Of the first image; the next get the next numbers. Default: random.",
+    )
+    quality: Literal["auto", "standard"] | None = Field(
+        default=None, description="There are no levels: use the settings above."
+    )
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = Field(
+        default=None, description="Nothing is moderated."
+    )
+    user: str | None = Field(default=None, max_length=1000, description="Not kept.")
+
+
+class ImageData(BaseModel):
+    """An image of a response."""
+
+    b64_json: str | None = None
+    url: str | None = None
+    seed: int = Field(description="With the same model, prompt and settings, the same image.")
+
+
+class TokenDetails(BaseModel):
+    """Kinds of tokens."""
+
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """What was read and drawn: positions of the condition, codes of the images."""
+
+    input_tokens: int
+    input_tokens_details: TokenDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class ImagesResponse(BaseModel):
+    """Answer to ``POST /v1/images/generations`` without ``stream``."""
+
+    created: int = Field(description="Seconds since 1970.")
+    data: list[ImageData]
+    model: str
+    output_format: OutputFormat
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    usage: Usage
+    settings: dict[str, Any] = Field(description="How the codes were drawn.")
+
+
+class ImageEvent(BaseModel):
+    """An event of a stream. With n above 1, the events of all images come as they are ready."""
+
+    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    index: int = Field(description="Which image of the request, from 0.")
+    seed: int
+    b64_json: str
+    created_at: int
+    output_format: OutputFormat
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    partial_image_index: int | None = Field(default=None, description="Of partial images, from 0.")
+    rows: int = Field(description="Finished rows of the grid.")
+    usage: Usage | None = Field(default=None, description="Of completed images.")
+
+
+class ModelCard(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["llamagen"] = "llamagen"
+    kind: Literal["class", "text"] = Field(description="What its prompts are.")
+    size: str
+    rows: int = Field(description="Rows of the grid.")
+    columns: int
+    codes: int = Field(description="Codes to choose from: the largest top_k that matters.")
+    classes: list[str] | None = Field(description="Names of its classes.")
+    settings: dict[str, Any] = Field(description="For requests that give none.")
+
+
+class ModelList(BaseModel):
+    """Answer to ``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """Body of every answer that is no success, as OpenAI's."""
+
+    error: ErrorDetail
+
+
+class Health(BaseModel):
+    """Answer to ``/health`` and ``/ready``."""
+
+    status: Literal["ok", "draining"]

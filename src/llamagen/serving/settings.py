@@ -1,0 +1,31 @@
+"""What a server allows; every limit has a default that is safe on a machine of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Limits and secrets of ``create_app``."""
+
+    api_key: str | None = None
+    """What clients must send as "Authorization: Bearer KEY"; None lets everybody in."""
+    max_queue: int = 64
+    """Images that may wait beside those that are being drawn; further requests get a 429."""
+    max_images: int = 10
+    """Images of one request (n)."""
+    max_prompt: int = 4000
+    """Characters of a prompt."""
+    max_body: int = 64 * 1024
+    """Bytes of a request's body."""
+    max_connections: int = 1024
+    """Requests that are answered at once, of any kind."""
+    timeout: float = 300.0
+    """Seconds that a request may take."""
+    file_lifetime: float = 3600.0
+    """Seconds that an image can be fetched from its URL."""
+    file_memory: int = 256 * 1024 * 1024
+    """Bytes of all images that can be fetched; the oldest go first."""
+    ui: bool = False
+    """Serve the page at /."""

@@ -1,0 +1,161 @@
+"""The engine draws for many at once what each would get alone."""
+
+import asyncio
+
+import pytest
+import torch
+
+from llamagen.config import SamplingConfig
+from llamagen.errors import InputError
+from llamagen.generation import generate_codes
+from llamagen.serving.engine import EngineError, NativeEngine
+from tests.models import tiny_transformer
+
+SETTINGS = SamplingConfig(guidance_scale=2.0, top_k=30)
+
+
+@pytest.fixture
+def model():
+    return tiny_transformer()
+
+
+async def draw(engine, label, seed, sampling=SETTINGS, request=None):
+    """All that is told of an image."""
+    condition = torch.tensor(label)
+    drawing = engine.draw(condition, seed=seed, sampling=sampling, request=request)
+    return [codes async for codes in drawing]
+
+
+def alone(model, label, seed, sampling=SETTINGS):
+    codes = generate_codes(model, torch.tensor([label]), seeds=[seed], sampling=sampling)
+    return codes.flatten().tolist()
+
+
+def test_forty_images_through_eight_places(model):
+    async def run():
+        engine = NativeEngine(model, max_images=8)
+        told = await asyncio.gather(*[draw(engine, k % 5, k, request=k // 4) for k in range(40)])
+        await engine.close()
+        return told
+
+    for k, told in enumerate(asyncio.run(run())):
+        assert [len(codes) for codes in told] == [4, 8, 12, 16]
+        assert told[-1] == alone(model, k % 5, k)
+        assert all(told[-1][: len(codes)] == codes for codes in told)
+
+
+def test_nobody_waits_for_all_images_of_another(model):
+    async def run():
+        engine = NativeEngine(model, max_images=2)
+        order = []
+
+        async def one(name, seed):
+            await draw(engine, 0, seed, request=name)
+            order.append(name)
+
+        many = [asyncio.create_task(one("many", k)) for k in range(12)]
+        await asyncio.sleep(0)
+        few = [asyncio.create_task(one("few", k)) for k in range(2)]
+        await asyncio.gather(*many, *few)
+        await engine.close()
+        return order
+
+    order = asyncio.run(run())
+    assert max(index for index, name in enumerate(order) if name == "few") <= 6
+
+
+def test_one_that_is_given_up_leaves_the_others_alone(model):
+    async def run():
+        engine = NativeEngine(model, max_images=4)
+
+        async def given_up():
+            drawing = engine.draw(torch.tensor(1), seed=99, sampling=SETTINGS)
+            async for _ in drawing:
+                await drawing.aclose()
+                return
+
+        gone = [given_up() for _ in range(3)]
+        told, *_ = await asyncio.gather(draw(engine, 2, 7), *gone)
+        for _ in range(200):
+            if not engine._running:
+                break
+            await asyncio.sleep(0.01)
+        left = len(engine._running) + engine._batch.sequences
+        await engine.close()
+        return told[-1], left
+
+    codes, left = asyncio.run(run())
+    assert codes == alone(model, 2, 7)
+    assert left == 0
+
+
+def test_after_a_fault_the_next_images_are_drawn(model):
+    async def run():
+        engine = NativeEngine(model, max_images=4)
+        step, faults = engine._batch.step, iter([True])
+
+        def faulty():
+            if next(faults, False):
+                raise RuntimeError("a loose wire")
+            step()
+
+        engine._batch.step = faulty
+        failed = await asyncio.gather(
+            *[draw(engine, k, k) for k in range(3)], return_exceptions=True
+        )
+        told = await draw(engine, 1, 5)
+        await engine.close()
+        return failed, told[-1]
+
+    failed, codes = asyncio.run(run())
+    assert any(isinstance(result, EngineError) for result in failed)
+    assert all(isinstance(result, EngineError | list) for result in failed)
+    assert codes == alone(model, 1, 5)
+
+
+def test_bad_input_is_told_before_it_waits(model):
+    async def run():
+        engine = NativeEngine(model, max_images=4)
+        try:
+            with pytest.raises(InputError, match="class labels run from 17"):
+                await draw(engine, 17, 0)
+            with pytest.raises(InputError, match="seed is -3"):
+                await draw(engine, 0, -3)
+        finally:
+            await engine.close()
+
+    asyncio.run(run())
+
+
+def test_weights_that_are_not_finite(model):
+    with torch.no_grad():
+        model.cls_embedding.embedding_table.weight[3] = torch.nan
+
+    async def run():
+        engine = NativeEngine(model, max_images=4)
+        good, bad = await asyncio.gather(
+            draw(engine, 1, 0), draw(engine, 3, 0), return_exceptions=True
+        )
+        await engine.close()
+        return good, bad
+
+    good, bad = asyncio.run(run())
+    assert good[-1] == alone(model, 1, 0)
+    assert isinstance(bad, EngineError)
+    assert "not finite" in str(bad)
+
+
+def test_closing_tells_those_who_wait(model):
+    async def run():
+        engine = NativeEngine(model, max_images=1)
+        tasks = [asyncio.create_task(draw(engine, 0, k)) for k in range(5)]
+        await asyncio.sleep(0)
+        await engine.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(EngineError, match="closed"):
+            await draw(engine, 0, 0)
+        return results
+
+    results = asyncio.run(run())
+    assert all(isinstance(result, EngineError | list) for result in results)
+    assert any(isinstance(result, EngineError) for result in results)

@@ -1,0 +1,86 @@
+"""Files that expire, and the decoder that many wait for."""
+
+import asyncio
+
+import torch
+from PIL import Image
+
+from llamagen.serving.decoding import ImageDecoder
+from llamagen.serving.files import FileStore
+
+
+def test_files_expire():
+    now = [0.0]
+    store = FileStore(lifetime=10, memory=10**6, clock=lambda: now[0])
+    first = store.add(b"one", "image/png")
+    now[0] = 6
+    second = store.add(b"two", "image/png")
+    assert store.get(first).content == b"one"
+    now[0] = 10
+    assert store.get(first) is None
+    assert store.get(second).content == b"two"
+    now[0] = 17
+    assert store.get(second) is None
+
+
+def test_files_have_a_limit_and_names_that_differ():
+    store = FileStore(lifetime=10, memory=100)
+    names = [store.add(bytes(40), "image/png") for _ in range(5)]
+    assert [store.get(name) is not None for name in names] == [False, False, False, True, True]
+    assert len(set(names)) == 5
+    large = store.add(bytes(500), "image/png")
+    assert store.get(large) is not None
+    assert store.get(names[-1]) is None
+
+
+def test_what_waits_is_decoded_together():
+    sizes = []
+
+    def decode(codes):
+        sizes.append(len(codes))
+        return [Image.new("RGB", (4, 8), (int(grid[0, 0]), 0, 0)) for grid in codes]
+
+    async def run():
+        decoder = ImageDecoder(decode, (4, 2))
+        images = await asyncio.gather(*[decoder.decode([k] * 8) for k in range(20)])
+        half = await decoder.decode([7] * 4)
+        decoder.close()
+        return images, half
+
+    images, half = asyncio.run(run())
+    assert [image.getpixel((0, 0))[0] for image in images] == list(range(20))
+    assert len(sizes) <= 4
+    assert half.getpixel((0, 3)) == (7, 0, 0)
+    assert half.getpixel((0, 4)) == (128, 128, 128)
+
+
+def test_one_who_no_longer_waits_holds_up_nobody():
+    def decode(codes):
+        return [Image.new("RGB", (1, 1)) for _ in codes]
+
+    async def run():
+        decoder = ImageDecoder(decode, (1, 1))
+        gone = asyncio.create_task(decoder.decode([0]))
+        await asyncio.sleep(0)
+        gone.cancel()
+        image = await asyncio.wait_for(decoder.decode([1]), 5)
+        decoder.close()
+        return image.size
+
+    assert asyncio.run(run()) == (1, 1)
+
+
+def test_unfinished_rows_repeat_the_last_one():
+    seen = []
+
+    def decode(codes):
+        seen.append(codes.clone())
+        return [Image.new("RGB", (2, 3)) for _ in codes]
+
+    async def run():
+        decoder = ImageDecoder(decode, (3, 2))
+        await decoder.decode([1, 2, 3, 4])
+        decoder.close()
+
+    asyncio.run(run())
+    assert torch.equal(seen[0], torch.tensor([[[1, 2], [3, 4], [3, 4]]]))
