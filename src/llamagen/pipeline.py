@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -36,6 +37,13 @@ from llamagen.transformer import Transformer
 
 if TYPE_CHECKING:
     from llamagen.text.encoder import TextEncoder
+    from llamagen.vllm_plugin.offline import OfflineEngine
+
+EngineName = Literal["native", "vllm"]
+"""What draws the codes: this package, or vLLM."""
+
+_VLLM_BATCH = 1024
+"""Images that vLLM is asked for at once; it draws as many of them as it has memory for."""
 
 _log = logging.getLogger(__name__)
 
@@ -88,6 +96,8 @@ class Pipeline:
         name: str = "custom",
         sampling: SamplingConfig | None = None,
         text_encoder: TextEncoder | TextConfig | None = None,
+        engine: EngineName = "native",
+        engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Puts the parts together.
 
@@ -99,10 +109,16 @@ class Pipeline:
             sampling: settings for calls that give none.
             text_encoder: of a text-conditional model, or what it is loaded from when it is first
                 needed; without it such a model takes ``prompt_embeds`` only.
+            engine: what draws the codes. vLLM starts when the first image is asked for.
+            engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
 
         Raises:
-            InputError: the parts do not fit together.
+            InputError: the parts do not fit together, or there is no such engine.
         """
+        if engine not in ("native", "vllm"):
+            raise InputError(f"engine is {engine!r}, expected 'native' or 'vllm'")
+        if engine == "native" and engine_options:
+            raise InputError("engine_options go with engine 'vllm'")
         codes, predicted = tokenizer.config.codebook_size, transformer.config.codebook_size
         if codes != predicted:
             raise InputError(
@@ -121,6 +137,9 @@ class Pipeline:
         self.labels = labels
         self.name = name
         self.sampling = sampling or SamplingConfig()
+        self.engine = engine
+        self._engine_options = dict(engine_options or {})
+        self._engine: OfflineEngine | None = None
         self._text: TextEncoder | TextConfig | None = None
         if transformer.config.condition == "text":
             self._text = text_encoder
@@ -136,6 +155,8 @@ class Pipeline:
         grid: Grid | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        engine: EngineName = "native",
+        engine_options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Loads a pipeline.
 
@@ -150,6 +171,8 @@ class Pipeline:
             device: "cpu", "cuda", "mps" or a torch device; by default the best there is.
             dtype: "float32", "bfloat16", "float16" or a torch type; by default bfloat16 where
                 the device is fast at it.
+            engine: what draws the codes; with "vllm" the transformer itself stays on the CPU.
+            engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
 
         Raises:
             FileNotFoundError: a part of the source is missing.
@@ -164,7 +187,10 @@ class Pipeline:
                 f"{source} has no image tokenizer; name one with tokenizer (--tokenizer)"
             )
         transformer = checkpoints.load_transformer(
-            found.transformer, grid=grid, device=where, dtype=precision
+            found.transformer,
+            grid=grid,
+            device="cpu" if engine == "vllm" else where,
+            dtype=precision,
         )
         text = found.text
         if text_encoder is not None:
@@ -176,7 +202,15 @@ class Pipeline:
             name=found.name,
             sampling=found.sampling,
             text_encoder=text,
+            engine=engine,
+            engine_options=engine_options,
         )
+
+    def close(self) -> None:
+        """Ends vLLM, if it draws the codes; the next call starts it again."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -212,6 +246,7 @@ class Pipeline:
             FileNotFoundError: a file of the adapter is missing.
             InputError: it is no LoRA adapter, is damaged, or belongs to another model.
         """
+        self.close()
         merge_adapter(self.transformer, folder)
         names = Path(folder) / label_files.FILE_NAME
         if names.is_file():
@@ -222,8 +257,8 @@ class Pipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer computes."""
-        return self.transformer.device
+        """Where the image tokenizer computes, and the transformer unless vLLM does its work."""
+        return self.tokenizer.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -242,8 +277,9 @@ class Pipeline:
         """
         where = self.device if device is None else find_device(device)
         precision = self.dtype if dtype is None else find_dtype(dtype, where)
+        self.close()
         self.tokenizer.to(where, precision)
-        self.transformer.to(where, precision)
+        self.transformer.to("cpu" if self.engine == "vllm" else where, precision)
         if isinstance(self._text, nn.Module):
             self._text.to(where, None if precision == torch.float16 else precision)
         return self
@@ -465,13 +501,17 @@ class Pipeline:
         callback: Callable[[Progress], None] | None,
     ) -> Iterator[Tensor]:
         """Codes of all images, batch by batch. A batch that overflows the GPU is halved."""
-        size = batch_size or sampling_batch_size(self.transformer, guided=sampling.guided)
+        if self.engine == "vllm":
+            size = batch_size or _VLLM_BATCH
+            draw: Callable[..., Tensor] = self._vllm().generate_codes
+        else:
+            size = batch_size or sampling_batch_size(self.transformer, guided=sampling.guided)
+            draw = functools.partial(generate_codes, self.transformer)
         first = 0
         while first < len(conditions):
             rows = slice(first, first + size)
             try:
-                codes = generate_codes(
-                    self.transformer,
+                codes = draw(
                     conditions.condition[rows],
                     condition_mask=_some(conditions.mask, rows),
                     unconditional=_some(conditions.unconditional, rows),
@@ -488,6 +528,15 @@ class Pipeline:
                 continue
             yield codes
             first += codes.shape[0]
+
+    def _vllm(self) -> OfflineEngine:
+        """VLLM with this transformer, started when it is first needed."""
+        if self._engine is None:
+            from llamagen.vllm_plugin.offline import OfflineEngine
+
+            options = {"dtype": self.dtype, **self._engine_options}
+            self._engine = OfflineEngine(self.transformer, **options)
+        return self._engine
 
 
 def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:

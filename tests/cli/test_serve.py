@@ -23,9 +23,12 @@ def folders(tmp_path_factory):
     return folder
 
 
+COMMAND = [sys.executable, "-m", "llamagen", "serve", "--port", "0", "--dtype", "float32"]
+
+
 def start(*arguments, **environment):
     process = subprocess.Popen(
-        [sys.executable, *"-m llamagen serve --port 0 --dtype float32".split(), *arguments],
+        [*COMMAND, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -74,6 +74,12 @@ class Options(DeviceOptions):
     """Images per row of the sheet."""
     batch_size: int | None = None
     """Images drawn at once. Default: as many as fit into memory."""
+    engine: Literal["native", "vllm"] = "native"
+    """What draws the codes: this package, or vLLM (extra vllm)."""
+    tensor_parallel_size: int = 1
+    """GPUs that share the model, with vLLM."""
+    data_parallel_size: int = 1
+    """Copies of the model, with vLLM."""
 
 
 def run(options: Options) -> None:
@@ -102,10 +108,34 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
         grid=options.grid,
         device=device,
         dtype=dtype,
+        engine=options.engine,
+        engine_options=_engine_options(options),
     )
     if options.adapter is not None:
         pipe.load_adapter(options.adapter)
     return pipe
+
+
+def _engine_options(options: Options) -> dict[str, Any] | None:
+    """What vLLM is started with."""
+    if options.engine == "native":
+        if (options.tensor_parallel_size, options.data_parallel_size) != (1, 1):
+            raise InputError(
+                "--tensor-parallel-size and --data-parallel-size go with --engine vllm"
+            )
+        return None
+    from llamagen.vllm_plugin.export import ExportOptions
+    from llamagen.vllm_plugin.library import keep_vllm_quiet
+
+    keep_vllm_quiet()
+    return {
+        "tensor_parallel_size": options.tensor_parallel_size,
+        "data_parallel_size": options.data_parallel_size,
+        "export": ExportOptions(
+            guidance=options.guidance_scale != 1,
+            negative_prompts=options.negative_prompt is not None or options.like is not None,
+        ),
+    }
 
 
 def _draw_file(options: Options, path: Path) -> None:

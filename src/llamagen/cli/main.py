@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate sweep": ("llamagen.cli.evaluate_sweep", "FID at many guidance scales and top-ks"),
     "serve": ("llamagen.cli.serve", "draw images for clients over HTTP, and on a web page"),
     "export": ("llamagen.cli.export", "write the model of a training run's checkpoint"),
+    "export-vllm": ("llamagen.cli.export_vllm", "write a folder that vllm serve accepts"),
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
     "demo": ("llamagen.cli.demo", "train on handwritten digits and draw some, in minutes"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -15,8 +15,6 @@ from llamagen.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.pipeline import Pipeline
-    from llamagen.serving.engine import CodeEngine
     from llamagen.serving.metrics import ServerMetrics
     from llamagen.serving.models import ServedModel
 
@@ -36,12 +34,6 @@ class Options(DeviceOptions):
     """Port to listen on; 0 takes a free one."""
     ui: bool = False
     """Also serve a page to try the models, at /."""
-    engine: Literal["native", "vllm"] = "native"
-    """What draws the codes: this package, or vLLM (extra vllm)."""
-    tensor_parallel_size: int = 1
-    """GPUs that share a model, with vLLM."""
-    data_parallel_size: int = 1
-    """Copies of a model, with vLLM."""
     batch_size: int | None = None
     """Images drawn at once. Default: as many as fit into memory."""
     max_queue: int = 64
@@ -123,6 +115,7 @@ def _load(
     metrics: ServerMetrics,
 ) -> ServedModel:
     from llamagen.pipeline import Pipeline
+    from llamagen.serving.engine import NativeEngine
     from llamagen.serving.models import ServedModel
 
     pipeline = Pipeline.from_pretrained(
@@ -130,23 +123,18 @@ def _load(
     )
     # Loaded now: the first request shall not wait for it, nor find that it cannot be loaded.
     _ = pipeline.text_encoder
-    engine, at_once = _engine(name, source, pipeline, options, metrics)
-    return ServedModel(
-        name, pipeline, engine, metrics=metrics, max_in_flight=at_once + options.max_queue
-    )
-
-
-def _engine(
-    name: str, source: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
-) -> tuple[CodeEngine, int]:
-    """The engine, and how many images it draws at once."""
-    from llamagen.serving.engine import NativeEngine
 
     def observe(images: int, _: int, seconds: float) -> None:
         metrics.stepped(name, images, seconds)
 
     engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
-    return engine, engine.max_images
+    return ServedModel(
+        name,
+        pipeline,
+        engine,
+        metrics=metrics,
+        max_in_flight=engine.max_images + options.max_queue,
+    )
 
 
 def _require_serving() -> None:

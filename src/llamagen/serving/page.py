@@ -8,7 +8,7 @@ from pathlib import PurePath
 
 from fastapi import FastAPI, Request, Response
 
-_FILES = ("index.html", "page.css", "page.js", "server.js", "form.js", "gallery.js", "shelf.js")
+FILES = ("index.html", "page.css", "page.js", "server.js", "form.js", "gallery.js", "shelf.js")
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 _POLICY = "; ".join(
@@ -36,7 +36,7 @@ _HEADERS = {
 
 def add_page(app: FastAPI) -> None:
     """Serves the page at / and its files below /ui. It knows the server by the API alone."""
-    for name in _FILES:
+    for name in FILES:
         _add_file(app, "/" if name == "index.html" else f"/ui/{name}", name)
 
 

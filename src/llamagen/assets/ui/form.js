@@ -1,0 +1,137 @@
+// What to draw: the form, as the chosen model wants it.
+
+const byId = (id) => document.getElementById(id);
+const form = byId("form");
+const model = byId("model");
+const count = byId("count");
+const seed = byId("seed");
+const negative = byId("negative");
+const SETTINGS = ["guidance_scale", "temperature", "top_k", "top_p"];
+const IDEAS = 6;
+const MOST_PARTIAL_IMAGES = 64;
+
+let cards = [];
+let card = null;
+
+// Shows the form for some models, the first of them chosen.
+export function showModels(models) {
+  cards = models;
+  model.replaceChildren(...cards.map(({ id }) => new Option(id, id)));
+  byId("model-field").hidden = cards.length < 2;
+  choose(cards[0].id);
+  // Only where the button below stays in sight.
+  byId("settings").open = matchMedia("(min-width: 60rem) and (min-height: 52rem)").matches;
+  form.hidden = false;
+}
+
+export function chosenModel() {
+  return card;
+}
+
+// Whether everything is filled in; if not, the browser says what is missing.
+export function isComplete() {
+  for (const field of [prompt(), negative]) field.value = field.value.trim();
+  return form.reportValidity();
+}
+
+// Body of the request for images.
+export function request() {
+  const body = {
+    model: card.id,
+    prompt: prompt().value,
+    negative_prompt: (card.kind === "text" && negative.value) || undefined,
+    n: number(count),
+    seed: number(seed),
+    stream: true,
+    partial_images: Math.min(card.rows - 1, MOST_PARTIAL_IMAGES),
+  };
+  for (const name of SETTINGS) body[name] = number(byId(name));
+  return body;
+}
+
+// Fills in what an image was made of; false if its model is no longer served.
+export function fill(entry, { withSeed }) {
+  if (!cards.some(({ id }) => id === entry.model)) return false;
+  choose(entry.model);
+  prompt().value = entry.prompt;
+  negative.value = entry.negative ?? "";
+  seed.value = withSeed ? entry.seed : "";
+  if (withSeed) count.value = 1;
+  for (const name of SETTINGS) byId(name).value = entry.settings[name] ?? "";
+  return true;
+}
+
+function prompt() {
+  return byId(card.kind === "class" ? "class" : "text");
+}
+
+function number(input) {
+  return input.value === "" ? undefined : Number(input.value);
+}
+
+function choose(id) {
+  const before = card;
+  card = cards.find((each) => each.id === id);
+  if (card === before) return;
+  model.value = id;
+  const ofClasses = card.kind === "class";
+  byId("class-field").hidden = !ofClasses;
+  byId("text-field").hidden = byId("negative-field").hidden = ofClasses;
+  byId("class").required = ofClasses;
+  byId("text").required = !ofClasses;
+  if (ofClasses) showClasses(card.classes);
+  byId("ideas").hidden = !ofClasses;
+  if (card.max_images) count.max = card.max_images;
+  byId("top-k-hint").textContent = `Likeliest of ${card.codes.toLocaleString("en")} codes. 0: all.`;
+  byId("about").textContent = `${card.id} · ${card.size.replace("x", " × ")} px`;
+  reset();
+}
+
+function showClasses(names) {
+  byId("classes").replaceChildren(...names.map((name) => new Option(name)));
+  byId("class").value = "";
+  byId("class-hint").textContent =
+    `One of ${names.length.toLocaleString("en")} classes, or its number.`;
+  byId("ideas").replaceChildren(...some(names).map(idea));
+}
+
+function idea(name) {
+  const item = document.createElement("li");
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "plain";
+  button.textContent = name;
+  button.addEventListener("click", () => {
+    prompt().value = name;
+    form.requestSubmit();
+  });
+  item.append(button);
+  return item;
+}
+
+function some(names) {
+  const left = [...names];
+  const taken = [];
+  while (left.length && taken.length < IDEAS) {
+    taken.push(...left.splice(Math.floor(Math.random() * left.length), 1));
+  }
+  return taken;
+}
+
+function reset() {
+  for (const name of SETTINGS) byId(name).value = card.settings[name] ?? "";
+}
+
+model.addEventListener("change", () => choose(model.value));
+byId("reset").addEventListener("click", reset);
+
+// A field that is wrong must be seen.
+form.addEventListener("invalid", () => (byId("settings").open = true), { capture: true });
+
+for (const field of [byId("text"), negative]) {
+  field.addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    form.requestSubmit();
+  });
+}

@@ -1,0 +1,260 @@
+// The images: those of the latest request large, earlier ones small, one of them alone.
+
+import { forget, forgetAll, keep, keptEntries, MOST } from "./shelf.js";
+
+const byId = (id) => document.getElementById(id);
+const latest = byId("latest");
+const earlier = byId("earlier");
+const viewer = byId("viewer");
+
+// Smaller images are enlarged by a whole factor, their pixels kept sharp.
+const PIXEL_ART = 128;
+const THUMBNAIL = 128;
+const ALONE = 384;
+const NAMES = {
+  guidance_scale: "Guidance",
+  temperature: "Temperature",
+  top_k: "Top-k",
+  top_p: "Top-p",
+};
+
+// The newest first. Each has an entry, the URL of its file, and its elements as they are needed.
+let pictures = [];
+let viewed = null;
+// The run that is under way; its cards stay where they are.
+let current = null;
+let actions = { again() {}, use() {} };
+
+// Shows what this browser has kept. The actions are called with an entry.
+export async function openGallery(callbacks) {
+  actions = callbacks;
+  pictures = (await keptEntries()).map(picture);
+  pictures.sort((a, b) => b.entry.run - a.entry.run || a.entry.index - b.entry.index);
+  arrange();
+}
+
+// Room for the images of a request; "show" takes its events, "end" what is unfinished away.
+export function addRun(request, card) {
+  const run = Date.now();
+  const slots = Array.from({ length: request.n }, (_, index) => slot(request, card, run, index));
+  current = run;
+  latest.replaceChildren(...slots.map(({ card }) => card));
+  arrange();
+  return {
+    show: (event) => slots[event.index].show(event),
+    end: () => {
+      current = null;
+      const unfinished = slots.filter((each) => !each.done);
+      for (const each of unfinished) each.card.remove();
+      if (latest.children.length === 0) arrange();
+    },
+  };
+}
+
+function slot(request, card, run, index) {
+  const [width, height] = card.size.split("x").map(Number);
+  const shown = newCard(request.prompt, width, height, request.n);
+  const self = { card: shown, done: false, show };
+  const image = shown.querySelector("img");
+
+  function show(event) {
+    shown.dataset.rows = event.rows;
+    shown.querySelector(".seed").textContent = `seed ${event.seed}`;
+    image.alt = `${request.prompt}, unfinished`;
+    image.onload = () => {
+      image.hidden = false;
+      // A little more, lest the grey of the unfinished rows shines through.
+      const hidden = 100 * (1 - event.rows / card.rows);
+      image.style.clipPath = `inset(0 0 ${hidden && `calc(${hidden}% + 1px)`} 0)`;
+    };
+    if (event.type.endsWith("completed")) complete(event);
+    else image.src = `data:image/png;base64,${event.b64_json}`;
+  }
+
+  function complete(event) {
+    const { model, prompt, negative_prompt: negative } = request;
+    const settings = {};
+    for (const name of Object.keys(NAMES)) settings[name] = request[name] ?? card.settings[name];
+    const made = picture({
+      id: `${run}-${String(index).padStart(4, "0")}`,
+      ...{ run, index, model, prompt, negative, seed: event.seed, width, height, settings },
+      file: new Blob([bytes(event.b64_json)], { type: "image/png" }),
+    });
+    self.done = true;
+    made.card = shown;
+    finishCard(made);
+    insert(made);
+    keep(made.entry);
+  }
+
+  return self;
+}
+
+function insert(made) {
+  const { run, index } = made.entry;
+  const before = pictures.findIndex(({ entry }) => entry.run < run || entry.index > index);
+  pictures.splice(before < 0 ? pictures.length : before, 0, made);
+  const here = pictures.filter(({ entry }) => entry.run === run).length;
+  for (const gone of pictures.splice(Math.max(MOST, here))) discard(gone);
+}
+
+function picture(entry) {
+  return { entry, url: URL.createObjectURL(entry.file), card: null, thumbnail: null };
+}
+
+function discard({ url, card, thumbnail }) {
+  URL.revokeObjectURL(url);
+  card?.remove();
+  thumbnail?.remove();
+}
+
+// Puts everything in its place.
+function arrange() {
+  const run = current ?? pictures[0]?.entry.run;
+  const first = pictures.filter(({ entry }) => entry.run === run);
+  const rest = pictures.slice(first.length);
+  if (!current) latest.replaceChildren(...first.map((each) => cardOf(each, first.length)));
+  latest.classList.toggle("single", latest.children.length === 1);
+  earlier.replaceChildren(...rest.map(thumbnailOf));
+  byId("earlier-part").hidden = rest.length === 0;
+  byId("empty").hidden = latest.children.length > 0;
+}
+
+function cardOf(made, beside) {
+  if (!made.card) {
+    const { prompt, width, height } = made.entry;
+    made.card = newCard(prompt, width, height, beside);
+    made.card.querySelector("img").hidden = false;
+    finishCard(made);
+  }
+  return made.card;
+}
+
+function newCard(prompt, width, height, beside) {
+  const card = byId("card").content.firstElementChild.cloneNode(true);
+  const wish = beside <= 2 ? ALONE : beside === 3 ? 256 : 192;
+  card.style.setProperty("--side", `${side(width, wish)}px`);
+  card.style.setProperty("--shape", `${width} / ${height}`);
+  card.classList.toggle("pixels", width <= PIXEL_ART);
+  card.querySelector(".prompt").textContent = prompt;
+  return card;
+}
+
+function finishCard(made) {
+  const { card, entry, url } = made;
+  const [open, image] = [card.querySelector(".picture"), card.querySelector("img")];
+  card.classList.add("done");
+  card.querySelector(".seed").textContent = `seed ${entry.seed}`;
+  image.alt = title(entry);
+  image.src = url;
+  open.disabled = false;
+  open.addEventListener("click", () => view(made));
+  const [download, again] = card.querySelectorAll(".actions > *");
+  setDownload(download, made);
+  download.setAttribute("aria-label", `Download ${title(entry)}`);
+  again.setAttribute("aria-label", `Again: ${entry.prompt}, with another seed`);
+  again.addEventListener("click", () => actions.again(entry));
+  card.querySelector(".actions").hidden = false;
+}
+
+function thumbnailOf(made) {
+  if (!made.thumbnail) {
+    const { entry, url } = made;
+    const item = byId("thumbnail").content.firstElementChild.cloneNode(true);
+    item.style.setProperty("--side", `${side(entry.width, THUMBNAIL)}px`);
+    item.style.setProperty("--shape", `${entry.width} / ${entry.height}`);
+    item.classList.toggle("pixels", entry.width <= PIXEL_ART);
+    item.querySelector("img").src = url;
+    item.querySelector("img").alt = title(entry);
+    item.querySelector("button").title = title(entry);
+    item.querySelector("button").addEventListener("click", () => view(made));
+    made.thumbnail = item;
+  }
+  return made.thumbnail;
+}
+
+function view(made) {
+  const { entry, url } = made;
+  viewed = made;
+  const image = byId("viewer-image");
+  image.src = url;
+  image.alt = title(entry);
+  image.style.setProperty("--side", `${side(entry.width, ALONE)}px`);
+  image.style.setProperty("--shape", `${entry.width} / ${entry.height}`);
+  image.classList.toggle("pixels", entry.width <= PIXEL_ART);
+  byId("viewer-title").textContent = entry.prompt;
+  const facts = [
+    ["Avoiding", entry.negative],
+    ["Seed", entry.seed],
+    ["Model", entry.model],
+    ["Size", `${entry.width} × ${entry.height}`],
+    ...Object.entries(NAMES).map(([name, shown]) => [shown, entry.settings[name]]),
+  ];
+  byId("viewer-settings").replaceChildren(
+    ...facts.filter(([, value]) => value !== undefined && value !== null).map(fact),
+  );
+  setDownload(byId("viewer-download"), made);
+  viewer.showModal();
+}
+
+function fact([name, value]) {
+  const pair = document.createElement("div");
+  const [term, description] = [document.createElement("dt"), document.createElement("dd")];
+  term.textContent = name;
+  description.textContent = value;
+  pair.append(term, description);
+  return pair;
+}
+
+function setDownload(link, { entry, url }) {
+  const words = entry.prompt
+    .normalize("NFKC")
+    .toLowerCase()
+    .match(/[\p{L}\p{N}]+/gu) ?? ["image"];
+  link.href = url;
+  link.download = `${words.join("-").slice(0, 60)}-${entry.seed}.png`;
+}
+
+function title(entry) {
+  return `${entry.prompt}, seed ${entry.seed}`;
+}
+
+function side(width, wish) {
+  if (width > PIXEL_ART) return Math.min(width, wish);
+  return Math.max(1, Math.floor(wish / width)) * width;
+}
+
+function bytes(base64) {
+  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+}
+
+byId("viewer-close").addEventListener("click", () => viewer.close());
+viewer.addEventListener("click", (event) => {
+  // What lies around the picture belongs to the dialog itself.
+  if (event.target === viewer) viewer.close();
+});
+byId("viewer-again").addEventListener("click", () => {
+  viewer.close();
+  actions.again(viewed.entry);
+});
+byId("viewer-use").addEventListener("click", () => {
+  viewer.close();
+  actions.use(viewed.entry);
+});
+byId("viewer-remove").addEventListener("click", () => {
+  viewer.close();
+  forget(viewed.entry.id);
+  discard(viewed);
+  pictures = pictures.filter((each) => each !== viewed);
+  arrange();
+  byId("results").focus();
+});
+byId("clear").addEventListener("click", () => {
+  const many = pictures.length === 1 ? "the image" : `all ${pictures.length} images`;
+  if (!confirm(`Remove ${many} from this browser?`)) return;
+  forgetAll();
+  pictures.forEach(discard);
+  pictures = [];
+  arrange();
+  byId("results").focus();
+});

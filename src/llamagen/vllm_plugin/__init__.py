@@ -1,0 +1,27 @@
+"""The transformer on vLLM: its layers, attention, KV cache and scheduler (``llamagen[vllm]``).
+
+vLLM finds the plugin by its entry points and is neither copied nor patched. A request is one
+sequence whose every position carries two streams, with the condition and without it, side by side
+(``model``); what mixes their logits and draws the next code is a logits processor (``processor``).
+
+    export     a folder that vLLM loads
+    prompts    conditions as vLLM's prompts
+    settings   how a request is drawn, as vLLM carries it
+    engine     images by requests, for servers
+    offline    images by batches, for pipelines
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Tells vLLM of the model. vLLM calls this in each of its processes."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+
+    from llamagen.vllm_plugin.hf_config import ARCHITECTURE, LlamaGenConfig
+
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        # By name: the class is imported where it is needed, and not before CUDA is ready.
+        ModelRegistry.register_model(ARCHITECTURE, f"llamagen.vllm_plugin.model:{ARCHITECTURE}")
+    AutoConfig.register(LlamaGenConfig.model_type, LlamaGenConfig, exist_ok=True)

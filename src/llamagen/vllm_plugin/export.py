@@ -1,0 +1,192 @@
+"""Folders that vLLM loads: ``config.json``, ``generation_config.json``, ``model.safetensors``.
+
+The weights are those of the transformer's own folder, under the same names; a folder for this
+machine only links to them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import llamagen.storage as storage
+from llamagen.checkpoints import resolve_pipeline
+from llamagen.checkpoints.load import load_transformer
+from llamagen.checkpoints.sources import Source, folder_kind, locate
+from llamagen.config import Grid, SamplingConfig, TransformerConfig, read_json
+from llamagen.errors import InputError
+from llamagen.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from llamagen.transformer import Transformer
+
+if TYPE_CHECKING:
+    from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+
+GENERATION_NAME = "generation_config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What an engine shall be able to do."""
+
+    guidance: bool = True
+    """Serve requests with guidance. Without it a request costs half as much and has none."""
+    negative_prompts: bool = False
+    """Serve conditions that guidance leads away from, instead of "no class" or "no text". Texts
+    then take more memory per request."""
+    grid: Grid | None = None
+    """Rows and columns of an image; by default those that the model was trained on."""
+    sampling: SamplingConfig | None = None
+    """Settings for requests that say nothing; by default the model's own."""
+
+
+def export_for_vllm(
+    source: Source | Transformer, out: Path | str, options: ExportOptions | None = None
+) -> Path:
+    """Writes a folder that vLLM loads wherever this package is installed beside it.
+
+    An older folder of this kind is replaced once the new one is complete.
+
+    Args:
+        source: a transformer, or whatever a pipeline can be loaded from.
+        out: the folder.
+        options: what the engine shall be able to do.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: a file of the source is missing.
+        InputError: the source is no transformer or damaged, or the folder holds something else.
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    out = Path(out).expanduser()
+    if out.exists() and not is_exported(out) and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is no model folder for vLLM; choose another name")
+    storage.require_writable(out.absolute().parent)
+    with storage.atomic_folder(out) as folder:
+        _fill(source, folder, options or ExportOptions(), link=False)
+    return out
+
+
+@contextmanager
+def temporary_export(
+    source: Source | Transformer, options: ExportOptions | None = None
+) -> Iterator[Path]:
+    """A folder as ``export_for_vllm`` writes, for as long as an engine runs on this machine.
+
+    Weights that lie in a model folder are linked to, not copied. A folder that was exported is
+    yielded itself, if ``options`` are None.
+
+    Raises:
+        FileNotFoundError: a file of the source is missing.
+        InputError: the source is no transformer, or damaged.
+    """
+    if options is None and not isinstance(source, Transformer) and is_exported(Path(source)):
+        yield Path(source)
+        return
+    with TemporaryDirectory(prefix="llamagen-vllm-") as name:
+        folder = Path(name)
+        _fill(source, folder, options or ExportOptions(), link=True)
+        yield folder
+
+
+def is_exported(folder: Path) -> bool:
+    """Whether ``folder`` was written by ``export_for_vllm``."""
+    path = folder / CONFIG_NAME
+    return path.is_file() and read_json(path).get("model_type") == "llamagen"
+
+
+def read_exported(folder: Path | str) -> LlamaGenConfig:
+    """The configuration of an exported folder.
+
+    Raises:
+        InputError: it is none, or damaged.
+    """
+    from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+
+    folder = Path(folder)
+    if not is_exported(folder):
+        raise InputError(
+            f"{folder} is no model folder for vLLM; write one with llamagen export-vllm"
+        )
+    return LlamaGenConfig(**read_json(folder / CONFIG_NAME))
+
+
+def _fill(
+    source: Source | Transformer, folder: Path, options: ExportOptions, *, link: bool
+) -> None:
+    own = options.sampling
+    if not isinstance(source, Transformer):
+        path = Path(source).expanduser()
+        if is_exported(path):
+            exported = read_exported(path)
+            config, sampling = exported.model, own or exported.default_sampling
+            _weights(path / WEIGHTS_NAME, folder, link=link)
+            _describe(folder, config, options, sampling, read_json(path / CONFIG_NAME)["dtype"])
+            return
+        found = resolve_pipeline(source)
+        own = own or found.sampling
+        location = locate(found.transformer, "transformer").path
+        if location.is_dir() and folder_kind(location) == Transformer.kind:
+            config = Transformer.read_config(location)
+            _weights(location / WEIGHTS_NAME, folder, link=link)
+            _describe(folder, config, options, own, _stored_dtype(location / WEIGHTS_NAME))
+            return
+        source = load_transformer(found.transformer)
+    source.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    dtype = str(source.dtype).removeprefix("torch.")
+    _describe(folder, source.config, options, own or SamplingConfig(), dtype)
+
+
+def _weights(path: Path, folder: Path, *, link: bool) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; copy or download the folder again")
+    if link:
+        (folder / WEIGHTS_NAME).symlink_to(path.resolve())
+    else:
+        shutil.copyfile(path, folder / WEIGHTS_NAME)
+
+
+def _stored_dtype(path: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        dtype = file.get_tensor("norm.weight").dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(
+    folder: Path,
+    config: TransformerConfig,
+    options: ExportOptions,
+    sampling: SamplingConfig,
+    dtype: str,
+) -> None:
+    from llamagen.config import config_to_dict
+    from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+
+    if options.grid is not None:
+        config = dataclasses.replace(config, grid=options.grid)
+    described = LlamaGenConfig(
+        transformer=config_to_dict(config),
+        streams=2 if options.guidance else 1,
+        negative_prompts=options.negative_prompts,
+        sampling=config_to_dict(sampling),
+        dtype=dtype,
+    )
+    storage.write_json(folder / CONFIG_NAME, described.to_diff_dict())
+    generation: dict[str, Any] = {
+        "max_new_tokens": config.num_codes,
+        "eos_token_id": described.end_id,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+    if sampling.top_k > 0:
+        generation["top_k"] = sampling.top_k
+    storage.write_json(folder / GENERATION_NAME, generation)

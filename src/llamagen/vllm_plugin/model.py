@@ -1,0 +1,354 @@
+"""The transformer in vLLM's layers, for sequences that carry one or two streams.
+
+Every position holds the hidden states of its streams side by side: the conditional one and, with
+guidance, the unconditional one. To the weights each stream is a row of its own; attention alone
+sees a position as one, with the heads of both streams, so each stream attends to itself and vLLM
+schedules, caches and preempts the two together.
+
+Shapes: T positions of the batch, S streams, D width, H and K query and key-value heads of this
+process, E head dimension, F that of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+
+from llamagen.errors import InputError
+from llamagen.transformer.rope import apply_rope, rope_table
+from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.sequence import IntermediateTensors
+
+_MASKED = 4096.0
+"""Queries times keys of padding, before the scale: far below what exp can tell from zero."""
+
+
+class CodeAttention(nn.Module):
+    """Attention of all streams at once, each to its own positions."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        config: LlamaGenConfig = vllm_config.model_config.hf_config
+        model, processes = config.model, get_tensor_model_parallel_world_size()
+        self.streams = config.streams
+        self.head_dim = model.head_dim
+        self.padding = config.head_dim - model.head_dim
+        self.heads = model.heads // processes
+        self.kv_heads = max(1, model.num_kv_heads // processes)
+        self.qkv_proj = QKVParallelLinear(
+            model.dim,
+            model.head_dim,
+            model.heads,
+            model.num_kv_heads,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            model.dim,
+            model.dim,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.attention = Attention(
+            self.streams * self.heads,
+            config.head_dim,
+            model.head_dim**-0.5,
+            num_kv_heads=self.streams * self.kv_heads,
+            cache_config=vllm_config.cache_config,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.attention",
+        )
+
+    def forward(self, x: Tensor, rope: Tensor, masked: Tensor | None) -> Tensor:
+        """``x`` (T S, D) with ``rope`` (T, E / 2, 2) to (T S, D).
+
+        ``masked`` (T, S, 1) is 1 where a stream's position is padding.
+        """
+        qkv, _ = self.qkv_proj(x)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (T S, H + 2K, E)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        q, k = self._turn(q, rope), self._turn(k, rope)  # (T, S H, E), (T, S K, E)
+        v = v.reshape(-1, self.streams * self.kv_heads, self.head_dim)
+        q, k, v = (F.pad(part, (0, self.padding)) for part in (q, k, v))
+        if masked is not None:
+            # The first of the added dimensions is 1 in queries and, in the keys of padding, so low
+            # that nothing attends to them.
+            q[..., self.head_dim] = 1.0
+            k[..., self.head_dim] = -_MASKED * masked.expand(-1, -1, self.kv_heads).flatten(1)
+        out = self.attention(q.flatten(1), k.flatten(1), v.flatten(1))
+        out = out.view(-1, self.heads, self.head_dim + self.padding)[..., : self.head_dim]
+        out, _ = self.o_proj(out.flatten(1))
+        return out
+
+    def _turn(self, part: Tensor, rope: Tensor) -> Tensor:
+        """(T S, heads, E) to (T, S heads, E), turned by each position's place."""
+        together = part.reshape(-1, self.streams * part.shape[1], self.head_dim)
+        return apply_rope(together.unsqueeze(0), rope)[0]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        model = vllm_config.model_config.hf_config.model
+        self.gate_up_proj = MergedColumnParallelLinear(
+            model.dim,
+            [model.ffn_dim] * 2,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            model.ffn_dim,
+            model.dim,
+            bias=False,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.activation = SiluAndMul()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(T S, D) to the same shape."""
+        hidden, _ = self.gate_up_proj(x)
+        out, _ = self.down_proj(self.activation(hidden))
+        return out
+
+
+class CodeBlock(nn.Module):
+    """Attention, then feed-forward, each behind a norm and around a shortcut."""
+
+    def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
+        super().__init__()
+        model = vllm_config.model_config.hf_config.model
+        self.attention_norm = RMSNorm(model.dim, eps=model.norm_eps)
+        self.attention = CodeAttention(vllm_config, f"{prefix}.attention")
+        self.ffn_norm = RMSNorm(model.dim, eps=model.norm_eps)
+        self.feed_forward = FeedForward(vllm_config, f"{prefix}.feed_forward")
+
+    def forward(
+        self, x: Tensor, shortcut: Tensor, rope: Tensor, masked: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the block before added and what it added to, (T S, D) each; the same of this one."""
+        x, shortcut = self.attention_norm(x, shortcut)
+        x = self.attention(x, rope, masked)
+        x, shortcut = self.ffn_norm(x, shortcut)
+        return self.feed_forward(x), shortcut
+
+
+@support_torch_compile(
+    dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0},
+)
+class CodeStack(nn.Module):
+    """Embedding, blocks and the last norm."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: LlamaGenConfig = vllm_config.model_config.hf_config
+        model = config.model
+        self.streams, self.dim = config.streams, model.dim
+        self.first_code = config.first_code
+        self.ids = config.first_code + model.codebook_size
+        self.masks_padding = config.masks_padding
+        self.embedding = VocabParallelEmbedding(
+            self.ids,
+            model.dim,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.embedding",
+        )
+        self.layers = nn.ModuleList(
+            CodeBlock(vllm_config, f"{prefix}.layers.{layer}") for layer in range(model.layers)
+        )
+        self.norm = RMSNorm(model.dim, eps=model.norm_eps)
+        device = self.embedding.weight.device
+        # Row 0 is for every condition position, row 1 + i for code i.
+        table = rope_table(model.grid, 1, model.head_dim, model.rope_base, device)
+        self.register_buffer("rope", table.clone(), persistent=False)
+        self.rope: Tensor
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Ids (T,) to the embeddings of all streams, (T, S D).
+
+        In the unconditional stream "no class" stands for every label. vLLM does not check the ids
+        of a prompt where it has no tokenizer; an image of one that is none is better than a crash.
+        """
+        ids = ids.clamp(0, self.ids - 1)
+        if self.streams == 2:
+            without = ids.masked_fill(ids < self.first_code, self.first_code - 1)
+            ids = torch.stack([ids, without], dim=-1).flatten()
+        return self.embedding(ids).view(-1, self.streams * self.dim)
+
+    def forward(
+        self, input_ids: Tensor | None, positions: Tensor, inputs_embeds: Tensor | None
+    ) -> Tensor:
+        """Normalised states (T, S D) of ids or embeddings at ``positions`` ((3,) T)."""
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self.embed(input_ids)
+        if positions.ndim == 2:
+            # vLLM has three kinds of positions for models that count themselves; one is enough.
+            positions = positions[0]
+        shortcut = inputs_embeds.reshape(-1, self.dim)
+        rope = self.rope[positions.clamp(0, self.rope.shape[0] - 1)]
+        masked = None
+        if self.masks_padding:
+            # Padding is embedded as zeros; see prompts.
+            padding = (shortcut == 0).all(-1).view(-1, self.streams, 1)
+            masked = padding.to(shortcut.dtype)
+        x = torch.zeros_like(shortcut)
+        for layer in self.layers:
+            x, shortcut = layer(x, shortcut, rope, masked)
+        x, _ = self.norm(x, shortcut)
+        return x.view(-1, self.streams * self.dim)
+
+
+class LlamaGenForImageCodes(nn.Module):
+    """What vLLM is told of: ids or embeddings to hidden states, hidden states to logits."""
+
+    supports_mrope: ClassVar[Literal[True]] = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: LlamaGenConfig = vllm_config.model_config.hf_config
+        self.config = config
+        _refuse_what_does_not_work(vllm_config)
+        self._prefill_has_codes = vllm_config.use_v2_model_runner
+        base = f"{prefix}.model" if prefix else "model"
+        self.model = CodeStack(vllm_config=vllm_config, prefix=base)
+        codes = config.model.codebook_size
+        self.output = ParallelLMHead(
+            codes,
+            config.model.dim,
+            quant_config=vllm_config.quant_config,
+            prefix=f"{prefix}.output" if prefix else "output",
+        )
+        self.logits_processor = LogitsProcessor(codes)
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Ids (T,) to the embeddings of all streams (T, S D)."""
+        return self.model.embed(input_ids)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (T, S D)."""
+        del intermediate_tensors  # of pipeline parallelism, which this model does without
+        return self.model(input_ids, positions, inputs_embeds)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """(N, S D) to (N, I): the logits of the streams side by side, filled up to all ids."""
+        streams, dim = self.config.streams, self.config.model.dim
+        logits = self.logits_processor(self.output, hidden_states.reshape(-1, dim))
+        if logits is None:  # on the processes that do not draw
+            return None
+        logits = logits.reshape(hidden_states.shape[0], streams * logits.shape[-1])
+        missing = self.config.vocab_size - logits.shape[-1]
+        return F.pad(logits, (0, missing), value=-torch.inf) if missing > 0 else logits
+
+    def get_mrope_input_positions(
+        self, input_tokens: list[int], mm_features: list[object]
+    ) -> tuple[Tensor, int]:
+        """Positions of a text prompt, and what comes on top of the place of later codes.
+
+        A condition stands at 0 wherever it stands in the prompt, code i at 1 + i: images do not
+        depend on the prompt's length.
+
+        Args:
+            input_tokens: the prompt. V2 puts the codes of a preempted request behind it; there
+                every position of a text has the id 0.
+            mm_features: always empty.
+
+        Returns:
+            (3, length) positions, three times the same, and their offset from the place.
+        """
+        del mm_features
+        length = len(input_tokens)
+        if self._prefill_has_codes:
+            length = next((i for i, token in enumerate(input_tokens) if token), length)
+        codes = torch.arange(1, len(input_tokens) - length + 1)
+        positions = torch.cat([torch.zeros(length, dtype=codes.dtype), codes])
+        return positions.expand(3, -1), 1 - length
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Takes the weights of a ``Transformer`` by their names; returns those it has filled."""
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        tables: dict[str, Tensor] = {}
+
+        def fill(name: str, tensor: Tensor, part: str | int | None = None) -> None:
+            parameter = parameters[name]
+            load = getattr(parameter, "weight_loader", _copy)
+            load(parameter, tensor, *(() if part is None else (part,)))
+            loaded.add(name)
+
+        for name, tensor in weights:
+            if name.startswith("cls_embedding.cap_proj") or name.endswith("uncond_embedding"):
+                continue  # texts are projected before they come here
+            if name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight"):
+                tables[name] = tensor
+            elif name.endswith("attention.wqkv.weight"):
+                target = f"model.{name.replace('wqkv', 'qkv_proj')}"
+                for part, rows in zip("qkv", tensor.split(self._qkv_sizes()), strict=True):
+                    fill(target, rows, part)
+            elif name.endswith(("feed_forward.w1.weight", "feed_forward.w3.weight")):
+                target = f"model.{name[: -len('w1.weight')]}gate_up_proj.weight"
+                fill(target, tensor, 0 if name.endswith("w1.weight") else 1)
+            elif name == "output.weight":
+                fill(name, tensor)
+            else:
+                renamed = name.replace("attention.wo", "attention.o_proj")
+                fill(
+                    f"model.{renamed.replace('feed_forward.w2', 'feed_forward.down_proj')}", tensor
+                )
+        codes = tables["tok_embeddings.weight"]
+        # A text has no embedding of its own here; its id has a row all the same.
+        front = tables.get(
+            "cls_embedding.embedding_table.weight", codes.new_zeros(1, codes.shape[1])
+        )
+        fill("model.embedding.weight", torch.cat([front, codes]))
+        return loaded
+
+    def _qkv_sizes(self) -> list[int]:
+        model = self.config.model
+        queries, keys = model.heads * model.head_dim, model.num_kv_heads * model.head_dim
+        return [queries, keys, keys]
+
+
+def _refuse_what_does_not_work(vllm_config: VllmConfig) -> None:
+    """Raises InputError for what vLLM would run, but not draw the right codes with."""
+    if vllm_config.speculative_config is not None:
+        raise InputError("speculative decoding does not go with guidance; leave it out")
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise InputError("pipeline parallelism is not supported; use tensor_parallel_size instead")
+
+
+def _copy(parameter: Tensor, tensor: Tensor) -> None:
+    parameter.data.copy_(tensor)

@@ -1,0 +1,173 @@
+"""vLLM's logits processor that mixes the streams and draws the codes.
+
+vLLM 0.32 has two model runners with an interface of their own each: V1 (on CPUs) tells a
+processor of rows that are added, removed and moved; V2 (on GPUs) tells it of slots, and at every
+step which row belongs to which slot. An entry point names one class, so one class serves both.
+
+It is loaded for every model that vLLM serves where this package is installed, and leaves all but
+its own alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+from vllm.v1.sample.logits_processor import LogitsProcessor as RowProcessor
+from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SlotProcessor
+
+from llamagen.config import SamplingConfig
+from llamagen.errors import InputError
+from llamagen.vllm_plugin.drawing import CodeDraw, Request
+from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+from llamagen.vllm_plugin.settings import is_addressed, read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm import SamplingParams
+    from vllm.config import VllmConfig
+
+_log = logging.getLogger(__name__)
+
+
+class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM may be missing
+    """Guidance, temperature, top-k, top-p and the draw, with each request's own settings."""
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """Refuses settings that no model of this kind can be asked for.
+
+        vLLM asks before it takes a request, and for whatever model it serves.
+
+        Raises:
+            InputError: a setting is unknown, or not a value it can have.
+        """
+        if is_addressed(sampling_params.extra_args):
+            read_settings(sampling_params, SamplingConfig())
+
+    def __init__(
+        self, vllm_config: VllmConfig, device_or_slots: Any, is_pin_memory: bool | None = None
+    ) -> None:
+        """Called by V1 with its device, by V2 with its table of slots."""
+        config = vllm_config.model_config.hf_config
+        self._config = config if isinstance(config, LlamaGenConfig) else None
+        self._rows: dict[int, tuple[Request | None, int, list[int]]] = {}
+        """V1: by row, the request, its codes in the prompt and those drawn."""
+        self._slots: dict[int, Request | None] = {}
+        """V2: by slot."""
+        self._prompt_lengths = None if is_pin_memory is not None else device_or_slots.prompt_len
+        if self._config is not None:
+            self._draw = CodeDraw(
+                codebook_size=self._config.model.codebook_size,
+                first_code=self._config.first_code,
+            )
+
+    # V1
+
+    def is_argmax_invariant(self) -> bool:
+        """Whether greedy requests can do without: those of other models."""
+        return self._config is None
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """Follows the rows of the batch."""
+        if batch_update is None or self._config is None:
+            return
+        rows = self._rows
+        for row in batch_update.removed:
+            rows.pop(row, None)
+        for row, params, prompt, drawn in batch_update.added:
+            given = 0 if self._config.is_text or prompt is None else len(prompt) - 1
+            rows[row] = (self._request(params, prompt), given, drawn)
+        for source, target, direction in batch_update.moved:
+            moved, replaced = rows.pop(source, None), rows.pop(target, None)
+            if moved is not None:
+                rows[target] = moved
+            if replaced is not None and direction == MoveDirectionality.SWAP:
+                rows[source] = replaced
+
+    # V2
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Puts a request into a slot."""
+        if self._config is None:
+            return False
+        self._slots[req_idx] = self._request(sampling_params)
+        return True
+
+    # Both
+
+    def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
+        """Logits (rows, ids) of both streams to those that leave each row one id.
+
+        Args:
+            logits: float32; overwritten.
+            ctx: V2's description of the rows; V1 has none.
+        """
+        if self._config is None or logits.shape[0] == 0:
+            return logits
+        if ctx is not None:
+            return self._draw(logits, *self._by_slot(ctx))
+        # Rows that nobody asked for stand in a batch that vLLM makes up to measure memory.
+        rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
+        return self._draw(
+            logits,
+            [request for request, _, _ in rows],
+            [given + len(drawn) for _, given, drawn in rows],
+        )
+
+    def _by_slot(self, ctx: Any) -> tuple[list[Request | None], list[int]]:
+        """Requests and code indices of a batch of V2."""
+        assert self._config is not None
+        assert self._prompt_lengths is not None
+        slots = ctx.idx_mapping_np.tolist()
+        seen = ctx.seq_lens_upper_bound_np[: len(slots)].tolist()
+        # In front of the codes stands a label, or a text that is the whole prompt.
+        in_front = [
+            int(self._prompt_lengths.np[slot]) if self._config.is_text else 1 for slot in slots
+        ]
+        # Where only a part of a prompt has been read, the draw is thrown away.
+        indices = [max(0, end - start) for end, start in zip(seen, in_front, strict=True)]
+        return [self._slots.get(slot) for slot in slots], indices
+
+    def _request(
+        self, params: SamplingParams, prompt: Sequence[int] | None = None
+    ) -> Request | None:
+        """What a request asks for; None, and a line in the log, if it cannot be served.
+
+        By now vLLM has taken it: an exception would end the engine.
+        """
+        config = self._config
+        assert config is not None
+        try:
+            sampling, seed = read_settings(params, config.default_sampling)
+            if sampling.guided and config.streams == 1:
+                raise InputError(
+                    f"guidance_scale is {sampling.guidance_scale}, but this engine runs without "
+                    f"guidance; export the model with guidance"
+                )
+            if prompt is not None:
+                _check_prompt(config, prompt)
+        except InputError as error:
+            _log.error("a request ends without codes: %s", error)
+            return None
+        return Request.of(sampling, seed, config.model.num_codes)
+
+
+def _check_prompt(config: LlamaGenConfig, prompt: Sequence[int]) -> None:
+    """Refuses ids that are no label with codes behind it."""
+    if config.is_text:
+        raise InputError("the prompt is made of ids, but this model takes prompt_embeds")
+    label, codes = prompt[0], prompt[1:]
+    if label > config.end_id:
+        raise InputError(
+            f"the prompt begins with {label}, expected a label from 0 to {config.end_id - 1}"
+        )
+    last = config.first_code + config.model.codebook_size - 1
+    for code in codes:
+        if not config.first_code <= code <= last:
+            raise InputError(
+                f"the prompt has {code} behind its label, expected codes from {config.first_code} "
+                f"to {last}"
+            )

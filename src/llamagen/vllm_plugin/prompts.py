@@ -1,0 +1,115 @@
+"""Conditions as prompts of vLLM.
+
+A label is the id of a token. Everything else (a text, or a class that guidance leads away from)
+goes in as embeddings of both streams, which are made here from the few weights that they need.
+
+Shapes: C positions of a condition, D width of the transformer, S streams.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from llamagen.errors import InputError
+from llamagen.pretrained import WEIGHTS_NAME
+from llamagen.transformer import ClassCondition, TextCondition
+from llamagen.vllm_plugin.export import read_exported
+
+
+class Prompts:
+    """Makes the prompts of one exported model."""
+
+    def __init__(self, folder: Path | str, dtype: torch.dtype) -> None:
+        """Reads the weights of the condition.
+
+        Args:
+            folder: the exported model.
+            dtype: the engine's precision.
+
+        Raises:
+            InputError: ``folder`` is no model for vLLM.
+        """
+        self.config = read_exported(folder)
+        kind = TextCondition if self.config.is_text else ClassCondition
+        with torch.device("meta"):
+            self._condition: TextCondition | ClassCondition = kind(self.config.model)
+        prefix = "cls_embedding."
+        with safe_open(Path(folder) / WEIGHTS_NAME, framework="pt") as file:
+            weights = {
+                name.removeprefix(prefix): file.get_tensor(name).to(dtype)
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith(prefix)
+            }
+        self._condition.load_state_dict(weights, assign=True)
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether any prompt is more than a label."""
+        config = self.config
+        return config.is_text or (config.negative_prompts and config.streams == 2)
+
+    @torch.inference_mode()
+    def of(self, condition: Tensor, unconditional: Tensor | None = None) -> dict[str, Any]:
+        """The prompt of one image.
+
+        Args:
+            condition: a label () or text features (C, text_dim) without padding.
+            unconditional: likewise, what guidance leads away from; by default the model's own "no
+                class" or "no text".
+
+        Raises:
+            InputError: the condition does not fit the model, or the engine takes no other one for
+                the unconditional stream.
+        """
+        self._check(condition)
+        if unconditional is not None:
+            self._check(unconditional)
+            # Without guidance nothing leads away from it.
+            if self.config.streams == 1:
+                unconditional = None
+            elif not self.config.negative_prompts:
+                raise InputError(
+                    "this engine takes no negative prompts; start it (or export its model) with "
+                    "negative_prompts"
+                )
+        if self.config.is_text:
+            return {"prompt_embeds": self._text(condition, unconditional)}
+        if unconditional is None or int(unconditional) == self.config.end_id:
+            return {"prompt_token_ids": [int(condition)]}
+        pair = self._condition(torch.stack([condition, unconditional]).cpu())  # (2, 1, D)
+        return {"prompt_embeds": pair.view(1, -1)}
+
+    def _text(self, features: Tensor, unconditional: Tensor | None) -> Tensor:
+        """(C, S D), embeddings of one or two texts."""
+        own = features.cpu().unsqueeze(0)
+        embedded = self._condition(own)[0]
+        if self.config.streams == 1:
+            return embedded
+        if unconditional is None:
+            other = self._condition(self._condition.unconditional(own))[0]
+        else:
+            other = self._condition(unconditional.cpu().unsqueeze(0))[0]
+        length = max(len(embedded), len(other))
+        return torch.cat([_in_front(embedded, length), _in_front(other, length)], dim=-1)
+
+    def _check(self, condition: Tensor) -> None:
+        """Refuses what is not a condition of one image."""
+        wanted = 2 if self.config.is_text else 0
+        if condition.ndim != wanted:
+            what = "text features (length, width)" if wanted else "one label"
+            raise InputError(
+                f"the condition has shape {tuple(condition.shape)}, expected {what} of one image"
+            )
+        self._condition.check(condition.unsqueeze(0))
+        if wanted and condition.shape[0] == 0:
+            raise InputError("the text features are empty; give at least one")
+
+
+def _in_front(embedded: Tensor, length: int) -> Tensor:
+    """(C, D) filled up to (length, D): the padding that the model knows by its zeros."""
+    return torch.cat([embedded.new_zeros(length - len(embedded), embedded.shape[1]), embedded])
