@@ -76,7 +76,7 @@ async def one(model: ServedModel, prompt: str, seed: int) -> tuple[float, float,
     settings = mixed(seed)
     job = await model.job(prompt, None, images=1, seed=seed, settings=settings)
     first = None
-    async for update in model.updates(job, every_row=True):
+    async for update in model.updates(job):
         first = first or time.perf_counter()
         codes = update.codes
     await model.image(codes)

@@ -104,7 +104,9 @@ def test_formats_and_urls(server, client, kind, name):
     file = httpx.get(url)
     assert file.headers["content-type"] == f"image/{kind}"
     assert Image.open(io.BytesIO(file.content)).format == name
-    assert httpx.get(f"{server.url}/v1/files/nobody-can-guess.png").status_code == 404
+    missing = httpx.get(f"{server.url}/v1/files/nobody-can-guess.png")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "not_found"
 
 
 def test_stream(client, pipelines):
@@ -152,7 +154,9 @@ def test_models(client, server):
     assert card["classes"][2] == "red fox"
     assert card["size"] == "16x16"
     assert card["settings"]["guidance_scale"] == 4.0
-    assert httpx.get(f"{server.url}/v1/models/..%2f..%2fetc").status_code == 404
+    missing = httpx.get(f"{server.url}/v1/models/..%2f..%2fetc")
+    assert missing.status_code == 404
+    assert missing.json()["error"]["code"] == "model_not_found"
 
 
 def test_probes_and_metrics(server, client):

@@ -59,6 +59,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class _NoModelError(HTTPException):
+    pass
+
+
 class _Served:
     """What the endpoints share."""
 
@@ -71,11 +75,11 @@ class _Served:
         self.files = FileStore(lifetime=settings.file_lifetime, memory=settings.file_memory)
 
     def model(self, name: str | None) -> ServedModel:
-        """Raises HTTPException if there is no such model."""
+        """Raises an HTTPException of status 404 if there is no such model."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
-            raise HTTPException(404, f"there is no model {name!r}; choose one of /v1/models")
+            raise _NoModelError(404, f"there is no model {name!r}; choose one of /v1/models")
         return self.models[name]
 
 
@@ -262,7 +266,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(StarletteHTTPException)
     async def http_error(_: Request, error: StarletteHTTPException) -> JSONResponse:
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        code = "model_not_found" if error.status_code == 404 else None
+        code = "not_found" if error.status_code == 404 else None
+        if isinstance(error, _NoModelError):
+            code = "model_not_found"
         body = error_body(str(error.detail), kind, code=code)
         return JSONResponse(body, error.status_code, headers=error.headers)
 
@@ -304,7 +310,7 @@ async def _all_images(
     first = True
     async with (
         asyncio.timeout(timeout),
-        contextlib.aclosing(model.updates(job, every_row=True)) as updates,
+        contextlib.aclosing(model.updates(job)) as updates,
     ):
         async for update in updates:
             if first:
@@ -397,7 +403,7 @@ async def _events(
     try:
         async with (
             asyncio.timeout(served.settings.timeout),
-            contextlib.aclosing(model.updates(job, every_row=True)) as updates,
+            contextlib.aclosing(model.updates(job)) as updates,
         ):
             async for update in updates:
                 if first:

@@ -164,17 +164,12 @@ class ServedModel:
         self._count(images)
         return Reservation(self, images)
 
-    async def updates(self, job: Job, *, every_row: bool) -> AsyncGenerator[Update, None]:
-        """Draws a job's images side by side.
-
-        Args:
-            job: what to draw.
-            every_row: tell of every finished row, not only of finished images.
-        """
+    async def updates(self, job: Job) -> AsyncGenerator[Update, None]:
+        """Draws a job's images side by side; tells of every finished row."""
         news: asyncio.Queue[Update | BaseException] = asyncio.Queue()
         request: Hashable = object()
         tasks = [
-            asyncio.create_task(self._draw_one(job, index, request, every_row, news))
+            asyncio.create_task(self._draw_one(job, index, request, news))
             for index in range(len(job.seeds))
         ]
         try:
@@ -220,10 +215,9 @@ class ServedModel:
         job: Job,
         index: int,
         request: Hashable,
-        every_row: bool,
         news: asyncio.Queue[Update | BaseException],
     ) -> None:
-        rows, columns = self.grid
+        columns = self.grid[1]
         counted, waiting = 0, self._metrics.waiting.labels(self.name)
         waiting.inc()
         try:
@@ -240,9 +234,7 @@ class ServedModel:
                         waiting.dec()
                     self._metrics.codes.labels(self.name).inc(len(codes) - counted)
                     counted = len(codes)
-                    done = counted // columns
-                    if every_row or done == rows:
-                        news.put_nowait(Update(index, done, codes))
+                    news.put_nowait(Update(index, counted // columns, codes))
         except Exception as error:  # noqa: BLE001
             news.put_nowait(error)
         finally:
