@@ -1,4 +1,4 @@
-"""The one exception that means "what you gave me cannot be used"."""
+"""The exception that means "what you gave me cannot be used", and one kind of it."""
 
 
 class InputError(ValueError):
@@ -7,4 +7,11 @@ class InputError(ValueError):
     The message is one line that names the input, the reason and the remedy. The command line
     prints it without a traceback and exits with status 2; every other exception is a bug or a
     fault of the machine.
+    """
+
+
+class NotFiniteError(InputError):
+    """A transformer's logits are infinite or no numbers: its precision or its weights are to blame.
+
+    Whoever chose neither, as a server's client, has done nothing wrong.
     """

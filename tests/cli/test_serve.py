@@ -90,6 +90,7 @@ def test_several_models_names_and_a_key(folders, tmp_path):
         (["--model", "a=x", "a=y"], "two models are called a"),
         (["--model", "emoji", "--max-queue", "0"], "--max-queue is 0"),
         (["--model", "emoji", "--api-key-file", "missing.txt"], "missing.txt"),
+        (["--model", "emoji", "--data-parallel-size", "2"], "--data-parallel-size goes with"),
     ],
 )
 def test_bad_input(arguments, says, tmp_path):

@@ -1,9 +1,11 @@
 """The HTTP API with real clients: OpenAI's own, and plain HTTP for what that would never send."""
 
+import asyncio
 import base64
 import concurrent.futures
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -11,6 +13,7 @@ import time
 import httpx
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from llamagen.pictures import METADATA_KEY
@@ -154,6 +157,7 @@ def test_models(client, server):
     assert card["classes"][2] == "red fox"
     assert card["size"] == "16x16"
     assert card["settings"]["guidance_scale"] == 4.0
+    assert card["max_images"] == 10
     missing = httpx.get(f"{server.url}/v1/models/..%2f..%2fetc")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"
@@ -167,7 +171,8 @@ def test_probes_and_metrics(server, client):
     assert 'llamagen_requests_total{model="classes",status="200"}' in text
     assert 'llamagen_images_in_flight{model="classes"} 0.0' in text
     assert 'llamagen_images_waiting{model="classes"} 0.0' in text
-    assert "llamagen_request_seconds_bucket" in text
+    for histogram in ("llamagen_first_row_seconds", "llamagen_request_seconds"):
+        assert float(re.search(rf'{histogram}_count{{model="classes"}} (.*)', text)[1]) > 0
     schema = httpx.get(f"{server.url}/openapi.json").json()
     assert "422" not in schema["paths"]["/v1/images/generations"]["post"]["responses"]
 
@@ -327,6 +332,26 @@ def test_a_fault_of_the_decoder(pipelines):
         assert post(server, {"prompt": "dog"}).status_code == 500
         decoder._decode = decode
         assert post(server, {"prompt": "dog"}).status_code == 200
+
+
+def test_weights_that_are_not_finite_are_no_fault_of_the_client():
+    pipe = tiny_pipeline()
+    with torch.no_grad():
+        pipe.transformer.cls_embedding.embedding_table.weight[0] = torch.nan
+    with running({"classes": pipe}) as server:
+        answer = post(server, {"prompt": "0"})
+        assert answer.status_code == 500
+        assert answer.json()["error"]["message"] == "the images could not be drawn"
+        assert post(server, {"prompt": "1"}).status_code == 200
+
+
+def test_an_engine_that_has_ended(pipelines):
+    with running({"classes": pipelines["classes"]}) as server:
+        asyncio.run(server.models["classes"].engine.close())
+        for probe in ("health", "ready"):
+            answer = httpx.get(f"{server.url}/{probe}")
+            assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
+        assert post(server, {"prompt": "dog"}).status_code == 500
 
 
 def test_a_request_that_takes_too_long(pipelines):

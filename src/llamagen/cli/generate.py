@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions
+from llamagen.cli.options import DeviceOptions, EngineOptions
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _STEM_LENGTH = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DeviceOptions):
+class Options(EngineOptions, DeviceOptions):
     """Options of ``llamagen generate``."""
 
     model: str | None = None
@@ -74,12 +74,6 @@ class Options(DeviceOptions):
     """Images per row of the sheet."""
     batch_size: int | None = None
     """Images drawn at once. Default: as many as fit into memory."""
-    engine: Literal["native", "vllm"] = "native"
-    """What draws the codes: this package, or vLLM (extra vllm)."""
-    tensor_parallel_size: int = 1
-    """GPUs that share the model, with vLLM."""
-    data_parallel_size: int = 1
-    """Copies of the model, with vLLM."""
 
 
 def run(options: Options) -> None:
@@ -117,25 +111,17 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
 
 
 def _engine_options(options: Options) -> dict[str, Any] | None:
-    """What vLLM is started with."""
-    if options.engine == "native":
-        if (options.tensor_parallel_size, options.data_parallel_size) != (1, 1):
-            raise InputError(
-                "--tensor-parallel-size and --data-parallel-size go with --engine vllm"
-            )
+    """What vLLM is started with, if it is."""
+    found = options.vllm_options()
+    if found is None:
         return None
     from llamagen.vllm_plugin.export import ExportOptions
-    from llamagen.vllm_plugin.library import keep_vllm_quiet
 
-    keep_vllm_quiet()
-    return {
-        "tensor_parallel_size": options.tensor_parallel_size,
-        "data_parallel_size": options.data_parallel_size,
-        "export": ExportOptions(
-            guidance=options.guidance_scale != 1,
-            negative_prompts=options.negative_prompt is not None or options.like is not None,
-        ),
-    }
+    export = ExportOptions(
+        guidance=options.guidance_scale != 1,
+        negative_prompts=options.negative_prompt is not None or options.like is not None,
+    )
+    return {**found, "export": export}
 
 
 def _draw_file(options: Options, path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from llamagen.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -31,3 +33,39 @@ class DeviceOptions:
 
         device = find_device(self.device)
         return device, find_dtype(self.dtype, device)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What draws the codes."""
+
+    engine: Literal["native", "vllm"] = "native"
+    """What draws the codes: this package, or vLLM (extra vllm)."""
+    tensor_parallel_size: int = 1
+    """GPUs that share the model, with vLLM."""
+    data_parallel_size: int = 1
+    """Copies of the model, with vLLM."""
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory that vLLM takes for a model; default vLLM's own, 0.9. Text encoder
+    and image tokenizer need some too."""
+
+    def vllm_options(self) -> dict[str, Any] | None:
+        """What vLLM is started with, once it is told to be quiet; None for our own engine.
+
+        Raises:
+            InputError: our own engine was given options of vLLM's.
+        """
+        given: dict[str, Any] = {
+            field.name: value
+            for field in dataclasses.fields(EngineOptions)
+            if field.name != "engine" and (value := getattr(self, field.name)) != field.default
+        }
+        if self.engine == "vllm":
+            from llamagen.vllm_plugin.library import keep_vllm_quiet
+
+            keep_vllm_quiet()
+            return given
+        if given:
+            flag = next(iter(given)).replace("_", "-")
+            raise InputError(f"--{flag} goes with --engine vllm")
+        return None

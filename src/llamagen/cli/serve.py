@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions
+from llamagen.cli.options import DeviceOptions, EngineOptions
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+    from llamagen.pipeline import Pipeline
+    from llamagen.serving.engine import CodeEngine
     from llamagen.serving.metrics import ServerMetrics
-    from llamagen.serving.models import ServedModel
 
 _KEY_VARIABLE = "LLAMAGEN_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DeviceOptions):
+class Options(EngineOptions, DeviceOptions):
     """Options of ``llamagen serve``."""
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(name="model", aliases=["-m"])]
@@ -35,7 +36,7 @@ class Options(DeviceOptions):
     ui: bool = False
     """Also serve a page to try the models, at /."""
     batch_size: int | None = None
-    """Images drawn at once. Default: as many as fit into memory."""
+    """Images drawn at once. Default: as many as fit into memory; with vLLM what it finds right."""
     max_queue: int = 64
     """Images that may wait beside those that are drawn; more are answered with 429."""
     max_images: int = 10
@@ -58,8 +59,10 @@ def run(options: Options) -> None:
     _require_serving()
     sources = _sources(options)
     key = _api_key(options)
+    vllm_options = options.vllm_options()
     from llamagen.serving.api import create_app
     from llamagen.serving.metrics import ServerMetrics
+    from llamagen.serving.models import ServedModel
     from llamagen.serving.server import serve
     from llamagen.serving.settings import ServerSettings
 
@@ -76,9 +79,15 @@ def run(options: Options) -> None:
     )
     device, dtype = options.resolve()
     metrics = ServerMetrics()
-    models = [
-        _load(name, source, options, device, dtype, metrics) for name, source in sources.items()
-    ]
+    models = []
+    for name, source in sources.items():
+        pipeline = _load(source, options, device, dtype)
+        if vllm_options is None:
+            engine = _native_engine(name, pipeline, options, metrics)
+        else:
+            engine = _vllm_engine(source, pipeline, options, vllm_options)
+        in_flight = engine.max_images + options.max_queue
+        models.append(ServedModel(name, pipeline, engine, metrics=metrics, max_in_flight=in_flight))
     app = create_app(models, metrics=metrics, settings=settings)
     serve(app, host=options.host, port=options.port, drain_timeout=options.drain_timeout)
 
@@ -106,34 +115,46 @@ def _api_key(options: Options) -> str | None:
     return key or None
 
 
-def _load(
-    name: str,
-    source: str,
-    options: Options,
-    device: torch.device,
-    dtype: torch.dtype,
-    metrics: ServerMetrics,
-) -> ServedModel:
+def _load(source: str, options: Options, device: torch.device, dtype: torch.dtype) -> Pipeline:
     from llamagen.pipeline import Pipeline
-    from llamagen.serving.engine import NativeEngine
-    from llamagen.serving.models import ServedModel
 
     pipeline = Pipeline.from_pretrained(
-        source, text_encoder=options.text_encoder, device=device, dtype=dtype
+        source,
+        text_encoder=options.text_encoder,
+        device=device,
+        dtype=dtype,
+        engine=options.engine,
     )
     # Loaded now: the first request shall not wait for it, nor find that it cannot be loaded.
     _ = pipeline.text_encoder
+    return pipeline
+
+
+def _native_engine(
+    name: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
+) -> CodeEngine:
+    from llamagen.serving.engine import NativeEngine
 
     def observe(images: int, _: int, seconds: float) -> None:
         metrics.stepped(name, images, seconds)
 
-    engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
-    return ServedModel(
-        name,
-        pipeline,
-        engine,
-        metrics=metrics,
-        max_in_flight=engine.max_images + options.max_queue,
+    return NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
+
+
+def _vllm_engine(
+    source: str, pipeline: Pipeline, options: Options, vllm_options: dict[str, Any]
+) -> CodeEngine:
+    from llamagen.vllm_plugin.engine import VllmEngine
+    from llamagen.vllm_plugin.export import ExportOptions
+
+    if options.batch_size is not None:
+        vllm_options = {**vllm_options, "max_num_seqs": options.batch_size}
+    # The file, not the transformer: its weights are then linked to, and not written once more.
+    return VllmEngine(
+        source,
+        export=ExportOptions(negative_prompts=True),
+        dtype=pipeline.dtype,
+        **vllm_options,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError
+from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation.filters import guide, next_codes
 from llamagen.generation.seeds import uniform_draws
 from llamagen.transformer import KVCache, Transformer
@@ -57,8 +57,8 @@ def generate_codes(
         (B, rows, columns) int64 codes on the model's device.
 
     Raises:
-        InputError: condition, seeds or settings do not fit the model or each other, or the
-            model's logits are not finite.
+        InputError: condition, seeds or settings do not fit the model or each other.
+        NotFiniteError: the model's logits are not finite.
     """
     sampling = sampling or SamplingConfig()
     rows, columns = grid or model.config.grid
@@ -97,7 +97,7 @@ def generate_codes(
             logits = _decode_one(model, drawn, cache)
     # Looked at once, at the end: a look at every step would wait for the device at every step.
     if not bool(finite):
-        raise InputError(
+        raise NotFiniteError(
             f"the transformer's logits are not finite in {model.dtype}; "
             f"use bfloat16 or float32, or check the weights"
         )

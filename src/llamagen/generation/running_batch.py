@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
+from llamagen.errors import NotFiniteError
 from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
 from llamagen.generation.seeds import check_seed, uniform_draws
 from llamagen.transformer import SlotCache, Transformer
@@ -49,9 +49,9 @@ class Drawing:
         return self.sampling.guided and (stop is None or self.drawn < stop)
 
     def check(self) -> None:
-        """Raises InputError if the model's logits were not finite. Waits for the device."""
+        """Raises NotFiniteError if the model's logits were not finite. Waits for the device."""
         if self.finite is not None and not bool(self.finite):
-            raise InputError(
+            raise NotFiniteError(
                 "the transformer's logits are not finite; use bfloat16 or float32, or check the "
                 "weights"
             )

@@ -166,21 +166,19 @@ def _add_image_routes(app: FastAPI, served: _Served) -> None:
         rows are finished, ``image_generation.completed`` for each image.
         """
         model = served.model(body.model)
-        begun = time.perf_counter()
         status = 500
         try:
             job = await _job(model, body, served.settings)
-            room = model.reserve(len(job.seeds))
+            room = model.reserve(job)
             if body.stream:
                 status = 200
-                return _EventStream(_events(model, job, body, room, served, begun), room)
+                return _EventStream(_events(model, job, body, room, served.settings.timeout), room)
             with room:
                 images = await _unless_gone(
-                    request, _all_images(model, job, served.settings.timeout, served, begun)
+                    request, _all_images(model, job, served.settings.timeout)
                 )
                 room.made = True
             status = 200
-            served.metrics.total.labels(model.name).observe(time.perf_counter() - begun)
             files = await asyncio.to_thread(_files, model, job, body, images)
             return _response(model, job, body, files, request, served)
         except (InputError, HTTPException) as error:
@@ -217,16 +215,18 @@ def _add_other_routes(app: FastAPI, served: _Served) -> None:
     @app.get("/v1/models", tags=["models"])
     async def models() -> ModelList:
         """The models that are served; no other can be asked for."""
-        return ModelList(data=[_card(model) for model in served.models.values()])
+        return ModelList(data=[_card(model, served.settings) for model in served.models.values()])
 
     @app.get("/v1/models/{name:path}", responses={404: _ERRORS[404]}, tags=["models"])
     async def model(name: str) -> ModelCard:
         """One of them."""
-        return _card(served.model(name))
+        return _card(served.model(name), served.settings)
 
-    @app.get("/health", tags=["server"])
-    async def health() -> Health:
-        """Whether the process answers at all."""
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}}, tags=["server"])
+    async def health() -> Any:
+        """Whether the process answers, and its engines can draw; if not, it must start anew."""
+        if not all(model.engine.alive for model in served.models.values()):
+            return JSONResponse({"status": "failed"}, 503)
         return Health(status="ok")
 
     @app.get("/ready", response_model=Health, responses={503: {"model": Health}}, tags=["server"])
@@ -234,6 +234,8 @@ def _add_other_routes(app: FastAPI, served: _Served) -> None:
         """Whether requests should be sent here; not while the server is about to end."""
         if app.state.gate.draining:
             return JSONResponse({"status": "draining"}, 503)
+        if not all(model.engine.alive for model in served.models.values()):
+            return JSONResponse({"status": "failed"}, 503)
         return Health(status="ok")
 
     @app.get("/metrics", response_class=Response, tags=["server"])
@@ -302,20 +304,14 @@ async def _job(model: ServedModel, body: ImageRequest, settings: ServerSettings)
     )
 
 
-async def _all_images(
-    model: ServedModel, job: Job, timeout: float, served: _Served, begun: float
-) -> list[Image.Image]:
+async def _all_images(model: ServedModel, job: Job, timeout: float) -> list[Image.Image]:
     """All images of a job, in order; each is decoded as soon as it is drawn."""
     decoding: dict[int, asyncio.Task[Image.Image]] = {}
-    first = True
     async with (
         asyncio.timeout(timeout),
         contextlib.aclosing(model.updates(job)) as updates,
     ):
         async for update in updates:
-            if first:
-                served.metrics.wait.labels(model.name).observe(time.perf_counter() - begun)
-                first = False
             if update.rows == model.grid[0]:
                 decoding[update.index] = asyncio.create_task(model.image(update.codes))
         return [await decoding[index] for index in range(len(job.seeds))]
@@ -393,26 +389,20 @@ async def _events(
     job: Job,
     body: ImageRequest,
     room: Reservation,
-    served: _Served,
-    begun: float,
+    timeout: float,
 ) -> AsyncIterator[str]:
     """The events of a stream; also an error after the stream has begun is one."""
     wanted = _partial_rows(model.grid[0], body.partial_images or 0)
     shown = [0] * len(job.seeds)
-    first = True
     try:
         async with (
-            asyncio.timeout(served.settings.timeout),
+            asyncio.timeout(timeout),
             contextlib.aclosing(model.updates(job)) as updates,
         ):
             async for update in updates:
-                if first:
-                    served.metrics.wait.labels(model.name).observe(time.perf_counter() - begun)
-                    first = False
                 if update.rows in wanted or update.rows == model.grid[0]:
                     yield await _event(model, job, body, update, shown)
         room.made = True
-        served.metrics.total.labels(model.name).observe(time.perf_counter() - begun)
     # The status was sent long ago: the client is told in the stream.
     except Exception as error:  # noqa: BLE001
         _log.exception("a stream failed")
@@ -476,7 +466,7 @@ def _usage(model: ServedModel, job: Job, images: int) -> Usage:
     )
 
 
-def _card(model: ServedModel) -> ModelCard:
+def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
     pipeline = model.pipeline
     sampling = pipeline.sampling
     return ModelCard(
@@ -487,6 +477,7 @@ def _card(model: ServedModel) -> ModelCard:
         rows=model.grid[0],
         columns=model.grid[1],
         codes=pipeline.transformer.config.codebook_size,
+        max_images=min(settings.max_images, model.max_in_flight),
         classes=None if pipeline.labels is None else list(pipeline.labels.names),
         settings={name: getattr(sampling, name) for name in _SETTINGS},
     )

@@ -19,7 +19,7 @@ from typing import Protocol
 from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError
+from llamagen.errors import NotFiniteError
 from llamagen.generation.memory import sampling_batch_size
 from llamagen.generation.running_batch import Drawing, RunningBatch
 from llamagen.transformer import Transformer
@@ -36,6 +36,13 @@ class CodeEngine(Protocol):
 
     grid: Grid
     """Rows and columns of an image's codes."""
+    max_images: int
+    """Images drawn at once; more wait."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it will draw anything again; no engine comes back to life."""
+        ...
 
     def draw(
         self,
@@ -62,6 +69,7 @@ class CodeEngine(Protocol):
         Raises:
             EngineError: the engine failed; it goes on with what comes next.
             InputError: the condition or seed is none that the model can take.
+            NotFiniteError: the model's logits are not finite.
         """
         ...
 
@@ -116,6 +124,11 @@ class NativeEngine:
         self._batch = RunningBatch(model, self.max_images)
         self._thread = threading.Thread(target=self._run, name="llamagen-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """As ``CodeEngine.alive`` says."""
+        return self._thread.is_alive()
 
     async def draw(
         self,
@@ -216,9 +229,9 @@ class NativeEngine:
             del self._running[drawing]
 
     def _fail_all(self, admitted: list[_Ticket], error: Exception) -> None:
-        failure = EngineError("the image could not be drawn")
-        failure.__cause__ = error
         for ticket in {*admitted, *self._running.values()}:
+            failure = EngineError("the image could not be drawn")
+            failure.__cause__ = error
             _send(ticket, failure)
         self._running = {}
         self._batch.clear()
@@ -237,8 +250,8 @@ def _news(drawing: Drawing, *, done: bool) -> list[int] | Exception:
     if done:
         try:
             drawing.check()
-        except InputError as error:
-            return EngineError(str(error))
+        except NotFiniteError as error:
+            return error
     return drawing.codes[: drawing.drawn].tolist()
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from llamagen.conditions import Conditions
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
+from llamagen.errors import InputError, NotFiniteError
 from llamagen.pipeline import Pipeline
 from llamagen.serving.decoding import ImageDecoder
-from llamagen.serving.engine import CodeEngine
+from llamagen.serving.engine import CodeEngine, EngineError
 from llamagen.serving.metrics import ServerMetrics
 
 _SEEDS = 2**31
@@ -46,6 +46,8 @@ class Job:
     sampling: SamplingConfig
     described: dict[str, Any]
     """What the images' metadata say of the prompt."""
+    begun: float
+    """When it was asked for (``time.perf_counter``)."""
 
     @property
     def input_tokens(self) -> int:
@@ -91,7 +93,8 @@ class ServedModel:
         self.decoder = ImageDecoder(pipeline.decode, engine.grid)
         self.created = int(time.time())
         self._metrics = metrics
-        self._max_in_flight = max_in_flight
+        self.max_in_flight = max_in_flight
+        """Images accepted and not yet made, at most."""
         self._in_flight = 0
         self._seconds_per_image = 1.0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="llamagen-reader")
@@ -129,6 +132,7 @@ class ServedModel:
         Raises:
             InputError: the prompt or a setting is none that the model can take.
         """
+        begun = time.perf_counter()
         sampling = dataclasses.replace(self.pipeline.sampling, **settings)
         first = secrets.randbelow(_SEEDS) if seed is None else seed
         loop = asyncio.get_running_loop()
@@ -143,26 +147,29 @@ class ServedModel:
             seeds=tuple(range(first, first + images)),
             sampling=sampling,
             described=read.described[0],
+            begun=begun,
         )
 
-    def reserve(self, images: int) -> Reservation:
-        """Room for some images, until it is released.
+    def reserve(self, job: Job) -> Reservation:
+        """Room for a job's images, until it is released.
 
         Raises:
-            QueueFullError: there is none.
+            InputError: there never is any for so many.
+            QueueFullError: there is none now.
         """
-        if images > self._max_in_flight:
+        images = len(job.seeds)
+        if images > self.max_in_flight:
             raise InputError(
-                f"n is {images}, but this server takes {self._max_in_flight} images at once"
+                f"n is {images}, but this server takes {self.max_in_flight} images at once"
             )
-        if self._in_flight + images > self._max_in_flight:
+        if self._in_flight + images > self.max_in_flight:
             wait = max(1, min(60, round(self._seconds_per_image * images)))
             raise QueueFullError(
                 f"{self._in_flight} images are being drawn or wait already; try again later",
                 retry_after=wait,
             )
         self._count(images)
-        return Reservation(self, images)
+        return Reservation(self, job)
 
     async def updates(self, job: Job) -> AsyncGenerator[Update, None]:
         """Draws a job's images side by side; tells of every finished row."""
@@ -173,11 +180,14 @@ class ServedModel:
             for index in range(len(job.seeds))
         ]
         try:
-            left = len(tasks)
+            left, first = len(tasks), True
             while left:
                 update = await news.get()
                 if isinstance(update, BaseException):
                     raise update
+                if first:
+                    self._metrics.wait.labels(self.name).observe(time.perf_counter() - job.begun)
+                    first = False
                 left -= update.rows == self.grid[0]
                 yield update
         finally:
@@ -236,7 +246,14 @@ class ServedModel:
                     counted = len(codes)
                     news.put_nowait(Update(index, counted // columns, codes))
         except Exception as error:  # noqa: BLE001
-            news.put_nowait(error)
+            if isinstance(error, InputError) and not isinstance(error, NotFiniteError):
+                news.put_nowait(error)
+            else:
+                # The client, whose input is fine, is told no more than that. The error may be
+                # that of other images too: raised anew each time, its traceback would grow.
+                failure = EngineError("the image could not be drawn")
+                failure.__cause__ = error
+                news.put_nowait(failure)
         finally:
             if counted == 0:
                 waiting.dec()
@@ -245,20 +262,22 @@ class ServedModel:
         self._in_flight += images
         self._metrics.in_flight.labels(self.name).set(self._in_flight)
 
-    def _release(self, images: int, seconds: float | None) -> None:
+    def _release(self, job: Job, *, made: bool) -> None:
+        images = len(job.seeds)
         self._count(-images)
-        if seconds is not None:
+        if made:
+            seconds = time.perf_counter() - job.begun
             self._metrics.images.labels(self.name).inc(images)
+            self._metrics.total.labels(self.name).observe(seconds)
             self._seconds_per_image += 0.2 * (seconds / images - self._seconds_per_image)
 
 
 class Reservation:
     """Room for the images of a request; a context manager."""
 
-    def __init__(self, model: ServedModel, images: int) -> None:
+    def __init__(self, model: ServedModel, job: Job) -> None:
         self._model = model
-        self._images = images
-        self._begun = time.perf_counter()
+        self._job = job
         self.made = False
         """Set when all images are made."""
 
@@ -266,8 +285,7 @@ class Reservation:
         return self
 
     def __exit__(self, *_: object) -> None:
-        seconds = time.perf_counter() - self._begun if self.made else None
-        self._model._release(self._images, seconds)
+        self._model._release(self._job, made=self.made)
 
 
 def _only(features: Tensor, mask: Tensor | None) -> Tensor:

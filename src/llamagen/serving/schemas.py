@@ -147,6 +147,7 @@ class ModelCard(BaseModel):
     rows: int = Field(description="Rows of the grid.")
     columns: int
     codes: int = Field(description="Codes to choose from: the largest top_k that matters.")
+    max_images: int = Field(description="Images that a request may ask for.")
     classes: list[str] | None = Field(description="Names of its classes.")
     settings: dict[str, Any] = Field(description="For requests that give none.")
 
@@ -176,4 +177,4 @@ class ErrorResponse(BaseModel):
 class Health(BaseModel):
     """Answer to ``/health`` and ``/ready``."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "failed"]

@@ -15,7 +15,7 @@ from torch import Tensor
 from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid, SamplingConfig
 from llamagen.devices import find_device, find_dtype
-from llamagen.errors import InputError
+from llamagen.errors import InputError, NotFiniteError
 from llamagen.transformer import Transformer
 from llamagen.vllm_plugin.export import ExportOptions, temporary_export
 from llamagen.vllm_plugin.library import require_vllm
@@ -125,6 +125,11 @@ class VllmEngine:
         return self._prompts.config.streams == 2
 
     @property
+    def alive(self) -> bool:
+        """Whether vLLM's processes still work; they do not come back."""
+        return self._engine is not None and not self._engine.errored
+
+    @property
     def sampling(self) -> SamplingConfig:
         """The model's own settings."""
         return self._prompts.config.default_sampling
@@ -153,8 +158,8 @@ class VllmEngine:
             Closing the iterator ends the request.
 
         Raises:
-            InputError: condition, seed or settings do not fit the model or the engine, or the
-                model's logits are not finite.
+            InputError: condition, seed or settings do not fit the model or the engine.
+            NotFiniteError: the model's logits are not finite.
         """
         del request
         from vllm.exceptions import VLLMClientError
@@ -177,7 +182,7 @@ class VllmEngine:
         finally:
             await stream.aclose()
         if done != rows:
-            raise InputError(
+            raise NotFiniteError(
                 "the transformer's logits are not finite; use bfloat16 or float32, or check the "
                 "weights"
             )
