@@ -39,7 +39,10 @@ def test_captions(tmp_path):
     write_noise(tmp_path, 2)
     table = tmp_path / "metadata.csv"
     table.write_text("file_name,text\ncat/000.png,a cat\ndog/001.png,\n")
-    assert CollectedImages.open(table).captions == ("a cat", "")
+    images = CollectedImages.open(table)
+    assert images.captions == ("a cat", "")
+    # Reports say what was given, and compare by it whether two sets are the same.
+    assert images.name == str(table)
 
 
 def test_images_of_different_sizes(tmp_path):

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import random
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from llamagen.pipeline import Pipeline
 from llamagen.text.features import extract_text
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import train_transformer
-from llamagen.training.conditioning import TokenConditioning, without_words
+from llamagen.training.conditioning import TokenConditioning
 from llamagen.training.config import ImageConfig, LoraConfig, TextTraining, TransformerSize
 from llamagen.training.dry_run import dry_run
 from llamagen.training.export import export_run
@@ -281,10 +280,6 @@ def test_what_does_not_fit(digits, captioned, tokenizer_folder, tmp_path):
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="heads 3 must divide"):
         TextTraining(text_dim=10, text_heads=3)
-    with pytest.raises(InputError, match=r"word_dropout is 1\.0"):
-        TextTraining(word_dropout=1.0)
-    with pytest.raises(InputError, match="word_dropout needs captions"):
-        TextTraining(word_dropout=0.1, text_features=tmp_path)
     with pytest.raises(InputError, match="condition is 'colour'"):
         text_recipe(captioned, tokenizer_folder, out, condition="colour")
     # Codes of images that had no captions.
@@ -344,31 +339,6 @@ def test_code_noise(tmp_path):
     plain = make_text_task(dataclasses.replace(recipe, code_noise=0.0), store)
     (batch,) = plain.batches(0, 1)
     assert torch.equal(batch["shown"], batch["codes"][:, :-1])
-
-
-def test_words_are_left_out(tmp_path):
-    captions = [(Caption("aa bb cc dd", 1.0),) for _ in range(200)]
-    store = MemoryCodes(np.zeros((200, 1, 4, 4)), captions=captions)
-    recipe = text_recipe(None, "", tmp_path, batch_size=200)
-    recipe = dataclasses.replace(recipe, text=dataclasses.replace(SMALL, word_dropout=0.25))
-    task = make_text_task(recipe, store)
-    (batch,) = task.batches(0, 1)
-    # A word has two letters; between words, one; one more ends the text.
-    words = batch["mask"].sum(1) // 3
-    assert set(words.tolist()) <= {1, 2, 3, 4}
-    assert words.float().mean() == pytest.approx(3, abs=0.2)
-    (again,) = task.batches(0, 1)
-    assert torch.equal(batch["texts"], again["texts"])
-    # What is measured has its whole captions.
-    whole = task._conditioning.batch(store, np.arange(200), None)
-    assert (whole["mask"].sum(1) == 12).all()
-
-
-def test_the_last_word_stays():
-    numbers = random.Random(0)
-    assert {without_words("red heart", 0.99, numbers) for _ in range(50)} == {"red", "heart"}
-    assert without_words("", 0.99, numbers) == ""
-    assert without_words("a  b", 0.0, numbers) == "a  b"
 
 
 def test_captions_learn_which_codes_an_image_has(tmp_path):

@@ -85,7 +85,10 @@ class CollectedImages(ImageSet):
         cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
     ) -> CollectedImages:
         """Finds images; see ``open_images``."""
-        return cls(open_images(source, config), size=size)
+        found = cls(open_images(source, config), size=size)
+        # A collection of a table is called as the folder that the table lies in.
+        found.name = str(source)
+        return found
 
     def __len__(self) -> int:
         return len(self._images)

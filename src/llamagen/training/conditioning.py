@@ -95,8 +95,6 @@ class LabelConditioning(Conditioning):
 class CaptionConditioning(Conditioning):
     """A caption of each image, drawn anew each time. Images without any weigh nothing."""
 
-    _dropout = 0.0
-
     def batch(
         self,
         store: CodeSource,
@@ -109,7 +107,7 @@ class CaptionConditioning(Conditioning):
             chosen = [max(each, key=lambda c: c.weight).text if each else "" for each in captions]
         else:
             chosen = [
-                without_words(draw_caption(each, number.random()) or "", self._dropout, number)
+                draw_caption(each, number.random()) or ""
                 for each, number in zip(captions, numbers, strict=True)
             ]
         texts, mask, there = self._texts(chosen)
@@ -163,9 +161,8 @@ class CaptionConditioning(Conditioning):
 class TokenConditioning(CaptionConditioning):
     """Captions as tokens, for a model that has its text encoder in it, or for one that has not."""
 
-    def __init__(self, encoder: TextEncoder, *, frozen: bool, word_dropout: float = 0.0) -> None:
+    def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
         """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
-        self._dropout = word_dropout
         self._encoder = encoder
         self._frozen = frozen
         self._tokens: dict[str, list[int]] = {}
@@ -207,21 +204,6 @@ class FeatureConditioning(CaptionConditioning):
 
     def _says_anything(self, captions: Captions) -> bool:
         return any(len(f) for f in self._features.features([each.text for each in captions]))
-
-
-def without_words(caption: str, share: float, numbers: random.Random) -> str:
-    """A caption without some of its words; at least one stays.
-
-    Args:
-        caption: words with spaces between them.
-        share: how likely each is left out.
-        numbers: random numbers; none is drawn if ``share`` is 0.
-    """
-    words = caption.split()
-    if share == 0 or len(words) < 2:
-        return caption
-    kept = [word for word in words if numbers.random() >= share]
-    return " ".join(kept or [numbers.choice(words)])
 
 
 def captions_of_rows(store: CodeSource, rows: np.ndarray) -> list[Captions]:

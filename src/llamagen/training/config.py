@@ -428,9 +428,6 @@ class TextTraining:
     """Tokens (of the small one: bytes) of a caption that are read."""
     clean_captions: bool = True
     """Clean captions as those that the published models were trained with."""
-    word_dropout: float = 0.0
-    """Share of a caption's words that are left out at random. What a word means is then learnt
-    apart from the others beside it, and they can be combined anew."""
     length_group: int = 1
     """Batches in a row whose captions are sorted by length before they are dealt out, so that
     little of a batch is padding; 1 leaves captions as they come."""
@@ -450,14 +447,6 @@ class TextTraining:
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "length_group")
         _require_weight(self, "code_set_weight")
-        _require(
-            0 <= self.word_dropout < 1,
-            f"word_dropout is {self.word_dropout}, expected a number from 0 up to below 1",
-        )
-        _require(
-            self.word_dropout == 0 or self.text_features is None,
-            "word_dropout needs captions, but text_features holds whole ones; leave one out",
-        )
         _ = self.small
 
     @property

@@ -81,11 +81,10 @@ class Start:
 
     def conditioning(self, model: Transformer | TextModel) -> Conditioning:
         """How images are told to ``model``."""
-        dropout = self.recipe.text.word_dropout
         if isinstance(model, TextModel):
-            return TokenConditioning(model.encoder, frozen=False, word_dropout=dropout)
+            return TokenConditioning(model.encoder, frozen=False)
         if self.frozen_text is not None:
-            return TokenConditioning(self.frozen_text, frozen=True, word_dropout=dropout)
+            return TokenConditioning(self.frozen_text, frozen=True)
         if self.features is not None:
             return FeatureConditioning(self.features)
         return LabelConditioning()
