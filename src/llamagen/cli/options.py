@@ -55,11 +55,12 @@ class EngineOptions:
         Raises:
             InputError: our own engine was given options of vLLM's.
         """
-        given: dict[str, Any] = {
-            field.name: value
-            for field in dataclasses.fields(EngineOptions)
-            if field.name != "engine" and (value := getattr(self, field.name)) != field.default
+        options: dict[str, Any] = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
         }
+        given = {name: value for name, value in options.items() if value not in (None, 1)}
         if self.engine == "vllm":
             from llamagen.vllm_plugin.library import keep_vllm_quiet
 

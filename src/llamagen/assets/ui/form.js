@@ -81,7 +81,7 @@ function choose(id) {
   byId("text").required = !ofClasses;
   if (ofClasses) showClasses(card.classes);
   byId("ideas").hidden = !ofClasses;
-  if (card.max_images) count.max = card.max_images;
+  count.max = card.max_images;
   byId("top-k-hint").textContent = `Likeliest of ${card.codes.toLocaleString("en")} codes. 0: all.`;
   byId("about").textContent = `${card.id} · ${card.size.replace("x", " × ")} px`;
   reset();
