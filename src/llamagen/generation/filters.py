@@ -21,7 +21,8 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     """Sets all but the ``k`` largest logits (..., V), and ties with the k-th, to -inf."""
     if k >= logits.shape[-1]:
         return logits
-    smallest_kept = logits.topk(k, dim=-1).values[..., -1:]
+    # Unsorted takes half the time on a CPU.
+    smallest_kept = logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     return logits.masked_fill(logits < smallest_kept, -torch.inf)
 
 
