@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import llamagen.storage as storage
 from llamagen import checkpoints
 from llamagen import labels as label_files
 from llamagen.adapters import merge_adapter
+from llamagen.batches import Progress, draw_batches
 from llamagen.conditions import (
     Conditions,
     Prompts,
@@ -44,22 +44,6 @@ EngineName = Literal["native", "vllm"]
 
 _VLLM_BATCH = 1024
 """Images that vLLM is asked for at once; it draws as many of them as it has memory for."""
-
-_log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Progress:
-    """A finished row of the grid, in one batch of a call."""
-
-    first: int
-    """Index of the batch's first image among the call's images."""
-    row: int
-    """Finished rows of the grid, from 1."""
-    rows: int
-    """Rows of the grid."""
-    codes: Tensor
-    """(images of the batch, rows, columns) int64; unfinished rows are zero."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -500,34 +484,14 @@ class Pipeline:
         batch_size: int | None,
         callback: Callable[[Progress], None] | None,
     ) -> Iterator[Tensor]:
-        """Codes of all images, batch by batch. A batch that overflows the GPU is halved."""
+        """Codes of all images, batch by batch."""
         if self.engine == "vllm":
             size = batch_size or _VLLM_BATCH
             draw: Callable[..., Tensor] = self._vllm().generate_codes
         else:
             size = batch_size or sampling_batch_size(self.transformer, guided=sampling.guided)
             draw = functools.partial(generate_codes, self.transformer)
-        first = 0
-        while first < len(conditions):
-            rows = slice(first, first + size)
-            try:
-                codes = draw(
-                    conditions.condition[rows],
-                    condition_mask=_some(conditions.mask, rows),
-                    unconditional=_some(conditions.unconditional, rows),
-                    unconditional_mask=_some(conditions.unconditional_mask, rows),
-                    seeds=seeds[rows],
-                    sampling=sampling,
-                    on_row=None if callback is None else _row_callback(callback, first),
-                )
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                size = max(1, min(size, len(conditions) - first) // 2)
-                _log.warning("out of GPU memory; going on with batches of %d", size)
-                continue
-            yield codes
-            first += codes.shape[0]
+        return draw_batches(draw, conditions, seeds, sampling, size=size, callback=callback)
 
     def _vllm(self) -> OfflineEngine:
         """VLLM with this transformer, started when it is first needed."""
@@ -537,19 +501,6 @@ class Pipeline:
             options = {"dtype": self.dtype, **self._engine_options}
             self._engine = OfflineEngine(self.transformer, **options)
         return self._engine
-
-
-def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
-
-
-def _row_callback(
-    callback: Callable[[Progress], None], first: int
-) -> Callable[[int, Tensor], None]:
-    def on_row(row: int, codes: Tensor) -> None:
-        callback(Progress(first=first, row=row, rows=codes.shape[1], codes=codes))
-
-    return on_row
 
 
 def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:

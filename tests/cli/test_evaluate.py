@@ -65,8 +65,9 @@ def test_tokenizer(run, model_folder, real, tmp_path):
     assert result.status == 0, result.err
     found = metrics(tmp_path / "e")
     assert {"classifier_frechet", "psnr", "ssim", "codebook_usage"} <= set(found)
+    # Images of a tokenizer of one's own are taken as they are.
     plain = run(
-        *("evaluate", "tokenizer", real, "-t", model_folder / "tokenizer", "--size", 16),
+        *("evaluate", "tokenizer", real, "-t", model_folder / "tokenizer"),
         *("--no-rfid", *EXACT, "--out", tmp_path / "p"),
     )
     assert plain.status == 0, plain.err
@@ -97,10 +98,11 @@ def test_t2i(run, real, tmp_path):
     tiny_text_pipeline().save_pretrained(tmp_path / "model")
     (tmp_path / "captions.txt").write_text("a cat\na dog\na fox\n")
     command = ("evaluate", "t2i", "--model", tmp_path / "model", "--clip", "none")
-    command = (*command, "--prompts-file", tmp_path / "captions.txt", "--size", 16, *CLASSIFIER)
+    command = (*command, "--prompts-file", tmp_path / "captions.txt", *CLASSIFIER)
     result = run(*command, "--reference", real, "--out", tmp_path / "e")
     assert result.status == 0, result.err
     assert "classifier_frechet" in metrics(tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "report.json").read_text())["samples"]["size"] == "16x16"
 
 
 @pytest.mark.slow

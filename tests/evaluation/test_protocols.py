@@ -118,6 +118,11 @@ def test_a_tokenizer_without_a_network(tmp_path):
     )
     assert "rfid" not in report.metrics
     assert report.metrics["lpips"] > 0
+    assert "enlarged" not in " ".join(report.warnings)
+    large = ReferenceSource.open(tmp_path / "real", size=32)
+    made = Reconstructions(tiny_tokenizer(), large.images, tmp_path / "r")
+    report = evaluate_tokenizer("tiny", made, large, None)
+    assert "images of 16x16 pixels were enlarged to 32x32" in " ".join(report.warnings)
     odd = CollectedImages.open(tmp_path / "real", size=10)
     with pytest.raises(InputError, match="positive multiples of the tokenizer's downsampling 4"):
         Reconstructions(tiny_tokenizer(), odd, tmp_path)

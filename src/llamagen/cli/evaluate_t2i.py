@@ -36,8 +36,9 @@ class Options(EvaluationOptions):
     reference: str | None = None
     """The captions' own images: a folder, an .npz file, or any other source that training takes.
     Without it the FID is left out."""
-    size: int | None = 256
-    """Side in pixels at which images are compared."""
+    size: int | None = None
+    """Side in pixels at which images are compared. Default: 256 for published models, as
+    published; for others the size of their images."""
     guidance_scale: float | None = None
     """Default, as for the next: the model's own setting."""
     top_k: int | None = None
@@ -64,7 +65,7 @@ def run(options: Options) -> None:
         raise InputError("there is nothing to measure; give --reference or --clip")
     if options.count < 1:
         raise InputError(f"--num-images is {options.count}, expected at least 1")
-    from llamagen.evaluation.protocols.common import Workplace
+    from llamagen.evaluation.protocols.common import Workplace, compared_side
     from llamagen.evaluation.protocols.t2i import TextSampling, evaluate_texts
     from llamagen.evaluation.reference import ReferenceSource
     from llamagen.text.prompt_files import read_prompts
@@ -75,7 +76,6 @@ def run(options: Options) -> None:
     sampling = TextSampling(
         prompts=tuple(texts[index * len(texts) // kept] for index in range(kept)),
         seed=options.seed,
-        size=options.size,
         batch_size=options.batch_size,
         settings={name: getattr(options, name) for name in names},
     )
@@ -83,12 +83,12 @@ def run(options: Options) -> None:
         pipeline = options.load(options.model, device)
         if pipeline.labels is not None:
             raise InputError(f"{pipeline.name} draws classes, not texts; use evaluate c2i")
+        side = compared_side(pipeline, options.size)
+        sampling = dataclasses.replace(sampling, size=side)
         clip = None if without_clip else _open_clip(str(options.clip), device)
         reference = place = None
         if options.reference is not None:
-            reference = ReferenceSource.open(
-                options.reference, options.source.config(), size=options.size
-            )
+            reference = ReferenceSource.open(options.reference, options.source.config(), size=side)
             network = options.compare.open(options.out, reference.images, device)
             place = Workplace(out=options.out, network=network, device=device)
         report = evaluate_texts(pipeline, sampling, options.out, place, reference, clip)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from llamagen.evaluation.protocols.tokenizer import Perceptual
 
-_COMPARED = 256
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options(EvaluationOptions):
@@ -31,8 +29,9 @@ class Options(EvaluationOptions):
     """Images: a folder, an .npz file, or any other source that training takes."""
     tokenizer: Annotated[str, tyro.conf.arg(aliases=["-t"])] = "vq-16"
     """Name (vq-16, vq-8), folder, checkpoint file or hub repository."""
-    size: int | None = 256
-    """Side in pixels that the middle square of each image is cropped to."""
+    size: int | None = None
+    """Side in pixels that the middle square of each image is cropped to. Default: 256 for the
+    published tokenizers, as published; for others images are taken as they are."""
     reference: str | None = None
     """Compare with this for rFID instead of the images themselves: not as published."""
     rfid: bool = True
@@ -50,6 +49,7 @@ def run(options: Options) -> None:
         raise InputError("no images were named; give a folder")
     from llamagen import distributed
     from llamagen.checkpoints import load_tokenizer
+    from llamagen.checkpoints.names import find_public
     from llamagen.devices import find_dtype
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.protocols.tokenizer import (
@@ -57,24 +57,25 @@ def run(options: Options) -> None:
         Reconstructions,
         evaluate_tokenizer,
     )
+    from llamagen.evaluation.published import SIZE
     from llamagen.evaluation.reference import ReferenceSource
 
     # float32 unless asked otherwise: this command measures the tokenizer, not the precision.
     exact = "float32" if options.dtype == "auto" else options.dtype
     with options.processes() as device:
-        given = ReferenceSource.open(options.images, options.source.config(), size=options.size)
+        size = options.size or (SIZE if find_public(options.tokenizer) else None)
+        given = ReferenceSource.open(options.images, options.source.config(), size=size)
         if given.images is None or given.archive is not None:
             raise InputError(f"{options.images} holds statistics; give the images themselves")
         with distributed.main_first():
             tokenizer = load_tokenizer(
                 options.tokenizer, device=device, dtype=find_dtype(exact, device)
             )
-        larger = options.size is not None and options.size > _COMPARED
-        compared = _COMPARED if larger else None
+        compared = SIZE if size is not None and size > SIZE else None
         reference = ReferenceSource.open(
             options.reference or options.images,
             options.source.config(),
-            size=compared or options.size,
+            size=compared or size,
         )
         reconstructions = Reconstructions(
             tokenizer,

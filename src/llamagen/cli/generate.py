@@ -15,7 +15,8 @@ from llamagen.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.pipeline import Pipeline, PipelineOutput, Progress
+    from llamagen.batches import Progress
+    from llamagen.pipeline import Pipeline, PipelineOutput
 
 
 _BATCH = 16

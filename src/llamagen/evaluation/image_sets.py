@@ -54,6 +54,11 @@ class ImageSet(abc.ABC):
             yield self.read(first, min(len(self), first + _PART))
 
     @property
+    def enlarged_from(self) -> tuple[int, int] | None:
+        """Height and width of the first image, if it had to be enlarged to the size of all."""
+        return None
+
+    @property
     def size(self) -> tuple[int, int]:
         """Height and width."""
         height, width = self.read(0, 1).shape[1:3]
@@ -92,6 +97,14 @@ class CollectedImages(ImageSet):
 
     def __len__(self) -> int:
         return len(self._images)
+
+    @property
+    def enlarged_from(self) -> tuple[int, int] | None:
+        """See ``ImageSet``."""
+        if self._side is None:
+            return None
+        width, height = self._images.read(0).size
+        return (height, width) if min(height, width) < self._side else None
 
     def read(self, first: int, last: int) -> np.ndarray:
         """See ``ImageSet``. An image that cannot be read is an error: scores would change."""

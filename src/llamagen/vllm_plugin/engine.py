@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import AsyncGenerator, Hashable
+from collections.abc import AsyncGenerator, Hashable, Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -80,18 +80,7 @@ class VllmEngine:
             device = find_device("auto")
             precision = find_dtype(dtype, device)
             self._prompts = Prompts(folder, precision)
-            heads = self._prompts.config.model.heads
-            if tensor_parallel_size < 1 or heads % tensor_parallel_size:
-                raise InputError(
-                    f"tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the "
-                    f"model's {heads} heads"
-                )
-            if options.get("speculative_config"):
-                raise InputError("speculative decoding does not go with guidance; leave it out")
-            if options.get("pipeline_parallel_size", 1) != 1:
-                raise InputError(
-                    "pipeline_parallel_size is not supported; use tensor_parallel_size instead"
-                )
+            _check_options(self._prompts.config, tensor_parallel_size, options)
             arguments: dict[str, Any] = {
                 "model": str(folder),
                 "skip_tokenizer_init": True,
@@ -194,6 +183,24 @@ class VllmEngine:
             # Let go now: what is left until the interpreter ends complains then.
             self._engine = None
         self._open.close()
+
+
+def _check_options(
+    config: LlamaGenConfig, tensor_parallel_size: int, options: Mapping[str, Any]
+) -> None:
+    """Raises InputError for what vLLM offers and images with guidance cannot be drawn with."""
+    heads = config.model.heads
+    if tensor_parallel_size < 1 or heads % tensor_parallel_size:
+        raise InputError(
+            f"tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the model's "
+            f"{heads} heads"
+        )
+    if options.get("speculative_config"):
+        raise InputError("speculative decoding does not go with guidance; leave it out")
+    if options.get("pipeline_parallel_size", 1) != 1:
+        raise InputError(
+            "pipeline_parallel_size is not supported; use tensor_parallel_size instead"
+        )
 
 
 def _limit_memory(arguments: dict[str, Any], config: LlamaGenConfig, dtype: torch.dtype) -> None:

@@ -67,25 +67,12 @@ class OfflineEngine:
         grid: Grid | None = None,
         on_row: RowCallback | None = None,
     ) -> Tensor:
-        """Draws one image's codes per row of ``condition``.
+        """Draws one image's codes per row of ``condition``; returns them on the CPU.
 
-        Args:
-            condition: labels (B,) or text features (B, C, text_dim), real features last.
-            seeds: one per image.
-            sampling: how codes are drawn; by default the model's own settings.
-            condition_mask: (B, C) bool, False where text features are padding.
-            unconditional: (B,) or (B, any length, text_dim), what guidance leads away from; by
-                default the model's own "no class" or "no text".
-            unconditional_mask: likewise; by default nothing of ``unconditional`` is padding.
-            grid: rows and columns, if the caller wants to be sure of them.
-            on_row: called when every image has finished a further row of the grid, on the engine's
-                thread.
-
-        Returns:
-            (B, rows, columns) int64 codes, on the CPU.
-
-        Raises:
-            InputError: condition, seeds or settings do not fit the model or each other.
+        Arguments, result and errors are those of ``llamagen.generation.generate_codes``, but that
+        ``sampling`` is the model's own by default, ``unconditional`` may have a length of its own
+        (without a mask nothing of it is padding), ``grid`` can only be the engine's, and
+        ``on_row`` is called on the engine's thread.
         """
         rows, columns = self.grid
         if grid is not None and tuple(grid) != self.grid:
@@ -104,18 +91,7 @@ class OfflineEngine:
                 raise InputError(
                     f"{len(others)} negative conditions for {images} images; give one per image"
                 )
-        codes = torch.zeros(images, rows * columns, dtype=torch.int64)
-        done = [0] * images
-
-        def show(image: int, drawn: list[int]) -> None:
-            before = min(done)
-            done[image] = len(drawn) // columns
-            codes[image, : len(drawn)] = torch.tensor(drawn)
-            if on_row is not None:
-                for row in range(before + 1, min(done) + 1):
-                    shown = codes.clone()
-                    shown[:, row * columns :] = 0
-                    on_row(row, shown.view(images, rows, columns))
+        batch = _Batch(images, self.grid, on_row)
 
         async def draw(image: int) -> None:
             stream = self._engine.draw(
@@ -125,7 +101,7 @@ class OfflineEngine:
                 unconditional=others[image],
             )
             async for drawn in stream:
-                show(image, drawn)
+                batch.put(image, drawn)
 
         async def draw_all() -> None:
             # The first failure ends the others' requests.
@@ -137,7 +113,7 @@ class OfflineEngine:
             self._run(draw_all())
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
-        return codes.view(images, rows, columns)
+        return batch.codes.view(images, rows, columns)
 
     def _run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Waits for work on the engine's thread; whoever stops waiting ends the work."""
@@ -147,6 +123,27 @@ class OfflineEngine:
         except BaseException:
             future.cancel()
             raise
+
+
+class _Batch:
+    """Codes of images that come at their own pace, and who is told of rows that all have."""
+
+    def __init__(self, images: int, grid: Grid, on_row: RowCallback | None) -> None:
+        self.codes = torch.zeros(images, grid[0] * grid[1], dtype=torch.int64)
+        self._grid, self._on_row = grid, on_row
+        self._done = [0] * images
+
+    def put(self, image: int, drawn: list[int]) -> None:
+        """Takes all codes of an image so far, whole rows of them."""
+        columns, before = self._grid[1], min(self._done)
+        self._done[image] = len(drawn) // columns
+        self.codes[image, : len(drawn)] = torch.tensor(drawn)
+        if self._on_row is None:
+            return
+        for row in range(before + 1, min(self._done) + 1):
+            shown = self.codes.clone()
+            shown[:, row * columns :] = 0
+            self._on_row(row, shown.view(-1, *self._grid))
 
 
 def _one_by_one(condition: Tensor, mask: Tensor | None) -> list[Tensor]:

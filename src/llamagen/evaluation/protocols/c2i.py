@@ -15,12 +15,13 @@ from llamagen.evaluation.protocols.common import (
     SAMPLES_FOLDER,
     SHOWN,
     Workplace,
+    compared_side,
     describe_samples,
     describe_settings,
     neighbours_sheet,
     sheet_of,
 )
-from llamagen.evaluation.published import CLASS_CONDITIONAL, SAMPLES, SIZE, protocol_guidance
+from llamagen.evaluation.published import CLASS_CONDITIONAL, SAMPLES, protocol_guidance
 from llamagen.evaluation.reference import INCEPTION, Reference, ReferenceSource
 from llamagen.evaluation.report import Report, Table
 from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_samples
@@ -51,13 +52,8 @@ class ClassSampling:
     temperature: float | None = None
 
     def compared_size(self, pipeline: Pipeline) -> int | None:
-        """Side in pixels at which images of a model are compared; None if they are not square."""
-        if self.size is not None:
-            return self.size
-        if protocol_guidance(pipeline.name) is not None:
-            return SIZE
-        rows, columns = pipeline.transformer.config.grid
-        return rows * pipeline.tokenizer.config.downsampling if rows == columns else None
+        """Side in pixels at which images of a model are compared; see ``compared_side``."""
+        return compared_side(pipeline, self.size)
 
     def settings(self, model: str) -> dict[str, Any]:
         """What ``Pipeline.__call__`` is given."""

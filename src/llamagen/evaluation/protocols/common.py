@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llamagen.checkpoints.names import find_public
 from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import nearest
+from llamagen.evaluation.published import SIZE
 from llamagen.evaluation.reference import Reference, ReferenceSource
 from llamagen.evaluation.report import Picture
 from llamagen.evaluation.samples import Samples
@@ -48,6 +50,20 @@ class Workplace:
     def reference(self, source: ReferenceSource) -> tuple[Reference, Features | None]:
         """A reference, and the features of its images; see ``ReferenceSource.compute``."""
         return source.compute(self.network, self.out / _FEATURES_FOLDER, device=self.device)
+
+
+def compared_side(pipeline: Pipeline, asked: int | None) -> int | None:
+    """Side in pixels at which images of a model are compared.
+
+    What was asked for; by default 256 for the published models, as published, and for others their
+    own. None if images are not square: they are then compared as they are drawn.
+    """
+    if asked is not None:
+        return asked
+    if find_public(pipeline.name) is not None:
+        return SIZE
+    rows, columns = pipeline.transformer.config.grid
+    return rows * pipeline.tokenizer.config.downsampling if rows == columns else None
 
 
 def describe_samples(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:

@@ -222,6 +222,13 @@ def _differences(reconstructions: Reconstructions, reference: ReferenceSource) -
             f"reconstructions are compared with {reference.name}, not with the images they were "
             f"made of"
         )
+    found = reconstructions.originals.enlarged_from
+    if found is not None:
+        height, width = reconstructions.originals.size
+        warnings.append(
+            f"images of {found[1]}x{found[0]} pixels were enlarged to {width}x{height}, which are "
+            f"easier to reconstruct"
+        )
     if len(reconstructions) < _VALIDATION_IMAGES:
         warnings.append(
             f"{len(reconstructions):,} images instead of the protocol's {_VALIDATION_IMAGES:,} "
