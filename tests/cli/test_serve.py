@@ -91,6 +91,7 @@ def test_several_models_names_and_a_key(folders, tmp_path):
         (["--model", "emoji", "--max-queue", "0"], "--max-queue is 0"),
         (["--model", "emoji", "--api-key-file", "missing.txt"], "missing.txt"),
         (["--model", "emoji", "--data-parallel-size", "2"], "--data-parallel-size goes with"),
+        (["--model", "emoji", "--gpu-memory-utilization", "1.0"], "--gpu-memory-utilization goes"),
     ],
 )
 def test_bad_input(arguments, says, tmp_path):

@@ -60,7 +60,8 @@ class EngineOptions:
             "data_parallel_size": self.data_parallel_size,
             "gpu_memory_utilization": self.gpu_memory_utilization,
         }
-        given = {name: value for name, value in options.items() if value not in (None, 1)}
+        unset = EngineOptions()
+        given = {name: value for name, value in options.items() if value != getattr(unset, name)}
         if self.engine == "vllm":
             from llamagen.vllm_plugin.library import keep_vllm_quiet
 

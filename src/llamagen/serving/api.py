@@ -74,6 +74,11 @@ class _Served:
         self.settings = settings
         self.files = FileStore(lifetime=settings.file_lifetime, memory=settings.file_memory)
 
+    @property
+    def alive(self) -> bool:
+        """Whether all engines can draw."""
+        return all(model.engine.alive for model in self.models.values())
+
     def model(self, name: str | None) -> ServedModel:
         """Raises an HTTPException of status 404 if there is no such model."""
         if name is None:
@@ -225,7 +230,7 @@ def _add_other_routes(app: FastAPI, served: _Served) -> None:
     @app.get("/health", response_model=Health, responses={503: {"model": Health}}, tags=["server"])
     async def health() -> Any:
         """Whether the process answers, and its engines can draw; if not, it must start anew."""
-        if not all(model.engine.alive for model in served.models.values()):
+        if not served.alive:
             return JSONResponse({"status": "failed"}, 503)
         return Health(status="ok")
 
@@ -234,7 +239,7 @@ def _add_other_routes(app: FastAPI, served: _Served) -> None:
         """Whether requests should be sent here; not while the server is about to end."""
         if app.state.gate.draining:
             return JSONResponse({"status": "draining"}, 503)
-        if not all(model.engine.alive for model in served.models.values()):
+        if not served.alive:
             return JSONResponse({"status": "failed"}, 503)
         return Health(status="ok")
 
