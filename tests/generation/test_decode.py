@@ -7,6 +7,7 @@ from llamagen.config import SamplingConfig
 from llamagen.errors import InputError
 from llamagen.generation import filter_logits, generate_codes, guide, uniform_draws
 from llamagen.generation.filters import draw_codes
+from llamagen.transformer.decoder import TorchDecoder
 from tests.models import tiny_transformer
 
 SAMPLING = SamplingConfig(guidance_scale=3.0, top_k=20, top_p=0.95, temperature=0.9)
@@ -113,6 +114,7 @@ def test_rows_are_reported_as_they_finish(model):
 def test_no_guidance_takes_one_row_per_image(model, monkeypatch):
     sizes = []
     real = model.decode
+    monkeypatch.setattr("llamagen.generation.decode.decoder_for", lambda m, **_: TorchDecoder(m))
     monkeypatch.setattr(
         model, "decode", lambda codes, cache: sizes.append(codes.shape[0]) or real(codes, cache)
     )

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
 from llamagen.errors import InputError, NotFiniteError
-from llamagen.generation.filters import guide, next_codes
+from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.seeds import uniform_draws
-from llamagen.transformer import KVCache, Transformer
+from llamagen.transformer import Transformer, decoder_for
 
 RowCallback = Callable[[int, Tensor], None]
 """Called after each finished row of the grid with the number of finished rows and all codes so
@@ -83,18 +83,21 @@ def generate_codes(
     codes = torch.zeros(images, rows * columns, dtype=torch.int64, device=model.device)
     finite = torch.ones((), dtype=torch.bool, device=model.device)
 
+    decoder = decoder_for(model, condition_mask=condition_mask)
+    draw = _draws(model, sampling, images, guided)
     logits = model.prefill(condition, cache, condition_mask=condition_mask)
     for index in range(rows * columns):
-        mixed = _mix(logits, sampling, guided)
-        finite &= mixed.isfinite().all()
-        drawn = next_codes(mixed, sampling, uniforms[:, index])
+        drawn, usable = draw(logits, logits, uniforms[:, index])
+        finite &= usable.all()
         codes[:, index] = drawn
         if on_row is not None and (index + 1) % columns == 0:
             on_row((index + 1) // columns, codes.view(images, rows, columns))
         if guided and index + 1 == sampling.guidance_stop:
             guided, cache = False, cache.first_rows(images)
+            draw = _draws(model, sampling, images, guided)
         if index + 1 < rows * columns:
-            logits = _decode_one(model, drawn, cache)
+            # Both rows of an image are fed its code, if there are two.
+            logits = decoder.next_logits(drawn.repeat(cache.batch // images), cache)
     # Looked at once, at the end: a look at every step would wait for the device at every step.
     if not bool(finite):
         raise NotFiniteError(
@@ -104,19 +107,15 @@ def generate_codes(
     return codes.view(images, rows, columns)
 
 
-def _mix(logits: Tensor, sampling: SamplingConfig, guided: bool) -> Tensor:
-    """Logits of all rows to guided float32 logits of the images (B, V)."""
-    logits = logits.float()
-    if not guided:
-        return logits
-    conditional, unconditional = logits.chunk(2)
-    return guide(conditional, unconditional, sampling.guidance_scale)
-
-
-def _decode_one(model: Transformer, drawn: Tensor, cache: KVCache) -> Tensor:
-    """Feeds the codes just drawn (B,), to both rows of an image if there are two."""
-    copies = cache.batch // drawn.shape[0]
-    return model.decode(drawn.repeat(copies).unsqueeze(1), cache)[:, -1]
+def _draws(model: Transformer, sampling: SamplingConfig, images: int, guided: bool) -> Draws:
+    """Draws from the logits of all images, behind them those of their unconditional rows."""
+    return draws_for(
+        [sampling] * images,
+        range(images),
+        range(images, 2 * images) if guided else [None] * images,
+        codebook_size=model.config.codebook_size,
+        device=model.device,
+    )
 
 
 def _both_masks(

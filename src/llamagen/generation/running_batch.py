@@ -18,9 +18,9 @@ from torch import Tensor
 
 from llamagen.config import SamplingConfig
 from llamagen.errors import NotFiniteError
-from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
+from llamagen.generation.draws import draws_for
 from llamagen.generation.seeds import check_seed, uniform_draws
-from llamagen.transformer import SlotCache, Transformer
+from llamagen.transformer import SlotCache, Transformer, decoder_for
 
 
 @dataclass(eq=False)
@@ -81,6 +81,7 @@ class RunningBatch:
         self._slots = SlotCache.empty(
             model.config, 2 * max_images, grid=grid, device=model.device, dtype=model.dtype
         )
+        self._decoder = decoder_for(model)
 
     @property
     def room(self) -> int:
@@ -130,7 +131,7 @@ class RunningBatch:
             logits.append(self._prefill(torch.stack([condition for _, condition in group])))
             started += [sequence for sequence, _ in group]
         if drawings:
-            _Layout(drawings, started, self.codes_per_image).draw(torch.cat(logits))
+            self._layout_of(drawings, started).draw(torch.cat(logits))
         self.drawings += drawings
         self._sequences += started
         self._layout = None
@@ -144,9 +145,9 @@ class RunningBatch:
             if drawing.sampling.guided and drawing.drawn == drawing.sampling.guidance_stop:
                 self._drop(self._sequences.index((drawing, True)))
         if self._layout is None:
-            self._layout = _Layout(self.drawings, self._sequences, self.codes_per_image)
+            self._layout = self._layout_of(self.drawings, self._sequences)
         layout = self._layout
-        layout.draw(self.model.step(layout.last_codes(), self._slots))
+        layout.draw(self._decoder.next_logits(layout.last_codes(), self._slots))
 
     def finished(self) -> list[Drawing]:
         """Takes out the images that have all their codes."""
@@ -178,6 +179,10 @@ class RunningBatch:
         self._slots.admit(cache)
         return logits
 
+    def _layout_of(self, drawings: Sequence[Drawing], sequences: Sequence[_Sequence]) -> _Layout:
+        codebook_size = self.model.config.codebook_size
+        return _Layout(drawings, sequences, self.codes_per_image, codebook_size)
+
     def _drop(self, place: int) -> None:
         """Ends a sequence; the last one takes its place, as in the slots."""
         self._slots.remove(place)
@@ -190,25 +195,29 @@ class _Layout:
     """What a step needs to know of some images, as tensors; made anew when images join or leave."""
 
     def __init__(
-        self, drawings: Sequence[Drawing], sequences: Sequence[_Sequence], codes: int
+        self,
+        drawings: Sequence[Drawing],
+        sequences: Sequence[_Sequence],
+        codes: int,
+        codebook_size: int,
     ) -> None:
         assert drawings[0].codes is not None
         device = drawings[0].codes.device
         place = {sequence: index for index, sequence in enumerate(sequences)}
         number = {drawing: index for index, drawing in enumerate(drawings)}
-        guided = [drawing for drawing in drawings if (drawing, True) in place]
 
         def indices(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         self.drawings = list(drawings)
         self.image = indices([number[drawing] for drawing, _ in sequences])
-        self.conditional = indices([place[drawing, False] for drawing in drawings])
-        self.guided = indices([number[drawing] for drawing in guided])
-        self.unconditional = indices([place[drawing, True] for drawing in guided])
-        scales = [drawing.sampling.guidance_scale for drawing in guided]
-        self.scales = torch.tensor(scales, dtype=torch.float32, device=device)
-        self.settings = RowSettings.of([drawing.sampling for drawing in drawings], device)
+        self.draws = draws_for(
+            [drawing.sampling for drawing in drawings],
+            [place[drawing, False] for drawing in drawings],
+            [place.get((drawing, True)) for drawing in drawings],
+            codebook_size=codebook_size,
+            device=device,
+        )
         self.uniforms = uniform_draws([drawing.seed for drawing in drawings], codes).to(device)
         self.next = indices([drawing.drawn for drawing in drawings]).unsqueeze(1)
         self.codes = torch.stack([d.codes for d in drawings if d.codes is not None])
@@ -222,15 +231,10 @@ class _Layout:
 
     def draw(self, logits: Tensor) -> None:
         """Draws a code of each image from the logits (R, V) of all sequences."""
-        logits = logits.float()
-        mixed = logits[self.conditional]
-        if self.guided.numel():
-            other = logits[self.unconditional]
-            mixed[self.guided] = guide_rows(mixed[self.guided], other, self.scales)
-        # In place: the drawings hold views.
-        self.finite &= mixed.isfinite().all(-1)
         uniforms = self.uniforms.gather(1, self.next).squeeze(1)
-        drawn = next_codes_of_rows(mixed, self.settings, uniforms)
+        drawn, finite = self.draws(logits, logits, uniforms)
+        # In place: the drawings hold views.
+        self.finite &= finite
         self.codes.scatter_(1, self.next, drawn.unsqueeze(1))
         self.next += 1
         for drawing in self.drawings:

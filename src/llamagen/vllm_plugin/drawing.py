@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
+from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.seeds import uniform_draws
 
 
@@ -49,8 +49,8 @@ class CodeDraw:
         """
         self.codebook_size = codebook_size
         self.first_code = first_code
-        self._sampled: list[SamplingConfig] = []
-        self._settings: RowSettings | None = None
+        self._drawn: list[tuple[SamplingConfig, bool]] = []
+        self._draws: Draws | None = None
 
     def __call__(
         self, logits: Tensor, requests: Sequence[Request | None], indices: Sequence[int]
@@ -72,33 +72,35 @@ class CodeDraw:
             request is not None and 0 <= index < len(request.uniforms)
             for request, index in zip(requests, indices, strict=True)
         ]
-        scales, uniforms = [], []
+        sampled, uniforms = [], []
         for request, index, served in zip(requests, indices, serving, strict=True):
-            scales.append(request.scale(index) if served and request is not None else 1.0)
-            uniforms.append(request.uniforms[index] if served and request is not None else 0.0)
-        mixed = self._mix(logits, scales)
-        settings = self._settings_of(requests, logits.device)
-        codes = next_codes_of_rows(mixed, settings, _on(logits.device, uniforms))
-        # Not looked at here: that would wait for the device at every step.
-        usable = mixed.isfinite().all(-1)
+            if served and request is not None:
+                sampled.append((request.sampling, request.scale(index) != 1.0))
+                uniforms.append(request.uniforms[index])
+            else:
+                sampled.append((_GREEDY, False))
+                uniforms.append(0.0)
+        conditional = logits[:, : self.codebook_size]
+        unconditional = logits[:, self.codebook_size : 2 * self.codebook_size]
+        draw = self._draws_of(sampled, logits.device)
+        # Whether all is finite is not looked at: that would wait for the device at every step.
+        codes, usable = draw(conditional, unconditional, _on(logits.device, uniforms))
         if not all(serving):
             usable &= _on(logits.device, serving)
         ids = torch.where(usable, codes + self.first_code, self.first_code - 1)
         return logits.fill_(-torch.inf).scatter_(1, ids.unsqueeze(-1), 0.0)
 
-    def _mix(self, logits: Tensor, scales: list[float]) -> Tensor:
-        """(B, V) guided logits."""
-        conditional = logits[:, : self.codebook_size]
-        if all(scale == 1.0 for scale in scales):
-            return conditional
-        unconditional = logits[:, self.codebook_size : 2 * self.codebook_size]
-        return guide_rows(conditional, unconditional, _on(logits.device, scales))
-
-    def _settings_of(self, requests: Sequence[Request | None], device: torch.device) -> RowSettings:
-        sampled = [_GREEDY if request is None else request.sampling for request in requests]
-        if self._settings is None or sampled != self._sampled:
-            self._sampled, self._settings = sampled, RowSettings.of(sampled, device)
-        return self._settings
+    def _draws_of(self, sampled: list[tuple[SamplingConfig, bool]], device: torch.device) -> Draws:
+        if self._draws is None or sampled != self._drawn:
+            self._drawn = sampled
+            self._draws = draws_for(
+                [sampling for sampling, _ in sampled],
+                range(len(sampled)),
+                [row if guided else None for row, (_, guided) in enumerate(sampled)],
+                codebook_size=self.codebook_size,
+                device=device,
+            )
+        return self._draws
 
 
 _GREEDY = SamplingConfig(guidance_scale=1.0, temperature=0.0)

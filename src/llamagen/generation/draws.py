@@ -1,0 +1,159 @@
+"""Drawing a code of each image of a batch from the logits of its sequences.
+
+What ``filters`` does for one image or ``row_sampling`` for several, behind one face: on a CPU the
+kernels do it without sorting the vocabulary, elsewhere torch does. Made when a batch changes;
+then called at every code.
+
+Shapes: B images, R sequences, V codes of the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamagen.config import SamplingConfig
+from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
+from llamagen.kernels import Kernels, library, load_kernels
+
+
+class Draws(Protocol):
+    """Draws for images whose settings do not change."""
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A code of each image.
+
+        Args:
+            conditional: (R, V) logits, among them a row of each image.
+            unconditional: (R', V) logits, among them a row of each image with guidance; may be
+                the same.
+            uniforms: (B,) in [0, 1).
+
+        Returns:
+            (B,) int64 codes, and (B,) bool, False where an image's logits are not finite.
+        """
+        ...
+
+
+def draws_for(
+    sampling: Sequence[SamplingConfig],
+    conditional: Sequence[int],
+    unconditional: Sequence[int | None],
+    *,
+    codebook_size: int,
+    device: torch.device,
+) -> Draws:
+    """The fastest way to draw on a device.
+
+    Args:
+        sampling: of each image.
+        conditional: of each image, its row of the conditional logits.
+        unconditional: of each image, its row of the unconditional logits; None without guidance.
+        codebook_size: V.
+        device: where the logits are.
+    """
+    fits = codebook_size % library.OUTPUTS == 0 and codebook_size <= library.MOST_CODES
+    kernels = load_kernels() if device.type == "cpu" and fits else None
+    if kernels is None:
+        return TorchDraws(sampling, conditional, unconditional, device)
+    return KernelDraws(sampling, conditional, unconditional, kernels)
+
+
+class TorchDraws:
+    """Draws with torch's operations, on any device and without waiting for it."""
+
+    def __init__(
+        self,
+        sampling: Sequence[SamplingConfig],
+        conditional: Sequence[int],
+        unconditional: Sequence[int | None],
+        device: torch.device,
+    ) -> None:
+        guided = [index for index, row in enumerate(unconditional) if row is not None]
+        others = [row for row in unconditional if row is not None]
+        self._conditional = _index(conditional, device)
+        self._guided = _index(guided, device)
+        self._unconditional = _index(others, device)
+        scales = [sampling[index].guidance_scale for index in guided]
+        self._scales = torch.tensor(scales, dtype=torch.float32, device=device)
+        self._settings = RowSettings.of(sampling, device)
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Draws``."""
+        mixed = conditional[self._conditional].float()
+        if len(self._scales):
+            other = unconditional[self._unconditional].float()
+            guided = guide_rows(mixed[self._guided], other, self._scales)
+            if len(guided) == len(mixed):
+                mixed = guided
+            else:
+                mixed = mixed.clone()
+                mixed[self._guided] = guided
+        return next_codes_of_rows(mixed, self._settings, uniforms), mixed.isfinite().all(-1)
+
+
+class KernelDraws:
+    """Draws with the kernels, on a CPU.
+
+    The same codes as torch's, but where a number falls between two codes to the last digit.
+    """
+
+    def __init__(
+        self,
+        sampling: Sequence[SamplingConfig],
+        conditional: Sequence[int],
+        unconditional: Sequence[int | None],
+        kernels: Kernels,
+    ) -> None:
+        self._kernels = kernels
+        self._conditional = np.array(conditional, dtype=np.uintp)
+        self._guided = np.array([row is not None for row in unconditional])
+        self._unconditional = np.array([row or 0 for row in unconditional], dtype=np.uintp)
+        self._draws = np.zeros(len(sampling), dtype=library.DRAW)
+        for name, field in (
+            ("scale", "guidance_scale"),
+            ("temperature", "temperature"),
+            ("top_p", "top_p"),
+            ("top_k", "top_k"),
+        ):
+            self._draws[name] = [getattr(each, field) for each in sampling]
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Draws``."""
+        conditional, unconditional = _rows_of_floats(conditional), _rows_of_floats(unconditional)
+        draws = self._draws
+        draws["conditional"] = _addresses(conditional, self._conditional)
+        rows = _addresses(unconditional, self._unconditional)
+        draws["unconditional"] = np.where(self._guided, rows, 0)
+        draws["uniform"] = uniforms.numpy()
+        self._kernels.draw_codes(draws, conditional.shape[-1])
+        codes = torch.from_numpy(draws["code"].copy())
+        return codes, torch.from_numpy(draws["finite"] != 0)
+
+
+def _index(rows: Sequence[int], device: torch.device) -> Tensor | slice:
+    """How rows are taken out: without a copy where they follow each other."""
+    first = rows[0] if rows else 0
+    if list(rows) == list(range(first, first + len(rows))):
+        return slice(first, first + len(rows))
+    return torch.tensor(rows, dtype=torch.int64, device=device)
+
+
+def _rows_of_floats(logits: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _addresses(logits: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Where rows of ``logits`` begin."""
+    return logits.data_ptr() + rows * np.uintp(logits.stride(0) * logits.itemsize)

@@ -1,0 +1,325 @@
+// One step of decoding on a CPU: a code of each sequence in, logits of the next ones out.
+//
+// The whole step is one call. Its threads take pieces of each phase (sixteen outputs of a product,
+// a head of a sequence) and meet in between. Statistics, sums, shortcuts and softmax are in
+// float32; what is multiplied is rounded to bfloat16 where the weights are.
+
+#include <stdlib.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "attention.h"
+#include "draw.h"
+#include "threads.h"
+
+#if TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+typedef struct {
+  const float *attention_norm, *ffn_norm;  // (width,)
+  Matrix qkv, out, gate, up, down;
+} Layer;
+
+typedef struct {
+  int32_t layers, width, hidden, heads, kv_heads, head_dim, codes;
+  int32_t half;    // activations and cache are bfloat16, not float32
+  float eps;
+  const Layer *layer;
+  const void *embedding;  // (codes, width), in the precision of the cache
+  const float *norm;
+  Matrix output;
+} Model;
+
+typedef struct {
+  int32_t rows, threads;
+  const int64_t *codes;   // (rows,) fed
+  const int32_t *place;   // (rows,) position that each code takes in the cache
+  const int32_t *first;   // (rows,) first position that is attended to
+  const int32_t *cell;    // (rows,) row of the table that each code turns by
+  const float *rope;      // (cells, head_dim / 2, 2)
+  void *const *keys;      // per layer (rows, kv_heads, positions, head_dim)
+  void *const *values;
+  int64_t row_stride, head_stride;  // of keys and values, in numbers
+  float *logits;          // (rows, codes)
+  void *scratch;          // of decode_scratch() bytes
+} Step;
+
+// What the threads share; all of it in `scratch`.
+typedef struct {
+  Layout layout;
+  float *shortcut;     // skinny (rows, width), wide (width, padded)
+  Activations normed;  // width
+  float *qkv;          // (rows, heads of queries, keys and values)
+  Activations attended;
+  Activations inner;   // hidden
+} Shared;
+
+static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+static int has_tiles(void) {
+#if TILES
+  static int answer = -1;  // the same for all threads, whoever asks first
+  // The kernel hands out the tile registers on request: ARCH_REQ_XCOMP_PERM, feature 18.
+  if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return answer;
+#else
+  return 0;
+#endif
+}
+
+static Layout layout_of(const Model *m, int rows) {
+  Layout l = {.rows = rows, .padded = (rows + LANES - 1) / LANES * LANES};
+  l.pairs = PAIRS && m->half;
+  l.tiles = l.pairs && has_tiles();
+  // A tile takes sixteen rows in the time of one.
+  l.wide = l.tiles || rows > SKINNY;
+  return l;
+}
+
+// Divides `scratch` up; returns the bytes that takes. A thread's own room is what is left.
+static size_t divide(const Model *m, int rows, char *scratch, Shared *s) {
+  s->layout = layout_of(m, rows);
+  int padded = s->layout.padded, heads = m->heads + 2 * m->kv_heads;
+  size_t item = s->layout.pairs ? 2 : 4, used = 0;
+#define TAKE(into, bytes) (into = (void *)(scratch + used), used += aligned(bytes))
+  TAKE(s->shortcut, (size_t)padded * m->width * 4);
+  TAKE(s->normed.data, (size_t)padded * m->width * item);
+  TAKE(s->qkv, (size_t)rows * heads * m->head_dim * 4);
+  TAKE(s->attended.data, (size_t)padded * m->heads * m->head_dim * item);
+  TAKE(s->inner.data, (size_t)padded * m->hidden * item);
+#undef TAKE
+  s->normed.size = m->width;
+  s->attended.size = m->heads * m->head_dim;
+  s->inner.size = m->hidden;
+  return used;
+}
+
+static size_t own_room(const Model *m, int rows, int positions) {
+  int padded = (rows + LANES - 1) / LANES * LANES;
+  size_t tiles = aligned((size_t)2 * OUTPUTS * padded * 4);
+  size_t longest = m->hidden > m->width ? m->hidden : m->width;
+  size_t scores = (size_t)(positions + LANES) * 4, weights = (size_t)OUTPUTS * longest * 4;
+  return tiles + aligned(scores > weights ? scores : weights);
+}
+
+// Bytes of scratch that a step needs for `rows` sequences of up to `positions` positions.
+size_t decode_scratch(const Model *m, int32_t rows, int32_t positions, int32_t threads) {
+  Shared s;
+  return divide(m, rows, NULL, &s) + threads * own_room(m, rows, positions) + 64;
+}
+
+static void embed(const Model *m, const Step *step, const Shared *s, int row) {
+  const Layout *l = &s->layout;
+  size_t at = (size_t)step->codes[row] * m->width;
+  for (int i = 0; i < m->width; i++) {
+    float x = m->half ? f32_of(((const bf16 *)m->embedding)[at + i])
+                      : ((const float *)m->embedding)[at + i];
+    s->shortcut[l->wide ? (size_t)i * l->padded + row : (size_t)row * m->width + i] = x;
+  }
+}
+
+// Root-mean-square norm of one row, or of sixteen where rows lie in lanes.
+static void normalise(const Model *m, const Shared *s, const float *weight, int piece) {
+  const Layout *l = &s->layout;
+  int width = m->width;
+  if (l->wide) {
+    int lane = piece * LANES;
+    const float *x = s->shortcut + lane;
+    v16 total = splat(0);
+    for (int i = 0; i < width; i++) {
+      v16 own = load_f32(x + (size_t)i * l->padded);
+      total += own * own;
+    }
+    v16 factor;
+    for (int i = 0; i < LANES; i++) factor[i] = 1.0f / sqrtf(total[i] / width + m->eps);
+    for (int i = 0; i < width; i += 2)
+      put_two(l, s->normed, lane, i, load_f32(x + (size_t)i * l->padded) * factor * weight[i],
+              load_f32(x + (size_t)(i + 1) * l->padded) * factor * weight[i + 1]);
+    return;
+  }
+  const float *x = s->shortcut + (size_t)piece * width;
+  v16 total = splat(0);
+  for (int i = 0; i < width; i += LANES) total += load_f32(x + i) * load_f32(x + i);
+  float factor = 1.0f / sqrtf(sum(total) / width + m->eps);
+  for (int i = 0; i < width; i += LANES) {
+    v16 y = load_f32(x + i) * factor * load_f32(weight + i);
+    size_t at = (size_t)piece * width + i;
+    if (l->pairs) store_bf16((bf16 *)s->normed.data + at, y);
+    else store_f32((float *)s->normed.data + at, y);
+  }
+}
+
+// A tile's values to where each row has them in one piece.
+static void spread(const Layout *l, const float *tile, float *into, size_t stride, int output) {
+  for (int row = 0; row < l->rows; row++)
+    for (int n = 0; n < OUTPUTS; n++) into[row * stride + output + n] = tile[n * l->padded + row];
+}
+
+static void add_to_shortcut(const Model *m, const Shared *s, const float *tile, int output) {
+  const Layout *l = &s->layout;
+  if (l->wide) {
+    float *into = s->shortcut + (size_t)output * l->padded;
+    for (int i = 0; i < OUTPUTS * l->padded; i += LANES)
+      store_f32(into + i, load_f32(into + i) + load_f32(tile + i));
+    return;
+  }
+  for (int row = 0; row < l->rows; row++)
+    for (int n = 0; n < OUTPUTS; n++)
+      s->shortcut[(size_t)row * m->width + output + n] += tile[n * l->padded + row];
+}
+
+INLINE v16 gated(v16 gate, v16 up) { return gate / (1.0f + exponential(-gate)) * up; }
+
+static void activate(const Shared *s, const float *gate, const float *up, int output) {
+  const Layout *l = &s->layout;
+  if (l->wide) {
+    for (int n = 0; n < OUTPUTS; n += 2)
+      for (int lane = 0; lane < l->padded; lane += LANES) {
+        size_t at = (size_t)n * l->padded + lane, after = at + l->padded;
+        put_two(l, s->inner, lane, output + n, gated(load_f32(gate + at), load_f32(up + at)),
+                gated(load_f32(gate + after), load_f32(up + after)));
+      }
+    return;
+  }
+  for (int n = 0; n < OUTPUTS; n++) {
+    v16 y = gated(load_f32(gate + (size_t)n * l->padded), load_f32(up + (size_t)n * l->padded));
+    for (int row = 0; row < l->rows; row++) put(l, s->inner, row, output + n, y[row]);
+  }
+}
+
+// Attention of one sequence's heads that share a key, which join the cache here.
+static void attend(const Model *m, const Step *step, const Shared *s, int layer, int piece,
+                   float *scores) {
+  int row = piece / m->kv_heads, kv = piece % m->kv_heads, size = m->head_dim;
+  int group = m->heads / m->kv_heads, first = step->first[row], place = step->place[row];
+  const float *rope = step->rope + (size_t)step->cell[row] * size;
+  float *queries = s->qkv + (size_t)row * (m->heads + 2 * m->kv_heads) * size;
+  float *key = queries + (size_t)(m->heads + kv) * size;
+  float *value = key + (size_t)m->kv_heads * size;
+  size_t start = row * step->row_stride + kv * step->head_stride;
+  size_t item = m->half ? 2 : 4;
+  char *keys = (char *)step->keys[layer] + start * item;
+  char *values = (char *)step->values[layer] + start * item;
+  turn(key, rope, size);
+  keep(keys, m->half, (size_t)place * size, key, size);
+  keep(values, m->half, (size_t)place * size, value, size);
+  float scale = 1.0f / sqrtf(size), out[WIDEST_HEAD];
+  for (int head = kv * group; head < (kv + 1) * group; head++) {
+    float *query = queries + (size_t)head * size;
+    turn(query, rope, size);
+    if (s->layout.pairs) score_all(keys, 1, 1, query, size, first, place, scale, scores);
+    else if (m->half) score_all(keys, 1, 0, query, size, first, place, scale, scores);
+    else score_all(keys, 0, 0, query, size, first, place, scale, scores);
+    softmax(scores, place - first + 1);
+    if (m->half) gather_values(values, 1, scores, size, first, place, out);
+    else gather_values(values, 0, scores, size, first, place, out);
+    for (int i = 0; i < size; i++) put(&s->layout, s->attended, row, head * size + i, out[i]);
+  }
+}
+
+// All pieces of a phase, shared among the threads.
+#define PHASE(count, work)                                              \
+  do {                                                                  \
+    for (int piece = team_next(team), ahead; piece < (count); piece = ahead) { ahead = team_next(team); (void)ahead; work; }     \
+    team_meet(team);                                                    \
+  } while (0)
+
+static void run(const Model *m, const Step *step, const Shared *s, Team *team, char *room) {
+  const Layout *l = &s->layout;
+  float *tile = (float *)room, *other = tile + OUTPUTS * l->padded;
+  char *rest = room + aligned((size_t)2 * OUTPUTS * l->padded * 4);
+  int norms = l->wide ? l->padded / LANES : l->rows;
+  size_t row_width = (size_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
+#if TILES
+  if (l->tiles) tiles_begin();
+#endif
+  PHASE(l->rows, embed(m, step, s, piece));
+  for (int i = 0; i < m->layers; i++) {
+    const Layer *w = &m->layer[i];
+    PHASE(norms, normalise(m, s, w->attention_norm, piece));
+    PHASE(w->qkv.outputs / OUTPUTS, {
+      product(&w->qkv, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
+      spread(l, tile, s->qkv, row_width, piece * OUTPUTS);
+    });
+    PHASE(l->rows * m->kv_heads, attend(m, step, s, i, piece, (float *)rest));
+    PHASE(w->out.outputs / OUTPUTS, {
+      product(&w->out, l, s->attended, piece * OUTPUTS, tile, rest, ahead);
+      add_to_shortcut(m, s, tile, piece * OUTPUTS);
+    });
+    PHASE(norms, normalise(m, s, w->ffn_norm, piece));
+    PHASE(w->gate.outputs / OUTPUTS, {
+      product(&w->gate, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
+      product(&w->up, l, s->normed, piece * OUTPUTS, other, rest, ahead);
+      activate(s, tile, other, piece * OUTPUTS);
+    });
+    PHASE(w->down.outputs / OUTPUTS, {
+      product(&w->down, l, s->inner, piece * OUTPUTS, tile, rest, ahead);
+      add_to_shortcut(m, s, tile, piece * OUTPUTS);
+    });
+  }
+  PHASE(norms, normalise(m, s, m->norm, piece));
+  PHASE(m->output.outputs / OUTPUTS, {
+    product(&m->output, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
+    spread(l, tile, step->logits, m->codes, piece * OUTPUTS);
+  });
+#if TILES
+  if (l->tiles) tiles_end();
+#endif
+}
+
+void decode_step(const Model *m, const Step *step) {
+  Shared shared;
+  char *scratch = (char *)aligned((size_t)step->scratch);
+  size_t used = divide(m, step->rows, scratch, &shared);
+  int positions = 0;
+  for (int row = 0; row < step->rows; row++)
+    if (step->place[row] >= positions) positions = step->place[row] + 1;
+  size_t own = own_room(m, step->rows, positions);
+  Team team;
+  team_init(&team, step->threads);
+#pragma omp parallel num_threads(step->threads)
+  {
+#ifdef _OPENMP
+    // Fewer threads than were asked for would wait for ever for the others.
+    int here = omp_get_num_threads(), own_number = omp_get_thread_num();
+#pragma omp single
+    team.threads = here;
+#else
+    int own_number = 0;
+    team.threads = 1;
+#endif
+    run(m, step, &shared, &team, scratch + used + own_number * own);
+  }
+}
+
+// Bytes of room that draw_codes() needs.
+size_t draw_room(int32_t codes, int32_t threads) {
+  return threads * aligned((size_t)codes * (sizeof(float) + sizeof(Candidate))) + 64;
+}
+
+// A code of each image.
+void draw_codes(Draw *draws, int32_t images, int32_t codes, int32_t threads, void *room) {
+  char *rooms = (char *)aligned((size_t)room);
+  size_t own = aligned((size_t)codes * (sizeof(float) + sizeof(Candidate)));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int image = 0; image < images; image++) {
+#ifdef _OPENMP
+    draw_one(&draws[image], codes, rooms + omp_get_thread_num() * own);
+#else
+    draw_one(&draws[image], codes, rooms);
+#endif
+  }
+}
+
+// What was compiled: 1 pairs of bfloat16, 2 tiles of them, 4 threads.
+int32_t decode_features(void) {
+  int found = PAIRS | has_tiles() << 1;
+#ifdef _OPENMP
+  found |= 4;
+#endif
+  return found;
+}

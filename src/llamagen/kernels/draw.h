@@ -1,0 +1,158 @@
+// From logits to a drawn code, one image at a time: guidance, temperature, top-k, top-p, draw.
+// The same ladder as generation/filters.py, without sorting the vocabulary.
+
+#ifndef LLAMAGEN_DRAW_H
+#define LLAMAGEN_DRAW_H
+
+#include <math.h>
+#include <stdlib.h>
+
+#include "vectors.h"
+
+typedef struct {
+  const float *conditional;    // (codes,)
+  const float *unconditional;  // (codes,), or NULL without guidance
+  double uniform;              // in [0, 1)
+  int64_t code;                // out
+  float scale, temperature, top_p;
+  int32_t top_k;               // 0 keeps all
+  int32_t finite;              // out: 0 if a logit was not
+} Draw;
+
+#define BUCKETS 2048
+#define BLOCK 256
+
+// Whole numbers in the order of the floats they stand for.
+INLINE uint32_t in_order(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+INLINE float back_from_order(uint32_t bits) {
+  bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// The k-th largest of count numbers, 1 <= k <= count, found eleven bits at a time.
+static float kth_largest(const float *x, int count, int k) {
+  static const int shifts[] = {21, 10, 0}, sizes[] = {BUCKETS, BUCKETS, BUCKETS / 2};
+  uint32_t found = 0, known = 0;
+  for (int digit = 0; digit < 3; digit++) {
+    int shift = shifts[digit], bucket = sizes[digit] - 1;
+    int counts[BUCKETS] = {0};
+    for (int i = 0; i < count; i++) {
+      uint32_t own = in_order(x[i]);
+      if ((own & known) == found) counts[(own >> shift) & (sizes[digit] - 1)]++;
+    }
+    while (counts[bucket] < k) k -= counts[bucket--];
+    found |= (uint32_t)bucket << shift;
+    known |= (uint32_t)(sizes[digit] - 1) << shift;
+  }
+  return back_from_order(found);
+}
+
+typedef struct {
+  float weight;
+  int32_t index;
+} Candidate;
+
+static int more_likely(const void *a, const void *b) {
+  const Candidate *x = a, *y = b;
+  if (x->weight != y->weight) return x->weight < y->weight ? 1 : -1;
+  return x->index - y->index;
+}
+
+// Sets weights (not negative) behind the code at which they exceed `share` of their sum to zero.
+static void keep_share(float *weights, int count, double total, double share, Candidate *room) {
+  double mass[BUCKETS] = {0};
+  for (int i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, &weights[i], sizeof bits);
+    mass[bits >> 20] += weights[i];
+  }
+  double goal = share * total, before = 0;
+  int bucket = BUCKETS - 1;
+  while (bucket > 0 && before + mass[bucket] <= goal) before += mass[bucket--];
+  int found = 0;
+  for (int i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, &weights[i], sizeof bits);
+    if ((int)(bits >> 20) == bucket && weights[i] > 0)
+      room[found++] = (Candidate){weights[i], i};
+    else if ((int)(bits >> 20) < bucket)
+      weights[i] = 0;
+  }
+  qsort(room, found, sizeof *room, more_likely);
+  int kept = 0;
+  while (kept < found && before <= goal) before += room[kept++].weight;
+  for (int i = kept; i < found; i++) weights[room[i].index] = 0;
+}
+
+// room: count floats, then count candidates.
+static void draw_one(Draw *d, int count, void *room_for) {
+  float *x = room_for;
+  Candidate *candidates = (Candidate *)(x + count);
+  const float *c = d->conditional, *u = d->unconditional;
+  v16 wrong = splat(0), top = splat(-INFINITY);
+  for (int i = 0; i < count; i += LANES) {
+    v16 own = load_f32(c + i);
+    if (u) own = load_f32(u + i) + d->scale * (own - load_f32(u + i));
+    wrong += own * 0.0f;  // stays 0 unless something is infinite or not a number
+    i32x16 more = own > top;
+    top = (v16)((more & (i32x16)own) | (~more & (i32x16)top));
+    store_f32(x + i, own);
+  }
+  d->finite = sum(wrong) == 0;
+  d->code = 0;
+  if (!d->finite) return;
+  float peak = largest(top);
+  if (d->temperature == 0) {
+    while (x[d->code] != peak) d->code++;
+    return;
+  }
+  if (d->temperature != 1) {
+    for (int i = 0; i < count; i += LANES) store_f32(x + i, load_f32(x + i) / d->temperature);
+    peak /= d->temperature;
+  }
+  float least = d->top_k > 0 && d->top_k < count ? kth_largest(x, count, d->top_k) : -INFINITY;
+  for (int i = 0; i < count; i += LANES) {
+    v16 own = load_f32(x + i);
+    i32x16 kept = own >= least;
+    store_f32(x + i, (v16)(kept & (i32x16)exponential(own - peak)));
+  }
+  double blocks[(1 << 20) / BLOCK], total = 0;
+  for (int pass = 0; pass < 2; pass++) {
+    total = 0;
+    for (int b = 0; b * BLOCK < count; b++) {
+      int end = (b + 1) * BLOCK < count ? (b + 1) * BLOCK : count;
+      double part[8] = {0};
+      for (int i = b * BLOCK; i < end; i += 8)
+        for (int j = 0; j < 8; j++) part[j] += x[i + j];
+      blocks[b] = ((part[0] + part[1]) + (part[2] + part[3])) +
+                  ((part[4] + part[5]) + (part[6] + part[7]));
+      total += blocks[b];
+    }
+    if (d->top_p >= 1 || pass) break;
+    keep_share(x, count, total, d->top_p, candidates);
+  }
+  // The first code whose cumulative weight exceeds the target: never one of weight 0.
+  double target = d->uniform * total, reached = 0;
+  int b = 0;
+  while ((b + 1) * BLOCK < count && reached + blocks[b] <= target) reached += blocks[b++];
+  int last = -1, start = b * BLOCK;
+  for (int i = start; i < count; i++) {
+    if (x[i] <= 0) continue;
+    last = i;
+    reached += x[i];
+    if (reached > target) break;
+  }
+  // Sums in another order may fall short of the target by rounding: the last one that counts.
+  while (last < 0)
+    if (x[--start] > 0) last = start;
+  d->code = last;
+}
+
+#endif

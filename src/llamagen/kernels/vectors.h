@@ -1,0 +1,168 @@
+// Sixteen floats at a time, in the compiler's own vector types, so that one source serves every
+// processor. Where a processor multiplies pairs of bfloat16 (PAIRS), products use that instead.
+
+#ifndef LLAMAGEN_VECTORS_H
+#define LLAMAGEN_VECTORS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define PAIRS 1
+#else
+#define PAIRS 0
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+// Loops over a few registers, which stay registers only once the loop is gone.
+#define UNROLL _Pragma("GCC unroll 32")
+
+typedef float v16 __attribute__((vector_size(64)));
+typedef uint32_t u16x32 __attribute__((vector_size(64)));
+typedef int32_t i32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint16_t bf16;
+
+INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+
+INLINE v16 load_f32(const float *p) {
+  v16 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+INLINE void store_f32(float *p, v16 x) { memcpy(p, &x, sizeof x); }
+
+INLINE v16 load_bf16(const bf16 *p) {
+  u16x16 x;
+  memcpy(&x, p, sizeof x);
+  return (v16)(__builtin_convertvector(x, u16x32) << 16);
+}
+
+INLINE v16 load_i8(const int8_t *p) {
+  i8x16 x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, v16);
+}
+
+// Rounds to nearest, ties to even, as torch does.
+INLINE u16x32 round_bf16(v16 x) {
+  u16x32 bits = (u16x32)x;
+  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+}
+
+INLINE void store_bf16(bf16 *p, v16 x) {
+  u16x16 rounded = __builtin_convertvector(round_bf16(x), u16x16);
+  memcpy(p, &rounded, sizeof rounded);
+}
+
+INLINE float f32_of(bf16 x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+INLINE bf16 bf16_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE float sum(v16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
+  float part[LANES];
+  store_f32(part, x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] += part[i + half];
+  return part[0];
+#endif
+}
+
+INLINE float largest(v16 x) {
+  float part[LANES];
+  store_f32(part, x);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
+  return part[0];
+}
+
+// The sums of sixteen vectors, as one vector.
+INLINE v16 sums(const v16 x[LANES]) {
+#if defined(__AVX512F__)
+  __m512 a[8], b[4];
+  for (int i = 0; i < 8; i++) {
+    __m512 p = (__m512)x[2 * i], q = (__m512)x[2 * i + 1];
+    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
+  }
+  for (int i = 0; i < 4; i++) {
+    __m512d p = (__m512d)a[2 * i], q = (__m512d)a[2 * i + 1];
+    b[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(p, q), (__m512)_mm512_unpackhi_pd(p, q));
+  }
+  __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88),
+                             _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
+  __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88),
+                              _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
+  return (v16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
+                            _mm512_shuffle_f32x4(low, high, 0xdd));
+#else
+  float part[LANES];
+  for (int i = 0; i < LANES; i++) part[i] = sum(x[i]);
+  return load_f32(part);
+#endif
+}
+
+// e^x with a relative error below 2e-7; 0 below -87, and not a number stays not a number.
+INLINE v16 exponential(v16 x) {
+  const v16 low = splat(-87.0f), high = splat(88.0f);
+  i32x16 tiny = x < low;
+  x = (v16)((tiny & (i32x16)low) | (~tiny & (i32x16)x));
+  i32x16 huge = x > high;
+  x = (v16)((huge & (i32x16)high) | (~huge & (i32x16)x));
+  // Adding and taking away 1.5 * 2^23 leaves the nearest whole number.
+  const v16 shift = splat(12582912.0f);
+  v16 whole = (x * 1.44269504f + shift) - shift;
+  v16 rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  v16 y = splat(1.0f / 5040);
+  y = y * rest + 1.0f / 720;
+  y = y * rest + 1.0f / 120;
+  y = y * rest + 1.0f / 24;
+  y = y * rest + 1.0f / 6;
+  y = y * rest + 0.5f;
+  y = y * rest + 1.0f;
+  y = y * rest + 1.0f;
+  i32x16 power = (__builtin_convertvector(whole, i32x16) + 127) << 23;
+  y = y * (v16)power;
+  return (v16)(~tiny & (i32x16)y);
+}
+
+#if PAIRS
+typedef __m512bh p32;  // 32 bfloat16, in pairs
+
+INLINE p32 load_pairs(const bf16 *p) { return (p32)_mm512_loadu_si512(p); }
+
+INLINE p32 splat_pair(const bf16 *p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof pair);
+  return (p32)_mm512_set1_epi32(pair);
+}
+
+// Small whole numbers are exact in bfloat16.
+INLINE p32 load_i8_pairs(const int8_t *p) {
+  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16))));
+  return _mm512_cvtne2ps_pbh(high, low);
+}
+
+INLINE v16 add_pairs(v16 total, p32 a, p32 b) { return (v16)_mm512_dpbf16_ps((__m512)total, a, b); }
+#endif
+
+#endif
