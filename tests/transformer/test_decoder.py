@@ -1,0 +1,157 @@
+"""Decoders of our own give the logits that the model gives, on every kind of processor."""
+
+import pytest
+import torch
+
+from llamagen.transformer import SlotCache, decoder_for
+from llamagen.transformer.decoder import CpuDecoder, TorchDecoder
+from tests.kernels.variants import VARIANTS, kernels_of
+from tests.models import tiny_transformer
+
+# Sizes that the kernels take: inputs in 32s, outputs in 16s.
+SIZES = {
+    "even": {"dim": 64, "heads": 2, "layers": 2},
+    "grouped queries": {"dim": 128, "heads": 4, "kv_heads": 2, "layers": 2},
+    "odd heads": {"dim": 160, "heads": 8, "layers": 2},  # head dimension 20
+    "wide heads": {"dim": 480, "heads": 4, "layers": 1},  # head dimension 120
+}
+ROWS = (1, 2, 3, 5, 8, 9, 33, 70)
+STEPS = 5
+
+
+def model_of(size, dtype=torch.float32, **settings):
+    return tiny_transformer(**SIZES[size], **settings).to(dtype)
+
+
+def assert_close(found, wanted):
+    """Up to what float32 loses on numbers of this size."""
+    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
+
+
+def decoder_of(model, variant):
+    return CpuDecoder(model, kernels_of(variant))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+@torch.inference_mode()
+def test_float32(size, variant):
+    model = model_of(size)
+    for rows in ROWS:
+        condition = torch.arange(rows) % model.config.num_classes
+        caches = [model.new_cache(rows) for _ in range(2)]
+        decoders = [TorchDecoder(model), decoder_of(model, variant)]
+        for cache in caches:
+            model.prefill(condition, cache)
+        generator = torch.Generator().manual_seed(rows)
+        for _ in range(STEPS):
+            codes = torch.randint(model.config.codebook_size, (rows,), generator=generator)
+            wanted, found = (
+                decoder.next_logits(codes, cache)
+                for decoder, cache in zip(decoders, caches, strict=True)
+            )
+            assert_close(found, wanted)
+        for wanted, found in zip(
+            caches[0].keys + caches[0].values, caches[1].keys + caches[1].values, strict=True
+        ):
+            assert_close(found[:, :, : caches[1].length], wanted[:, :, : caches[0].length])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES)
+@torch.inference_mode()
+def test_bfloat16_is_no_further_from_the_truth_than_torch(size, variant):
+    exact = model_of(size)
+    model = model_of(size, torch.bfloat16)
+    exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    for rows in ROWS:
+        condition = torch.arange(rows) % model.config.num_classes
+        models = [exact, model, model]
+        decoders = [TorchDecoder(exact), TorchDecoder(model), decoder_of(model, variant)]
+        caches = [each.new_cache(rows) for each in models]
+        for each, cache in zip(models, caches, strict=True):
+            each.prefill(condition, cache)
+        errors = torch.zeros(2)
+        generator = torch.Generator().manual_seed(rows)
+        for _ in range(STEPS):
+            codes = torch.randint(model.config.codebook_size, (rows,), generator=generator)
+            truth, by_torch, ours = (
+                decoder.next_logits(codes, cache).float()
+                for decoder, cache in zip(decoders, caches, strict=True)
+            )
+            for index, found in enumerate((by_torch, ours)):
+                errors[index] += (found - truth).square().mean()
+        # What is rounded when differs, so one can be luckier than the other.
+        assert errors[1] <= 1.5 * errors[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_padded_text(variant):
+    model = tiny_transformer(condition="text", dim=64, heads=2)
+    features = torch.randn(3, 6, model.config.text_dim)
+    mask = torch.arange(6) >= torch.tensor([[0], [2], [5]])
+    codes = torch.randint(model.config.codebook_size, (3, 4))
+    found = []
+    for decoder in (TorchDecoder(model), decoder_of(model, variant)):
+        cache = model.new_cache(3, condition_length=6)
+        model.prefill(features, cache, condition_mask=mask)
+        found.append(torch.stack([decoder.next_logits(code, cache).clone() for code in codes.T]))
+    assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_sequences_at_different_places(variant):
+    model = model_of("even", grid=(3, 5))
+    codes = torch.randint(model.config.codebook_size, (3, 12))
+    found = []
+    for decoder in (TorchDecoder(model), decoder_of(model, variant)):
+        slots = SlotCache.empty(
+            model.config, 4, grid=model.config.grid, device=model.device, dtype=model.dtype
+        )
+        logits = []
+        for step in range(12):
+            if step < 3:
+                cache = model.new_cache(1)
+                model.prefill(torch.tensor([step]), cache)
+                slots.admit(cache)
+            fed = torch.tensor([codes[row, slots.lengths[row] - 1] for row in range(slots.batch)])
+            logits.append(decoder.next_logits(fed, slots).clone())
+            if step == 8:
+                slots.remove(0)
+        found.append(torch.cat(logits))
+    assert_close(found[1], found[0])
+
+
+def test_which_models_the_kernels_take(monkeypatch):
+    kernels_of("native")  # or skip
+
+    def takes(model, **given):
+        return isinstance(decoder_for(model, **given), CpuDecoder)
+
+    model = model_of("even")
+    assert takes(model)
+    assert takes(model_of("even", torch.bfloat16))
+    assert not takes(model_of("even", torch.float16))
+    assert not takes(tiny_transformer(dim=36, heads=1))
+    assert not takes(model_of("even").train())
+    left, hole = torch.tensor([[False, True, True]]), torch.tensor([[True, False, True]])
+    assert takes(model, condition_mask=left)
+    assert not takes(model, condition_mask=hole)
+    model.layers[0].attention.wqkv = torch.nn.Sequential(model.layers[0].attention.wqkv)
+    assert not takes(model)
+    monkeypatch.setattr("llamagen.transformer.decoder.load_kernels", lambda: None)
+    assert not takes(model_of("even"))
+
+
+@torch.inference_mode()
+def test_a_full_cache_is_refused():
+    kernels_of("native")
+    model = model_of("even")
+    decoder, cache = decoder_for(model), model.new_cache(1)
+    model.prefill(torch.tensor([0]), cache)
+    for _ in range(model.config.num_codes):
+        decoder.next_logits(torch.tensor([0]), cache)
+    with pytest.raises(AssertionError, match="in a cache with room for"):
+        decoder.next_logits(torch.tensor([0]), cache)
