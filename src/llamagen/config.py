@@ -159,6 +159,9 @@ def swiglu_hidden_dim(dim: int, *, multiplier: float | None = None, multiple_of:
     return multiple_of * math.ceil(hidden / multiple_of)
 
 
+Quantization = Literal["int8", "int4"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Architecture of the autoregressive model (paper section 3.2; the defaults are c2i B, 256)."""
@@ -199,6 +202,8 @@ class TransformerConfig:
     """Dropout of the feed-forward layer's output, in training."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
+    quantization: Quantization | None = None
+    """Whole numbers in the place of the matrices' weights; None for none."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "layers", "heads", "codebook_size")

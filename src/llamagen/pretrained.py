@@ -8,6 +8,7 @@ or initial values and fills it tensor by tensor, so it never holds the weights t
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -33,6 +34,7 @@ ConfigT = TypeVar("ConfigT")
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _CARD_NAME = "README.md"
+_REQUIRES = "requires_llamagen"
 
 NamedTensors = Iterable[tuple[str, Callable[[], Tensor]]]
 """Names, each with a function that reads its tensor; read one at a time, in order."""
@@ -44,6 +46,11 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
     config_class: ClassVar[type[Any]]
     kind: ClassVar[str]
     config: ConfigT
+
+    @property
+    def requires(self) -> str | None:
+        """The first version of llamagen that can read the model's folder, where not all can."""
+        return None
 
     @property
     def device(self) -> torch.device:
@@ -96,19 +103,28 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         """
         with torch.device("meta"), _NoInitialValues():
             model = cls(config)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        check_shapes(expected, shapes, source=source, kind=cls.kind)
+        expected = model.state_dict()
+        needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+        check_shapes(needed, shapes, source=source, kind=cls.kind)
+        parameters = dict(model.named_parameters())
         for name, read in tensors:
             tensor = read()
-            if not tensor.is_floating_point():
+            if name not in parameters:
+                # What a quantised layer keeps has a type of its own, whatever the model's is.
+                kept, usual = expected[name].dtype, "quantised weights"
+            elif tensor.is_floating_point():
+                kept, usual = dtype or tensor.dtype, "weights"
+            else:
+                kept, usual = None, "floating-point numbers"
+            if kept is None or tensor.is_floating_point() != kept.is_floating_point:
                 raise InputError(
-                    f"{source}: weight {name} holds {tensor.dtype}, expected floating-point "
-                    f"numbers; quantised weights cannot be loaded"
+                    f"{source}: {name} holds {tensor.dtype}, expected {usual}; weights that were "
+                    f"quantised by other software cannot be loaded"
                 )
             # A copy of its own, one tensor at a time. Weights left in the file's mapping would
             # change or vanish with the file, and lie unaligned in small pages: preset B in
             # bfloat16 then decodes 4 to 8 % slower.
-            own = torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=device)
+            own = torch.empty(tensor.shape, dtype=kept, device=device)
             _replace_tensor(model, name, own.copy_(tensor.detach()))
         return model.eval()
 
@@ -147,6 +163,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         values = {"kind": self.kind, **config_to_dict(self.config)}
+        if self.requires is not None:
+            values[_REQUIRES] = self.requires
         # contiguous: safetensors refuses the strides that channels-last weights have.
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with _save_errors(save_directory / WEIGHTS_NAME):
@@ -241,6 +259,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder} is not a folder with an {cls.kind}")
         values = read_json(path)
+        _check_version(values.pop(_REQUIRES, "0"), path)
         kind = values.pop("kind", None)
         if kind != cls.kind:
             raise InputError(
@@ -249,6 +268,20 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             )
         config: ConfigT = config_from_dict(cls.config_class, values, source=str(path))
         return config
+
+
+def _check_version(needed: str, path: Path) -> None:
+    """Checks that a folder was not written by a llamagen that knows more than this one."""
+    here = importlib.metadata.version("llamagen")
+    if _release(needed) > _release(here):
+        raise InputError(
+            f"{path} needs llamagen {needed} or later, and this is {here}; update it with "
+            f"`pip install -U llamagen`"
+        )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def _replace_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:

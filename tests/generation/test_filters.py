@@ -4,6 +4,7 @@ import torch
 from llamagen.config import SamplingConfig
 from llamagen.errors import InputError
 from llamagen.generation import draw_codes, filter_logits, guide, keep_top_k, keep_top_p
+from llamagen.generation.filters import code_probabilities, draw_weighted
 
 
 def test_guide_is_the_published_formula():
@@ -27,6 +28,22 @@ def test_top_p_keeps_the_code_that_crosses():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert keep_top_p(logits, 0.6).isfinite().tolist() == [True, True, False, False]
     assert keep_top_p(logits, 1e-6).isfinite().tolist() == [True, False, False, False]
+
+
+def test_probabilities_are_those_that_codes_are_drawn_with():
+    logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    cold = code_probabilities(logits, SamplingConfig(temperature=0.0, top_k=2))
+    assert cold.tolist() == [[1, 0, 0, 0]]
+    sampling = SamplingConfig(temperature=0.5, top_k=3, top_p=0.6)
+    # Squares of 4, 3 and 2 are to each other as 16, 9 and 4; the first two exceed 0.6.
+    expected = torch.tensor([[16 / 25, 9 / 25, 0, 0]])
+    torch.testing.assert_close(code_probabilities(logits, sampling), expected)
+
+
+def test_weights_need_not_add_up_to_one():
+    weights = torch.tensor([[0.0, 3.0, 0.0, 1.0, 0.0]]).expand(4, 5)
+    drawn = draw_weighted(weights, torch.tensor([0.0, 0.74, 0.76, 1 - 2**-24]))
+    assert drawn.tolist() == [1, 1, 3, 3]
 
 
 def test_filters_leave_their_input_alone():

@@ -64,6 +64,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_torch(size, variant):
     exact = model_of(size)
     model = model_of(size, torch.bfloat16)
     exact.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    errors = torch.zeros(2)
     for rows in ROWS:
         condition = torch.arange(rows) % model.config.num_classes
         models = [exact, model, model]
@@ -71,7 +72,6 @@ def test_bfloat16_is_no_further_from_the_truth_than_torch(size, variant):
         caches = [each.new_cache(rows) for each in models]
         for each, cache in zip(models, caches, strict=True):
             each.prefill(condition, cache)
-        errors = torch.zeros(2)
         generator = torch.Generator().manual_seed(rows)
         for _ in range(STEPS):
             codes = torch.randint(model.config.codebook_size, (rows,), generator=generator)
@@ -81,8 +81,7 @@ def test_bfloat16_is_no_further_from_the_truth_than_torch(size, variant):
             )
             for index, found in enumerate((by_torch, ours)):
                 errors[index] += (found - truth).square().mean()
-        # What is rounded when differs, so one can be luckier than the other.
-        assert errors[1] <= 1.5 * errors[0]
+    assert errors[1] <= errors[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,6 +119,33 @@ def test_sequences_at_different_places(variant):
             logits.append(decoder.next_logits(fed, slots).clone())
             if step == 8:
                 slots.remove(0)
+        found.append(torch.cat(logits))
+    assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("size", ["even", "grouped queries"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_windows(variant, size):
+    model = model_of(size, grid=(3, 5))
+    windows = [
+        torch.randint(model.config.codebook_size, (3, length), generator=torch.Generator())
+        for length in (1, 4, 6)
+    ]
+    found = []
+    for decoder in (TorchDecoder(model), decoder_of(model, variant)):
+        slots = SlotCache.empty(
+            model.config, 3, grid=model.config.grid, device=model.device, dtype=model.dtype, spare=5
+        )
+        cache = model.new_cache(3)
+        model.prefill(torch.tensor([0, 1, 2]), cache)
+        slots.admit(cache)
+        logits = []
+        for round_ in range(3):
+            for codes in windows:
+                logits.append(decoder.extend(codes, slots).clone().flatten(0, 1))
+                # Less is kept than was fed, and not of all sequences alike.
+                slots.advance_each([1 + round_ % 2, 1, codes.shape[1] // 2])
         found.append(torch.cat(logits))
     assert_close(found[1], found[0])
 

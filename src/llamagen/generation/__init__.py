@@ -1,4 +1,4 @@
-"""Codes from a transformer: guidance, filters, the decode loop."""
+"""Codes from a transformer: guidance, filters, the decode loop and a faster one."""
 
 from llamagen.generation.decode import RowCallback, generate_codes
 from llamagen.generation.filters import (
@@ -10,12 +10,15 @@ from llamagen.generation.filters import (
     next_codes,
 )
 from llamagen.generation.seeds import uniform_draws
+from llamagen.generation.speculative import ParallelCodes, generate_codes_in_parallel
 
 __all__ = [
+    "ParallelCodes",
     "RowCallback",
     "draw_codes",
     "filter_logits",
     "generate_codes",
+    "generate_codes_in_parallel",
     "guide",
     "keep_top_k",
     "keep_top_p",

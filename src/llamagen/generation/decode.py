@@ -5,16 +5,18 @@ Shapes: B images, C condition length, V codes of the codebook.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError, NotFiniteError
+from llamagen.errors import NotFiniteError
 from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.seeds import uniform_draws
-from llamagen.transformer import Transformer, decoder_for
+from llamagen.generation.sequences import sequences_of
+from llamagen.transformer import StepTimes, Transformer, decoder_for
 
 RowCallback = Callable[[int, Tensor], None]
 """Called after each finished row of the grid with the number of finished rows and all codes so
@@ -34,6 +36,7 @@ def generate_codes(
     unconditional_mask: Tensor | None = None,
     grid: Grid | None = None,
     on_row: RowCallback | None = None,
+    times: StepTimes | None = None,
 ) -> Tensor:
     """Draws one image's codes per row of ``condition``.
 
@@ -52,6 +55,7 @@ def generate_codes(
             ``condition_mask``.
         grid: rows and columns; by default the model's.
         on_row: called after each finished row of the grid.
+        times: where the time goes is added to it.
 
     Returns:
         (B, rows, columns) int64 codes on the model's device.
@@ -62,32 +66,31 @@ def generate_codes(
     """
     sampling = sampling or SamplingConfig()
     rows, columns = grid or model.config.grid
-    condition = condition.to(model.device)
-    model.cls_embedding.check(condition)
-    images = condition.shape[0]
-    if len(seeds) != images:
-        raise InputError(f"{len(seeds)} seeds for {images} images; give one seed per image")
-    guided = sampling.guided
-    if guided:
-        if unconditional is None:
-            unconditional = model.cls_embedding.unconditional(condition)
-        condition_mask = _both_masks(condition, condition_mask, unconditional_mask)
-        condition = torch.cat([condition, unconditional.to(condition)])
-    if condition_mask is not None:
-        condition, condition_mask = _without_common_padding(
-            condition, condition_mask.to(model.device)
-        )
+    sequences = sequences_of(
+        model,
+        condition,
+        seeds=seeds,
+        sampling=sampling,
+        condition_mask=condition_mask,
+        unconditional=unconditional,
+        unconditional_mask=unconditional_mask,
+    )
+    images, condition, condition_mask = sequences
+    guided = sequences.guided
     length = condition.shape[1] if condition.ndim == 3 else 1
     cache = model.new_cache(condition.shape[0], condition_length=length, grid=(rows, columns))
     uniforms = uniform_draws(seeds, rows * columns).to(model.device)
     codes = torch.zeros(images, rows * columns, dtype=torch.int64, device=model.device)
     finite = torch.ones((), dtype=torch.bool, device=model.device)
 
-    decoder = decoder_for(model, condition_mask=condition_mask)
+    decoder = decoder_for(model, condition_mask=condition_mask, times=times)
     draw = _draws(model, sampling, images, guided)
     logits = model.prefill(condition, cache, condition_mask=condition_mask)
     for index in range(rows * columns):
+        start = time.perf_counter()
         drawn, usable = draw(logits, logits, uniforms[:, index])
+        if times is not None:
+            times.drawing += time.perf_counter() - start
         finite &= usable.all()
         codes[:, index] = drawn
         if on_row is not None and (index + 1) % columns == 0:
@@ -99,12 +102,17 @@ def generate_codes(
             # Both rows of an image are fed its code, if there are two.
             logits = decoder.next_logits(drawn.repeat(cache.batch // images), cache)
     # Looked at once, at the end: a look at every step would wait for the device at every step.
+    check_finite(finite, model)
+    return codes.view(images, rows, columns)
+
+
+def check_finite(finite: Tensor, model: Transformer) -> None:
+    """Raises NotFiniteError unless ``finite`` () is True. Waits for the device."""
     if not bool(finite):
         raise NotFiniteError(
             f"the transformer's logits are not finite in {model.dtype}; "
             f"use bfloat16 or float32, or check the weights"
         )
-    return codes.view(images, rows, columns)
 
 
 def _draws(model: Transformer, sampling: SamplingConfig, images: int, guided: bool) -> Draws:
@@ -116,38 +124,3 @@ def _draws(model: Transformer, sampling: SamplingConfig, images: int, guided: bo
         codebook_size=model.config.codebook_size,
         device=model.device,
     )
-
-
-def _both_masks(
-    condition: Tensor, mask: Tensor | None, unconditional_mask: Tensor | None
-) -> Tensor | None:
-    """The mask of the conditional rows above that of the unconditional ones."""
-    if mask is None and unconditional_mask is None:
-        return None
-    if mask is None:
-        mask = torch.ones(condition.shape[:2], dtype=torch.bool)
-    other = mask if unconditional_mask is None else unconditional_mask
-    for each in (mask, other):
-        _check_mask(each, condition)
-    return torch.cat([mask.bool().cpu(), other.bool().cpu()])
-
-
-def _check_mask(mask: Tensor, condition: Tensor) -> None:
-    if mask.shape != condition.shape[:2]:
-        raise InputError(
-            f"the condition mask has shape {tuple(mask.shape)}, "
-            f"expected {tuple(condition.shape[:2])} like the text features"
-        )
-
-
-def _without_common_padding(condition: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Cuts the padding that all rows share off the front of text features.
-
-    Exact: padding is never attended to, and condition positions carry no position of their own
-    (see ``rope_table``).
-    """
-    _check_mask(mask, condition)
-    mask = mask.bool()
-    used = max(1, int(mask.sum(-1).max()))
-    mask = mask[:, -used:]
-    return condition[:, -used:], None if bool(mask.all()) else mask

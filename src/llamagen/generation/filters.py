@@ -65,17 +65,30 @@ def draw_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         (B,) int64 codes.
     """
+    return draw_weighted(logits.softmax(-1), uniforms)
+
+
+def draw_weighted(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """Draws codes with probabilities in proportion to weights; see ``draw_codes``.
+
+    Args:
+        weights: (B, V) float32 of at least 0, some of each row above it.
+        uniforms: (B,) in [0, 1).
+
+    Returns:
+        (B,) int64 codes.
+    """
     # In float32 the sum over 16384 codes would shift the later codes' probabilities. MPS has no
     # float64.
-    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    cumulative = logits.softmax(-1).cumsum(-1, dtype=dtype)
+    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    cumulative = weights.cumsum(-1, dtype=dtype)
     total = cumulative[..., -1:]
     below_total = torch.nextafter(total, torch.zeros_like(total))
     target = torch.minimum(uniforms.to(dtype).unsqueeze(-1) * total, below_total)
     # The first code whose cumulative probability exceeds the target: never one of probability 0.
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # NaN logits, which the decode loop reports at its end, must not index past the codebook.
-    return drawn.clamp_(max=logits.shape[-1] - 1)
+    return drawn.clamp_(max=weights.shape[-1] - 1)
 
 
 def next_codes(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> Tensor:
@@ -83,3 +96,10 @@ def next_codes(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> Te
     if sampling.temperature == 0.0:
         return logits.argmax(-1)
     return draw_codes(filter_logits(logits, sampling), uniforms)
+
+
+def code_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """What ``next_codes`` draws with: probabilities (..., V), from guided logits (..., V)."""
+    if sampling.temperature == 0.0:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return filter_logits(logits, sampling).softmax(-1)

@@ -128,7 +128,8 @@ class RunningBatch:
         started: list[_Sequence] = []
         logits: list[Tensor] = []
         for group in by_shape.values():
-            logits.append(self._prefill(torch.stack([condition for _, condition in group])))
+            conditions = torch.stack([condition for _, condition in group])
+            logits.append(self.model.start(conditions, self._slots))
             started += [sequence for sequence, _ in group]
         if drawings:
             self._layout_of(drawings, started).draw(torch.cat(logits))
@@ -169,15 +170,6 @@ class RunningBatch:
         self._sequences = []
         self._layout = None
         self._slots.clear()
-
-    def _prefill(self, condition: Tensor) -> Tensor:
-        """Starts sequences of one condition length; logits (R, V) of their first codes."""
-        length = 1 if condition.ndim == 1 else condition.shape[1]
-        # Room for the condition only: what is kept is copied into the slots.
-        cache = self.model.new_cache(len(condition), condition_length=length, grid=(1, 1))
-        logits = self.model.prefill(condition, cache)
-        self._slots.admit(cache)
-        return logits
 
     def _layout_of(self, drawings: Sequence[Drawing], sequences: Sequence[_Sequence]) -> _Layout:
         codebook_size = self.model.config.codebook_size

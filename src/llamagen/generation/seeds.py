@@ -24,12 +24,16 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def uniform_draws(seeds: Sequence[int], count: int) -> Tensor:
-    """(images, count) float32 numbers in [0, 1): row i is the stream of ``seeds[i]``.
+def uniform_draws(seeds: Sequence[int], count: int, *, stream: int = 0) -> Tensor:
+    """(images, count) float32 numbers in [0, 1): row i is a stream of ``seeds[i]``.
+
+    Every seed has 2^64 independent streams, told apart by ``stream``.
 
     Philox in counter mode: the t-th number of a stream is the same whatever was drawn before it,
     on every platform and version. 24 bits each, so that every number is exact in float32.
     """
-    streams = [np.random.Philox(key=check_seed(seed)).random_raw(count) for seed in seeds]
-    bits = np.stack(streams) >> np.uint64(40)
+    # The counter's highest word, which counting in a stream never reaches.
+    start = stream << 192
+    streams = [np.random.Philox(counter=start, key=check_seed(seed)) for seed in seeds]
+    bits = np.stack([each.random_raw(count) for each in streams]) >> np.uint64(40)
     return torch.from_numpy((bits * 2.0**-24).astype(np.float32))

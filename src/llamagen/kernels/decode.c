@@ -5,6 +5,7 @@
 // float32; what is multiplied is rounded to bfloat16 where the weights are.
 
 #include <stdlib.h>
+#include <time.h>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -36,16 +37,18 @@ typedef struct {
 
 typedef struct {
   int32_t rows, threads;
+  int32_t window;         // positions fed to each sequence, one row after the other
   const int64_t *codes;   // (rows,) fed
   const int32_t *place;   // (rows,) position that each code takes in the cache
   const int32_t *first;   // (rows,) first position that is attended to
   const int32_t *cell;    // (rows,) row of the table that each code turns by
   const float *rope;      // (cells, head_dim / 2, 2)
-  void *const *keys;      // per layer (rows, kv_heads, positions, head_dim)
+  void *const *keys;      // per layer (rows / window, kv_heads, positions, head_dim)
   void *const *values;
   int64_t row_stride, head_stride;  // of keys and values, in numbers
   float *logits;          // (rows, codes)
   void *scratch;          // of decode_scratch() bytes
+  double *seconds;        // (3,) products, attention and the rest are added to; or NULL
 } Step;
 
 // What the threads share; all of it in `scratch`.
@@ -75,6 +78,8 @@ static Layout layout_of(const Model *m, int rows) {
   Layout l = {.rows = rows, .padded = (rows + LANES - 1) / LANES * LANES};
   l.pairs = PAIRS && m->half;
   l.tiles = l.pairs && has_tiles();
+  l.whole = l.tiles && m->layer[0].qkv.kind >= I8 && m->width % 64 == 0 && m->hidden % 64 == 0;
+  if (l.whole) l.pairs = 0;
   // A tile takes sixteen rows in the time of one.
   l.wide = l.tiles || rows > SKINNY;
   return l;
@@ -86,15 +91,22 @@ static size_t divide(const Model *m, int rows, char *scratch, Shared *s) {
   int padded = s->layout.padded, heads = m->heads + 2 * m->kv_heads;
   size_t item = s->layout.pairs ? 2 : 4, used = 0;
 #define TAKE(into, bytes) (into = (void *)(scratch + used), used += aligned(bytes))
+#define TAKE_ACTIVATIONS(into, numbers)                              \
+  do {                                                               \
+    into.size = (numbers);                                           \
+    TAKE(into.data, (size_t)padded * into.size * item);              \
+    if (s->layout.whole) {                                           \
+      TAKE(into.halves, (size_t)padded * into.size * 2);             \
+      TAKE(into.scales, (size_t)padded * 4);                         \
+    }                                                                \
+  } while (0)
   TAKE(s->shortcut, (size_t)padded * m->width * 4);
-  TAKE(s->normed.data, (size_t)padded * m->width * item);
   TAKE(s->qkv, (size_t)rows * heads * m->head_dim * 4);
-  TAKE(s->attended.data, (size_t)padded * m->heads * m->head_dim * item);
-  TAKE(s->inner.data, (size_t)padded * m->hidden * item);
+  TAKE_ACTIVATIONS(s->normed, m->width);
+  TAKE_ACTIVATIONS(s->attended, m->heads * m->head_dim);
+  TAKE_ACTIVATIONS(s->inner, m->hidden);
+#undef TAKE_ACTIVATIONS
 #undef TAKE
-  s->normed.size = m->width;
-  s->attended.size = m->heads * m->head_dim;
-  s->inner.size = m->hidden;
   return used;
 }
 
@@ -102,7 +114,8 @@ static size_t own_room(const Model *m, int rows, int positions) {
   int padded = (rows + LANES - 1) / LANES * LANES;
   size_t tiles = aligned((size_t)2 * OUTPUTS * padded * 4);
   size_t longest = m->hidden > m->width ? m->hidden : m->width;
-  size_t scores = (size_t)(positions + LANES) * 4, weights = (size_t)OUTPUTS * longest * 4;
+  size_t scores = (size_t)(positions + LANES) * 4;
+  size_t weights = (size_t)OUTPUTS * (longest * 4 + 2 * padded * 4);
   return tiles + aligned(scores > weights ? scores : weights);
 }
 
@@ -139,6 +152,7 @@ static void normalise(const Model *m, const Shared *s, const float *weight, int 
     for (int i = 0; i < width; i += 2)
       put_two(l, s->normed, lane, i, load_f32(x + (size_t)i * l->padded) * factor * weight[i],
               load_f32(x + (size_t)(i + 1) * l->padded) * factor * weight[i + 1]);
+    if (l->whole) to_whole(l, s->normed, piece);
     return;
   }
   const float *x = s->shortcut + (size_t)piece * width;
@@ -191,27 +205,30 @@ static void activate(const Shared *s, const float *gate, const float *up, int ou
   }
 }
 
-// Attention of one sequence's heads that share a key, which join the cache here.
-static void attend(const Model *m, const Step *step, const Shared *s, int layer, int piece,
-                   float *scores) {
-  int row = piece / m->kv_heads, kv = piece % m->kv_heads, size = m->head_dim;
-  int group = m->heads / m->kv_heads, first = step->first[row], place = step->place[row];
+// One new position's key and value of a head join the cache.
+static void join(const Model *m, const Step *step, const Shared *s, int row, int kv, char *keys,
+                 char *values) {
+  int size = m->head_dim;
+  float *key = s->qkv + ((size_t)row * (m->heads + 2 * m->kv_heads) + m->heads + kv) * size;
+  float *value = key + (size_t)m->kv_heads * size;
+  size_t at = (size_t)step->place[row] * size;
+  turn(key, step->rope + (size_t)step->cell[row] * size, size);
+  keep(keys, m->half, at, key, size);
+  keep(values, m->half, at, value, size);
+}
+
+// Attention of one new position's heads that share a key.
+static void attend(const Model *m, const Step *step, const Shared *s, int row, int kv,
+                   const char *keys, const char *values, float *scores) {
+  int size = m->head_dim, group = m->heads / m->kv_heads;
+  int first = step->first[row], place = step->place[row];
   const float *rope = step->rope + (size_t)step->cell[row] * size;
   float *queries = s->qkv + (size_t)row * (m->heads + 2 * m->kv_heads) * size;
-  float *key = queries + (size_t)(m->heads + kv) * size;
-  float *value = key + (size_t)m->kv_heads * size;
-  size_t start = row * step->row_stride + kv * step->head_stride;
-  size_t item = m->half ? 2 : 4;
-  char *keys = (char *)step->keys[layer] + start * item;
-  char *values = (char *)step->values[layer] + start * item;
-  turn(key, rope, size);
-  keep(keys, m->half, (size_t)place * size, key, size);
-  keep(values, m->half, (size_t)place * size, value, size);
   float scale = 1.0f / sqrtf(size), out[WIDEST_HEAD];
   for (int head = kv * group; head < (kv + 1) * group; head++) {
     float *query = queries + (size_t)head * size;
     turn(query, rope, size);
-    if (s->layout.pairs) score_all(keys, 1, 1, query, size, first, place, scale, scores);
+    if (PAIRS && m->half) score_all(keys, 1, 1, query, size, first, place, scale, scores);
     else if (m->half) score_all(keys, 1, 0, query, size, first, place, scale, scores);
     else score_all(keys, 0, 0, query, size, first, place, scale, scores);
     softmax(scores, place - first + 1);
@@ -221,48 +238,83 @@ static void attend(const Model *m, const Step *step, const Shared *s, int layer,
   }
 }
 
-// All pieces of a phase, shared among the threads.
-#define PHASE(count, work)                                              \
-  do {                                                                  \
-    for (int piece = team_next(team), ahead; piece < (count); piece = ahead) { ahead = team_next(team); (void)ahead; work; }     \
-    team_meet(team);                                                    \
+// A sequence's new positions, of the heads that share a key: each sees those before it too.
+static void attend_all(const Model *m, const Step *step, const Shared *s, int layer, int piece,
+                       float *scores) {
+  int sequence = piece / m->kv_heads, kv = piece % m->kv_heads;
+  int from = sequence * step->window, to = from + step->window;
+  size_t start = (sequence * step->row_stride + kv * step->head_stride) * (m->half ? 2 : 4);
+  char *keys = (char *)step->keys[layer] + start, *values = (char *)step->values[layer] + start;
+  for (int row = from; row < to; row++) join(m, step, s, row, kv, keys, values);
+  for (int row = from; row < to; row++) attend(m, step, s, row, kv, keys, values, scores);
+}
+
+// What a step's time goes to.
+enum { PRODUCTS = 0, ATTENTION = 1, REST = 2 };
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+
+// All pieces of a phase, shared among the threads. `ahead` is the piece that this thread does next.
+#define PHASE(kind, count, work)                                                        \
+  do {                                                                                  \
+    for (int piece = team_next(team), ahead; piece < (count); piece = ahead) {          \
+      ahead = team_next(team);                                                          \
+      work;                                                                             \
+      (void)ahead;                                                                      \
+    }                                                                                   \
+    team_meet(team);                                                                    \
+    if (seconds) {                                                                      \
+      double end = now();                                                               \
+      seconds[kind] += end - begin;                                                     \
+      begin = end;                                                                      \
+    }                                                                                   \
   } while (0)
 
-static void run(const Model *m, const Step *step, const Shared *s, Team *team, char *room) {
+// One thread's part of a step; `seconds` is where the first one counts its time, or NULL.
+static void run(const Model *m, const Step *step, const Shared *s, Team *team, char *room,
+                double *seconds) {
   const Layout *l = &s->layout;
   float *tile = (float *)room, *other = tile + OUTPUTS * l->padded;
   char *rest = room + aligned((size_t)2 * OUTPUTS * l->padded * 4);
   int norms = l->wide ? l->padded / LANES : l->rows;
   size_t row_width = (size_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
+  double begin = seconds ? now() : 0;
 #if TILES
   if (l->tiles) tiles_begin();
 #endif
-  PHASE(l->rows, embed(m, step, s, piece));
+  PHASE(REST, l->rows, embed(m, step, s, piece));
   for (int i = 0; i < m->layers; i++) {
     const Layer *w = &m->layer[i];
-    PHASE(norms, normalise(m, s, w->attention_norm, piece));
-    PHASE(w->qkv.outputs / OUTPUTS, {
+    PHASE(REST, norms, normalise(m, s, w->attention_norm, piece));
+    PHASE(PRODUCTS, w->qkv.outputs / OUTPUTS, {
       product(&w->qkv, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
       spread(l, tile, s->qkv, row_width, piece * OUTPUTS);
     });
-    PHASE(l->rows * m->kv_heads, attend(m, step, s, i, piece, (float *)rest));
-    PHASE(w->out.outputs / OUTPUTS, {
+    PHASE(ATTENTION, l->rows / step->window * m->kv_heads,
+          attend_all(m, step, s, i, piece, (float *)rest));
+    if (l->whole) PHASE(REST, norms, to_whole(l, s->attended, piece));
+    PHASE(PRODUCTS, w->out.outputs / OUTPUTS, {
       product(&w->out, l, s->attended, piece * OUTPUTS, tile, rest, ahead);
       add_to_shortcut(m, s, tile, piece * OUTPUTS);
     });
-    PHASE(norms, normalise(m, s, w->ffn_norm, piece));
-    PHASE(w->gate.outputs / OUTPUTS, {
+    PHASE(REST, norms, normalise(m, s, w->ffn_norm, piece));
+    PHASE(PRODUCTS, w->gate.outputs / OUTPUTS, {
       product(&w->gate, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
       product(&w->up, l, s->normed, piece * OUTPUTS, other, rest, ahead);
       activate(s, tile, other, piece * OUTPUTS);
     });
-    PHASE(w->down.outputs / OUTPUTS, {
+    if (l->whole) PHASE(REST, norms, to_whole(l, s->inner, piece));
+    PHASE(PRODUCTS, w->down.outputs / OUTPUTS, {
       product(&w->down, l, s->inner, piece * OUTPUTS, tile, rest, ahead);
       add_to_shortcut(m, s, tile, piece * OUTPUTS);
     });
   }
-  PHASE(norms, normalise(m, s, m->norm, piece));
-  PHASE(m->output.outputs / OUTPUTS, {
+  PHASE(REST, norms, normalise(m, s, m->norm, piece));
+  PHASE(PRODUCTS, m->output.outputs / OUTPUTS, {
     product(&m->output, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
     spread(l, tile, step->logits, m->codes, piece * OUTPUTS);
   });
@@ -292,7 +344,8 @@ void decode_step(const Model *m, const Step *step) {
     int own_number = 0;
     team.threads = 1;
 #endif
-    run(m, step, &shared, &team, scratch + used + own_number * own);
+    run(m, step, &shared, &team, scratch + used + own_number * own,
+        own_number == 0 ? step->seconds : NULL);
   }
 }
 

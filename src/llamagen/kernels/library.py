@@ -32,10 +32,10 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
         ("kind", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
-        ("group", ctypes.c_int32),
     )
 
 
@@ -79,6 +79,7 @@ class Step(ctypes.Structure):
     _fields_ = (
         ("rows", ctypes.c_int32),
         ("threads", ctypes.c_int32),
+        ("window", ctypes.c_int32),
         ("codes", ctypes.c_void_p),
         ("place", ctypes.c_void_p),
         ("first", ctypes.c_void_p),
@@ -90,6 +91,7 @@ class Step(ctypes.Structure):
         ("head_stride", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
+        ("seconds", ctypes.c_void_p),
     )
 
 

@@ -22,16 +22,26 @@ enum { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 #define SKINNY 8        // rows up to which products are dot products
 #define WIDEST 2048     // rows of a batch
 
+// A weight is a number times, where they are whole numbers, the scale of its output; in I4 also
+// times a small whole number that GROUP inputs share, so that the product fits eight bits.
+#define GROUP 32
+
 typedef struct {
-  const void *data;     // (outputs, inputs); for I4 two numbers a byte, the first in the low half
-  const float *scales;  // I8: (outputs,); I4: (outputs, inputs / group)
-  int32_t kind, outputs, inputs, group;
+  const void *data;       // (outputs, inputs); for I4 two numbers a byte, the first in the low half
+  const float *scales;    // (outputs,)
+  const uint8_t *factors; // I4: (outputs, inputs / GROUP), from 1 to 15
+  int32_t kind, outputs, inputs;
 } Matrix;
 
 // Activations of all rows. Skinny: (rows, size). Wide: (size, padded) or, in pairs,
 // (size / 2, padded, 2), where padded is rows up to the next multiple of sixteen.
+//
+// For products of whole numbers they are floats, wide, and then once more whole numbers of sixteen
+// bits: their upper halves, and behind them their lower halves, (size / 4, 2 padded, 4).
 typedef struct {
   void *data;
+  int8_t *halves;
+  float *scales;        // (padded,) of the whole numbers
   int size;
 } Activations;
 
@@ -40,6 +50,7 @@ typedef struct {
   int wide;
   int pairs;            // activations are pairs of bfloat16, not floats
   int tiles;
+  int whole;            // weights and activations are whole numbers
 } Layout;
 
 INLINE void put(const Layout *l, Activations a, int row, int index, float x) {
@@ -64,14 +75,9 @@ INLINE void put_two(const Layout *l, Activations a, int lane, int index, v16 x, 
 }
 
 // 4-bit numbers stand for -8..7, offset by 8.
-INLINE float nibble(const uint8_t *row, int index) {
-  uint8_t byte = row[index / 2];
-  return (float)((index & 1 ? byte >> 4 : byte & 15) - 8);
-}
-
 INLINE v16 load_i4(const uint8_t *p) {
   v16 x;
-  for (int i = 0; i < LANES; i++) x[i] = nibble(p, i);
+  for (int i = 0; i < LANES; i++) x[i] = (float)((i & 1 ? p[i / 2] >> 4 : p[i / 2] & 15) - 8);
   return x;
 }
 
@@ -108,7 +114,11 @@ INLINE const char *weight_row(const Matrix *m, int kind, int output) {
 }
 
 INLINE float scale_of(const Matrix *m, int kind, int output) {
-  return kind == I8 ? m->scales[output] : 1.0f;
+  return kind == I8 || kind == I4 ? m->scales[output] : 1.0f;
+}
+
+INLINE float factor_of(const Matrix *m, int output, int input) {
+  return m->factors[(size_t)output * (m->inputs / GROUP) + input / GROUP];
 }
 
 // `some` outputs from `output` on, for `rows` rows, both known to the compiler.
@@ -118,7 +128,7 @@ INLINE void dots(const Matrix *m, int kind, int pairs, int some, int rows, const
   const char *row[8];
   UNROLL for (int n = 0; n < some; n++) row[n] = weight_row(m, kind, output + n);
   UNROLL for (int i = 0; i < some * rows; i++) total[i] = splat(0);
-  int inputs = m->inputs, group = kind == I4 ? m->group : inputs;
+  int inputs = m->inputs, group = kind == I4 ? GROUP : inputs;
   for (int start = 0; start < inputs; start += group) {
     v16 part[16];
     UNROLL for (int i = 0; i < some * rows; i++) part[i] = kind == I4 ? splat(0) : total[i];
@@ -145,11 +155,10 @@ INLINE void dots(const Matrix *m, int kind, int pairs, int some, int rows, const
       }
     }
     UNROLL for (int n = 0; n < some; n++) {
-      float scale =
-          kind == I4 ? m->scales[(size_t)(output + n) * (inputs / group) + start / group] : 1;
+      float factor = kind == I4 ? factor_of(m, output + n, start) : 1;
       UNROLL for (int r = 0; r < rows; r++) {
         int i = n * rows + r;
-        total[i] = kind == I4 ? total[i] + part[i] * scale : part[i];
+        total[i] = kind == I4 ? total[i] + part[i] * factor : part[i];
       }
     }
   }
@@ -196,19 +205,25 @@ static __attribute__((noinline)) void skinny_product(const Matrix *m, const Layo
   else skinny_kind(m, I4, 0, l->rows, x, output, tile, stride);
 }
 
-// Sixteen rows of a quantised matrix, as the wide products take them.
-static void unpack(const Matrix *m, const Layout *l, int output, void *into) {
+// Sixteen rows of quantised weights without their scales, as the wide products take them.
+INLINE void unpack_kind(const Matrix *m, int kind, int pairs, int output, void *into) {
   int inputs = m->inputs;
   for (int n = 0; n < OUTPUTS; n++) {
-    const char *row = weight_row(m, m->kind, output + n);
+    const char *row = weight_row(m, kind, output + n);
     for (int k = 0; k < inputs; k += LANES) {
-      v16 x = load_weights(m->kind, row, k);
-      if (m->kind == I4)
-        x = x * m->scales[(size_t)(output + n) * (inputs / m->group) + k / m->group];
-      if (l->pairs) store_bf16((bf16 *)into + (size_t)n * inputs + k, x);
-      else store_f32((float *)into + (size_t)n * inputs + k, x);
+      v16 x = load_weights(kind, row, k);
+      if (kind == I4) x = x * factor_of(m, output + n, k);
+      size_t at = (size_t)n * inputs + k;
+      if (pairs) store_bf16((bf16 *)into + at, x);  // exact: they have eight bits
+      else store_f32((float *)into + at, x);
     }
   }
+}
+
+static void unpack(const Matrix *m, const Layout *l, int output, void *into) {
+  if (m->kind == I8) unpack_kind(m, I8, l->pairs, output, into);
+  else if (m->kind == I4) unpack_kind(m, I4, l->pairs, output, into);
+  else unpack_kind(m, BF16, l->pairs, output, into);  // where there are no products of pairs
 }
 
 // `some` rows of weights times `vectors` vectors of batch rows, both known to the compiler.
@@ -327,6 +342,132 @@ INLINE void tile_product(int vectors, const bf16 *w, int inputs, const bf16 *x, 
 }
 #endif
 
+#if TILES
+// The products of a factor with the sixteen numbers of four bits.
+#define TIMES(f) {-8 * f, -7 * f, -6 * f, -5 * f, -4 * f, -3 * f, -2 * f, -1 * f, \
+                  0 * f,  1 * f,  2 * f,  3 * f,  4 * f,  5 * f,  6 * f,  7 * f}
+static const int8_t products_of[16][16] = {
+    TIMES(0), TIMES(1), TIMES(2),  TIMES(3),  TIMES(4),  TIMES(5),  TIMES(6),  TIMES(7),
+    TIMES(8), TIMES(9), TIMES(10), TIMES(11), TIMES(12), TIMES(13), TIMES(14), TIMES(15)};
+
+// Sixteen rows of 4-bit weights as 8-bit ones.
+static void widen_i4(const Matrix *m, int output, int8_t *into) {
+  const __m256i low_half = _mm256_set1_epi8(15);
+  int inputs = m->inputs;
+  for (int n = 0; n < OUTPUTS; n++) {
+    const uint8_t *row = (const uint8_t *)weight_row(m, I4, output + n);
+    const uint8_t *factors = m->factors + (size_t)(output + n) * (inputs / GROUP);
+    for (int k = 0; k < inputs; k += 2 * GROUP) {
+      __m256i bytes = _mm256_loadu_si256((const __m256i *)(row + k / 2));
+      __m256i table = _mm256_set_m128i(
+          _mm_loadu_si128((const __m128i *)products_of[factors[k / GROUP + 1] & 15]),
+          _mm_loadu_si128((const __m128i *)products_of[factors[k / GROUP] & 15]));
+      __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low_half));
+      __m256i odd =
+          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half));
+      __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
+      __m256i *to = (__m256i *)(into + (size_t)n * inputs + k);
+      _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
+      _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+    }
+  }
+}
+
+INLINE void whole_tiles(int vectors, const int8_t *w, int inputs, const int8_t *x, int columns,
+                        int32_t *sums, const char *ahead) {
+  _tile_zero(0);
+  if (vectors > 1) _tile_zero(1);
+  if (vectors > 2) _tile_zero(2);
+  if (vectors > 3) _tile_zero(3);
+  size_t step = (size_t)columns * 4;
+  for (int k = 0; k < inputs; k += 64) {
+    const int8_t *own = x + (size_t)k * columns;
+    if (ahead)
+      for (int i = 0; i < 16; i++) _mm_prefetch(ahead + (size_t)k * 16 + i * 64, _MM_HINT_T1);
+    _tile_loadd(4, w + k, inputs);
+    _tile_loadd(5, own, step);
+    _tile_dpbssd(0, 4, 5);
+    if (vectors > 1) {
+      _tile_loadd(6, own + 64, step);
+      _tile_dpbssd(1, 4, 6);
+    }
+    if (vectors > 2) {
+      _tile_loadd(7, own + 128, step);
+      _tile_dpbssd(2, 4, 7);
+    }
+    if (vectors > 3) {
+      _tile_loadd(5, own + 192, step);
+      _tile_dpbssd(3, 4, 5);
+    }
+  }
+  _tile_stored(0, sums, step);
+  if (vectors > 1) _tile_stored(1, sums + 16, step);
+  if (vectors > 2) _tile_stored(2, sums + 32, step);
+  if (vectors > 3) _tile_stored(3, sums + 48, step);
+}
+
+// Products of whole numbers: exact up to the rounding of weights and activations.
+static __attribute__((noinline)) void whole_product(const Matrix *m, const Layout *l, Activations x,
+                                                    int output, float *tile, void *room,
+                                                    const char *ahead) {
+  int columns = 2 * l->padded;
+  int32_t *sums = room;
+  const int8_t *weights = (const int8_t *)weight_row(m, m->kind, output);
+  if (m->kind == I4) {
+    int8_t *wide = (int8_t *)(sums + OUTPUTS * columns);
+    widen_i4(m, output, wide);
+    weights = wide;
+    ahead = NULL;
+  }
+  for (int column = 0; column < columns; column += 4 * LANES) {
+    int vectors = (columns - column) / LANES;
+    const int8_t *own = x.halves + column * 4;
+    const char *next = column ? NULL : ahead;
+    if (vectors >= 4) whole_tiles(4, weights, m->inputs, own, columns, sums + column, next);
+    else whole_tiles(2, weights, m->inputs, own, columns, sums + column, next);
+  }
+  for (int n = 0; n < OUTPUTS; n++)
+    for (int lane = 0; lane < l->padded; lane += LANES) {
+      i32x16 upper, lower;
+      memcpy(&upper, sums + (size_t)n * columns + lane, sizeof upper);
+      memcpy(&lower, sums + (size_t)n * columns + l->padded + lane, sizeof lower);
+      v16 both = __builtin_convertvector(upper, v16) * 256.0f + __builtin_convertvector(lower, v16);
+      store_f32(tile + (size_t)n * l->padded + lane,
+                both * load_f32(x.scales + lane) * m->scales[output + n]);
+    }
+}
+#endif
+
+// Sixteen lanes of activations as whole numbers: x = scale * (256 upper + lower).
+static void to_whole(const Layout *l, Activations a, int piece) {
+  int lane = piece * LANES, columns = 2 * l->padded;
+  const float *x = (const float *)a.data + lane;
+  v16 top = splat(1e-30f);
+  for (int k = 0; k < a.size; k++) {
+    v16 own = load_f32(x + (size_t)k * l->padded);
+    v16 size = (v16)((i32x16)own & 0x7fffffff);
+    i32x16 more = size > top;
+    top = (v16)((more & (i32x16)size) | (~more & (i32x16)top));
+  }
+  v16 factor = 32512.0f / top;
+  store_f32(a.scales + lane, top * (1.0f / 32512.0f));
+  const v16 shift = splat(12582912.0f);
+  for (int k = 0; k < a.size; k += 4) {
+    i32x16 upper = {0}, lower = {0};
+    for (int j = 0; j < 4; j++) {
+      v16 scaled = load_f32(x + (size_t)(k + j) * l->padded) * factor;
+      // The low bits of a float of 1.5 * 2^23 and more are a whole number, offset.
+      i32x16 number = (i32x16)(scaled + shift) - (i32x16)shift;
+      i32x16 up = (number + 128) >> 8;
+      upper |= (up & 255) << (8 * j);
+      lower |= ((number - (up << 8)) & 255) << (8 * j);
+    }
+    int8_t *into = a.halves + ((size_t)(k / 4) * columns + lane) * 4;
+    memcpy(into, &upper, sizeof upper);
+    memcpy(into + (size_t)l->padded * 4, &lower, sizeof lower);
+  }
+}
+
 static __attribute__((noinline)) void wide_product(const Matrix *m, const Layout *l, const void *x,
                                                    int output, float *tile, void *room, const char *ahead) {
   int inputs = m->inputs;
@@ -357,7 +498,7 @@ static __attribute__((noinline)) void wide_product(const Matrix *m, const Layout
 #endif
     outer_vectors(0, vectors, weights, inputs, (const float *)x + lane, l->padded, tile + lane);
   }
-  if (m->kind == I8)
+  if (m->kind == I8 || m->kind == I4)
     for (int n = 0; n < OUTPUTS; n++)
       for (int lane = 0; lane < l->padded; lane += LANES) {
         float *at = tile + (size_t)n * l->padded + lane;
@@ -369,6 +510,12 @@ static __attribute__((noinline)) void wide_product(const Matrix *m, const Layout
 INLINE void product(const Matrix *m, const Layout *l, Activations x, int output, float *tile,
                     void *room, int next) {
   const char *ahead = next * OUTPUTS < m->outputs ? weight_row(m, m->kind, next * OUTPUTS) : NULL;
+#if TILES
+  if (l->whole) {
+    whole_product(m, l, x, output, tile, room, ahead);
+    return;
+  }
+#endif
   if (l->wide) wide_product(m, l, x.data, output, tile, room, ahead);
   else skinny_product(m, l, x.data, output, tile);
 }

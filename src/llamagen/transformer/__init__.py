@@ -2,7 +2,7 @@
 
 from llamagen.transformer.cache import KVCache
 from llamagen.transformer.condition import ClassCondition, TextCondition
-from llamagen.transformer.decoder import Decoder, decoder_for
+from llamagen.transformer.decoder import Decoder, StepTimes, decoder_for
 from llamagen.transformer.model import Transformer
 from llamagen.transformer.rope import apply_rope, rope_table
 from llamagen.transformer.slots import SlotCache
@@ -12,6 +12,7 @@ __all__ = [
     "Decoder",
     "KVCache",
     "SlotCache",
+    "StepTimes",
     "TextCondition",
     "Transformer",
     "apply_rope",

@@ -7,19 +7,38 @@ codebook.
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llamagen.kernels import Kernels, library, load_kernels
-from llamagen.transformer.blocks import Cache, TransformerBlock
+from llamagen.transformer.blocks import Cache
 from llamagen.transformer.cache import KVCache
 from llamagen.transformer.model import Transformer
+from llamagen.transformer.quantized import QuantizedLinear
 from llamagen.transformer.rope import rope_table
+from llamagen.transformer.slots import SlotCache
 
-_KINDS = {torch.float32: library.FLOAT32, torch.bfloat16: library.BFLOAT16}
+_PRECISIONS = (torch.float32, torch.bfloat16)
+_KINDS = {
+    torch.float32: library.FLOAT32,
+    torch.bfloat16: library.BFLOAT16,
+    torch.int8: library.INT8,
+    torch.uint8: library.INT4,
+}
+
+
+@dataclass
+class StepTimes:
+    """Where the time of decoding goes, in seconds; counted by ``CpuDecoder`` only."""
+
+    parts: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    """(3,) float64: products with weights, attention, the rest of the steps."""
+    drawing: float = 0.0
+    """Drawing codes from logits."""
 
 
 class Decoder(Protocol):
@@ -32,16 +51,27 @@ class Decoder(Protocol):
         """
         ...
 
+    def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
+        """Feeds several codes (R, T) to each sequence, without counting their positions as filled.
 
-def decoder_for(model: Transformer, *, condition_mask: Tensor | None = None) -> Decoder:
+        Returns logits (R, T, V); row t predicts what follows codes[:, t]. Valid until the next
+        call.
+        """
+        ...
+
+
+def decoder_for(
+    model: Transformer, *, condition_mask: Tensor | None = None, times: StepTimes | None = None
+) -> Decoder:
     """The fastest decoder for a model as it is now. Made for one generation, not to be kept longer.
 
     Args:
         model: in eval mode.
         condition_mask: (R, C) bool, False where the condition of sequences to come is padding.
+        times: to be added to.
     """
     kernels = load_kernels() if _has_kernels(model, condition_mask) else None
-    return TorchDecoder(model) if kernels is None else CpuDecoder(model, kernels)
+    return TorchDecoder(model) if kernels is None else CpuDecoder(model, kernels, times)
 
 
 class TorchDecoder:
@@ -56,6 +86,10 @@ class TorchDecoder:
             return self._model.decode(codes.unsqueeze(1), cache)[:, -1]
         return self._model.step(codes, cache)
 
+    def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
+        """See ``Decoder``."""
+        return self._model.extend(codes, slots)
+
 
 class CpuDecoder:
     """Decodes with the kernels, on the model's own weights where they lie.
@@ -63,7 +97,10 @@ class CpuDecoder:
     Differs from ``TorchDecoder`` by rounding only; in bfloat16 it rounds less often.
     """
 
-    def __init__(self, model: Transformer, kernels: Kernels) -> None:
+    def __init__(
+        self, model: Transformer, kernels: Kernels, times: StepTimes | None = None
+    ) -> None:
+        self._times = times
         self._config = model.config
         self._kernels = kernels
         self._kept: list[object] = []  # what the structures point to
@@ -73,16 +110,26 @@ class CpuDecoder:
 
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:
         """See ``Decoder``. The logits are float32."""
-        config = self._config
-        rows, threads = cache.batch, torch.get_num_threads()
-        place, cell, first = _places(cache)
+        logits = self._run(codes.unsqueeze(1), cache)
+        cache.advance(1)
+        return logits
+
+    def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
+        """See ``Decoder``. The logits are float32."""
+        return self._run(codes, slots).unflatten(0, codes.shape)
+
+    def _run(self, codes: Tensor, cache: Cache) -> Tensor:
+        """Logits (R * T, V) behind each of ``codes`` (R, T)."""
+        config, threads = self._config, torch.get_num_threads()
+        sequences, window = codes.shape
+        rows = sequences * window
+        place, cell, first = _places(cache, window)
         row_stride, head_stride, _, _ = cache.keys[0].stride()
         room = cache.keys[0].shape[2]
         rope = rope_table(cache.grid, 0, config.head_dim, config.rope_base, codes.device)
         codes = codes.to(torch.int64).contiguous()
-        assert codes.shape == (rows,), f"codes of shape {tuple(codes.shape)} for {rows} sequences"
+        assert sequences == cache.batch, f"codes of {sequences} sequences for {cache.batch}"
         assert place.max() < room, f"position {place.max()} in a cache with room for {room}"
-        assert cell.max() < len(rope), f"code {cell.max()} of an image of {len(rope)}"
         need = self._kernels.scratch_bytes(self._model, rows, room, threads)
         if self._scratch.numel() < need:
             self._scratch = torch.zeros(need, dtype=torch.uint8)
@@ -91,6 +138,7 @@ class CpuDecoder:
         step = library.Step(
             rows=rows,
             threads=threads,
+            window=window,
             codes=codes.data_ptr(),
             place=place.ctypes.data,
             first=first.ctypes.data,
@@ -102,15 +150,15 @@ class CpuDecoder:
             head_stride=head_stride,
             logits=self._logits.data_ptr(),
             scratch=self._scratch.data_ptr(),
+            seconds=None if self._times is None else self._times.parts.ctypes.data,
         )
         self._kernels.decode_step(self._model, step)
-        cache.advance(1)
         return self._logits
 
     def _described(self, model: Transformer) -> library.Model:
         config = model.config
         layers = (library.Layer * config.layers)()
-        for block, layer in zip(_blocks(model), layers, strict=True):
+        for block, layer in zip(model.blocks, layers, strict=True):
             layer.attention_norm = self._floats(block.attention_norm.weight)
             layer.ffn_norm = self._floats(block.ffn_norm.weight)
             layer.qkv = self._matrix(block.attention.wqkv)
@@ -141,31 +189,29 @@ class CpuDecoder:
         self._kept.append(floats)
         return floats.data_ptr()
 
-    def _matrix(self, linear: nn.Linear) -> library.Matrix:
+    def _matrix(self, linear: nn.Linear | QuantizedLinear) -> library.Matrix:
         weight = linear.weight.detach()
-        self._kept.append(weight)
-        outputs, inputs = weight.shape
+        scales, factors = None, None
+        if isinstance(linear, QuantizedLinear):
+            scales, factors = linear.scales, linear.factors
+        self._kept += [weight, scales, factors]
         return library.Matrix(
             data=weight.data_ptr(),
-            scales=None,
+            scales=None if scales is None else scales.data_ptr(),
+            factors=None if factors is None else factors.data_ptr(),
             kind=_KINDS[weight.dtype],
-            outputs=outputs,
-            inputs=inputs,
-            group=inputs,
+            outputs=linear.out_features,
+            inputs=linear.in_features,
         )
-
-
-def _blocks(model: Transformer) -> list[TransformerBlock]:
-    return cast("list[TransformerBlock]", list(model.layers))
 
 
 def _has_kernels(model: Transformer, condition_mask: Tensor | None) -> bool:
     """Whether the kernels can do what the model does."""
-    if model.device.type != "cpu" or model.dtype not in _KINDS or model.training:
+    if model.device.type != "cpu" or model.dtype not in _PRECISIONS or model.training:
         return False
     config = model.config
     linears: list[nn.Module] = [model.output]
-    for block in _blocks(model):
+    for block in model.blocks:
         attention, feed_forward = block.attention, block.feed_forward
         linears += [attention.wqkv, attention.wo]
         linears += [feed_forward.w1, feed_forward.w3, feed_forward.w2]
@@ -180,11 +226,15 @@ def _has_kernels(model: Transformer, condition_mask: Tensor | None) -> bool:
 
 def _is_plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Whether a layer is a matrix and nothing else, of a size that the kernels take."""
-    if type(linear) is not nn.Linear or getattr(linear, "bias", None) is not None:
+    if type(linear) is nn.Linear:
+        known = linear.weight.dtype == dtype and getattr(linear, "bias", None) is None
+    elif type(linear) is QuantizedLinear:
+        known = linear.scales.dtype == torch.float32 and linear.scales.is_contiguous()
+    else:
         return False
-    outputs, inputs = linear.weight.shape
+    outputs, inputs = linear.out_features, linear.in_features
     fits = outputs % library.OUTPUTS == 0 and inputs % library.INPUTS == 0
-    return fits and linear.weight.dtype == dtype and linear.weight.is_contiguous()
+    return known and fits and linear.weight.is_contiguous()
 
 
 def _is_left_padded(mask: Tensor) -> bool:
@@ -193,14 +243,19 @@ def _is_left_padded(mask: Tensor) -> bool:
     return bool((kept.diff(dim=-1) >= 0).all())
 
 
-def _places(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(R,) int32 each: the position to be filled, the code of the image, the first one attended."""
-    if not isinstance(cache, KVCache):
+def _places(cache: Cache, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(R * T,) int32 each: the position to be filled, its code's place, the first one attended."""
+    if isinstance(cache, KVCache):
+        lengths = np.full(cache.batch, cache.length, dtype=np.int32)
+        conditions = np.full(cache.batch, cache.condition_length, dtype=np.int32)
+    else:
         lengths = np.array(cache.lengths, dtype=np.int32)
         conditions = np.array(cache.conditions, dtype=np.int32)
-        return lengths, lengths - conditions, np.zeros_like(lengths)
-    lengths = np.full(cache.batch, cache.length, dtype=np.int32)
     first = np.zeros_like(lengths)
-    if cache.condition_mask is not None:
+    if isinstance(cache, KVCache) and cache.condition_mask is not None:
         first = (~cache.condition_mask).sum(-1).numpy().astype(np.int32)
-    return lengths, lengths - cache.condition_length, first
+    place = (lengths[:, None] + np.arange(window, dtype=np.int32)).ravel()
+    # Past an image's last code a window has that code's place: what is drawn there means nothing.
+    last = cache.grid[0] * cache.grid[1] - 1
+    cell = np.minimum(place - conditions.repeat(window), last)
+    return place, cell, first.repeat(window)

@@ -9,6 +9,8 @@ Shapes: B batch, T codes given, C condition length, D width, V codebook size.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from llamagen.transformer.cache import KVCache
 from llamagen.transformer.code_loss import code_loss
 from llamagen.transformer.condition import ClassCondition, TextCondition
 from llamagen.transformer.cpu import Dropout
+from llamagen.transformer.quantized import QuantizedLinear, make_quantized
 from llamagen.transformer.rope import rope_table
 from llamagen.transformer.slots import SlotCache
 
@@ -46,7 +49,24 @@ class Transformer(PretrainedModel[TransformerConfig]):
         )
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
+        if config.quantization is not None:
+            make_quantized(self, config.quantization)
         self.init_weights()
+
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """The blocks, with their type."""
+        return cast("list[TransformerBlock]", list(self.layers))
+
+    @property
+    def requires(self) -> str | None:
+        """See ``PretrainedModel``."""
+        return None if self.config.quantization is None else "0.1.0"
+
+    def parameter_count(self) -> int:
+        """Number of weights, quantised or not."""
+        quantized = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
+        return super().parameter_count() + sum(m.in_features * m.out_features for m in quantized)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -160,6 +180,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         rope = self._rope(cache.grid, length)[:length]
         mask = _attention_mask(length, length, cache.condition_mask, embedded.device)
         hidden = self._run(embedded, rope, mask, cache)
+        cache.advance(length)
         return self.output(hidden[:, -1])
 
     def decode(self, codes: Tensor, cache: KVCache) -> Tensor:
@@ -171,17 +192,46 @@ class Transformer(PretrainedModel[TransformerConfig]):
         start, end = cache.length, cache.length + codes.shape[1]
         rope = self._rope(cache.grid, cache.condition_length)[start:end]
         mask = _attention_mask(codes.shape[1], end, cache.condition_mask, x.device)
-        return self.output(self._run(x, rope, mask, cache))
+        hidden = self._run(x, rope, mask, cache)
+        cache.advance(codes.shape[1])
+        return self.output(hidden)
+
+    def start(self, condition: Tensor, slots: SlotCache) -> Tensor:
+        """Starts sequences behind those in ``slots``, with conditions of one length.
+
+        Returns the logits (B, V) of the first code.
+        """
+        length = 1 if condition.ndim == 1 else condition.shape[1]
+        # Room for the condition only: what is kept is copied into the slots.
+        cache = self.new_cache(len(condition), condition_length=length, grid=(1, 1))
+        logits = self.prefill(condition, cache)
+        slots.admit(cache)
+        return logits
 
     def step(self, codes: Tensor, slots: SlotCache) -> Tensor:
         """Continues sequences that are at different places: feeds one code to each, (B,).
 
         Returns logits (B, V) of the codes that follow.
         """
-        x = self.tok_embeddings(codes).unsqueeze(1)
-        rope = self._rope(slots.grid, 0)[slots.code_indices().to(self.device)].unsqueeze(1)
-        mask = AttentionMask(causal=False, allowed=slots.attended())
-        return self.output(self._run(x, rope, mask, slots))[:, -1]
+        logits = self.extend(codes.unsqueeze(1), slots)
+        slots.advance(1)
+        return logits[:, 0]
+
+    def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
+        """Looks ahead in sequences that are at different places: feeds ``codes`` (R, T) to them.
+
+        Their keys and values are written behind each sequence's own but not counted as filled:
+        that is left to ``slots.advance_each``, once it is known how many of the codes hold. A
+        window may reach past an image's last code, as far as the slots have room for; what is
+        predicted there means nothing.
+
+        Returns logits (R, T, V); row t is the prediction of the code that follows codes[:, t].
+        """
+        x = self.tok_embeddings(codes)
+        count = codes.shape[1]
+        rope = self._rope(slots.grid, 0)[slots.cells(count).to(self.device)]
+        mask = AttentionMask(causal=False, allowed=slots.attended(count))
+        return self.output(self._run(x, rope, mask, slots))
 
     def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
         x = self.tok_dropout(x)
@@ -190,8 +240,6 @@ class Transformer(PretrainedModel[TransformerConfig]):
                 x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache)
-        if cache is not None:
-            cache.advance(x.shape[1])
         return self.norm(x)
 
     def _rope(self, grid: Grid, condition_length: int) -> Tensor:

@@ -1,10 +1,11 @@
 """A key-value cache whose sequences are at different places: what a server's batch needs.
 
-Shapes: R sequences, K key-value heads, L positions, E head dimension.
+Shapes: R sequences, T positions fed to each, K key-value heads, L positions, E head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,7 @@ class SlotCache:
     lengths: list[int] = field(default_factory=list)
     """Per sequence, positions filled."""
     _places: tuple[Tensor, Tensor] | None = None
+    """What ``_next_places`` has found last, until a length changes."""
 
     @classmethod
     def empty(
@@ -42,9 +44,13 @@ class SlotCache:
         grid: Grid,
         device: torch.device,
         dtype: torch.dtype,
+        spare: int = 0,
     ) -> SlotCache:
-        """A cache for up to ``slots`` sequences of the longest condition and all codes."""
-        room = config.condition_length + grid[0] * grid[1]
+        """A cache for up to ``slots`` sequences of the longest condition and all codes.
+
+        ``spare`` more positions are for windows that reach past an image's last code.
+        """
+        room = config.condition_length + grid[0] * grid[1] + spare
         shape = (slots, config.num_kv_heads, room, config.head_dim)
 
         def allocate() -> list[Tensor]:
@@ -91,40 +97,54 @@ class SlotCache:
         """Ends all sequences."""
         self.conditions, self.lengths, self._places = [], [], None
 
-    def code_indices(self) -> Tensor:
-        """(R,) int64: which code of its image each sequence is fed next."""
-        pairs = zip(self.lengths, self.conditions, strict=True)
-        return torch.tensor([length - condition for length, condition in pairs])
+    def cells(self, positions: int = 1) -> Tensor:
+        """(R, T) int64: which codes of their images the next positions of each sequence hold.
 
-    def attended(self) -> Tensor | None:
-        """(R, 1, 1, L) bool, True where the next position attends; None if that is everywhere."""
+        Past an image's last code it is the last one, which has a place on the grid.
+        """
+        pairs = zip(self.lengths, self.conditions, strict=True)
+        next_codes = torch.tensor([length - condition for length, condition in pairs])
+        cells = next_codes.unsqueeze(1) + torch.arange(positions)
+        return cells.clamp_(max=self.grid[0] * self.grid[1] - 1)
+
+    def attended(self, positions: int = 1) -> Tensor | None:
+        """(R, 1, T, L) bool, True where the next positions attend; None if that is everywhere."""
         longest = max(self.lengths)
-        if min(self.lengths) == longest:
+        if positions == 1 and min(self.lengths) == longest:
             return None
-        _, places = self._next_places()
-        return (torch.arange(longest + 1, device=places.device) <= places[:, None])[:, None, None]
+        _, places = self._next_places(positions)  # (R, T)
+        index = torch.arange(longest + positions, device=places.device)
+        return (index <= places.unsqueeze(-1)).unsqueeze(1)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes keys and values (R, K, 1, E) behind each sequence's own.
+        """Writes keys and values (R, K, T, E) behind each sequence's own.
 
         Returns the layer's keys and values (R, K, L, E) up to the longest sequence.
         ``lengths`` move only with ``advance``, once all layers have written.
         """
-        count, end = self.batch, max(self.lengths) + 1
-        sequences, places = self._next_places()
-        self.keys[layer][sequences, :, places] = keys[:, :, 0]
-        self.values[layer][sequences, :, places] = values[:, :, 0]
-        return self.keys[layer][:count, :, :end], self.values[layer][:count, :, :end]
+        own_keys, own_values = self.keys[layer], self.values[layer]
+        count, end = self.batch, max(self.lengths) + keys.shape[2]
+        room = own_keys.shape[2]
+        assert end <= room, f"{end} positions in slots with room for {room}"
+        sequences, places = self._next_places(keys.shape[2])
+        own_keys[sequences, :, places] = keys.transpose(1, 2)
+        own_values[sequences, :, places] = values.transpose(1, 2)
+        return own_keys[:count, :, :end], own_values[:count, :, :end]
 
     def advance(self, positions: int) -> None:
         """Counts ``positions`` more of each sequence as filled."""
-        self.lengths = [length + positions for length in self.lengths]
+        self.advance_each([positions] * self.batch)
+
+    def advance_each(self, positions: Sequence[int]) -> None:
+        """Counts as many more positions of each sequence (R) as filled as are given for it."""
+        self.lengths = [old + new for old, new in zip(self.lengths, positions, strict=True)]
         self._places = None
 
-    def _next_places(self) -> tuple[Tensor, Tensor]:
-        """Sequences (R,) and where the next position of each goes (R,); the same in all layers."""
-        if self._places is None:
+    def _next_places(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Sequences (R, 1) and where their next positions go (R, T); the same in all layers."""
+        if self._places is None or self._places[1].shape[1] != positions:
             device = self.keys[0].device
-            sequences = torch.arange(self.batch, device=device)
-            self._places = sequences, torch.tensor(self.lengths, device=device)
+            sequences = torch.arange(self.batch, device=device).unsqueeze(1)
+            first = torch.tensor(self.lengths, device=device).unsqueeze(1)
+            self._places = sequences, first + torch.arange(positions, device=device)
         return self._places
