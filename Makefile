@@ -69,7 +69,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/decoding.py
+	$(BIN)/llamagen bench
 	$(BIN)/python benchmarks/loading.py
 
 clean:

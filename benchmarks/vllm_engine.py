@@ -24,8 +24,9 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
 from common import median_and_spread, print_table, record, time_in_turn
-from decoding import SAMPLING, plain_codes
 
+from llamagen.bench.decoding import SAMPLING
+from llamagen.bench.plain import plain_codes
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
 from llamagen.devices import find_device, find_dtype
 from llamagen.generation import generate_codes
@@ -113,7 +114,7 @@ def measure(
     candidates: dict[str, Callable[[], object]] = {}
     if plain:
         count = model.config.num_codes
-        candidates["plain loop"] = lambda: plain_codes(model, on_device, count)
+        candidates["plain loop"] = lambda: plain_codes(model, on_device, count, SAMPLING)
     candidates["llamagen"] = lambda: generate_codes(
         model, on_device, seeds=seeds[:images], sampling=SAMPLING
     )

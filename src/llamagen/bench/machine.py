@@ -1,0 +1,79 @@
+"""What a machine is, and what it could do at best."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_READ_BYTES = 1 << 28
+_PRODUCT_SIZE = 1024
+_TRIES = 7
+
+
+def machine() -> dict[str, Any]:
+    """The machine and software that a number is measured with."""
+    return {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "python": platform.python_version(),
+    }
+
+
+@dataclass(frozen=True)
+class MachineLimits:
+    """What no way of decoding can beat on a device."""
+
+    bytes_per_second: float
+    """Of reading memory."""
+    operations_per_second: float
+    """Multiplications and additions of a large matrix product."""
+
+    def seconds(self, *, read: float, operations: float) -> float:
+        """The least that reading so many bytes and computing so much takes, side by side."""
+        return max(read / self.bytes_per_second, operations / self.operations_per_second)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
+    """The best of a few timings of a sum over 256 MB, and of a product of two matrices."""
+    numbers = torch.ones(_READ_BYTES // 4, device=device)
+    matrix = torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, device=device, dtype=dtype)
+    read = _best_seconds(device, numbers.sum)
+    product = _best_seconds(device, lambda: matrix @ matrix)
+    return MachineLimits(_READ_BYTES / read, 2 * _PRODUCT_SIZE**3 / product)
+
+
+def _best_seconds(device: torch.device, run: Callable[[], object]) -> float:
+    best = float("inf")
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _processor() -> str:
+    """Model name and the instruction sets that decide the speed of bfloat16 and int8."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    pairs = (line.partition(":") for line in info.read_text().splitlines())
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+    found = [flag for flag in wanted if flag in lines.get("flags", "").split()]
+    family = f"family {lines.get('cpu family')} model {lines.get('model')}"
+    return f"{lines.get('model name', '')} ({family}; {', '.join(found)})"

@@ -1,0 +1,134 @@
+"""Measure decoding: milliseconds per code, the machine's limits, and where the time goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import tyro
+
+from llamagen.cli.options import Device
+from llamagen.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from llamagen.bench import Measurement
+    from llamagen.bench.decoding import Precision
+    from llamagen.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of ``llamagen bench``."""
+
+    model: str | None = None
+    """A class-conditional model: name, pipeline folder, hub repository or transformer. Default:
+    weights drawn at random, of --preset."""
+    preset: str = "B"
+    """Size of the transformer whose weights are drawn at random."""
+    images: tuple[int, ...] = (1, 8, 32)
+    """Numbers of images drawn at once, each with guidance."""
+    precisions: tuple[Literal["float32", "bfloat16", "float16", "int8", "int4"], ...] = ()
+    """Precisions of the weights. Default: the fastest one of this device, int8 and int4."""
+    repeats: int = 3
+    """Timings of each, in turn."""
+    plain: bool = True
+    """Measure a plain eager loop too, and say how many times as fast ours is."""
+    device: Device = "auto"
+    """Where to compute; auto takes the GPU if there is one."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """JSON file for all timings, with machine and date."""
+
+
+def run(options: Options) -> None:
+    """Measures, and prints a table in Markdown."""
+    from tqdm import tqdm
+
+    from llamagen import bench, storage
+    from llamagen.devices import find_device, find_dtype
+
+    if min(options.images, default=0) < 1:
+        raise InputError(f"--images is {list(options.images)}, expected numbers of at least 1")
+    if options.repeats < 1:
+        raise InputError(f"--repeats is {options.repeats}, expected at least 1")
+    if options.out is not None:
+        storage.require_writable(options.out.parent)
+    device = find_device(options.device)
+    usual = find_dtype(None, device)
+    model = _model(options, device, usual)
+    name = str(usual).removeprefix("torch.")
+    chosen = options.precisions or (cast("Precision", name), "int8", "int4")
+    kinds = len(chosen) + options.plain
+    with tqdm(
+        total=len(options.images) * kinds * (options.repeats + 1), unit="run", disable=None
+    ) as bar:
+        found = bench.measure_decoding(
+            model,
+            chosen,
+            options.images,
+            repeats=options.repeats,
+            plain=options.plain,
+            on_run=bar.update,
+        )
+    about = bench.machine()
+    print(f"{options.model or options.preset}, {model.config.num_codes} codes, with guidance")
+    print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")
+    print(_table(found))
+    if options.out is not None:
+        results = {"model": options.model or options.preset, "measured": _plain_data(found)}
+        storage.write_json(options.out, {"machine": about, "results": results})
+        print(options.out)
+
+
+def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transformer:
+    import torch
+
+    from llamagen import checkpoints
+    from llamagen.config import TRANSFORMER_PRESETS, preset
+    from llamagen.transformer import Transformer
+    from llamagen.transformer.quantized import refuse_quantized
+
+    if options.model is None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = Transformer(preset(TRANSFORMER_PRESETS, options.preset)).to(dtype).eval()
+        # As drawn at first, the output head is zero and all codes are alike.
+        torch.nn.init.normal_(model.output.weight, std=0.02)
+        return model
+    found = checkpoints.resolve_pipeline(options.model)
+    model = checkpoints.load_transformer(found.transformer, device=device, dtype=dtype)
+    refuse_quantized(model.config, "be measured in several precisions")
+    if model.config.condition != "class":
+        raise InputError(
+            f"{options.model} is conditioned on text; bench measures class-conditional models"
+        )
+    return model
+
+
+def _table(found: list[Measurement]) -> str:
+    from llamagen.bench import median_and_spread, table
+
+    header = ["weights", "images (rows)", "ms/code", "floor", "of plain", "time goes to"]
+    plain = {m.images: m.median for m in found if m.shares is None and "plain" in m.precision}
+    rows = []
+    for m in found:
+        against = plain.get(m.images)
+        rows.append(
+            [
+                m.precision,
+                f"{m.images} ({2 * m.images})",
+                median_and_spread(m.seconds_per_code, unit=1000),
+                f"{1000 * m.floor:.1f}",
+                "" if against is None else f"{against / m.median:.2f}x",
+                ", ".join(f"{name} {share:.0%}" for name, share in (m.shares or {}).items()),
+            ]
+        )
+    return table(header, rows)
+
+
+def _plain_data(found: list[Measurement]) -> list[dict[str, Any]]:
+    data: list[dict[str, Any]] = json.loads(json.dumps([dataclasses.asdict(m) for m in found]))
+    return data
