@@ -119,7 +119,7 @@ def _begin(
     about = {
         "model": pipeline.name,
         "sampling": {**dataclasses.asdict(pipeline.sampling), **given},
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        **pipeline.precision,
     }
     index = "".join(
         json.dumps(

@@ -25,7 +25,7 @@ from llamagen.conditions import (
     one_each,
     text_conditions,
 )
-from llamagen.config import Grid, SamplingConfig, TextConfig
+from llamagen.config import Grid, Quantization, SamplingConfig, TextConfig
 from llamagen.devices import find_device, find_dtype
 from llamagen.errors import InputError
 from llamagen.generation import generate_codes
@@ -34,6 +34,7 @@ from llamagen.labels import Labels
 from llamagen.pictures import to_pil
 from llamagen.tokenizer import ImageTokenizer
 from llamagen.transformer import Transformer
+from llamagen.transformer.quantized import quantize, refuse_quantized
 
 if TYPE_CHECKING:
     from llamagen.text.encoder import TextEncoder
@@ -231,6 +232,7 @@ class Pipeline:
             InputError: it is no LoRA adapter, is damaged, or belongs to another model.
         """
         self.close()
+        refuse_quantized(self.transformer.config, "take an adapter")
         merge_adapter(self.transformer, folder)
         names = Path(folder) / label_files.FILE_NAME
         if names.is_file():
@@ -239,10 +241,36 @@ class Pipeline:
             self.labels = Labels.numbered(self.transformer.config.num_classes)
         return self
 
+    def quantize(self, quantization: Quantization) -> Self:
+        """Makes the transformer's weights smaller, and their reading faster; returns the pipeline.
+
+        What is saved afterwards is quantised too.
+
+        Args:
+            quantization: "int8", hardly different from bfloat16, or "int4".
+
+        Raises:
+            InputError: the transformer is quantised differently already, its sizes do not fit, or
+                vLLM draws the codes.
+        """
+        if self.engine == "vllm":
+            raise InputError("vLLM quantises by itself; quantization goes with engine 'native'")
+        if self.transformer.config.quantization != quantization:
+            quantize(self.transformer, quantization)
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where the image tokenizer computes, and the transformer unless vLLM does its work."""
         return self.tokenizer.device
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """What images record of it: dtype, and quantization if the transformer is quantised."""
+        found = {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self.transformer.config.quantization is not None:
+            found["quantization"] = self.transformer.config.quantization
+        return found
 
     @property
     def dtype(self) -> torch.dtype:
@@ -395,7 +423,7 @@ class Pipeline:
                 **described,
                 "seed": seed,
                 **dataclasses.asdict(sampling),
-                "dtype": str(self.dtype).removeprefix("torch."),
+                **self.precision,
                 "device": self.device.type,
             }
             for described, seed in zip(conditions.described, seeds, strict=True)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from llamagen.checkpoints import load_tokenizer, load_transformer
+from llamagen.errors import InputError
 from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
 from tests.checkpoints.files import ARGUMENTS, same_weights, tokenizer, transformer
@@ -133,3 +134,33 @@ def test_sources_that_do_not_fit(fails, files, tmp_path):
     torch.save(transformer().state_dict(), one)
     assert "give it with heads" in fails("convert", one, two, *out)
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized(run, fails, files, tmp_path, kind):
+    torch.save({"model": transformer(dim=64).state_dict(), "args": ARGUMENTS}, files[0])
+    out = tmp_path / "model"
+    result = run("convert", *files, "--quantization", kind, "--out", out)
+    assert result.status == 0, result.err
+    assert f"matrices in {kind}" in result.out
+    count = transformer(dim=64).parameter_count()
+    assert f"{count:,} parameters" in result.out
+    pipe = Pipeline.from_pretrained(out, device="cpu", dtype="bfloat16")
+    assert pipe.transformer.config.quantization == kind
+    assert pipe.transformer.parameter_count() == count
+    assert len(pipe(3, seed=0).images) == 1
+    assert pipe.precision == {"dtype": "bfloat16", "quantization": kind}
+    other = "int4" if kind == "int8" else "int8"
+    error = fails("generate", "--model", out, "-c", "1", "--quantization", other)
+    assert "cannot be quantised again" in error
+    error = fails("convert", files[1], "--quantization", kind, "--out", tmp_path / "x")
+    assert "--quantization is for a transformer, but none was given" in error
+    with pytest.raises(InputError, match="cannot take an adapter"):
+        pipe.load_adapter(tmp_path)
+
+
+def test_quantized_models_are_not_trained_or_exported(run, fails, files, tmp_path):
+    run("convert", *files, "--quantization", "int8", "--out", tmp_path / "model")
+    error = fails("export-vllm", tmp_path / "model", "--out", tmp_path / "v")
+    assert "a transformer in int8 cannot be exported for vLLM; take the one that it was" in error
+    assert not (tmp_path / "v").exists()

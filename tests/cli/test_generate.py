@@ -201,3 +201,16 @@ class TestPromptsFile:
         assert "goes without" in fails(*command, *more, "--prompt", "a")
         assert "no model" in fails("generate", *more)
         assert "expected at least 1" in fails(*command, *more, "-n", 0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_quantized(generate, run, model_folder, tmp_path, kind):
+    result = generate("--class", "dog", "--seed", 5, "--quantization", kind)
+    assert result.status == 0, result.err
+    wanted = tmp_path / "out" / "dog-5.png"
+    assert read_metadata(wanted)["quantization"] == kind
+    # What the image says is taken over.
+    result = run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
+    assert result.status == 0, result.err
+    assert np.array_equal(pixels(tmp_path / "again" / "dog-5.png"), pixels(wanted))
+    assert read_metadata(tmp_path / "again" / "dog-5.png") == read_metadata(wanted)

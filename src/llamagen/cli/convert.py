@@ -34,6 +34,8 @@ class Options:
     """Query heads of the transformer, if it is of no preset's size and its file does not say."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of the written weights; keep leaves them as they are stored."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """Weights of the transformer in 8 or 4 bits."""
     labels: Path | None = None
     """JSON list of class names. Default: ImageNet's for 1000 classes, else numbers."""
     name: str | None = None
@@ -92,9 +94,22 @@ def _load(options: Options) -> Parts:
         parts[model.kind] = (source, model)
     if "transformer" not in parts and (options.grid or options.heads) is not None:
         raise InputError("--grid and --heads describe a transformer, but none was given")
+    if options.quantization != "none":
+        _quantize(parts, options.quantization)
     if len(parts) == 1 and (options.labels or options.name) is not None:
         raise InputError("--labels and --name belong to a pipeline; give both of its models")
     return parts
+
+
+def _quantize(parts: Parts, quantization: Literal["int8", "int4"]) -> None:
+    from llamagen.transformer import Transformer
+    from llamagen.transformer.quantized import quantize
+
+    if Transformer.kind not in parts:
+        raise InputError("--quantization is for a transformer, but none was given")
+    _, model = parts[Transformer.kind]
+    assert isinstance(model, Transformer)
+    quantize(model, quantization)
 
 
 def _save(parts: Parts, folder: Path, options: Options) -> None:
@@ -142,6 +157,8 @@ def _described(model: ImageTokenizer | Transformer) -> str:
     text = f"{model.kind}, {model.parameter_count():,} parameters in {str(model.dtype)[6:]}, "
     if isinstance(model, Transformer):
         rows, columns = model.config.grid
+        if model.config.quantization is not None:
+            text += f"matrices in {model.config.quantization}, "
         what = "text" if model.config.condition == "text" else f"{model.config.num_classes} classes"
         return f"{text}grid {rows}x{columns}, {what}"
     config = model.config

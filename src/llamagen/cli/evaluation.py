@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions
+from llamagen.cli.options import DeviceOptions, QuantizationOptions
 from llamagen.data.columns import SourceConfig
 from llamagen.errors import InputError
 
@@ -86,7 +86,7 @@ class ImageSourceOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(DeviceOptions):
+class EvaluationOptions(QuantizationOptions, DeviceOptions):
     """Where the report goes, and how images of a data set are found."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("evaluation")
@@ -113,9 +113,11 @@ class EvaluationOptions(DeviceOptions):
         from llamagen.pipeline import Pipeline
 
         with distributed.main_first():
-            return Pipeline.from_pretrained(
+            pipeline = Pipeline.from_pretrained(
                 model, device=device, dtype=None if self.dtype == "auto" else self.dtype
             )
+            self.quantize(pipeline)
+            return pipeline
 
     def finish(self, report: Report) -> None:
         """Writes and prints the report, in the main process."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions, EngineOptions
+from llamagen.cli.options import DeviceOptions, EngineOptions, QuantizationOptions
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _STEM_LENGTH = 50
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, DeviceOptions):
+class Options(EngineOptions, QuantizationOptions, DeviceOptions):
     """Options of ``llamagen generate``."""
 
     model: str | None = None
@@ -86,7 +86,10 @@ def run(options: Options) -> None:
     source = settings.pop("model")
     _require_place(options.out)
 
-    device, dtype = dataclasses.replace(options, dtype=settings.pop("dtype")).resolve()
+    options = dataclasses.replace(
+        options, dtype=settings.pop("dtype"), quantization=settings.pop("quantization")
+    )
+    device, dtype = options.resolve()
     pipe = _load(source, options, device, dtype)
     output = _generate(pipe, settings, options)
     for path in _save(output, options):
@@ -108,6 +111,7 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
     )
     if options.adapter is not None:
         pipe.load_adapter(options.adapter)
+    options.quantize(pipe)
     return pipe
 
 
@@ -197,8 +201,12 @@ def _settings(options: Options) -> dict[str, Any]:
     dtype = options.dtype
     if dtype == "auto" and "dtype" in recorded:
         dtype = recorded["dtype"]
+    quantization = options.quantization
+    if quantization == "none":
+        quantization = recorded.get("quantization", "none")
     return {
         "model": model,
+        "quantization": quantization,
         "prompt": wanted,
         "negative_prompt": negative,
         "dtype": dtype,

@@ -92,7 +92,7 @@ def _describe_transformer(source: str | Path) -> str:
             "layers, heads, dim": f"{config.layers}, {config.heads}, {config.dim}",
             "condition": config.condition,
             "grid": f"{rows} x {columns} = {config.num_codes} codes of {config.codebook_size}",
-            "stored as": str(model.dtype).removeprefix("torch."),
+            "stored as": config.quantization or str(model.dtype).removeprefix("torch."),
         },
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions, EngineOptions
+from llamagen.cli.options import DeviceOptions, EngineOptions, QuantizationOptions
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _KEY_VARIABLE = "LLAMAGEN_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, DeviceOptions):
+class Options(EngineOptions, QuantizationOptions, DeviceOptions):
     """Options of ``llamagen serve``."""
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(name="model", aliases=["-m"])]
@@ -125,6 +125,7 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
         dtype=dtype,
         engine=options.engine,
     )
+    options.quantize(pipeline)
     # Loaded now: the first request shall not wait for it, nor find that it cannot be loaded.
     _ = pipeline.text_encoder
     return pipeline

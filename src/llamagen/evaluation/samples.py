@@ -145,7 +145,7 @@ def _describe(pipeline: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
         "model": pipeline.name,
         "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
         "sampling": {**dataclasses.asdict(pipeline.sampling), **given},
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        **pipeline.precision,
     }
 
 

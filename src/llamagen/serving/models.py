@@ -206,7 +206,7 @@ class ServedModel:
             **job.described,
             "seed": job.seeds[index],
             **dataclasses.asdict(job.sampling),
-            "dtype": str(self.pipeline.dtype).removeprefix("torch."),
+            **self.pipeline.precision,
             "device": self.pipeline.device.type,
         }
 

@@ -38,6 +38,7 @@ from llamagen.training.parallel import initialise, seeded, set_tensor, shards_mo
 from llamagen.training.run_folder import checkpoint_folder
 from llamagen.training.text_model import TRANSFORMER, TextModel, init_encoder_tensor
 from llamagen.transformer import Transformer
+from llamagen.transformer.quantized import refuse_quantized
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _DROPOUT = ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path")
@@ -220,6 +221,7 @@ def find_start(
         return Start(recipe=recipe, config=_with_dropout(source, recipe), labels=labels, **text)
     found = checkpoints.resolve_pipeline(recipe.init)
     source = checkpoints.load_transformer(found.transformer, device="meta").config
+    refuse_quantized(source, "be trained")
     if source.condition != recipe.condition:
         raise InputError(
             f"{recipe.init} is conditioned on {source.condition}, but the run on "

@@ -22,6 +22,7 @@ from llamagen.config import Grid, SamplingConfig, TransformerConfig, read_json
 from llamagen.errors import InputError
 from llamagen.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from llamagen.transformer import Transformer
+from llamagen.transformer.quantized import refuse_quantized
 
 if TYPE_CHECKING:
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
@@ -134,10 +135,12 @@ def _fill(
         location = locate(found.transformer, "transformer").path
         if location.is_dir() and folder_kind(location) == Transformer.kind:
             config = Transformer.read_config(location)
+            refuse_quantized(config, "be exported for vLLM")
             _weights(location / WEIGHTS_NAME, folder, link=link)
             _describe(folder, config, options, own, _stored_dtype(location / WEIGHTS_NAME))
             return
         source = load_transformer(found.transformer)
+    refuse_quantized(source.config, "be exported for vLLM")
     source.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     dtype = str(source.dtype).removeprefix("torch.")
