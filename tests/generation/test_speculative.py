@@ -8,9 +8,10 @@ import torch
 
 from llamagen.config import SamplingConfig
 from llamagen.errors import InputError, NotFiniteError
-from llamagen.generation import generate_codes, guide, speculative
+from llamagen.generation import couplings, generate_codes, guide, speculative
+from llamagen.generation.couplings import couple
 from llamagen.generation.filters import code_probabilities, draw_weighted
-from llamagen.generation.speculative import couple, generate_codes_in_parallel
+from llamagen.generation.speculative import generate_codes_in_parallel
 from llamagen.transformer.decoder import TorchDecoder
 from tests.models import tiny_transformer
 
@@ -111,7 +112,7 @@ def believes_the_new(drafts, drawn_from, wanted, uniforms):
 
 @pytest.mark.parametrize("rule", [redraws_from_the_whole, believes_the_new])
 def test_the_test_would_find_a_wrong_rule(few_codes, monkeypatch, rule):
-    monkeypatch.setattr(speculative, "couple", rule)
+    monkeypatch.setattr(couplings, "couple", rule)
     wanted = exact_distribution(few_codes, 1, PLAIN)
     assert chi_square_p(counts_of_images(few_codes, 1, PLAIN, 5), wanted) < 1e-9
 

@@ -25,13 +25,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
 from llamagen.errors import InputError
+from llamagen.generation.couplings import Pass, couplings_for
 from llamagen.generation.decode import RowCallback, check_finite
-from llamagen.generation.filters import code_probabilities, draw_weighted, guide
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Sequences, sequences_of
 from llamagen.transformer import SlotCache, Transformer, decoder_for
@@ -113,32 +112,6 @@ def generate_codes_in_parallel(
     return ParallelCodes(batch.rows(grid[0]), tuple(batch.passes))
 
 
-def couple(drafts: Tensor, drawn_from: Tensor, wanted: Tensor, uniforms: Tensor) -> Tensor:
-    """Turns draws from one distribution into draws from another, changing as few as can be.
-
-    Args:
-        drafts: (A, T) int64 codes.
-        drawn_from: (A, T, V) float32, the probabilities they were drawn with; a row of zeros
-            where a draft is no draw, and is not to be kept.
-        wanted: (A, T, V) float32, the probabilities that the codes shall have.
-        uniforms: (A, T, 2) in [0, 1), which nothing else depends on.
-
-    Returns:
-        (A, T) int64 codes.
-    """
-    index = drafts.unsqueeze(-1)
-    before = drawn_from.gather(-1, index).squeeze(-1)
-    after = wanted.gather(-1, index).squeeze(-1)
-    rejected = ~((uniforms[..., 0] * before < after) & (before > 0))
-    other, target = drawn_from[rejected], wanted[rejected]  # (rejected, V)
-    missing = (target - other).clamp_(min=0)
-    # Where the two are the same, rounding may reject a draft and leave nothing to draw from.
-    missing = torch.where(missing.sum(-1, keepdim=True) > 0, missing, target)
-    codes = drafts.clone()
-    codes[rejected] = draw_weighted(missing, uniforms[..., 1][rejected])
-    return codes
-
-
 class _Batch:
     """Images at different places of their grids, each with a window behind its final codes."""
 
@@ -167,8 +140,9 @@ class _Batch:
         self._codes = torch.zeros(images, self._total + window, dtype=torch.int64)
         self._codes = self._codes.to(model.device)
         """Final codes and behind them drafts; those past the image mean nothing."""
-        self._drawn_from = torch.zeros(images, 1, model.config.codebook_size, device=model.device)
-        """(A, W, V), what the running images' first drafts were drawn from; zeros: from nothing."""
+        self._couplings = couplings_for(
+            sampling, images, window, model.config.codebook_size, model.device
+        )
         self._slots = SlotCache.empty(
             model.config,
             len(sequences.condition),
@@ -214,60 +188,47 @@ class _Batch:
         """Draws what logits (R, T, V) predict; how many codes of each image are final thereby."""
         length = logits.shape[1]
         images, positions = self._index(self.running).unsqueeze(1), self._positions(length)
-        logits = self._guided(logits, positions)
-        wanted = code_probabilities(logits, self._sampling)
         drafts = self._codes[images, positions]
-        codes = couple(drafts, self._drawn_from[:, :length], wanted, self._uniforms(length))
+        codes, finite = self._couplings(self._pass(logits), drafts, self._uniforms(length))
         self._codes[images, positions] = codes
 
         left = self._index([self._total - self._final[image] for image in self.running])
         unchanged = (codes == drafts).cumprod(-1).sum(-1)
         final = torch.minimum(unchanged + 1, left.clamp(max=length))
         later = torch.arange(length, device=final.device) >= final.unsqueeze(1)
-        check_finite((logits.isfinite().all(-1) | later).all(), self._model)
+        check_finite((finite | later).all(), self._model)
 
         advances = final.tolist()
         for image, advance in zip(self.running, advances, strict=True):
             self._final[image] += advance
             self.passes[image] += 1
-        # A draft whose distribution is not known is not to be kept.
-        self._move_windows(codes, wanted.nan_to_num_(0.0), final)
+        self._couplings.move(advances)
+        self._guess(codes, final)
         return advances
 
-    def _move_windows(self, codes: Tensor, drawn_from: Tensor, advances: Tensor) -> None:
-        """Goes on from a pass's codes (A, T) and what they were drawn from (A, T, V).
+    def _guess(self, codes: Tensor, advances: Tensor) -> None:
+        """Fills the windows, which have moved by ``advances`` (A,), from a pass's codes (A, T).
 
-        The windows move by ``advances`` (A,). Positions that enter one repeat the pass's last
-        code. Cleverer guesses, as the code above in the grid, save no passes.
+        Positions that enter one repeat the pass's last code. Cleverer guesses, as the code above
+        in the grid, save no passes.
         """
         images, positions = self._index(self.running).unsqueeze(1), self._positions(self._window)
         numbers = torch.arange(len(images), device=images.device).unsqueeze(1)
         offsets = torch.arange(self._window, device=images.device)
         places = offsets + advances.unsqueeze(1)  # (A, W): where the positions were in the pass
-        last = codes.shape[1] - 1
-        drafts = codes[numbers, places.clamp(max=last)]
-        self._codes[images, positions] = drafts
-        self._drawn_from = drawn_from[numbers, places.clamp(max=last)]
-        guessed = places > last
-        certain = F.one_hot(drafts[guessed], drawn_from.shape[-1])
-        self._drawn_from[guessed] = certain.to(drawn_from.dtype)
+        self._codes[images, positions] = codes[numbers, places.clamp(max=codes.shape[1] - 1)]
 
-    def _guided(self, logits: Tensor, positions: Tensor) -> Tensor:
-        """Logits (A, T, V) at ``positions`` (A, T), float32, from those of all sequences."""
+    def _pass(self, logits: Tensor) -> Pass:
+        """Logits (R, T, V) with what they are of."""
         place = {sequence: index for index, sequence in enumerate(self._sequences)}
-        own = logits[self._index([place[image, False] for image in self.running])].float()
-        guided = [n for n, image in enumerate(self.running) if (image, True) in place]
-        if not guided:
-            return own
-        numbers = self._index(guided)
-        others = self._index([place[self.running[number], True] for number in guided])
-        plain = own[numbers]
-        mixed = guide(plain, logits[others].float(), self._sampling.guidance_scale)
-        if self._sampling.guidance_stop is not None:
-            before = positions[numbers] < self._sampling.guidance_stop
-            mixed = torch.where(before.unsqueeze(-1), mixed, plain)
-        own[numbers] = mixed
-        return own
+        length, stop = logits.shape[1], self._sampling.guidance_stop
+        stops = [length if stop is None else stop - self._final[image] for image in self.running]
+        return Pass(
+            logits,
+            conditional=[place[image, False] for image in self.running],
+            unconditional=[place.get((image, True)) for image in self.running],
+            guided=stops,
+        )
 
     def _uniforms(self, length: int) -> Tensor:
         """(A, T, 2) numbers for this pass, which an image gets whatever else is in the batch."""
@@ -288,7 +249,7 @@ class _Batch:
                 self._sequences.pop()
         kept = [n for n, image in enumerate(self.running) if self._final[image] < self._total]
         if len(kept) < len(self.running):
-            self._drawn_from = self._drawn_from[self._index(kept)]
+            self._couplings.keep(kept)
             self.running = [self.running[number] for number in kept]
 
     def _positions(self, length: int) -> Tensor:

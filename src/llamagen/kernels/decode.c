@@ -349,22 +349,36 @@ void decode_step(const Model *m, const Step *step) {
   }
 }
 
-// Bytes of room that draw_codes() needs.
-size_t draw_room(int32_t codes, int32_t threads) {
-  return threads * aligned((size_t)codes * (sizeof(float) + sizeof(Candidate))) + 64;
+static size_t draw_own_room(int codes) {
+  return aligned((size_t)codes * (sizeof(float) + sizeof(Candidate)));
 }
 
-// A code of each image.
-void draw_codes(Draw *draws, int32_t images, int32_t codes, int32_t threads, void *room) {
-  char *rooms = (char *)aligned((size_t)room);
-  size_t own = aligned((size_t)codes * (sizeof(float) + sizeof(Candidate)));
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int image = 0; image < images; image++) {
+// Bytes of room that draw_codes() and couple_codes() need.
+size_t draw_room(int32_t codes, int32_t threads) { return threads * draw_own_room(codes) + 64; }
+
 #ifdef _OPENMP
-    draw_one(&draws[image], codes, rooms + omp_get_thread_num() * own);
+#define THREAD omp_get_thread_num()
 #else
-    draw_one(&draws[image], codes, rooms);
+#define THREAD 0
 #endif
+
+// A code of each image.
+void draw_codes(Draw *draws, int32_t count, int32_t codes, int32_t threads, void *room) {
+  char *rooms = (char *)aligned((size_t)room);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int i = 0; i < count; i++) {
+    float *own = (float *)(rooms + THREAD * draw_own_room(codes));
+    draw_one(&draws[i], codes, own, (Candidate *)(own + codes));
+  }
+}
+
+// A code for each draft.
+void couple_codes(Coupling *couplings, int32_t count, int32_t codes, int32_t threads, void *room) {
+  char *rooms = (char *)aligned((size_t)room);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int i = 0; i < count; i++) {
+    float *own = (float *)(rooms + THREAD * draw_own_room(codes));
+    couple_one(&couplings[i], codes, own, (Candidate *)(own + codes));
   }
 }
 

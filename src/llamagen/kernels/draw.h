@@ -9,16 +9,6 @@
 
 #include "vectors.h"
 
-typedef struct {
-  const float *conditional;    // (codes,)
-  const float *unconditional;  // (codes,), or NULL without guidance
-  double uniform;              // in [0, 1)
-  int64_t code;                // out
-  float scale, temperature, top_p;
-  int32_t top_k;               // 0 keeps all
-  int32_t finite;              // out: 0 if a logit was not
-} Draw;
-
 #define BUCKETS 2048
 #define BLOCK 256
 
@@ -91,55 +81,65 @@ static void keep_share(float *weights, int count, double total, double share, Ca
   for (int i = kept; i < found; i++) weights[room[i].index] = 0;
 }
 
-// room: count floats, then count candidates.
-static void draw_one(Draw *d, int count, void *room_for) {
-  float *x = room_for;
-  Candidate *candidates = (Candidate *)(x + count);
-  const float *c = d->conditional, *u = d->unconditional;
+// What decides the probabilities of an image's next code.
+typedef struct {
+  const float *conditional;    // (codes,)
+  const float *unconditional;  // (codes,), or NULL without guidance
+  float scale, temperature, top_p;
+  int32_t top_k;               // 0 keeps all
+} Weighing;
+
+INLINE double add_up(const float *x, int count) {
+  double part[8] = {0};
+  for (int i = 0; i < count; i += 8)
+    for (int j = 0; j < 8; j++) part[j] += x[i + j];
+  return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+}
+
+// Weights (count,) in proportion to the probabilities; 0 if a logit was not finite, else 1.
+static int weigh(const Weighing *w, int count, float *x, Candidate *candidates) {
+  const float *c = w->conditional, *u = w->unconditional;
   v16 wrong = splat(0), top = splat(-INFINITY);
   for (int i = 0; i < count; i += LANES) {
     v16 own = load_f32(c + i);
-    if (u) own = load_f32(u + i) + d->scale * (own - load_f32(u + i));
+    if (u) own = load_f32(u + i) + w->scale * (own - load_f32(u + i));
     wrong += own * 0.0f;  // stays 0 unless something is infinite or not a number
     i32x16 more = own > top;
     top = (v16)((more & (i32x16)own) | (~more & (i32x16)top));
     store_f32(x + i, own);
   }
-  d->finite = sum(wrong) == 0;
-  d->code = 0;
-  if (!d->finite) return;
+  if (sum(wrong) != 0) return 0;
   float peak = largest(top);
-  if (d->temperature == 0) {
-    while (x[d->code] != peak) d->code++;
-    return;
+  if (w->temperature == 0) {
+    int first = 0;
+    while (x[first] != peak) first++;
+    memset(x, 0, count * sizeof *x);
+    x[first] = 1;
+    return 1;
   }
-  if (d->temperature != 1) {
-    for (int i = 0; i < count; i += LANES) store_f32(x + i, load_f32(x + i) / d->temperature);
-    peak /= d->temperature;
+  if (w->temperature != 1) {
+    for (int i = 0; i < count; i += LANES) store_f32(x + i, load_f32(x + i) / w->temperature);
+    peak /= w->temperature;
   }
-  float least = d->top_k > 0 && d->top_k < count ? kth_largest(x, count, d->top_k) : -INFINITY;
+  float least = w->top_k > 0 && w->top_k < count ? kth_largest(x, count, w->top_k) : -INFINITY;
   for (int i = 0; i < count; i += LANES) {
     v16 own = load_f32(x + i);
     i32x16 kept = own >= least;
     store_f32(x + i, (v16)(kept & (i32x16)exponential(own - peak)));
   }
-  double blocks[(1 << 20) / BLOCK], total = 0;
-  for (int pass = 0; pass < 2; pass++) {
-    total = 0;
-    for (int b = 0; b * BLOCK < count; b++) {
-      int end = (b + 1) * BLOCK < count ? (b + 1) * BLOCK : count;
-      double part[8] = {0};
-      for (int i = b * BLOCK; i < end; i += 8)
-        for (int j = 0; j < 8; j++) part[j] += x[i + j];
-      blocks[b] = ((part[0] + part[1]) + (part[2] + part[3])) +
-                  ((part[4] + part[5]) + (part[6] + part[7]));
-      total += blocks[b];
-    }
-    if (d->top_p >= 1 || pass) break;
-    keep_share(x, count, total, d->top_p, candidates);
+  if (w->top_p < 1) keep_share(x, count, add_up(x, count), w->top_p, candidates);
+  return 1;
+}
+
+// The first code whose cumulative weight exceeds the share `uniform` of all: never one of weight 0.
+static int pick(const float *x, int count, double uniform) {
+  double blocks[(1 << 20) / BLOCK], total = 0, reached = 0;
+  for (int b = 0; b * BLOCK < count; b++) {
+    int size = count - b * BLOCK < BLOCK ? count - b * BLOCK : BLOCK;
+    blocks[b] = add_up(x + b * BLOCK, size);
+    total += blocks[b];
   }
-  // The first code whose cumulative weight exceeds the target: never one of weight 0.
-  double target = d->uniform * total, reached = 0;
+  double target = uniform * total;
   int b = 0;
   while ((b + 1) * BLOCK < count && reached + blocks[b] <= target) reached += blocks[b++];
   int last = -1, start = b * BLOCK;
@@ -152,7 +152,57 @@ static void draw_one(Draw *d, int count, void *room_for) {
   // Sums in another order may fall short of the target by rounding: the last one that counts.
   while (last < 0)
     if (x[--start] > 0) last = start;
-  d->code = last;
+  return last;
+}
+
+typedef struct {
+  Weighing weighing;
+  double uniform;  // in [0, 1)
+  int64_t code;    // out
+  int32_t finite;  // out: 0 if a logit was not
+} Draw;
+
+static void draw_one(Draw *d, int count, float *x, Candidate *candidates) {
+  d->code = 0;
+  d->finite = weigh(&d->weighing, count, x, candidates);
+  if (d->finite) d->code = pick(x, count, d->uniform);
+}
+
+typedef struct {
+  Weighing weighing;
+  const float *before;  // (codes,) probabilities that the draft was drawn with; NULL: it is a guess
+  float *after;         // (codes,) out: the probabilities that the code is drawn with
+  double uniforms[2];   // in [0, 1): whether the draft is kept, and what replaces it
+  int64_t draft;        // -1 for none
+  int64_t code;         // out
+  int32_t finite;       // out
+} Coupling;
+
+// Turns a draft into a draw from other probabilities, changing it as seldom as can be.
+static void couple_one(Coupling *d, int count, float *x, Candidate *candidates) {
+  d->code = 0;
+  d->finite = weigh(&d->weighing, count, x, candidates);
+  if (!d->finite) {
+    memset(d->after, 0, count * sizeof *x);
+    return;
+  }
+  float factor = (float)(1 / add_up(x, count));
+  for (int i = 0; i < count; i += LANES) store_f32(d->after + i, load_f32(x + i) * factor);
+  float drawn_with = d->draft < 0 ? 0 : d->before ? d->before[d->draft] : 1;
+  if (drawn_with > 0 && d->uniforms[0] * drawn_with < d->after[d->draft]) {
+    d->code = d->draft;
+    return;
+  }
+  for (int i = 0; i < count; i += LANES) {
+    v16 missing = load_f32(d->after + i);
+    if (d->before) missing -= load_f32(d->before + i);
+    i32x16 positive = missing > 0;
+    missing = (v16)(positive & (i32x16)missing);
+    store_f32(x + i, missing);
+  }
+  if (!d->before && d->draft >= 0) x[d->draft] = 0;
+  // Where the two are the same, rounding may reject a draft and leave nothing to draw from.
+  d->code = pick(add_up(x, count) > 0 ? x : d->after, count, d->uniforms[1]);
 }
 
 #endif

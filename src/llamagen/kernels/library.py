@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -95,21 +95,33 @@ class Step(ctypes.Structure):
     )
 
 
+_WEIGHING = [
+    ("conditional", np.uintp),
+    ("unconditional", np.uintp),
+    ("scale", np.float32),
+    ("temperature", np.float32),
+    ("top_p", np.float32),
+    ("top_k", np.int32),
+]
+
 DRAW = np.dtype(
+    [*_WEIGHING, ("uniform", np.float64), ("code", np.int64), ("finite", np.int32)], align=True
+)
+"""What decides one image's code, and the code. An address of 0 is no unconditional row."""
+
+COUPLING = np.dtype(
     [
-        ("conditional", np.uintp),
-        ("unconditional", np.uintp),
-        ("uniform", np.float64),
+        *_WEIGHING,
+        ("before", np.uintp),
+        ("after", np.uintp),
+        ("uniforms", np.float64, (2,)),
+        ("draft", np.int64),
         ("code", np.int64),
-        ("scale", np.float32),
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("top_k", np.int32),
         ("finite", np.int32),
     ],
     align=True,
 )
-"""What decides one image's code, and the code. An address of 0 is no unconditional row."""
+"""A draft, what it was drawn from (0: it is a guess), and the code and probabilities it becomes."""
 
 
 class Kernels:
@@ -138,16 +150,17 @@ class Kernels:
 
     def draw_codes(self, draws: np.ndarray, codes: int) -> None:
         """Fills ``code`` and ``finite`` of ``draws`` (N,) of type ``DRAW``."""
-        threads = min(torch.get_num_threads(), len(draws))
-        need = int(self._library.draw_room(codes, threads))
-        room = torch.empty(need, dtype=torch.uint8)
-        self._library.draw_codes(
-            ctypes.c_void_p(draws.ctypes.data),
-            len(draws),
-            codes,
-            threads,
-            ctypes.c_void_p(room.data_ptr()),
-        )
+        self._over(self._library.draw_codes, draws, codes)
+
+    def couple_codes(self, couplings: np.ndarray, codes: int) -> None:
+        """Fills ``code``, ``finite`` and what ``after`` points to of ``couplings`` (N,)."""
+        self._over(self._library.couple_codes, couplings, codes)
+
+    def _over(self, function: Callable[..., None], items: np.ndarray, codes: int) -> None:
+        threads = min(torch.get_num_threads(), len(items))
+        room = torch.empty(int(self._library.draw_room(codes, threads)), dtype=torch.uint8)
+        items_at, room_at = (ctypes.c_void_p(at) for at in (items.ctypes.data, room.data_ptr()))
+        function(items_at, len(items), codes, threads, room_at)
 
 
 @functools.cache
