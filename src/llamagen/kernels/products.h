@@ -20,7 +20,6 @@ enum { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 
 #define OUTPUTS 16      // of one piece of work
 #define SKINNY 8        // rows up to which products are dot products
-#define WIDEST 2048     // rows of a batch
 
 // A weight is a number times, where they are whole numbers, the scale of its output; in I4 also
 // times a small whole number that GROUP inputs share, so that the product fits eight bits.
