@@ -11,13 +11,13 @@ import pytest
 from llamagen.kernels import Kernels
 from llamagen.kernels.build import compiled_library
 
-# Name -> flags of the compiler, and what the processor must have.
-_VARIANTS: dict[str, tuple[tuple[str, ...], set[str]]] = {
-    "native": ((), set()),
-    "avx512 with bfloat16": (("-mno-amx-tile",), {"avx512_bf16"}),
-    "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}),
-    "sse2": (("-march=x86-64",), {"sse2"}),
-    "one thread": (("-fno-openmp",), set()),
+# Name -> flags of the compiler, what the processor must have, and what must then be compiled.
+_VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
+    "native": ((), set(), None),
+    "avx512 with bfloat16": (("-mno-amx-tile",), {"avx512_bf16"}, {"pairs", "threads"}),
+    "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}, {"threads"}),
+    "sse2": (("-march=x86-64",), {"sse2"}, {"threads"}),
+    "one thread": (("-fno-openmp",), set(), None),
 }
 VARIANTS = tuple(_VARIANTS)
 
@@ -34,10 +34,12 @@ def _flags() -> set[str]:
 @functools.cache
 def kernels_of(name: str) -> Kernels:
     """The kernels compiled for a kind of processor; skips the test where they cannot be had."""
-    flags, needed = _VARIANTS[name]
+    flags, needed, features = _VARIANTS[name]
     if not needed <= _flags():
         pytest.skip(f"this processor has no {', '.join(sorted(needed - _flags()))}")
     library = compiled_library(*flags)
     if library is None:
         pytest.skip("needs a compiler for C")
-    return Kernels(library)
+    kernels = Kernels(library)
+    assert features is None or kernels.features == features
+    return kernels

@@ -5,6 +5,7 @@ import torch
 
 from llamagen.transformer import SlotCache, decoder_for
 from llamagen.transformer.decoder import CpuDecoder, TorchDecoder
+from llamagen.transformer.quantized import quantize
 from tests.kernels.variants import VARIANTS, kernels_of
 from tests.models import tiny_transformer
 
@@ -162,6 +163,11 @@ def test_which_models_the_kernels_take(monkeypatch):
     assert not takes(model_of("even", torch.float16))
     assert not takes(tiny_transformer(dim=36, heads=1))
     assert not takes(model_of("even").train())
+    quantized, mixed = model_of("even"), model_of("even")
+    quantize(quantized, "int8")
+    assert takes(quantized)
+    mixed.output = quantized.output
+    assert not takes(mixed)
     left, hole = torch.tensor([[False, True, True]]), torch.tensor([[True, False, True]])
     assert takes(model, condition_mask=left)
     assert not takes(model, condition_mask=hole)

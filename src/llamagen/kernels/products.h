@@ -10,7 +10,8 @@
 
 #include "vectors.h"
 
-#if PAIRS && defined(__AMX_BF16__) && defined(__linux__)
+#if PAIRS && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
+    defined(__linux__)
 #define TILES 1
 #else
 #define TILES 0
@@ -305,43 +306,64 @@ static void tiles_begin(void) {
 
 static void tiles_end(void) { _tile_release(); }
 
-// Sixteen outputs of up to 64 batch rows: a tile of weights lies in memory as it is needed.
-INLINE void tile_product(int vectors, const bf16 *w, int inputs, const bf16 *x, int padded,
-                         float *tile, const char *ahead) {
+#define TILE_ADD(sums, other)                \
+  do {                                       \
+    if (whole) _tile_dpbssd(sums, 4, other); \
+    else _tile_dpbf16ps(sums, 4, other);     \
+  } while (0)
+
+// Sixteen outputs of up to four vectors of columns, of whole numbers or of pairs: a tile of weights
+// lies in memory as it is needed. All in bytes: `row` from one output's weights to the next one's,
+// `step` from one row of the activations' tiles, and of the sums, to the next.
+INLINE void tile_product(int whole, int vectors, const char *w, size_t row, const char *x,
+                         size_t step, char *sums, const char *ahead) {
   _tile_zero(0);
   if (vectors > 1) _tile_zero(1);
   if (vectors > 2) _tile_zero(2);
   if (vectors > 3) _tile_zero(3);
-  size_t step = (size_t)padded * 4;
-  for (int k = 0; k < inputs; k += 32) {
-    const bf16 *own = x + (size_t)(k / 2) * padded * 2;
-    if (ahead) {
-      for (int i = 0; i < 16; i++) _mm_prefetch(ahead + (size_t)k * 32 + i * 64, _MM_HINT_T1);
-    }
-    _tile_loadd(4, w + k, (size_t)inputs * 2);
+  for (size_t at = 0; at < row; at += 64) {
+    const char *own = x + at / 64 * 16 * step;
+    if (ahead)
+      for (int i = 0; i < 16; i++) _mm_prefetch(ahead + at * 16 + i * 64, _MM_HINT_T1);
+    _tile_loadd(4, w + at, row);
     _tile_loadd(5, own, step);
-    _tile_dpbf16ps(0, 4, 5);
+    TILE_ADD(0, 5);
     if (vectors > 1) {
-      _tile_loadd(6, own + 32, step);
-      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(6, own + 64, step);
+      TILE_ADD(1, 6);
     }
     if (vectors > 2) {
-      _tile_loadd(7, own + 64, step);
-      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(7, own + 128, step);
+      TILE_ADD(2, 7);
     }
     if (vectors > 3) {
-      _tile_loadd(5, own + 96, step);
-      _tile_dpbf16ps(3, 4, 5);
+      _tile_loadd(5, own + 192, step);
+      TILE_ADD(3, 5);
     }
   }
-  _tile_stored(0, tile, step);
-  if (vectors > 1) _tile_stored(1, tile + 16, step);
-  if (vectors > 2) _tile_stored(2, tile + 32, step);
-  if (vectors > 3) _tile_stored(3, tile + 48, step);
+  _tile_stored(0, sums, step);
+  if (vectors > 1) _tile_stored(1, sums + 64, step);
+  if (vectors > 2) _tile_stored(2, sums + 128, step);
+  if (vectors > 3) _tile_stored(3, sums + 192, step);
 }
-#endif
 
-#if TILES
+// As above for any number of columns, sixteen at a time.
+INLINE void tile_products(int whole, int columns, const void *w, size_t row, const void *x,
+                          void *sums, const char *ahead) {
+  size_t step = (size_t)columns * 4;
+  for (int column = 0; column < columns; column += 4 * LANES) {
+    const char *own = (const char *)x + column * 4;
+    char *to = (char *)sums + column * 4;
+    switch ((columns - column) / LANES) {
+      case 1: tile_product(whole, 1, w, row, own, step, to, ahead); break;
+      case 2: tile_product(whole, 2, w, row, own, step, to, ahead); break;
+      case 3: tile_product(whole, 3, w, row, own, step, to, ahead); break;
+      default: tile_product(whole, 4, w, row, own, step, to, ahead); break;
+    }
+    ahead = NULL;  // once is enough
+  }
+}
+
 // The products of a factor with the sixteen numbers of four bits.
 #define TIMES(f) {-8 * f, -7 * f, -6 * f, -5 * f, -4 * f, -3 * f, -2 * f, -1 * f, \
                   0 * f,  1 * f,  2 * f,  3 * f,  4 * f,  5 * f,  6 * f,  7 * f}
@@ -372,39 +394,6 @@ static void widen_i4(const Matrix *m, int output, int8_t *into) {
   }
 }
 
-INLINE void whole_tiles(int vectors, const int8_t *w, int inputs, const int8_t *x, int columns,
-                        int32_t *sums, const char *ahead) {
-  _tile_zero(0);
-  if (vectors > 1) _tile_zero(1);
-  if (vectors > 2) _tile_zero(2);
-  if (vectors > 3) _tile_zero(3);
-  size_t step = (size_t)columns * 4;
-  for (int k = 0; k < inputs; k += 64) {
-    const int8_t *own = x + (size_t)k * columns;
-    if (ahead)
-      for (int i = 0; i < 16; i++) _mm_prefetch(ahead + (size_t)k * 16 + i * 64, _MM_HINT_T1);
-    _tile_loadd(4, w + k, inputs);
-    _tile_loadd(5, own, step);
-    _tile_dpbssd(0, 4, 5);
-    if (vectors > 1) {
-      _tile_loadd(6, own + 64, step);
-      _tile_dpbssd(1, 4, 6);
-    }
-    if (vectors > 2) {
-      _tile_loadd(7, own + 128, step);
-      _tile_dpbssd(2, 4, 7);
-    }
-    if (vectors > 3) {
-      _tile_loadd(5, own + 192, step);
-      _tile_dpbssd(3, 4, 5);
-    }
-  }
-  _tile_stored(0, sums, step);
-  if (vectors > 1) _tile_stored(1, sums + 16, step);
-  if (vectors > 2) _tile_stored(2, sums + 32, step);
-  if (vectors > 3) _tile_stored(3, sums + 48, step);
-}
-
 // Products of whole numbers: exact up to the rounding of weights and activations.
 static __attribute__((noinline)) void whole_product(const Matrix *m, const Layout *l, Activations x,
                                                     int output, float *tile, void *room,
@@ -418,13 +407,7 @@ static __attribute__((noinline)) void whole_product(const Matrix *m, const Layou
     weights = wide;
     ahead = NULL;
   }
-  for (int column = 0; column < columns; column += 4 * LANES) {
-    int vectors = (columns - column) / LANES;
-    const int8_t *own = x.halves + column * 4;
-    const char *next = column ? NULL : ahead;
-    if (vectors >= 4) whole_tiles(4, weights, m->inputs, own, columns, sums + column, next);
-    else whole_tiles(2, weights, m->inputs, own, columns, sums + column, next);
-  }
+  tile_products(1, columns, weights, m->inputs, x.halves, sums, ahead);
   for (int n = 0; n < OUTPUTS; n++)
     for (int lane = 0; lane < l->padded; lane += LANES) {
       i32x16 upper, lower;
@@ -468,35 +451,26 @@ static void to_whole(const Layout *l, Activations a, int piece) {
 }
 
 static __attribute__((noinline)) void wide_product(const Matrix *m, const Layout *l, const void *x,
-                                                   int output, float *tile, void *room, const char *ahead) {
+                                                   int output, float *tile, void *room,
+                                                   const char *ahead) {
   int inputs = m->inputs;
   const void *weights = weight_row(m, m->kind, output);
   if (m->kind != (l->pairs ? BF16 : F32)) {
     unpack(m, l, output, room);
     weights = room;
   }
-  for (int lane = 0; lane < l->padded; lane += 4 * LANES) {
-    int vectors = (l->padded - lane) / LANES < 4 ? (l->padded - lane) / LANES : 4;
 #if TILES
-    if (l->tiles) {
-      const bf16 *own = (const bf16 *)x + lane * 2;
-      switch (vectors) {
-        case 1: tile_product(1, weights, inputs, own, l->padded, tile + lane, lane ? NULL : ahead); break;
-        case 2: tile_product(2, weights, inputs, own, l->padded, tile + lane, lane ? NULL : ahead); break;
-        case 3: tile_product(3, weights, inputs, own, l->padded, tile + lane, lane ? NULL : ahead); break;
-        default: tile_product(4, weights, inputs, own, l->padded, tile + lane, lane ? NULL : ahead); break;
-      }
-      continue;
-    }
+  if (l->tiles) tile_products(0, l->padded, weights, (size_t)inputs * 2, x, tile, ahead);
 #endif
-#if PAIRS
-    if (l->pairs) {
-      outer_vectors(1, vectors, weights, inputs, (const bf16 *)x + lane * 2, l->padded, tile + lane);
-      continue;
-    }
-#endif
-    outer_vectors(0, vectors, weights, inputs, (const float *)x + lane, l->padded, tile + lane);
+  for (int lane = 0; lane < l->padded && !l->tiles; lane += 4 * LANES) {
+    int vectors = (l->padded - lane) / LANES < 4 ? (l->padded - lane) / LANES : 4;
+    const char *own = (const char *)x + lane * 4;  // a pair, or one number, each
+    if (PAIRS && l->pairs)
+      outer_vectors(1, vectors, weights, inputs, own, l->padded, tile + lane);
+    else
+      outer_vectors(0, vectors, weights, inputs, own, l->padded, tile + lane);
   }
+  (void)ahead;
   if (m->kind == I8 || m->kind == I4)
     for (int n = 0; n < OUTPUTS; n++)
       for (int lane = 0; lane < l->padded; lane += LANES) {

@@ -63,7 +63,7 @@ class Decoder(Protocol):
 def decoder_for(
     model: Transformer, *, condition_mask: Tensor | None = None, times: StepTimes | None = None
 ) -> Decoder:
-    """The fastest decoder for a model as it is now. Made for one generation, not to be kept longer.
+    """The fastest decoder for a model, to be used as long as its weights stay where they are.
 
     Args:
         model: in eval mode.
@@ -217,6 +217,7 @@ def _has_kernels(model: Transformer, condition_mask: Tensor | None) -> bool:
         linears += [feed_forward.w1, feed_forward.w3, feed_forward.w2]
     return (
         all(_is_plain(linear, model.dtype) for linear in linears)
+        and len({type(linear) for linear in linears}) == 1  # all quantised, or none
         and model.tok_embeddings.weight.is_contiguous()
         and config.head_dim <= library.WIDEST_HEAD
         and config.codebook_size <= library.MOST_CODES
