@@ -1,4 +1,4 @@
-"""Codes drawn several at a time are distributed as those drawn one by one."""
+"""Codes drawn several at a time are those drawn one by one."""
 
 import copy
 import itertools
@@ -8,11 +8,11 @@ import torch
 
 from llamagen.config import SamplingConfig
 from llamagen.errors import InputError, NotFiniteError
-from llamagen.generation import couplings, generate_codes, guide, speculative
-from llamagen.generation.couplings import couple
-from llamagen.generation.filters import code_probabilities, draw_weighted
+from llamagen.generation import generate_codes, guide, speculative
+from llamagen.generation.filters import code_probabilities
 from llamagen.generation.speculative import generate_codes_in_parallel
-from llamagen.transformer.decoder import TorchDecoder
+from llamagen.transformer.decoder import CpuDecoder, TorchDecoder
+from tests.kernels.variants import kernels_of
 from tests.models import tiny_transformer
 
 PLAIN = SamplingConfig(guidance_scale=1.0)
@@ -95,56 +95,59 @@ def test_whole_images_follow_the_models_distribution(few_codes, sampling, window
     assert chi_square_p(counts_of_images(few_codes, 1, sampling, window), wanted) > 1e-3
 
 
-def redraws_from_the_whole(drafts, drawn_from, wanted, uniforms):
-    """Replaces a rejected draft by a draw from all of the distribution: likely codes gain."""
-    redrawn = couple(drafts, torch.zeros_like(drawn_from), wanted, uniforms)
-    kept = couple(drafts, drawn_from, wanted, uniforms) == drafts
-    return torch.where(kept, drafts, redrawn)
+def test_the_test_would_find_numbers_that_depend_on_each_other(few_codes, monkeypatch):
+    real = speculative.uniform_draws
 
+    def nearly_alike(seeds, count):
+        numbers = real(seeds, count)
+        return (numbers[:, :1] + 0.5 * numbers) % 1
 
-def believes_the_new(drafts, drawn_from, wanted, uniforms):
-    """Keeps a draft by its new probability, whatever it was drawn from."""
-    index = drafts.unsqueeze(-1)
-    likely = wanted.gather(-1, index) / wanted.amax(-1, keepdim=True)
-    redrawn = couple(drafts, torch.zeros_like(drawn_from), wanted, uniforms)
-    return torch.where(uniforms[..., 0] < likely.squeeze(-1), drafts, redrawn)
-
-
-@pytest.mark.parametrize("rule", [redraws_from_the_whole, believes_the_new])
-def test_the_test_would_find_a_wrong_rule(few_codes, monkeypatch, rule):
-    monkeypatch.setattr(couplings, "couple", rule)
+    monkeypatch.setattr(speculative, "uniform_draws", nearly_alike)
     wanted = exact_distribution(few_codes, 1, PLAIN)
     assert chi_square_p(counts_of_images(few_codes, 1, PLAIN, 5), wanted) < 1e-9
 
 
-def test_a_coupling_changes_as_little_as_can_be():
-    generator = torch.Generator().manual_seed(0)
-    samples = 100_000
-    before, after = torch.rand(2, 6, generator=generator).pow(2)
-    before[1], after[4] = 0.0, 0.0
-    before, after = before / before.sum(), after / after.sum()
-    uniforms = torch.rand(samples, 1, 3, generator=generator)
-    drawn_from, wanted = before.expand(samples, 1, 6), after.expand(samples, 1, 6)
-    drafts = draw_weighted(drawn_from, uniforms[..., 2])
-    codes = couple(drafts, drawn_from, wanted, uniforms[..., :2])
-    assert chi_square_p(codes.flatten().bincount(minlength=6), after.double()) > 1e-3
-    same = (codes == drafts).double().mean().item()
-    assert same == pytest.approx(torch.minimum(before, after).sum().item(), abs=0.005)
+def test_the_test_would_find_codes_that_are_believed_too_early(few_codes, monkeypatch):
+    """A pass makes all of its codes final, right or not."""
+    monkeypatch.setattr(torch.Tensor, "cumprod", lambda x, _: torch.ones_like(x))
+    wanted = exact_distribution(few_codes, 1, PLAIN)
+    assert chi_square_p(counts_of_images(few_codes, 1, PLAIN, 5), wanted) < 1e-9
 
 
-def test_a_draft_from_nowhere_is_not_kept():
-    drafts = torch.zeros(1, 1, dtype=torch.int64)
-    wanted = torch.tensor([[[0.9, 0.1]]])
-    codes = couple(drafts, torch.zeros(1, 1, 2), wanted, torch.tensor([[[0.0, 0.95]]]))
-    assert codes.item() == 1
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 40])
+@pytest.mark.parametrize("sampling", [PLAIN, GUIDED, FILTERED, STOPPED])
+def test_the_same_seed_gives_the_same_image(model, sampling, window):
+    labels, seeds = torch.arange(15) % 5, range(30, 45)
+    wanted = generate_codes(model, labels, seeds=seeds, sampling=sampling)
+    drawn = generate_codes_in_parallel(model, labels, window=window, seeds=seeds, sampling=sampling)
+    assert torch.equal(drawn.codes, wanted)
 
 
-def test_nothing_is_left_to_draw_from():
-    """Rounding: the draft is rejected though no other code is likelier than it was."""
-    drafts = torch.zeros(1, 1, dtype=torch.int64)
-    drawn_from = torch.tensor([[[0.5, 0.5]]])
-    codes = couple(drafts, drawn_from, drawn_from * (1 - 1e-6), torch.tensor([[[1 - 1e-7, 0.7]]]))
-    assert codes.item() == 1
+def test_windows_grow_where_drafts_hold_and_end_where_they_do_not():
+    width = speculative._Window(None, 2)
+    for _ in range(20):
+        width.learn(width.width(), [width.width()])
+    assert width.width() == width.most == 16
+    for passes in range(40):
+        if width.width() > 1:
+            last = passes
+        width.learn(width.width(), [1])
+    assert width.width() == 1
+    assert last < 40 - 1
+    assert speculative._Window(None, 40).width() == 1
+    assert speculative._Window(7, 40).width() == 7
+
+
+def test_looking_ahead_pays_for_few_images_on_tiles(monkeypatch):
+    fits = tiny_transformer(dim=64, heads=2).bfloat16()
+    with_tiles = kernels_of("tiles")
+    monkeypatch.setattr(speculative, "decoder_for", lambda model: CpuDecoder(model, with_tiles))
+    assert speculative.looking_ahead_pays(fits, 4, GUIDED)
+    assert speculative.looking_ahead_pays(fits, 8, PLAIN)
+    assert not speculative.looking_ahead_pays(fits, 5, GUIDED)
+    assert not speculative.looking_ahead_pays(fits.float(), 1, PLAIN)
+    monkeypatch.setattr(speculative, "decoder_for", TorchDecoder)
+    assert not speculative.looking_ahead_pays(fits, 1, PLAIN)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 40])

@@ -14,7 +14,13 @@ from llamagen.kernels.build import compiled_library
 # Name -> flags of the compiler, what the processor must have, and what must then be compiled.
 _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "native": ((), set(), None),
-    "avx512 with bfloat16": (("-mno-amx-tile",), {"avx512_bf16"}, {"pairs", "threads"}),
+    "tiles": (("-DEMULATED_TILES",), set(), None),
+    "avx512 with bfloat16": (
+        ("-mno-amx-tile",),
+        {"avx512_bf16", "avx512_vnni"},
+        {"pairs", "words", "threads"},
+    ),
+    "avx512": (("-march=skylake-avx512",), {"avx512bw"}, {"threads"}),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}, {"threads"}),
     "sse2": (("-march=x86-64",), {"sse2"}, {"threads"}),
     "one thread": (("-fno-openmp",), set(), None),

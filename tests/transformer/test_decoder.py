@@ -187,3 +187,34 @@ def test_a_full_cache_is_refused():
         decoder.next_logits(torch.tensor([0]), cache)
     with pytest.raises(AssertionError, match="in a cache with room for"):
         decoder.next_logits(torch.tensor([0]), cache)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_no_bit_depends_on_what_else_is_in_the_batch(variant, dtype, quantization):
+    model = model_of("grouped queries", dtype, grid=(3, 5))
+    if quantization is not None:
+        quantize(model, quantization)
+    decoder = decoder_of(model, variant)
+    codes = torch.randint(model.config.codebook_size, (35, 6))
+
+    def logits_of(rows, window):
+        """(rows, 6, V), from windows of so many codes each."""
+        slots = SlotCache.empty(
+            model.config, 35, grid=(3, 5), device=model.device, dtype=model.dtype
+        )
+        for row in rows:
+            cache = model.new_cache(1)
+            model.prefill(torch.tensor([row % model.config.num_classes]), cache)
+            slots.admit(cache)
+        found = []
+        for part in codes[rows].split(window, dim=1):
+            found.append(decoder.extend(part, slots).clone())
+            slots.advance(part.shape[1])
+        return torch.cat(found, dim=1)
+
+    everything = logits_of(list(range(35)), 1)
+    for rows, window in (([7], 1), ([7], 6), ([1, 34], 3), (list(range(11)), 2)):
+        assert torch.equal(logits_of(rows, window), everything[rows])

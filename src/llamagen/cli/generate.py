@@ -75,6 +75,9 @@ class Options(EngineOptions, QuantizationOptions, DeviceOptions):
     """Images per row of the sheet."""
     batch_size: int | None = None
     """Images drawn at once. Default: as many as fit into memory."""
+    window: int | None = None
+    """Codes of each image that a pass looks at: faster for few images, and the same image. 1 draws
+    one by one. Default: chosen."""
 
 
 def run(options: Options) -> None:
@@ -237,6 +240,7 @@ def _generate(pipe: Pipeline, settings: dict[str, Any], options: Options) -> Pip
             **settings,
             num_images_per_prompt=options.count,
             batch_size=options.batch_size,
+            window=options.window,
             callback=show,
         )
 

@@ -10,7 +10,11 @@ from llamagen.generation.filters import (
     next_codes,
 )
 from llamagen.generation.seeds import uniform_draws
-from llamagen.generation.speculative import ParallelCodes, generate_codes_in_parallel
+from llamagen.generation.speculative import (
+    ParallelCodes,
+    generate_codes_in_parallel,
+    looking_ahead_pays,
+)
 
 __all__ = [
     "ParallelCodes",
@@ -22,6 +26,7 @@ __all__ = [
     "guide",
     "keep_top_k",
     "keep_top_p",
+    "looking_ahead_pays",
     "next_codes",
     "uniform_draws",
 ]

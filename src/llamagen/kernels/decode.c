@@ -15,11 +15,6 @@
 #include "draw.h"
 #include "threads.h"
 
-#if TILES
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 typedef struct {
   const float *attention_norm, *ffn_norm;  // (width,)
   Matrix qkv, out, gate, up, down;
@@ -54,7 +49,7 @@ typedef struct {
 // What the threads share; all of it in `scratch`.
 typedef struct {
   Layout layout;
-  float *shortcut;     // skinny (rows, width), wide (width, padded)
+  float *shortcut;     // (rows, width), for tiles (width, padded)
   Activations normed;  // width
   float *qkv;          // (rows, heads of queries, keys and values)
   Activations attended;
@@ -63,25 +58,14 @@ typedef struct {
 
 static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
-static int has_tiles(void) {
-#if TILES
-  static int answer = -1;  // the same for all threads, whoever asks first
-  // The kernel hands out the tile registers on request: ARCH_REQ_XCOMP_PERM, feature 18.
-  if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-  return answer;
-#else
-  return 0;
-#endif
-}
-
 static Layout layout_of(const Model *m, int rows) {
-  Layout l = {.rows = rows, .padded = (rows + LANES - 1) / LANES * LANES};
-  l.pairs = PAIRS && m->half;
-  l.tiles = l.pairs && has_tiles();
-  l.whole = l.tiles && m->layer[0].qkv.kind >= I8 && m->width % 64 == 0 && m->hidden % 64 == 0;
-  if (l.whole) l.pairs = 0;
+  Layout l = {.rows = rows, .padded = rows};
+  int quantized = m->layer[0].qkv.kind >= I8;
+  l.tiles = m->half && has_tiles() && !(quantized && (m->width % 64 || m->hidden % 64));
+  l.whole = m->half && quantized && (WORDS || l.tiles);
+  l.pairs = m->half && !quantized && (PAIRS || l.tiles);
   // A tile takes sixteen rows in the time of one.
-  l.wide = l.tiles || rows > SKINNY;
+  if (l.tiles) l.padded = (rows + LANES - 1) / LANES * LANES;
   return l;
 }
 
@@ -96,7 +80,7 @@ static size_t divide(const Model *m, int rows, char *scratch, Shared *s) {
     into.size = (numbers);                                           \
     TAKE(into.data, (size_t)padded * into.size * item);              \
     if (s->layout.whole) {                                           \
-      TAKE(into.halves, (size_t)padded * into.size * 2);             \
+      TAKE(into.whole, (size_t)padded * into.size * 2);              \
       TAKE(into.scales, (size_t)padded * 4);                         \
     }                                                                \
   } while (0)
@@ -131,15 +115,15 @@ static void embed(const Model *m, const Step *step, const Shared *s, int row) {
   for (int i = 0; i < m->width; i++) {
     float x = m->half ? f32_of(((const bf16 *)m->embedding)[at + i])
                       : ((const float *)m->embedding)[at + i];
-    s->shortcut[l->wide ? (size_t)i * l->padded + row : (size_t)row * m->width + i] = x;
+    s->shortcut[l->tiles ? (size_t)i * l->padded + row : (size_t)row * m->width + i] = x;
   }
 }
 
-// Root-mean-square norm of one row, or of sixteen where rows lie in lanes.
+// Root-mean-square norm of one row, or of sixteen for tiles.
 static void normalise(const Model *m, const Shared *s, const float *weight, int piece) {
   const Layout *l = &s->layout;
   int width = m->width;
-  if (l->wide) {
+  if (l->tiles) {
     int lane = piece * LANES;
     const float *x = s->shortcut + lane;
     v16 total = splat(0);
@@ -159,38 +143,41 @@ static void normalise(const Model *m, const Shared *s, const float *weight, int 
   v16 total = splat(0);
   for (int i = 0; i < width; i += LANES) total += load_f32(x + i) * load_f32(x + i);
   float factor = 1.0f / sqrtf(sum(total) / width + m->eps);
-  for (int i = 0; i < width; i += LANES) {
-    v16 y = load_f32(x + i) * factor * load_f32(weight + i);
-    size_t at = (size_t)piece * width + i;
-    if (l->pairs) store_bf16((bf16 *)s->normed.data + at, y);
-    else store_f32((float *)s->normed.data + at, y);
-  }
+  for (int i = 0; i < width; i += LANES)
+    put(l, s->normed, piece, i, load_f32(x + i) * factor * load_f32(weight + i), LANES);
+  if (l->whole) to_whole(l, s->normed, piece);
 }
 
-// A tile's values to where each row has them in one piece.
+// A product to where each row has it in one piece.
 static void spread(const Layout *l, const float *tile, float *into, size_t stride, int output) {
-  for (int row = 0; row < l->rows; row++)
-    for (int n = 0; n < OUTPUTS; n++) into[row * stride + output + n] = tile[n * l->padded + row];
+  for (int row = 0; row < l->rows; row++) {
+    float *to = into + row * stride + output;
+    if (l->tiles)
+      for (int n = 0; n < OUTPUTS; n++) to[n] = tile[n * l->padded + row];
+    else
+      memcpy(to, tile + row * OUTPUTS, OUTPUTS * sizeof(float));
+  }
 }
 
 static void add_to_shortcut(const Model *m, const Shared *s, const float *tile, int output) {
   const Layout *l = &s->layout;
-  if (l->wide) {
+  if (l->tiles) {
     float *into = s->shortcut + (size_t)output * l->padded;
     for (int i = 0; i < OUTPUTS * l->padded; i += LANES)
       store_f32(into + i, load_f32(into + i) + load_f32(tile + i));
     return;
   }
-  for (int row = 0; row < l->rows; row++)
-    for (int n = 0; n < OUTPUTS; n++)
-      s->shortcut[(size_t)row * m->width + output + n] += tile[n * l->padded + row];
+  for (int row = 0; row < l->rows; row++) {
+    float *into = s->shortcut + (size_t)row * m->width + output;
+    store_f32(into, load_f32(into) + load_f32(tile + row * OUTPUTS));
+  }
 }
 
 INLINE v16 gated(v16 gate, v16 up) { return gate / (1.0f + exponential(-gate)) * up; }
 
 static void activate(const Shared *s, const float *gate, const float *up, int output) {
   const Layout *l = &s->layout;
-  if (l->wide) {
+  if (l->tiles) {
     for (int n = 0; n < OUTPUTS; n += 2)
       for (int lane = 0; lane < l->padded; lane += LANES) {
         size_t at = (size_t)n * l->padded + lane, after = at + l->padded;
@@ -199,10 +186,9 @@ static void activate(const Shared *s, const float *gate, const float *up, int ou
       }
     return;
   }
-  for (int n = 0; n < OUTPUTS; n++) {
-    v16 y = gated(load_f32(gate + (size_t)n * l->padded), load_f32(up + (size_t)n * l->padded));
-    for (int row = 0; row < l->rows; row++) put(l, s->inner, row, output + n, y[row]);
-  }
+  for (int row = 0; row < l->rows; row++)
+    put(l, s->inner, row, output,
+        gated(load_f32(gate + row * OUTPUTS), load_f32(up + row * OUTPUTS)), OUTPUTS);
 }
 
 // One new position's key and value of a head join the cache.
@@ -217,36 +203,48 @@ static void join(const Model *m, const Step *step, const Shared *s, int row, int
   keep(values, m->half, at, value, size);
 }
 
-// Attention of one new position's heads that share a key.
+// Attention of one new position's heads that share a key; `then` is what is read next.
 static void attend(const Model *m, const Step *step, const Shared *s, int row, int kv,
-                   const char *keys, const char *values, float *scores) {
+                   const char *keys, const char *values, float *scores, const char *then) {
   int size = m->head_dim, group = m->heads / m->kv_heads;
   int first = step->first[row], place = step->place[row];
   const float *rope = step->rope + (size_t)step->cell[row] * size;
   float *queries = s->qkv + (size_t)row * (m->heads + 2 * m->kv_heads) * size;
-  float scale = 1.0f / sqrtf(size), out[WIDEST_HEAD];
+  float out[WIDEST_HEAD + LANES];
   for (int head = kv * group; head < (kv + 1) * group; head++) {
     float *query = queries + (size_t)head * size;
     turn(query, rope, size);
-    if (PAIRS && m->half) score_all(keys, 1, 1, query, size, first, place, scale, scores);
-    else if (m->half) score_all(keys, 1, 0, query, size, first, place, scale, scores);
-    else score_all(keys, 0, 0, query, size, first, place, scale, scores);
-    softmax(scores, place - first + 1);
-    if (m->half) gather_values(values, 1, scores, size, first, place, out);
-    else gather_values(values, 0, scores, size, first, place, out);
-    for (int i = 0; i < size; i++) put(&s->layout, s->attended, row, head * size + i, out[i]);
+    if (m->half && size == 64)  // of every preset but the largest
+      attend_head(keys, values, 1, PAIRS, query, 64, first, place, scores, out, then);
+    else if (m->half)
+      attend_head(keys, values, 1, PAIRS, query, size, first, place, scores, out, then);
+    else
+      attend_head(keys, values, 0, 0, query, size, first, place, scores, out, then);
+    for (int i = 0; i < size; i += LANES)
+      put(&s->layout, s->attended, row, head * size + i, load_f32(out + i),
+          size - i < LANES ? size - i : LANES);
   }
+}
+
+// Where a sequence's keys or values of one head begin.
+INLINE char *head_of(const Model *m, const Step *step, void *const *cache, int layer, int piece) {
+  int sequence = piece / m->kv_heads, kv = piece % m->kv_heads;
+  size_t start = (sequence * step->row_stride + kv * step->head_stride) * (m->half ? 2 : 4);
+  return (char *)cache[layer] + start;
 }
 
 // A sequence's new positions, of the heads that share a key: each sees those before it too.
 static void attend_all(const Model *m, const Step *step, const Shared *s, int layer, int piece,
-                       float *scores) {
-  int sequence = piece / m->kv_heads, kv = piece % m->kv_heads;
-  int from = sequence * step->window, to = from + step->window;
-  size_t start = (sequence * step->row_stride + kv * step->head_stride) * (m->half ? 2 : 4);
-  char *keys = (char *)step->keys[layer] + start, *values = (char *)step->values[layer] + start;
+                       float *scores, int ahead) {
+  int kv = piece % m->kv_heads, from = piece / m->kv_heads * step->window;
+  int to = from + step->window;
+  char *keys = head_of(m, step, step->keys, layer, piece);
+  char *values = head_of(m, step, step->values, layer, piece);
+  int more = ahead < step->rows / step->window * m->kv_heads;
+  const char *next = more ? head_of(m, step, step->keys, layer, ahead) : NULL;
   for (int row = from; row < to; row++) join(m, step, s, row, kv, keys, values);
-  for (int row = from; row < to; row++) attend(m, step, s, row, kv, keys, values, scores);
+  for (int row = from; row < to; row++)
+    attend(m, step, s, row, kv, keys, values, scores, row + 1 < to ? keys : next);
 }
 
 // What a step's time goes to.
@@ -280,12 +278,10 @@ static void run(const Model *m, const Step *step, const Shared *s, Team *team, c
   const Layout *l = &s->layout;
   float *tile = (float *)room, *other = tile + OUTPUTS * l->padded;
   char *rest = room + aligned((size_t)2 * OUTPUTS * l->padded * 4);
-  int norms = l->wide ? l->padded / LANES : l->rows;
+  int norms = l->tiles ? l->padded / LANES : l->rows;
   size_t row_width = (size_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
   double begin = seconds ? now() : 0;
-#if TILES
   if (l->tiles) tiles_begin();
-#endif
   PHASE(REST, l->rows, embed(m, step, s, piece));
   for (int i = 0; i < m->layers; i++) {
     const Layer *w = &m->layer[i];
@@ -295,7 +291,7 @@ static void run(const Model *m, const Step *step, const Shared *s, Team *team, c
       spread(l, tile, s->qkv, row_width, piece * OUTPUTS);
     });
     PHASE(ATTENTION, l->rows / step->window * m->kv_heads,
-          attend_all(m, step, s, i, piece, (float *)rest));
+          attend_all(m, step, s, i, piece, (float *)rest, ahead));
     if (l->whole) PHASE(REST, norms, to_whole(l, s->attended, piece));
     PHASE(PRODUCTS, w->out.outputs / OUTPUTS, {
       product(&w->out, l, s->attended, piece * OUTPUTS, tile, rest, ahead);
@@ -318,9 +314,7 @@ static void run(const Model *m, const Step *step, const Shared *s, Team *team, c
     product(&m->output, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
     spread(l, tile, step->logits, m->codes, piece * OUTPUTS);
   });
-#if TILES
   if (l->tiles) tiles_end();
-#endif
 }
 
 void decode_step(const Model *m, const Step *step) {
@@ -353,7 +347,7 @@ static size_t draw_own_room(int codes) {
   return aligned((size_t)codes * (sizeof(float) + sizeof(Candidate)));
 }
 
-// Bytes of room that draw_codes() and couple_codes() need.
+// Bytes of room that draw_codes() needs.
 size_t draw_room(int32_t codes, int32_t threads) { return threads * draw_own_room(codes) + 64; }
 
 #ifdef _OPENMP
@@ -372,21 +366,11 @@ void draw_codes(Draw *draws, int32_t count, int32_t codes, int32_t threads, void
   }
 }
 
-// A code for each draft.
-void couple_codes(Coupling *couplings, int32_t count, int32_t codes, int32_t threads, void *room) {
-  char *rooms = (char *)aligned((size_t)room);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int i = 0; i < count; i++) {
-    float *own = (float *)(rooms + THREAD * draw_own_room(codes));
-    couple_one(&couplings[i], codes, own, (Candidate *)(own + codes));
-  }
-}
-
-// What was compiled: 1 pairs of bfloat16, 2 tiles of them, 4 threads.
+// What was compiled: 1 pairs of bfloat16, 2 tiles, 4 whole numbers of sixteen bits, 8 threads.
 int32_t decode_features(void) {
-  int found = PAIRS | has_tiles() << 1;
+  int found = PAIRS | has_tiles() << 1 | WORDS << 2;
 #ifdef _OPENMP
-  found |= 4;
+  found |= 8;
 #endif
   return found;
 }

@@ -10,7 +10,7 @@
 #include "vectors.h"
 
 #define BUCKETS 2048
-#define BLOCK 256
+#define STRIP 256
 
 // Whole numbers in the order of the floats they stand for.
 INLINE uint32_t in_order(float x) {
@@ -133,16 +133,16 @@ static int weigh(const Weighing *w, int count, float *x, Candidate *candidates) 
 
 // The first code whose cumulative weight exceeds the share `uniform` of all: never one of weight 0.
 static int pick(const float *x, int count, double uniform) {
-  double blocks[(1 << 20) / BLOCK], total = 0, reached = 0;
-  for (int b = 0; b * BLOCK < count; b++) {
-    int size = count - b * BLOCK < BLOCK ? count - b * BLOCK : BLOCK;
-    blocks[b] = add_up(x + b * BLOCK, size);
+  double blocks[(1 << 20) / STRIP], total = 0, reached = 0;
+  for (int b = 0; b * STRIP < count; b++) {
+    int size = count - b * STRIP < STRIP ? count - b * STRIP : STRIP;
+    blocks[b] = add_up(x + b * STRIP, size);
     total += blocks[b];
   }
   double target = uniform * total;
   int b = 0;
-  while ((b + 1) * BLOCK < count && reached + blocks[b] <= target) reached += blocks[b++];
-  int last = -1, start = b * BLOCK;
+  while ((b + 1) * STRIP < count && reached + blocks[b] <= target) reached += blocks[b++];
+  int last = -1, start = b * STRIP;
   for (int i = start; i < count; i++) {
     if (x[i] <= 0) continue;
     last = i;
@@ -166,43 +166,6 @@ static void draw_one(Draw *d, int count, float *x, Candidate *candidates) {
   d->code = 0;
   d->finite = weigh(&d->weighing, count, x, candidates);
   if (d->finite) d->code = pick(x, count, d->uniform);
-}
-
-typedef struct {
-  Weighing weighing;
-  const float *before;  // (codes,) probabilities that the draft was drawn with; NULL: it is a guess
-  float *after;         // (codes,) out: the probabilities that the code is drawn with
-  double uniforms[2];   // in [0, 1): whether the draft is kept, and what replaces it
-  int64_t draft;        // -1 for none
-  int64_t code;         // out
-  int32_t finite;       // out
-} Coupling;
-
-// Turns a draft into a draw from other probabilities, changing it as seldom as can be.
-static void couple_one(Coupling *d, int count, float *x, Candidate *candidates) {
-  d->code = 0;
-  d->finite = weigh(&d->weighing, count, x, candidates);
-  if (!d->finite) {
-    memset(d->after, 0, count * sizeof *x);
-    return;
-  }
-  float factor = (float)(1 / add_up(x, count));
-  for (int i = 0; i < count; i += LANES) store_f32(d->after + i, load_f32(x + i) * factor);
-  float drawn_with = d->draft < 0 ? 0 : d->before ? d->before[d->draft] : 1;
-  if (drawn_with > 0 && d->uniforms[0] * drawn_with < d->after[d->draft]) {
-    d->code = d->draft;
-    return;
-  }
-  for (int i = 0; i < count; i += LANES) {
-    v16 missing = load_f32(d->after + i);
-    if (d->before) missing -= load_f32(d->before + i);
-    i32x16 positive = missing > 0;
-    missing = (v16)(positive & (i32x16)missing);
-    store_f32(x + i, missing);
-  }
-  if (!d->before && d->draft >= 0) x[d->draft] = 0;
-  // Where the two are the same, rounding may reject a draft and leave nothing to draw from.
-  d->code = pick(add_up(x, count) > 0 ? x : d->after, count, d->uniforms[1]);
 }
 
 #endif

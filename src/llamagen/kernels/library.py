@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -95,33 +95,21 @@ class Step(ctypes.Structure):
     )
 
 
-_WEIGHING = [
-    ("conditional", np.uintp),
-    ("unconditional", np.uintp),
-    ("scale", np.float32),
-    ("temperature", np.float32),
-    ("top_p", np.float32),
-    ("top_k", np.int32),
-]
-
 DRAW = np.dtype(
-    [*_WEIGHING, ("uniform", np.float64), ("code", np.int64), ("finite", np.int32)], align=True
-)
-"""What decides one image's code, and the code. An address of 0 is no unconditional row."""
-
-COUPLING = np.dtype(
     [
-        *_WEIGHING,
-        ("before", np.uintp),
-        ("after", np.uintp),
-        ("uniforms", np.float64, (2,)),
-        ("draft", np.int64),
+        ("conditional", np.uintp),
+        ("unconditional", np.uintp),
+        ("scale", np.float32),
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("top_k", np.int32),
+        ("uniform", np.float64),
         ("code", np.int64),
         ("finite", np.int32),
     ],
     align=True,
 )
-"""A draft, what it was drawn from (0: it is a guess), and the code and probabilities it becomes."""
+"""What decides one image's code, and the code. An address of 0 is no unconditional row."""
 
 
 class Kernels:
@@ -134,11 +122,11 @@ class Kernels:
 
     @property
     def features(self) -> frozenset[str]:
-        """What this processor has of "pairs" (products of bfloat16), "tiles" (AMX), "threads"."""
+        """What this processor has of "pairs" (products of bfloat16), "tiles" (AMX), "words"
+        (products of whole numbers of 16 bits) and "threads"."""
         found = int(self._library.decode_features())
-        return frozenset(
-            name for bit, name in enumerate(("pairs", "tiles", "threads")) if found >> bit & 1
-        )
+        names = ("pairs", "tiles", "words", "threads")
+        return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
 
     def scratch_bytes(self, model: Model, rows: int, positions: int, threads: int) -> int:
         """Bytes of ``Step.scratch`` for ``rows`` sequences of up to ``positions`` positions."""
@@ -150,17 +138,10 @@ class Kernels:
 
     def draw_codes(self, draws: np.ndarray, codes: int) -> None:
         """Fills ``code`` and ``finite`` of ``draws`` (N,) of type ``DRAW``."""
-        self._over(self._library.draw_codes, draws, codes)
-
-    def couple_codes(self, couplings: np.ndarray, codes: int) -> None:
-        """Fills ``code``, ``finite`` and what ``after`` points to of ``couplings`` (N,)."""
-        self._over(self._library.couple_codes, couplings, codes)
-
-    def _over(self, function: Callable[..., None], items: np.ndarray, codes: int) -> None:
-        threads = min(torch.get_num_threads(), len(items))
+        threads = min(torch.get_num_threads(), len(draws))
         room = torch.empty(int(self._library.draw_room(codes, threads)), dtype=torch.uint8)
-        items_at, room_at = (ctypes.c_void_p(at) for at in (items.ctypes.data, room.data_ptr()))
-        function(items_at, len(items), codes, threads, room_at)
+        draws_at, room_at = (ctypes.c_void_p(at) for at in (draws.ctypes.data, room.data_ptr()))
+        self._library.draw_codes(draws_at, len(draws), codes, threads, room_at)
 
 
 @functools.cache

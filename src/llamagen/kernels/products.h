@@ -1,30 +1,35 @@
 // Products of a weight matrix with the rows of a batch, sixteen outputs at a time.
 //
 // A matrix is read as it lies in the model, (outputs, inputs) row by row, so nothing is packed and
-// no second copy is kept. Few rows ("skinny") are dot products along the inputs: the weights
-// stream through once, and memory is the limit. More rows ("wide") stand in the lanes of a vector,
-// activations transposed to (inputs, rows), and each weight is broadcast to them.
+// no second copy is kept. Products are dot products along the inputs, in whose lanes each output of
+// each row is summed in an order of its own: how many rows there are changes no bit of any of
+// them. Where the processor has tiles, rows stand in their columns instead, and the same holds.
 
 #ifndef LLAMAGEN_PRODUCTS_H
 #define LLAMAGEN_PRODUCTS_H
 
-#include "vectors.h"
+#include <stddef.h>
 
-#if PAIRS && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && \
-    defined(__linux__)
-#define TILES 1
-#else
-#define TILES 0
-#endif
+#include "tiles.h"
 
 enum { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 
-#define OUTPUTS 16      // of one piece of work
-#define SKINNY 8        // rows up to which products are dot products
+#define OUTPUTS 16  // of one piece of work
+#define BLOCK 32    // inputs of a row that lie side by side
+// Sums that stay in registers. Where vectors of the processor are narrower than ours, fewer do.
+#if defined(__AVX512F__)
+#define SUMS 16
+#define MOST_ROWS 8  // of one pass over the weights
+#else
+#define SUMS 4
+#define MOST_ROWS 2
+#endif
 
 // A weight is a number times, where they are whole numbers, the scale of its output; in I4 also
 // times a small whole number that GROUP inputs share, so that the product fits eight bits.
 #define GROUP 32
+// Products of whole numbers of 16 and 8 bits that one of sixteen 32-bit lanes can sum.
+#define STRETCH 8192
 
 typedef struct {
   const void *data;       // (outputs, inputs); for I4 two numbers a byte, the first in the low half
@@ -33,35 +38,68 @@ typedef struct {
   int32_t kind, outputs, inputs;
 } Matrix;
 
-// Activations of all rows. Skinny: (rows, size). Wide: (size, padded) or, in pairs,
+// Activations of all rows, in groups of rows that one pass over the weights takes. A group lies as
+// it is read: (size / BLOCK, rows of the group, BLOCK). For tiles: (size, padded) or, in pairs,
 // (size / 2, padded, 2), where padded is rows up to the next multiple of sixteen.
 //
-// For products of whole numbers they are floats, wide, and then once more whole numbers of sixteen
-// bits: their upper halves, and behind them their lower halves, (size / 4, 2 padded, 4).
+// For products of whole numbers they are floats, and then once more whole numbers of sixteen
+// bits, in groups alike. For tiles these are in two: their upper halves, and behind them their
+// lower halves, (size / 4, 2 padded, 4).
 typedef struct {
   void *data;
-  int8_t *halves;
-  float *scales;        // (padded,) of the whole numbers
+  void *whole;
+  float *scales;  // (padded,) of the whole numbers
   int size;
 } Activations;
 
 typedef struct {
   int rows, padded;
-  int wide;
-  int pairs;            // activations are pairs of bfloat16, not floats
   int tiles;
-  int whole;            // weights and activations are whole numbers
+  int pairs;  // activations are pairs of bfloat16, not floats
+  int whole;  // weights and activations are whole numbers
 } Layout;
 
-INLINE void put(const Layout *l, Activations a, int row, int index, float x) {
-  if (!l->pairs)
-    ((float *)a.data)[l->wide ? (size_t)index * l->padded + row : (size_t)row * a.size + index] = x;
-  else
-    ((bf16 *)a.data)[l->wide ? ((size_t)(index / 2) * l->padded + row) * 2 + (index & 1)
-                             : (size_t)row * a.size + index] = bf16_of(x);
+// Rows of the group that begins with `row`: as many as can be, in powers of two.
+INLINE int group_size(int rows, int row) {
+  int size = MOST_ROWS;
+  while (size > rows - row) size /= 2;
+  return size;
 }
 
-// Two neighbouring inputs of sixteen rows, wide.
+// Where a number of a row lies, without tiles.
+INLINE size_t place_of(const Layout *l, Activations a, int row, int index) {
+  int start = row / MOST_ROWS * MOST_ROWS, size = group_size(l->rows, start);
+  while (row >= start + size) {
+    start += size;
+    size = group_size(l->rows, start);
+  }
+  return (size_t)start * a.size + (size_t)(index / BLOCK * size + row - start) * BLOCK +
+         index % BLOCK;
+}
+
+// Neighbouring numbers of a row, sixteen or fewer.
+INLINE void put(const Layout *l, Activations a, int row, int index, v16 x, int count) {
+  if (!l->tiles && index % BLOCK + count <= BLOCK) {
+    size_t at = place_of(l, a, row, index);
+    if (l->pairs) {
+      bf16 rounded[LANES];
+      store_bf16(rounded, x);
+      memcpy((bf16 *)a.data + at, rounded, count * sizeof(bf16));
+    } else {
+      memcpy((float *)a.data + at, &x, count * sizeof(float));
+    }
+    return;
+  }
+  for (int i = index; i < index + count; i++) {
+    size_t at = !l->tiles  ? place_of(l, a, row, i)
+                : l->pairs ? ((size_t)(i / 2) * l->padded + row) * 2 + (i & 1)
+                           : (size_t)i * l->padded + row;
+    if (l->pairs) ((bf16 *)a.data)[at] = bf16_of(x[i - index]);
+    else ((float *)a.data)[at] = x[i - index];
+  }
+}
+
+// For tiles: two neighbouring numbers of sixteen rows.
 INLINE void put_two(const Layout *l, Activations a, int lane, int index, v16 x, v16 y) {
   if (!l->pairs) {
     float *into = (float *)a.data + (size_t)index * l->padded + lane;
@@ -74,6 +112,19 @@ INLINE void put_two(const Layout *l, Activations a, int lane, int index, v16 x, 
   }
 }
 
+// Bytes of so many weights.
+INLINE size_t weight_bytes(int kind, size_t count) {
+  return kind == F32 ? count * 4 : kind == BF16 ? count * 2 : kind == I8 ? count : count / 2;
+}
+
+INLINE const char *weight_row(const Matrix *m, int kind, int output) {
+  return (const char *)m->data + weight_bytes(kind, (size_t)output * m->inputs);
+}
+
+INLINE int factor_of(const Matrix *m, int output, int input) {
+  return m->factors[(size_t)output * (m->inputs / GROUP) + input / GROUP];
+}
+
 // 4-bit numbers stand for -8..7, offset by 8.
 INLINE v16 load_i4(const uint8_t *p) {
   v16 x;
@@ -81,270 +132,231 @@ INLINE v16 load_i4(const uint8_t *p) {
   return x;
 }
 
-#if PAIRS
-// Thirty-two numbers from sixteen bytes, by a table.
-INLINE p32 load_i4_pairs(const uint8_t *p) {
-  __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)p));
-  __m512i words = _mm512_cvtepu16_epi32(wide);
-  __m512i index = _mm512_or_si512(_mm512_and_si512(words, _mm512_set1_epi32(15)),
-                                  _mm512_slli_epi32(_mm512_srli_epi32(words, 4), 16));
-  static const bf16 table[32] = {0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
-                                 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  return (p32)_mm512_permutexvar_epi16(index, _mm512_loadu_si512(table));
-}
-
-INLINE p32 load_weight_pairs(int kind, const void *row, int index) {
-  if (kind == I8) return load_i8_pairs((const int8_t *)row + index);
-  if (kind == I4) return load_i4_pairs((const uint8_t *)row + index / 2);
-  return load_pairs((const bf16 *)row + index);
-}
-#endif
-
-INLINE v16 load_weights(int kind, const void *row, int index) {
+// Sixteen weights without the scale of their output.
+INLINE v16 load_weights(const Matrix *m, int kind, const void *row, int output, int index) {
   if (kind == BF16) return load_bf16((const bf16 *)row + index);
   if (kind == I8) return load_i8((const int8_t *)row + index);
-  if (kind == I4) return load_i4((const uint8_t *)row + index / 2);
+  if (kind == I4)
+    return load_i4((const uint8_t *)row + index / 2) * (float)factor_of(m, output, index);
   return load_f32((const float *)row + index);
 }
 
-INLINE const char *weight_row(const Matrix *m, int kind, int output) {
-  size_t at = (size_t)output * m->inputs;
-  size_t bytes = kind == F32 ? at * 4 : kind == BF16 ? at * 2 : kind == I8 ? at : at / 2;
-  return (const char *)m->data + bytes;
+#if WORDS
+// Thirty-two whole numbers of sixteen bits.
+INLINE __m512i load_words(const Matrix *m, int kind, const void *row, int output, int index) {
+  if (kind == I8) {
+    const __m256i *at = (const __m256i *)((const int8_t *)row + index);
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(at));
+  }
+  const __m128i *at = (const __m128i *)((const uint8_t *)row + index / 2);
+  __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
+  __m512i even = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
+  __m512i odd = _mm512_and_si512(_mm512_slli_epi32(bytes, 12), _mm512_set1_epi32(15 << 16));
+  __m512i numbers = _mm512_sub_epi16(_mm512_or_si512(even, odd), _mm512_set1_epi16(8));
+  return _mm512_mullo_epi16(numbers, _mm512_set1_epi16((int16_t)factor_of(m, output, index)));
 }
-
-INLINE float scale_of(const Matrix *m, int kind, int output) {
-  return kind == I8 || kind == I4 ? m->scales[output] : 1.0f;
-}
-
-INLINE float factor_of(const Matrix *m, int output, int input) {
-  return m->factors[(size_t)output * (m->inputs / GROUP) + input / GROUP];
-}
-
-// `some` outputs from `output` on, for `rows` rows, both known to the compiler.
-INLINE void dots(const Matrix *m, int kind, int pairs, int some, int rows, const void *x, int output,
-                 float *tile, int stride) {
-  v16 total[16];
-  const char *row[8];
-  UNROLL for (int n = 0; n < some; n++) row[n] = weight_row(m, kind, output + n);
-  UNROLL for (int i = 0; i < some * rows; i++) total[i] = splat(0);
-  int inputs = m->inputs, group = kind == I4 ? GROUP : inputs;
-  for (int start = 0; start < inputs; start += group) {
-    v16 part[16];
-    UNROLL for (int i = 0; i < some * rows; i++) part[i] = kind == I4 ? splat(0) : total[i];
-    if (pairs) {
-#if PAIRS
-      for (int k = start; k < start + group; k += 32) {
-        p32 weights[8];
-        UNROLL for (int n = 0; n < some; n++) weights[n] = load_weight_pairs(kind, row[n], k);
-        UNROLL for (int r = 0; r < rows; r++) {
-          p32 own = load_pairs((const bf16 *)x + (size_t)r * inputs + k);
-          UNROLL for (int n = 0; n < some; n++)
-            part[n * rows + r] = add_pairs(part[n * rows + r], weights[n], own);
-        }
-      }
 #endif
-    } else {
-      for (int k = start; k < start + group; k += 16) {
-        v16 weights[8];
-        UNROLL for (int n = 0; n < some; n++) weights[n] = load_weights(kind, row[n], k);
-        UNROLL for (int r = 0; r < rows; r++) {
-          v16 own = load_f32((const float *)x + (size_t)r * inputs + k);
-          UNROLL for (int n = 0; n < some; n++) part[n * rows + r] += weights[n] * own;
-        }
-      }
-    }
-    UNROLL for (int n = 0; n < some; n++) {
-      float factor = kind == I4 ? factor_of(m, output + n, start) : 1;
-      UNROLL for (int r = 0; r < rows; r++) {
-        int i = n * rows + r;
-        total[i] = kind == I4 ? total[i] + part[i] * factor : part[i];
-      }
-    }
-  }
-  UNROLL for (int n = 0; n < some; n++)
-    UNROLL for (int r = 0; r < rows; r++)
-      tile[n * stride + r] = sum(total[n * rows + r]) * scale_of(m, kind, output + n);
-}
 
-INLINE void skinny_rows(const Matrix *m, int kind, int pairs, int rows, const void *x, int output,
-                        float *tile, int stride) {
-  int some = rows <= 2 ? 8 : rows <= 4 ? 4 : 2;
-  for (int n = 0; n < OUTPUTS; n += some)
-    dots(m, kind, pairs, some, rows, x, output + n, tile + n * stride, stride);
-}
+enum { FLOATS, PAIRED, WHOLE };
 
-INLINE void skinny_kind(const Matrix *m, int kind, int pairs, int rows, const void *x, int output,
-                        float *tile, int stride) {
-  switch (rows) {
-    case 1: skinny_rows(m, kind, pairs, 1, x, output, tile, stride); break;
-    case 2: skinny_rows(m, kind, pairs, 2, x, output, tile, stride); break;
-    case 3: skinny_rows(m, kind, pairs, 3, x, output, tile, stride); break;
-    case 4: skinny_rows(m, kind, pairs, 4, x, output, tile, stride); break;
-    case 5: skinny_rows(m, kind, pairs, 5, x, output, tile, stride); break;
-    case 6: skinny_rows(m, kind, pairs, 6, x, output, tile, stride); break;
-    case 7: skinny_rows(m, kind, pairs, 7, x, output, tile, stride); break;
-    default: skinny_rows(m, kind, pairs, 8, x, output, tile, stride); break;
-  }
-}
-
-static __attribute__((noinline)) void skinny_product(const Matrix *m, const Layout *l, const void *x,
-                                                     int output, float *tile) {
-  int stride = l->padded;
-#if PAIRS
-  if (l->pairs) {
-    if (m->kind == BF16) skinny_kind(m, BF16, 1, l->rows, x, output, tile, stride);
-    else if (m->kind == I8) skinny_kind(m, I8, 1, l->rows, x, output, tile, stride);
-    else skinny_kind(m, I4, 1, l->rows, x, output, tile, stride);
-    return;
-  }
-#endif
-  if (m->kind == F32) skinny_kind(m, F32, 0, l->rows, x, output, tile, stride);
-  else if (m->kind == BF16) skinny_kind(m, BF16, 0, l->rows, x, output, tile, stride);
-  else if (m->kind == I8) skinny_kind(m, I8, 0, l->rows, x, output, tile, stride);
-  else skinny_kind(m, I4, 0, l->rows, x, output, tile, stride);
-}
-
-// Sixteen rows of quantised weights without their scales, as the wide products take them.
-INLINE void unpack_kind(const Matrix *m, int kind, int pairs, int output, void *into) {
+// `some` outputs of a group of `rows` rows, all known to the compiler but the addresses: into
+// tile (rows, OUTPUTS). What lies `ahead` bytes behind the weights is fetched meanwhile.
+INLINE void dots(const Matrix *m, int kind, int numbers, int some, int rows, const char *weights,
+                 const void *x, int output, float *tile, ptrdiff_t ahead) {
   int inputs = m->inputs;
-  for (int n = 0; n < OUTPUTS; n++) {
-    const char *row = weight_row(m, kind, output + n);
-    for (int k = 0; k < inputs; k += LANES) {
-      v16 x = load_weights(kind, row, k);
-      if (kind == I4) x = x * factor_of(m, output + n, k);
-      size_t at = (size_t)n * inputs + k;
-      if (pairs) store_bf16((bf16 *)into + at, x);  // exact: they have eight bits
-      else store_f32((float *)into + at, x);
+  size_t bytes = weight_bytes(kind, inputs);
+  v16 total[SUMS];
+  UNROLL for (int i = 0; i < some * rows; i++) total[i] = splat(0);
+  if (numbers == WHOLE) {
+#if WORDS
+    const int16_t *own = x;
+    for (int start = 0; start < inputs; start += STRETCH) {
+      int stop = inputs - start < STRETCH ? inputs : start + STRETCH;
+      __m512i part[SUMS];
+      UNROLL for (int i = 0; i < some * rows; i++) part[i] = _mm512_setzero_si512();
+      for (int k = start; k < stop; k += BLOCK, own += rows * BLOCK) {
+        __m512i lanes[MOST_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) lanes[r] = _mm512_loadu_si512(own + r * BLOCK);
+        UNROLL for (int n = 0; n < some; n++) {
+          const char *row = weights + n * bytes;
+          __m512i w = load_words(m, kind, row, output + n, k);
+          __builtin_prefetch(row + weight_bytes(kind, k) + ahead, 0, 2);
+          UNROLL for (int r = 0; r < rows; r++)
+            part[r * some + n] = _mm512_dpwssd_epi32(part[r * some + n], w, lanes[r]);
+        }
+      }
+      UNROLL for (int i = 0; i < some * rows; i++)
+        total[i] += (v16)_mm512_cvtepi32_ps(part[i]);
     }
-  }
-}
-
-static void unpack(const Matrix *m, const Layout *l, int output, void *into) {
-  if (m->kind == I8) unpack_kind(m, I8, l->pairs, output, into);
-  else if (m->kind == I4) unpack_kind(m, I4, l->pairs, output, into);
-  else unpack_kind(m, BF16, l->pairs, output, into);  // where there are no products of pairs
-}
-
-// `some` rows of weights times `vectors` vectors of batch rows, both known to the compiler.
-INLINE void outer(int pairs, int some, int vectors, const void *weights, int inputs, const void *x,
-                  int padded, float *tile) {
-  v16 total[24];
-  UNROLL for (int i = 0; i < some * vectors; i++) total[i] = splat(0);
-  if (pairs) {
+#endif
+  } else if (numbers == PAIRED) {
 #if PAIRS
-    const bf16 *w = weights;
     const bf16 *own = x;
-    for (int k = 0; k < inputs; k += 2) {
-      p32 lanes[4];
-      UNROLL for (int v = 0; v < vectors; v++)
-        lanes[v] = load_pairs(own + ((size_t)(k / 2) * padded + v * LANES) * 2);
+    for (int k = 0; k < inputs; k += BLOCK, own += rows * BLOCK) {
+      p32 lanes[MOST_ROWS];
+      UNROLL for (int r = 0; r < rows; r++) lanes[r] = load_pairs(own + r * BLOCK);
       UNROLL for (int n = 0; n < some; n++) {
-        p32 weight = splat_pair(w + (size_t)n * inputs + k);
-        UNROLL for (int v = 0; v < vectors; v++)
-          total[n * vectors + v] = add_pairs(total[n * vectors + v], weight, lanes[v]);
+        const char *at = weights + n * bytes + k * 2;
+        p32 w = load_pairs((const bf16 *)at);
+        __builtin_prefetch(at + ahead, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++)
+          total[r * some + n] = add_pairs(total[r * some + n], w, lanes[r]);
       }
     }
 #endif
   } else {
-    const float *w = weights;
     const float *own = x;
-    for (int k = 0; k < inputs; k++) {
-      v16 lanes[4];
-      UNROLL for (int v = 0; v < vectors; v++) lanes[v] = load_f32(own + (size_t)k * padded + v * LANES);
-      UNROLL for (int n = 0; n < some; n++) {
-        v16 weight = splat(w[(size_t)n * inputs + k]);
-        UNROLL for (int v = 0; v < vectors; v++) total[n * vectors + v] += weight * lanes[v];
+    for (int block = 0; block < inputs; block += BLOCK, own += rows * BLOCK)
+      for (int k = 0; k < BLOCK; k += LANES) {
+        v16 lanes[MOST_ROWS];
+        UNROLL for (int r = 0; r < rows; r++) lanes[r] = load_f32(own + r * BLOCK + k);
+        UNROLL for (int n = 0; n < some; n++) {
+          const char *row = weights + n * bytes;
+          v16 w = load_weights(m, kind, row, output + n, block + k);
+          __builtin_prefetch(row + weight_bytes(kind, block + k) + ahead, 0, 2);
+          UNROLL for (int r = 0; r < rows; r++) total[r * some + n] += w * lanes[r];
+        }
       }
+  }
+  float found[LANES];
+  store_f32(found, sums(total, some * rows));
+  UNROLL for (int r = 0; r < rows; r++)
+    memcpy(tile + r * OUTPUTS, found + r * some, some * sizeof(float));
+}
+
+INLINE void dots_of_group(const Matrix *m, int kind, int numbers, int rows, const char *weights,
+                          const void *x, int output, float *tile, ptrdiff_t ahead) {
+  int some = SUMS / rows;
+  for (int n = 0; n < OUTPUTS; n += some)
+    dots(m, kind, numbers, some, rows, weights + n * weight_bytes(kind, m->inputs), x, output + n,
+         tile + n, ahead);
+}
+
+// Sixteen outputs of all rows: tile (rows, OUTPUTS). `ahead` is what is read next, or NULL.
+INLINE void dot_products(const Matrix *m, const Layout *l, int kind, int numbers,
+                         const char *weights, const void *x, int output, float *tile,
+                         const char *ahead) {
+  ptrdiff_t distance = ahead ? ahead - weights : 0;
+  size_t bytes = (size_t)m->inputs * (numbers == FLOATS ? 4 : 2);
+  for (int row = 0, size; row < l->rows; row += size) {
+    const char *own = (const char *)x + row * bytes;
+    float *into = tile + row * OUTPUTS;
+    size = group_size(l->rows, row);
+    switch (size) {
+      case 1: dots_of_group(m, kind, numbers, 1, weights, own, output, into, distance); break;
+      case 2: dots_of_group(m, kind, numbers, 2, weights, own, output, into, distance); break;
+#if MOST_ROWS == 8
+      case 4: dots_of_group(m, kind, numbers, 4, weights, own, output, into, distance); break;
+      default: dots_of_group(m, kind, numbers, 8, weights, own, output, into, distance); break;
+#endif
+    }
+    distance = 0;  // once is enough
+  }
+}
+
+// Sixteen rows of 4-bit weights as 8-bit ones.
+static void widen_i4(const Matrix *m, int output, int8_t *into) {
+  int inputs = m->inputs;
+  for (int n = 0; n < OUTPUTS; n++) {
+    const uint8_t *row = (const uint8_t *)weight_row(m, I4, output + n);
+    for (int k = 0; k < inputs; k += GROUP) {
+      int8_t factor = (int8_t)factor_of(m, output + n, k);
+      u8x16 bytes;
+      memcpy(&bytes, row + k / 2, sizeof bytes);
+      i8x16 even = ((i8x16)(bytes & 15) - 8) * factor, odd = ((i8x16)(bytes >> 4) - 8) * factor;
+      i8x16 first = MIX(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      i8x16 second = MIX(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+      int8_t *to = into + (size_t)n * inputs + k;
+      memcpy(to, &first, sizeof first);
+      memcpy(to + LANES, &second, sizeof second);
     }
   }
-  UNROLL for (int n = 0; n < some; n++)
-    UNROLL for (int v = 0; v < vectors; v++)
-      store_f32(tile + (size_t)n * padded + v * LANES, total[n * vectors + v]);
 }
 
-INLINE void outer_all(int pairs, int vectors, const void *weights, int inputs, const void *x,
-                      int padded, float *tile) {
-  // Where vectors of the processor are narrower than ours, sixteen registers hold less.
-#if defined(__AVX512F__)
-  int some = vectors == 1 ? 16 : vectors == 2 ? 8 : 4;
-#else
-  int some = vectors == 1 ? 4 : vectors == 2 ? 2 : 1;
-#endif
-  size_t bytes = pairs ? 2 : 4;
-  for (int n = 0; n < OUTPUTS; n += some)
-    outer(pairs, some, vectors, (const char *)weights + (size_t)n * inputs * bytes, inputs, x, padded,
-          tile + (size_t)n * padded);
+// Sixteen rows of weights as floats, without the scales of their outputs.
+static void widen(const Matrix *m, int output, float *into) {
+  int inputs = m->inputs;
+  for (int n = 0; n < OUTPUTS; n++) {
+    const char *row = weight_row(m, m->kind, output + n);
+    for (int k = 0; k < inputs; k += LANES)
+      store_f32(into + (size_t)n * inputs + k, load_weights(m, m->kind, row, output + n, k));
+  }
 }
 
-INLINE void outer_vectors(int pairs, int vectors, const void *weights, int inputs, const void *x,
-                          int padded, float *tile) {
-  switch (vectors) {
-    case 1: outer_all(pairs, 1, weights, inputs, x, padded, tile); break;
-    case 2: outer_all(pairs, 2, weights, inputs, x, padded, tile); break;
-    case 3: outer_all(pairs, 3, weights, inputs, x, padded, tile); break;
-    default: outer_all(pairs, 4, weights, inputs, x, padded, tile); break;
+// Sixteen lanes (for tiles) or one row of activations as whole numbers, times a scale.
+static void to_whole(const Layout *l, Activations a, int piece) {
+  const v16 shift = splat(12582912.0f);
+  v16 top = splat(1e-30f);
+  if (!l->tiles) {
+    const float *x = a.data;
+    for (int k = 0; k < a.size; k += LANES)
+      top = larger(top, size_of(load_f32(x + place_of(l, a, piece, k))));
+    float most = largest(top), factor = 32512.0f / most;
+    a.scales[piece] = most * (1.0f / 32512.0f);
+    for (int k = 0; k < a.size; k += LANES) {
+      size_t at = place_of(l, a, piece, k);
+      // The low bits of a float of 1.5 * 2^23 and more are a whole number, offset.
+      i32x16 number = (i32x16)(load_f32(x + at) * factor + shift) - (i32x16)shift;
+      i16x16 narrow = __builtin_convertvector(number, i16x16);
+      memcpy((int16_t *)a.whole + at, &narrow, sizeof narrow);
+    }
+    return;
+  }
+  int lane = piece * LANES, columns = 2 * l->padded;
+  const float *x = (const float *)a.data + lane;
+  for (int k = 0; k < a.size; k++) top = larger(top, size_of(load_f32(x + (size_t)k * l->padded)));
+  v16 factor = 32512.0f / top;
+  store_f32(a.scales + lane, top * (1.0f / 32512.0f));
+  for (int k = 0; k < a.size; k += 4) {
+    // x = scale * (256 upper + lower).
+    i32x16 upper = {0}, lower = {0};
+    for (int j = 0; j < 4; j++) {
+      v16 scaled = load_f32(x + (size_t)(k + j) * l->padded) * factor;
+      i32x16 number = (i32x16)(scaled + shift) - (i32x16)shift;
+      i32x16 up = (number + 128) >> 8;
+      upper |= (up & 255) << (8 * j);
+      lower |= ((number - (up << 8)) & 255) << (8 * j);
+    }
+    int8_t *into = (int8_t *)a.whole + ((size_t)(k / 4) * columns + lane) * 4;
+    memcpy(into, &upper, sizeof upper);
+    memcpy(into + (size_t)l->padded * 4, &lower, sizeof lower);
   }
 }
 
 #if TILES
-typedef struct {
-  uint8_t palette, start;
-  uint8_t reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-} TileShapes;
-
-static void tiles_begin(void) {
-  TileShapes shapes = {.palette = 1};
-  for (int i = 0; i < 8; i++) {
-    shapes.bytes[i] = 64;
-    shapes.rows[i] = 16;
-  }
-  _tile_loadconfig(&shapes);
-}
-
-static void tiles_end(void) { _tile_release(); }
-
-#define TILE_ADD(sums, other)                \
-  do {                                       \
-    if (whole) _tile_dpbssd(sums, 4, other); \
-    else _tile_dpbf16ps(sums, 4, other);     \
-  } while (0)
-
 // Sixteen outputs of up to four vectors of columns, of whole numbers or of pairs: a tile of weights
 // lies in memory as it is needed. All in bytes: `row` from one output's weights to the next one's,
 // `step` from one row of the activations' tiles, and of the sums, to the next.
 INLINE void tile_product(int whole, int vectors, const char *w, size_t row, const char *x,
                          size_t step, char *sums, const char *ahead) {
-  _tile_zero(0);
-  if (vectors > 1) _tile_zero(1);
-  if (vectors > 2) _tile_zero(2);
-  if (vectors > 3) _tile_zero(3);
+  TILE_ZERO(0);
+  if (vectors > 1) TILE_ZERO(1);
+  if (vectors > 2) TILE_ZERO(2);
+  if (vectors > 3) TILE_ZERO(3);
   for (size_t at = 0; at < row; at += 64) {
     const char *own = x + at / 64 * 16 * step;
     if (ahead)
-      for (int i = 0; i < 16; i++) _mm_prefetch(ahead + at * 16 + i * 64, _MM_HINT_T1);
-    _tile_loadd(4, w + at, row);
-    _tile_loadd(5, own, step);
-    TILE_ADD(0, 5);
+      for (int i = 0; i < 16; i++) __builtin_prefetch(ahead + at * 16 + i * 64, 0, 2);
+    TILE_LOAD(4, w + at, row);
+    TILE_LOAD(5, own, step);
+    TILE_ADD(whole, 0, 4, 5);
     if (vectors > 1) {
-      _tile_loadd(6, own + 64, step);
-      TILE_ADD(1, 6);
+      TILE_LOAD(6, own + 64, step);
+      TILE_ADD(whole, 1, 4, 6);
     }
     if (vectors > 2) {
-      _tile_loadd(7, own + 128, step);
-      TILE_ADD(2, 7);
+      TILE_LOAD(7, own + 128, step);
+      TILE_ADD(whole, 2, 4, 7);
     }
     if (vectors > 3) {
-      _tile_loadd(5, own + 192, step);
-      TILE_ADD(3, 5);
+      TILE_LOAD(5, own + 192, step);
+      TILE_ADD(whole, 3, 4, 5);
     }
   }
-  _tile_stored(0, sums, step);
-  if (vectors > 1) _tile_stored(1, sums + 64, step);
-  if (vectors > 2) _tile_stored(2, sums + 128, step);
-  if (vectors > 3) _tile_stored(3, sums + 192, step);
+  TILE_STORE(0, sums, step);
+  if (vectors > 1) TILE_STORE(1, sums + 64, step);
+  if (vectors > 2) TILE_STORE(2, sums + 128, step);
+  if (vectors > 3) TILE_STORE(3, sums + 192, step);
 }
 
 // As above for any number of columns, sixteen at a time.
@@ -364,40 +376,15 @@ INLINE void tile_products(int whole, int columns, const void *w, size_t row, con
   }
 }
 
-// The products of a factor with the sixteen numbers of four bits.
-#define TIMES(f) {-8 * f, -7 * f, -6 * f, -5 * f, -4 * f, -3 * f, -2 * f, -1 * f, \
-                  0 * f,  1 * f,  2 * f,  3 * f,  4 * f,  5 * f,  6 * f,  7 * f}
-static const int8_t products_of[16][16] = {
-    TIMES(0), TIMES(1), TIMES(2),  TIMES(3),  TIMES(4),  TIMES(5),  TIMES(6),  TIMES(7),
-    TIMES(8), TIMES(9), TIMES(10), TIMES(11), TIMES(12), TIMES(13), TIMES(14), TIMES(15)};
-
-// Sixteen rows of 4-bit weights as 8-bit ones.
-static void widen_i4(const Matrix *m, int output, int8_t *into) {
-  const __m256i low_half = _mm256_set1_epi8(15);
-  int inputs = m->inputs;
-  for (int n = 0; n < OUTPUTS; n++) {
-    const uint8_t *row = (const uint8_t *)weight_row(m, I4, output + n);
-    const uint8_t *factors = m->factors + (size_t)(output + n) * (inputs / GROUP);
-    for (int k = 0; k < inputs; k += 2 * GROUP) {
-      __m256i bytes = _mm256_loadu_si256((const __m256i *)(row + k / 2));
-      __m256i table = _mm256_set_m128i(
-          _mm_loadu_si128((const __m128i *)products_of[factors[k / GROUP + 1] & 15]),
-          _mm_loadu_si128((const __m128i *)products_of[factors[k / GROUP] & 15]));
-      __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low_half));
-      __m256i odd =
-          _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low_half));
-      __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
-      __m256i *to = (__m256i *)(into + (size_t)n * inputs + k);
-      _mm256_storeu_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
-      _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
-    }
-  }
-}
-
-// Products of whole numbers: exact up to the rounding of weights and activations.
-static __attribute__((noinline)) void whole_product(const Matrix *m, const Layout *l, Activations x,
+// Sixteen outputs of all rows, in tiles: (OUTPUTS, padded).
+static __attribute__((noinline)) void tiled_product(const Matrix *m, const Layout *l, Activations x,
                                                     int output, float *tile, void *room,
                                                     const char *ahead) {
+  if (!l->whole) {
+    tile_products(0, l->padded, weight_row(m, BF16, output), (size_t)m->inputs * 2, x.data, tile,
+                  ahead);
+    return;
+  }
   int columns = 2 * l->padded;
   int32_t *sums = room;
   const int8_t *weights = (const int8_t *)weight_row(m, m->kind, output);
@@ -407,7 +394,7 @@ static __attribute__((noinline)) void whole_product(const Matrix *m, const Layou
     weights = wide;
     ahead = NULL;
   }
-  tile_products(1, columns, weights, m->inputs, x.halves, sums, ahead);
+  tile_products(1, columns, weights, m->inputs, x.whole, sums, ahead);
   for (int n = 0; n < OUTPUTS; n++)
     for (int lane = 0; lane < l->padded; lane += LANES) {
       i32x16 upper, lower;
@@ -420,77 +407,49 @@ static __attribute__((noinline)) void whole_product(const Matrix *m, const Layou
 }
 #endif
 
-// Sixteen lanes of activations as whole numbers: x = scale * (256 upper + lower).
-static void to_whole(const Layout *l, Activations a, int piece) {
-  int lane = piece * LANES, columns = 2 * l->padded;
-  const float *x = (const float *)a.data + lane;
-  v16 top = splat(1e-30f);
-  for (int k = 0; k < a.size; k++) {
-    v16 own = load_f32(x + (size_t)k * l->padded);
-    v16 size = (v16)((i32x16)own & 0x7fffffff);
-    i32x16 more = size > top;
-    top = (v16)((more & (i32x16)size) | (~more & (i32x16)top));
-  }
-  v16 factor = 32512.0f / top;
-  store_f32(a.scales + lane, top * (1.0f / 32512.0f));
-  const v16 shift = splat(12582912.0f);
-  for (int k = 0; k < a.size; k += 4) {
-    i32x16 upper = {0}, lower = {0};
-    for (int j = 0; j < 4; j++) {
-      v16 scaled = load_f32(x + (size_t)(k + j) * l->padded) * factor;
-      // The low bits of a float of 1.5 * 2^23 and more are a whole number, offset.
-      i32x16 number = (i32x16)(scaled + shift) - (i32x16)shift;
-      i32x16 up = (number + 128) >> 8;
-      upper |= (up & 255) << (8 * j);
-      lower |= ((number - (up << 8)) & 255) << (8 * j);
+static __attribute__((noinline)) void plain_product(const Matrix *m, const Layout *l, Activations x,
+                                                    int output, float *tile, void *room,
+                                                    const char *ahead) {
+  const char *weights = weight_row(m, m->kind, output);
+  int kind = m->kind;
+  if (l->whole) {
+    // Widening once pays where there is more than one pass over the weights.
+    if (kind == I4 && l->rows > MOST_ROWS) {
+      widen_i4(m, output, room);
+      dot_products(m, l, I8, WHOLE, room, x.whole, output, tile, NULL);
+    } else if (kind == I4) {
+      dot_products(m, l, I4, WHOLE, weights, x.whole, output, tile, ahead);
+    } else {
+      dot_products(m, l, I8, WHOLE, weights, x.whole, output, tile, ahead);
     }
-    int8_t *into = a.halves + ((size_t)(k / 4) * columns + lane) * 4;
-    memcpy(into, &upper, sizeof upper);
-    memcpy(into + (size_t)l->padded * 4, &lower, sizeof lower);
+  } else if (l->pairs) {
+    dot_products(m, l, BF16, PAIRED, weights, x.data, output, tile, ahead);
+  } else if (kind == F32) {
+    dot_products(m, l, F32, FLOATS, weights, x.data, output, tile, ahead);
+  } else if (kind == BF16 && l->rows <= MOST_ROWS) {
+    dot_products(m, l, BF16, FLOATS, weights, x.data, output, tile, ahead);
+  } else {
+    widen(m, output, room);
+    dot_products(m, l, F32, FLOATS, room, x.data, output, tile, NULL);
   }
+  if (kind == I8 || kind == I4)
+    for (int row = 0; row < l->rows; row++) {
+      float *at = tile + row * OUTPUTS, scale = l->whole ? x.scales[row] : 1.0f;
+      store_f32(at, load_f32(at) * scale * load_f32(m->scales + output));
+    }
 }
 
-static __attribute__((noinline)) void wide_product(const Matrix *m, const Layout *l, const void *x,
-                                                   int output, float *tile, void *room,
-                                                   const char *ahead) {
-  int inputs = m->inputs;
-  const void *weights = weight_row(m, m->kind, output);
-  if (m->kind != (l->pairs ? BF16 : F32)) {
-    unpack(m, l, output, room);
-    weights = room;
-  }
-#if TILES
-  if (l->tiles) tile_products(0, l->padded, weights, (size_t)inputs * 2, x, tile, ahead);
-#endif
-  for (int lane = 0; lane < l->padded && !l->tiles; lane += 4 * LANES) {
-    int vectors = (l->padded - lane) / LANES < 4 ? (l->padded - lane) / LANES : 4;
-    const char *own = (const char *)x + lane * 4;  // a pair, or one number, each
-    if (PAIRS && l->pairs)
-      outer_vectors(1, vectors, weights, inputs, own, l->padded, tile + lane);
-    else
-      outer_vectors(0, vectors, weights, inputs, own, l->padded, tile + lane);
-  }
-  (void)ahead;
-  if (m->kind == I8 || m->kind == I4)
-    for (int n = 0; n < OUTPUTS; n++)
-      for (int lane = 0; lane < l->padded; lane += LANES) {
-        float *at = tile + (size_t)n * l->padded + lane;
-        store_f32(at, load_f32(at) * m->scales[output + n]);
-      }
-}
-
-// Sixteen outputs from `output` on, of all rows: tile (16, padded).
+// Sixteen outputs from `output` on, of all rows: tile (rows, OUTPUTS), in tiles (OUTPUTS, padded).
 INLINE void product(const Matrix *m, const Layout *l, Activations x, int output, float *tile,
                     void *room, int next) {
   const char *ahead = next * OUTPUTS < m->outputs ? weight_row(m, m->kind, next * OUTPUTS) : NULL;
 #if TILES
-  if (l->whole) {
-    whole_product(m, l, x, output, tile, room, ahead);
+  if (l->tiles) {
+    tiled_product(m, l, x, output, tile, room, ahead);
     return;
   }
 #endif
-  if (l->wide) wide_product(m, l, x.data, output, tile, room, ahead);
-  else skinny_product(m, l, x.data, output, tile);
+  plain_product(m, l, x, output, tile, room, ahead);
 }
 
 #endif

@@ -1,5 +1,6 @@
 // Sixteen floats at a time, in the compiler's own vector types, so that one source serves every
-// processor. Where a processor multiplies pairs of bfloat16 (PAIRS), products use that instead.
+// processor. Where a processor multiplies pairs of bfloat16 (PAIRS) or of whole numbers of sixteen
+// bits (WORDS), products use that instead.
 
 #ifndef LLAMAGEN_VECTORS_H
 #define LLAMAGEN_VECTORS_H
@@ -17,6 +18,12 @@
 #define PAIRS 0
 #endif
 
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+#define WORDS 1
+#else
+#define WORDS 0
+#endif
+
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
 // Loops over a few registers, which stay registers only once the loop is gone.
@@ -27,7 +34,17 @@ typedef uint32_t u16x32 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
+typedef uint8_t u8x16 __attribute__((vector_size(16)));
+typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t bf16;
+
+#if defined(__clang__)
+#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
+#define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, ...) __builtin_shuffle(x, (i32x16){__VA_ARGS__})
+#define MIX(x, y, ...) __builtin_shuffle(x, y, (i8x16){__VA_ARGS__})
+#endif
 
 INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
@@ -95,15 +112,23 @@ INLINE float largest(v16 x) {
   return part[0];
 }
 
-// The sums of sixteen vectors, as one vector.
-INLINE v16 sums(const v16 x[LANES]) {
+INLINE v16 size_of(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
+
+INLINE v16 larger(v16 x, v16 y) {
+  i32x16 more = x > y;
+  return (v16)((more & (i32x16)x) | (~more & (i32x16)y));
+}
+
+// The sums of up to sixteen vectors, as one vector; each is summed in the same order.
+INLINE v16 sums(const v16 *x, int count) {
 #if defined(__AVX512F__)
   __m512 a[8], b[4];
-  for (int i = 0; i < 8; i++) {
-    __m512 p = (__m512)x[2 * i], q = (__m512)x[2 * i + 1];
+  UNROLL for (int i = 0; i < 8; i++) {
+    __m512 p = 2 * i < count ? (__m512)x[2 * i] : _mm512_setzero_ps();
+    __m512 q = 2 * i + 1 < count ? (__m512)x[2 * i + 1] : _mm512_setzero_ps();
     a[i] = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
   }
-  for (int i = 0; i < 4; i++) {
+  UNROLL for (int i = 0; i < 4; i++) {
     __m512d p = (__m512d)a[2 * i], q = (__m512d)a[2 * i + 1];
     b[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(p, q), (__m512)_mm512_unpackhi_pd(p, q));
   }
@@ -114,8 +139,8 @@ INLINE v16 sums(const v16 x[LANES]) {
   return (v16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
                             _mm512_shuffle_f32x4(low, high, 0xdd));
 #else
-  float part[LANES];
-  for (int i = 0; i < LANES; i++) part[i] = sum(x[i]);
+  float part[LANES] = {0};
+  for (int i = 0; i < count; i++) part[i] = sum(x[i]);
   return load_f32(part);
 #endif
 }
@@ -148,19 +173,6 @@ INLINE v16 exponential(v16 x) {
 typedef __m512bh p32;  // 32 bfloat16, in pairs
 
 INLINE p32 load_pairs(const bf16 *p) { return (p32)_mm512_loadu_si512(p); }
-
-INLINE p32 splat_pair(const bf16 *p) {
-  int32_t pair;
-  memcpy(&pair, p, sizeof pair);
-  return (p32)_mm512_set1_epi32(pair);
-}
-
-// Small whole numbers are exact in bfloat16.
-INLINE p32 load_i8_pairs(const int8_t *p) {
-  __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-  __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16))));
-  return _mm512_cvtne2ps_pbh(high, low);
-}
 
 INLINE v16 add_pairs(v16 total, p32 a, p32 b) { return (v16)_mm512_dpbf16_ps((__m512)total, a, b); }
 #endif

@@ -1,8 +1,8 @@
 """One code of each sequence in, the logits of the next ones out: the step that sampling repeats.
 
 ``TorchDecoder`` runs the model; on a CPU ``CpuDecoder`` does the same with kernels of our own,
-several times as fast for a few sequences. Shapes: R sequences, C condition length, V codes of the
-codebook.
+several times as fast for a few sequences; on a CUDA device ``GraphDecoder`` (``graphs``) plays
+recorded steps. Shapes: R sequences, C condition length, V codes of the codebook.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from llamagen.kernels import Kernels, library, load_kernels
 from llamagen.transformer.blocks import Cache
 from llamagen.transformer.cache import KVCache
+from llamagen.transformer.graphs import GraphDecoder, has_graphs
 from llamagen.transformer.model import Transformer
 from llamagen.transformer.quantized import QuantizedLinear
 from llamagen.transformer.rope import rope_table
@@ -70,6 +71,8 @@ def decoder_for(
         condition_mask: (R, C) bool, False where the condition of sequences to come is padding.
         times: to be added to.
     """
+    if has_graphs(model):
+        return GraphDecoder(model)
     kernels = load_kernels() if _has_kernels(model, condition_mask) else None
     return TorchDecoder(model) if kernels is None else CpuDecoder(model, kernels, times)
 
@@ -94,7 +97,8 @@ class TorchDecoder:
 class CpuDecoder:
     """Decodes with the kernels, on the model's own weights where they lie.
 
-    Differs from ``TorchDecoder`` by rounding only; in bfloat16 it rounds less often.
+    Differs from ``TorchDecoder`` by rounding only; in bfloat16 it rounds less often. What else is
+    in a batch, and how many codes are fed at once, changes no bit of a sequence's logits.
     """
 
     def __init__(
@@ -107,6 +111,11 @@ class CpuDecoder:
         self._model = self._described(model)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, model.config.codebook_size)
+
+    @property
+    def has_tiles(self) -> bool:
+        """Whether sixteen rows take the time of one."""
+        return "tiles" in self._kernels.features and self._model.half == 1
 
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:
         """See ``Decoder``. The logits are float32."""
