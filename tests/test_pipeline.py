@@ -48,6 +48,26 @@ def test_batches_make_no_difference(pipe):
     assert all(map(same, whole.images, split.images))
 
 
+@pytest.mark.parametrize("window", [1, 4])
+def test_several_codes_per_pass_make_no_difference(pipe, window, monkeypatch):
+    wanted = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
+    passes = []
+    parallel = pipeline_module.generate_codes_in_parallel
+
+    def counted(*arguments, **settings):
+        drawn = parallel(*arguments, **settings)
+        passes.extend(drawn.passes)
+        return drawn
+
+    monkeypatch.setattr(pipeline_module, "generate_codes_in_parallel", counted)
+    found = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, window=window)
+    assert torch.equal(found.codes, wanted.codes)
+    assert len(passes) == (0 if window == 1 else 4)
+    monkeypatch.setattr(pipeline_module, "looking_ahead_pays", lambda *_: True)
+    assert torch.equal(pipe("cat", seed=3).codes, wanted.codes[2:3])
+    assert len(passes) == (1 if window == 1 else 5)
+
+
 def test_progress_of_every_batch(pipe):
     seen = []
     output = pipe("dog", num_images_per_prompt=3, seed=0, batch_size=2, callback=seen.append)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.generation.draws import KernelDraws, TorchDraws, draws_for
+from llamagen.cuda_graphs import Recorder
+from llamagen.generation.draws import GraphDraws, KernelDraws, TorchDraws, draws_for
 from tests.kernels.variants import VARIANTS, kernels_of
+from tests.tape import Tape
 
 CODES = 4096
 SETTINGS = [
@@ -122,3 +124,83 @@ def test_rows_in_any_order_and_views():
 def test_small_codebooks_are_left_to_torch():
     found = draws_for([SamplingConfig()], [0], [1], codebook_size=20, device=torch.device("cpu"))
     assert isinstance(found, TorchDraws)
+
+
+MIXED = [
+    SamplingConfig(guidance_scale=4.0, top_k=20),
+    SamplingConfig(guidance_scale=1.0, temperature=0.0),
+    SamplingConfig(guidance_scale=2.0, temperature=0.7, top_p=0.9),
+    SamplingConfig(guidance_scale=1.0, top_k=5, top_p=0.5),
+]
+
+
+def settings_of(kind):
+    """Settings, and the rows of unconditional logits: alike for all images or not."""
+    if kind == "mixed":
+        return MIXED, [4, None, 5, None]
+    return [{"guided": MIXED[0], "greedy": MIXED[1], "likely": MIXED[2]}[kind]] * 4, range(4, 8)
+
+
+@pytest.mark.parametrize("kind", ["guided", "greedy", "likely", "mixed"])
+def test_recorded_draws(kind):
+    sampling, others = settings_of(kind)
+    plain = TorchDraws(sampling, range(4), others, torch.device("cpu"))
+    tape = Tape()
+    draws = GraphDraws(plain, 4, torch.device("cpu"), Recorder(tape, most=4, after=2))
+    generator = torch.Generator().manual_seed(0)
+    logits, elsewhere = torch.empty(8, 64), torch.empty(8, 64)
+    uniforms = torch.rand(10, 4, generator=generator)
+    kept = []
+    for step in range(10):
+        # The first logits come from the condition, not from the decoder.
+        own = elsewhere if step == 0 else logits
+        own.copy_(torch.randn(8, 64, generator=generator) * 3)
+        if step == 6:
+            own[2, 3] = torch.nan
+        kept.append((draws(own, own, uniforms[step]), plain(own, own, uniforms[step])))
+    for found, wanted in kept:  # what was drawn stays
+        assert torch.equal(found[0], wanted[0])
+        assert torch.equal(found[1], wanted[1])
+    assert (tape.rehearsed, tape.recorded, tape.played) == (3, 1, 7)
+
+
+@pytest.mark.parametrize("kind", ["guided", "greedy", "likely", "mixed"])
+def test_torch_draws_without_reading_from_the_device(kind):
+    # Tensors on "meta" have no numbers to be read, and go with no tensors elsewhere.
+    sampling, others = settings_of(kind)
+    draws = TorchDraws(sampling, range(4), others, torch.device("meta"))
+    logits = torch.zeros(8, CODES, device="meta")
+    codes, finite = draws(logits, logits, torch.zeros(4, device="meta"))
+    assert codes.shape == finite.shape == (4,)
+
+
+def test_no_draws_are_recorded_for_a_cpu():
+    found = draws_for([SamplingConfig()], [0], [1], codebook_size=20, device=torch.device("cpu"))
+    assert not isinstance(found, GraphDraws)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["guided", "greedy", "likely", "mixed"])
+@torch.inference_mode()
+def test_gpu_draws_do_not_wait(kind, monkeypatch):
+    sampling, others = settings_of(kind)
+    device = torch.device("cuda")
+    draws = draws_for(sampling, range(4), others, codebook_size=CODES, device=device)
+    assert isinstance(draws, GraphDraws)
+    monkeypatch.setenv("LLAMAGEN_CUDA_GRAPHS", "off")
+    plain = draws_for(sampling, range(4), others, codebook_size=CODES, device=device)
+    assert isinstance(plain, TorchDraws)
+    logits = torch.empty(8, CODES, device=device)
+    uniforms = torch.rand(40, 4, device=device)
+    draws(logits.normal_(), logits, uniforms[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = [
+            (draws(logits.normal_(), logits, each), plain(logits, logits, each))
+            for each in uniforms
+        ]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for own, wanted in found:
+        assert torch.equal(own[0], wanted[0])
+        assert torch.equal(own[1], wanted[1])

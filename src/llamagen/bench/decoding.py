@@ -92,7 +92,7 @@ def measure_decoding(
                     precision=f"{run}, {precision}" if run == PLAIN else precision,
                     images=number,
                     seconds_per_code=[value / count for value in values],
-                    floor=_floor(own, number, limits[precision]),
+                    floor=floor_seconds(own, number, limits[precision]),
                     shares=None if run == PLAIN else _shares(own, labels),
                 )
             )
@@ -115,7 +115,7 @@ def _plain_run(model: Transformer, labels: Tensor) -> Callable[[], object]:
     return lambda: plain_codes(model, labels, model.config.num_codes, SAMPLING)
 
 
-def _floor(model: Transformer, images: int, limits: MachineLimits) -> float:
+def floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> float:
     """Seconds for a code of each image, at the middle of the image."""
     config, rows = model.config, 2 * images
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]

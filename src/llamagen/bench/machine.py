@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-_READ_BYTES = 1 << 28
-_PRODUCT_SIZE = 1024
+_READ_BYTES = {"cuda": 1 << 31}
+"""On a GPU enough that its cache and the time of a launch do not matter."""
+_PRODUCT_SIZE = {"cuda": 8192}
 _TRIES = 7
 
 
@@ -47,12 +48,13 @@ class MachineLimits:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
-    """The best of a few timings of a sum over 256 MB, and of a product of two matrices."""
-    numbers = torch.ones(_READ_BYTES // 4, device=device)
-    matrix = torch.ones(_PRODUCT_SIZE, _PRODUCT_SIZE, device=device, dtype=dtype)
+    """The best of a few timings of a sum over 256 MB (a GPU: 2 GB), and of a matrix product."""
+    count, size = _READ_BYTES.get(device.type, 1 << 28), _PRODUCT_SIZE.get(device.type, 1024)
+    numbers = torch.ones(count // 4, device=device)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
     read = _best_seconds(device, numbers.sum)
     product = _best_seconds(device, lambda: matrix @ matrix)
-    return MachineLimits(_READ_BYTES / read, 2 * _PRODUCT_SIZE**3 / product)
+    return MachineLimits(count / read, 2 * size**3 / product)
 
 
 def _best_seconds(device: torch.device, run: Callable[[], object]) -> float:

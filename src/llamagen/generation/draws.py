@@ -1,14 +1,15 @@
 """Drawing a code of each image of a batch from the logits of its sequences.
 
 What ``filters`` does for one image or ``row_sampling`` for several, behind one face: on a CPU the
-kernels do it without sorting the vocabulary, elsewhere torch does. Made when a batch changes;
-then called at every code.
+kernels do it without sorting the vocabulary, elsewhere torch does; on a GPU that is recorded as a
+CUDA graph. Made when a batch changes; then called at every code.
 
 Shapes: B images, R sequences, V codes of the codebook.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -16,9 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamagen import cuda_graphs
 from llamagen.config import SamplingConfig
+from llamagen.cuda_graphs import CudaTape, Recorder
 from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
 from llamagen.kernels import Kernels, library, load_kernels
+
+_AFTER = 16
+"""Draws before they are recorded, which takes as long as a few dozen of them: a server's batch may
+have changed by then."""
+_MOST_GRAPHS = 4
+
+_idle: dict[torch.device, list[Recorder]] = {}
+_numbers = itertools.count()
 
 
 class Draws(Protocol):
@@ -60,9 +71,10 @@ def draws_for(
     """
     fits = codebook_size % library.OUTPUTS == 0 and codebook_size <= library.MOST_CODES
     kernels = load_kernels() if device.type == "cpu" and fits else None
-    if kernels is None:
-        return TorchDraws(sampling, conditional, unconditional, device)
-    return KernelDraws(sampling, conditional, unconditional, kernels)
+    if kernels is not None:
+        return KernelDraws(sampling, conditional, unconditional, kernels)
+    draws = TorchDraws(sampling, conditional, unconditional, device)
+    return GraphDraws(draws, len(sampling), device) if cuda_graphs.wanted(device) else draws
 
 
 class TorchDraws:
@@ -98,6 +110,48 @@ class TorchDraws:
                 mixed = mixed.clone()
                 mixed[self._guided] = guided
         return next_codes_of_rows(mixed, self._settings, uniforms), mixed.isfinite().all(-1)
+
+
+class GraphDraws:
+    """``TorchDraws``, recorded once the same logits' memory has been drawn from a few times."""
+
+    def __init__(
+        self, draws: TorchDraws, images: int, device: torch.device, recorder: Recorder | None = None
+    ) -> None:
+        """Takes over a recorder that nobody uses.
+
+        Args:
+            draws: what to record.
+            images: B.
+            device: where the logits are.
+            recorder: one to record with instead, on any device.
+        """
+        self._draws = draws
+        if recorder is None:
+            recorder = cuda_graphs.lend(_idle, device, self, lambda: _new_recorder(device))
+        self._recorder = recorder
+        # Others may have recorded draws with it that are no more, where these are in memory.
+        self._number = next(_numbers)
+        # Memory made while sampling could not be written to in any other mode.
+        with torch.inference_mode(False):
+            self._uniforms = torch.zeros(images, device=device)
+            self._codes = torch.zeros(images, dtype=torch.int64, device=device)
+            self._finite = torch.ones(images, dtype=torch.bool, device=device)
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Draws``."""
+        self._uniforms.copy_(uniforms, non_blocking=True)
+
+        def work() -> None:
+            codes, finite = self._draws(conditional, unconditional, self._uniforms)
+            self._codes.copy_(codes)
+            self._finite.copy_(finite)
+
+        places = (_place(conditional), _place(unconditional))
+        self._recorder.run((self._number, places), work)
+        return self._codes.clone(), self._finite.clone()
 
 
 class KernelDraws:
@@ -139,6 +193,15 @@ class KernelDraws:
         self._kernels.draw_codes(draws, conditional.shape[-1])
         codes = torch.from_numpy(draws["code"].copy())
         return codes, torch.from_numpy(draws["finite"] != 0)
+
+
+def _new_recorder(device: torch.device) -> Recorder:
+    return Recorder(CudaTape(device), most=_MOST_GRAPHS, after=_AFTER)
+
+
+def _place(x: Tensor) -> tuple[int, torch.dtype, torch.Size, tuple[int, ...]]:
+    """Where in memory a tensor is, and how it lies there."""
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
 
 
 def _index(rows: Sequence[int], device: torch.device) -> Tensor | slice:
