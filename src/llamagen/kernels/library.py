@@ -123,7 +123,8 @@ class Kernels:
     @property
     def features(self) -> frozenset[str]:
         """What this processor has of "pairs" (products of bfloat16), "tiles" (AMX), "words"
-        (products of whole numbers of 16 bits) and "threads"."""
+        (products of whole numbers of 16 bits) and "threads".
+        """
         found = int(self._library.decode_features())
         names = ("pairs", "tiles", "words", "threads")
         return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
