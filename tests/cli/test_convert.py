@@ -82,6 +82,28 @@ def test_one_model(run, files, tmp_path):
     assert names(tmp_path) == ["deep", "one.pt", "t", "two.pt"]
 
 
+def test_a_whole_pipeline_in_another_precision(run, fails, tmp_path):
+    made = run("convert", "emoji", "--quantization", "int8", "--out", tmp_path / "small")
+    assert made.status == 0, made.err
+    ours, theirs = (
+        Pipeline.from_pretrained(source, device="cpu", dtype="float32")
+        for source in (tmp_path / "small", "emoji")
+    )
+    assert ours.precision == {"dtype": "float32", "quantization": "int8"}
+    assert (ours.name, ours.sampling) == (theirs.name, theirs.sampling)
+    assert same_weights(ours.tokenizer, theirs.tokenizer)
+    drawn = ours("red heart", seed=0)
+    theirs.quantize("int8")
+    assert torch.equal(drawn.codes, theirs("red heart", seed=0).codes)
+    options = ("--dtype", "float32", "--name", "large", "--out", tmp_path / "large")
+    assert run("convert", tmp_path / "small", *options).status == 0
+    again = Pipeline.from_pretrained(tmp_path / "large", device="cpu", dtype="float32")
+    assert (again.name, again.precision) == ("large", ours.precision)
+    error = fails("convert", "emoji", "--grid", 4, 4, "--out", tmp_path / "other")
+    assert "emoji is a pipeline" in error
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_stands_in_the_way(run, fails, files, tmp_path):
     out = tmp_path / "model"
     out.mkdir()

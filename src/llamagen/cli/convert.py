@@ -1,4 +1,4 @@
-"""Turn published .pt checkpoints into model folders."""
+"""Turn published .pt checkpoints into model folders, or models into another precision."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import tyro
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
+    from llamagen.checkpoints import PipelineSource
     from llamagen.labels import Labels
     from llamagen.tokenizer import ImageTokenizer
     from llamagen.transformer import Transformer
@@ -25,7 +26,8 @@ class Options:
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
     """Checkpoint files, published names or model folders: a transformer and its image tokenizer,
-    in any order, or one of them. What a file is shows in its content."""
+    in any order, or one of them; or a whole pipeline, by its folder or name (emoji). What a file
+    is shows in its content."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write: a pipeline of two models, or one model."""
     grid: tuple[int, int] | None = None
@@ -55,9 +57,10 @@ def run(options: Options) -> None:
         )
     out = options.out.expanduser().absolute()
     _require_place(out, overwrite=options.overwrite)
-    parts = _load(options)
+    found = _pipeline_source(options)
+    parts = _load(options if found is None else _of_pipeline(options, found))
     with storage.atomic_folder(out) as folder:
-        _save(parts, folder, options)
+        _save(parts, folder, options, found)
     for source, model in parts.values():
         print(f"{source}: {_described(model)}")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -75,6 +78,29 @@ def _require_place(out: Path, *, overwrite: bool) -> None:
         if not overwrite:
             raise InputError(f"{out} holds a model already; give --overwrite to replace it")
     storage.require_writable(out.parent)
+
+
+def _pipeline_source(options: Options) -> PipelineSource | None:
+    """What the only source has, if it is a whole pipeline on this machine."""
+    from llamagen.checkpoints import find_shipped, is_pipeline_folder, resolve_pipeline
+
+    source = options.sources[0]
+    folder = find_shipped(source) or Path(source).expanduser()
+    if len(options.sources) > 1 or not is_pipeline_folder(folder):
+        return None
+    if (options.grid or options.heads) is not None:
+        raise InputError(f"--grid and --heads describe a checkpoint file; {source} is a pipeline")
+    return resolve_pipeline(folder)
+
+
+def _of_pipeline(options: Options, found: PipelineSource) -> Options:
+    """The same for the models of a pipeline."""
+    if found.tokenizer is None:
+        raise InputError(
+            f"{options.sources[0]} has no image tokenizer; give its transformer, and one beside it"
+        )
+    sources = (str(found.transformer), str(found.tokenizer))
+    return dataclasses.replace(options, sources=sources)
 
 
 def _load(options: Options) -> Parts:
@@ -112,7 +138,7 @@ def _quantize(parts: Parts, quantization: Literal["int8", "int4"]) -> None:
     quantize(model, quantization)
 
 
-def _save(parts: Parts, folder: Path, options: Options) -> None:
+def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | None) -> None:
     from llamagen.checkpoints import demo_sampling, find_public
     from llamagen.pipeline import Pipeline
     from llamagen.tokenizer import ImageTokenizer
@@ -127,12 +153,19 @@ def _save(parts: Parts, folder: Path, options: Options) -> None:
     assert isinstance(transformer, Transformer)
     assert isinstance(tokenizer, ImageTokenizer)
     public = find_public(source)
+    name = options.out.resolve().name if public is None else public.name
+    labels = _labels(transformer, options.labels)
+    sampling, text = demo_sampling(transformer.config.condition), None
+    if found is not None:
+        name, sampling, text = found.name, found.sampling, found.text
+        labels = labels if options.labels is not None else found.labels
     pipeline = Pipeline(
         tokenizer,
         transformer,
-        labels=_labels(transformer, options.labels),
-        name=options.name or (options.out.resolve().name if public is None else public.name),
-        sampling=demo_sampling(transformer.config.condition),
+        labels=labels,
+        name=options.name or name,
+        sampling=sampling,
+        text_encoder=text,
     )
     pipeline.save_pretrained(folder)
 
