@@ -3,30 +3,23 @@
 import pytest
 import torch
 
-from llamagen.transformer import SlotCache, decoder_for
+from llamagen.transformer import decoder_for
 from llamagen.transformer.decoder import CpuDecoder, TorchDecoder
 from llamagen.transformer.quantized import quantize
 from tests.kernels.variants import VARIANTS, kernels_of
 from tests.models import tiny_transformer
+from tests.transformer.decoders import (
+    SIZES,
+    assert_close,
+    join,
+    logits_at_different_places,
+    logits_of_windows,
+    model_of,
+    slots_of,
+)
 
-# Sizes that the kernels take: inputs in 32s, outputs in 16s.
-SIZES = {
-    "even": {"dim": 64, "heads": 2, "layers": 2},
-    "grouped queries": {"dim": 128, "heads": 4, "kv_heads": 2, "layers": 2},
-    "odd heads": {"dim": 160, "heads": 8, "layers": 2},  # head dimension 20
-    "wide heads": {"dim": 480, "heads": 4, "layers": 1},  # head dimension 120
-}
 ROWS = (1, 2, 3, 5, 8, 9, 33, 70)
 STEPS = 5
-
-
-def model_of(size, dtype=torch.float32, **settings):
-    return tiny_transformer(**SIZES[size], **settings).to(dtype)
-
-
-def assert_close(found, wanted):
-    """Up to what float32 loses on numbers of this size."""
-    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
 def decoder_of(model, variant):
@@ -105,23 +98,11 @@ def test_padded_text(variant):
 def test_sequences_at_different_places(variant):
     model = model_of("even", grid=(3, 5))
     codes = torch.randint(model.config.codebook_size, (3, 12))
-    found = []
-    for decoder in (TorchDecoder(model), decoder_of(model, variant)):
-        slots = SlotCache.empty(
-            model.config, 4, grid=model.config.grid, device=model.device, dtype=model.dtype
-        )
-        logits = []
-        for step in range(12):
-            if step < 3:
-                cache = model.new_cache(1)
-                model.prefill(torch.tensor([step]), cache)
-                slots.admit(cache)
-            fed = torch.tensor([codes[row, slots.lengths[row] - 1] for row in range(slots.batch)])
-            logits.append(decoder.next_logits(fed, slots).clone())
-            if step == 8:
-                slots.remove(0)
-        found.append(torch.cat(logits))
-    assert_close(found[1], found[0])
+    wanted, found = (
+        logits_at_different_places(model, decoder, codes)
+        for decoder in (TorchDecoder(model), decoder_of(model, variant))
+    )
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("size", ["even", "grouped queries"])
@@ -129,26 +110,12 @@ def test_sequences_at_different_places(variant):
 @torch.inference_mode()
 def test_windows(variant, size):
     model = model_of(size, grid=(3, 5))
-    windows = [
-        torch.randint(model.config.codebook_size, (3, length), generator=torch.Generator())
-        for length in (1, 4, 6)
-    ]
-    found = []
-    for decoder in (TorchDecoder(model), decoder_of(model, variant)):
-        slots = SlotCache.empty(
-            model.config, 3, grid=model.config.grid, device=model.device, dtype=model.dtype, spare=5
-        )
-        cache = model.new_cache(3)
-        model.prefill(torch.tensor([0, 1, 2]), cache)
-        slots.admit(cache)
-        logits = []
-        for round_ in range(3):
-            for codes in windows:
-                logits.append(decoder.extend(codes, slots).clone().flatten(0, 1))
-                # Less is kept than was fed, and not of all sequences alike.
-                slots.advance_each([1 + round_ % 2, 1, codes.shape[1] // 2])
-        found.append(torch.cat(logits))
-    assert_close(found[1], found[0])
+    windows = [torch.randint(model.config.codebook_size, (3, length)) for length in (1, 4, 6)]
+    wanted, found = (
+        logits_of_windows(model, decoder, windows)
+        for decoder in (TorchDecoder(model), decoder_of(model, variant))
+    )
+    assert_close(found, wanted)
 
 
 def test_which_models_the_kernels_take(monkeypatch):
@@ -202,13 +169,9 @@ def test_no_bit_depends_on_what_else_is_in_the_batch(variant, dtype, quantizatio
 
     def logits_of(rows, window):
         """(rows, 6, V), from windows of so many codes each."""
-        slots = SlotCache.empty(
-            model.config, 35, grid=(3, 5), device=model.device, dtype=model.dtype
-        )
+        slots = slots_of(model, 35)
         for row in rows:
-            cache = model.new_cache(1)
-            model.prefill(torch.tensor([row % model.config.num_classes]), cache)
-            slots.admit(cache)
+            join(model, slots, [row % model.config.num_classes])
         found = []
         for part in codes[rows].split(window, dim=1):
             found.append(decoder.extend(part, slots).clone())

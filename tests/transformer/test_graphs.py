@@ -18,16 +18,14 @@ from llamagen.transformer.quantized import quantize
 from llamagen.transformer.static_step import attend
 from tests.models import tiny_transformer
 from tests.tape import Tape
+from tests.transformer.decoders import (
+    assert_close,
+    logits_at_different_places,
+    logits_of_windows,
+    model_of,
+)
 
-SIZES = {
-    "even": {"dim": 64, "heads": 2, "layers": 2},
-    "grouped queries": {"dim": 128, "heads": 4, "kv_heads": 2, "layers": 2},
-    "odd heads": {"dim": 160, "heads": 8, "layers": 2},  # head dimension 20
-}
-
-
-def model_of(size, dtype=torch.float32, **settings):
-    return tiny_transformer(**SIZES[size], **settings).to(dtype)
+SIZES = ("even", "grouped queries", "odd heads")
 
 
 def decoder_of(model, tape=None, most=64):
@@ -43,10 +41,6 @@ def spoiled(cache):
     for part in cache.keys + cache.values:
         part.fill_(torch.nan)
     return cache
-
-
-def assert_close(found, wanted):
-    assert (found - wanted).abs().max() < 2e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -152,23 +146,8 @@ def test_masks_of_caches_that_follow_each_other():
 def test_sequences_at_different_places():
     model = model_of("even", grid=(3, 5))
     codes = torch.randint(model.config.codebook_size, (3, 12))
-    found = []
-    for decoder in both(model):
-        slots = SlotCache.empty(
-            model.config, 4, grid=model.config.grid, device=model.device, dtype=model.dtype
-        )
-        logits = []
-        for step in range(12):
-            if step in (0, 2, 5):
-                cache = model.new_cache(1)
-                model.prefill(torch.tensor([step]), cache)
-                slots.admit(cache)
-            fed = torch.tensor([codes[row, slots.lengths[row] - 1] for row in range(slots.batch)])
-            logits.append(decoder.next_logits(fed, slots).clone())
-            if step == 8:
-                slots.remove(0)
-        found.append(torch.cat(logits))
-    assert_close(found[1], found[0])
+    wanted, found = (logits_at_different_places(model, each, codes) for each in both(model))
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("size", ["even", "grouped queries"])
@@ -176,21 +155,8 @@ def test_sequences_at_different_places():
 def test_windows(size):
     model = model_of(size, grid=(3, 5))
     windows = [torch.randint(model.config.codebook_size, (3, length)) for length in (1, 4, 6)]
-    found = []
-    for decoder in both(model):
-        slots = SlotCache.empty(
-            model.config, 3, grid=model.config.grid, device=model.device, dtype=model.dtype, spare=5
-        )
-        cache = model.new_cache(3)
-        model.prefill(torch.tensor([0, 1, 2]), cache)
-        slots.admit(cache)
-        logits = []
-        for round_ in range(3):
-            for codes in windows:
-                logits.append(decoder.extend(codes, slots).clone().flatten(0, 1))
-                slots.advance_each([1 + round_ % 2, 1, codes.shape[1] // 2])
-        found.append(torch.cat(logits))
-    assert_close(found[1], found[0])
+    wanted, found = (logits_of_windows(model, each, windows) for each in both(model))
+    assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("stop", [None, 7])

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 _SOURCES = Path(__file__).parent
+_DECODE = _SOURCES / "decode.c"
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 # The first set that a compiler takes: clang on macOS has no OpenMP, and old ones for ARM want
 # -mcpu.
@@ -25,11 +26,12 @@ _VARIANTS = [["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-mar
 _logger = logging.getLogger(__name__)
 
 
-def compiled_library(*flags: str) -> ctypes.CDLL | None:
+def compiled_library(*flags: str, source: Path = _DECODE) -> ctypes.CDLL | None:
     """The compiled kernels, or None where they cannot be had; why is logged.
 
     Args:
         flags: more of them for the compiler, behind its own.
+        source: what is compiled; it may include the headers that lie beside this file.
     """
     if os.environ.get("LLAMAGEN_KERNELS", "").lower() in ("off", "0", "false"):
         return None
@@ -41,7 +43,7 @@ def compiled_library(*flags: str) -> ctypes.CDLL | None:
         )
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, flags)))
+        return ctypes.CDLL(str(_compiled(compiler, source, flags)))
     except (OSError, subprocess.SubprocessError) as error:
         _logger.warning("decoding without its kernels, which is slower: %s", _reason(error))
         return None
@@ -55,18 +57,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
 
 
-def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
+def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
     """The shared library, compiled now if it was not before."""
-    path = cache_folder() / "kernels" / f"decode-{_fingerprint(compiler, flags)}.so"
+    path = cache_folder() / "kernels" / f"{source.stem}-{_fingerprint(compiler, source, flags)}.so"
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         for number, variant in enumerate(_VARIANTS, start=1):
-            command = [compiler, *_FLAGS, *variant, *flags, "-o", str(made), "decode.c", "-lm"]
+            command = [compiler, *_FLAGS, *variant, *flags, f"-I{_SOURCES}", "-o", str(made)]
+            command += [str(source), "-lm"]
             done = subprocess.run(  # noqa: S603  the compiler that the user has or names
-                command, cwd=_SOURCES, capture_output=True, text=True, timeout=120, check=False
+                command, capture_output=True, text=True, timeout=120, check=False
             )
             if done.returncode == 0:
                 break
@@ -82,11 +85,11 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
     """Changes with the sources, the compiler and the processor: homes are shared by machines."""
     digest = hashlib.sha256()
-    for source in sorted(_SOURCES.glob("*.[ch]")):
-        digest.update(source.read_bytes())
+    for read in (*sorted(_SOURCES.glob("*.h")), source):
+        digest.update(read.read_bytes())
     digest.update(f"{compiler} {_FLAGS} {_VARIANTS} {flags} {platform.machine()}".encode())
     digest.update(_processor().encode())
     return digest.hexdigest()[:16]

@@ -5,11 +5,11 @@ Module names are the keys of the public checkpoints. Shapes: B images, C channel
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import TokenizerConfig
 from llamagen.tokenizer.blocks import Downsample, Level, Upsample, middle
+from llamagen.tokenizer.operations import norm_silu
 
 
 class Encoder(nn.Module):
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
             h = level(h)
         for block in self.mid:
             h = block(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(norm_silu(self.norm_out, h, in_place=True))
 
 
 class Decoder(nn.Module):
@@ -85,4 +85,4 @@ class Decoder(nn.Module):
             h = block(h)
         for level in self.conv_blocks:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(norm_silu(self.norm_out, h, in_place=True))

@@ -10,6 +10,8 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llamagen.tokenizer.operations import convolve, norm_silu
+
 
 class ResidualBlock(nn.Module):
     """Two normalised 3x3 convolutions around a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
@@ -26,9 +28,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        normed = norm_silu(self.norm1, x)
+        h = norm_silu(self.norm2, convolve(self.conv1, normed), in_place=True)
+        return convolve(self.conv2, self.dropout(h), shortcut=self.nin_shortcut(x), into=normed)
 
 
 class SpatialAttention(nn.Module):
@@ -73,7 +75,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolve(self.conv, x, upsample=True)
 
 
 class Level(nn.Module):
