@@ -57,6 +57,7 @@ def draw_into_folder(
     out: Path,
     *,
     batch_size: int = 16,
+    window: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     progress: Callable[[int], object] | None = None,
@@ -69,6 +70,8 @@ def draw_into_folder(
         planned: all of them, of all processes.
         out: the folder; new, empty, or begun with the same prompts and settings.
         batch_size: images drawn at once.
+        window: codes of each image that a pass looks at, as in ``Pipeline``; no matter of the
+            folder, since it changes no image.
         rank: this process draws every ``world_size``-th batch, from this one on.
         world_size: processes that draw into the folder.
         progress: is told how many more are there.
@@ -89,7 +92,10 @@ def draw_into_folder(
         left = [image for image in batch if not (out / image.file).is_file()]
         if left:
             output = pipeline(
-                [image.prompt for image in left], seed=[image.seed for image in left], **settings
+                [image.prompt for image in left],
+                seed=[image.seed for image in left],
+                window=window,
+                **settings,
             )
             for image, picture, about in zip(left, output.images, output.metadata, strict=True):
                 save_png(picture, out / image.file, metadata=about)

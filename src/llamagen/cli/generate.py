@@ -160,6 +160,7 @@ def _draw_file(options: Options, path: Path) -> None:
             planned,
             options.out,
             batch_size=size,
+            window=options.window,
             rank=launch.rank,
             world_size=launch.world_size,
             progress=bar.update,
