@@ -64,11 +64,17 @@ def transformer_command(data, tokenizer, out, *more, steps=4):
     ]
 
 
+# Measured on pixels of 8 bits, of which one or the other rounds to its neighbour after a
+# difference in the seventh digit: that changes them far more than the difference itself.
+OF_WHOLE_PIXELS = ("psnr", "ssim")
+
+
 def assert_same_losses(a, b):
     for one, other in zip(records(a), records(b), strict=True):
         assert one.keys() == other.keys()
         for name, value in one.items():
-            expected = value if isinstance(value, str) else pytest.approx(value, rel=1e-5, abs=1e-6)
+            rel = 1e-3 if name in OF_WHOLE_PIXELS else 1e-5
+            expected = value if isinstance(value, str) else pytest.approx(value, rel=rel, abs=1e-6)
             assert other[name] == expected, (name, one, other)
 
 

@@ -48,11 +48,12 @@ class VectorQuantizer(nn.Module):
 
     def reset_parameters(self) -> None:
         """Uniform in +-1/K, then normalised if distances are, so that no code starts favoured."""
-        size = self.embedding.num_embeddings
-        nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
-        if self.l2_norm:
+        size, weight = self.embedding.num_embeddings, self.embedding.weight
+        nn.init.uniform_(weight, -1.0 / size, 1.0 / size)
+        # Without memory there is nothing to normalise, and torch would import its compiler for it.
+        if self.l2_norm and not weight.is_meta:
             with torch.no_grad():
-                self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+                weight.copy_(F.normalize(weight, dim=-1))
 
     def codebook(self) -> Tensor:
         """(K, E) vectors as they are compared and looked up, in float32."""
