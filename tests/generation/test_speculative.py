@@ -109,7 +109,7 @@ def test_the_test_would_find_numbers_that_depend_on_each_other(few_codes, monkey
 
 def test_the_test_would_find_codes_that_are_believed_too_early(few_codes, monkeypatch):
     """A pass makes all of its codes final, right or not."""
-    monkeypatch.setattr(torch.Tensor, "cumprod", lambda x, _: torch.ones_like(x))
+    monkeypatch.setattr(speculative, "_unchanged", lambda _, codes: len(codes))
     wanted = exact_distribution(few_codes, 1, PLAIN)
     assert chi_square_p(counts_of_images(few_codes, 1, PLAIN, 5), wanted) < 1e-9
 

@@ -109,10 +109,15 @@ def generate_codes(
 def check_finite(finite: Tensor, model: Transformer) -> None:
     """Raises NotFiniteError unless ``finite`` () is True. Waits for the device."""
     if not bool(finite):
-        raise NotFiniteError(
-            f"the transformer's logits are not finite in {model.dtype}; "
-            f"use bfloat16 or float32, or check the weights"
-        )
+        raise not_finite(model)
+
+
+def not_finite(model: Transformer) -> NotFiniteError:
+    """What is raised where a model's logits are not finite."""
+    return NotFiniteError(
+        f"the transformer's logits are not finite in {model.dtype}; "
+        f"use bfloat16 or float32, or check the weights"
+    )
 
 
 def _draws(model: Transformer, sampling: SamplingConfig, images: int, guided: bool) -> Draws:

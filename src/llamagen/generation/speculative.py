@@ -27,8 +27,8 @@ from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
 from llamagen.errors import InputError
-from llamagen.generation.decode import RowCallback, check_finite
-from llamagen.generation.draws import draws_for
+from llamagen.generation.decode import RowCallback, not_finite
+from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Sequences, sequences_of
 from llamagen.transformer import SlotCache, Transformer, decoder_for
@@ -156,7 +156,10 @@ class _Window:
 
 
 class _Batch:
-    """Images at different places of their grids, each with a window behind its final codes."""
+    """Images at different places of their grids, each with a window behind its final codes.
+
+    Codes are looked at on the host, a few numbers a pass, where that takes the fewest operations.
+    """
 
     def __init__(
         self,
@@ -183,20 +186,16 @@ class _Batch:
         most = self._window.most
         self._final = [0] * images
         """Of every image, how many codes will not change."""
-        self._images = self._index(self.running).unsqueeze(1)
-        """(A, 1): the images that run."""
-        self._starts = torch.zeros_like(self._images)
-        """(A, 1): of these, how many codes will not change."""
-        self._offsets = torch.arange(most, device=self._device)
-        self._codes = torch.zeros(images, self._total + most, dtype=torch.int64)
-        self._codes = self._codes.to(self._device)
+        self._codes = [[0] * (self._total + most) for _ in range(images)]
         """Final codes and behind them drafts; those past the image mean nothing."""
         self._uniforms = uniform_draws(seeds, self._total + most).to(self._device)
+        self._draws: dict[int, Draws] = {}
+        """By a pass's positions, as long as the sequences are the same."""
         self._slots = SlotCache.empty(
             model.config,
             len(sequences.condition),
             grid=grid,
-            device=model.device,
+            device=self._device,
             dtype=model.dtype,
             spare=most - 1,
         )
@@ -206,7 +205,6 @@ class _Batch:
         for members, condition in sequences.by_length():
             logits.append(model.start(condition, self._slots))
             self._sequences += [(row % images, row >= images) for row in members]
-        self._fed = self._numbers()
         self._update(torch.cat(logits).unsqueeze(1))
         self._drop_finished()
 
@@ -217,7 +215,7 @@ class _Batch:
 
     def rows(self, count: int) -> Tensor:
         """(B, rows, columns): the first ``count`` rows of all images, zeros behind them."""
-        codes = self._codes[:, : self._total].clone()
+        codes = torch.tensor(self._codes, device=self._device)[:, : self._total]
         codes[:, count * self._grid[1] :] = 0
         return codes.unflatten(1, self._grid)
 
@@ -225,10 +223,12 @@ class _Batch:
         """One forward pass over the windows of all running images."""
         left = self._total - min(self._final[image] for image in self.running)
         width = min(self._window.width(), left)
-        positions = self._positions(width)
         # What is fed stands before what is predicted.
-        fed = self._codes[self._images, positions - 1]  # (A, T)
-        logits = self._decoder.extend(fed[self._fed], self._slots)
+        fed = [
+            self._codes[image][self._final[image] - 1 : self._final[image] - 1 + width]
+            for image, _ in self._sequences
+        ]
+        logits = self._decoder.extend(torch.tensor(fed, device=self._device), self._slots)
         advances = dict(zip(self.running, self._update(logits), strict=True))
         self._window.learn(width, list(advances.values()))
         self._slots.advance_each([advances[image] for image, _ in self._sequences])
@@ -236,40 +236,44 @@ class _Batch:
 
     def _update(self, logits: Tensor) -> list[int]:
         """Draws what logits (R, T, V) predict; how many codes of each image are final thereby."""
-        length = logits.shape[1]
-        images, positions = self._images, self._positions(length)
-        drafts = self._codes[images, positions]
-        codes, finite = self._draw(logits, self._uniforms[images, positions])
-        self._codes[images, positions] = codes
+        drawn = zip(self.running, self._draw(logits), strict=True)
+        return [self._take(image, codes) for image, codes in drawn]
 
-        unchanged = (codes == drafts).cumprod(-1).sum(-1, keepdim=True)
-        final = torch.minimum(unchanged + 1, (self._total - self._starts).clamp(max=length))
-        later = self._offsets[:length] >= final
-        check_finite((finite | later).all(), self._model)
+    def _take(self, image: int, codes: list[int | None]) -> int:
+        """Puts a pass's codes where the drafts are; how many of them are final."""
+        start, known = self._final[image], len(codes)
+        own = self._codes[image]
+        final = min(_unchanged(own[start : start + known], codes) + 1, self._total - start, known)
+        if None in codes[:final]:
+            raise not_finite(self._model)
+        drafts = [code or 0 for code in codes]
+        # Behind them its last one, repeated. Cleverer guesses, as the code above in the grid, save
+        # no passes.
+        reach = final + self._window.most
+        own[start : start + reach] = drafts + drafts[-1:] * (reach - known)
+        self._final[image] += final
+        self.passes[image] += 1
+        return final
 
-        advances = final.flatten().tolist()
-        for image, advance in zip(self.running, advances, strict=True):
-            self._final[image] += advance
-            self.passes[image] += 1
-        self._starts = self._starts + final
-        self._guess(codes, final)
-        return advances
-
-    def _guess(self, codes: Tensor, advances: Tensor) -> None:
-        """Fills what lies behind a pass's codes (A, T), of which ``advances`` (A, 1) are final.
-
-        The pass's last code, repeated. Cleverer guesses, as the code above in the grid, save no
-        passes.
-        """
-        behind = self._positions(self._window.most)
-        # Counted from an image's first code that is not final, the pass's codes end before this.
-        known = self._offsets < codes.shape[1] - advances
-        drafts = torch.where(known, self._codes[self._images, behind], codes[:, -1:])
-        self._codes[self._images, behind] = drafts
-
-    def _draw(self, logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes (A, T) from logits (R, T, V), and (A, T) bool, False where these are not finite."""
+    def _draw(self, logits: Tensor) -> list[list[int | None]]:
+        """Codes (A, T) from logits (R, T, V); None where these are not finite."""
         length, stop = logits.shape[1], self._sampling.guidance_stop
+        draw = self._draws.get(length)
+        if draw is None:
+            draw = self._draws_of(length)
+            if stop is None:
+                self._draws[length] = draw
+        starts = (self._final[image] for image in self.running)
+        each = zip(self.running, starts, strict=True)
+        uniforms = [self._uniforms[image, start : start + length] for image, start in each]
+        rows = logits.flatten(0, 1)
+        codes, finite = draw(rows, rows, torch.cat(uniforms))
+        found = codes.where(finite, -1).view(-1, length).tolist()
+        return [[None if code < 0 else code for code in own] for own in found]
+
+    def _draws_of(self, length: int) -> Draws:
+        """Draws of the next ``length`` codes of each running image."""
+        stop = self._sampling.guidance_stop
         place = {sequence: index for index, sequence in enumerate(self._sequences)}
         conditional: list[int] = []
         unconditional: list[int | None] = []
@@ -281,21 +285,18 @@ class _Batch:
                 other * length + position if other is not None and position < guided else None
                 for position in range(length)
             ]
-        draw = draws_for(
+        return draws_for(
             [self._sampling] * len(conditional),
             conditional,
             unconditional,
-            codebook_size=logits.shape[-1],
-            device=logits.device,
+            codebook_size=self._model.config.codebook_size,
+            device=self._device,
         )
-        rows = logits.flatten(0, 1)
-        codes, finite = draw(rows, rows, uniforms.flatten())
-        return codes.view(-1, length), finite.view(-1, length)
 
     def _drop_finished(self) -> None:
         """Ends images that have all codes, and unconditional sequences that are not needed."""
-        stop = self._sampling.guidance_stop
-        for place in reversed(range(len(self._sequences))):
+        stop, before = self._sampling.guidance_stop, len(self._sequences)
+        for place in reversed(range(before)):
             image, unconditional = self._sequences[place]
             unguided = unconditional and stop is not None and self._final[image] >= stop
             if self._final[image] == self._total or unguided:
@@ -303,21 +304,14 @@ class _Batch:
                 # The last one takes its place, as in the slots.
                 self._sequences[place] = self._sequences[-1]
                 self._sequences.pop()
-        kept = [n for n, image in enumerate(self.running) if self._final[image] < self._total]
-        if len(kept) < len(self.running):
-            self.running = [self.running[number] for number in kept]
-            self._images, self._starts = self._images[kept], self._starts[kept]
-        if len(self._fed) != len(self._sequences):
-            self._fed = self._numbers()
+        if len(self._sequences) < before:
+            self.running = [image for image in self.running if self._final[image] < self._total]
+            self._draws.clear()
 
-    def _positions(self, length: int) -> Tensor:
-        """(A, T): the first positions of each running image whose codes may change."""
-        return self._starts + self._offsets[:length]
 
-    def _numbers(self) -> Tensor:
-        """(R,): which of the running images each sequence belongs to."""
-        number = {image: number for number, image in enumerate(self.running)}
-        return self._index([number[image] for image, _ in self._sequences])
-
-    def _index(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
+def _unchanged(drafts: Sequence[int], codes: Sequence[int | None]) -> int:
+    """How many of ``codes`` are the drafts that they were drawn behind, from the first one on."""
+    for count, (draft, code) in enumerate(zip(drafts, codes, strict=True)):
+        if draft != code:
+            return count
+    return len(codes)
