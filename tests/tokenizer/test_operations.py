@@ -62,17 +62,44 @@ def test_odd_sizes_and_other_layouts_of_weights(kernels):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_and_many_tiles_and_threads_give_the_same_bits(kernels, dtype, upsample):
+    # Few tiles, and all patches are transformed first; many, and all weights are.
+    torch.manual_seed(0)
+    conv = conv3x3(208, 256, dtype)
+    few = torch.randn(1, 208, 18, 20).to(dtype)
+    many = torch.cat([few, torch.randn(11, 208, 18, 20).to(dtype)])
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for x, threads in ((few, 1), (few, 2), (few, 11), (many, 2)):
+            torch.set_num_threads(threads)
+            y = kernels.convolve(conv, x, shortcut=None, upsample=upsample, into=None)
+            found.append(y[:1])
+    finally:
+        torch.set_num_threads(before)
+    seen = F.interpolate(few, scale_factor=2.0) if upsample else few
+    exact = F.conv2d(seen.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert error(found[0], exact) < (2e-5 if dtype == torch.float32 else 2**-8)
+    assert all(torch.equal(y, found[0]) for y in found)
+    conv = conv.to(memory_format=torch.channels_last)
+    again = kernels.convolve(conv, few, shortcut=None, upsample=upsample, into=None)
+    assert torch.equal(again, found[0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_norm(kernels, dtype):
     torch.manual_seed(0)
-    norm = torch.nn.GroupNorm(32, 64, eps=1e-6)
+    norm = torch.nn.GroupNorm(16, 80, eps=1e-6)
     torch.nn.init.normal_(norm.weight)
     torch.nn.init.normal_(norm.bias)
     norm = norm.to(dtype)
     # Means far from zero, and more pixels than are summed in one go.
-    x = (torch.randn(2, 64, 19, 31) + 100 * torch.randn(2, 64, 1, 1)).to(dtype)
+    x = (torch.randn(2, 80, 19, 31) + 100 * torch.randn(2, 80, 1, 1)).to(dtype)
     weight, bias = norm.weight.double(), norm.bias.double()
-    exact = F.silu(F.group_norm(x.double(), 32, weight, bias, norm.eps))
+    exact = F.silu(F.group_norm(x.double(), 16, weight, bias, norm.eps))
     found = kernels.normalise(norm, x, in_place=False)
     assert error(found, exact) < (1e-5 if dtype == torch.float32 else 2**-8)
     x = x.contiguous(memory_format=torch.channels_last)

@@ -73,6 +73,8 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, h, w) to images (B, 3, h * f, w * f), about in [-1, 1] but not clamped.
 
+        Codes may lie on the CPU whatever the device: then nothing waits for the device.
+
         Raises:
             InputError: a code lies outside the codebook.
         """
@@ -82,7 +84,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
                 f"codes run from {int(codes.min())} to {int(codes.max())}, but this tokenizer has "
                 f"{size} codes (0 to {size - 1}); use the tokenizer that made them"
             )
-        return self.decode_latents(self.quantize.lookup(codes))
+        return self.decode_latents(self.quantize.lookup(codes.to(self.device)))
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """Into the weights' dtype, channels last: oneDNN and cuDNN convolve that layout faster

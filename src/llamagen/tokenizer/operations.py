@@ -23,7 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 _PANEL = 32
 
-_FEWEST_PIXELS = 32 * 32
+_FEWEST_PIXELS = 16 * 16
 """Of an image's map; below, transforming the weights takes as long as it saves. Not of all images:
 pixels shall not depend on how many are decoded at once."""
 
@@ -93,8 +93,7 @@ class _Convolution(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("images", "height", "width", "inputs", "outputs")),
-        *((name, ctypes.c_int32) for name in ("half", "upsampled", "threads")),
-        *((name, ctypes.c_int64) for name in ("per_output", "per_input", "per_tap")),
+        *((name, ctypes.c_int32) for name in ("half", "upsampled", "threads", "taps_first")),
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "shortcut", "y", "scratch")),
     )
 
@@ -148,13 +147,13 @@ class _Kernels:
         if into is None or into.shape != shape:
             into = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
         y = into
-        strides = conv.weight.stride()
-        taps = conv.weight if strides[2] == 3 * strides[3] else conv.weight.contiguous()
+        weight = conv.weight
+        taps_first = weight.is_contiguous(memory_format=torch.channels_last)
+        weight = weight if taps_first else weight.contiguous()
         call = _Convolution(
             *(shape[0], height, width, conv.in_channels, conv.out_channels),
-            *(x.dtype == torch.bfloat16, upsample, torch.get_num_threads()),
-            *(taps.stride(0), taps.stride(1), taps.stride(3)),
-            *(x.data_ptr(), taps.data_ptr(), conv.bias.data_ptr()),
+            *(x.dtype == torch.bfloat16, upsample, torch.get_num_threads(), taps_first),
+            *(x.data_ptr(), weight.data_ptr(), conv.bias.data_ptr()),
             *(None if shortcut is None else shortcut.data_ptr(), y.data_ptr()),
         )
         scratch = self._scratch(self._library.convolution_scratch(ctypes.byref(call)))
