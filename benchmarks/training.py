@@ -2,7 +2,8 @@
 
 The plain loop computes all logits, turns them to float32, and steps AdamW as torch comes; the
 product's step is the one that ``llamagen train transformer`` takes. Both train the same model on
-the same codes under bfloat16 autocast.
+the same codes under bfloat16 autocast. The floor is what the operations take at the rate of a large
+product of matrices, which is measured first; ``--shares`` says what a step's time goes to.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/training.py
 """
@@ -10,11 +11,13 @@ the same codes under bfloat16 autocast.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from common import median_and_spread, print_table, record, time_in_turn
 from torch import nn
 
+from llamagen.bench import measure_limits
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
 from llamagen.devices import keep_freed_memory
 from llamagen.training.config import LoopConfig
@@ -46,8 +50,8 @@ def plain_step(config: TransformerConfig, size: int, device: str) -> Step:
     for module in model.modules():
         if isinstance(module, cpu.Dropout):
             module.__class__ = nn.Dropout
-    # torch's own attention, too.
-    stock = mock.patch.object(cpu, "plain_attention_pays", return_value=False)
+    # torch's own attention, norms and rotations, too.
+    stock = mock.patch.object(cpu, "pays", return_value=False)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -95,7 +99,20 @@ STEPS: dict[str, Callable[[TransformerConfig, int, str], Step]] = {
     "llamagen, recomputing": lambda *a: product_step(*a, compiled=False, recompute=True),
     "llamagen, compiled": lambda *a: product_step(*a, compiled=True, recompute=False),
 }
-WARM_UP = 2
+WARM_UP = 4
+"""Steps until the process has all the memory that it needs."""
+
+# What the time of a step goes to, by torch's operations; what is not named is the rest.
+PARTS = {
+    "aten::mm": "products",
+    "aten::bmm": "attention",
+    "aten::baddbmm": "attention",
+    "aten::_softmax": "attention",
+    "aten::_softmax_backward_data": "attention",
+    "aten::copy_": "casts and copies",
+    "aten::random_": "random numbers of dropout",
+    "aten::_fused_adamw_": "optimizer",
+}
 
 
 class Worker:
@@ -136,8 +153,21 @@ def work(name: str, config: TransformerConfig, size: int, device: str) -> None:
     for line in sys.stdin:
         if line.strip() == "peak memory":
             print(peak_memory(device), flush=True)
+        elif line.strip() == "shares":
+            print(json.dumps(shares(step)), flush=True)
         else:
             print(step(), flush=True)
+
+
+def shares(step: Step) -> dict[str, float]:
+    """What the time of a step on a CPU goes to, in parts of all of it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    found: dict[str, float] = {}
+    for event in profile.key_averages():
+        part = PARTS.get(event.key, "rest")
+        found[part] = found.get(part, 0.0) + event.self_cpu_time_total
+    return {part: time / sum(found.values()) for part, time in found.items()}
 
 
 def peak_memory(device: str) -> int:
@@ -148,41 +178,57 @@ def peak_memory(device: str) -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
+def ratio(seconds: dict[str, list[float]], name: str) -> str:
+    """How many times as fast as the plain loop, in the median of the pairs."""
+    if "plain" not in seconds:
+        return ""
+    pairs = zip(seconds["plain"], seconds[name], strict=True)
+    return f"{statistics.median(plain / own for plain, own in pairs):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="B")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--compiled", action="store_true", help="also with torch.compile")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, help="by default all but compiled")
+    parser.add_argument("--shares", action="store_true", help="profile a step, on a CPU")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     config, size = preset(TRANSFORMER_PRESETS, arguments.preset), arguments.batch_size
     if arguments.only is not None:
         work(arguments.only, config, size, arguments.device)
         return
-    names = [name for name in STEPS if arguments.compiled or name != "llamagen, compiled"]
+    names = arguments.steps or [name for name in STEPS if name != "llamagen, compiled"]
+    limits = measure_limits(torch.device(arguments.device), torch.bfloat16)
+    floor = size * training_flops(config) / limits.operations_per_second
     workers = {name: Worker(name, arguments) for name in names}
     seconds = time_in_turn(workers, repeats=arguments.repeats)
     tokens = size * config.num_codes
     peak = peak_flops(torch.device(arguments.device), "bfloat16")
-    results, rows = {}, []
+    results: dict[str, Any] = {"floor_seconds": floor}
+    rows = []
     for name in names:
         rates = [tokens / value for value in seconds[name]]
-        ratios = [plain / own for plain, own in zip(seconds["plain"], seconds[name], strict=True)]
         memory = int(workers[name].ask("peak memory"))
-        workers[name].end()
         results[name] = {"seconds": seconds[name], "peak_memory": memory}
-        row = [name, median_and_spread(rates), f"{statistics.median(ratios):.2f}"]
-        row.append(f"{memory / 1e9:.2f}")
+        if arguments.shares:
+            results[name]["shares"] = json.loads(workers[name].ask("shares"))
+        workers[name].end()
+        row = [name, median_and_spread(rates), ratio(seconds, name), f"{memory / 1e9:.2f}"]
         if peak is not None:
             mfu = size * training_flops(config) / statistics.median(seconds[name]) / peak
             results[name]["mfu"] = mfu
             row.append(f"{mfu:.1%}")
         rows.append(row)
+    rows.append(["floor", f"{tokens / floor:.1f}", "", ""] + ([""] if peak is not None else []))
     print(f"preset {arguments.preset}, {size} x {config.num_codes} codes, bfloat16 autocast")
     header = ["step", "tokens/s", "times plain", "peak GB"]
     print_table(header + (["MFU"] if peak is not None else []), rows)
+    for name in names if arguments.shares else ():
+        parts = sorted(results[name]["shares"].items(), key=lambda part: -part[1])
+        print(f"{name}: " + ", ".join(f"{part} {share:.1%}" for part, share in parts))
     record(f"training-{arguments.preset}", results)
 
 

@@ -1,11 +1,14 @@
 """Folders of images: what interrupts them and however many processes share them, the same."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from llamagen import drawing
 from llamagen.drawing import draw_into_folder, plan_images
 from llamagen.errors import InputError
 from llamagen.pictures import read_metadata
@@ -76,6 +79,46 @@ def test_processes_share_the_work(whole, pipe, planned, tmp_path):
     assert pictures(tmp_path) == pictures(whole)
 
 
+def test_a_gpu_draws_the_next_batch_while_one_is_saved(whole, pipe, planned, tmp_path, monkeypatch):
+    launches = 0
+    second = threading.Event()
+    launch, save = drawing._launch, drawing._save
+
+    def launched(*arguments, **settings):
+        nonlocal launches
+        launches += 1
+        if launches == 2:
+            second.set()
+        return launch(*arguments, **settings)
+
+    def saved(*arguments):
+        assert second.wait(60)
+        save(*arguments)
+
+    monkeypatch.setattr(drawing, "_batches_behind", lambda device: 1)
+    monkeypatch.setattr(drawing, "_launch", launched)
+    monkeypatch.setattr(drawing, "_save", saved)
+    told = []
+    assert draw_into_folder(pipe, planned, tmp_path, batch_size=4, progress=told.append) == 9
+    assert told == [4, 4, 1]
+    assert pictures(tmp_path) == pictures(whole)
+
+
+def test_what_is_drawn_is_saved_though_the_next_batch_fails(pipe, planned, tmp_path, monkeypatch):
+    launch = drawing._launch
+
+    def failing(pipeline, left, **settings):
+        if left[0].seed == 14:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return launch(pipeline, left, **settings)
+
+    monkeypatch.setattr(drawing, "_batches_behind", lambda device: 1)
+    monkeypatch.setattr(drawing, "_launch", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw_into_folder(pipe, planned, tmp_path, batch_size=4)
+    assert len(pictures(tmp_path)) == 4
+
+
 def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
     planned = plan_images([("llama", {}), ("https://example.com", {})], images_per_prompt=1, seed=0)
     with pytest.raises(InputError, match="empty once it is cleaned"):
@@ -83,6 +126,19 @@ def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="no class"):
         tiny_pipeline().check_prompts(["dog", "unknown"])
+
+
+def test_several_rows_at_once_make_other_images(whole, pipe, planned, tmp_path):
+    out = tmp_path / "out"
+    for wrong in ({"row_lag": 0}, {"row_lag": 2, "window": 2}):
+        with pytest.raises(InputError, match="row_lag"):
+            draw_into_folder(pipe, planned, out, **wrong)
+        assert not out.exists()
+    assert draw_into_folder(pipe, planned, out, row_lag=2) == 9
+    assert pictures(out) != pictures(whole)
+    assert read_metadata(out / "000001-1.png")["row_lag"] == 2
+    with pytest.raises(InputError, match="begun with other settings"):
+        draw_into_folder(pipe, planned, out)
 
 
 def test_folders_of_something_else(whole, pipe, planned, tmp_path):

@@ -68,6 +68,33 @@ def test_several_codes_per_pass_make_no_difference(pipe, window, monkeypatch):
     assert len(passes) == (1 if window == 1 else 5)
 
 
+def test_several_rows_at_once(pipe):
+    exact = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
+    whole_rows = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, row_lag=4)
+    assert torch.equal(whole_rows.codes, exact.codes)
+    seen = []
+    output = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, row_lag=2, callback=seen.append)
+    assert not torch.equal(output.codes, exact.codes)
+    assert torch.equal(output.codes[:, 0], exact.codes[:, 0])
+    assert [progress.row for progress in seen] == [1, 2, 3, 4]
+    assert "row_lag" not in exact.metadata[0]
+    entry = output.metadata[3]
+    again = pipe(entry["class_index"], seed=entry["seed"], row_lag=entry["row_lag"])
+    assert torch.equal(again.codes[0], output.codes[3])
+
+
+def test_rows_that_cannot_be_drawn_at_once(pipe):
+    with pytest.raises(InputError, match="row_lag is 0, expected at least 1 column"):
+        pipe("dog", row_lag=0)
+    with pytest.raises(InputError, match="row_lag goes without window"):
+        pipe("dog", row_lag=2, window=1)
+    by_vllm = Pipeline(pipe.tokenizer, pipe.transformer, labels=pipe.labels, engine="vllm")
+    with pytest.raises(InputError, match="row_lag goes with engine 'native'"):
+        by_vllm("dog", row_lag=2)
+    with pytest.raises(InputError, match="window goes with engine 'native'"):
+        by_vllm("dog", window=2)
+
+
 def test_progress_of_every_batch(pipe):
     seen = []
     output = pipe("dog", num_images_per_prompt=3, seed=0, batch_size=2, callback=seen.append)
@@ -196,6 +223,30 @@ def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
     assert torch.equal(output.codes, pipe("dog", num_images_per_prompt=5, seed=0).codes)
 
 
+def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch):
+    log = []
+    real, copy = pipeline_module.generate_codes, pipeline_module.copy_to_host
+
+    def drawn(*arguments, **settings):
+        log.append("codes")
+        return real(*arguments, **settings)
+
+    def copied(pixels):
+        wait = copy(pixels)
+        log.append("pixels")
+        return lambda: (log.append("fetched"), wait())[1]
+
+    whole = pipe("dog", num_images_per_prompt=5, seed=0)
+    monkeypatch.setattr(pipeline_module, "generate_codes", drawn)
+    monkeypatch.setattr(pipeline_module, "copy_to_host", copied)
+    output = pipe("dog", num_images_per_prompt=5, seed=0, batch_size=2)
+    assert log == [
+        *("codes", "pixels", "codes", "pixels", "fetched"),
+        *("codes", "pixels", "fetched", "fetched"),
+    ]
+    assert all(map(same, whole.images, output.images))
+
+
 def test_moving(pipe):
     moved = tiny_pipeline().to("cpu", "float16")
     assert moved.dtype == torch.float16
@@ -206,8 +257,11 @@ def test_moving(pipe):
 @pytest.mark.gpu
 def test_on_the_gpu():
     pipe = tiny_pipeline()
-    expected = pipe("dog", seed=4, temperature=0.0).codes
-    assert torch.equal(pipe.to("cuda")("dog", seed=4, temperature=0.0).codes, expected)
+    settings = {"num_images_per_prompt": 3, "seed": 4, "temperature": 0.0, "batch_size": 1}
+    expected = pipe("dog", **settings)
+    found = pipe.to("cuda")("dog", **settings)
+    assert torch.equal(found.codes, expected.codes)
+    assert all(map(same, found.images, pipe.decode(found.codes)))
 
 
 def test_codes_alone():

@@ -6,8 +6,10 @@ import ctypes
 import functools
 import sys
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from llamagen.errors import InputError
 
@@ -67,7 +69,8 @@ def keep_freed_memory() -> None:
 
     glibc hands blocks of more than 32 MB back to the system at once, and gets the next one page
     by page: on a CPU, a fifth of the time that encoding takes and a tenth of a training step. For a
-    process that does little else; elsewhere than on glibc, nothing happens.
+    process that does little else, again and again and in its main thread: peaks of memory grow by a
+    fifth, and other threads are not served by it. Elsewhere than on glibc, nothing happens.
     """
     if sys.platform != "linux":
         return
@@ -75,6 +78,26 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy ``tensor``; what it returns waits for the copy, and for nothing after it.
+
+    So a GPU has other work in the meantime. Elsewhere the copy is made when it is waited for.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    tensor = tensor.contiguous()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
 
 
 @functools.cache

@@ -6,8 +6,12 @@ import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
+from PIL import Image
 
 import llamagen.storage as storage
 from llamagen.errors import InputError
@@ -74,8 +78,9 @@ def draw_into_folder(
             folder, since it changes no image.
         rank: this process draws every ``world_size``-th batch, from this one on.
         world_size: processes that draw into the folder.
-        progress: is told how many more are there.
-        settings: what ``Pipeline.__call__`` takes, as guidance_scale or negative_prompt.
+        progress: is told how many more are there. A GPU draws the next batch while one is fetched
+            and saved; a CPU, which would be slower at it, saves what is drawn before it goes on.
+        settings: what ``Pipeline.__call__`` takes, as guidance_scale, negative_prompt or row_lag.
 
     Returns:
         How many this call has drawn.
@@ -86,22 +91,29 @@ def draw_into_folder(
     """
     # All of them before the first is drawn: a prompts' file that is mended is another one.
     pipeline.check_prompts([image.prompt for image in planned])
+    pipeline.check_passes(window=window, row_lag=settings.get("row_lag"))
     _begin(pipeline, planned, out, settings)
     drawn = 0
-    for batch in batches(planned, batch_size, rank, world_size):
-        left = [image for image in batch if not (out / image.file).is_file()]
-        if left:
-            output = pipeline(
-                [image.prompt for image in left],
-                seed=[image.seed for image in left],
-                window=window,
-                **settings,
-            )
-            for image, picture, about in zip(left, output.images, output.metadata, strict=True):
-                save_png(picture, out / image.file, metadata=about)
-        drawn += len(left)
+    behind = _batches_behind(pipeline.device)
+    saving: list[tuple[int, Future[None]]] = []
+
+    def wait_for_first() -> None:
+        there, saved = saving.pop(0)
+        saved.result()
         if progress is not None:
-            progress(len(batch))
+            progress(there)
+
+    # What is being saved when something fails is there in the end.
+    with ThreadPoolExecutor(1, thread_name_prefix="llamagen-saver") as saver:
+        for batch in batches(planned, batch_size, rank, world_size):
+            left = [image for image in batch if not (out / image.file).is_file()]
+            fetch, about = _launch(pipeline, left, window=window, **settings)
+            saving.append((len(batch), saver.submit(_save, left, out, fetch, about)))
+            drawn += len(left)
+            if len(saving) > behind:
+                wait_for_first()
+        while saving:
+            wait_for_first()
     return drawn
 
 
@@ -112,6 +124,36 @@ def batches(
     # Fixed cuts, so that the processes never draw the same image, whatever is there already.
     for start in range(rank * size, len(planned), world_size * size):
         yield planned[start : start + size]
+
+
+def _batches_behind(device: torch.device) -> int:
+    """Batches that are fetched and saved while the next one is drawn."""
+    return 1 if device.type == "cuda" else 0
+
+
+def _launch(
+    pipeline: Pipeline, left: Sequence[Planned], **settings: Any
+) -> tuple[Callable[[], list[Image.Image]], Sequence[Mapping[str, Any]]]:
+    """Draws the codes; gives what fetches their images, and what is recorded of each."""
+    if not left:
+        return list, ()
+    output = pipeline(
+        [image.prompt for image in left],
+        seed=[image.seed for image in left],
+        output_type="codes",
+        **settings,
+    )
+    return pipeline.decode_later(output.codes), output.metadata
+
+
+def _save(
+    left: Sequence[Planned],
+    out: Path,
+    fetch: Callable[[], list[Image.Image]],
+    metadata: Sequence[Mapping[str, Any]],
+) -> None:
+    for image, picture, about in zip(left, fetch(), metadata, strict=True):
+        save_png(picture, out / image.file, metadata=about)
 
 
 def _begin(

@@ -26,17 +26,19 @@ from llamagen.conditions import (
     text_conditions,
 )
 from llamagen.config import Grid, Quantization, SamplingConfig, TextConfig
-from llamagen.devices import find_device, find_dtype
+from llamagen.devices import copy_to_host, find_device, find_dtype
 from llamagen.errors import InputError
 from llamagen.generation import (
     generate_codes,
     generate_codes_in_parallel,
+    generate_codes_row_parallel,
     looking_ahead_pays,
 )
 from llamagen.generation.memory import decoding_batch_size, sampling_batch_size
+from llamagen.generation.row_parallel import check_lag, most_codes_fed
 from llamagen.labels import Labels
-from llamagen.pictures import to_pil
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.pictures import arrays_to_pil
+from llamagen.tokenizer import ImageTokenizer, images_to_uint8
 from llamagen.transformer import Transformer
 from llamagen.transformer.quantized import quantize, refuse_quantized
 
@@ -364,6 +366,7 @@ class Pipeline:
         prompt_attention_mask: Tensor | None = None,
         batch_size: int | None = None,
         window: int | None = None,
+        row_lag: int | None = None,
         callback: Callable[[Progress], None] | None = None,
         output_type: Literal["pil", "codes"] = "pil",
     ) -> PipelineOutput:
@@ -392,6 +395,9 @@ class Pipeline:
             window: codes of each image that a forward pass looks at; the image stays the same (up
                 to floating-point ties). 1 draws them one by one; by default more where that is
                 faster.
+            row_lag: draws several rows of the grid at once, each so many columns behind the row
+                above it: faster, but approximate, the more so the smaller. Goes without
+                ``window``; by default codes are exact.
             callback: called after each finished row of a batch; an exception from it ends the
                 call.
             output_type: "codes" leaves the images out, which ``decode`` makes of the codes.
@@ -405,8 +411,7 @@ class Pipeline:
             )
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
-        if window is not None and self.engine == "vllm":
-            raise InputError("vLLM draws codes one by one; window goes with engine 'native'")
+        self.check_passes(window=window, row_lag=row_lag)
         given: dict[str, Any] = {
             "guidance_scale": guidance_scale,
             "guidance_stop": guidance_stop,
@@ -422,23 +427,48 @@ class Pipeline:
         )
         seeds = _seeds(seed, len(conditions))
         images: list[Image.Image] = []
+        arriving: list[Callable[[], list[Image.Image]]] = []
         codes: list[Tensor] = []
-        for part in self._drawn(conditions, seeds, sampling, batch_size, window, callback):
-            if output_type == "pil":
-                images += self.decode(part)
+        draw, size = self._draw(sampling, window, row_lag)
+        batches = draw_batches(
+            draw, conditions, seeds, sampling, size=batch_size or size, callback=callback
+        )
+        for part in batches:
             codes.append(part.cpu())
+            if output_type == "pil":
+                arriving.append(self.decode_later(codes[-1]))
+            # Images are fetched when the next batch has been launched: no GPU waits for that.
+            if len(arriving) > 1:
+                images += arriving.pop(0)()
+        for fetch in arriving:
+            images += fetch()
         metadata = tuple(
             {
                 "model": self.name,
                 **described,
                 "seed": seed,
                 **dataclasses.asdict(sampling),
+                **({} if row_lag is None else {"row_lag": row_lag}),
                 **self.precision,
                 "device": self.device.type,
             }
             for described, seed in zip(conditions.described, seeds, strict=True)
         )
         return PipelineOutput(images=images, codes=torch.cat(codes), seeds=seeds, metadata=metadata)
+
+    def check_passes(self, *, window: int | None = None, row_lag: int | None = None) -> None:
+        """Checks that codes can be drawn so many per pass; see ``__call__``.
+
+        Raises:
+            InputError: they exclude each other, there is no such lag, or vLLM draws the codes.
+        """
+        for name, value in (("window", window), ("row_lag", row_lag)):
+            if value is not None and self.engine == "vllm":
+                raise InputError(f"vLLM draws codes one by one; {name} goes with engine 'native'")
+        if row_lag is not None:
+            check_lag(row_lag)
+            if window is not None:
+                raise InputError("row_lag goes without window; give one of them")
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Checks that all of these can be drawn, without drawing any.
@@ -463,7 +493,15 @@ class Pipeline:
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (images, rows, columns) to images."""
-        return [image for part in self.decode_in_parts(codes) for image in to_pil(part)]
+        return self.decode_later(codes)()
+
+    def decode_later(self, codes: Tensor) -> Callable[[], list[Image.Image]]:
+        """Launches what ``decode`` does; the result waits for the images, from any thread."""
+        arriving = [
+            copy_to_host(images_to_uint8(part).movedim(1, -1))
+            for part in self.decode_in_parts(codes)
+        ]
+        return lambda: [image for wait in arriving for image in arrays_to_pil(wait().numpy())]
 
     @torch.inference_mode()
     def decode_in_parts(self, codes: Tensor) -> Iterator[Tensor]:
@@ -474,7 +512,7 @@ class Pipeline:
             tokenizer.config, (rows, columns), device=tokenizer.device, dtype=tokenizer.dtype
         )
         for part in codes.split(size):
-            yield tokenizer.decode(part.to(self.device))
+            yield tokenizer.decode(part)
 
     def _conditions(
         self,
@@ -514,29 +552,27 @@ class Pipeline:
         texts = None if against is None else list(map(str, against))
         return text_conditions(encoder, list(map(str, wanted)), texts, copies)
 
-    def _drawn(
-        self,
-        conditions: Conditions,
-        seeds: Sequence[int],
-        sampling: SamplingConfig,
-        batch_size: int | None,
-        window: int | None,
-        callback: Callable[[Progress], None] | None,
-    ) -> Iterator[Tensor]:
-        """Codes of all images, batch by batch."""
+    def _draw(
+        self, sampling: SamplingConfig, window: int | None, row_lag: int | None
+    ) -> tuple[Callable[..., Tensor], int]:
+        """What draws the codes of a batch, and how many images it can take at once."""
         if self.engine == "vllm":
-            size = batch_size or _VLLM_BATCH
-            draw: Callable[..., Tensor] = self._vllm().generate_codes
-        else:
-            size = batch_size or sampling_batch_size(
-                self.transformer, guided=sampling.guided, window=window or 1
-            )
-            draw = functools.partial(self._draw_codes, window)
-        return draw_batches(draw, conditions, seeds, sampling, size=size, callback=callback)
+            return self._vllm().generate_codes, _VLLM_BATCH
+        at_once = window or 1
+        if row_lag is not None:
+            at_once = most_codes_fed(self.transformer.config.grid, row_lag)
+        size = sampling_batch_size(self.transformer, guided=sampling.guided, window=at_once)
+        return functools.partial(self._draw_codes, window, row_lag), size
 
-    def _draw_codes(self, window: int | None, condition: Tensor, **settings: Any) -> Tensor:
-        """``generate_codes``, or what is faster and gives the same codes."""
+    def _draw_codes(
+        self, window: int | None, row_lag: int | None, condition: Tensor, **settings: Any
+    ) -> Tensor:
+        """``generate_codes``, what is faster and gives the same codes, or what was asked for."""
         images, sampling = condition.shape[0], settings["sampling"]
+        if row_lag is not None:
+            return generate_codes_row_parallel(
+                self.transformer, condition, lag=row_lag, **settings
+            ).codes
         if window is None and not looking_ahead_pays(self.transformer, images, sampling):
             window = 1
         if window == 1:

@@ -56,6 +56,16 @@ def test_the_same_image_again(generate, run, model_folder, tmp_path):
     assert read_metadata(tmp_path / "again" / "dog-6.png") == read_metadata(wanted)
 
 
+def test_several_rows_at_once_and_again(generate, run, model_folder, tmp_path):
+    generate("--class", "dog", "-n", 2, "--seed", 5, "--row-lag", 2)
+    wanted = tmp_path / "out" / "dog-6.png"
+    assert read_metadata(wanted)["row_lag"] == 2
+    run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
+    assert np.array_equal(pixels(tmp_path / "again" / "dog-6.png"), pixels(wanted))
+    run("generate", "--model", model_folder, "-c", "dog", "--seed", 6, "--out", tmp_path / "exact")
+    assert not np.array_equal(pixels(tmp_path / "exact" / "dog-6.png"), pixels(wanted))
+
+
 def test_a_transformer_with_a_tokenizer_named_apart(run, fails, model_folder, tmp_path):
     transformer = model_folder / "transformer"
     line = fails("generate", "--model", transformer, "-c", 1, "--out", tmp_path)
@@ -92,6 +102,8 @@ def test_a_transformer_with_a_tokenizer_named_apart(run, fails, model_folder, tm
         (["--class", "dog", "--guidance-scale", "nan"], "guidance_scale"),
         (["--class", "dog", "-n", "0"], "num_images_per_prompt"),
         (["--class", "dog", "--seed", "-4"], "seed"),
+        (["--class", "dog", "--row-lag", "0"], "row_lag is 0, expected at least 1 column"),
+        (["--class", "dog", "--row-lag", "2", "--window", "4"], "row_lag goes without window"),
         (["--class", "dog", "--like", "missing.png"], "missing.png"),
     ],
 )

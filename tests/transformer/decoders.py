@@ -67,3 +67,47 @@ def logits_of_windows(model, decoder, windows):
             # Less is kept than was fed, and not of all sequences alike.
             slots.advance_each([1 + round_ % 2, 1, codes.shape[1] // 2])
     return torch.cat(logits)
+
+
+# Codes of a grid of 3 x 5 whose rows are two columns behind each other; before the second row
+# begins, all of the first one's places are filled.
+SCATTERED = (
+    (0, 1, 2, 3),
+    (1, 4),
+    (2, 5, 6, 7, 8),
+    (3, 6, 9),
+    (4, 10, 7),
+    (8, 11),
+)
+
+
+def slots_with_texts(model, lengths=(2, 6, 4)):
+    """Sequences of text features of these lengths."""
+    slots, generator = slots_of(model, len(lengths)), torch.Generator().manual_seed(5)
+    for length in lengths:
+        model.start(torch.randn(1, length, model.config.text_dim, generator=generator), slots)
+    return slots
+
+
+def logits_of_scattered(model, decoder):
+    """Logits of three sequences whose codes do not follow each other, and the slots."""
+    slots, generator = slots_with_texts(model), torch.Generator().manual_seed(6)
+    logits = []
+    for cells in SCATTERED:
+        codes = torch.randint(model.config.codebook_size, (3, len(cells)), generator=generator)
+        logits.append(decoder.extend_at(codes, slots, cells).clone().flatten(0, 1))
+    return torch.cat(logits), slots
+
+
+def logits_with_changed_cells(model, decoder, cells, changed):
+    """Logits (3, T, V) at ``cells`` before and after other ones get other keys and values."""
+    slots, found = slots_with_texts(model), []
+    for part in slots.keys + slots.values:
+        part.normal_()
+    codes = torch.randint(model.config.codebook_size, (3, len(cells)))
+    for _ in range(2):
+        found.append(decoder.extend_at(codes, slots, cells).clone())
+        for sequence, condition in enumerate(slots.conditions):
+            for part in slots.keys + slots.values:
+                part[sequence, :, [condition + cell for cell in changed]] = 1e4
+    return found

@@ -8,8 +8,9 @@ from llamagen.transformer.code_loss import code_loss
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks and a rest, in tests of a few rows."""
+    """Several chunks and a rest, in tests of a few rows, and two products with them."""
     monkeypatch.setattr(module, "_CHUNK_LOGITS", 3 * 11)
+    monkeypatch.setattr(module, "_CHUNK_SLOPES", 5 * 11)
 
 
 def rows(count=7, width=5, codes=11, dtype=torch.float64):

@@ -13,9 +13,12 @@ from tests.transformer.decoders import (
     assert_close,
     join,
     logits_at_different_places,
+    logits_of_scattered,
     logits_of_windows,
+    logits_with_changed_cells,
     model_of,
     slots_of,
+    slots_with_texts,
 )
 
 ROWS = (1, 2, 3, 5, 8, 9, 33, 70)
@@ -118,6 +121,49 @@ def test_windows(variant, size):
     assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("size", ["even", "grouped queries", "odd heads"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_scattered_codes(variant, size):
+    model = model_of(size, grid=(3, 5), condition="text")
+    (wanted, by_torch), (found, ours) = (
+        logits_of_scattered(model, decoder)
+        for decoder in (TorchDecoder(model), decoder_of(model, variant))
+    )
+    assert_close(found, wanted)
+    for kind in ("keys", "values"):
+        assert_close(*(torch.stack(getattr(slots, kind)) for slots in (ours, by_torch)))
+
+
+@pytest.mark.parametrize(
+    ("changed", "affected"),
+    [([0], [0, 1, 2]), ([6, 7], [1, 2]), ([9, 10, 11], [2]), ([13, 14], [])],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", ["torch", *VARIANTS])
+@torch.inference_mode()
+def test_what_stands_behind_a_code_changes_no_bit(variant, dtype, changed, affected):
+    model = model_of("grouped queries", dtype, grid=(3, 5), condition="text")
+    decoder = TorchDecoder(model) if variant == "torch" else decoder_of(model, variant)
+    before, after = logits_with_changed_cells(model, decoder, [5, 8, 12], changed)
+    for code in range(3):
+        assert torch.equal(before[:, code], after[:, code]) == (code not in affected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_codes_that_follow_each_other_may_be_fed_as_scattered_ones(variant, dtype):
+    model = model_of("grouped queries", dtype, grid=(3, 5))
+    decoder, codes = decoder_of(model, variant), torch.arange(15).view(3, 5)
+    slots = slots_of(model, 6)
+    join(model, slots, [0, 1, 2])
+    wanted = decoder.extend(codes, slots).clone()
+    slots = slots_of(model, 3)
+    join(model, slots, [0, 1, 2])
+    assert torch.equal(decoder.extend_at(codes, slots, range(5)), wanted)
+
+
 def test_which_models_the_kernels_take(monkeypatch):
     kernels_of("native")  # or skip
 
@@ -154,6 +200,14 @@ def test_a_full_cache_is_refused():
         decoder.next_logits(torch.tensor([0]), cache)
     with pytest.raises(AssertionError, match="in a cache with room for"):
         decoder.next_logits(torch.tensor([0]), cache)
+
+
+@torch.inference_mode()
+def test_a_cell_past_the_image_is_refused():
+    model = model_of("even", condition="text")
+    decoder, slots = decoder_of(model, "native"), slots_with_texts(model)
+    with pytest.raises(AssertionError, match="cell 16 of an image of 16 codes"):
+        decoder.extend_at(torch.zeros(3, 1), slots, [16])
 
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])

@@ -132,3 +132,44 @@ def test_windows_past_the_last_code_need_room():
     assert logits.isfinite().all()
     with pytest.raises(AssertionError, match="19 positions in slots with room for 18"):
         model.extend(codes[:, :4], slots)
+
+
+@torch.inference_mode()
+def test_codes_in_any_order():
+    """Where each sees what stands before it, the order they come in makes no difference."""
+    model = tiny_transformer(condition="text", kv_heads=2)
+    generator = torch.Generator().manual_seed(7)
+    codes = torch.randint(64, (3, 15), generator=generator)
+    texts = [torch.randn(1, length, 16, generator=generator) for length in (2, 6, 4)]
+    wanted = [model(codes[k : k + 1], text)[0] for k, text in enumerate(texts)]
+    slots = new_slots(model)
+    for text in texts:
+        model.start(text, slots)
+    model.extend_at(codes[:, :4], slots, range(4))
+    logits = model.extend_at(codes[:, [5, 4]], slots, [5, 4])
+    for k in range(3):
+        torch.testing.assert_close(logits[k, 0], wanted[k][6])
+        torch.testing.assert_close(logits[k, 1], wanted[k][5])
+    # Another code stood there.
+    model.extend_at(codes[:, :1], slots, [6])
+    logits = model.extend_at(codes[:, 6:], slots, range(6, 15))
+    for k in range(3):
+        torch.testing.assert_close(logits[k], wanted[k][7:])
+    assert slots.lengths == [2, 6, 4]
+
+
+@torch.inference_mode()
+def test_what_codes_that_do_not_follow_each_other_attend_to():
+    model = tiny_transformer(condition="text")
+    slots = new_slots(model)
+    for length in (1, 2):
+        model.start(torch.randn(1, length, 16), slots)
+    there = slots.at([4, 1])
+    assert there.keys[0] is slots.keys[0]
+    assert there.attended(2).squeeze(1).int().tolist() == [
+        [[1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]],
+        [[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]],
+    ]
+    assert slots.at([4]).attended() is not None
+    slots.remove(1)
+    assert slots.at([4]).attended() is None

@@ -78,6 +78,9 @@ class Options(EngineOptions, QuantizationOptions, DeviceOptions):
     window: int | None = None
     """Codes of each image that a pass looks at: faster for few images, and the same image. 1 draws
     one by one. Default: chosen."""
+    row_lag: int | None = None
+    """Draw several rows of codes at once, each so many columns behind the row above: faster, but
+    approximate, another image and the worse the smaller this is. Goes without --window."""
 
 
 def run(options: Options) -> None:
@@ -145,12 +148,15 @@ def _draw_file(options: Options, path: Path) -> None:
     prompts = read_prompts(path, column=options.prompt_column)
     from tqdm import tqdm
 
+    from llamagen.devices import keep_freed_memory
     from llamagen.drawing import batches, draw_into_folder, plan_images
     from llamagen.launch import Launch, own_device
 
     device, dtype = options.resolve()
     launch = Launch.current()
     pipe = _load(options.model, options, own_device(device, launch), dtype)
+    # Now: what loading has freed goes back to the system, what batches free serves the next ones.
+    keep_freed_memory()
     planned = plan_images(prompts, images_per_prompt=options.count, seed=options.seed or 0)
     size = options.batch_size or _BATCH
     own = sum(map(len, batches(planned, size, launch.rank, launch.world_size)))
@@ -170,6 +176,7 @@ def _draw_file(options: Options, path: Path) -> None:
             top_k=options.top_k,
             top_p=options.top_p,
             temperature=options.temperature,
+            row_lag=options.row_lag,
         )
     print(f"{drawn} images drawn of {len(planned)}")
     print(options.out)
@@ -197,7 +204,7 @@ def _settings(options: Options) -> dict[str, Any]:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature", "seed")
+    names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature", "seed", "row_lag")
     settings: dict[str, Any] = {}
     for name in names:
         value = getattr(options, name)

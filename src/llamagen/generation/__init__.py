@@ -1,4 +1,4 @@
-"""Codes from a transformer: guidance, filters, the decode loop and a faster one."""
+"""Codes from a transformer: guidance, filters, the decode loop and faster ones."""
 
 from llamagen.generation.decode import RowCallback, generate_codes
 from llamagen.generation.filters import (
@@ -9,6 +9,7 @@ from llamagen.generation.filters import (
     keep_top_p,
     next_codes,
 )
+from llamagen.generation.row_parallel import RowParallelCodes, generate_codes_row_parallel
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.speculative import (
     ParallelCodes,
@@ -19,10 +20,12 @@ from llamagen.generation.speculative import (
 __all__ = [
     "ParallelCodes",
     "RowCallback",
+    "RowParallelCodes",
     "draw_codes",
     "filter_logits",
     "generate_codes",
     "generate_codes_in_parallel",
+    "generate_codes_row_parallel",
     "guide",
     "keep_top_k",
     "keep_top_p",

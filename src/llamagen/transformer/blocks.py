@@ -28,6 +28,8 @@ class AttentionMask(NamedTuple):
     """Each position attends to itself and to what stands before it."""
     allowed: Tensor | None
     """(B or 1, 1, T, L) bool, where ``causal`` alone does not describe it."""
+    valid: Tensor | None = None
+    """(B, L) bool, where causality and padding (False) describe it: what ``allowed`` says, too."""
 
 
 class RMSNorm(nn.Module):
@@ -39,7 +41,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to the same shape and dtype."""
+        """(..., D) to the same shape and dtype; where ``cpu.pays``, to the dtype of autocast."""
+        if x.dtype == self.weight.dtype == torch.float32 and cpu.pays(x):
+            return cpu.rms_norm(x, self.weight, self.eps)
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return normed.type_as(x) * self.weight
 
@@ -61,15 +65,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
         """``x`` (B, T, D) with ``rope`` ([B,] T, E / 2, 2) to (B, T, D)."""
-        heads = self.wqkv(x).unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, E)
+        q, k, v = self._heads(self.wqkv(x), rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout = self.attention_dropout if self.training else 0.0
-        if self.training and mask.causal and dropout == 0 and cpu.plain_attention_pays(q, k):
-            out = cpu.causal_attention(q, k, v)
+        simple = dropout == 0 and (mask.causal or mask.valid is not None)
+        if self.training and simple and cpu.plain_attention_pays(q, k):
+            out = cpu.causal_attention(q, k, v, mask.valid)
         else:
             out = F.scaled_dot_product_attention(
                 q,
@@ -81,6 +83,15 @@ class Attention(nn.Module):
                 enable_gqa=self.kv_heads != self.heads,
             )
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+    def _heads(self, projected: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, (H + 2K) E) to queries, keys and values (B, heads, T, E), the first two turned."""
+        if rope.ndim == 3 and cpu.pays(projected):
+            return cpu.turned_heads(projected, rope, self.heads, self.kv_heads)
+        heads = projected.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class FeedForward(nn.Module):

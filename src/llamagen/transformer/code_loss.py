@@ -16,6 +16,9 @@ from torch import Tensor
 
 _CHUNK_LOGITS = 1 << 23
 """Logits computed at a time: 32 MB in float32. Smaller parts were slower on a CPU."""
+_CHUNK_SLOPES = 1 << 25
+"""Gradients of logits that are kept for one product: 64 MB in half precision. Sums of the weights'
+gradients over many parts cost more than that."""
 
 
 def code_loss(
@@ -60,28 +63,21 @@ class _CodeLoss(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=wide)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Sums of many chunks: in half precision, small ones would be lost.
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        size = max(1, _CHUNK_LOGITS // weight.shape[0])
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            inputs, wanted, share = hidden[part], targets[part, None], shares[part, None]
-            logits = (inputs @ weight.T).to(wide)
-            # exp, sum and log in one pass each, in place.
-            logits -= logits.amax(dim=-1, keepdim=True)
-            chosen = logits.gather(1, wanted)
-            sums = logits.exp_().sum(dim=-1, keepdim=True)
-            loss += ((sums.log() - chosen) * share).sum()
-            if not (needs_hidden or needs_weight):
-                continue
-            # The gradient of the logits: probabilities, less one at the target.
-            logits *= share / sums
-            logits.scatter_add_(1, wanted, -share)
-            slopes = logits.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = slopes @ weight
-            if grad_weight is not None:
-                grad_weight += slopes.T @ inputs
+        grad_weight = None
+        for rows in _parts(len(hidden), _CHUNK_SLOPES // len(weight)):
+            inputs, slopes = hidden[rows], None
+            if needs_hidden or needs_weight:
+                slopes = hidden.new_empty(len(inputs), len(weight))
+            for part in _parts(len(inputs), _CHUNK_LOGITS // len(weight)):
+                logits = (inputs[part] @ weight.T).to(wide)
+                own = None if slopes is None else slopes[part]
+                loss += _loss(logits, targets[rows][part], shares[rows][part], own)
+            if slopes is not None and grad_hidden is not None:
+                torch.mm(slopes, weight, out=grad_hidden[rows])
+            if slopes is not None and needs_weight:
+                product = slopes.T @ inputs
+                # Sums of many parts: in half precision, small ones would be lost.
+                grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -95,3 +91,26 @@ class _CodeLoss(torch.autograd.Function):
             for grad in ctx.saved_tensors
         ]
         return grads[0], grads[1], None, None
+
+
+def _loss(logits: Tensor, targets: Tensor, shares: Tensor, slopes: Tensor | None) -> Tensor:
+    """The loss (a scalar) of a few rows (n, V), which are overwritten, each with its share.
+
+    ``slopes`` (n, V) is filled with the gradient of the logits.
+    """
+    wanted, share = targets.unsqueeze(1), shares.unsqueeze(1)
+    # exp, sum and log in one pass each, in place.
+    logits -= logits.amax(dim=-1, keepdim=True)
+    chosen = logits.gather(1, wanted)
+    sums = logits.exp_().sum(dim=-1, keepdim=True)
+    if slopes is not None:
+        # Probabilities, less one at the target.
+        logits *= share / sums
+        logits.scatter_add_(1, wanted, -share)
+        slopes.copy_(logits)
+    return ((sums.log() - chosen) * share).sum()
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, start + size) for start in range(0, count, size)]

@@ -7,8 +7,9 @@ recorded steps. Shapes: R sequences, C condition length, V codes of the codebook
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +61,13 @@ class Decoder(Protocol):
         """
         ...
 
+    def extend_at(self, codes: Tensor, slots: SlotCache, cells: Sequence[int]) -> Tensor:
+        """As ``extend``, but ``codes`` (R, T) take the places of ``cells`` (T,) in their images.
+
+        Each attends to all cells up to its own, which must hold something.
+        """
+        ...
+
 
 def decoder_for(
     model: Transformer, *, condition_mask: Tensor | None = None, times: StepTimes | None = None
@@ -93,6 +101,10 @@ class TorchDecoder:
         """See ``Decoder``."""
         return self._model.extend(codes, slots)
 
+    def extend_at(self, codes: Tensor, slots: SlotCache, cells: Sequence[int]) -> Tensor:
+        """See ``Decoder``."""
+        return self._model.extend_at(codes, slots, cells)
+
 
 class CpuDecoder:
     """Decodes with the kernels, on the model's own weights where they lie.
@@ -119,20 +131,25 @@ class CpuDecoder:
 
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:
         """See ``Decoder``. The logits are float32."""
-        logits = self._run(codes.unsqueeze(1), cache)
+        logits = self._run(codes.unsqueeze(1), cache, _next_places(cache, 1))
         cache.advance(1)
         return logits
 
     def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
         """See ``Decoder``. The logits are float32."""
-        return self._run(codes, slots).unflatten(0, codes.shape)
+        places = _next_places(slots, codes.shape[1])
+        return self._run(codes, slots, places).unflatten(0, codes.shape)
 
-    def _run(self, codes: Tensor, cache: Cache) -> Tensor:
+    def extend_at(self, codes: Tensor, slots: SlotCache, cells: Sequence[int]) -> Tensor:
+        """See ``Decoder``. The logits are float32."""
+        return self._run(codes, slots, _places_of(cells, slots)).unflatten(0, codes.shape)
+
+    def _run(self, codes: Tensor, cache: Cache, places: _Places) -> Tensor:
         """Logits (R * T, V) behind each of ``codes`` (R, T)."""
         config, threads = self._config, torch.get_num_threads()
         sequences, window = codes.shape
         rows = sequences * window
-        place, cell, first = _places(cache, window)
+        place, cell, first = places
         row_stride, head_stride, _, _ = cache.keys[0].stride()
         room = cache.keys[0].shape[2]
         rope = rope_table(cache.grid, 0, config.head_dim, config.rope_base, codes.device)
@@ -253,8 +270,19 @@ def _is_left_padded(mask: Tensor) -> bool:
     return bool((kept.diff(dim=-1) >= 0).all())
 
 
-def _places(cache: Cache, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(R * T,) int32 each: the position to be filled, its code's place, the first one attended."""
+class _Places(NamedTuple):
+    """Of each code that is fed, (R * T,) int32."""
+
+    position: np.ndarray
+    """The one to be filled, which is the last one attended to."""
+    cell: np.ndarray
+    """The code's place in its image."""
+    first: np.ndarray
+    """The first position attended to."""
+
+
+def _next_places(cache: Cache, window: int) -> _Places:
+    """Of the next codes of each sequence, ``window`` (T) of them."""
     if isinstance(cache, KVCache):
         lengths = np.full(cache.batch, cache.length, dtype=np.int32)
         conditions = np.full(cache.batch, cache.condition_length, dtype=np.int32)
@@ -268,4 +296,14 @@ def _places(cache: Cache, window: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
     # Past an image's last code a window has that code's place: what is drawn there means nothing.
     last = cache.grid[0] * cache.grid[1] - 1
     cell = np.minimum(place - conditions.repeat(window), last)
-    return place, cell, first.repeat(window)
+    return _Places(place, cell, first.repeat(window))
+
+
+def _places_of(cells: Sequence[int], slots: SlotCache) -> _Places:
+    """Of the codes in ``cells`` (T,) of each image."""
+    count = slots.grid[0] * slots.grid[1]
+    assert max(cells) < count, f"cell {max(cells)} of an image of {count} codes"
+    conditions = np.array(slots.conditions, dtype=np.int32)
+    cell = np.tile(np.array(cells, dtype=np.int32), len(conditions))
+    position = conditions.repeat(len(cells)) + cell
+    return _Places(position, cell, np.zeros_like(position))

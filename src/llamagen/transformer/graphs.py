@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,11 @@ class GraphDecoder:
     def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
         """See ``Decoder``."""
         return self._step(codes, slots).logits[: len(codes)]
+
+    @torch.inference_mode()
+    def extend_at(self, codes: Tensor, slots: SlotCache, cells: Sequence[int]) -> Tensor:
+        """See ``Decoder``. Not recorded: the model's own operations."""
+        return self._model.extend_at(codes, slots, cells)
 
     def _step(self, codes: Tensor, cache: Cache) -> Buffers:
         """Feeds codes (R, T); the first R logits of the buffers predict what follows."""

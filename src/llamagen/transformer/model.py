@@ -9,6 +9,7 @@ Shapes: B batch, T codes given, C condition length, D width, V codebook size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -233,6 +234,19 @@ class Transformer(PretrainedModel[TransformerConfig]):
         mask = AttentionMask(causal=False, allowed=slots.attended(count))
         return self.output(self._run(x, rope, mask, slots))
 
+    def extend_at(self, codes: Tensor, slots: SlotCache, cells: Sequence[int]) -> Tensor:
+        """As ``extend``, but ``codes`` (R, T) need not follow what stands in the slots.
+
+        Theirs are the places of ``cells`` (T,), alike in all sequences: codes of an image, numbered
+        in raster order, each at most once. What stood there is overwritten. Each attends to the
+        condition and to all cells up to its own, which must hold something.
+        """
+        x = self.tok_embeddings(codes)
+        rope = self._rope(slots.grid, 0)[list(cells)]
+        there = slots.at(cells)
+        mask = AttentionMask(causal=False, allowed=there.attended(len(cells)))
+        return self.output(self._run(x, rope, mask, there))
+
     def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
         x = self.tok_dropout(x)
         for block in self.layers:
@@ -265,4 +279,7 @@ def _attention_mask(
     if condition_mask is not None:
         valid = F.pad(condition_mask.bool(), (0, keys - condition_mask.shape[1]), value=True)
         allowed = (allowed & valid[:, None, None, :]) | (key_index == query_index)
+        return AttentionMask(
+            causal=False, allowed=allowed, valid=valid if queries == keys else None
+        )
     return AttentionMask(causal=False, allowed=allowed)

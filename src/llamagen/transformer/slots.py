@@ -5,14 +5,29 @@ Shapes: R sequences, T positions fed to each, K key-value heads, L positions, E 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.transformer.cache import KVCache
+
+
+class _Places(NamedTuple):
+    """Where keys and values are written next."""
+
+    sequences: Tensor
+    """(R, 1): numbers of the sequences."""
+    positions: Tensor
+    """(R, T)."""
+    end: int
+    """The first position behind all of these."""
+    everywhere: bool
+    """Whether each of them attends to all that stands in front of ``end``."""
 
 
 @dataclass
@@ -32,7 +47,7 @@ class SlotCache:
     """Per sequence, positions of its condition."""
     lengths: list[int] = field(default_factory=list)
     """Per sequence, positions filled."""
-    _places: tuple[Tensor, Tensor] | None = None
+    _places: _Places | None = None
     """What ``_next_places`` has found last, until a length changes."""
 
     @classmethod
@@ -109,12 +124,11 @@ class SlotCache:
 
     def attended(self, positions: int = 1) -> Tensor | None:
         """(R, 1, T, L) bool, True where the next positions attend; None if that is everywhere."""
-        longest = max(self.lengths)
-        if positions == 1 and min(self.lengths) == longest:
+        places = self._next_places(positions)
+        if places.everywhere:
             return None
-        _, places = self._next_places(positions)  # (R, T)
-        index = torch.arange(longest + positions, device=places.device)
-        return (index <= places.unsqueeze(-1)).unsqueeze(1)
+        index = torch.arange(places.end, device=places.positions.device)
+        return (index <= places.positions.unsqueeze(-1)).unsqueeze(1)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Writes keys and values (R, K, T, E) behind each sequence's own.
@@ -123,10 +137,9 @@ class SlotCache:
         ``lengths`` move only with ``advance``, once all layers have written.
         """
         own_keys, own_values = self.keys[layer], self.values[layer]
-        count, end = self.batch, max(self.lengths) + keys.shape[2]
-        room = own_keys.shape[2]
+        count, room = self.batch, own_keys.shape[2]
+        sequences, places, end, _ = self._next_places(keys.shape[2])
         assert end <= room, f"{end} positions in slots with room for {room}"
-        sequences, places = self._next_places(keys.shape[2])
         own_keys[sequences, :, places] = keys.transpose(1, 2)
         own_values[sequences, :, places] = values.transpose(1, 2)
         return own_keys[:count, :, :end], own_values[:count, :, :end]
@@ -140,11 +153,26 @@ class SlotCache:
         self.lengths = [old + new for old, new in zip(self.lengths, positions, strict=True)]
         self._places = None
 
-    def _next_places(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Sequences (R, 1) and where their next positions go (R, T); the same in all layers."""
-        if self._places is None or self._places[1].shape[1] != positions:
-            device = self.keys[0].device
-            sequences = torch.arange(self.batch, device=device).unsqueeze(1)
-            first = torch.tensor(self.lengths, device=device).unsqueeze(1)
-            self._places = sequences, first + torch.arange(positions, device=device)
+    def at(self, cells: Sequence[int]) -> SlotCache:
+        """These slots, over the same memory, where the next positions are those of ``cells`` (T,).
+
+        Cells are codes of an image, numbered in raster order, each at most once.
+        """
+        return dataclasses.replace(self, _places=self._places_at(self.conditions, cells))
+
+    def _next_places(self, positions: int) -> _Places:
+        """Where the next positions of each sequence go; the same in all layers."""
+        if self._places is None or self._places.positions.shape[1] != positions:
+            self._places = self._places_at(self.lengths, range(positions))
         return self._places
+
+    def _places_at(self, starts: Sequence[int], offsets: Sequence[int]) -> _Places:
+        """Places that are ``offsets`` (T,) behind the start of each sequence (R,)."""
+        device = self.keys[0].device
+        first = torch.tensor(starts, device=device).unsqueeze(1)
+        return _Places(
+            torch.arange(self.batch, device=device).unsqueeze(1),
+            first + torch.tensor(offsets, device=device),
+            max(starts) + max(offsets) + 1,
+            len(offsets) == 1 and min(starts) == max(starts),
+        )
