@@ -21,6 +21,7 @@ from tests.tape import Tape
 from tests.transformer.decoders import (
     assert_close,
     logits_at_different_places,
+    logits_of_scattered,
     logits_of_windows,
     model_of,
 )
@@ -71,6 +72,13 @@ def test_quantized(kind):
         codes = torch.arange(12).view(6, 2)
         found.append(torch.stack([decoder.next_logits(code, cache).clone() for code in codes]))
     assert_close(found[1], found[0])
+
+
+@torch.inference_mode()
+def test_scattered_codes():
+    model = model_of("even", grid=(3, 5), condition="text")
+    (wanted, _), (found, _) = (logits_of_scattered(model, decoder) for decoder in both(model))
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("size", SIZES)
