@@ -30,10 +30,11 @@ from torch import Tensor
 from llamagen.config import Grid, SamplingConfig
 from llamagen.errors import InputError
 from llamagen.generation.decode import RowCallback, check_finite
-from llamagen.generation.draws import Draws, draws_for
+from llamagen.generation.draws import Draws
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Sequences, sequences_of
-from llamagen.transformer import SlotCache, Transformer, decoder_for
+from llamagen.generation.slotted import SlottedSequences
+from llamagen.transformer import Transformer, decoder_for
 
 
 class RowParallelCodes(NamedTuple):
@@ -198,73 +199,34 @@ class _Batch:
         self, model: Transformer, sequences: Sequences, sampling: SamplingConfig, grid: Grid
     ) -> None:
         self._decoder = decoder_for(model)
-        self._sampling = sampling
-        self._images = sequences.images
-        self._guided = sequences.guided
-        self._slots = SlotCache.empty(
-            model.config,
-            len(sequences.condition),
-            grid=grid,
-            device=model.device,
-            dtype=model.dtype,
-        )
-        self._sequences: list[int] = []
-        """What is in the slots: 0 to B - 1 are the images' conditional sequences."""
-        logits = []
-        for members, condition in sequences.by_length():
-            logits.append(model.start(condition, self._slots))
-            self._sequences += members
+        self._stop = sampling.guidance_stop
+        self._images = range(sequences.images)
+        self._sequences = SlottedSequences(model, sequences, sampling, grid)
         # All cells count as filled: they are, in an order that lengths could not describe.
-        self._slots.advance(grid[0] * grid[1])
-        self._first = torch.cat(logits).unsqueeze(1)  # (R, 1, V)
+        self._sequences.slots.advance(grid[0] * grid[1])
         self._draws: dict[object, Draws] = {}
         """By what draws what, as long as the sequences are the same."""
 
     def logits(self, codes: Tensor, step: _Step) -> Tensor:
         """(R, T, V) behind what a pass is fed, of codes (B, rows * columns)."""
         if not step.cells:
-            return self._first
-        stop = self._sampling.guidance_stop
-        if self._guided and stop is not None and step.drawn[0] >= stop:
-            self._drop_unconditional()
-        images = [sequence % self._images for sequence in self._sequences]
+            return self._sequences.first
+        unguided = self._stop is not None and step.drawn[0] >= self._stop
+        if unguided and self._sequences.drop(lambda _, unconditional: unconditional):
+            self._draws.clear()
+        images = [image for image, _ in self._sequences.members]
         fed = codes[:, step.sources][images]
-        return self._decoder.extend_at(fed, self._slots, step.cells)
+        return self._decoder.extend_at(fed, self._sequences.slots, step.cells)
 
     def draw(self, logits: Tensor, step: _Step, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Codes (B, D) from logits (R, T, V), and whether these are finite, (B, D) bool."""
-        count, stop = logits.shape[1], self._sampling.guidance_stop
-        guided = [self._guided and (stop is None or cell < stop) for cell in step.drawn]
-        key = (count, tuple(step.by), tuple(guided))
+        fed = logits.shape[1]
+        guided = [self._stop is None or cell < self._stop for cell in step.drawn]
+        key = (fed, tuple(step.by), tuple(guided))
         if key not in self._draws:
-            self._draws[key] = self._draws_of(logits, step.by, guided)
+            self._draws[key] = self._sequences.draws(
+                self._images, step.by, fed=fed, guided=lambda _, code: guided[code]
+            )
         rows = logits.flatten(0, 1)
         drawn, finite = self._draws[key](rows, rows, uniforms.flatten())
         return drawn.view(uniforms.shape), finite.view(uniforms.shape)
-
-    def _draws_of(self, logits: Tensor, by: list[int], guided: list[bool]) -> Draws:
-        """Draws of as many codes of each image as ``by`` (D,) says which logits predict."""
-        count, slot = logits.shape[1], {own: slot for slot, own in enumerate(self._sequences)}
-        conditional = [slot[image] * count + fed for image in range(self._images) for fed in by]
-        unconditional = [
-            slot[image + self._images] * count + fed if with_guidance else None
-            for image in range(self._images)
-            for fed, with_guidance in zip(by, guided, strict=True)
-        ]
-        return draws_for(
-            [self._sampling] * len(conditional),
-            conditional,
-            unconditional,
-            codebook_size=logits.shape[-1],
-            device=logits.device,
-        )
-
-    def _drop_unconditional(self) -> None:
-        for slot in reversed(range(len(self._sequences))):
-            if self._sequences[slot] >= self._images:
-                self._slots.remove(slot)
-                # The last one takes its place, as in the slots.
-                self._sequences[slot] = self._sequences[-1]
-                self._sequences.pop()
-        self._guided = False
-        self._draws.clear()

@@ -28,10 +28,11 @@ from torch import Tensor
 from llamagen.config import Grid, SamplingConfig
 from llamagen.errors import InputError
 from llamagen.generation.decode import RowCallback, not_finite
-from llamagen.generation.draws import Draws, draws_for
+from llamagen.generation.draws import Draws
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Sequences, sequences_of
-from llamagen.transformer import SlotCache, Transformer, decoder_for
+from llamagen.generation.slotted import SlottedSequences
+from llamagen.transformer import Transformer, decoder_for
 from llamagen.transformer.decoder import CpuDecoder
 
 _MOST_ROWS = 32
@@ -191,21 +192,8 @@ class _Batch:
         self._uniforms = uniform_draws(seeds, self._total + most).to(self._device)
         self._draws: dict[int, Draws] = {}
         """By a pass's positions, as long as the sequences are the same."""
-        self._slots = SlotCache.empty(
-            model.config,
-            len(sequences.condition),
-            grid=grid,
-            device=self._device,
-            dtype=model.dtype,
-            spare=most - 1,
-        )
-        self._sequences: list[tuple[int, bool]] = []
-        """What is in the slots: of which image, and whether it is the unconditional one."""
-        logits = []
-        for members, condition in sequences.by_length():
-            logits.append(model.start(condition, self._slots))
-            self._sequences += [(row % images, row >= images) for row in members]
-        self._update(torch.cat(logits).unsqueeze(1))
+        self._sequences = SlottedSequences(model, sequences, sampling, grid, spare=most - 1)
+        self._update(self._sequences.first)
         self._drop_finished()
 
     @property
@@ -226,12 +214,13 @@ class _Batch:
         # What is fed stands before what is predicted.
         fed = [
             self._codes[image][self._final[image] - 1 : self._final[image] - 1 + width]
-            for image, _ in self._sequences
+            for image, _ in self._sequences.members
         ]
-        logits = self._decoder.extend(torch.tensor(fed, device=self._device), self._slots)
+        slots = self._sequences.slots
+        logits = self._decoder.extend(torch.tensor(fed, device=self._device), slots)
         advances = dict(zip(self.running, self._update(logits), strict=True))
         self._window.learn(width, list(advances.values()))
-        self._slots.advance_each([advances[image] for image, _ in self._sequences])
+        slots.advance_each([advances[image] for image, _ in self._sequences.members])
         self._drop_finished()
 
     def _update(self, logits: Tensor) -> list[int]:
@@ -274,37 +263,22 @@ class _Batch:
     def _draws_of(self, length: int) -> Draws:
         """Draws of the next ``length`` codes of each running image."""
         stop = self._sampling.guidance_stop
-        place = {sequence: index for index, sequence in enumerate(self._sequences)}
-        conditional: list[int] = []
-        unconditional: list[int | None] = []
-        for image in self.running:
-            own, other = place[image, False], place.get((image, True))
-            guided = 0 if other is None else length if stop is None else stop - self._final[image]
-            conditional += [own * length + position for position in range(length)]
-            unconditional += [
-                other * length + position if other is not None and position < guided else None
-                for position in range(length)
-            ]
-        return draws_for(
-            [self._sampling] * len(conditional),
-            conditional,
-            unconditional,
-            codebook_size=self._model.config.codebook_size,
-            device=self._device,
+        return self._sequences.draws(
+            self.running,
+            range(length),
+            fed=length,
+            guided=lambda image, code: stop is None or self._final[image] + code < stop,
         )
 
     def _drop_finished(self) -> None:
         """Ends images that have all codes, and unconditional sequences that are not needed."""
-        stop, before = self._sampling.guidance_stop, len(self._sequences)
-        for place in reversed(range(before)):
-            image, unconditional = self._sequences[place]
-            unguided = unconditional and stop is not None and self._final[image] >= stop
-            if self._final[image] == self._total or unguided:
-                self._slots.remove(place)
-                # The last one takes its place, as in the slots.
-                self._sequences[place] = self._sequences[-1]
-                self._sequences.pop()
-        if len(self._sequences) < before:
+        stop = self._sampling.guidance_stop
+
+        def done(image: int, unconditional: bool) -> bool:
+            final = self._final[image]
+            return final == self._total or (unconditional and stop is not None and final >= stop)
+
+        if self._sequences.drop(done):
             self.running = [image for image in self.running if self._final[image] < self._total]
             self._draws.clear()
 
