@@ -117,7 +117,7 @@ def run_demo(
 
     storage.require_writable(out)
     digits = load_digits()
-    classifier = _Classifier(digits)
+    classifier = DigitClassifier(digits)
     seconds: dict[str, float] = {}
 
     start = time.perf_counter()
@@ -173,7 +173,7 @@ def enlarged(scan: np.ndarray) -> Image.Image:
     return picture.convert("RGB")
 
 
-class _Classifier:
+class DigitClassifier:
     """Tells digits apart; trained on the real training scans only."""
 
     def __init__(self, digits: Digits) -> None:

@@ -131,6 +131,15 @@ def test_attention_gradients_are_those_of_finite_differences(shape):
     assert torch.autograd.gradcheck(cpu.causal_attention, inputs)
 
 
+def assert_same_with_gradients(ours, theirs, inputs):
+    torch.testing.assert_close(ours, theirs)
+    slope = torch.randn_like(ours)
+    got = torch.autograd.grad(ours, inputs, slope)
+    wanted = torch.autograd.grad(theirs, inputs, slope)
+    for own, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(own, other)
+
+
 @pytest.mark.parametrize("longest_kept", [18, 19])
 def test_attention_in_chunks_equals_fused_attention(monkeypatch, longest_kept):
     monkeypatch.setattr(cpu, "_CHUNK_SCORES", 4 * 19 * 19)
@@ -139,12 +148,7 @@ def test_attention_in_chunks_equals_fused_attention(monkeypatch, longest_kept):
     inputs = [torch.randn(3, 5, 19, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     ours = cpu.causal_attention(*inputs)
     theirs = F.scaled_dot_product_attention(*inputs, is_causal=True)
-    torch.testing.assert_close(ours, theirs)
-    slope = torch.randn_like(ours)
-    got = torch.autograd.grad(ours, inputs, slope)
-    wanted = torch.autograd.grad(theirs, inputs, slope)
-    for own, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(own, other)
+    assert_same_with_gradients(ours, theirs, inputs)
 
 
 @pytest.mark.parametrize("longest_kept", [11, 12])
@@ -162,12 +166,7 @@ def test_attention_leaves_padding_out(monkeypatch, longest_kept, shift):
     ).bool()
     ours = cpu.causal_attention(*inputs, valid)
     theirs = F.scaled_dot_product_attention(*inputs, attn_mask=allowed)
-    torch.testing.assert_close(ours, theirs)
-    slope = torch.randn_like(ours)
-    got = torch.autograd.grad(ours, inputs, slope)
-    wanted = torch.autograd.grad(theirs, inputs, slope)
-    for own, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(own, other)
+    assert_same_with_gradients(ours, theirs, inputs)
 
 
 def test_attention_in_bfloat16_is_about_as_precise_as_fused_attention():
