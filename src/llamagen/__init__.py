@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         TokenizerConfig,
         TransformerConfig,
     )
+    from llamagen.editing import Editor
     from llamagen.errors import InputError
     from llamagen.generation import generate_codes
     from llamagen.labels import Labels
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 # Name -> the module that defines it. Importing torch takes seconds; a program that only wants a
 # configuration, or --help, should not wait for it.
 _HOMES = {
+    "Editor": "llamagen.editing",
     "ImageTokenizer": "llamagen.tokenizer",
     "InputError": "llamagen.errors",
     "KVCache": "llamagen.transformer",
@@ -41,6 +43,7 @@ _HOMES = {
 __all__ = [
     "TOKENIZER_PRESETS",
     "TRANSFORMER_PRESETS",
+    "Editor",
     "ImageTokenizer",
     "InputError",
     "KVCache",

@@ -36,6 +36,7 @@ def draw_batches(
     sampling: SamplingConfig,
     *,
     size: int,
+    known: Tensor | None = None,
     callback: Callable[[Progress], None] | None = None,
 ) -> Iterator[Tensor]:
     """Codes (images of the batch, rows, columns), batch by batch.
@@ -48,6 +49,7 @@ def draw_batches(
         seeds: one per image.
         sampling: how codes are drawn.
         size: images of a batch, at most.
+        known: (images, rows, columns) codes that stay, -1 where one is to be drawn.
         callback: called after each finished row of a batch.
 
     Raises:
@@ -57,11 +59,11 @@ def draw_batches(
     while first < len(conditions):
         rows = slice(first, first + size)
         try:
+            part = conditions[rows]
             codes = draw(
-                conditions.condition[rows],
-                condition_mask=_some(conditions.mask, rows),
-                unconditional=_some(conditions.unconditional, rows),
-                unconditional_mask=_some(conditions.unconditional_mask, rows),
+                part.condition,
+                **part.arguments(),
+                **({} if known is None else {"known": known[rows]}),
                 seeds=seeds[rows],
                 sampling=sampling,
                 on_row=None if callback is None else _row_callback(callback, first),
@@ -74,10 +76,6 @@ def draw_batches(
             continue
         yield codes
         first += codes.shape[0]
-
-
-def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
 
 
 def _row_callback(

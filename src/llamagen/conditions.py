@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llamagen.errors import InputError
+from llamagen.generation.sequences import Blend
 from llamagen.labels import Labels
 
 if TYPE_CHECKING:
@@ -35,35 +36,103 @@ class Conditions:
     unconditional: Tensor | None = None
     """What guidance leads away from, if that is not the model's own "no condition"."""
     unconditional_mask: Tensor | None = None
+    blend: Blend | None = None
+    """What each is blended with."""
 
     def __len__(self) -> int:
         return self.condition.shape[0]
 
+    def __getitem__(self, rows: slice) -> Conditions:
+        """Those of some images."""
+
+        def some(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
+        blend = self.blend
+        if blend is not None:
+            blend = Blend(blend.condition[rows], some(blend.mask), blend.share)
+        return Conditions(
+            self.condition[rows],
+            some(self.mask),
+            self.described[rows],
+            some(self.unconditional),
+            some(self.unconditional_mask),
+            blend,
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """What ``generate_codes`` is called with, beside the condition."""
+        found: dict[str, Any] = {
+            "condition_mask": self.mask,
+            "unconditional": self.unconditional,
+            "unconditional_mask": self.unconditional_mask,
+        }
+        # Not every engine can blend.
+        return found if self.blend is None else {**found, "blend": self.blend}
+
 
 def class_conditions(
-    labels: Labels, wanted: Sequence[str | int], against: Sequence[str | int] | None, copies: int
+    labels: Labels,
+    wanted: Sequence[str | int],
+    *,
+    against: Sequence[str | int] | None = None,
+    blend: Sequence[str | int] | None = None,
+    share: float = 0.5,
+    copies: int = 1,
 ) -> Conditions:
     """Labels of ``copies`` images of each class.
+
+    Args:
+        labels: the classes there are.
+        wanted: classes by name or number.
+        against: of each, the class that guidance leads away from.
+        blend: of each, the class that it is blended with.
+        share: how much that counts.
+        copies: images of each.
 
     Raises:
         InputError: there is no such class.
     """
-    classes = [labels.find(name) for name in wanted for _ in range(copies)]
+
+    def find(names: Sequence[str | int]) -> list[int]:
+        return [labels.find(name) for name in names for _ in range(copies)]
+
+    classes = find(wanted)
     described: list[dict[str, Any]] = [
         {"class": labels.name(index), "class_index": index} for index in classes
     ]
-    if against is None:
-        return Conditions(torch.tensor(classes), None, described)
-    others = [labels.find(name) for name in against for _ in range(copies)]
-    for entry, index in zip(described, others, strict=True):
-        entry["negative_prompt"] = labels.name(index)
-    return Conditions(torch.tensor(classes), None, described, torch.tensor(others))
+    others, mixed = None, None
+    if against is not None:
+        indices = find(against)
+        others = torch.tensor(indices)
+        for entry, index in zip(described, indices, strict=True):
+            entry["negative_prompt"] = labels.name(index)
+    if blend is not None:
+        indices = find(blend)
+        mixed = Blend(torch.tensor(indices), share=share)
+        for entry, index in zip(described, indices, strict=True):
+            entry |= {"blend": labels.name(index), "blend_share": share}
+    return Conditions(torch.tensor(classes), None, described, others, blend=mixed)
 
 
 def text_conditions(
-    encoder: TextEncoder, wanted: Sequence[str], against: Sequence[str] | None, copies: int
+    encoder: TextEncoder,
+    wanted: Sequence[str],
+    *,
+    against: Sequence[str] | None = None,
+    blend: Sequence[str] | None = None,
+    share: float = 0.5,
+    copies: int = 1,
 ) -> Conditions:
     """Features of ``copies`` images of each text.
+
+    Args:
+        encoder: reads the texts.
+        wanted: texts.
+        against: of each, the text that guidance leads away from.
+        blend: of each, the text that it is blended with.
+        share: how much that counts.
+        copies: images of each.
 
     Raises:
         InputError: a text says nothing, or has control characters in it.
@@ -71,7 +140,8 @@ def text_conditions(
     from llamagen.text.encoder import padded
 
     # Each text once, and whatever is wrong with one before the first is encoded.
-    prepared = {text: encoder.require_text(text) for text in [*wanted, *(against or ())]}
+    texts = [*wanted, *(against or ()), *(blend or ())]
+    prepared = {text: encoder.require_text(text) for text in texts}
     encoder.token_ids(list(prepared.values()), warn=True)
     features = dict(zip(prepared, encoder.encode(list(prepared.values())), strict=True))
     length = max(map(len, features.values()))
@@ -80,26 +150,39 @@ def text_conditions(
         return padded([features[text] for text in chosen for _ in range(copies)], length)
 
     described: list[dict[str, Any]] = [{"prompt": text} for text in wanted for _ in range(copies)]
-    if against is None:
-        return Conditions(*rows(wanted), described)
-    others = [text for text in against for _ in range(copies)]
-    for entry, text in zip(described, others, strict=True):
-        entry["negative_prompt"] = text
-    return Conditions(*rows(wanted), described, *rows(against))
+    others: tuple[Tensor | None, Tensor | None] = (None, None)
+    mixed = None
+    if against is not None:
+        others = rows(against)
+        names = [text for text in against for _ in range(copies)]
+        for entry, text in zip(described, names, strict=True):
+            entry["negative_prompt"] = text
+    if blend is not None:
+        mixed = Blend(*rows(blend), share)
+        names = [text for text in blend for _ in range(copies)]
+        for entry, text in zip(described, names, strict=True):
+            entry |= {"blend": text, "blend_share": share}
+    return Conditions(*rows(wanted), described, *others, blend=mixed)
 
 
-def one_each(negative: Prompts | None, prompts: int) -> list[str | int] | None:
-    """One negative prompt per prompt.
+def embedded_conditions(embeds: Tensor, mask: Tensor | None, copies: int) -> Conditions:
+    """Of ``copies`` images each, of text features (prompts, L, W) that somebody else has made."""
+    if mask is not None:
+        mask = mask.repeat_interleave(copies, dim=0)
+    embeds = embeds.repeat_interleave(copies, dim=0)
+    return Conditions(embeds, mask, [{} for _ in range(embeds.shape[0])])
+
+
+def one_each(others: Prompts | None, prompts: int, what: str) -> list[str | int] | None:
+    """One of ``others``, which are called ``what`` ("negative prompts"), per prompt.
 
     Raises:
         InputError: there are several, but not as many as prompts.
     """
-    if negative is None:
+    if others is None:
         return None
-    if isinstance(negative, str | int):
-        return [negative] * prompts
-    if len(negative) != prompts:
-        raise InputError(
-            f"{len(negative)} negative prompts for {prompts} prompts; give one, or one per prompt"
-        )
-    return list(negative)
+    if isinstance(others, str | int):
+        return [others] * prompts
+    if len(others) != prompts:
+        raise InputError(f"{len(others)} {what} for {prompts} prompts; give one, or one per prompt")
+    return list(others)

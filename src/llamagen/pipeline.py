@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -22,22 +21,20 @@ from llamagen.conditions import (
     Conditions,
     Prompts,
     class_conditions,
+    embedded_conditions,
     one_each,
     text_conditions,
 )
 from llamagen.config import Grid, Quantization, SamplingConfig, TextConfig
 from llamagen.devices import copy_to_host, find_device, find_dtype
 from llamagen.errors import InputError
-from llamagen.generation import (
-    generate_codes,
-    generate_codes_in_parallel,
-    generate_codes_row_parallel,
-    looking_ahead_pays,
-)
 from llamagen.generation.memory import decoding_batch_size, sampling_batch_size
-from llamagen.generation.row_parallel import check_lag, most_codes_fed
+from llamagen.generation.passes import Passes
+from llamagen.generation.seeds import one_seed_each
+from llamagen.generation.sequences import check_share
 from llamagen.labels import Labels
 from llamagen.pictures import arrays_to_pil
+from llamagen.ranking import Ranking, best_of_each, check_ranking, score_images
 from llamagen.tokenizer import ImageTokenizer, images_to_uint8
 from llamagen.transformer import Transformer
 from llamagen.transformer.quantized import quantize, refuse_quantized
@@ -364,6 +361,11 @@ class Pipeline:
         seed: int | Sequence[int] | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
+        blend: Prompts | None = None,
+        blend_share: float = 0.5,
+        known_codes: Tensor | None = None,
+        best_of: int = 1,
+        rank_by: Ranking = "likelihood",
         batch_size: int | None = None,
         window: int | None = None,
         row_lag: int | None = None,
@@ -391,6 +393,15 @@ class Pipeline:
             prompt_embeds: instead of ``prompt`` for text-conditional models, text features
                 (prompts, length, text_dim), real features last.
             prompt_attention_mask: (prompts, length), 0 where features are padding.
+            blend: what each prompt is blended with, one for all or one each: logits of both are
+                mixed, so a code is likely where both find it likely.
+            blend_share: how much that counts, from 0 to 1.
+            known_codes: (rows, columns), or (images, rows, columns), of the images' codes; these
+                stay, -1 stands where one is to be drawn. ``Editor`` makes them of images.
+            best_of: candidates for each image, of which the best is kept. Candidate j of image i
+                gets seed + i * best_of + j, or that one of several.
+            rank_by: what is best: "likelihood", the likeliest codes, or "condition", those that
+                the prompt or class makes likelier.
             batch_size: images drawn at once; by default as many as fit into memory.
             window: codes of each image that a forward pass looks at; the image stays the same (up
                 to floating-point ties). 1 draws them one by one; by default more where that is
@@ -411,7 +422,8 @@ class Pipeline:
             )
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
-        self.check_passes(window=window, row_lag=row_lag)
+        check_ranking(rank_by, best_of)
+        passes = self.check_passes(window=window, row_lag=row_lag)
         given: dict[str, Any] = {
             "guidance_scale": guidance_scale,
             "guidance_stop": guidance_stop,
@@ -422,41 +434,77 @@ class Pipeline:
         sampling = dataclasses.replace(
             self.sampling, **{name: value for name, value in given.items() if value is not None}
         )
-        conditions = self._conditions(
-            prompt, negative_prompt, prompt_embeds, prompt_attention_mask, num_images_per_prompt
-        )
-        seeds = _seeds(seed, len(conditions))
+        if prompt_embeds is not None:
+            self._refuse_with_embeds(prompt, negative_prompt, blend)
+            conditions = embedded_conditions(
+                prompt_embeds, prompt_attention_mask, num_images_per_prompt * best_of
+            )
+        else:
+            conditions = self.conditions(
+                prompt,
+                negative_prompt,
+                blend=blend,
+                blend_share=blend_share,
+                copies=num_images_per_prompt * best_of,
+            )
+        seeds = one_seed_each(seed, len(conditions))
+        known = self._known(known_codes, len(conditions), best_of)
+        self._require_native(conditions.blend is not None or known is not None or best_of > 1)
         images: list[Image.Image] = []
         arriving: list[Callable[[], list[Image.Image]]] = []
         codes: list[Tensor] = []
-        draw, size = self._draw(sampling, window, row_lag)
+        scores: list[Tensor] = []
+        draw, size = self._draw(sampling, passes)
         batches = draw_batches(
-            draw, conditions, seeds, sampling, size=batch_size or size, callback=callback
+            draw,
+            conditions,
+            seeds,
+            sampling,
+            size=batch_size or size,
+            known=known,
+            callback=callback,
         )
+        kept = list(range(len(conditions)))
         for part in batches:
+            if best_of > 1:
+                done = sum(map(len, codes))
+                rows = slice(done, done + len(part))
+                scores.append(score_images(self.transformer, part, conditions[rows], rank_by))
             codes.append(part.cpu())
-            if output_type == "pil":
+            if best_of == 1 and output_type == "pil":
                 arriving.append(self.decode_later(codes[-1]))
             # Images are fetched when the next batch has been launched: no GPU waits for that.
             if len(arriving) > 1:
                 images += arriving.pop(0)()
+        drawn = torch.cat(codes)
+        if best_of > 1:
+            kept = best_of_each(torch.cat(scores), best_of)
+            drawn = drawn[kept]
+            if output_type == "pil":
+                arriving.append(self.decode_later(drawn))
         for fetch in arriving:
             images += fetch()
         metadata = tuple(
             {
                 "model": self.name,
-                **described,
-                "seed": seed,
+                **conditions.described[index],
+                "seed": seeds[index],
                 **dataclasses.asdict(sampling),
                 **({} if row_lag is None else {"row_lag": row_lag}),
+                **({} if best_of == 1 else {"best_of": best_of, "rank_by": rank_by}),
                 **self.precision,
                 "device": self.device.type,
             }
-            for described, seed in zip(conditions.described, seeds, strict=True)
+            for index in kept
         )
-        return PipelineOutput(images=images, codes=torch.cat(codes), seeds=seeds, metadata=metadata)
+        return PipelineOutput(
+            images=images,
+            codes=drawn,
+            seeds=tuple(seeds[index] for index in kept),
+            metadata=metadata,
+        )
 
-    def check_passes(self, *, window: int | None = None, row_lag: int | None = None) -> None:
+    def check_passes(self, *, window: int | None = None, row_lag: int | None = None) -> Passes:
         """Checks that codes can be drawn so many per pass; see ``__call__``.
 
         Raises:
@@ -465,10 +513,7 @@ class Pipeline:
         for name, value in (("window", window), ("row_lag", row_lag)):
             if value is not None and self.engine == "vllm":
                 raise InputError(f"vLLM draws codes one by one; {name} goes with engine 'native'")
-        if row_lag is not None:
-            check_lag(row_lag)
-            if window is not None:
-                raise InputError("row_lag goes without window; give one of them")
+        return Passes(window=window, row_lag=row_lag)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Checks that all of these can be drawn, without drawing any.
@@ -483,13 +528,54 @@ class Pipeline:
             elif encoder is not None:
                 encoder.require_text(prompt)
 
-    def conditions(self, prompts: Prompts, negative_prompt: Prompts | None = None) -> Conditions:
-        """What the transformer is told of prompts, one row each.
+    def conditions(
+        self,
+        prompts: Prompts | None,
+        negative_prompt: Prompts | None = None,
+        *,
+        blend: Prompts | None = None,
+        blend_share: float = 0.5,
+        copies: int = 1,
+    ) -> Conditions:
+        """What the transformer is told of prompts, ``copies`` rows each; see ``__call__``.
 
         Raises:
             InputError: a prompt says nothing, or names no class of this model.
         """
-        return self._conditions(prompts, negative_prompt, None, None, 1)
+        check_share(blend_share)
+        what = "prompt" if self.labels is None else "class"
+        if prompts is None:
+            kind = "text" if self.labels is None else "class"
+            asked = "a prompt" if self.labels is None else "class names or indices"
+            raise InputError(f"{self.name} is {kind}-conditional: give {asked}")
+        wanted = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if not wanted:
+            raise InputError(f"no {what} was given; name at least one")
+        against = one_each(negative_prompt, len(wanted), "negative prompts")
+        mixed = one_each(blend, len(wanted), "prompts to blend with")
+        if self.labels is not None:
+            return class_conditions(
+                self.labels,
+                wanted,
+                against=against,
+                blend=mixed,
+                share=blend_share,
+                copies=copies,
+            )
+        encoder = self.text_encoder
+        if encoder is None:
+            raise InputError(
+                f"{self.name} is conditioned on text features, and comes without a text encoder: "
+                f"name one with text_encoder (--text-encoder), or give prompt_embeds"
+            )
+        return text_conditions(
+            encoder,
+            list(map(str, wanted)),
+            against=None if against is None else list(map(str, against)),
+            blend=None if mixed is None else list(map(str, mixed)),
+            share=blend_share,
+            copies=copies,
+        )
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (images, rows, columns) to images."""
@@ -514,72 +600,43 @@ class Pipeline:
         for part in codes.split(size):
             yield tokenizer.decode(part)
 
-    def _conditions(
-        self,
-        prompt: Prompts | None,
-        negative: Prompts | None,
-        embeds: Tensor | None,
-        mask: Tensor | None,
-        copies: int,
-    ) -> Conditions:
-        if embeds is not None:
-            if self.labels is not None or prompt is not None or negative is not None:
-                raise InputError(
-                    "prompt_embeds go with text-conditional models, and with neither prompt nor "
-                    "negative_prompt"
-                )
-            if mask is not None:
-                mask = mask.repeat_interleave(copies, dim=0)
-            embeds = embeds.repeat_interleave(copies, dim=0)
-            return Conditions(embeds, mask, [{} for _ in range(embeds.shape[0])])
-        what = "prompt" if self.labels is None else "class"
-        if prompt is None:
-            kind = "text" if self.labels is None else "class"
-            asked = "a prompt" if self.labels is None else "class names or indices"
-            raise InputError(f"{self.name} is {kind}-conditional: give {asked}")
-        wanted = [prompt] if isinstance(prompt, str | int) else list(prompt)
-        if not wanted:
-            raise InputError(f"no {what} was given; name at least one")
-        against = one_each(negative, len(wanted))
-        if self.labels is not None:
-            return class_conditions(self.labels, wanted, against, copies)
-        encoder = self.text_encoder
-        if encoder is None:
+    def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
+        """Raises InputError where text features cannot stand for a prompt."""
+        if self.labels is not None or any(prompt is not None for prompt in prompts):
             raise InputError(
-                f"{self.name} is conditioned on text features, and comes without a text encoder: "
-                f"name one with text_encoder (--text-encoder), or give prompt_embeds"
+                "prompt_embeds go with text-conditional models, and with no prompt, "
+                "negative_prompt or blend"
             )
-        texts = None if against is None else list(map(str, against))
-        return text_conditions(encoder, list(map(str, wanted)), texts, copies)
 
-    def _draw(
-        self, sampling: SamplingConfig, window: int | None, row_lag: int | None
-    ) -> tuple[Callable[..., Tensor], int]:
+    def _require_native(self, needed: bool) -> None:
+        """Raises InputError if vLLM draws what it cannot."""
+        if needed and self.engine == "vllm":
+            raise InputError(
+                "vLLM neither keeps codes nor blends nor ranks; known_codes, blend and best_of go "
+                "with engine 'native'"
+            )
+
+    def _known(self, known: Tensor | None, images: int, best_of: int) -> Tensor | None:
+        """Known codes of all candidates, (images, rows, columns)."""
+        if known is None:
+            return None
+        if known.ndim == 2:
+            return known.expand(images, -1, -1)
+        if known.ndim != 3 or len(known) * best_of != images:
+            rows, columns = self.transformer.config.grid
+            raise InputError(
+                f"known_codes have shape {tuple(known.shape)}, expected {(rows, columns)} or "
+                f"{(images // best_of, rows, columns)}"
+            )
+        return known.repeat_interleave(best_of, dim=0)
+
+    def _draw(self, sampling: SamplingConfig, passes: Passes) -> tuple[Callable[..., Tensor], int]:
         """What draws the codes of a batch, and how many images it can take at once."""
         if self.engine == "vllm":
             return self._vllm().generate_codes, _VLLM_BATCH
-        at_once = window or 1
-        if row_lag is not None:
-            at_once = most_codes_fed(self.transformer.config.grid, row_lag)
+        at_once = passes.codes_fed(self.transformer.config.grid)
         size = sampling_batch_size(self.transformer, guided=sampling.guided, window=at_once)
-        return functools.partial(self._draw_codes, window, row_lag), size
-
-    def _draw_codes(
-        self, window: int | None, row_lag: int | None, condition: Tensor, **settings: Any
-    ) -> Tensor:
-        """``generate_codes``, what is faster and gives the same codes, or what was asked for."""
-        images, sampling = condition.shape[0], settings["sampling"]
-        if row_lag is not None:
-            return generate_codes_row_parallel(
-                self.transformer, condition, lag=row_lag, **settings
-            ).codes
-        if window is None and not looking_ahead_pays(self.transformer, images, sampling):
-            window = 1
-        if window == 1:
-            return generate_codes(self.transformer, condition, **settings)
-        return generate_codes_in_parallel(
-            self.transformer, condition, window=window, **settings
-        ).codes
+        return functools.partial(passes.draw, self.transformer), size
 
     def _vllm(self) -> OfflineEngine:
         """VLLM with this transformer, started when it is first needed."""
@@ -589,14 +646,3 @@ class Pipeline:
             options = {"dtype": self.dtype, **self._engine_options}
             self._engine = OfflineEngine(self.transformer, **options)
         return self._engine
-
-
-def _seeds(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    if seed is None:
-        # Small enough to be typed again.
-        seed = secrets.randbelow(2**31)
-    if isinstance(seed, int):
-        return tuple(range(seed, seed + count))
-    if len(seed) != count:
-        raise InputError(f"{len(seed)} seeds for {count} images; give one seed per image")
-    return tuple(seed)

@@ -1,3 +1,9 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
 from llamagen.pictures import save_png
 from tests.models import tiny_pipeline
 
@@ -16,6 +22,10 @@ def test_a_pipeline(run, model_folder):
     assert f"{pipe.tokenizer.parameter_count():,}" in out
     assert "4 x 4 = 16 codes of 64" in out
     assert "cat, dog" in out
+    assert "images: 16 x 16 pixels" in out
+    for said in ("on disk", "in float32", "in int4", "KV cache", "guidance_scale 4.0"):
+        assert said in out
+    assert "ms/code" not in out
 
 
 def test_a_tokenizer(run, model_folder):
@@ -35,3 +45,51 @@ def test_an_image(run, fails, tmp_path):
 def test_unknown_things(fails, tmp_path):
     assert "c2i-B-256" in fails("info", "c2i-B-265")
     assert "missing" in fails("info", tmp_path / "missing")
+
+
+def test_data(run, model_folder):
+    data = json.loads(run("info", model_folder, "--json").out)
+    assert data["name"] == "tiny"
+    assert [part["kind"] for part in data["parts"]] == ["transformer", "image tokenizer"]
+    assert data["grid"] == [4, 4]
+    assert "speed" not in data
+    known = json.loads(run("info", "--json").out)
+    assert "emoji" in known["shipped_models"]
+    assert known["transformer_presets"]["B"]["layers"] == 12
+
+
+def test_measuring(run, model_folder):
+    out = run("info", model_folder, "--measure").out
+    assert "images/minute" in out
+    assert "all 16 codes" in out
+    data = json.loads(run("info", model_folder, "--measure", "--json").out)
+    assert data["speed"]["estimates"][0]["images"] == 1
+    assert data["speed"]["estimates"][0]["seconds_per_image"] > 0
+
+
+def test_what_cannot_be_measured(fails, model_folder, tmp_path):
+    assert "goes with a model" in fails("info", "--measure")
+    assert "goes with a model" in fails("info", tmp_path / "a.png", "--measure")
+    assert "image tokenizer" in fails("info", model_folder / "tokenizer", "--measure")
+
+
+@pytest.mark.parametrize("name", ["c2i-B-256", "vq-16"])
+def test_published_models_are_not_downloaded(run, monkeypatch, tmp_path, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    result = run("info", name)
+    assert result.status == 0, result.err
+    assert "not here" in result.out
+
+
+def test_help_does_not_load_torch():
+    program = (
+        "import sys\n"
+        "from llamagen.cli.main import main\n"
+        "try:\n"
+        "    main(['info', '--help'])\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

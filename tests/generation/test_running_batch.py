@@ -7,6 +7,7 @@ from llamagen.config import SamplingConfig
 from llamagen.errors import InputError
 from llamagen.generation import generate_codes
 from llamagen.generation.running_batch import Drawing, RunningBatch
+from llamagen.generation.sequences import Blend
 from tests.models import tiny_transformer
 
 SETTINGS = [
@@ -60,7 +61,7 @@ def run(batch: RunningBatch, arrivals: dict[int, list[Drawing]]) -> None:
         batch.step()
         left -= len(batch.finished())
         step += 1
-    assert batch.room == batch.max_images
+    assert batch.drawings == []
     assert batch.sequences == 0
 
 
@@ -117,7 +118,7 @@ def test_bad_conditions_let_nothing_in():
     with pytest.raises(InputError, match="seed is -1"):
         batch.add([good, Drawing(torch.tensor(1), seed=-1, sampling=SETTINGS[0])])
     assert batch.sequences == 0
-    assert batch.room == 4
+    assert batch.drawings == []
 
 
 def test_logits_that_are_not_finite_are_said_of_their_own_image():
@@ -130,3 +131,47 @@ def test_logits_that_are_not_finite_are_said_of_their_own_image():
     assert torch.equal(drawings[0].codes, alone(model, drawings[0]))
     with pytest.raises(InputError, match="logits are not finite"):
         drawings[1].check()
+
+
+def test_edited_and_blended_images_among_others():
+    model = tiny_transformer()
+    known = torch.full((16,), -1)
+    known[3:9] = torch.arange(6)
+    drawings = [
+        Drawing(torch.tensor(0), seed=1, sampling=SETTINGS[0], known=known),
+        Drawing(torch.tensor(1), seed=2, sampling=SETTINGS[1]),
+        Drawing(torch.tensor(2), seed=3, sampling=SETTINGS[2], blend=torch.tensor(4)),
+        Drawing(
+            torch.tensor(3),
+            seed=4,
+            sampling=SETTINGS[1],
+            blend=torch.tensor(0),
+            blend_share=0.2,
+            known=known,
+        ),
+    ]
+    run(RunningBatch(model, 4), {0: drawings[:2], 3: drawings[2:]})
+    for drawing in drawings:
+        blend = None
+        if drawing.blend is not None:
+            blend = Blend(drawing.blend.unsqueeze(0), share=drawing.blend_share)
+        wanted = generate_codes(
+            model,
+            drawing.condition.unsqueeze(0),
+            seeds=[drawing.seed],
+            sampling=drawing.sampling,
+            known=None if drawing.known is None else drawing.known.view(1, 4, 4),
+            blend=blend,
+        )
+        assert torch.equal(drawing.codes, wanted.flatten())
+
+
+def test_a_blend_with_guidance_takes_the_room_of_three_sequences():
+    batch = RunningBatch(tiny_transformer(), 2)
+    blend = Drawing(torch.tensor(0), seed=0, sampling=SETTINGS[0], blend=torch.tensor(1))
+    plain = Drawing(torch.tensor(0), seed=0, sampling=SETTINGS[1])
+    guided = Drawing(torch.tensor(0), seed=0, sampling=SETTINGS[0])
+    assert batch.room([blend, guided]) == 1
+    assert batch.room([blend, plain, plain]) == 2
+    with pytest.raises(InputError, match="needs three sequences"):
+        RunningBatch(tiny_transformer(), 1).check(blend)

@@ -14,7 +14,6 @@ from llamagen.pictures import read_metadata
 from llamagen.serving.page import FILES
 from llamagen.serving.settings import ServerSettings
 from tests.models import tiny_pipeline, tiny_text_pipeline
-from tests.serving.browser import Page, is_there, started
 from tests.serving.servers import running, slow_down
 
 GRID = (8, 8)
@@ -35,47 +34,6 @@ def slowly(server, monkeypatch):
         batch = model.engine._batch
         monkeypatch.setattr(batch, "step", batch.step)
         slow_down(model, 0.02)
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if not is_there():
-        pytest.skip("needs Chromium and its driver on the path")
-    with started() as driver:
-        yield driver
-
-
-@pytest.fixture
-def visit(chromium, tmp_path):
-    """Opens a server's page in a browser that has kept nothing; checks what all tests want."""
-    pages = []
-
-    def visit(url):
-        chromium.get("about:blank")
-        chromium.get_log("performance")
-        chromium.get_log("browser")
-        chromium.execute_cdp_cmd(
-            "Storage.clearDataForOrigin", {"origin": url, "storageTypes": "all"}
-        )
-        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        chromium.execute_cdp_cmd(
-            "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
-        )
-        page = Page(chromium, url, tmp_path)
-        page.open()
-        pages.append(page)
-        return page
-
-    yield visit
-    for page in pages:
-        page.read_logs()
-        assert page.said == []
-        assert page.hosts <= {page.url}
-
-
-@pytest.fixture
-def page(server, visit):
-    return visit(server.url)
 
 
 def test_files_are_served_with_their_headers(server):

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions, EngineOptions, QuantizationOptions
+from llamagen.cli.options import (
+    DeviceOptions,
+    EngineOptions,
+    QuantizationOptions,
+    SamplingOptions,
+)
+from llamagen.cli.saving import require_place, save_images
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,15 +23,12 @@ if TYPE_CHECKING:
     from llamagen.batches import Progress
     from llamagen.pipeline import Pipeline, PipelineOutput
 
-
 _BATCH = 16
 """Images of a file of prompts that are drawn at once, unless said otherwise."""
-_STEM_LENGTH = 50
-"""Letters of a prompt that a file is named by."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, QuantizationOptions, DeviceOptions):
+class Options(EngineOptions, SamplingOptions, QuantizationOptions, DeviceOptions):
     """Options of ``llamagen generate``."""
 
     model: str | None = None
@@ -40,22 +42,10 @@ class Options(EngineOptions, QuantizationOptions, DeviceOptions):
     torchrun the processes share the work."""
     prompt_column: str | None = None
     """Column of the prompts in that file. Default: prompt, text or caption."""
-    negative_prompt: str | None = None
-    """Text, or class, that guidance leads away from. Default: the model's "no text"."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
     """What to draw, for class-conditional models: classes by name or number, one or several."""
     count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
     """Images of each prompt or class."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is none. Default: the model's own setting, as for the next."""
-    guidance_stop: int | None = None
-    """Index of the first code drawn without guidance."""
-    top_k: int | None = None
-    """Draw from the k likeliest codes; 0 means all."""
-    top_p: float | None = None
-    """Draw from the likeliest codes that reach probability p; 1 means all."""
-    temperature: float | None = None
-    """Below 1 for less variety, above 1 for more; 0 takes the likeliest code."""
     seed: int | None = None
     """Seed of the first image; the next get the next numbers. Default: random; 0 for a file of
     prompts."""
@@ -90,7 +80,7 @@ def run(options: Options) -> None:
         return
     settings = _settings(options)
     source = settings.pop("model")
-    _require_place(options.out)
+    require_place(options.out)
 
     options = dataclasses.replace(
         options, dtype=settings.pop("dtype"), quantization=settings.pop("quantization")
@@ -98,7 +88,7 @@ def run(options: Options) -> None:
     device, dtype = options.resolve()
     pipe = _load(source, options, device, dtype)
     output = _generate(pipe, settings, options)
-    for path in _save(output, options):
+    for path in save_images(output, options.out, columns=options.columns):
         print(path)
 
 
@@ -171,12 +161,9 @@ def _draw_file(options: Options, path: Path) -> None:
             world_size=launch.world_size,
             progress=bar.update,
             negative_prompt=options.negative_prompt,
-            guidance_scale=options.guidance_scale,
-            guidance_stop=options.guidance_stop,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            temperature=options.temperature,
             row_lag=options.row_lag,
+            **{name: value for name, value in options.recorded().items() if value is not None},
+            **(options.ranking() if options.best_of != 1 else {}),
         )
     print(f"{drawn} images drawn of {len(planned)}")
     print(options.out)
@@ -189,6 +176,11 @@ def _settings(options: Options) -> dict[str, Any]:
         from llamagen.pictures import read_metadata
 
         recorded = read_metadata(options.like)
+        if "edit" in recorded:
+            raise InputError(
+                f"{options.like} was edited from another image (llamagen edit); --like makes "
+                f"generated ones again"
+            )
     model = options.model or recorded.get("model")
     if model is None:
         raise InputError("no model was named; give --model, for example --model c2i-L-384")
@@ -204,11 +196,12 @@ def _settings(options: Options) -> dict[str, Any]:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature", "seed", "row_lag")
-    settings: dict[str, Any] = {}
-    for name in names:
-        value = getattr(options, name)
-        settings[name] = recorded.get(name) if value is None else value
+    given = {**options.recorded(), "seed": options.seed, "row_lag": options.row_lag}
+    settings: dict[str, Any] = {
+        name: recorded.get(name) if value is None else value for name, value in given.items()
+    }
+    if settings["blend_share"] is None:
+        del settings["blend_share"]
     dtype = options.dtype
     if dtype == "auto" and "dtype" in recorded:
         dtype = recorded["dtype"]
@@ -221,17 +214,9 @@ def _settings(options: Options) -> dict[str, Any]:
         "prompt": wanted,
         "negative_prompt": negative,
         "dtype": dtype,
+        **options.ranking(),
         **settings,
     }
-
-
-def _require_place(out: Path) -> None:
-    import llamagen.storage as storage
-
-    is_file = out.suffix.lower() == ".png"
-    if not is_file and out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give --out a folder or a name that ends in .png")
-    storage.require_writable(out.parent if is_file else out)
 
 
 def _generate(pipe: Pipeline, settings: dict[str, Any], options: Options) -> PipelineOutput:
@@ -251,29 +236,3 @@ def _generate(pipe: Pipeline, settings: dict[str, Any], options: Options) -> Pip
             window=options.window,
             callback=show,
         )
-
-
-def _save(output: PipelineOutput, options: Options) -> list[Path]:
-    from llamagen.pictures import image_grid, save_png
-
-    paths = []
-    sheet_only = options.out.suffix.lower() == ".png"
-    if not sheet_only:
-        for image, metadata in zip(output.images, output.metadata, strict=True):
-            path = options.out / f"{_file_stem(metadata)}.png"
-            save_png(image, path, metadata=metadata)
-            paths.append(path)
-    if sheet_only or len(output.images) > 1:
-        path = options.out if sheet_only else options.out / "sheet.png"
-        alone = len(output.images) == 1
-        sheet = output.images[0] if alone else image_grid(output.images, columns=options.columns)
-        save_png(sheet, path, metadata=output.metadata[0] if alone else None)
-        paths.append(path)
-    return paths
-
-
-def _file_stem(metadata: dict[str, Any]) -> str:
-    text = str(metadata.get("class", metadata.get("prompt", "image")))
-    name = re.sub(r"[^\w]+", "-", text).strip("-").lower()
-    # File names of 255 bytes are the longest almost anywhere, of which a letter may take four.
-    return f"{name[:_STEM_LENGTH].strip('-') or 'image'}-{metadata['seed']}"

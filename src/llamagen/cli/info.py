@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from llamagen.errors import InputError
+
+if TYPE_CHECKING:
+    from llamagen.describe import ModelSummary, PartSummary, SpeedSummary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,18 +21,41 @@ class Options:
 
     source: tyro.conf.Positional[str | None] = None
     """Name, folder, checkpoint file, hub repository, or a PNG made by llamagen."""
+    measure: bool = False
+    """Load the model, and estimate from a few seconds of drawing how long an image takes here."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print the same as data."""
 
 
 def run(options: Options) -> None:
-    """Prints the description."""
-    if options.source is None:
-        print(_overview())
-    elif Path(options.source).suffix.lower() == ".png":
+    """Prints the description.
+
+    Raises:
+        InputError: there is no such model, or nothing of it to be measured.
+    """
+    source = options.source
+    is_image = source is not None and Path(source).suffix.lower() == ".png"
+    if options.measure and (source is None or is_image):
+        raise InputError("--measure goes with a model; name one, for example emoji")
+    if source is None:
+        print(_json(_known()) if options.as_json else _overview())
+        return
+    if is_image:
         from llamagen.pictures import read_metadata
 
-        print(json.dumps(read_metadata(options.source), indent=2, ensure_ascii=False))
-    else:
-        print("\n\n".join(_describe(options.source)))
+        print(_json(read_metadata(source)))
+        return
+    from llamagen.describe import describe_model, estimate_speed
+
+    summary = describe_model(source)
+    speed = estimate_speed(source) if options.measure else None
+    if options.as_json:
+        data = dataclasses.asdict(summary)
+        print(_json(data if speed is None else {**data, "speed": dataclasses.asdict(speed)}))
+        return
+    print("\n\n".join(_paragraphs(summary)))
+    if speed is not None:
+        print(f"\n{_speed(speed)}")
 
 
 def _overview() -> str:
@@ -53,71 +79,101 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _describe(source: str) -> list[str]:
-    """One paragraph per model found in ``source``."""
-    from llamagen import checkpoints
+def _known() -> dict[str, Any]:
+    """What the overview says, as data."""
+    from llamagen.checkpoints import PUBLIC_MODELS, shipped_models
+    from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, config_to_dict
 
-    try:
-        found = checkpoints.resolve_pipeline(source)
-    except InputError as error:
-        # A tokenizer on its own is no pipeline, but can be described all the same.
-        try:
-            return [_describe_tokenizer(source)]
-        except InputError:
-            raise error from None
-    parts = [f"model: {found.name}", _describe_transformer(found.transformer)]
-    if found.tokenizer is not None:
-        parts.append(_describe_tokenizer(found.tokenizer))
-    if found.labels is not None:
-        parts.append(f"classes: {len(found.labels)} ({', '.join(found.labels.names[:5])}, ...)")
-    if found.text is not None:
-        length, cleaned = found.text.max_length, "cleaned" if found.text.clean else "as they are"
-        parts.append(f"text encoder: {found.text.encoder}, {length} tokens, captions {cleaned}")
-    sampling = dataclasses.asdict(found.sampling)
-    parts.append("sampling: " + ", ".join(f"{name} {value}" for name, value in sampling.items()))
-    return parts
+    return {
+        "transformer_presets": {n: config_to_dict(c) for n, c in TRANSFORMER_PRESETS.items()},
+        "tokenizer_presets": {n: config_to_dict(c) for n, c in TOKENIZER_PRESETS.items()},
+        "shipped_models": shipped_models(),
+        "published_models": [config_to_dict(model) for model in PUBLIC_MODELS],
+    }
 
 
-def _describe_transformer(source: str | Path) -> str:
-    from llamagen.checkpoints import load_transformer
-
-    model = load_transformer(source)
-    config = model.config
-    rows, columns = config.grid
-    return _paragraph(
-        "transformer",
-        {
-            "parameters": f"{model.parameter_count():,}",
-            "memory": _memory(model.parameter_count()),
-            "layers, heads, dim": f"{config.layers}, {config.heads}, {config.dim}",
-            "condition": config.condition,
-            "grid": f"{rows} x {columns} = {config.num_codes} codes of {config.codebook_size}",
-            "stored as": config.quantization or str(model.dtype).removeprefix("torch."),
-        },
-    )
-
-
-def _describe_tokenizer(source: str | Path) -> str:
-    from llamagen.checkpoints import load_tokenizer
-
-    model = load_tokenizer(source)
-    config = model.config
-    return _paragraph(
-        "image tokenizer",
-        {
-            "parameters": f"{model.parameter_count():,}",
-            "memory": _memory(model.parameter_count()),
-            "downsampling": config.downsampling,
-            "codebook": f"{config.codebook_size} x {config.codebook_dim}",
-            "stored as": str(model.dtype).removeprefix("torch."),
-        },
-    )
+def _paragraphs(summary: ModelSummary) -> list[str]:
+    found = [f"model: {summary.name}", _parts_table(summary)]
+    found += [_architecture(part, summary) for part in summary.parts if part.config]
+    last = []
+    if summary.image_size is not None:
+        height, width = summary.image_size
+        last.append(f"images: {width} x {height} pixels")
+    if summary.class_names:
+        last.append(f"classes: {summary.classes} ({', '.join(summary.class_names[:5])}, ...)")
+    elif summary.classes is not None:
+        last.append(f"classes: {summary.classes}")
+    if summary.text is not None:
+        text = summary.text
+        cleaned = "cleaned" if text.clean else "as they are"
+        # Of an encoder of the model's own, its folder's name in the model.
+        encoder = Path(text.encoder).name if Path(text.encoder).is_dir() else text.encoder
+        last.append(f"text: by {encoder}, {text.max_length} tokens, captions {cleaned}")
+    if summary.sampling is not None:
+        settings = dataclasses.asdict(summary.sampling).items()
+        last.append("sampling: " + ", ".join(f"{name} {value}" for name, value in settings))
+    return [*found, "\n".join(last)] if last else found
 
 
-def _memory(parameters: int) -> str:
-    mib = parameters / 2**20
-    return f"{4 * mib:,.0f} MiB in float32, {2 * mib:,.0f} MiB in bfloat16 or float16"
+def _parts_table(summary: ModelSummary) -> str:
+    """Parameters, disk and memory of each part and, of several, in all."""
+    from llamagen.bench import table
+
+    def row(name: str, parameters: int | None, disk: int | None, memory: Any) -> list[str]:
+        counted = "unknown" if parameters is None else f"{parameters:,}"
+        stored = "not here" if disk is None else _mib(disk)
+        return [name, counted, stored, *(_mib(memory.get(p)) for p in summary.memory)]
+
+    rows = [row(p.kind, p.parameters, p.disk_bytes, p.memory) for p in summary.parts]
+    if len(rows) > 1:
+        rows.append(row("in all", summary.parameters, summary.disk_bytes, summary.memory))
+    precisions = [f"in {precision}" for precision in summary.memory]
+    return table(["MiB", "parameters", "on disk", *precisions], rows)
 
 
-def _paragraph(title: str, rows: dict[str, Any]) -> str:
-    return "\n".join([f"{title}:", *(f"  {name}: {value}" for name, value in rows.items())])
+def _architecture(part: PartSummary, summary: ModelSummary) -> str:
+    config = part.config
+    rows: dict[str, Any] = {}
+    if part.kind == "image tokenizer":
+        rows["downsampling"] = 2 ** (len(config["channel_multipliers"]) - 1)
+        rows["codebook"] = f"{config['codebook_size']} x {config['codebook_dim']}"
+    else:
+        sizes = ("layers", "heads", "dim")
+        rows["layers, heads, dim"] = ", ".join(str(config.get(name, "?")) for name in sizes)
+    if part.kind == "transformer" and summary.grid is not None and summary.kv_cache is not None:
+        grid = " x ".join(map(str, summary.grid))
+        rows["condition"] = summary.condition
+        rows["grid"] = f"{grid} = {summary.codes} codes of {config['codebook_size']}"
+        rows["KV cache of an image with guidance"] = ", ".join(
+            f"{_mib(size)} MiB in {precision}" for precision, size in summary.kv_cache.items()
+        )
+    rows["stored as"] = part.stored_as or "not on this machine"
+    return "\n".join([f"{part.kind}:", *(f"  {name}: {value}" for name, value in rows.items())])
+
+
+def _speed(speed: SpeedSummary) -> str:
+    from llamagen.bench import table
+
+    about = speed.machine
+    on = about["gpu"] if speed.device.startswith("cuda") else about["processor"]
+    rows = [
+        [
+            str(each.images),
+            f"{1000 * each.seconds_per_code:.2f}",
+            "" if each.decode_seconds is None else f"{each.decode_seconds:.3f}",
+            f"{each.seconds_per_image:.3f}",
+            f"{each.images_per_minute:,.1f}",
+        ]
+        for each in speed.estimates
+    ]
+    header = ["images at once", "ms/code", "s for pixels", "s/image", "images/minute"]
+    where = f"estimated on {speed.device} in {speed.dtype} ({on}, {about['threads']} threads):"
+    return "\n\n".join([where, table(header, rows), speed.how])
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.1f}"
+
+
+def _json(data: Any) -> str:
+    return json.dumps(data, indent=2, ensure_ascii=False)

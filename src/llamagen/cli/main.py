@@ -18,6 +18,10 @@ from llamagen.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("llamagen.cli.generate", "draw images of texts or classes"),
+    "edit complete": ("llamagen.cli.edit_complete", "keep the upper part of an image"),
+    "edit inpaint": ("llamagen.cli.edit_inpaint", "draw a marked part of an image anew"),
+    "edit outpaint": ("llamagen.cli.edit_outpaint", "extend an image down and to the right"),
+    "edit vary": ("llamagen.cli.edit_vary", "draw variations of an image"),
     "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
     "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
     "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),
@@ -38,7 +42,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "llamagen.cli.bench",
         "measure how fast this machine decodes",
     ),
-    "demo": ("llamagen.cli.demo", "train on handwritten digits and draw some, in minutes"),
+    "demo": ("llamagen.cli.demo", "draw a sheet with the models that come with the package"),
+    "demo-train": (
+        "llamagen.cli.demo_train",
+        "train on handwritten digits and draw some, in minutes",
+    ),
 }
 """Command -> the module that implements it and one line of help."""
 

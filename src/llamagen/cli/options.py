@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Ranking = Literal["likelihood", "condition"]
+"""As ``llamagen.ranking`` has it, which imports torch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,42 @@ class QuantizationOptions:
         """
         if self.quantization != "none":
             pipeline.quantize(self.quantization)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How codes are drawn. Where nothing is said, the model's own settings count."""
+
+    negative_prompt: str | None = None
+    """Text, or class, that guidance leads away from. Default: the model's "no text"."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; 1 is none. Default: the model's own setting, as for the next."""
+    guidance_stop: int | None = None
+    """Index of the first code drawn without guidance."""
+    top_k: int | None = None
+    """Draw from the k likeliest codes; 0 means all."""
+    top_p: float | None = None
+    """Draw from the likeliest codes that reach probability p; 1 means all."""
+    temperature: float | None = None
+    """Below 1 for less variety, above 1 for more; 0 takes the likeliest code."""
+    blend: str | None = None
+    """Text, or class, that every prompt or class is blended with."""
+    blend_share: float | None = None
+    """How much that counts, from 0 to 1. Default: 0.5."""
+    best_of: int = 1
+    """Candidates for each image, of which the best is kept."""
+    rank_by: Ranking = "likelihood"
+    """What is best: likelihood, the likeliest codes, which are plain ones; or condition, those that
+    the prompt or class makes likelier."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Settings by name that a picture records too, None where nothing was said."""
+        names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature")
+        return {name: getattr(self, name) for name in (*names, "blend", "blend_share")}
+
+    def ranking(self) -> dict[str, Any]:
+        """Settings of the choice among candidates."""
+        return {"best_of": self.best_of, "rank_by": self.rank_by}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,8 +30,7 @@ EXTENSIONS = frozenset(
 
 _log = logging.getLogger(__name__)
 
-# What Pillow's decoders raise on damaged files, beside OSError.
-_DECODING_ERRORS = (
+DECODING_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -43,6 +42,8 @@ _DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+"""What Pillow's decoders raise on damaged files."""
+
 _WHITE = (255, 255, 255, 255)
 
 
@@ -207,22 +208,34 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return _to_rgb(_upright(image))
+            return _rgb(_upright(image))
     except UnidentifiedImageError as error:
         raise CorruptImageError(path, "not an image of a known format") from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise CorruptImageError(path, " ".join(str(error).split()) or "damaged") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except _DECODING_ERRORS:
+    except DECODING_ERRORS:
         # Cameras and editors write many a broken EXIF block beside whole pixels.
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as ``open_image`` would read it from its file.
+
+    Raises:
+        InputError: its mode has no defined white.
+    """
+    try:
+        return _rgb(_upright(image))
+    except ValueError as error:
+        raise InputError(f"the image cannot be used: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels have no defined white; save it with 8 or 16 bits")
     if image.mode == "I" or image.mode.startswith("I;16"):

@@ -13,19 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from llamagen.conditions import Conditions
 from llamagen.errors import InputError
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.pieces import Pieces
+from llamagen.generation.likelihood import code_log_likelihoods
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.pipeline import Pipeline
 from llamagen.tokenizer import uint8_to_images
-
-_LOGITS = 1 << 27
-"""Numbers that a batch's logits have at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,27 +126,20 @@ def _bits_of_piece(
     size = decoding_batch_size(
         pipeline.tokenizer.config, config.grid, device=pipeline.device, dtype=pipeline.dtype
     )
-    size = max(1, min(size, _LOGITS // (config.num_codes * config.codebook_size)))
     found: dict[str, list[Tensor]] = {"conditional": [], "unconditional": []}
     for first in range(0, len(pixels), size):
         images = torch.from_numpy(np.array(pixels[first : first + size])).movedim(-1, 1)
         images = uint8_to_images(images.to(pipeline.device)).to(pipeline.tokenizer.dtype)
         codes = pipeline.tokenizer.encode(images)
         given = pipeline.conditions(conditions[first : first + size])
-        for name, drop in (("conditional", False), ("unconditional", True)):
-            found[name].append(_bits(pipeline, codes, given, drop))
+        for name, conditional in (("conditional", True), ("unconditional", False)):
+            nats = code_log_likelihoods(
+                pipeline.transformer,
+                codes,
+                given.condition,
+                condition_mask=given.mask,
+                conditional=conditional,
+            )
+            found[name].append(-nats / math.log(2))
         advance(len(images))
     return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
-
-
-def _bits(pipeline: Pipeline, codes: Tensor, given: Conditions, drop: bool) -> Tensor:
-    """(B, rows, columns) bits of codes (B, rows, columns)."""
-    flat = codes.flatten(1)
-    logits = pipeline.transformer(
-        flat[:, :-1],
-        given.condition.to(pipeline.device),
-        condition_mask=None if given.mask is None else given.mask.to(pipeline.device),
-        drop_condition=torch.full((len(flat),), drop, device=flat.device),
-    )
-    nats = F.cross_entropy(logits.float().flatten(0, 1), flat.flatten(), reduction="none")
-    return (nats / math.log(2)).view_as(codes)

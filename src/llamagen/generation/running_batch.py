@@ -4,12 +4,13 @@
 has a condition, a seed and settings of its own, and gets the codes (up to floating-point ties)
 that it would get alone.
 
-Shapes: N images, R sequences (an image with guidance has two), T codes of an image, V codes of the
-codebook.
+Shapes: N images, R sequences (an image has one, and one more each for guidance and for a blend),
+T codes of an image, V codes of the codebook.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import NotFiniteError
+from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation.draws import draws_for
+from llamagen.generation.known import check_known
 from llamagen.generation.seeds import check_seed, uniform_draws
+from llamagen.generation.sequences import check_share
 from llamagen.transformer import SlotCache, Transformer, decoder_for
 
 
@@ -34,6 +37,12 @@ class Drawing:
     unconditional: Tensor | None = None
     """What guidance leads away from, as ``condition``; by default the model's own "no class" or
     "no text"."""
+    blend: Tensor | None = None
+    """A second condition, as ``condition``, whose logits are mixed with those of the first."""
+    blend_share: float = 0.5
+    """How much it counts, from 0 to 1."""
+    known: Tensor | None = None
+    """(T,) codes that stay as they are, -1 where one is to be drawn."""
     drawn: int = 0
     """Codes drawn so far."""
     codes: Tensor | None = None
@@ -48,6 +57,11 @@ class Drawing:
         stop = self.sampling.guidance_stop
         return self.sampling.guided and (stop is None or self.drawn < stop)
 
+    @property
+    def sequences(self) -> int:
+        """How many of the batch's sequences it needs, at most."""
+        return 1 + self.sampling.guided + (self.blend is not None)
+
     def check(self) -> None:
         """Raises NotFiniteError if the model's logits were not finite. Waits for the device."""
         if self.finite is not None and not bool(self.finite):
@@ -57,8 +71,15 @@ class Drawing:
             )
 
 
-_Sequence = tuple[Drawing, bool]
-"""An image, and whether this is its unconditional sequence."""
+class _Role(enum.Enum):
+    """What a sequence of an image is conditioned on."""
+
+    OWN = enum.auto()
+    UNCONDITIONAL = enum.auto()
+    BLEND = enum.auto()
+
+
+_Sequence = tuple[Drawing, _Role]
 
 
 class RunningBatch:
@@ -69,7 +90,8 @@ class RunningBatch:
 
         Args:
             model: in eval mode, on the device and in the precision to compute in.
-            max_images: images that can be drawn at once, guided or not.
+            max_images: images that can be drawn at once, guided or not; fewer where some are
+                blends.
         """
         self.model = model
         self.max_images = max_images
@@ -83,10 +105,15 @@ class RunningBatch:
         )
         self._decoder = decoder_for(model)
 
-    @property
-    def room(self) -> int:
-        """Images that can join."""
-        return self.max_images - len(self.drawings)
+    def room(self, waiting: Sequence[Drawing]) -> int:
+        """How many of those that wait can join, from the first one on."""
+        free = 2 * self.max_images - sum(drawing.sequences for drawing in self.drawings)
+        most = self.max_images - len(self.drawings)
+        for count, drawing in enumerate(waiting[:most]):
+            free -= drawing.sequences
+            if free < 0:
+                return count
+        return min(most, len(waiting))
 
     @property
     def sequences(self) -> int:
@@ -94,11 +121,19 @@ class RunningBatch:
         return len(self._sequences)
 
     def check(self, drawing: Drawing) -> None:
-        """Raises InputError if its condition or seed is not one that the model can take."""
+        """Raises InputError if the model cannot take its conditions, seed or known codes."""
         check_seed(drawing.seed)
-        for condition in (drawing.condition, drawing.unconditional):
+        check_share(drawing.blend_share)
+        if drawing.sequences > 2 * self.max_images:
+            raise InputError(
+                "a blend with guidance needs three sequences, but the batch has room for two; "
+                "allow it two images"
+            )
+        for condition in (drawing.condition, drawing.unconditional, drawing.blend):
             if condition is not None:
                 self.model.cls_embedding.check(condition.unsqueeze(0))
+        if drawing.known is not None:
+            check_known(drawing.known, (self.codes_per_image,), self.model.config.codebook_size)
 
     @torch.inference_mode()
     def add(self, drawings: Sequence[Drawing]) -> None:
@@ -107,20 +142,22 @@ class RunningBatch:
         Raises:
             InputError: a condition or a seed is not one that the model can take; none has joined.
         """
-        assert len(drawings) <= self.room, f"{len(drawings)} images for {self.room} places"
+        assert self.room(drawings) == len(drawings), f"no room for {len(drawings)} images"
         embedding = self.model.cls_embedding
         by_shape: dict[torch.Size, list[tuple[_Sequence, Tensor]]] = {}
         for drawing in drawings:
             self.check(drawing)
             condition = drawing.condition.to(self.model.device)
-            given = [condition]
+            given = {_Role.OWN: condition}
             if drawing.guided:
                 other = drawing.unconditional
                 if other is None:
                     other = embedding.unconditional(condition.unsqueeze(0))[0]
-                given.append(other.to(condition))
-            for flag, each in zip((False, True), given, strict=False):
-                by_shape.setdefault(each.shape, []).append(((drawing, flag), each))
+                given[_Role.UNCONDITIONAL] = other.to(condition)
+            if drawing.blend is not None:
+                given[_Role.BLEND] = drawing.blend.to(condition)
+            for role, each in given.items():
+                by_shape.setdefault(each.shape, []).append(((drawing, role), each))
         for drawing in drawings:
             empty = torch.zeros(self.codes_per_image, dtype=torch.int64)
             drawing.codes = empty.to(self.model.device)
@@ -144,7 +181,7 @@ class RunningBatch:
             return
         for drawing in self.drawings:
             if drawing.sampling.guided and drawing.drawn == drawing.sampling.guidance_stop:
-                self._drop(self._sequences.index((drawing, True)))
+                self._drop(self._sequences.index((drawing, _Role.UNCONDITIONAL)))
         if self._layout is None:
             self._layout = self._layout_of(self.drawings, self._sequences)
         layout = self._layout
@@ -205,11 +242,16 @@ class _Layout:
         self.image = indices([number[drawing] for drawing, _ in sequences])
         self.draws = draws_for(
             [drawing.sampling for drawing in drawings],
-            [place[drawing, False] for drawing in drawings],
-            [place.get((drawing, True)) for drawing in drawings],
+            [place[drawing, _Role.OWN] for drawing in drawings],
+            [place.get((drawing, _Role.UNCONDITIONAL)) for drawing in drawings],
             codebook_size=codebook_size,
             device=device,
         )
+        blends = [drawing for drawing in drawings if drawing.blend is not None]
+        self.blended = indices([place[drawing, _Role.OWN] for drawing in blends])
+        self.blends = indices([place[drawing, _Role.BLEND] for drawing in blends])
+        self.shares = torch.tensor([d.blend_share for d in blends], device=device).unsqueeze(1)
+        self.known = _known_of(drawings, codes, device)
         self.uniforms = uniform_draws([drawing.seed for drawing in drawings], codes).to(device)
         self.next = indices([drawing.drawn for drawing in drawings]).unsqueeze(1)
         self.codes = torch.stack([d.codes for d in drawings if d.codes is not None])
@@ -224,10 +266,29 @@ class _Layout:
     def draw(self, logits: Tensor) -> None:
         """Draws a code of each image from the logits (R, V) of all sequences."""
         uniforms = self.uniforms.gather(1, self.next).squeeze(1)
-        drawn, finite = self.draws(logits, logits, uniforms)
+        mixed = logits
+        if len(self.blends):
+            mixed = logits.float()
+            own, other = mixed[self.blended], mixed[self.blends]
+            mixed = mixed.index_copy(0, self.blended, own.lerp(other, self.shares))
+        drawn, finite = self.draws(mixed, logits, uniforms)
         # In place: the drawings hold views.
         self.finite &= finite
+        if self.known is not None:
+            known = self.known.gather(1, self.next).squeeze(1)
+            drawn = torch.where(known < 0, drawn, known)
         self.codes.scatter_(1, self.next, drawn.unsqueeze(1))
         self.next += 1
         for drawing in self.drawings:
             drawing.drawn += 1
+
+
+def _known_of(drawings: Sequence[Drawing], codes: int, device: torch.device) -> Tensor | None:
+    """(N, T) known codes, -1 where there is none; None if no image has any."""
+    if all(drawing.known is None for drawing in drawings):
+        return None
+    known = torch.full((len(drawings), codes), -1, dtype=torch.int64)
+    for own, drawing in zip(known, drawings, strict=True):
+        if drawing.known is not None:
+            own.copy_(drawing.known)
+    return known.to(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,33 @@ def check_seed(seed: int) -> int:
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed is {seed}, expected an integer from 0 to {MAX_SEED}")
     return seed
+
+
+def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """A seed for each of ``count`` images.
+
+    Args:
+        seed: of the first, the next get the next numbers; or one of each; random if None.
+        count: images.
+
+    Raises:
+        InputError: there are several, but not as many as images.
+    """
+    if seed is None:
+        # Small enough to be typed again.
+        seed = secrets.randbelow(2**31)
+    if isinstance(seed, int):
+        return tuple(range(seed, seed + count))
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} images; give one seed per image")
+    return tuple(seed)
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """One of many seeds that belong to ``seed``, whose random numbers have nothing in common."""
+    # From stream 2^63, which no draws are taken from.
+    stream = np.random.Philox(counter=(1 << 255) + number, key=check_seed(seed))
+    return int(stream.random_raw()) >> 1
 
 
 def uniform_draws(seeds: Sequence[int], count: int, *, stream: int = 0) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B images, R sequences, C condition length.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,21 +18,47 @@ from llamagen.generation.seeds import check_seed
 from llamagen.transformer import Transformer
 
 
+@dataclasses.dataclass(frozen=True)
+class Blend:
+    """A second condition of each image: its logits are mixed with those of the first.
+
+    Probabilities are then in proportion to p1^(1 - share) p2^share.
+    """
+
+    condition: Tensor
+    """Shaped like the first one: labels (B,) or text features (B, C, text_dim), real ones last."""
+    mask: Tensor | None = None
+    """(B, C) bool, False where text features are padding; by default that of the first one."""
+    share: float = 0.5
+    """How much it counts, from 0 to 1."""
+
+    def __post_init__(self) -> None:
+        check_share(self.share)
+
+
+def check_share(share: float) -> float:
+    """Returns how much the second of two conditions counts.
+
+    Raises:
+        InputError: it lies outside 0 to 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise InputError(f"blend_share is {share}, expected a number from 0 to 1")
+    return share
+
+
 class Sequences(NamedTuple):
-    """The conditions of a batch's sequences: those of all images, then the unconditional ones."""
+    """The conditions of a batch's sequences: of all images, then blended, then unconditional."""
 
     images: int
     """B."""
     condition: Tensor
-    """Labels (R,) or text features (R, C, text_dim) on the model's device; R is B, or 2 B with
-    guidance."""
+    """Labels (R,) or text features (R, C, text_dim) on the model's device; R is B, and B more for
+    a blend, and for guidance."""
     mask: Tensor | None
     """(R, C) bool, False where text features are padding; None if none are."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether images have unconditional sequences."""
-        return len(self.condition) > self.images
+    guided: bool = False
+    """Whether images have unconditional sequences."""
 
     def by_length(self) -> list[tuple[list[int], Tensor]]:
         """The sequences in groups whose conditions are equally long without their padding.
@@ -69,6 +96,7 @@ def sequences_of(
     condition_mask: Tensor | None = None,
     unconditional: Tensor | None = None,
     unconditional_mask: Tensor | None = None,
+    blend: Blend | None = None,
 ) -> Sequences:
     """Makes one batch of what ``generate_codes`` is given, without the padding all rows share.
 
@@ -82,30 +110,39 @@ def sequences_of(
         raise InputError(f"{len(seeds)} seeds for {images} images; give one seed per image")
     for seed in seeds:
         check_seed(seed)
+    parts, masks = [condition], [condition_mask]
+    if blend is not None:
+        model.cls_embedding.check(blend.condition)
+        if blend.condition.shape != condition.shape:
+            raise InputError(
+                f"the condition to blend with has shape {tuple(blend.condition.shape)}, expected "
+                f"{tuple(condition.shape)} like the first one"
+            )
+        parts.append(blend.condition.to(condition))
+        masks.append(blend.mask)
     if sampling.guided:
         if unconditional is None:
             unconditional = model.cls_embedding.unconditional(condition)
-        condition_mask = _both_masks(condition, condition_mask, unconditional_mask)
-        condition = torch.cat([condition, unconditional.to(condition)])
-    if condition_mask is not None:
-        condition, condition_mask = _without_common_padding(
-            condition, condition_mask.to(model.device)
-        )
-    return Sequences(images, condition, condition_mask)
+        parts.append(unconditional.to(condition))
+        masks.append(unconditional_mask)
+    mask = _all_masks(condition, masks)
+    condition = torch.cat(parts)
+    if mask is not None:
+        condition, mask = _without_common_padding(condition, mask.to(model.device))
+    return Sequences(images, condition, mask, sampling.guided)
 
 
-def _both_masks(
-    condition: Tensor, mask: Tensor | None, unconditional_mask: Tensor | None
-) -> Tensor | None:
-    """The mask of the conditional rows above that of the unconditional ones."""
-    if mask is None and unconditional_mask is None:
+def _all_masks(condition: Tensor, masks: Sequence[Tensor | None]) -> Tensor | None:
+    """The masks of all rows; where there is none, the first one, which is that of the images."""
+    if all(mask is None for mask in masks):
         return None
-    if mask is None:
-        mask = torch.ones(condition.shape[:2], dtype=torch.bool)
-    other = mask if unconditional_mask is None else unconditional_mask
-    for each in (mask, other):
-        _check_mask(each, condition)
-    return torch.cat([mask.bool().cpu(), other.bool().cpu()])
+    first = masks[0]
+    if first is None:
+        first = torch.ones(condition.shape[:2], dtype=torch.bool)
+    whole = [first if mask is None else mask for mask in masks]
+    for mask in whole:
+        _check_mask(mask, condition)
+    return torch.cat([mask.bool().cpu() for mask in whole])
 
 
 def _check_mask(mask: Tensor, condition: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -22,6 +22,13 @@ class Decode(Protocol):
         ...
 
 
+class _Wanted(NamedTuple):
+    """An image that someone waits for."""
+
+    codes: Sequence[int]
+    grid: Grid
+
+
 class ImageDecoder:
     """One thread that decodes; meanwhile the engine draws on."""
 
@@ -29,17 +36,18 @@ class ImageDecoder:
         self.grid = grid
         self._decode = decode
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llamagen-decoder")
-        self._waiting: list[tuple[Sequence[int], asyncio.Future[Image.Image]]] = []
+        self._waiting: list[tuple[_Wanted, asyncio.Future[Image.Image]]] = []
         self._busy = False
 
-    async def decode(self, codes: Sequence[int]) -> Image.Image:
+    async def decode(self, codes: Sequence[int], grid: Grid | None = None) -> Image.Image:
         """The image of some codes.
 
         Args:
             codes: whole rows of the grid from the first on. What is missing is left grey.
+            grid: rows and columns, if they are not the usual ones.
         """
         future: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
-        self._waiting.append((codes, future))
+        self._waiting.append((_Wanted(codes, grid or self.grid), future))
         if not self._busy:
             self._busy = True
             self._worker = asyncio.create_task(self._work())
@@ -54,12 +62,12 @@ class ImageDecoder:
         try:
             while self._waiting:
                 batch, self._waiting = self._waiting, []
-                wanted = [(codes, future) for codes, future in batch if not future.cancelled()]
+                wanted = [(each, future) for each, future in batch if not future.cancelled()]
                 if not wanted:
                     continue
                 try:
                     images = await loop.run_in_executor(
-                        self._pool, self._images, [codes for codes, _ in wanted]
+                        self._pool, self._all_images, [each for each, _ in wanted]
                     )
                 except Exception as error:  # noqa: BLE001
                     for _, future in wanted:
@@ -72,8 +80,17 @@ class ImageDecoder:
         finally:
             self._busy = False
 
-    def _images(self, batch: list[Sequence[int]]) -> list[Image.Image]:
-        rows, columns = self.grid
+    def _all_images(self, batch: list[_Wanted]) -> list[Image.Image]:
+        """Those of a size together."""
+        found: dict[int, Image.Image] = {}
+        for grid in dict.fromkeys(each.grid for each in batch):
+            places = [place for place, each in enumerate(batch) if each.grid == grid]
+            images = self._images([batch[place].codes for place in places], grid)
+            found.update(zip(places, images, strict=True))
+        return [found[place] for place in range(len(batch))]
+
+    def _images(self, batch: list[Sequence[int]], shape: Grid) -> list[Image.Image]:
+        rows, columns = shape
         grids = torch.empty(len(batch), rows, columns, dtype=torch.int64)
         for grid, codes in zip(grids, batch, strict=True):
             done = len(codes) // columns

@@ -51,6 +51,9 @@ class CodeEngine(Protocol):
         seed: int,
         sampling: SamplingConfig,
         unconditional: Tensor | None = None,
+        blend: Tensor | None = None,
+        blend_share: float = 0.5,
+        known: Tensor | None = None,
         request: Hashable = None,
     ) -> AsyncGenerator[list[int], None]:
         """One image's codes, as they come.
@@ -60,6 +63,9 @@ class CodeEngine(Protocol):
             seed: the image's own.
             sampling: how its codes are drawn.
             unconditional: what guidance leads away from, as ``condition``.
+            blend: a second condition, as ``condition``, whose logits are mixed with the first's.
+            blend_share: how much it counts, from 0 to 1.
+            known: (T,) codes that stay as they are, -1 where one is to be drawn.
             request: whose image it is; no request waits until another's images are all drawn.
 
         Yields:
@@ -68,7 +74,8 @@ class CodeEngine(Protocol):
 
         Raises:
             EngineError: the engine failed; it goes on with what comes next.
-            InputError: the condition or seed is none that the model can take.
+            InputError: the engine cannot do this, or the model cannot take a condition, the seed or
+                the known codes.
             NotFiniteError: the model's logits are not finite.
         """
         ...
@@ -137,10 +144,13 @@ class NativeEngine:
         seed: int,
         sampling: SamplingConfig,
         unconditional: Tensor | None = None,
+        blend: Tensor | None = None,
+        blend_share: float = 0.5,
+        known: Tensor | None = None,
         request: Hashable = None,
     ) -> AsyncGenerator[list[int], None]:
         """As ``CodeEngine.draw`` says."""
-        drawing = Drawing(condition, seed, sampling, unconditional)
+        drawing = Drawing(condition, seed, sampling, unconditional, blend, blend_share, known)
         self._batch.check(drawing)
         ticket = _Ticket(drawing, request, asyncio.get_running_loop())
         with self._changed:
@@ -191,12 +201,15 @@ class NativeEngine:
             self._batch.remove(gone)
             del self._running[gone]
         chosen: list[_Ticket] = []
-        while self._waiting and len(chosen) < self._batch.room:
+        while self._waiting:
             request, tickets = next(iter(self._waiting.items()))
+            wanted = [] if tickets[0].unwanted else [tickets[0]]
+            joining = [*chosen, *wanted]
+            if self._batch.room([ticket.drawing for ticket in joining]) < len(joining):
+                break
+            chosen = joining
+            tickets.popleft()
             del self._waiting[request]
-            ticket = tickets.popleft()
-            if not ticket.unwanted:
-                chosen.append(ticket)
             if tickets:
                 # Its next image comes after one of everybody else's.
                 self._waiting[request] = tickets

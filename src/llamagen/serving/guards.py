@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +16,9 @@ _OPEN = ("/health", "/ready")
 """Answered without a key and also while draining: probes ask them."""
 _GUARDED = ("/v1", "/metrics")
 """Nothing else needs the key: the page and the description of the API say nothing secret."""
+
+_UPLOADS = ("/v1/images/edits", "/v1/images/variations")
+"""Where a body may hold images."""
 
 _BODY_SECONDS = 30
 
@@ -28,6 +31,24 @@ class Gate:
     """The server is about to end: what runs is finished, nothing new is taken."""
 
 
+@dataclass
+class _Body:
+    """As much of a body as has come."""
+
+    limit: int
+    """Bytes that it may have."""
+    upload: bool
+    """Whether it may hold images."""
+    length: int = 0
+    parts: list[bytes] = field(default_factory=list)
+
+    def take(self) -> bytes:
+        """All of it; nothing is left here."""
+        content = b"".join(self.parts)
+        self.parts.clear()
+        return content
+
+
 class Guards:
     """ASGI middleware that answers what must not reach the API."""
 
@@ -36,6 +57,8 @@ class Guards:
         self._settings = settings
         self._gate = gate
         self._running = 0
+        self._held = 0
+        """Bytes of all bodies that are in memory."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI has it."""
@@ -47,19 +70,25 @@ class Guards:
             await _answer(send, *refusal)
             return
         self._running += 1
+        body = _Body(self._limit(scope), upload=scope["path"] in _UPLOADS)
         try:
             try:
                 async with asyncio.timeout(_BODY_SECONDS):
-                    body = await self._body(receive)
+                    refusal = await self._read(receive, body)
             except TimeoutError:
-                await _answer(send, 408, f"the body did not come within {_BODY_SECONDS} seconds")
+                refusal = 408, f"the body did not come within {_BODY_SECONDS} seconds"
+            if refusal is not None:
+                await _answer(send, *refusal)
                 return
-            if body is None:
-                await _answer(send, 413, f"the body has more than {self._settings.max_body} bytes")
-                return
-            await self._app(scope, _replayed(body, receive), send)
+            await self._app(scope, _replayed(body.take(), receive), send)
         finally:
             self._running -= 1
+            self._held -= body.length
+
+    def _limit(self, scope: Scope) -> int:
+        """Bytes that a body may have."""
+        settings = self._settings
+        return settings.max_upload if scope["path"] in _UPLOADS else settings.max_body
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
@@ -69,9 +98,9 @@ class Guards:
             return 429, "too many requests at once; try again later"
         if scope["path"].startswith(_GUARDED) and not self._has_key(headers):
             return 401, "a valid API key is needed, as Authorization: Bearer KEY"
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._settings.max_body:
-            return 413, f"the body has more than {self._settings.max_body} bytes"
+        length, limit = headers.get(b"content-length", b"0"), self._limit(scope)
+        if length.isdigit() and int(length) > limit:
+            return _too_large(limit)
         return None
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
@@ -81,16 +110,24 @@ class Guards:
         wanted = self._settings.api_key.encode()
         return hmac.compare_digest(given.strip(), wanted) and kind.lower() == b"bearer"
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """The whole body, whatever length it said; None if that is too much."""
-        body = b""
+    async def _read(self, receive: Receive, body: _Body) -> tuple[int, str] | None:
+        """Reads a whole body, whatever length it said; or says why not."""
         while True:
             message = await receive()
-            body += message.get("body", b"")
-            if len(body) > self._settings.max_body:
-                return None
+            part = message.get("body", b"")
+            body.parts.append(part)
+            body.length += len(part)
+            self._held += len(part)
+            if body.length > body.limit:
+                return _too_large(body.limit)
+            if body.upload and self._held > self._settings.max_upload_memory:
+                return 429, "too many images are being sent at once; try again later"
             if message["type"] != "http.request" or not message.get("more_body", False):
-                return body
+                return None
+
+
+def _too_large(limit: int) -> tuple[int, str]:
+    return 413, f"the body has more than {limit} bytes"
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import secrets
+import functools
 import time
-from collections.abc import AsyncGenerator, Hashable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from llamagen.conditions import Conditions
-from llamagen.config import SamplingConfig
-from llamagen.errors import InputError, NotFiniteError
+from llamagen.config import Grid
+from llamagen.editing import Edit, Editor
+from llamagen.errors import InputError
+from llamagen.generation.seeds import one_seed_each
 from llamagen.pipeline import Pipeline
+from llamagen.ranking import Ranking, check_ranking
 from llamagen.serving.decoding import ImageDecoder
-from llamagen.serving.engine import CodeEngine, EngineError
+from llamagen.serving.engine import CodeEngine
+from llamagen.serving.jobs import Job, Ranker, RunningJob, Update
 from llamagen.serving.metrics import ServerMetrics
-
-_SEEDS = 2**31
 
 
 class QueueFullError(RuntimeError):
@@ -33,37 +33,6 @@ class QueueFullError(RuntimeError):
         super().__init__(message)
         self.retry_after = retry_after
         """Seconds after which there is likely to be room."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Images of one request: what to draw, and how."""
-
-    condition: Tensor
-    """A label (), or text features (C, text_dim)."""
-    unconditional: Tensor | None
-    seeds: tuple[int, ...]
-    sampling: SamplingConfig
-    described: dict[str, Any]
-    """What the images' metadata say of the prompt."""
-    begun: float
-    """When it was asked for (``time.perf_counter``)."""
-
-    @property
-    def input_tokens(self) -> int:
-        """Positions of the condition."""
-        return 1 if self.condition.ndim == 0 else len(self.condition)
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """An image of a job, as far as it is drawn."""
-
-    index: int
-    """Which image of the job."""
-    rows: int
-    """Finished rows of the grid."""
-    codes: list[int]
 
 
 class ServedModel:
@@ -98,6 +67,9 @@ class ServedModel:
         self._in_flight = 0
         self._seconds_per_image = 1.0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="llamagen-reader")
+        # One image at a time: what clients send may be large when it is unpacked.
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="llamagen-worker")
+        self._ranker = Ranker(pipeline.transformer, self._worker)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -107,20 +79,34 @@ class ServedModel:
     @property
     def size(self) -> str:
         """Of an image, as "256x256"."""
-        rows, columns = self.grid
+        return self.size_of(self.grid)
+
+    def size_of(self, grid: Grid) -> str:
+        """Of an image with so many rows and columns of codes, as "256x256"."""
+        rows, columns = grid
         scale = self.pipeline.tokenizer.config.downsampling
         return f"{columns * scale}x{rows * scale}"
+
+    @property
+    def edits(self) -> bool:
+        """Whether it edits, blends and ranks."""
+        return self.pipeline.engine == "native"
 
     async def job(
         self,
         prompt: str,
-        negative_prompt: str | None,
+        negative_prompt: str | None = None,
         *,
         images: int,
-        seed: int | None,
-        settings: dict[str, Any],
+        seed: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+        blend: str | None = None,
+        blend_share: float = 0.5,
+        best_of: int = 1,
+        rank_by: Ranking = "likelihood",
+        edit: Callable[[Editor], Edit] | None = None,
     ) -> Job:
-        """Reads a prompt.
+        """Reads a prompt, and an image if one is edited.
 
         Args:
             prompt: a text, or a class by name or number.
@@ -128,25 +114,43 @@ class ServedModel:
             images: how many to draw.
             seed: of the first; random if None.
             settings: of ``SamplingConfig``, where the model's own are not wanted.
+            blend: what the prompt is blended with, as ``prompt``; or None.
+            blend_share: how much that counts.
+            best_of: candidates of each image.
+            rank_by: what the best of them is.
+            edit: makes the edit, in another thread; None if the images are drawn from nothing.
 
         Raises:
-            InputError: the prompt or a setting is none that the model can take.
+            InputError: a prompt, a setting or the image is none that the model can take.
         """
         begun = time.perf_counter()
-        sampling = dataclasses.replace(self.pipeline.sampling, **settings)
-        first = secrets.randbelow(_SEEDS) if seed is None else seed
+        if not self.edits and (edit or blend is not None or best_of > 1):
+            raise InputError(
+                f"{self.name} is drawn by vLLM, which neither edits nor blends nor ranks; leave "
+                f"out blend and best_of, or serve it with --engine native"
+            )
+        check_ranking(rank_by, best_of)
+        sampling = dataclasses.replace(self.pipeline.sampling, **(settings or {}))
+        read = functools.partial(
+            self._read,
+            prompt,
+            negative_prompt,
+            blend=blend,
+            blend_share=blend_share,
+            copies=best_of,
+        )
         loop = asyncio.get_running_loop()
-        read = await loop.run_in_executor(self._reader, self._read, prompt, negative_prompt)
+        conditions = await loop.run_in_executor(self._reader, read)
+        made = None
+        if edit is not None:
+            made = await loop.run_in_executor(self._worker, edit, Editor(self.pipeline))
         return Job(
-            condition=_only(read.condition, read.mask),
-            unconditional=(
-                None
-                if read.unconditional is None
-                else _only(read.unconditional, read.unconditional_mask)
-            ),
-            seeds=tuple(range(first, first + images)),
+            conditions=conditions,
+            seeds=one_seed_each(seed, images * best_of),
             sampling=sampling,
-            described=read.described[0],
+            best_of=best_of,
+            rank_by=rank_by,
+            edit=made,
             begun=begun,
         )
 
@@ -159,9 +163,10 @@ class ServedModel:
         """
         images = len(job.seeds)
         if images > self.max_in_flight:
-            raise InputError(
-                f"n is {images}, but this server takes {self.max_in_flight} images at once"
-            )
+            asked = f"n is {job.images}"
+            if job.best_of > 1:
+                asked += f" with {job.best_of} candidates each"
+            raise InputError(f"{asked}, but this server takes {self.max_in_flight} images at once")
         if self._in_flight + images > self.max_in_flight:
             wait = max(1, min(60, round(self._seconds_per_image * images)))
             raise QueueFullError(
@@ -171,92 +176,51 @@ class ServedModel:
         self._count(images)
         return Reservation(self, job)
 
-    async def updates(self, job: Job) -> AsyncGenerator[Update, None]:
-        """Draws a job's images side by side; tells of every finished row."""
-        news: asyncio.Queue[Update | BaseException] = asyncio.Queue()
-        request: Hashable = object()
-        tasks = [
-            asyncio.create_task(self._draw_one(job, index, request, news))
-            for index in range(len(job.seeds))
-        ]
-        try:
-            left, first = len(tasks), True
-            while left:
-                update = await news.get()
-                if isinstance(update, BaseException):
-                    raise update
-                if first:
-                    self._metrics.wait.labels(self.name).observe(time.perf_counter() - job.begun)
-                    first = False
-                left -= update.rows == self.grid[0]
-                yield update
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+    def updates(self, job: Job) -> AsyncGenerator[Update, None]:
+        """Draws a job's images side by side; see ``RunningJob.updates``."""
+        rank = self._ranker.best
+        running = RunningJob(job, self.engine, model=self.name, metrics=self._metrics, rank=rank)
+        return running.updates()
 
-    async def image(self, codes: Sequence[int]) -> Image.Image:
-        """The image of some codes, grey where rows are missing."""
-        return await self.decoder.decode(codes)
+    async def image(self, job: Job, update: Update) -> Image.Image:
+        """The image of a job, grey where rows are missing."""
+        grid = self.grid_of(job) if update.done else self.grid
+        image = await self.decoder.decode(update.codes, grid)
+        if job.edit is None or not update.done:
+            return image
+        return await asyncio.to_thread(job.edit.finish, image)
 
-    def metadata(self, job: Job, index: int) -> dict[str, Any]:
-        """What an image of a job says of itself, as those of ``Pipeline`` do."""
+    def grid_of(self, job: Job) -> Grid:
+        """Rows and columns of codes of the images that a job makes."""
+        if job.edit is None:
+            return self.grid
+        rows, columns = job.edit.codes.shape
+        return rows, columns
+
+    def metadata(self, job: Job, seed: int) -> dict[str, Any]:
+        """What an image of a job says of itself, as those of ``Pipeline`` and ``Editor`` do."""
+        ranked = {"best_of": job.best_of, "rank_by": job.rank_by}
         return {
             "model": self.name,
-            **job.described,
-            "seed": job.seeds[index],
+            **job.conditions.described[0],
+            "seed": seed,
             **dataclasses.asdict(job.sampling),
+            **(ranked if job.best_of > 1 else {}),
             **self.pipeline.precision,
             "device": self.pipeline.device.type,
+            **({} if job.edit is None else {"edit": dict(job.edit.described)}),
         }
 
     async def close(self) -> None:
         """Ends what is being drawn."""
         await self.engine.close()
         self.decoder.close()
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._reader, self._worker):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
-    def _read(self, prompt: str, negative_prompt: str | None) -> Conditions:
-        return self.pipeline.conditions(prompt, negative_prompt)
-
-    async def _draw_one(
-        self,
-        job: Job,
-        index: int,
-        request: Hashable,
-        news: asyncio.Queue[Update | BaseException],
-    ) -> None:
-        columns = self.grid[1]
-        counted, waiting = 0, self._metrics.waiting.labels(self.name)
-        waiting.inc()
-        try:
-            drawing = self.engine.draw(
-                job.condition,
-                seed=job.seeds[index],
-                sampling=job.sampling,
-                unconditional=job.unconditional,
-                request=request,
-            )
-            async with aclosing(drawing):
-                async for codes in drawing:
-                    if counted == 0:
-                        waiting.dec()
-                    self._metrics.codes.labels(self.name).inc(len(codes) - counted)
-                    counted = len(codes)
-                    news.put_nowait(Update(index, counted // columns, codes))
-        except Exception as error:  # noqa: BLE001
-            if isinstance(error, InputError) and not isinstance(error, NotFiniteError):
-                news.put_nowait(error)
-            else:
-                # The client, whose input is fine, is told no more than that. The error may be
-                # that of other images too: raised anew each time, its traceback would grow.
-                failure = EngineError("the image could not be drawn")
-                failure.__cause__ = error
-                news.put_nowait(failure)
-        finally:
-            if counted == 0:
-                waiting.dec()
+    def _read(self, prompt: str, negative_prompt: str | None, **others: Any) -> Conditions:
+        return self.pipeline.conditions(prompt, negative_prompt, **others)
 
     def _count(self, images: int) -> None:
         self._in_flight += images
@@ -267,7 +231,7 @@ class ServedModel:
         self._count(-images)
         if made:
             seconds = time.perf_counter() - job.begun
-            self._metrics.images.labels(self.name).inc(images)
+            self._metrics.images.labels(self.name).inc(job.images)
             self._metrics.total.labels(self.name).observe(seconds)
             self._seconds_per_image += 0.2 * (seconds / images - self._seconds_per_image)
 
@@ -286,8 +250,3 @@ class Reservation:
 
     def __exit__(self, *_: object) -> None:
         self._model._release(self._job, made=self.made)
-
-
-def _only(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The one condition of a batch of one, without its padding."""
-    return features[0] if mask is None else features[0][mask[0].bool()]

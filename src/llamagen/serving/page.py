@@ -8,7 +8,10 @@ from pathlib import PurePath
 
 from fastapi import FastAPI, Request, Response
 
-FILES = ("index.html", "page.css", "page.js", "server.js", "form.js", "gallery.js", "shelf.js")
+FILES = (
+    *("index.html", "page.css", "page.js", "server.js"),
+    *("form.js", "edit.js", "gallery.js", "shelf.js"),
+)
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 _POLICY = "; ".join(

@@ -1,4 +1,4 @@
-"""What the HTTP API reads and writes: OpenAI's images endpoint, and our settings beside it."""
+"""What the HTTP API reads and writes: OpenAI's images endpoints, and our settings beside them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llamagen.generation.seeds import MAX_SEED
+from llamagen.ranking import Ranking
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class ImageRequest(BaseModel):
-    """Body of ``POST /v1/images/generations``."""
+class _Request(BaseModel):
+    """What all requests for images may say."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(
         min_length=1,
@@ -28,7 +29,7 @@ class ImageRequest(BaseModel):
     )
     n: int | None = Field(default=1, ge=1, le=1000, description="Images.")
     size: str | None = Field(
-        default="auto", max_length=20, description="auto, or the size that the model draws."
+        default="auto", max_length=20, description="auto, or the size that the images will have."
     )
     response_format: Literal["b64_json", "url"] | None = Field(
         default="b64_json", description="The images themselves, or where to fetch them for a time."
@@ -37,17 +38,27 @@ class ImageRequest(BaseModel):
     output_compression: int | None = Field(
         default=None, ge=0, le=100, description="Quality of jpeg and webp. Default: 90."
     )
-    stream: bool | None = Field(
-        default=False, description="Send events, with unfinished images if partial_images asks."
-    )
-    partial_images: int | None = Field(
-        default=0,
-        ge=0,
-        le=64,
-        description="Unfinished images to send of each image, evenly over its rows.",
-    )
     negative_prompt: str | None = Field(
         default=None, min_length=1, description="What guidance leads away from."
+    )
+    blend: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A second prompt or class: what is likely for both is drawn.",
+    )
+    blend_share: _Number | None = Field(
+        default=None, ge=0, le=1, description="How much of it. Default: 0.5."
+    )
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=16,
+        description="Candidates for each image, of which the best is sent. Default: 1, and 4 where "
+        "an image is filled in.",
+    )
+    rank_by: Ranking | None = Field(
+        default=None,
+        description="The best: likelihood (default), or condition, what the prompt makes likelier.",
     )
     guidance_scale: _Number | None = Field(
         default=None, ge=0, le=100, description="1 is none. Default: the model's, as for the next."
@@ -67,8 +78,25 @@ class ImageRequest(BaseModel):
     seed: int | None = Field(
         default=None,
         ge=0,
-        le=MAX_SEED - 1000,
-        description="Of the first image; the next get the next numbers. Default: random.",
+        le=MAX_SEED - 16_000,
+        description="Of the first image, or its first candidate; the next get the next numbers. "
+        "Default: random.",
+    )
+    user: str | None = Field(default=None, max_length=1000, description="Not kept.")
+
+
+class _StreamRequest(_Request):
+    """What requests may say that can be answered by a stream."""
+
+    stream: bool | None = Field(
+        default=False, description="Send events, with unfinished images if partial_images asks."
+    )
+    partial_images: int | None = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="Unfinished images to send of each image, evenly over its rows. There are none "
+        "of images with candidates, and of images that are extended.",
     )
     quality: Literal["auto", "standard"] | None = Field(
         default=None, description="There are no levels: use the settings above."
@@ -77,7 +105,46 @@ class ImageRequest(BaseModel):
     moderation: Literal["auto", "low"] | None = Field(
         default=None, description="Nothing is moderated."
     )
-    user: str | None = Field(default=None, max_length=1000, description="Not kept.")
+
+
+class ImageRequest(_StreamRequest):
+    """Body of ``POST /v1/images/generations``."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class EditRequest(_StreamRequest):
+    """Form of ``POST /v1/images/edits``, without its files."""
+
+    edit: Literal["inpaint", "complete", "outpaint", "vary"] | None = Field(
+        default=None, description="Default: inpaint with a mask, complete without one."
+    )
+    keep_rows: int | None = Field(
+        default=None,
+        ge=1,
+        le=2**31,
+        description="For complete: rows of codes that are kept. Default: half of them.",
+    )
+    below: int | None = Field(
+        default=None, ge=0, le=2**31, description="For outpaint: rows of codes to draw below."
+    )
+    right: int | None = Field(
+        default=None, ge=0, le=2**31, description="For outpaint: columns to draw on the right."
+    )
+    keep: _Number | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="For vary: share of the codes that is kept. Default: 0.5.",
+    )
+
+
+class VariationRequest(_Request):
+    """Form of ``POST /v1/images/variations``, without its file."""
+
+    keep: _Number | None = Field(
+        default=None, gt=0, lt=1, description="Share of the codes that is kept. Default: 0.5."
+    )
 
 
 class ImageData(BaseModel):
@@ -96,7 +163,7 @@ class TokenDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """What was read and drawn: positions of the condition, codes of the images."""
+    """What was read and drawn: positions of the condition, codes of all candidates."""
 
     input_tokens: int
     input_tokens_details: TokenDetails
@@ -105,7 +172,7 @@ class Usage(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """Answer to ``POST /v1/images/generations`` without ``stream``."""
+    """Answer to a request for images without ``stream``."""
 
     created: int = Field(description="Seconds since 1970.")
     data: list[ImageData]
@@ -121,7 +188,12 @@ class ImagesResponse(BaseModel):
 class ImageEvent(BaseModel):
     """An event of a stream. With n above 1, the events of all images come as they are ready."""
 
-    type: Literal["image_generation.partial_image", "image_generation.completed"]
+    type: Literal[
+        "image_generation.partial_image",
+        "image_generation.completed",
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
     index: int = Field(description="Which image of the request, from 0.")
     seed: int
     b64_json: str
@@ -149,6 +221,7 @@ class ModelCard(BaseModel):
     codes: int = Field(description="Codes to choose from: the largest top_k that matters.")
     max_images: int = Field(description="Images that a request may ask for.")
     classes: list[str] | None = Field(description="Names of its classes.")
+    edits: bool = Field(description="Whether it edits, blends, and chooses the best of several.")
     settings: dict[str, Any] = Field(description="For requests that give none.")
 
 

@@ -18,7 +18,15 @@ class ServerSettings:
     max_prompt: int = 4000
     """Characters of a prompt."""
     max_body: int = 64 * 1024
-    """Bytes of a request's body."""
+    """Bytes of a request's body, where it holds no image."""
+    max_upload: int = 16 * 1024 * 1024
+    """Bytes of the body of a request that brings an image."""
+    max_upload_memory: int = 256 * 1024 * 1024
+    """Bytes of all bodies at a time; further requests get a 429."""
+    max_upload_pixels: int = 50_000_000
+    """Pixels of an image that is sent; unpacked, each takes up to four bytes."""
+    max_extension: int = 2
+    """How many times the model's own rows or columns an image can be extended by."""
     max_connections: int = 1024
     """Requests that are answered at once, of any kind."""
     timeout: float = 300.0

@@ -31,6 +31,8 @@ AdversarialLoss = Literal["hinge", "vanilla", "non-saturating"]
 """What a discriminator, or the model that it judges, minimises."""
 DiscriminatorName = Literal["patchgan", "stylegan"]
 """Judges patches, as published, or whole images."""
+TrainedPart = Literal["all", "decoder"]
+"""What of an image tokenizer learns."""
 Tracker = Literal["tensorboard", "wandb"]
 ConditionKind = Literal["class", "text"]
 
@@ -321,6 +323,9 @@ class TokenizerTraining:
     init: str | None = None
     """Tokenizer to start from, whose architecture is kept and `model` ignored: folder, checkpoint
     file, hub repository or published name. Default: random weights."""
+    trained: TrainedPart = "all"
+    """What learns: all, or the decoder alone. Then the codes of every image stay those of `init`,
+    and transformers trained on them still fit."""
     codebook_init: Literal["random", "data"] = "random"
     """The first codebook: random as published, or latents of the first images. Without effect
     where `init` brings one."""
@@ -338,6 +343,18 @@ class TokenizerTraining:
             f"codebook_init is {self.codebook_init!r}, expected 'random' or 'data'",
         )
         _require_at_least(self, 0, "revive_codes_every")
+        _require_choice(self, "trained", TrainedPart)
+        if self.trained == "decoder":
+            _require(
+                self.init is not None,
+                "trained is decoder, but there is no tokenizer whose codes stay; name one with "
+                "init (--init)",
+            )
+            _require(
+                self.revive_codes_every == 0,
+                f"revive_codes_every is {self.revive_codes_every}, but with trained decoder the "
+                f"codebook stays as it is; set it to 0",
+            )
         if self.init is None:
             self.model.grid_of(*self.images.shape)
         _require(

@@ -121,6 +121,9 @@ class TokenizerTask(Task):
         self.images = images
         self.data = images.identity
         self.model = model
+        if recipe.trained == "decoder":
+            for part in (model.encoder, model.quant_conv, model.quantize):
+                part.requires_grad_(False)
         self._usage = CodebookUsage(model.config.codebook_size, window=_USAGE_WINDOW)
         self._revived = 0
         self._recent: Tensor | None = None

@@ -32,6 +32,9 @@ _KINDS = {
     torch.uint8: library.INT4,
 }
 
+_FED_AT_ONCE = 16
+"""Known codes of a sequence in a pass of the kernels, which compute the logits behind each."""
+
 
 @dataclass
 class StepTimes:
@@ -50,6 +53,13 @@ class Decoder(Protocol):
         """Feeds ``codes`` (R,) behind what ``cache`` holds of each sequence.
 
         Returns logits (R, V) of the codes that follow, valid until the next call.
+        """
+        ...
+
+    def feed(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """As ``next_logits``, but several codes (R, T) of each sequence, which are known already.
+
+        Returns logits (R, V) of what follows the last of them.
         """
         ...
 
@@ -97,6 +107,10 @@ class TorchDecoder:
             return self._model.decode(codes.unsqueeze(1), cache)[:, -1]
         return self._model.step(codes, cache)
 
+    def feed(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """See ``Decoder``."""
+        return self._model.decode(codes, cache)[:, -1]
+
     def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
         """See ``Decoder``."""
         return self._model.extend(codes, slots)
@@ -134,6 +148,14 @@ class CpuDecoder:
         logits = self._run(codes.unsqueeze(1), cache, _next_places(cache, 1))
         cache.advance(1)
         return logits
+
+    def feed(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """See ``Decoder``. The logits are float32, and the same bits as of codes fed one by one."""
+        for part in codes.split(_FED_AT_ONCE, dim=1):
+            window = part.shape[1]
+            logits = self._run(part, cache, _next_places(cache, window))
+            cache.advance(window)
+        return logits.unflatten(0, part.shape)[:, -1]
 
     def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
         """See ``Decoder``. The logits are float32."""

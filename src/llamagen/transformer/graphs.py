@@ -87,6 +87,11 @@ class GraphDecoder:
         return buffers.logits[: len(codes), -1]
 
     @torch.inference_mode()
+    def feed(self, codes: Tensor, cache: KVCache) -> Tensor:
+        """See ``Decoder``. Not recorded: the model's own operations."""
+        return self._model.decode(codes, cache)[:, -1]
+
+    @torch.inference_mode()
     def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
         """See ``Decoder``."""
         return self._step(codes, slots).logits[: len(codes)]

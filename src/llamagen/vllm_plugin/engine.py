@@ -130,6 +130,9 @@ class VllmEngine:
         seed: int,
         sampling: SamplingConfig,
         unconditional: Tensor | None = None,
+        blend: Tensor | None = None,
+        blend_share: float = 0.5,
+        known: Tensor | None = None,
         request: Hashable = None,
     ) -> AsyncGenerator[list[int], None]:
         """Draws one image.
@@ -140,6 +143,9 @@ class VllmEngine:
             sampling: how codes are drawn.
             unconditional: likewise, what guidance leads away from; by default the model's own "no
                 class" or "no text".
+            blend: not possible here, as ``known``.
+            blend_share: goes with it.
+            known: not possible here.
             request: whose image it is; vLLM serves them in the order in which they come.
 
         Yields:
@@ -147,10 +153,13 @@ class VllmEngine:
             Closing the iterator ends the request.
 
         Raises:
-            InputError: condition, seed or settings do not fit the model or the engine.
+            InputError: condition, seed or settings do not fit the model or the engine, or it is
+                asked to keep codes or to blend.
             NotFiniteError: the model's logits are not finite.
         """
-        del request
+        del request, blend_share
+        if blend is not None or known is not None:
+            raise InputError("vLLM neither keeps codes nor blends; draw this with engine 'native'")
         from vllm.exceptions import VLLMClientError
 
         config = self._prompts.config

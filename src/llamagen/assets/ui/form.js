@@ -1,11 +1,15 @@
 // What to draw: the form, as the chosen model wants it.
 
+import { checkEdit, edit, fillEdit, setImage, setModel } from "./edit.js";
+
 const byId = (id) => document.getElementById(id);
 const form = byId("form");
 const model = byId("model");
 const count = byId("count");
 const seed = byId("seed");
 const negative = byId("negative");
+const blend = byId("blend");
+const share = byId("blend_share");
 const SETTINGS = ["guidance_scale", "temperature", "top_k", "top_p"];
 const IDEAS = 6;
 const MOST_PARTIAL_IMAGES = 64;
@@ -30,12 +34,13 @@ export function chosenModel() {
 
 // Whether everything is filled in; if not, the browser says what is missing.
 export function isComplete() {
-  for (const field of [prompt(), negative]) field.value = field.value.trim();
+  for (const field of [prompt(), negative, blend]) field.value = field.value.trim();
+  checkEdit();
   return form.reportValidity();
 }
 
-// Body of the request for images.
-export function request() {
+// What is asked for: fields of the request, the files of an edit among them.
+export async function request() {
   const body = {
     model: card.id,
     prompt: prompt().value,
@@ -46,11 +51,13 @@ export function request() {
     partial_images: Math.min(card.rows - 1, MOST_PARTIAL_IMAGES),
   };
   for (const name of SETTINGS) body[name] = number(byId(name));
-  return body;
+  if (!card.edits) return body;
+  if (blend.value) Object.assign(body, { blend: blend.value, blend_share: number(share) });
+  return { ...body, best_of: number(byId("best_of")), ...(await edit()) };
 }
 
 // Fills in what an image was made of; false if its model is no longer served.
-export function fill(entry, { withSeed }) {
+export async function fill(entry, { withSeed }) {
   if (!cards.some(({ id }) => id === entry.model)) return false;
   choose(entry.model);
   prompt().value = entry.prompt;
@@ -58,7 +65,25 @@ export function fill(entry, { withSeed }) {
   seed.value = withSeed ? entry.seed : "";
   if (withSeed) count.value = 1;
   for (const name of SETTINGS) byId(name).value = entry.settings[name] ?? "";
+  blend.value = entry.blend ?? "";
+  setShare(entry.blend_share ?? 0.5);
+  // The seed is that of the best one, unless it was drawn place by place.
+  const alone = withSeed && entry.edit?.edit !== "outpaint";
+  byId("best_of").value = (alone ? entry.edit && 1 : entry.best_of) ?? "";
+  await fillEdit(entry.edit);
   return true;
+}
+
+// Makes a drawn image the one that is edited.
+export async function editImage(entry) {
+  if (!card.edits) return false;
+  await setImage(entry.file);
+  return true;
+}
+
+function setShare(value) {
+  share.value = value;
+  byId("share-value").value = share.value;
 }
 
 function prompt() {
@@ -82,6 +107,9 @@ function choose(id) {
   if (ofClasses) showClasses(card.classes);
   byId("ideas").hidden = !ofClasses;
   count.max = card.max_images;
+  if (ofClasses) blend.setAttribute("list", "classes");
+  else blend.removeAttribute("list");
+  setModel(card);
   byId("top-k-hint").textContent = `Likeliest of ${card.codes.toLocaleString("en")} codes. 0: all.`;
   byId("about").textContent = `${card.id} · ${card.size.replace("x", " × ")} px`;
   reset();
@@ -120,13 +148,23 @@ function some(names) {
 
 function reset() {
   for (const name of SETTINGS) byId(name).value = card.settings[name] ?? "";
+  blend.value = byId("best_of").value = "";
+  setShare(0.5);
 }
 
 model.addEventListener("change", () => choose(model.value));
 byId("reset").addEventListener("click", reset);
 
 // A field that is wrong must be seen.
-form.addEventListener("invalid", () => (byId("settings").open = true), { capture: true });
+form.addEventListener(
+  "invalid",
+  ({ target }) => {
+    const closed = target.closest("details:not([open])");
+    if (closed) closed.open = true;
+  },
+  { capture: true },
+);
+share.addEventListener("input", () => setShare(share.value));
 
 for (const field of [byId("text"), negative]) {
   field.addEventListener("keydown", (event) => {

@@ -1,5 +1,6 @@
 // The images: those of the latest request large, earlier ones small, one of them alone.
 
+import { KINDS } from "./edit.js";
 import { forget, forgetAll, keep, keptEntries, MOST } from "./shelf.js";
 
 const byId = (id) => document.getElementById(id);
@@ -23,7 +24,7 @@ let pictures = [];
 let viewed = null;
 // The run that is under way; its cards stay where they are.
 let current = null;
-let actions = { again() {}, use() {} };
+let actions = { again() {}, use() {}, edit() {} };
 
 // Shows what this browser has kept. The actions are called with an entry.
 export async function openGallery(callbacks) {
@@ -52,7 +53,7 @@ export function addRun(request, card) {
 }
 
 function slot(request, card, run, index) {
-  const [width, height] = card.size.split("x").map(Number);
+  const [width, height] = size(request, card);
   const shown = newCard(request.prompt, width, height, request.n);
   const self = { card: shown, done: false, show };
   const image = shown.querySelector("img");
@@ -64,7 +65,7 @@ function slot(request, card, run, index) {
     image.onload = () => {
       image.hidden = false;
       // A little more, lest the grey of the unfinished rows shines through.
-      const hidden = 100 * (1 - event.rows / card.rows);
+      const hidden = self.done ? 0 : 100 * (1 - event.rows / card.rows);
       image.style.clipPath = `inset(0 0 ${hidden && `calc(${hidden}% + 1px)`} 0)`;
     };
     if (event.type.endsWith("completed")) complete(event);
@@ -72,12 +73,13 @@ function slot(request, card, run, index) {
   }
 
   function complete(event) {
-    const { model, prompt, negative_prompt: negative } = request;
+    const { model, prompt, negative_prompt: negative, blend, blend_share, best_of } = request;
     const settings = {};
     for (const name of Object.keys(NAMES)) settings[name] = request[name] ?? card.settings[name];
     const made = picture({
       id: `${run}-${String(index).padStart(4, "0")}`,
       ...{ run, index, model, prompt, negative, seed: event.seed, width, height, settings },
+      ...{ blend, blend_share, best_of, edit: editOf(request) },
       file: new Blob([bytes(event.b64_json)], { type: "image/png" }),
     });
     self.done = true;
@@ -88,6 +90,18 @@ function slot(request, card, run, index) {
   }
 
   return self;
+}
+
+// Of the images that are asked for.
+function size(request, card) {
+  const [width, height] = card.size.split("x").map(Number);
+  const { below = 0, right = 0 } = request;
+  return [width + (right * width) / card.columns, height + (below * height) / card.rows];
+}
+
+// What an image was made of, beside a prompt.
+function editOf({ edit, keep_rows, below, right, keep, image, mask }) {
+  return edit && { edit, keep_rows, below, right, keep, image, mask };
 }
 
 function insert(made) {
@@ -149,11 +163,13 @@ function finishCard(made) {
   image.src = url;
   open.disabled = false;
   open.addEventListener("click", () => view(made));
-  const [download, again] = card.querySelectorAll(".actions > *");
+  const [download, again, edit] = card.querySelectorAll(".actions > *");
   setDownload(download, made);
   download.setAttribute("aria-label", `Download ${title(entry)}`);
   again.setAttribute("aria-label", `Again: ${entry.prompt}, with another seed`);
   again.addEventListener("click", () => actions.again(entry));
+  edit.setAttribute("aria-label", `Edit ${title(entry)}`);
+  edit.addEventListener("click", () => actions.edit(entry));
   card.querySelector(".actions").hidden = false;
 }
 
@@ -188,6 +204,9 @@ function view(made) {
     ["Seed", entry.seed],
     ["Model", entry.model],
     ["Size", `${entry.width} × ${entry.height}`],
+    ["Edit", entry.edit && KINDS[entry.edit.edit]],
+    ["Blended with", entry.blend && `${entry.blend}, ${entry.blend_share}`],
+    ["Best of", entry.best_of],
     ...Object.entries(NAMES).map(([name, shown]) => [shown, entry.settings[name]]),
   ];
   byId("viewer-settings").replaceChildren(
@@ -240,6 +259,10 @@ byId("viewer-again").addEventListener("click", () => {
 byId("viewer-use").addEventListener("click", () => {
   viewer.close();
   actions.use(viewed.entry);
+});
+byId("viewer-edit").addEventListener("click", () => {
+  viewer.close();
+  actions.edit(viewed.entry);
 });
 byId("viewer-remove").addEventListener("click", () => {
   viewer.close();

@@ -1,6 +1,6 @@
 // The page of `llamagen serve --ui`: asks for images, shows them while they are drawn.
 
-import { chosenModel, fill, isComplete, request, showModels } from "./form.js";
+import { chosenModel, editImage, fill, isComplete, request, showModels } from "./form.js";
 import { addRun, openGallery } from "./gallery.js";
 import { hasKey, listModels, ServerError, setKey, startImages } from "./server.js";
 
@@ -21,8 +21,9 @@ async function start() {
     // The key may have been asked for again later.
     if (chosenModel()) return;
     await openGallery({
-      again: (entry) => reuse(entry, false) && generate(),
-      use: (entry) => reuse(entry, true) && draw.focus(),
+      again: async (entry) => (await reuse(entry, false)) && generate(),
+      use: async (entry) => (await reuse(entry, true)) && draw.focus(),
+      edit: async (entry) => (await editImage(entry)) && byId("edit-kind").focus(),
     });
     showModels(models);
   } catch (error) {
@@ -32,12 +33,13 @@ async function start() {
 
 async function generate() {
   if (running || !isComplete()) return;
-  const [body, card] = [request(), chosenModel()];
-  const progress = new Progress(body.n, card.rows);
   running = new AbortController();
+  const card = chosenModel();
+  const progress = new Progress(Number(byId("count").value), card.rows);
   let run = null;
   setBusy(true);
   try {
+    const body = await request();
     const events = await startImages(body, running.signal);
     run = addRun(body, card);
     reveal();
@@ -46,7 +48,7 @@ async function generate() {
       progress.show(event);
     }
     if (!progress.complete) throw new ServerError("the server ended before the images were ready");
-    say(`${images(body.n)} ready.`);
+    say(`${images(progress.count)} ready.`);
   } catch (error) {
     if (error.name === "AbortError") say(`Stopped. ${images(progress.ready)} ready.`);
     else showError("Could not draw", error);
@@ -64,12 +66,12 @@ class Progress {
     this.rows = rows;
     this.done = Array(count).fill(0);
     byId("bar").removeAttribute("value");
-    byId("progress-text").textContent = "Waiting for the first row";
+    byId("progress-text").textContent = "Waiting for the first part";
     say(`Drawing ${images(count)}.`);
   }
 
   get ready() {
-    return this.done.filter((rows) => rows === this.rows).length;
+    return this.done.filter((share) => share === 1).length;
   }
 
   get complete() {
@@ -78,8 +80,9 @@ class Progress {
 
   show(event) {
     const before = this.ready;
-    this.done[event.index] = event.rows;
-    const share = this.done.reduce((sum, rows) => sum + rows, 0) / (this.count * this.rows);
+    const completed = event.type.endsWith("completed");
+    this.done[event.index] = completed ? 1 : event.rows / this.rows;
+    const share = this.done.reduce((sum, each) => sum + each, 0) / this.count;
     byId("bar").value = share;
     byId("progress-text").textContent =
       `Drawing ${images(this.count)} · ${Math.floor(100 * share)}%`;
@@ -106,12 +109,12 @@ function setBusy(busy) {
   if (stopFocused) draw.focus({ preventScroll: true });
 }
 
-function reuse(entry, withSeed) {
+async function reuse(entry, withSeed) {
   if (running) {
     say("Wait until the images are ready, or stop them.");
     return false;
   }
-  if (fill(entry, { withSeed })) return true;
+  if (await fill(entry, { withSeed })) return true;
   showError("Could not use these settings", new ServerError(`${entry.model} is not served here`));
   return false;
 }

@@ -36,13 +36,19 @@ export async function listModels() {
 
 // Asks for images; returns their events, to be read with "for await".
 export async function startImages(request, signal) {
-  const response = await ask("v1/images/generations", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(request),
-    signal,
-  });
-  return events(response);
+  const sent = request.image
+    ? { body: formOf(request) }
+    : { body: JSON.stringify(request), headers: { "Content-Type": "application/json" } };
+  const path = request.image ? "v1/images/edits" : "v1/images/generations";
+  return events(await ask(path, { method: "POST", ...sent, signal }));
+}
+
+function formOf(request) {
+  const form = new FormData();
+  for (const [name, value] of Object.entries(request)) {
+    if (value !== undefined) form.append(name, value);
+  }
+  return form;
 }
 
 async function ask(path, options = {}) {

@@ -1,0 +1,255 @@
+// What to change: an image, and a mask that is painted over it. What is sent is what is shown: the
+// image as large as the model's, whatever the file's size and format.
+
+const byId = (id) => document.getElementById(id);
+const input = byId("image");
+const kind = byId("edit-kind");
+const canvas = byId("canvas");
+const OPTIONS = { inpaint: [], complete: ["keep_rows"], outpaint: ["below", "right"], vary: ["keep"] };
+
+let card = null;
+// As it was chosen; null while nothing is edited.
+let source = null;
+// As the model takes it, and what is painted over it.
+const picture = document.createElement("canvas");
+const mask = document.createElement("canvas");
+const brush = mask.getContext("2d", { willReadFrequently: true });
+// For those who paint with the keyboard: a cell of the grid.
+const cursor = { row: 0, column: 0 };
+let last = null;
+
+export const KINDS = Object.fromEntries([...kind.options].map(({ value, text }) => [value, text]));
+
+// Whether an image is there to be edited.
+export function isEditing() {
+  return source !== null && card.edits;
+}
+
+// Makes everything fit a model.
+export function setModel(chosen) {
+  card = chosen;
+  document.body.classList.toggle("draws-only", !card.edits);
+  const [width, height] = card.size.split("x").map(Number);
+  for (const each of [canvas, picture, mask]) [each.width, each.height] = [width, height];
+  canvas.classList.toggle("pixels", width <= 128);
+  byId("keep_rows").max = card.rows - 1;
+  byId("keep_rows").value = Math.floor(card.rows / 2);
+  byId("below").max = 2 * card.rows;
+  byId("right").max = 2 * card.columns;
+  byId("below").value = byId("right").value = Math.floor(card.columns / 2);
+  Object.assign(cursor, { row: card.rows >> 1, column: card.columns >> 1 });
+  show();
+}
+
+// Takes an image file, or a part of one.
+export async function setImage(file) {
+  input.setCustomValidity("");
+  try {
+    source = await createImageBitmap(file);
+  } catch {
+    input.value = "";
+    input.setCustomValidity("The browser cannot read this file as an image.");
+    input.reportValidity();
+    input.setCustomValidity("");
+    return;
+  }
+  byId("edit").open = true;
+  clear();
+}
+
+// What the request says of the edit; null if there is none.
+export async function edit() {
+  if (!isEditing()) return null;
+  const wanted = { edit: kind.value, image: await file(picture) };
+  for (const name of OPTIONS[kind.value]) wanted[name] = Number(byId(name).value);
+  if (kind.value === "inpaint") wanted.mask = await file(blackAndWhite());
+  return wanted;
+}
+
+// Shows what an image was made of, or that it was made of none.
+export async function fillEdit(wanted) {
+  if (!wanted) return remove();
+  await setImage(wanted.image);
+  kind.value = wanted.edit;
+  for (const name of OPTIONS[wanted.edit]) byId(name).value = wanted[name];
+  if (wanted.mask) await paintAsBefore(wanted.mask);
+  show();
+}
+
+// Before the form is sent: says so if nothing is painted.
+export function checkEdit() {
+  const missing = isEditing() && kind.value === "inpaint" && !isPainted();
+  kind.setCustomValidity(missing ? "Paint over the part that is to be drawn anew." : "");
+}
+
+function remove() {
+  source = null;
+  input.value = "";
+  show();
+}
+
+function show() {
+  byId("editing").hidden = !isEditing();
+  for (const part of document.querySelectorAll("[data-edit]")) {
+    part.hidden = part.disabled = !isEditing() || part.dataset.edit !== kind.value;
+  }
+  byId("keep-value").value = byId("keep").value;
+  const paints = kind.value === "inpaint";
+  canvas.tabIndex = paints ? 0 : -1;
+  canvas.setAttribute("role", paints ? "application" : "img");
+  canvas.setAttribute("aria-label", paints ? "Paint a mask" : "The image");
+  byId("canvas-hint").hidden = !paints;
+  kind.setCustomValidity("");
+  prepare();
+  redraw();
+}
+
+// The short side becomes the model's, and the middle is cut out.
+function prepare() {
+  if (source === null) return;
+  const { width, height } = picture;
+  const scale = Math.max(width / source.width, height / source.height);
+  const pen = picture.getContext("2d");
+  pen.imageSmoothingQuality = "high";
+  pen.fillStyle = "white";
+  pen.fillRect(0, 0, width, height);
+  const [w, h] = [source.width * scale, source.height * scale];
+  pen.drawImage(source, (width - w) / 2, (height - h) / 2, w, h);
+}
+
+function redraw() {
+  const { width, height } = canvas;
+  const [row, column] = [height / card.rows, width / card.columns];
+  const pen = canvas.getContext("2d");
+  pen.drawImage(picture, 0, 0);
+  pen.globalAlpha = 0.6;
+  pen.fillStyle = color();
+  if (kind.value === "inpaint") pen.drawImage(mask, 0, 0);
+  if (kind.value === "complete") {
+    const kept = Number(byId("keep_rows").value) * row;
+    pen.fillRect(0, kept, width, height - kept);
+  }
+  pen.globalAlpha = 1;
+  if (kind.value === "inpaint" && canvas.matches(":focus-visible")) {
+    pen.strokeStyle = color();
+    pen.lineWidth = Math.max(1, width / 128);
+    pen.strokeRect(cursor.column * column, cursor.row * row, column, row);
+  }
+}
+
+function color() {
+  return getComputedStyle(canvas).getPropertyValue("--accent");
+}
+
+function clear() {
+  brush.clearRect(0, 0, mask.width, mask.height);
+  show();
+}
+
+function stroke(from, to) {
+  brush.globalCompositeOperation = byId("erase").checked ? "destination-out" : "source-over";
+  brush.strokeStyle = brush.fillStyle = color();
+  brush.lineWidth = (Number(byId("brush").value) * mask.width) / card.columns;
+  brush.beginPath();
+  brush.moveTo(...from);
+  brush.lineTo(...to);
+  brush.stroke();
+  // A round end; and a dot, where there is no line.
+  brush.beginPath();
+  brush.arc(...to, brush.lineWidth / 2, 0, 2 * Math.PI);
+  brush.fill();
+  kind.setCustomValidity("");
+  redraw();
+}
+
+function isPainted() {
+  const { data } = brush.getImageData(0, 0, mask.width, mask.height);
+  return data.some((value, index) => index % 4 === 3 && value >= 128);
+}
+
+// White where it is painted.
+function blackAndWhite() {
+  const made = document.createElement("canvas");
+  [made.width, made.height] = [mask.width, mask.height];
+  const pen = made.getContext("2d");
+  pen.drawImage(mask, 0, 0);
+  for (const [how, fill] of [["source-in", "white"], ["destination-over", "black"]]) {
+    pen.globalCompositeOperation = how;
+    pen.fillStyle = fill;
+    pen.fillRect(0, 0, made.width, made.height);
+  }
+  return made;
+}
+
+async function paintAsBefore(file) {
+  const before = await createImageBitmap(file);
+  brush.globalCompositeOperation = "source-over";
+  brush.drawImage(before, 0, 0, mask.width, mask.height);
+  const pixels = brush.getImageData(0, 0, mask.width, mask.height);
+  // What was black is not painted.
+  for (let at = 0; at < pixels.data.length; at += 4) pixels.data[at + 3] = pixels.data[at];
+  brush.putImageData(pixels, 0, 0);
+  brush.globalCompositeOperation = "source-in";
+  brush.fillStyle = color();
+  brush.fillRect(0, 0, mask.width, mask.height);
+}
+
+function file(from) {
+  return new Promise((resolve) => from.toBlob(resolve, "image/png"));
+}
+
+function place(event) {
+  const scale = canvas.width / canvas.clientWidth;
+  return [event.offsetX * scale, event.offsetY * scale];
+}
+
+canvas.addEventListener("pointerdown", (event) => {
+  if (kind.value !== "inpaint" || event.button !== 0) return;
+  canvas.setPointerCapture(event.pointerId);
+  last = place(event);
+  stroke(last, last);
+});
+canvas.addEventListener("pointermove", (event) => {
+  if (last === null) return;
+  const next = place(event);
+  stroke(last, next);
+  last = next;
+});
+for (const name of ["pointerup", "pointercancel"]) {
+  canvas.addEventListener(name, () => (last = null));
+}
+canvas.addEventListener("keydown", (event) => {
+  if (kind.value !== "inpaint") return;
+  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+  const move = moves[event.key];
+  if (!move && event.key !== " ") return;
+  event.preventDefault();
+  if (move) {
+    cursor.row = Math.min(card.rows - 1, Math.max(0, cursor.row + move[0]));
+    cursor.column = Math.min(card.columns - 1, Math.max(0, cursor.column + move[1]));
+    redraw();
+  } else {
+    const middle = [
+      ((cursor.column + 0.5) * canvas.width) / card.columns,
+      ((cursor.row + 0.5) * canvas.height) / card.rows,
+    ];
+    stroke(middle, middle);
+  }
+});
+for (const name of ["focus", "blur"]) canvas.addEventListener(name, redraw);
+
+kind.addEventListener("change", show);
+byId("keep_rows").addEventListener("input", redraw);
+byId("keep").addEventListener("input", () => (byId("keep-value").value = byId("keep").value));
+byId("clear-mask").addEventListener("click", clear);
+byId("remove-image").addEventListener("click", () => {
+  remove();
+  input.focus();
+});
+input.addEventListener("change", () => input.files[0] && setImage(input.files[0]));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  const [dropped] = event.dataTransfer.files;
+  if (dropped && card?.edits) setImage(dropped);
+});

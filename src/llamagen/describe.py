@@ -1,0 +1,559 @@
+"""What a model is, what it takes on disk and in memory, and how fast this machine draws with it.
+
+``describe_model`` reads names and shapes of weights, never the weights, so it takes no time.
+``estimate_speed`` loads the model and measures for a few seconds.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+
+from llamagen import checkpoints
+from llamagen.bench import machine, time_in_turn
+from llamagen.checkpoints.sources import Part, Source, locate
+from llamagen.config import (
+    TOKENIZER_PRESETS,
+    TRANSFORMER_PRESETS,
+    Grid,
+    Quantization,
+    SamplingConfig,
+    TextConfig,
+    config_to_dict,
+    read_json,
+)
+from llamagen.devices import find_device, find_dtype
+from llamagen.errors import InputError
+from llamagen.generation import looking_ahead_pays, uniform_draws
+from llamagen.generation.draws import draws_for
+from llamagen.generation.memory import sampling_batch_size
+from llamagen.generation.sequences import sequences_of
+from llamagen.labels import FILE_NAME as LABELS_NAME
+from llamagen.pipeline import Pipeline
+from llamagen.pretrained import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    is_repo_id,
+    read_safetensors,
+    safetensors_shapes,
+)
+from llamagen.tokenizer import ImageTokenizer
+from llamagen.transformer import KVCache, Transformer, decoder_for
+from llamagen.transformer.quantized import make_quantized
+
+Precision = Literal["float32", "bfloat16", "int8", "int4"]
+"""Of the transformer's weights; with int8 and int4 all other weights are bfloat16."""
+
+BATCHES = (1, 8)
+"""Numbers of images drawn at once that ``estimate_speed`` measures."""
+
+_T5_FAMILY = ("t5", "mt5", "umt5")
+_MOST_STEPS = 16
+_REPEATS = 3
+_SECONDS = 0.3
+"""What a run of steps may take, and anything that is repeated."""
+_LONG = 2.0
+"""Seconds that measuring a batch may take where it can be told from one image instead."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartSummary:
+    """One model of a pipeline, or a model on its own."""
+
+    kind: Literal["transformer", "image tokenizer", "text encoder"]
+    parameters: int | None
+    """Number of weights, quantised or not; None for a text encoder that is not on this machine."""
+    disk_bytes: int | None
+    """Size of its files; None if they are not on this machine."""
+    memory: dict[Precision, int]
+    """Bytes of its weights in each precision that the model it is of can have."""
+    stored_as: str | None
+    """Precision or quantisation of its files; None if they are not on this machine."""
+    config: dict[str, Any]
+    """Its architecture, as far as it is known."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelSummary:
+    """A model of any kind. What does not apply to it, or is not known, is None or empty."""
+
+    name: str
+    parts: tuple[PartSummary, ...]
+    parameters: int
+    """Of all parts whose number is known."""
+    disk_bytes: int | None
+    """Of all parts that are on this machine, with class names and index; None if none are."""
+    memory: dict[Precision, int]
+    """Bytes of the weights of all parts that are known, in each precision that can be had."""
+    kv_cache: dict[str, int] | None = None
+    """Bytes that one image takes with guidance (two sequences), in float32 and bfloat16."""
+    grid: Grid | None = None
+    """Rows and columns of codes."""
+    codes: int | None = None
+    """Codes per image."""
+    image_size: tuple[int, int] | None = None
+    """Height and width in pixels."""
+    condition: Literal["class", "text"] | None = None
+    """What images are conditioned on."""
+    classes: int | None = None
+    """Number of classes."""
+    class_names: tuple[str, ...] = ()
+    """Their names, if they are known."""
+    text: TextConfig | None = None
+    """How prompts become text features."""
+    sampling: SamplingConfig | None = None
+    """Settings for calls that give none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedEstimate:
+    """How fast so many images are drawn at once."""
+
+    images: int
+    seconds_per_code: float
+    """For a code of every image, at the middle of the image."""
+    start_seconds: float
+    """For the condition of all images, which comes before the first code."""
+    decode_seconds: float | None
+    """For turning the codes of all images into pixels; None without an image tokenizer."""
+    seconds_per_image: float
+    images_per_minute: float
+    looks_ahead: bool
+    """Whether several codes per pass are drawn by default, which is faster than estimated."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedSummary:
+    """What ``estimate_speed`` found."""
+
+    device: str
+    dtype: str
+    machine: dict[str, Any]
+    """As ``bench.machine`` describes it."""
+    estimates: tuple[SpeedEstimate, ...]
+    """One per number of images, the smallest first."""
+    how: str
+    """How the times were estimated, in a few sentences."""
+
+
+def describe_model(source: Source) -> ModelSummary:
+    """Describes a model without reading its weights.
+
+    A published model that is not on this machine is described by what is known of it, and not
+    downloaded; a hub repository is.
+
+    Args:
+        source: a pipeline folder, a transformer, an image tokenizer or a text encoder (folder,
+            checkpoint file), a name, or a hub repository.
+
+    Raises:
+        FileNotFoundError: a file of the model is missing.
+        InputError: there is no such model, or it is damaged.
+    """
+    path = Path(source).expanduser()
+    if _is_text_encoder(path):
+        return _alone(path.resolve().name, _text_encoder(str(path), required=True))
+    try:
+        found = checkpoints.resolve_pipeline(source)
+    except InputError as error:
+        # A tokenizer on its own is no pipeline, but can be described all the same.
+        try:
+            _, part = _tokenizer(source)
+        except InputError:
+            raise error from None
+        return _alone(_name(source), part)
+    transformer, part = _transformer(found.transformer)
+    config = transformer.config
+    parts, factor = [part], None
+    if found.tokenizer is not None:
+        tokenizer, part = _tokenizer(found.tokenizer)
+        parts.append(part)
+        factor = tokenizer.config.downsampling
+    if found.text is not None:
+        parts.append(_text_encoder(found.text.encoder))
+    is_class = config.condition == "class"
+    return ModelSummary(
+        name=found.name,
+        parts=tuple(parts),
+        parameters=sum(part.parameters or 0 for part in parts),
+        disk_bytes=_disk_bytes(parts, found.folder),
+        memory={
+            precision: sum(part.memory.get(precision, 0) for part in parts)
+            for precision in parts[0].memory
+        },
+        kv_cache={
+            _dtype_name(dtype): 2 * _sequence_bytes(transformer, dtype)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        grid=config.grid,
+        codes=config.num_codes,
+        image_size=None if factor is None else (factor * config.grid[0], factor * config.grid[1]),
+        condition=config.condition,
+        classes=config.num_classes if is_class else None,
+        class_names=found.labels.names if found.labels is not None and is_class else (),
+        text=found.text,
+        sampling=found.sampling,
+    )
+
+
+@torch.inference_mode()
+def estimate_speed(
+    source: Source,
+    *,
+    images: Sequence[int] = BATCHES,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> SpeedSummary:
+    """Estimates how long an image takes, from a few steps of drawing it.
+
+    Settings of sampling are the model's own. The text encoder is not loaded, and with text the
+    condition is as long as it can be.
+
+    Args:
+        source: as for ``describe_model``, with a transformer in it.
+        images: numbers of images drawn at once; fewer where there is no memory for as many.
+        device: where to compute.
+        dtype: precision of the weights; by default the one that images are drawn in.
+
+    Raises:
+        FileNotFoundError: a file of the model is missing.
+        InputError: there is no such model, it draws no images, or it is a published one that is
+            not on this machine; or there is no such device or precision.
+    """
+    if not images or min(images) < 1:
+        raise InputError(f"images is {list(images)}, expected numbers of at least 1")
+    where = find_device(device)
+    precision = find_dtype(dtype, where)
+    if _is_text_encoder(Path(source).expanduser()):
+        raise InputError(f"{source} is a text encoder, which draws no images; measure a pipeline")
+    found = checkpoints.resolve_pipeline(source)
+    for part in (found.transformer, found.tokenizer):
+        if part is not None and _path_of(part) is None:
+            raise InputError(
+                f"{part} is not on this machine, so it cannot be measured; draw an image with "
+                f"{source} first, which downloads it"
+            )
+    decode = None
+    if found.tokenizer is None:
+        model = checkpoints.load_transformer(found.transformer, device=where, dtype=precision)
+    else:
+        pipe = Pipeline.from_pretrained(source, device=where, dtype=precision)
+        model, decode = pipe.transformer, pipe.decode
+    guided = found.sampling.guided
+    most = sampling_batch_size(model, guided=guided)
+    batches = sorted({min(number, most) for number in images})
+    drawings = {number: _Drawing(model, number, found.sampling) for number in batches}
+    grid = model.config.grid
+    starts = _seconds_of_batches(lambda number: drawings[number].start(), batches)
+    decodes = None
+    if decode is not None:
+        blank = {number: torch.zeros(number, *grid, dtype=torch.int64) for number in batches}
+        decodes = _seconds_of_batches(lambda number: decode(blank[number]), batches)
+    estimates = []
+    for number in batches:
+        per_code = drawings[number].seconds_per_code()
+        decoding = None if decodes is None else decodes[number]
+        whole = starts[number] + model.config.num_codes * per_code + (decoding or 0.0)
+        estimates.append(
+            SpeedEstimate(
+                images=number,
+                seconds_per_code=per_code,
+                start_seconds=starts[number],
+                decode_seconds=decoding,
+                seconds_per_image=whole / number,
+                images_per_minute=60 * number / whole,
+                looks_ahead=looking_ahead_pays(model, number, found.sampling),
+            )
+        )
+    return SpeedSummary(
+        device=str(where),
+        dtype=_dtype_name(precision),
+        machine=machine(),
+        estimates=tuple(estimates),
+        how=_how(model, found.sampling, estimates),
+    )
+
+
+class _Drawing:
+    """Images that are half drawn. Their codes mean nothing: time does not depend on them."""
+
+    def __init__(self, model: Transformer, images: int, sampling: SamplingConfig) -> None:
+        config = model.config
+        condition = torch.zeros(images, dtype=torch.int64)
+        if config.condition == "text":
+            condition = torch.zeros(images, config.text_length, config.text_dim)
+        self._model, self._images = model, images
+        self._sequences = sequences_of(model, condition, seeds=range(images), sampling=sampling)
+        self._uniforms = uniform_draws(range(images), config.num_codes).to(model.device)
+        self._decoder = decoder_for(model)
+        self._draw = draws_for(
+            [sampling] * images,
+            range(images),
+            range(images, 2 * images) if self._sequences.guided else [None] * images,
+            codebook_size=config.codebook_size,
+            device=model.device,
+        )
+
+    def start(self) -> KVCache:
+        """Reads the conditions; returns the cache that is behind them."""
+        condition = self._sequences.condition
+        cache = self._model.new_cache(len(condition))
+        self._model.prefill(condition, cache)
+        return cache
+
+    def seconds_per_code(self) -> float:
+        """Of a code of every image, by a few steps from the middle of the images on."""
+        config = self._model.config
+        done = config.num_codes // 2
+        condition = self._sequences.condition
+        # Its condition is not read: that may take long, and the time of a step is the same.
+        cache = self._model.new_cache(len(condition))
+        for each in (*cache.keys, *cache.values):
+            each.zero_()
+        middle = config.condition_length + done
+
+        def run(steps: int) -> None:
+            cache.length = middle
+            codes = torch.zeros(self._images, dtype=torch.int64, device=self._model.device)
+            for index in range(done, done + steps):
+                logits = self._decoder.next_logits(
+                    codes.repeat(len(condition) // len(codes)), cache
+                )
+                codes, _ = self._draw(logits, logits, self._uniforms[:, index])
+
+        once = time_in_turn({"step": lambda: run(1)}, repeats=1)["step"][0]
+        steps = max(1, min(int(_SECONDS / once), _MOST_STEPS, config.num_codes - done))
+        return _seconds(lambda: run(steps)) / steps
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Of a call: the median of a few, or one where a call takes long."""
+    once = time_in_turn({"run": run}, repeats=1)["run"][0]
+    if once > _SECONDS:
+        return once
+    return statistics.median(time_in_turn({"run": run}, repeats=_REPEATS)["run"])
+
+
+def _seconds_of_batches(run: Callable[[int], object], batches: Sequence[int]) -> dict[int, float]:
+    """Of ``run`` for each number of images, told from the smallest one where that takes long."""
+    smallest = batches[0]
+    found = {smallest: _seconds(lambda: run(smallest))}
+    for number in batches[1:]:
+        likely = found[smallest] * number / smallest
+        if likely > _LONG:
+            found[number] = likely
+        else:
+            found[number] = _seconds(functools.partial(run, number))
+    return found
+
+
+def _how(model: Transformer, sampling: SamplingConfig, estimates: Sequence[SpeedEstimate]) -> str:
+    config = model.config
+    guidance = "with" if sampling.guided else "without"
+    first = (
+        f"ms/code: of a few codes drawn one by one in the middle of an image, {guidance} guidance, "
+        f"each for all images at once; taken for all {config.num_codes} codes."
+    )
+    sentences = [first]
+    if config.condition == "text":
+        sentences.append(
+            f"Added is a prompt of {config.text_length} tokens, the most there can be; the text "
+            f"encoder is left out."
+        )
+    if estimates[0].decode_seconds is None:
+        sentences.append("There is no image tokenizer, so its time is left out.")
+    else:
+        sentences.append("Added is the image tokenizer's time for whole images.")
+    ahead = [str(each.images) for each in estimates if each.looks_ahead]
+    if ahead:
+        sentences.append(
+            f"With {' or '.join(ahead)} at once, several codes are drawn per pass here by default, "
+            f"which may be faster."
+        )
+    return " ".join(sentences)
+
+
+def _alone(name: str, part: PartSummary) -> ModelSummary:
+    """A model that is no pipeline and draws nothing."""
+    floats: tuple[Precision, ...] = ("float32", "bfloat16")
+    memory = {precision: part.memory[precision] for precision in floats if part.memory}
+    return ModelSummary(
+        name=name,
+        parts=(dataclasses.replace(part, memory=memory),),
+        parameters=part.parameters or 0,
+        disk_bytes=part.disk_bytes,
+        memory=memory,
+    )
+
+
+def _name(source: Source) -> str:
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else str(source)
+
+
+def _transformer(source: Source) -> tuple[Transformer, PartSummary]:
+    """A transformer without memory, and what is to be said of it."""
+    public, path = _public(source), _path_of(source, "transformer")
+    if public is not None and path is None:
+        config = dataclasses.replace(
+            TRANSFORMER_PRESETS[public.preset], condition=public.condition, grid=public.grid
+        )
+        with torch.device("meta"):
+            model = Transformer(config)
+    else:
+        model = checkpoints.load_transformer(source, device="meta")
+    config = model.config
+    return model, PartSummary(
+        kind="transformer",
+        parameters=model.parameter_count(),
+        disk_bytes=None if path is None else _size(path),
+        memory=_transformer_memory(model),
+        stored_as=None if path is None else config.quantization or _dtype_name(model.dtype),
+        config=config_to_dict(config),
+    )
+
+
+def _tokenizer(source: Source) -> tuple[ImageTokenizer, PartSummary]:
+    """An image tokenizer without memory, and what is to be said of it."""
+    public, path = _public(source), _path_of(source, "tokenizer")
+    if public is not None and path is None:
+        with torch.device("meta"):
+            model = ImageTokenizer(TOKENIZER_PRESETS[public.preset])
+    else:
+        model = checkpoints.load_tokenizer(source, device="meta")
+    return model, PartSummary(
+        kind="image tokenizer",
+        parameters=model.parameter_count(),
+        disk_bytes=None if path is None else _size(path),
+        memory=_float_memory(model.parameter_count()),
+        stored_as=None if path is None else _dtype_name(model.dtype),
+        config=config_to_dict(model.config),
+    )
+
+
+def _text_encoder(source: str, *, required: bool = False) -> PartSummary:
+    """What is to be said of a text encoder: folder, or hub repository that may be downloaded.
+
+    Raises:
+        InputError: a file is damaged, or there are no weights and they are ``required``.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir() and is_repo_id(source):
+        cached = try_to_load_from_cache(source, CONFIG_NAME)
+        folder = Path(cached).parent if isinstance(cached, str) else folder
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        if required:
+            raise InputError(f"{source} has no weights (*.safetensors); copy or download it again")
+        return PartSummary(
+            kind="text encoder",
+            parameters=None,
+            disk_bytes=None,
+            memory={},
+            stored_as=None,
+            config={},
+        )
+    shapes = {name: shape for path in files for name, shape in safetensors_shapes(path).items()}
+    if "shared.weight" in shapes:
+        shapes.pop("encoder.embed_tokens.weight", None)  # the same weight
+    # Of a whole T5 model, the encoder only: it is all that is loaded.
+    own = [s for name, s in shapes.items() if name.startswith(("encoder.", "shared."))]
+    parameters = sum(torch.Size(shape).numel() for shape in own)
+    _, read = next(iter(read_safetensors(files[0])))
+    values = read_json(folder / CONFIG_NAME)
+    known = {"dim": "d_model", "layers": "num_layers", "heads": "num_heads", "hidden_dim": "d_ff"}
+    return PartSummary(
+        kind="text encoder",
+        parameters=parameters,
+        disk_bytes=_bytes_of(path for path in folder.iterdir() if path.is_file()),
+        memory=_float_memory(parameters),
+        stored_as=_dtype_name(read().dtype),
+        config={name: values[theirs] for name, theirs in known.items() if theirs in values},
+    )
+
+
+def _is_text_encoder(path: Path) -> bool:
+    file = path / CONFIG_NAME
+    return file.is_file() and read_json(file).get("model_type") in _T5_FAMILY
+
+
+def _public(source: Source) -> checkpoints.PublicModel | None:
+    """The published model that ``source`` names, unless it is a path."""
+    if isinstance(source, Path) or Path(source).expanduser().exists():
+        return None
+    return checkpoints.find_public(source)
+
+
+def _path_of(source: Source, part: Part | None = None) -> Path | None:
+    """Where a model is; None for a published one that is not on this machine."""
+    public = _public(source)
+    if public is None:
+        return locate(source, part).path
+    cached = try_to_load_from_cache(public.repo, public.file)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _size(path: Path) -> int:
+    """Bytes of a checkpoint file, or of a model folder's files."""
+    return _bytes_of([path / CONFIG_NAME, path / WEIGHTS_NAME] if path.is_dir() else [path])
+
+
+def _disk_bytes(parts: Sequence[PartSummary], folder: Path | None) -> int | None:
+    known = [part.disk_bytes for part in parts if part.disk_bytes is not None]
+    if not known:
+        return None
+    rest = () if folder is None else (folder / checkpoints.INDEX_NAME, folder / LABELS_NAME)
+    return sum(known) + _bytes_of(path for path in rest if path.is_file())
+
+
+def _bytes_of(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _float_memory(parameters: int) -> dict[Precision, int]:
+    """Of weights that are never quantised."""
+    half = 2 * parameters
+    return {"float32": 4 * parameters, "bfloat16": half, "int8": half, "int4": half}
+
+
+def _transformer_memory(model: Transformer) -> dict[Precision, int]:
+    """In every precision that a transformer without memory can have."""
+    if model.config.quantization is not None:
+        return {model.config.quantization: _quantized_bytes(model)}
+    count = model.parameter_count()
+    found: dict[Precision, int] = {"float32": 4 * count, "bfloat16": 2 * count}
+    quantizations: tuple[Quantization, ...] = ("int8", "int4")
+    for quantization in quantizations:
+        own = copy.deepcopy(model)
+        try:
+            with torch.device("meta"):
+                make_quantized(own, quantization)
+        except InputError:
+            continue  # its sizes do not fit
+        found[quantization] = _quantized_bytes(own)
+    return found
+
+
+def _quantized_bytes(model: nn.Module) -> int:
+    """Of quantised layers as they are, and all other weights in bfloat16."""
+    return 2 * sum(p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
+
+
+def _sequence_bytes(model: Transformer, dtype: torch.dtype) -> int:
+    config = model.config
+    return KVCache.bytes_per_sequence(
+        config, grid=config.grid, condition_length=config.condition_length, dtype=dtype
+    )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,125 @@
+"""Forms with images in them: read, checked, and unpacked with care.
+
+Nothing of a form reaches the file system, whatever its size.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from llamagen.data.images import DECODING_ERRORS, to_rgb
+from llamagen.errors import InputError
+
+_Form = TypeVar("_Form", bound=BaseModel)
+
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What Pillow may take a file for. It knows more formats, some of which run other programs."""
+
+
+class _Parser(MultiPartParser):
+    spool_max_size = sys.maxsize
+
+
+async def read_form(
+    request: Request, kind: type[_Form], files: Mapping[str, bool]
+) -> tuple[_Form, dict[str, bytes]]:
+    """The fields and the files of a form.
+
+    Args:
+        request: whose body is a form.
+        kind: what its fields are.
+        files: by name, whether a file must be there.
+
+    Raises:
+        InputError: the body is no form, or has not the files that it must have.
+        RequestValidationError: a field is not as it must be.
+    """
+    if request.headers.get("content-type", "").split(";")[0].strip() != "multipart/form-data":
+        raise InputError("the body is no form; send multipart/form-data")
+    try:
+        parser = _Parser(request.headers, request.stream(), max_files=4, max_fields=64)
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        reason = getattr(error, "message", "damaged")
+        raise InputError(f"the form cannot be read ({reason})") from error
+    fields: dict[str, str] = {}
+    found: dict[str, bytes] = {}
+    for given, value in form.multi_items():
+        # As OpenAI's clients call the members of a list.
+        name = given.removesuffix("[]")
+        if name in fields or name in found:
+            raise InputError(f"{name} is given twice; give it once")
+        if isinstance(value, UploadFile):
+            found[name] = await value.read()
+        else:
+            fields[name] = value
+    for name in files.keys() & fields.keys():
+        raise InputError(f"{name} is no file; send one")
+    for name in found.keys() - files.keys():
+        raise InputError(f"{name} is a file, but this API takes none of this name; leave it out")
+    for name, needed in files.items():
+        if needed and name not in found:
+            raise InputError(f"{name} is missing; send an image file")
+    try:
+        return kind.model_validate(fields), found
+    except ValidationError as error:
+        errors = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(errors) from error
+
+
+def form_schema(kind: type[BaseModel], files: Mapping[str, bool]) -> dict[str, Any]:
+    """What the API's description says of a form that ``read_form`` reads."""
+    schema = kind.model_json_schema()
+    for name, needed in files.items():
+        schema["properties"][name] = {"type": "string", "format": "binary"}
+        if needed:
+            schema["required"].append(name)
+    return {
+        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
+    }
+
+
+def unpacked(content: bytes, name: str, *, most: int, as_it_is: bool = False) -> Image.Image:
+    """The image of a file that was sent.
+
+    Args:
+        content: of the file.
+        name: of the form's field.
+        most: pixels that it may have; never more than Pillow's own limit.
+        as_it_is: leave its mode and its transparency; otherwise it becomes RGB, upright.
+
+    Raises:
+        InputError: it is no image, has too many pixels or is damaged.
+    """
+    limit = min(most, Image.MAX_IMAGE_PIXELS or most)
+    if not content:
+        raise InputError(f"{name} is an empty file; send an image")
+    try:
+        with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            # Known before anything is unpacked.
+            if image.width * image.height <= limit:
+                image.load()
+                return image if as_it_is else to_rgb(image)
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(
+            f"{name} is no image of a known format; send a PNG, for example"
+        ) from error
+    except DECODING_ERRORS as error:
+        reason = " ".join(str(error).split()) or "damaged"
+        raise InputError(f"{name} cannot be read as an image ({reason})") from error
+    raise InputError(
+        f"{name} has {image.width}x{image.height} pixels, but no more than {limit} are taken; "
+        f"make it smaller"
+    )
