@@ -64,13 +64,16 @@ def drawn(pipe: Pipeline, first: str, second: str, third: str) -> list[Row]:
     rows.append((f"{first}: images of one call", output.images, captions))
 
     # Guidance: 1 is none. More means more like the prompt, and less variety.
-    scales = (1.0, pipe.sampling.guidance_scale, 6.0)
+    scales = (1.0, pipe.sampling.guidance_scale, 4.0)
     images = [only(pipe(first, guidance_scale=scale, seed=1)) for scale in scales]
     rows.append((f"{first}: guidance", images, [f"{scale:g}" for scale in scales]))
 
-    # What guidance leads away from, instead of from "no prompt".
-    images = [only(pipe(first, seed=2)), only(pipe(first, negative_prompt=second, seed=2))]
-    rows.append((f"{first}: negative prompt", images, ["none", second]))
+    # What guidance leads away from, instead of from "no prompt"; a little does much.
+    images = [
+        only(pipe(first, guidance_scale=1.5, seed=2)),
+        only(pipe(first, guidance_scale=1.5, negative_prompt=second, seed=2)),
+    ]
+    rows.append((f"{first}: negative prompt, guidance 1.5", images, ["none", second]))
 
     # The best of several: the likeliest codes, or those that the prompt makes likelier.
     images = [

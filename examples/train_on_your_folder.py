@@ -32,10 +32,12 @@ from llamagen.training.config import AugmentationConfig, ImageConfig, Transforme
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--data", type=Path, help="folder of class folders; default: digits")
 parser.add_argument("--size", type=int, default=32, help="pixels a side, a multiple of 8")
-parser.add_argument("--out", type=Path, default=Path("runs/train-on-your-folder"))
+parser.add_argument("--out", type=Path, help="default: runs/train-on-your-folder[-quick]")
 parser.add_argument("--quick", action="store_true", help="a few steps of each, to see it run")
 # A notebook has a command line of its own.
 args = parser.parse_args([] if "ipykernel" in sys.modules else None)
+# A run goes on with its own recipe only, so the quick form has a folder of its own.
+OUT = args.out or Path("runs", "train-on-your-folder" + ("-quick" if args.quick else ""))
 
 IMAGES = ImageConfig(
     size=args.size,
@@ -64,12 +66,12 @@ TOKENIZER_STEPS, TRANSFORMER_STEPS = (4, 4) if args.quick else (500, 1400)
 
 
 # %% The folder: OUT/digits/0/0000.png, ...
-def write_digits(folder: Path) -> Path:
-    """Writes scikit-learn's 1,797 scans of digits as a folder of class folders."""
+def write_digits(folder: Path, count: int) -> Path:
+    """Writes the first of scikit-learn's scans of digits as a folder of class folders."""
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    for index, (scan, label) in enumerate(zip(scans.images, scans.target, strict=True)):
+    for index, (scan, label) in enumerate(zip(scans.images[:count], scans.target, strict=False)):
         path = folder / str(label) / f"{index:04d}.png"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +79,7 @@ def write_digits(folder: Path) -> Path:
     return folder
 
 
-data = args.data or write_digits(args.out / "digits")
+data = args.data or write_digits(OUT / "digits", count=100 if args.quick else 1797)
 # Writing must not be mirrored; most photographs may.
 mirrored = args.data is not None
 
@@ -98,7 +100,7 @@ LOOP = LoopConfig(
 # What is left out has its default; `llamagen train tokenizer --help` lists all.
 tokenizer_recipe = TokenizerTraining(
     data=str(data),
-    out=args.out / "tokenizer",
+    out=OUT / "tokenizer",
     images=IMAGES,
     augmentation=AugmentationConfig(crop_scale=1.1, flip=mirrored),
     model=TOKENIZER,
@@ -112,7 +114,7 @@ print(f"tokenizer: {tokenizer.validation['psnr']:.1f} dB on images held out, {to
 transformer_recipe = TransformerTraining(
     data=str(data),
     tokenizer=str(tokenizer.model),
-    out=args.out / "transformer",
+    out=OUT / "transformer",
     images=IMAGES,
     # What is cut out of each image, once: five shifted crops, or ten with their mirror images.
     views="ten-crop" if mirrored else "five-crop",
@@ -150,6 +152,6 @@ rows = [
     for index, name in enumerate(names)
 ]
 sheet = titled(stacked(rows, gap=0), f"drawn after {transformer.steps} steps, not picked")
-save_png(sheet, args.out / "samples.png")
-save_png(output.images[0], args.out / f"{names[0]}.png", metadata=output.metadata[0])
-print(f"{args.out / 'samples.png'} has {len(output.images)} images of {transformer.model}")
+save_png(sheet, OUT / "samples.png")
+save_png(output.images[0], OUT / f"{names[0]}.png", metadata=output.metadata[0])
+print(f"{OUT / 'samples.png'} has {len(output.images)} images of {transformer.model}")

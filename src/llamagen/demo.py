@@ -81,9 +81,7 @@ def run_demo(
         images += len(drawn)
         say(f"{name}: {len(drawn)} images in {time.perf_counter() - begun:.1f} s")
     save_png(stacked(parts), out / "sheet.png")
-    return DemoResult(
-        sheet=out / "sheet.png", images=images, seconds=time.perf_counter() - start
-    )
+    return DemoResult(sheet=out / "sheet.png", images=images, seconds=time.perf_counter() - start)
 
 
 @torch.inference_mode()

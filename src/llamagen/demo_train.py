@@ -1,4 +1,4 @@
-"""The training demo: both models trained from scratch on real handwritten digits, in minutes on a laptop.
+"""The training demo: both models from scratch on real handwritten digits, in minutes on a laptop.
 
 scikit-learn ships 1,797 scans of digits (8x8 pixels, 16 greys; UCI, Alpaydin and Kaynak 1998).
 They are written out as an ordinary class-per-folder tree, and everything after that is what a

@@ -450,10 +450,6 @@ class Pipeline:
         seeds = one_seed_each(seed, len(conditions))
         known = self._known(known_codes, len(conditions), best_of)
         self._require_native(conditions.blend is not None or known is not None or best_of > 1)
-        images: list[Image.Image] = []
-        arriving: list[Callable[[], list[Image.Image]]] = []
-        codes: list[Tensor] = []
-        scores: list[Tensor] = []
         draw, size = self._draw(sampling, passes)
         batches = draw_batches(
             draw,
@@ -464,26 +460,13 @@ class Pipeline:
             known=known,
             callback=callback,
         )
-        kept = list(range(len(conditions)))
-        for part in batches:
-            if best_of > 1:
-                done = sum(map(len, codes))
-                rows = slice(done, done + len(part))
-                scores.append(score_images(self.transformer, part, conditions[rows], rank_by))
-            codes.append(part.cpu())
-            if best_of == 1 and output_type == "pil":
-                arriving.append(self.decode_later(codes[-1]))
-            # Images are fetched when the next batch has been launched: no GPU waits for that.
-            if len(arriving) > 1:
-                images += arriving.pop(0)()
-        drawn = torch.cat(codes)
-        if best_of > 1:
-            kept = best_of_each(torch.cat(scores), best_of)
-            drawn = drawn[kept]
-            if output_type == "pil":
-                arriving.append(self.decode_later(drawn))
-        for fetch in arriving:
-            images += fetch()
+        decode = output_type == "pil"
+        kept: Sequence[int] = range(len(conditions))
+        if best_of == 1:
+            codes, images = self._decoded(batches, decode=decode)
+        else:
+            codes, kept = self._best(batches, conditions, best_of, rank_by)
+            images = self.decode(codes) if decode else []
         metadata = tuple(
             {
                 "model": self.name,
@@ -499,7 +482,7 @@ class Pipeline:
         )
         return PipelineOutput(
             images=images,
-            codes=drawn,
+            codes=codes,
             seeds=tuple(seeds[index] for index in kept),
             metadata=metadata,
         )
@@ -599,6 +582,39 @@ class Pipeline:
         )
         for part in codes.split(size):
             yield tokenizer.decode(part)
+
+    def _decoded(
+        self, batches: Iterator[Tensor], *, decode: bool
+    ) -> tuple[Tensor, list[Image.Image]]:
+        """All codes on the CPU, and their images if these are wanted."""
+        codes: list[Tensor] = []
+        images: list[Image.Image] = []
+        arriving: list[Callable[[], list[Image.Image]]] = []
+        for part in batches:
+            codes.append(part.cpu())
+            if decode:
+                arriving.append(self.decode_later(codes[-1]))
+            # Images are fetched when the next batch has been launched: no GPU waits for that.
+            if len(arriving) > 1:
+                images += arriving.pop(0)()
+        for fetch in arriving:
+            images += fetch()
+        return torch.cat(codes), images
+
+    def _best(
+        self, batches: Iterator[Tensor], conditions: Conditions, best_of: int, rank_by: Ranking
+    ) -> tuple[Tensor, list[int]]:
+        """Codes of the best candidate of each image, and which of all candidates these are."""
+        codes: list[Tensor] = []
+        scores: list[Tensor] = []
+        first = 0
+        for part in batches:
+            own = conditions[first : first + len(part)]
+            scores.append(score_images(self.transformer, part, own, rank_by))
+            codes.append(part.cpu())
+            first += len(part)
+        kept = best_of_each(torch.cat(scores), best_of)
+        return torch.cat(codes)[kept], kept
 
     def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
         """Raises InputError where text features cannot stand for a prompt."""

@@ -109,17 +109,18 @@ def test_inpainting_with_openai_client(client, pipelines, photo, mask):
     assert answer.size == "16x16"
     # Four candidates of two images.
     assert answer.usage.output_tokens == 2 * 4 * 16
-    # A file with transparency in the same place does the same.
+    # A file with transparency in the same place does the same, and one with none that could have.
     hole = photo.convert("RGBA")
     hole.putalpha(Image.eval(mask, lambda level: 255 - level))
-    again = client.images.edit(
-        image=[("photo.jpg", png(photo))],
-        mask=("mask.png", png(hole)),
-        prompt="2",
-        n=2,
-        extra_body={"seed": 5, **SETTINGS},
-    )
-    assert [each.b64_json for each in again.data] == [each.b64_json for each in answer.data]
+    for other in (hole, mask.convert("RGBA")):
+        again = client.images.edit(
+            image=[("photo.png", png(photo))],
+            mask=("mask.png", png(other)),
+            prompt="2",
+            n=2,
+            extra_body={"seed": 5, **SETTINGS},
+        )
+        assert [each.b64_json for each in again.data] == [each.b64_json for each in answer.data]
 
 
 def test_completion(server, pipelines, photo):

@@ -37,6 +37,7 @@ def test_no_fault(schema, mode):
         # Nothing can be wrong with a request that has no body: any name in a path is one.
         if mode == "positive" or operation.body:
             check()
-    assert ("/v1/images/generations", 400) in asked
+    for name in ("generations", "edits", "variations"):
+        assert (f"/v1/images/{name}", 400) in asked
     if mode == "positive":
         assert {("/v1/models", 200), ("/v1/files/{name}", 404)} <= asked

@@ -254,3 +254,36 @@ def test_usage_counts_once(digits, tmp_path):
     train_tokenizer(recipe, quiet=True)
     assert records(tmp_path / "out")[-1]["codebook_usage"] > 0
     assert TokenizerTask.name == "tokenizer"
+
+
+def test_the_decoder_alone(digits, tmp_path):
+    """Codes of every image stay, reconstructions do not."""
+    tiny_tokenizer().save_pretrained(tmp_path / "start")
+    recipe = recipe_with(
+        digits,
+        tmp_path / "out",
+        init=str(tmp_path / "start"),
+        trained="decoder",
+        steps=3,
+        lr=1e-2,
+        ema_decay=0.5,
+    )
+    train_tokenizer(recipe, quiet=True)
+    before = ImageTokenizer.from_pretrained(tmp_path / "start")
+    after = ImageTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
+    for part in ("encoder", "quant_conv", "quantize"):
+        old, new = (getattr(model, part).state_dict() for model in (before, after))
+        assert all(torch.equal(new[name], value) for name, value in old.items())
+    images = torch.rand(2, 3, 24, 24) * 2 - 1
+    assert torch.equal(before.encode(images), after.encode(images))
+    codes = before.encode(images)
+    assert not torch.allclose(before.decode(codes), after.decode(codes), atol=1e-3)
+
+
+def test_a_decoder_needs_codes_that_stay(digits, tmp_path):
+    with pytest.raises(InputError, match="no tokenizer whose codes stay"):
+        train_tokenizer(recipe_with(digits, tmp_path, trained="decoder"), quiet=True)
+    with pytest.raises(InputError, match="revive_codes_every is 5"):
+        recipe_with(digits, tmp_path, trained="decoder", revive_codes_every=5)
+    with pytest.raises(InputError, match="trained is 'encoder'"):
+        recipe_with(digits, tmp_path, trained="encoder")

@@ -13,8 +13,8 @@ class Options(EditOptions):
     """Options of ``llamagen edit inpaint``."""
 
     mask: Path
-    """An image of the same size, white where to draw, or transparent there if it has an alpha
-    channel."""
+    """An image of the same size, white where to draw; or, if any of it is transparent, transparent
+    there."""
     keep_pixels: bool = True
     """Leave what is not marked as it is, instead of what codes make of it."""
     best_of: int = 4

@@ -346,11 +346,6 @@ class TokenizerTraining:
         _require_choice(self, "trained", TrainedPart)
         if self.trained == "decoder":
             _require(
-                self.init is not None,
-                "trained is decoder, but there is no tokenizer whose codes stay; name one with "
-                "init (--init)",
-            )
-            _require(
                 self.revive_codes_every == 0,
                 f"revive_codes_every is {self.revive_codes_every}, but with trained decoder the "
                 f"codebook stays as it is; set it to 0",

@@ -22,6 +22,7 @@ from llamagen.data.collection import ImageCollection
 from llamagen.data.images import SkippedFiles
 from llamagen.data.loader import ImageBatch, image_views
 from llamagen.data.views import Augmentation, Views
+from llamagen.errors import InputError
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.evaluation.networks.lpips import Lpips, load_lpips
 from llamagen.pictures import image_grid, save_png, to_pil
@@ -78,6 +79,12 @@ def make_task(recipe: TokenizerTraining) -> TokenizerTask:
         FileNotFoundError: a folder does not exist.
         InputError: recipe and images do not fit together, or a network's weights are missing.
     """
+    # Not the recipe's own check: one in a file leaves the tokenizer to whoever uses it.
+    if recipe.trained == "decoder" and recipe.init is None:
+        raise InputError(
+            "trained is decoder, but there is no tokenizer whose codes stay; name one with init "
+            "(--init)"
+        )
     images = tokenizer_images(recipe)
     with distributed.main_first():
         lpips = None
