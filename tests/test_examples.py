@@ -1,4 +1,4 @@
-"""The examples, in their quick form: each runs as a reader would run it, and leaves what it says."""
+"""The examples in their quick form: each runs as a reader would run it, and leaves what it says."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def run(tmp_path):
     here.mkdir()
     temporary.mkdir()
     proxies = {"HTTP_PROXY": NOWHERE, "HTTPS_PROXY": NOWHERE, "NO_PROXY": "127.0.0.1"}
-    environment = {**os.environ, **proxies, "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": ""}
+    environment = {**os.environ, **proxies, "TMPDIR": str(temporary)}
 
     def run_example(name, *flags):
         before = files(EXAMPLES)
@@ -84,7 +84,6 @@ def test_generate_and_edit(run):
     assert height >= len(models) * 10 * 128
 
 
-@pytest.mark.slow
 def test_an_image_of_ones_own_is_edited(run, tmp_path):
     photo = tmp_path / "photo.jpg"
     Image.linear_gradient("L").resize((90, 70)).save(photo)
@@ -113,7 +112,7 @@ def test_train_on_your_folder(run):
     assert width >= 8 * 64
     assert height >= 10 * 64
     assert size(out / "0.png") == (32, 32)
-    assert read_metadata(out / "0.png")["class_name"] == "0"
+    assert read_metadata(out / "0.png")["class"] == "0"
     for run_folder in (out / "tokenizer", out / "transformer"):
         assert (run_folder / "curves.png").is_file()
         lines = (run_folder / "metrics.jsonl").read_text().splitlines()
@@ -128,7 +127,6 @@ def test_train_on_your_folder(run):
     assert "images of" in again
 
 
-@pytest.mark.slow
 def test_serve_and_call(run):
     printed, here = run("serve_and_call.py")
     out = here / "runs" / "serve-and-call"
