@@ -44,7 +44,7 @@ _PART = 500
 class Training:
     """How the classifier is trained."""
 
-    epochs: int = 8
+    epochs: int = 14
     batch_size: int = 128
     lr: float = 0.1
     """Of SGD at its highest; one cycle, which rises for the first quarter."""

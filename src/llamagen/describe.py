@@ -37,7 +37,6 @@ from llamagen.generation import looking_ahead_pays, uniform_draws
 from llamagen.generation.draws import draws_for
 from llamagen.generation.memory import sampling_batch_size
 from llamagen.generation.sequences import sequences_of
-from llamagen.labels import FILE_NAME as LABELS_NAME
 from llamagen.pipeline import Pipeline
 from llamagen.pretrained import (
     CONFIG_NAME,
@@ -91,7 +90,7 @@ class ModelSummary:
     parameters: int
     """Of all parts whose number is known."""
     disk_bytes: int | None
-    """Of all parts that are on this machine, with class names and index; None if none are."""
+    """Of all parts that are on this machine, with what lies beside them; None if none are."""
     memory: dict[Precision, int]
     """Bytes of the weights of all parts that are known, in each precision that can be had."""
     kv_cache: dict[str, int] | None = None
@@ -511,7 +510,8 @@ def _disk_bytes(parts: Sequence[PartSummary], folder: Path | None) -> int | None
     known = [part.disk_bytes for part in parts if part.disk_bytes is not None]
     if not known:
         return None
-    rest = () if folder is None else (folder / checkpoints.INDEX_NAME, folder / LABELS_NAME)
+    # Index, class names, model card.
+    rest = () if folder is None else folder.iterdir()
     return sum(known) + _bytes_of(path for path in rest if path.is_file())
 
 

@@ -109,16 +109,25 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
     # Processors without bfloat16 instructions emulate them many times slower than float32, those
     # with them are several times faster. Names of instruction sets do not tell what torch uses;
     # a product of a few milliseconds does.
-    single, half = (_matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        single, half = (_matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
     return torch.bfloat16 if single > _WORTH_IT * half else torch.float32
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of a few timings of a product the size of a transformer's layer."""
+    """Best of a few timings of a product the size of a transformer's layer, on one thread.
+
+    Of the thread's time, not of the clock's, and without waiting for other threads: what else runs
+    on the machine has little say in it.
+    """
     a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
+    for _ in range(10):
+        start = time.thread_time()
         a @ b
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.thread_time() - start)
     return best

@@ -86,7 +86,7 @@ def test_unknown_names(tmp_path):
 
 
 def recipe_class(name):
-    is_tokenizer = name.startswith("vq-") or name.endswith("tokenizer")
+    is_tokenizer = name.startswith("vq-") or name.endswith(("tokenizer", "decoder"))
     return TokenizerTraining if is_tokenizer else TransformerTraining
 
 
