@@ -2,7 +2,8 @@
 
     python docs/editing_gallery.py
 
-Nothing is picked: seeds are counted from 0, and whatever they give is shown.
+Nothing is picked: images have seed 0, their edits count from 100 on, and whatever these give is
+shown.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from llamagen.pictures import image_grid, save_png, stacked, titled
 OUT = Path(__file__).parent / "images"
 SHARES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)
 RESULTS = 6
+FIRST_SEED = 100
+"""Another than the images' own: with the same numbers, the same codes would come again."""
 SIDE = 96
 """Pixels of a picture on the sheet, about."""
 
@@ -25,10 +28,14 @@ Row = tuple[str, list[tuple[Image.Image, str]]]
 
 
 def main() -> None:
-    """Writes a sheet for each model, and one of extended images."""
+    """Writes two sheets for each model, and one of extended images."""
     cifar, emoji = Pipeline.from_pretrained("cifar10"), Pipeline.from_pretrained("emoji")
-    save_png(sheet(rows_of(cifar, "horse", "ship", "truck")), OUT / "editing-cifar10.png")
-    save_png(sheet(rows_of(emoji, "sunflower", "red apple", "octopus")), OUT / "editing-emoji.png")
+    for pipe, names in (
+        (cifar, ("horse", "ship", "truck")),
+        (emoji, ("sunflower", "red apple", "octopus")),
+    ):
+        save_png(sheet(edits(pipe, *names[:2])), OUT / f"editing-{pipe.name}.png")
+        save_png(sheet(choices(pipe, *names)), OUT / f"choosing-{pipe.name}.png")
     extended = [
         titled(extensions(pipe, names), name)
         for pipe, name, names in (
@@ -39,34 +46,27 @@ def main() -> None:
     save_png(stacked(extended), OUT / "editing-outpaint.png")
 
 
-def rows_of(pipe: Pipeline, first: str, second: str, third: str) -> list[Row]:
-    """All edits of an image of the first; blends with the second, and leads away from the third."""
+def several(output: PipelineOutput, caption: str = "") -> list[tuple[Image.Image, str]]:
+    """All images of a call, with the same caption."""
+    return [(each, caption) for each in output.images]
+
+
+def edits(pipe: Pipeline, first: str, second: str) -> list[Row]:
+    """All edits of an image of the first class or text, one of them as the second."""
     editor = Editor(pipe)
     image = pipe(first, seed=0).images[0]
     mask = Image.new("L", editor.size)
     side = editor.size[0]
     ImageDraw.Draw(mask).rectangle((side // 4, side // 4, 5 * side // 8, 5 * side // 8), fill=255)
-
-    def several(output: PipelineOutput, caption: str = "") -> list[tuple[Image.Image, str]]:
-        return [(each, caption) for each in output.images]
-
     upper = image.copy()
     upper.paste((255, 255, 255), (0, side // 2, side, side))
     hole = Image.composite(Image.new("RGB", image.size, "white"), image, mask)
-    count = {"num_images_per_prompt": RESULTS, "seed": 0}
+    count = {"num_images_per_prompt": RESULTS, "seed": FIRST_SEED}
     variations = [
-        (editor.vary(image, first, keep=keep, seed=seed).images[0], f"keep {keep}")
+        (editor.vary(image, first, keep=keep, seed=FIRST_SEED + number).images[0], f"keep {keep}")
         for keep in (0.8, 0.5, 0.2)
-        for seed in (0, 1)
+        for number in (0, 1)
     ]
-    blends = [
-        (pipe(first, blend=second, blend_share=share, seed=2).images[0], f"{share:.2f}")
-        for share in SHARES
-    ]
-    away = pipe(first, negative_prompt=third, **count)
-    plain = pipe(first, **count)
-    best = pipe(first, best_of=8, **count)
-    fitting = pipe(first, best_of=8, rank_by="condition", **count)
     completed = editor.complete(image, first, **count)
     filled = editor.inpaint(image, mask, first, **count)
     replaced = editor.inpaint(image, mask, second, **count)
@@ -75,8 +75,22 @@ def rows_of(pipe: Pipeline, first: str, second: str, third: str) -> list[Row]:
         ("inpaint: the square is drawn anew", [(hole, "kept"), *several(filled, first)]),
         (f"inpaint, as {second}", [(hole, "kept"), *several(replaced, second)]),
         ("vary: a share of the codes is kept", [(image, "image"), *variations]),
+    ]
+
+
+def choices(pipe: Pipeline, first: str, second: str, third: str) -> list[Row]:
+    """Blends of the first with the second, leads away from the third, the best of several."""
+    count = {"num_images_per_prompt": RESULTS + 1, "seed": FIRST_SEED}
+    blends = [
+        (pipe(first, blend=second, blend_share=share, seed=FIRST_SEED).images[0], f"{share:.2f}")
+        for share in SHARES
+    ]
+    away = pipe(first, negative_prompt=third, **count)
+    best = pipe(first, best_of=8, **count)
+    fitting = pipe(first, best_of=8, rank_by="condition", **count)
+    return [
         (f"blend: {first} with {second}, by share", blends),
-        (f"towards {first}", several(plain)),
+        (f"towards {first}", several(pipe(first, **count))),
         (f"towards {first}, away from {third}", several(away)),
         ("the likeliest of 8", several(best)),
         ("of 8, the one that fits best", several(fitting)),
@@ -90,7 +104,9 @@ def extensions(pipe: Pipeline, names: tuple[str, ...]) -> Image.Image:
     drawn = []
     for name in names:
         image = pipe(name, seed=0).images[0]
-        wide = editor.outpaint(image, name, right=columns // 2, below=rows // 2, seed=0).images[0]
+        wide = editor.outpaint(
+            image, name, right=columns // 2, below=rows // 2, seed=FIRST_SEED
+        ).images[0]
         left = Image.new("RGB", wide.size, "white")
         left.paste(image, (0, 0))
         drawn += [left, wide]
