@@ -37,7 +37,7 @@ from llamagen.transformer.decoder import CpuDecoder
 
 _MOST_ROWS = 32
 """Rows of a pass up to which its time, with tiles, grows much more slowly than their number."""
-_PER_CODE = 2.5
+_PER_CODE = 4.0
 """Positions of a window for each code that a pass has lately made final."""
 _TRIALS = 12
 """Passes after which it is known whether drafts hold."""
