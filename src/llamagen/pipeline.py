@@ -150,7 +150,7 @@ class Pipeline:
 
         Args:
             source: a pipeline folder, a hub repository that holds one, the name of a model that
-                comes with the package ("emoji") or of a published one ("c2i-L-384"), or a
+                comes with the package ("cifar10") or of a published one ("c2i-L-384"), or a
                 transformer (folder or checkpoint file) given a ``tokenizer``.
             tokenizer: overrides the source's image tokenizer: folder, file or published name.
             text_encoder: overrides the source's text encoder: folder or hub repository.
