@@ -450,7 +450,7 @@ class Pipeline:
         seeds = one_seed_each(seed, len(conditions))
         known = self._known(known_codes, len(conditions), best_of)
         self._require_native(conditions.blend is not None or known is not None or best_of > 1)
-        draw, size = self._draw(sampling, passes)
+        draw, size = self._draw(sampling, passes, blended=conditions.blend is not None)
         batches = draw_batches(
             draw,
             conditions,
@@ -646,12 +646,16 @@ class Pipeline:
             )
         return known.repeat_interleave(best_of, dim=0)
 
-    def _draw(self, sampling: SamplingConfig, passes: Passes) -> tuple[Callable[..., Tensor], int]:
+    def _draw(
+        self, sampling: SamplingConfig, passes: Passes, *, blended: bool
+    ) -> tuple[Callable[..., Tensor], int]:
         """What draws the codes of a batch, and how many images it can take at once."""
         if self.engine == "vllm":
             return self._vllm().generate_codes, _VLLM_BATCH
         at_once = passes.codes_fed(self.transformer.config.grid)
-        size = sampling_batch_size(self.transformer, guided=sampling.guided, window=at_once)
+        size = sampling_batch_size(
+            self.transformer, guided=sampling.guided, blended=blended, window=at_once
+        )
         return functools.partial(passes.draw, self.transformer), size
 
     def _vllm(self) -> OfflineEngine:

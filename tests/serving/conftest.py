@@ -1,8 +1,28 @@
-"""A browser, for the tests of the server's page."""
+"""A server, its client, and a browser for its page."""
 
+import openai
 import pytest
 
+from tests.models import tiny_pipeline, tiny_text_pipeline
 from tests.serving.browser import Page, is_there, started
+from tests.serving.servers import running
+
+
+@pytest.fixture(scope="module")
+def pipelines():
+    return {"classes": tiny_pipeline(), "texts": tiny_text_pipeline()}
+
+
+@pytest.fixture(scope="module")
+def server(pipelines):
+    with running(pipelines) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -18,25 +18,8 @@ from PIL import Image
 
 from llamagen.pictures import METADATA_KEY
 from llamagen.serving.settings import ServerSettings
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from tests.models import tiny_pipeline
 from tests.serving.servers import running, slow_down
-
-
-@pytest.fixture(scope="module")
-def pipelines():
-    return {"classes": tiny_pipeline(), "texts": tiny_text_pipeline()}
-
-
-@pytest.fixture(scope="module")
-def server(pipelines):
-    with running(pipelines) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def post(server, body, **headers):

@@ -9,7 +9,6 @@ import zlib
 
 import httpx
 import numpy as np
-import openai
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -19,27 +18,10 @@ from llamagen.errors import InputError
 from llamagen.pictures import METADATA_KEY
 from llamagen.serving.settings import ServerSettings
 from llamagen.vllm_plugin.engine import VllmEngine
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from tests.models import tiny_pipeline
 from tests.serving.servers import running, slow_down
 
 SETTINGS = {"guidance_scale": 2.5, "top_k": 30}
-
-
-@pytest.fixture(scope="module")
-def pipelines():
-    return {"classes": tiny_pipeline(), "texts": tiny_text_pipeline()}
-
-
-@pytest.fixture(scope="module")
-def server(pipelines):
-    with running(pipelines) as server:
-        yield server
-
-
-@pytest.fixture
-def client(server):
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

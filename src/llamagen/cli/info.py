@@ -12,7 +12,8 @@ import tyro
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
-    from llamagen.describe import ModelSummary, PartSummary, SpeedSummary
+    from llamagen.bench.speed import SpeedSummary
+    from llamagen.describe import ModelSummary, PartSummary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,8 @@ def run(options: Options) -> None:
 
         print(_json(read_metadata(source)))
         return
-    from llamagen.describe import describe_model, estimate_speed
+    from llamagen.bench.speed import estimate_speed
+    from llamagen.describe import describe_model
 
     summary = describe_model(source)
     speed = estimate_speed(source) if options.measure else None

@@ -27,13 +27,19 @@ def free_memory(device: torch.device) -> int:
 
 
 def sampling_batch_size(
-    model: Transformer, *, guided: bool, condition_length: int | None = None, window: int = 1
+    model: Transformer,
+    *,
+    guided: bool,
+    blended: bool = False,
+    condition_length: int | None = None,
+    window: int = 1,
 ) -> int:
     """Images whose codes can be drawn at once, from 1 to ``MAX_BATCH``.
 
     Args:
         model: in the precision and place to compute in.
-        guided: images have two sequences each.
+        guided: images have one more sequence each.
+        blended: and one more.
         condition_length: positions of the condition; by default the most there can be.
         window: codes of each image that a pass looks at.
     """
@@ -45,7 +51,7 @@ def sampling_batch_size(
     # Prefill activations, and logits in float32 with their sorted and cumulated copies.
     activations = length * (8 * config.dim + 3 * config.ffn_dim) * model.dtype.itemsize
     per_row = cache + activations + window * 8 * 4 * config.codebook_size
-    return _fit(free_memory(model.device), per_row * (2 if guided else 1))
+    return _fit(free_memory(model.device), per_row * (1 + guided + blended))
 
 
 def decoding_batch_size(
