@@ -78,6 +78,7 @@ class TestMemory:
         found = describe_model(tmp_path).kv_cache
         assert found["float32"] == sum(t.nbytes for t in (*cache.keys, *cache.values))
         assert found["bfloat16"] * 2 == found["float32"]
+        assert found["int8"] < found["bfloat16"]
 
 
 class TestDescription:

@@ -142,7 +142,7 @@ def describe_model(source: Source) -> ModelSummary:
         },
         kv_cache={
             dtype_name(dtype): 2 * _sequence_bytes(transformer, dtype)
-            for dtype in (torch.float32, torch.bfloat16)
+            for dtype in (torch.float32, torch.bfloat16, torch.int8)
         },
         grid=config.grid,
         codes=config.num_codes,

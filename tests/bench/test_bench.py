@@ -33,7 +33,7 @@ def test_the_command(tmp_path):
     found = json.loads(out.read_text())
     assert {"date", "processor", "threads"} <= set(found["machine"])
     measured = found["results"]["measured"]
-    assert [m["images"] for m in measured] == [1] * 4 + [3] * 4
+    assert [m["images"] for m in measured] == [1] * 5 + [3] * 5
     assert all(len(m["seconds_per_code"]) == 2 for m in measured)
     assert all(m["floor"] > 0 for m in measured)
     assert measured[0]["precision"].startswith("plain loop")

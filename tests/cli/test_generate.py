@@ -215,6 +215,21 @@ class TestPromptsFile:
         assert "expected at least 1" in fails(*command, *more, "-n", 0)
 
 
+def test_a_cache_in_8_bits(generate, run, model_folder, tmp_path):
+    plain = generate("--class", "dog", "--seed", 5)
+    assert plain.status == 0, plain.err
+    floats = pixels(tmp_path / "out" / "dog-5.png")
+    result = generate("--class", "dog", "--seed", 5, "--kv-cache-dtype", "int8")
+    assert result.status == 0, result.err
+    wanted = tmp_path / "out" / "dog-5.png"
+    assert read_metadata(wanted)["kv_cache_dtype"] == "int8"
+    assert not np.array_equal(pixels(wanted), floats)
+    result = run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
+    assert result.status == 0, result.err
+    assert np.array_equal(pixels(tmp_path / "again" / "dog-5.png"), pixels(wanted))
+    assert read_metadata(tmp_path / "again" / "dog-5.png") == read_metadata(wanted)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_quantized(generate, run, model_folder, tmp_path, kind):
     result = generate("--class", "dog", "--seed", 5, "--quantization", kind)

@@ -71,6 +71,19 @@ def test_every_code_is_drawn_as_often_as_it_should(top_k, top_p):
     assert (found - wanted).abs().max() < 2
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 20, 31])
+def test_top_k_of_numbers_of_every_kind(k, variant):
+    # Ties, among them of both zeros, and below all others one number again and again.
+    numbers = [0.5, 1e-6, 1e-20, 0.0, -0.0, -1e-20, -1e-6, 0.5]
+    logits = torch.tensor([numbers + [-0.5] * 24])
+    sampling = SamplingConfig(guidance_scale=1.0, top_k=k)
+    kept = logits[0] >= logits[0].sort(descending=True).values[k - 1]
+    draw = KernelDraws([sampling] * 1000, [0] * 1000, [None] * 1000, kernels_of(variant))
+    drawn, _ = draw(logits, logits, torch.arange(1000) / 1000)
+    assert set(drawn.tolist()) == set(kept.nonzero().flatten().tolist())
+
+
 def test_ties_are_kept_together():
     logits = torch.tensor([[3.0, 1.0, 2.0, 2.0] + [0.0] * 12])
     sampling = SamplingConfig(guidance_scale=1.0, top_k=2)

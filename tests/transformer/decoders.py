@@ -10,6 +10,8 @@ SIZES = {
     "even": {"dim": 64, "heads": 2, "layers": 2},
     "grouped queries": {"dim": 128, "heads": 4, "kv_heads": 2, "layers": 2},
     "odd heads": {"dim": 160, "heads": 8, "layers": 2},  # head dimension 20
+    "heads of 64": {"dim": 128, "heads": 2, "layers": 2},
+    "heads of 128": {"dim": 256, "heads": 2, "layers": 1},
     "wide heads": {"dim": 480, "heads": 4, "layers": 1},  # head dimension 120
 }
 
@@ -30,7 +32,7 @@ def slots_of(model, sequences, spare=0):
         sequences,
         grid=model.config.grid,
         device=model.device,
-        dtype=model.dtype,
+        dtype=model.cache_dtype,
         spare=spare,
     )
 

@@ -82,6 +82,43 @@ def test_bfloat16_is_no_further_from_the_truth_than_torch(size, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", ["even", "odd heads"])
+@torch.inference_mode()
+def test_starting_with_a_class(size, variant):
+    model = model_of(size)
+    decoder = decoder_of(model, variant)
+    for rows in (1, 3, 35):
+        labels = torch.arange(rows) % (model.config.num_classes + 1)
+        wanted_cache, cache = model.new_cache(rows), model.new_cache(rows)
+        assert_close(decoder.start(labels, cache), model.prefill(labels, wanted_cache))
+        assert cache.length == 1
+        for wanted, found in zip(wanted_cache.parts, cache.parts, strict=True):
+            assert_close(found[:, :, :1] + 1e-20, wanted[:, :, :1] + 1e-20)
+        slots = slots_of(model, rows)
+        found = decoder.start(labels, slots).clone()
+        assert torch.equal(found, decoder.start(labels, model.new_cache(rows)))
+        assert slots.lengths == [1] * rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_company_changes_no_bit(variant, dtype):
+    # Outputs enough for several at once, of more rows than a tile has.
+    model = model_of("even", dtype, codebook_size=1024)
+    decoder = decoder_of(model, variant)
+    codes = torch.randint(1024, (6, 40))
+    found = []
+    for rows in (slice(0, 40), slice(33, 36)):
+        own = codes[:, rows]
+        cache = model.new_cache(own.shape[1])
+        logits = [decoder.start(torch.arange(40)[rows] % 5, cache).clone()]
+        logits += [decoder.next_logits(step, cache).clone() for step in own]
+        found.append(torch.stack(logits))
+    assert torch.equal(found[0][:, 33:36], found[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
 def test_padded_text(variant):
     model = tiny_transformer(condition="text", dim=64, heads=2)

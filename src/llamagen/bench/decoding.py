@@ -17,12 +17,13 @@ from llamagen.bench.plain import plain_codes
 from llamagen.bench.timing import time_in_turn
 from llamagen.config import SamplingConfig
 from llamagen.generation import generate_codes
-from llamagen.transformer import Transformer
+from llamagen.transformer import KVCache, Transformer
 from llamagen.transformer.decoder import StepTimes
 from llamagen.transformer.quantized import QuantizedLinear, quantize
 
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4"]
-"""Of the weights; with int8 and int4 the rest is bfloat16 where the device is fast at it."""
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int4", "int8-all"]
+"""Of the weights; with int8 and int4 the rest is bfloat16 where the device is fast at it, and
+"int8-all" keeps keys and values in 8 bits, too."""
 
 SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
 """What is measured includes guidance and top-k."""
@@ -101,8 +102,12 @@ def measure_decoding(
 
 def _with_precision(model: Transformer, precision: Precision) -> Transformer:
     own = copy.deepcopy(model)
-    if precision in ("int8", "int4"):
+    if precision == "int8" or precision == "int4":
         quantize(own, precision)
+        return own
+    if precision == "int8-all":
+        quantize(own, "int8")
+        own.kv_cache_dtype = torch.int8
         return own
     return own.to(getattr(torch, precision))
 
@@ -122,10 +127,15 @@ def floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> flo
     weights = sum(m.in_features * m.out_features for m in matrices)
     read = sum(tensor.nbytes for m in matrices for tensor in (*m.parameters(), *m.buffers()))
     positions = config.condition_length + config.num_codes / 2
-    kept = 2 * config.layers * config.num_kv_heads * config.head_dim * positions
+    kept = KVCache.bytes_per_sequence(
+        config,
+        grid=(1, config.num_codes // 2),
+        condition_length=config.condition_length,
+        dtype=model.cache_dtype,
+    )
     attention = 4 * config.layers * config.dim * positions
     return limits.seconds(
-        read=read + rows * kept * model.dtype.itemsize,
+        read=read + rows * kept,
         operations=rows * (2 * weights + attention),
     )
 

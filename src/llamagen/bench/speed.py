@@ -171,7 +171,7 @@ class _Drawing:
         """Reads the conditions; returns the cache that is behind them."""
         condition = self._sequences.condition
         cache = self._model.new_cache(len(condition))
-        self._model.prefill(condition, cache)
+        self._decoder.start(condition, cache)
         return cache
 
     def seconds_per_code(self) -> float:

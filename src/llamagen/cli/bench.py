@@ -31,8 +31,11 @@ class Options:
     """Size of the transformer whose weights are drawn at random."""
     images: tuple[int, ...] = (1, 8, 32)
     """Numbers of images drawn at once, each with guidance."""
-    precisions: tuple[Literal["float32", "bfloat16", "float16", "int8", "int4"], ...] = ()
-    """Precisions of the weights. Default: the fastest one of this device, int8 and int4."""
+    precisions: tuple[
+        Literal["float32", "bfloat16", "float16", "int8", "int4", "int8-all"], ...
+    ] = ()
+    """Precisions of the weights; int8-all is of keys and values, too. Default: the fastest one of
+    this device, int8, int4 and int8-all."""
     repeats: int = 3
     """Timings of each, in turn."""
     plain: bool = True
@@ -60,7 +63,7 @@ def run(options: Options) -> None:
     usual = find_dtype(None, device)
     model = _model(options, device, usual)
     name = str(usual).removeprefix("torch.")
-    chosen = options.precisions or (cast("Precision", name), "int8", "int4")
+    chosen = options.precisions or (cast("Precision", name), "int8", "int4", "int8-all")
     kinds = len(chosen) + options.plain
     with tqdm(
         total=len(options.images) * kinds * (options.repeats + 1), unit="run", disable=None

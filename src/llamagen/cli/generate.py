@@ -82,9 +82,8 @@ def run(options: Options) -> None:
     source = settings.pop("model")
     require_place(options.out)
 
-    options = dataclasses.replace(
-        options, dtype=settings.pop("dtype"), quantization=settings.pop("quantization")
-    )
+    precision = {name: settings.pop(name) for name in ("dtype", "quantization", "kv_cache_dtype")}
+    options = dataclasses.replace(options, **precision)
     device, dtype = options.resolve()
     pipe = _load(source, options, device, dtype)
     output = _generate(pipe, settings, options)
@@ -208,9 +207,13 @@ def _settings(options: Options) -> dict[str, Any]:
     quantization = options.quantization
     if quantization == "none":
         quantization = recorded.get("quantization", "none")
+    kept = options.kv_cache_dtype
+    if kept == "auto":
+        kept = recorded.get("kv_cache_dtype", "auto")
     return {
         "model": model,
         "quantization": quantization,
+        "kv_cache_dtype": kept,
         "prompt": wanted,
         "negative_prompt": negative,
         "dtype": dtype,

@@ -94,7 +94,7 @@ def generate_codes(
 
     decoder = decoder_for(model, condition_mask=condition_mask, times=times)
     draw = _draws(model, sampling, images, guided)
-    logits = model.prefill(condition, cache, condition_mask=condition_mask)
+    logits = decoder.start(condition, cache, condition_mask=condition_mask)
     fed = 0
     for index in range(total):
         if guided and index == sampling.guidance_stop:

@@ -46,7 +46,7 @@ def sampling_batch_size(
     config = model.config
     length = config.condition_length if condition_length is None else condition_length
     cache = KVCache.bytes_per_sequence(
-        config, grid=config.grid, condition_length=length, dtype=model.dtype
+        config, grid=config.grid, condition_length=length, dtype=model.cache_dtype
     )
     # Prefill activations, and logits in float32 with their sorted and cumulated copies.
     activations = length * (8 * config.dim + 3 * config.ffn_dim) * model.dtype.itemsize

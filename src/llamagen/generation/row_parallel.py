@@ -201,7 +201,7 @@ class _Batch:
         self._decoder = decoder_for(model)
         self._stop = sampling.guidance_stop
         self._images = range(sequences.images)
-        self._sequences = SlottedSequences(model, sequences, sampling, grid)
+        self._sequences = SlottedSequences(model, self._decoder, sequences, sampling, grid)
         # All cells count as filled: they are, in an order that lengths could not describe.
         self._sequences.slots.advance(grid[0] * grid[1])
         self._draws: dict[object, Draws] = {}

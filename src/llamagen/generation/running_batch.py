@@ -101,7 +101,7 @@ class RunningBatch:
         grid = model.config.grid
         self.codes_per_image = grid[0] * grid[1]
         self._slots = SlotCache.empty(
-            model.config, 2 * max_images, grid=grid, device=model.device, dtype=model.dtype
+            model.config, 2 * max_images, grid=grid, device=model.device, dtype=model.cache_dtype
         )
         self._decoder = decoder_for(model)
 
@@ -166,7 +166,7 @@ class RunningBatch:
         logits: list[Tensor] = []
         for group in by_shape.values():
             conditions = torch.stack([condition for _, condition in group])
-            logits.append(self.model.start(conditions, self._slots))
+            logits.append(self._decoder.start(conditions, self._slots))
             started += [sequence for sequence, _ in group]
         if drawings:
             self._layout_of(drawings, started).draw(torch.cat(logits))

@@ -12,7 +12,7 @@ import torch
 from llamagen.config import Grid, SamplingConfig
 from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.sequences import Sequences
-from llamagen.transformer import SlotCache, Transformer
+from llamagen.transformer import Decoder, SlotCache, Transformer
 
 
 class SlottedSequences:
@@ -21,13 +21,14 @@ class SlottedSequences:
     def __init__(
         self,
         model: Transformer,
+        decoder: Decoder,
         sequences: Sequences,
         sampling: SamplingConfig,
         grid: Grid,
         *,
         spare: int = 0,
     ) -> None:
-        """Computes the conditions.
+        """Computes the conditions, with the model's decoder.
 
         Raises:
             InputError: a condition is nothing but padding.
@@ -39,14 +40,14 @@ class SlottedSequences:
             len(sequences.condition),
             grid=grid,
             device=model.device,
-            dtype=model.dtype,
+            dtype=model.cache_dtype,
             spare=spare,
         )
         self.members: list[tuple[int, bool]] = []
         """What is in the slots: of which image, and whether it is the unconditional one."""
         images, logits = sequences.images, []
         for rows, condition in sequences.by_length():
-            logits.append(model.start(condition, self.slots))
+            logits.append(decoder.start(condition, self.slots))
             self.members += [(row % images, row >= images) for row in rows]
         self.first = torch.cat(logits).unsqueeze(1)
         """(R, 1, V) logits of the images' first codes."""

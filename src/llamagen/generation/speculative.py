@@ -192,7 +192,9 @@ class _Batch:
         self._uniforms = uniform_draws(seeds, self._total + most).to(self._device)
         self._draws: dict[int, Draws] = {}
         """By a pass's positions, as long as the sequences are the same."""
-        self._sequences = SlottedSequences(model, sequences, sampling, grid, spare=most - 1)
+        self._sequences = SlottedSequences(
+            model, self._decoder, sequences, sampling, grid, spare=most - 1
+        )
         self._update(self._sequences.first)
         self._drop_finished()
 

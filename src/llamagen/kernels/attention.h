@@ -38,12 +38,27 @@ INLINE void turn(float *x, const float *rope, int size) {
   }
 }
 
-INLINE void keep(void *cache, int half, size_t at, const float *x, int size) {
-  if (!half) {
-    memcpy((float *)cache + at, x, size * sizeof(float));
-    return;
+// Keys or values of one head of a sequence, position after position.
+typedef struct {
+  char *data;     // (positions, size)
+  float *scales;  // (positions,) of whole numbers of eight bits; NULL where they are floats
+} Kept;
+
+// Bytes of a number that is kept.
+INLINE int kept_bytes(int half, int whole) { return whole ? 1 : half ? 2 : 4; }
+
+// A position's key or value joins those that are kept.
+INLINE void keep(Kept kept, int half, int place, const float *x, int size) {
+  size_t at = (size_t)place * size;
+  if (kept.scales) {
+    float most = most_of(x, size), factor = 127.0f / most;
+    kept.scales[place] = most * (1.0f / 127.0f);
+    for (int i = 0; i < size; i++) ((int8_t *)kept.data)[at + i] = (int8_t)rintf(x[i] * factor);
+  } else if (half) {
+    for (int i = 0; i < size; i++) ((bf16 *)kept.data)[at + i] = bf16_of(x[i]);
+  } else {
+    memcpy((float *)kept.data + at, x, size * sizeof(float));
   }
-  for (int i = 0; i < size; i++) ((bf16 *)cache + at)[i] = bf16_of(x[i]);
 }
 
 // The scores of sixteen positions from `keys` on, in the lanes of a vector.
@@ -174,13 +189,175 @@ INLINE void gather_values(const void *values, int half, const float *weights, in
   }
 }
 
+#if WORDS
+// Products with whole numbers that are kept take heads of whole vectors.
+INLINE int has_whole_heads(int size) { return size % 64 == 0; }
+
+// The scores of sixteen positions from `keys` on; behind the `count`th, it is read again: nothing
+// may be read behind the memory's end.
+INLINE v16 score_sixteen_whole(const int8_t *keys, const int16_t *query, int size, int count) {
+  v16 part[LANES];
+  UNROLL for (int j = 0; j < LANES; j++) {
+    const int8_t *key = keys + (size_t)(j < count ? j : count - 1) * size;
+    __m512i sum = _mm512_setzero_si512();
+    UNROLL for (int i = 0; i < size; i += 32)
+      sum = add_words(sum, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(key + i))),
+                      _mm512_loadu_si512(query + i));
+    part[j] = (v16)_mm512_cvtepi32_ps(sum);
+  }
+  return sums(part, LANES);
+}
+
+// Sixteen scales; those behind the `count`th are 0.
+INLINE v16 some_scales(const float *scales, int count) {
+  return (v16)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), scales);
+}
+
+// As score_all, of whole numbers: those of the query have sixteen bits.
+INLINE void score_whole(Kept keys, const float *query, int size, int first, int last, float scale,
+                        float *scores, const char *then) {
+  int16_t whole[WIDEST_HEAD];
+  float most = most_of(query, size), factor = 32512.0f / most;
+  for (int i = 0; i < size; i++) whole[i] = (int16_t)rintf(query[i] * factor);
+  scale *= most * (1.0f / 32512.0f);
+  size_t end = (size_t)(last + 1) * size;
+  for (int start = first; start <= last; start += LANES) {
+    const int8_t *own = (const int8_t *)keys.data + (size_t)start * size;
+    int count = last + 1 - start;
+    fetch_ahead(keys.data, (size_t)start * size, LANES * size, end, then);
+    v16 found, factors;
+    if (count >= LANES) {
+      found = score_sixteen_whole(own, whole, size, LANES);
+      factors = load_f32(keys.scales + start);
+    } else {
+      found = score_sixteen_whole(own, whole, size, count);
+      factors = some_scales(keys.scales + start, count);
+    }
+    store_f32(scores + start - first, found * factors * scale);
+  }
+}
+
+// Adds the values of four positions from `values` on, in their 64 numbers, times weights of eight
+// bits, twice. Behind the `count`th, whose weights are 0, it is read again.
+INLINE void gather_four(const int8_t *values, int size, int count, __m512i high, __m512i low,
+                        __m512i *upper, __m512i *lower) {
+  __m512i x[4];
+  UNROLL for (int i = 0; i < 4; i++)
+    x[i] = _mm512_loadu_si512(values + (size_t)(i < count ? i : count - 1) * size);
+  __m512i a = _mm512_unpacklo_epi8(x[0], x[1]), b = _mm512_unpackhi_epi8(x[0], x[1]);
+  __m512i c = _mm512_unpacklo_epi8(x[2], x[3]), d = _mm512_unpackhi_epi8(x[2], x[3]);
+  x[0] = _mm512_unpacklo_epi16(a, c), x[1] = _mm512_unpackhi_epi16(a, c);
+  x[2] = _mm512_unpacklo_epi16(b, d), x[3] = _mm512_unpackhi_epi16(b, d);
+  UNROLL for (int i = 0; i < 4; i++) {
+    upper[i] = _mm512_dpbusd_epi32(upper[i], high, x[i]);
+    lower[i] = _mm512_dpbusd_epi32(lower[i], low, x[i]);
+  }
+}
+
+// As gather_values, of whole numbers: weights, times the values' scales, have sixteen bits, in two
+// times eight. Weights are overwritten.
+INLINE void gather_whole(Kept values, float *weights, int size, int first, int last, float *out,
+                         const char *then) {
+  int count = last - first + 1;
+  v16 top = splat(LEAST);
+  for (int i = 0; i < count; i += LANES) {
+    const float *scales = values.scales + first + i;
+    int rest = count - i;
+    v16 own = load_f32(weights + i) * (rest < LANES ? some_scales(scales, rest) : load_f32(scales));
+    store_f32(weights + i, own);
+    top = larger(top, own);
+  }
+  float most = largest(top), factor = 65280.0f / most;
+  size_t end = (size_t)(last + 1) * size;
+  for (int index = 0; index < size; index += 64) {
+    __m512i upper[4], lower[4];
+    UNROLL for (int i = 0; i < 4; i++) upper[i] = lower[i] = _mm512_setzero_si512();
+    for (int start = 0; start < count; start += LANES) {
+      __m512i numbers = _mm512_cvtps_epi32((__m512)(load_f32(weights + start) * factor));
+      uint32_t uppers[4], lowers[4];
+      _mm_storeu_si128((__m128i *)uppers, _mm512_cvtepi32_epi8(_mm512_srli_epi32(numbers, 8)));
+      _mm_storeu_si128((__m128i *)lowers, _mm512_cvtepi32_epi8(numbers));
+      size_t at = (size_t)(first + start) * size;
+      const int8_t *own = (const int8_t *)values.data + at + index;
+      if (index == 0) fetch_ahead(values.data, at, LANES * size, end, then);
+      UNROLL for (int four = 0; four < 4; four++, own += 4 * size) {
+        int rest = count - start - 4 * four;
+        if (rest <= 0) break;
+        __m512i high = _mm512_set1_epi32((int)uppers[four]);
+        __m512i low = _mm512_set1_epi32((int)lowers[four]);
+        if (rest >= 4) gather_four(own, size, 4, high, low, upper, lower);
+        else gather_four(own, size, rest, high, low, upper, lower);
+      }
+    }
+    // Numbers lie side by side in quarters of a vector.
+    UNROLL for (int i = 0; i < 4; i++) {
+      v16 both = (v16)_mm512_cvtepi32_ps(upper[i]) * 256.0f + (v16)_mm512_cvtepi32_ps(lower[i]);
+      float found[LANES];
+      store_f32(found, both * (most * (1.0f / 65280.0f)));
+      for (int lane = 0; lane < 4; lane++)
+        memcpy(out + index + lane * LANES + i * 4, found + lane * 4, 4 * sizeof(float));
+    }
+  }
+}
+#else
+INLINE int has_whole_heads(int size) {
+  (void)size;
+  return 0;
+}
+#endif
+
+// Whole numbers that are kept, with floats.
+INLINE void score_scaled(Kept keys, const float *query, int size, int first, int last, float scale,
+                         float *scores) {
+  for (int j = first; j <= last; j++) {
+    const int8_t *key = (const int8_t *)keys.data + (size_t)j * size;
+    v16 total = splat(0);
+    int i = 0;
+    for (; i + LANES <= size; i += LANES) total += load_i8(key + i) * load_f32(query + i);
+    float found = sum(total);
+    for (; i < size; i++) found += key[i] * query[i];
+    scores[j - first] = found * keys.scales[j] * scale;
+  }
+}
+
+INLINE void gather_scaled(Kept values, const float *weights, int size, int first, int last,
+                          float *out) {
+  for (int i = 0; i < size; i++) out[i] = 0;
+  for (int j = first; j <= last; j++) {
+    const int8_t *value = (const int8_t *)values.data + (size_t)j * size;
+    float weight = weights[j - first] * values.scales[j];
+    int i = 0;
+    for (; i + LANES <= size; i += LANES)
+      store_f32(out + i, load_f32(out + i) + load_i8(value + i) * weight);
+    for (; i < size; i++) out[i] += value[i] * weight;
+  }
+}
+
 // One query's attention to positions first..last, in a head of a size that the compiler may know.
-INLINE void attend_head(const void *keys, const void *values, int half, int pairs,
-                        const float *query, int size, int first, int last, float *scores,
-                        float *out, const char *then) {
-  score_all(keys, half, pairs, query, size, first, last, 1.0f / sqrtf(size), scores, values);
+INLINE void attend_head(Kept keys, Kept values, int half, int pairs, const float *query, int size,
+                        int first, int last, float *scores, float *out, const char *then) {
+  float scale = 1.0f / sqrtf(size);
+  score_all(keys.data, half, pairs, query, size, first, last, scale, scores, values.data);
   softmax(scores, last - first + 1);
-  gather_values(values, half, scores, size, first, last, out, then);
+  gather_values(values.data, half, scores, size, first, last, out, then);
+}
+
+// The same where whole numbers are kept.
+INLINE void attend_whole(Kept keys, Kept values, const float *query, int size, int first, int last,
+                         float *scores, float *out, const char *then) {
+  float scale = 1.0f / sqrtf(size);
+#if WORDS
+  if (has_whole_heads(size)) {
+    score_whole(keys, query, size, first, last, scale, scores, values.data);
+    softmax(scores, last - first + 1);
+    gather_whole(values, scores, size, first, last, out, then);
+    return;
+  }
+#endif
+  (void)then;
+  score_scaled(keys, query, size, first, last, scale, scores);
+  softmax(scores, last - first + 1);
+  gather_scaled(values, scores, size, first, last, out);
 }
 
 #endif

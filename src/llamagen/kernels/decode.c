@@ -40,6 +40,8 @@ typedef struct {
   const float *rope;      // (cells, head_dim / 2, 2)
   void *const *keys;      // per layer (rows / window, kv_heads, positions, head_dim)
   void *const *values;
+  float *const *key_scales;  // per layer (rows / window, kv_heads, positions) where keys and values
+  float *const *value_scales;  // are whole numbers of eight bits; NULL where they are floats
   int64_t row_stride, head_stride;  // of keys and values, in numbers
   float *logits;          // (rows, codes)
   void *scratch;          // of decode_scratch() bytes
@@ -53,7 +55,9 @@ typedef struct {
   Activations normed;  // width
   float *qkv;          // (rows, heads of queries, keys and values)
   Activations attended;
+  float *mixed;        // for tiles: the same before, (rows, heads * head_dim)
   Activations inner;   // hidden
+  float *tops;         // for tiles (threads, padded): the largest sizes in inner
 } Shared;
 
 static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -70,7 +74,7 @@ static Layout layout_of(const Model *m, int rows) {
 }
 
 // Divides `scratch` up; returns the bytes that takes. A thread's own room is what is left.
-static size_t divide(const Model *m, int rows, char *scratch, Shared *s) {
+static size_t divide(const Model *m, int rows, int threads, char *scratch, Shared *s) {
   s->layout = layout_of(m, rows);
   int padded = s->layout.padded, heads = m->heads + 2 * m->kv_heads;
   size_t item = s->layout.pairs ? 2 : 4, used = 0;
@@ -86,9 +90,11 @@ static size_t divide(const Model *m, int rows, char *scratch, Shared *s) {
   } while (0)
   TAKE(s->shortcut, (size_t)padded * m->width * 4);
   TAKE(s->qkv, (size_t)rows * heads * m->head_dim * 4);
+  TAKE(s->mixed, s->layout.tiles ? (size_t)rows * m->heads * m->head_dim * 4 : 0);
   TAKE_ACTIVATIONS(s->normed, m->width);
   TAKE_ACTIVATIONS(s->attended, m->heads * m->head_dim);
   TAKE_ACTIVATIONS(s->inner, m->hidden);
+  TAKE(s->tops, (size_t)threads * padded * 4);
 #undef TAKE_ACTIVATIONS
 #undef TAKE
   return used;
@@ -96,66 +102,105 @@ static size_t divide(const Model *m, int rows, char *scratch, Shared *s) {
 
 static size_t own_room(const Model *m, int rows, int positions) {
   int padded = (rows + LANES - 1) / LANES * LANES;
-  size_t tiles = aligned((size_t)2 * OUTPUTS * padded * 4);
+  size_t tiles = aligned((size_t)2 * MOST_PIECES * OUTPUTS * padded * 4);
   size_t longest = m->hidden > m->width ? m->hidden : m->width;
   size_t scores = (size_t)(positions + LANES) * 4;
-  size_t weights = (size_t)OUTPUTS * (longest * 4 + 2 * padded * 4);
+  size_t weights = (size_t)MOST_PIECES * OUTPUTS * (longest * 4 + 2 * padded * 4);
   return tiles + aligned(scores > weights ? scores : weights);
 }
 
 // Bytes of scratch that a step needs for `rows` sequences of up to `positions` positions.
 size_t decode_scratch(const Model *m, int32_t rows, int32_t positions, int32_t threads) {
   Shared s;
-  return divide(m, rows, NULL, &s) + threads * own_room(m, rows, positions) + 64;
+  return divide(m, rows, threads, NULL, &s) + threads * own_room(m, rows, positions) + 64;
 }
 
-static void embed(const Model *m, const Step *step, const Shared *s, int row) {
-  const Layout *l = &s->layout;
-  size_t at = (size_t)step->codes[row] * m->width;
-  for (int i = 0; i < m->width; i++) {
-    float x = m->half ? f32_of(((const bf16 *)m->embedding)[at + i])
-                      : ((const float *)m->embedding)[at + i];
-    s->shortcut[l->tiles ? (size_t)i * l->padded + row : (size_t)row * m->width + i] = x;
-  }
+// Sixteen numbers of a code's embedding.
+INLINE v16 embedding_of(const Model *m, int64_t code, int index) {
+  size_t at = (size_t)code * m->width + index;
+  return m->half ? load_bf16((const bf16 *)m->embedding + at)
+                 : load_f32((const float *)m->embedding + at);
 }
 
-// Root-mean-square norm of one row, or of sixteen for tiles.
-static void normalise(const Model *m, const Shared *s, const float *weight, int piece) {
+// One row, or sixteen for tiles.
+static void embed(const Model *m, const Step *step, const Shared *s, int piece) {
   const Layout *l = &s->layout;
-  int width = m->width;
-  if (l->tiles) {
-    int lane = piece * LANES;
-    const float *x = s->shortcut + lane;
-    v16 total = splat(0);
-    for (int i = 0; i < width; i++) {
-      v16 own = load_f32(x + (size_t)i * l->padded);
-      total += own * own;
-    }
-    v16 factor;
-    for (int i = 0; i < LANES; i++) factor[i] = 1.0f / sqrtf(total[i] / width + m->eps);
-    for (int i = 0; i < width; i += 2)
-      put_two(l, s->normed, lane, i, load_f32(x + (size_t)i * l->padded) * factor * weight[i],
-              load_f32(x + (size_t)(i + 1) * l->padded) * factor * weight[i + 1]);
-    if (l->whole) to_whole(l, s->normed, piece);
+  if (!l->tiles) {
+    for (int i = 0; i < m->width; i += LANES)
+      store_f32(s->shortcut + (size_t)piece * m->width + i,
+                embedding_of(m, step->codes[piece], i));
     return;
   }
+  int first = piece * LANES;
+  for (int i = 0; i < m->width; i += LANES) {
+    v16 x[LANES];
+    for (int j = 0; j < LANES; j++)
+      x[j] = first + j < l->rows ? embedding_of(m, step->codes[first + j], i) : splat(0);
+    transpose(x);
+    for (int j = 0; j < LANES; j++)
+      store_f32(s->shortcut + (size_t)(i + j) * l->padded + first, x[j]);
+  }
+}
+
+// Root-mean-square norm of sixteen rows, for tiles.
+static void normalise_lanes(const Model *m, const Shared *s, const float *weight, int lane) {
+  const Layout *l = &s->layout;
+  const float *x = s->shortcut + lane;
+  v16 total = splat(0), top = splat(LEAST), factor;
+  for (int i = 0; i < m->width; i++) {
+    v16 own = load_f32(x + (size_t)i * l->padded);
+    total += own * own;
+    if (l->whole) top = larger(top, size_of(own * weight[i]));
+  }
+  for (int i = 0; i < LANES; i++) factor[i] = 1.0f / sqrtf(total[i] / m->width + m->eps);
+  if (!l->whole) {
+    for (int i = 0; i < m->width; i += 2)
+      put_two(l, s->normed, lane, i, load_f32(x + (size_t)i * l->padded) * factor * weight[i],
+              load_f32(x + (size_t)(i + 1) * l->padded) * factor * weight[i + 1]);
+    return;
+  }
+  // Whole numbers are the same whatever they are multiplied by: only their scale has the factor.
+  store_f32(s->normed.scales + lane, top * factor * (1.0f / WHOLE_MOST));
+  v16 whole = WHOLE_MOST / top;
+  Halves to = halves_of(l, s->normed, lane);
+  for (int i = 0; i < m->width; i += 4) {
+    i32x16 numbers[4];
+    UNROLL for (int j = 0; j < 4; j++)
+      numbers[j] = nearest(load_f32(x + (size_t)(i + j) * l->padded) * weight[i + j] * whole);
+    put_four(&to, numbers);
+  }
+}
+
+// The norm of one row, or of sixteen for tiles.
+static void normalise(const Model *m, const Shared *s, const float *weight, int piece) {
+  const Layout *l = &s->layout;
+  if (l->tiles) {
+    normalise_lanes(m, s, weight, piece * LANES);
+    return;
+  }
+  int width = m->width;
   const float *x = s->shortcut + (size_t)piece * width;
   v16 total = splat(0);
   for (int i = 0; i < width; i += LANES) total += load_f32(x + i) * load_f32(x + i);
   float factor = 1.0f / sqrtf(sum(total) / width + m->eps);
   for (int i = 0; i < width; i += LANES)
     put(l, s->normed, piece, i, load_f32(x + i) * factor * load_f32(weight + i), LANES);
-  if (l->whole) to_whole(l, s->normed, piece);
+  if (l->whole) row_to_whole(l, s->normed, piece);
 }
 
 // A product to where each row has it in one piece.
 static void spread(const Layout *l, const float *tile, float *into, size_t stride, int output) {
-  for (int row = 0; row < l->rows; row++) {
-    float *to = into + row * stride + output;
-    if (l->tiles)
-      for (int n = 0; n < OUTPUTS; n++) to[n] = tile[n * l->padded + row];
-    else
-      memcpy(to, tile + row * OUTPUTS, OUTPUTS * sizeof(float));
+  if (!l->tiles) {
+    for (int row = 0; row < l->rows; row++)
+      memcpy(into + row * stride + output, tile + row * OUTPUTS, OUTPUTS * sizeof(float));
+    return;
+  }
+  for (int lane = 0; lane < l->rows; lane += LANES) {
+    v16 x[OUTPUTS];
+    UNROLL for (int n = 0; n < OUTPUTS; n++) x[n] = load_f32(tile + n * l->padded + lane);
+    transpose(x);
+    for (int row = lane; row < l->rows && row < lane + LANES; row++)
+      store_f32(into + row * stride + output, x[row - lane]);
   }
 }
 
@@ -175,15 +220,21 @@ static void add_to_shortcut(const Model *m, const Shared *s, const float *tile, 
 
 INLINE v16 gated(v16 gate, v16 up) { return gate / (1.0f + exponential(-gate)) * up; }
 
-static void activate(const Shared *s, const float *gate, const float *up, int output) {
+// For tiles, the largest sizes of each row's results are kept in `tops` (padded,).
+static void activate(const Shared *s, const float *gate, const float *up, int output, float *tops) {
   const Layout *l = &s->layout;
   if (l->tiles) {
-    for (int n = 0; n < OUTPUTS; n += 2)
-      for (int lane = 0; lane < l->padded; lane += LANES) {
+    for (int lane = 0; lane < l->padded; lane += LANES) {
+      v16 top = load_f32(tops + lane);
+      for (int n = 0; n < OUTPUTS; n += 2) {
         size_t at = (size_t)n * l->padded + lane, after = at + l->padded;
-        put_two(l, s->inner, lane, output + n, gated(load_f32(gate + at), load_f32(up + at)),
-                gated(load_f32(gate + after), load_f32(up + after)));
+        v16 x = gated(load_f32(gate + at), load_f32(up + at));
+        v16 y = gated(load_f32(gate + after), load_f32(up + after));
+        put_two(l, s->inner, lane, output + n, x, y);
+        top = larger(top, larger(size_of(x), size_of(y)));
       }
+      store_f32(tops + lane, top);
+    }
     return;
   }
   for (int row = 0; row < l->rows; row++)
@@ -191,21 +242,35 @@ static void activate(const Shared *s, const float *gate, const float *up, int ou
         gated(load_f32(gate + row * OUTPUTS), load_f32(up + row * OUTPUTS)), OUTPUTS);
 }
 
+// What was activated, as whole numbers: a row of it, or sixteen for tiles, whose largest sizes the
+// threads have found.
+static void inner_to_whole(const Shared *s, const Team *team, int piece) {
+  const Layout *l = &s->layout;
+  if (!l->tiles) {
+    row_to_whole(l, s->inner, piece);
+    return;
+  }
+  int lane = piece * LANES;
+  v16 top = splat(LEAST);
+  for (int thread = 0; thread < team->threads; thread++)
+    top = larger(top, load_f32(s->tops + (size_t)thread * l->padded + lane));
+  lanes_to_whole(l, s->inner, lane, top);
+}
+
 // One new position's key and value of a head join the cache.
-static void join(const Model *m, const Step *step, const Shared *s, int row, int kv, char *keys,
-                 char *values) {
+static void join(const Model *m, const Step *step, const Shared *s, int row, int kv, Kept keys,
+                 Kept values) {
   int size = m->head_dim;
   float *key = s->qkv + ((size_t)row * (m->heads + 2 * m->kv_heads) + m->heads + kv) * size;
   float *value = key + (size_t)m->kv_heads * size;
-  size_t at = (size_t)step->place[row] * size;
   turn(key, step->rope + (size_t)step->cell[row] * size, size);
-  keep(keys, m->half, at, key, size);
-  keep(values, m->half, at, value, size);
+  keep(keys, m->half, step->place[row], key, size);
+  keep(values, m->half, step->place[row], value, size);
 }
 
 // Attention of one new position's heads that share a key; `then` is what is read next.
-static void attend(const Model *m, const Step *step, const Shared *s, int row, int kv,
-                   const char *keys, const char *values, float *scores, const char *then) {
+static void attend(const Model *m, const Step *step, const Shared *s, int row, int kv, Kept keys,
+                   Kept values, float *scores, const char *then) {
   int size = m->head_dim, group = m->heads / m->kv_heads;
   int first = step->first[row], place = step->place[row];
   const float *rope = step->rope + (size_t)step->cell[row] * size;
@@ -214,23 +279,32 @@ static void attend(const Model *m, const Step *step, const Shared *s, int row, i
   for (int head = kv * group; head < (kv + 1) * group; head++) {
     float *query = queries + (size_t)head * size;
     turn(query, rope, size);
-    if (m->half && size == 64)  // of every preset but the largest
+    if (keys.scales && size == 64)  // of every preset but the largest
+      attend_whole(keys, values, query, 64, first, place, scores, out, then);
+    else if (keys.scales)
+      attend_whole(keys, values, query, size, first, place, scores, out, then);
+    else if (m->half && size == 64)
       attend_head(keys, values, 1, PAIRS, query, 64, first, place, scores, out, then);
     else if (m->half)
       attend_head(keys, values, 1, PAIRS, query, size, first, place, scores, out, then);
     else
       attend_head(keys, values, 0, 0, query, size, first, place, scores, out, then);
-    for (int i = 0; i < size; i += LANES)
-      put(&s->layout, s->attended, row, head * size + i, load_f32(out + i),
-          size - i < LANES ? size - i : LANES);
+    if (s->layout.tiles)
+      memcpy(s->mixed + ((size_t)row * m->heads + head) * size, out, size * sizeof(float));
+    else
+      for (int i = 0; i < size; i += LANES)
+        put(&s->layout, s->attended, row, head * size + i, load_f32(out + i),
+            size - i < LANES ? size - i : LANES);
   }
 }
 
-// Where a sequence's keys or values of one head begin.
-INLINE char *head_of(const Model *m, const Step *step, void *const *cache, int layer, int piece) {
+// A sequence's keys or values of one head.
+INLINE Kept head_of(const Model *m, const Step *step, void *const *cache, float *const *scales,
+                    int layer, int piece) {
   int sequence = piece / m->kv_heads, kv = piece % m->kv_heads;
-  size_t start = (sequence * step->row_stride + kv * step->head_stride) * (m->half ? 2 : 4);
-  return (char *)cache[layer] + start;
+  size_t start = sequence * step->row_stride + kv * step->head_stride;
+  return (Kept){(char *)cache[layer] + start * kept_bytes(m->half, scales != NULL),
+                scales ? scales[layer] + start / m->head_dim : NULL};
 }
 
 // A sequence's new positions, of the heads that share a key: each sees those before it too.
@@ -238,13 +312,13 @@ static void attend_all(const Model *m, const Step *step, const Shared *s, int la
                        float *scores, int ahead) {
   int kv = piece % m->kv_heads, from = piece / m->kv_heads * step->window;
   int to = from + step->window;
-  char *keys = head_of(m, step, step->keys, layer, piece);
-  char *values = head_of(m, step, step->values, layer, piece);
+  Kept keys = head_of(m, step, step->keys, step->key_scales, layer, piece);
+  Kept values = head_of(m, step, step->values, step->value_scales, layer, piece);
   int more = ahead < step->rows / step->window * m->kv_heads;
-  const char *next = more ? head_of(m, step, step->keys, layer, ahead) : NULL;
+  const char *next = more ? head_of(m, step, step->keys, step->key_scales, layer, ahead).data : NULL;
   for (int row = from; row < to; row++) join(m, step, s, row, kv, keys, values);
   for (int row = from; row < to; row++)
-    attend(m, step, s, row, kv, keys, values, scores, row + 1 < to ? keys : next);
+    attend(m, step, s, row, kv, keys, values, scores, row + 1 < to ? keys.data : next);
 }
 
 // What a step's time goes to.
@@ -272,55 +346,64 @@ static double now(void) {
     }                                                                                   \
   } while (0)
 
+// The same for a product, whose outputs `into` takes sixteen at a time from `tile`.
+#define PRODUCTS_PHASE(matrix, work, into)                                              \
+  do {                                                                                  \
+    int pieces = pieces_at_once(&(matrix), l, team->threads);                           \
+    PHASE(PRODUCTS, (matrix).outputs / (pieces * OUTPUTS), {                            \
+      work;                                                                             \
+      for (int i = 0; i < pieces; i++) {                                                \
+        int output = (piece * pieces + i) * OUTPUTS;                                    \
+        float *found = tile + i * piece_size;                                           \
+        into;                                                                           \
+      }                                                                                 \
+    });                                                                                 \
+  } while (0)
+
 // One thread's part of a step; `seconds` is where the first one counts its time, or NULL.
-static void run(const Model *m, const Step *step, const Shared *s, Team *team, char *room,
-                double *seconds) {
+static void run(const Model *m, const Step *step, const Shared *s, Team *team, int number,
+                char *room, double *seconds) {
   const Layout *l = &s->layout;
-  float *tile = (float *)room, *other = tile + OUTPUTS * l->padded;
-  char *rest = room + aligned((size_t)2 * OUTPUTS * l->padded * 4);
+  size_t piece_size = (size_t)OUTPUTS * l->padded;
+  float *tile = (float *)room, *other = tile + MOST_PIECES * piece_size;
+  float *tops = s->tops + (size_t)number * l->padded;
+  char *rest = room + aligned(2 * MOST_PIECES * piece_size * 4);
   int norms = l->tiles ? l->padded / LANES : l->rows;
   size_t row_width = (size_t)(m->heads + 2 * m->kv_heads) * m->head_dim;
   double begin = seconds ? now() : 0;
   if (l->tiles) tiles_begin();
-  PHASE(REST, l->rows, embed(m, step, s, piece));
-  for (int i = 0; i < m->layers; i++) {
-    const Layer *w = &m->layer[i];
+  PHASE(REST, norms, embed(m, step, s, piece));
+  for (int layer = 0; layer < m->layers; layer++) {
+    const Layer *w = &m->layer[layer];
     PHASE(REST, norms, normalise(m, s, w->attention_norm, piece));
-    PHASE(PRODUCTS, w->qkv.outputs / OUTPUTS, {
-      product(&w->qkv, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
-      spread(l, tile, s->qkv, row_width, piece * OUTPUTS);
-    });
+    PRODUCTS_PHASE(w->qkv, product(&w->qkv, l, s->normed, piece, pieces, tile, rest, ahead),
+                   spread(l, found, s->qkv, row_width, output));
     PHASE(ATTENTION, l->rows / step->window * m->kv_heads,
-          attend_all(m, step, s, i, piece, (float *)rest, ahead));
-    if (l->whole) PHASE(REST, norms, to_whole(l, s->attended, piece));
-    PHASE(PRODUCTS, w->out.outputs / OUTPUTS, {
-      product(&w->out, l, s->attended, piece * OUTPUTS, tile, rest, ahead);
-      add_to_shortcut(m, s, tile, piece * OUTPUTS);
-    });
+          attend_all(m, step, s, layer, piece, (float *)rest, ahead));
+    if (l->tiles) PHASE(REST, norms, into_tiles(l, s->mixed, s->attended, piece));
+    else if (l->whole) PHASE(REST, norms, row_to_whole(l, s->attended, piece));
+    PRODUCTS_PHASE(w->out, product(&w->out, l, s->attended, piece, pieces, tile, rest, ahead),
+                   add_to_shortcut(m, s, found, output));
     PHASE(REST, norms, normalise(m, s, w->ffn_norm, piece));
-    PHASE(PRODUCTS, w->gate.outputs / OUTPUTS, {
-      product(&w->gate, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
-      product(&w->up, l, s->normed, piece * OUTPUTS, other, rest, ahead);
-      activate(s, tile, other, piece * OUTPUTS);
-    });
-    if (l->whole) PHASE(REST, norms, to_whole(l, s->inner, piece));
-    PHASE(PRODUCTS, w->down.outputs / OUTPUTS, {
-      product(&w->down, l, s->inner, piece * OUTPUTS, tile, rest, ahead);
-      add_to_shortcut(m, s, tile, piece * OUTPUTS);
-    });
+    for (int i = 0; l->tiles && i < l->padded; i++) tops[i] = LEAST;
+    PRODUCTS_PHASE(w->gate, {
+      product(&w->gate, l, s->normed, piece, pieces, tile, rest, ahead);
+      product(&w->up, l, s->normed, piece, pieces, other, rest, ahead);
+    }, activate(s, found, other + i * piece_size, output, tops));
+    if (l->whole) PHASE(REST, norms, inner_to_whole(s, team, piece));
+    PRODUCTS_PHASE(w->down, product(&w->down, l, s->inner, piece, pieces, tile, rest, ahead),
+                   add_to_shortcut(m, s, found, output));
   }
   PHASE(REST, norms, normalise(m, s, m->norm, piece));
-  PHASE(PRODUCTS, m->output.outputs / OUTPUTS, {
-    product(&m->output, l, s->normed, piece * OUTPUTS, tile, rest, ahead);
-    spread(l, tile, step->logits, m->codes, piece * OUTPUTS);
-  });
+  PRODUCTS_PHASE(m->output, product(&m->output, l, s->normed, piece, pieces, tile, rest, ahead),
+                 spread(l, found, step->logits, m->codes, output));
   if (l->tiles) tiles_end();
 }
 
 void decode_step(const Model *m, const Step *step) {
   Shared shared;
   char *scratch = (char *)aligned((size_t)step->scratch);
-  size_t used = divide(m, step->rows, scratch, &shared);
+  size_t used = divide(m, step->rows, step->threads, scratch, &shared);
   int positions = 0;
   for (int row = 0; row < step->rows; row++)
     if (step->place[row] >= positions) positions = step->place[row] + 1;
@@ -338,7 +421,7 @@ void decode_step(const Model *m, const Step *step) {
     int own_number = 0;
     team.threads = 1;
 #endif
-    run(m, step, &shared, &team, scratch + used + own_number * own,
+    run(m, step, &shared, &team, own_number, scratch + used + own_number * own,
         own_number == 0 ? step->seconds : NULL);
   }
 }

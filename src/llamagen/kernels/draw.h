@@ -26,22 +26,38 @@ INLINE float back_from_order(uint32_t bits) {
   return x;
 }
 
-// The k-th largest of count numbers, 1 <= k <= count, found eleven bits at a time.
-static float kth_largest(const float *x, int count, int k) {
-  static const int shifts[] = {21, 10, 0}, sizes[] = {BUCKETS, BUCKETS, BUCKETS / 2};
-  uint32_t found = 0, known = 0;
-  for (int digit = 0; digit < 3; digit++) {
-    int shift = shifts[digit], bucket = sizes[digit] - 1;
-    int counts[BUCKETS] = {0};
-    for (int i = 0; i < count; i++) {
-      uint32_t own = in_order(x[i]);
-      if ((own & known) == found) counts[(own >> shift) & (sizes[digit] - 1)]++;
-    }
-    while (counts[bucket] < k) k -= counts[bucket--];
-    found |= (uint32_t)bucket << shift;
-    known |= (uint32_t)(sizes[digit] - 1) << shift;
+// How many of count numbers are no less than `least`.
+INLINE int count_from(const float *x, int count, float least) {
+  i32x16 found = {0};
+  for (int i = 0; i < count; i += LANES) found -= (i32x16)(load_f32(x + i) >= least);
+  int total = 0;
+  for (int i = 0; i < LANES; i++) total += found[i];
+  return total;
+}
+
+// The least of those numbers that are no less than `bound`.
+INLINE float least_from(const float *x, int count, float bound) {
+  v16 least = splat(INFINITY);
+  for (int i = 0; i < count; i += LANES) {
+    v16 own = load_f32(x + i);
+    i32x16 less = (own >= bound) & (own < least);
+    least = (v16)((less & (i32x16)own) | (~less & (i32x16)least));
   }
-  return back_from_order(found);
+  return -largest(-least);
+}
+
+// The k-th largest of count numbers, 1 <= k <= count, up to `peak`: the interval of floats
+// that it is in is halved until just k numbers lie above.
+static float kth_largest(const float *x, int count, int k, float peak) {
+  uint32_t low = in_order(-INFINITY), high = in_order(peak) + 1;
+  while (high - low > 1) {
+    uint32_t middle = low + (high - low) / 2;
+    int above = count_from(x, count, back_from_order(middle));
+    if (above == k) return least_from(x, count, back_from_order(middle));
+    if (above > k) low = middle;
+    else high = middle;
+  }
+  return back_from_order(low);
 }
 
 typedef struct {
@@ -121,7 +137,7 @@ static int weigh(const Weighing *w, int count, float *x, Candidate *candidates) 
     for (int i = 0; i < count; i += LANES) store_f32(x + i, load_f32(x + i) / w->temperature);
     peak /= w->temperature;
   }
-  float least = w->top_k > 0 && w->top_k < count ? kth_largest(x, count, w->top_k) : -INFINITY;
+  float least = w->top_k > 0 && w->top_k < count ? kth_largest(x, count, w->top_k, peak) : -INFINITY;
   for (int i = 0; i < count; i += LANES) {
     v16 own = load_f32(x + i);
     i32x16 kept = own >= least;

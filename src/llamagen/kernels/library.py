@@ -87,6 +87,8 @@ class Step(ctypes.Structure):
         ("rope", ctypes.c_void_p),
         ("keys", ctypes.POINTER(ctypes.c_void_p)),
         ("values", ctypes.POINTER(ctypes.c_void_p)),
+        ("key_scales", ctypes.POINTER(ctypes.c_void_p)),
+        ("value_scales", ctypes.POINTER(ctypes.c_void_p)),
         ("row_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("logits", ctypes.c_void_p),

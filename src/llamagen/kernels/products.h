@@ -16,6 +16,7 @@ enum { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 
 #define OUTPUTS 16  // of one piece of work
 #define BLOCK 32    // inputs of a row that lie side by side
+#define MOST_PIECES 2  // of work that a thread may take at once
 // Sums that stay in registers. Where vectors of the processor are narrower than ours, fewer do.
 #if defined(__AVX512F__)
 #define SUMS 16
@@ -77,9 +78,9 @@ INLINE size_t place_of(const Layout *l, Activations a, int row, int index) {
          index % BLOCK;
 }
 
-// Neighbouring numbers of a row, sixteen or fewer.
+// Without tiles: neighbouring numbers of a row, sixteen or fewer.
 INLINE void put(const Layout *l, Activations a, int row, int index, v16 x, int count) {
-  if (!l->tiles && index % BLOCK + count <= BLOCK) {
+  if (index % BLOCK + count <= BLOCK) {
     size_t at = place_of(l, a, row, index);
     if (l->pairs) {
       bf16 rounded[LANES];
@@ -91,9 +92,7 @@ INLINE void put(const Layout *l, Activations a, int row, int index, v16 x, int c
     return;
   }
   for (int i = index; i < index + count; i++) {
-    size_t at = !l->tiles  ? place_of(l, a, row, i)
-                : l->pairs ? ((size_t)(i / 2) * l->padded + row) * 2 + (i & 1)
-                           : (size_t)i * l->padded + row;
+    size_t at = place_of(l, a, row, i);
     if (l->pairs) ((bf16 *)a.data)[at] = bf16_of(x[i - index]);
     else ((float *)a.data)[at] = x[i - index];
   }
@@ -301,119 +300,201 @@ static void widen(const Matrix *m, int output, float *into) {
   }
 }
 
-// Sixteen lanes (for tiles) or one row of activations as whole numbers, times a scale.
-static void to_whole(const Layout *l, Activations a, int piece) {
+// A factor of whole numbers of sixteen bits; their scale is its reciprocal.
+#define WHOLE_MOST 32512.0f
+
+// Whole numbers: the low bits of a float of 1.5 * 2^23 and more are one, offset.
+INLINE i32x16 nearest(v16 x) {
   const v16 shift = splat(12582912.0f);
-  v16 top = splat(1e-30f);
-  if (!l->tiles) {
-    const float *x = a.data;
-    for (int k = 0; k < a.size; k += LANES)
-      top = larger(top, size_of(load_f32(x + place_of(l, a, piece, k))));
-    float most = largest(top), factor = 32512.0f / most;
-    a.scales[piece] = most * (1.0f / 32512.0f);
-    for (int k = 0; k < a.size; k += LANES) {
-      size_t at = place_of(l, a, piece, k);
-      // The low bits of a float of 1.5 * 2^23 and more are a whole number, offset.
-      i32x16 number = (i32x16)(load_f32(x + at) * factor + shift) - (i32x16)shift;
-      i16x16 narrow = __builtin_convertvector(number, i16x16);
-      memcpy((int16_t *)a.whole + at, &narrow, sizeof narrow);
-    }
-    return;
+  return (i32x16)(x + shift) - (i32x16)shift;
+}
+
+// Where sixteen lanes' halves of whole numbers begin, in tiles.
+typedef struct {
+  int32_t *upper, *lower;
+  int step;
+} Halves;
+
+INLINE Halves halves_of(const Layout *l, Activations a, int lane) {
+  int32_t *at = (int32_t *)a.whole + lane;
+  return (Halves){at, at + l->padded, 2 * l->padded};
+}
+
+// Four neighbouring whole numbers of sixteen lanes, each 256 upper + lower, join the others.
+INLINE void put_four(Halves *to, const i32x16 *numbers) {
+  i32x16 upper = {0}, lower = {0};
+  UNROLL for (int j = 0; j < 4; j++) {
+    i32x16 up = (numbers[j] + 128) >> 8;
+    upper |= (up & 255) << (8 * j);
+    lower |= ((numbers[j] - (up << 8)) & 255) << (8 * j);
   }
-  int lane = piece * LANES, columns = 2 * l->padded;
+  memcpy(to->upper, &upper, sizeof upper);
+  memcpy(to->lower, &lower, sizeof lower);
+  to->upper += to->step, to->lower += to->step;
+}
+
+// A row of activations as whole numbers, times a scale.
+static void row_to_whole(const Layout *l, Activations a, int row) {
+  const float *x = a.data;
+  v16 top = splat(LEAST);
+  for (int k = 0; k < a.size; k += LANES)
+    top = larger(top, size_of(load_f32(x + place_of(l, a, row, k))));
+  float most = largest(top), factor = WHOLE_MOST / most;
+  a.scales[row] = most * (1.0f / WHOLE_MOST);
+  for (int k = 0; k < a.size; k += LANES) {
+    size_t at = place_of(l, a, row, k);
+    i16x16 narrow = __builtin_convertvector(nearest(load_f32(x + at) * factor), i16x16);
+    memcpy((int16_t *)a.whole + at, &narrow, sizeof narrow);
+  }
+}
+
+// The same for tiles: sixteen lanes of floats, whose largest sizes are `top`.
+static void lanes_to_whole(const Layout *l, Activations a, int lane, v16 top) {
   const float *x = (const float *)a.data + lane;
-  for (int k = 0; k < a.size; k++) top = larger(top, size_of(load_f32(x + (size_t)k * l->padded)));
-  v16 factor = 32512.0f / top;
-  store_f32(a.scales + lane, top * (1.0f / 32512.0f));
+  v16 factor = WHOLE_MOST / top;
+  store_f32(a.scales + lane, top * (1.0f / WHOLE_MOST));
+  Halves to = halves_of(l, a, lane);
   for (int k = 0; k < a.size; k += 4) {
-    // x = scale * (256 upper + lower).
-    i32x16 upper = {0}, lower = {0};
-    for (int j = 0; j < 4; j++) {
-      v16 scaled = load_f32(x + (size_t)(k + j) * l->padded) * factor;
-      i32x16 number = (i32x16)(scaled + shift) - (i32x16)shift;
-      i32x16 up = (number + 128) >> 8;
-      upper |= (up & 255) << (8 * j);
-      lower |= ((number - (up << 8)) & 255) << (8 * j);
+    i32x16 numbers[4];
+    UNROLL for (int j = 0; j < 4; j++)
+      numbers[j] = nearest(load_f32(x + (size_t)(k + j) * l->padded) * factor);
+    put_four(&to, numbers);
+  }
+}
+
+// Sixteen rows of activations, of (rows, size) floats, as tiles have them.
+static void into_tiles(const Layout *l, const float *rows, Activations a, int piece) {
+  int lane = piece * LANES, count = l->rows - lane < LANES ? l->rows - lane : LANES;
+  int some = l->whole ? 4 : 2;  // numbers of a row that lie side by side
+  float factors[LANES];
+  rows += (size_t)lane * a.size;
+  for (int row = 0; row < count && l->whole; row++) {
+    float most = most_of(rows + (size_t)row * a.size, a.size);
+    factors[row] = WHOLE_MOST / most;
+    a.scales[lane + row] = most * (1.0f / WHOLE_MOST);
+  }
+  Halves to = halves_of(l, a, lane);
+  uint32_t *pairs = (uint32_t *)a.data + lane;
+  for (int k = 0; k < a.size; k += some * LANES) {
+    v16 x[LANES], y[LANES];
+    UNROLL for (int row = 0; row < LANES; row++) x[row] = y[row] = splat(0);
+    for (int row = 0; row < count; row++) {
+      const float *own = rows + (size_t)row * a.size + k;
+      if (l->whole) {
+        for (int i = 0; i < 4; i++) {
+          i32x16 number = nearest(load_f32(own + i * LANES) * factors[row]);
+          i32x16 up = (number + 128) >> 8;
+          i8x16 upper = __builtin_convertvector(up, i8x16);
+          i8x16 lower = __builtin_convertvector(number - (up << 8), i8x16);
+          memcpy((int8_t *)&x[row] + i * LANES, &upper, sizeof upper);
+          memcpy((int8_t *)&y[row] + i * LANES, &lower, sizeof lower);
+        }
+      } else {
+        store_bf16((bf16 *)&x[row], load_f32(own));
+        store_bf16((bf16 *)&x[row] + LANES, load_f32(own + LANES));
+      }
     }
-    int8_t *into = (int8_t *)a.whole + ((size_t)(k / 4) * columns + lane) * 4;
-    memcpy(into, &upper, sizeof upper);
-    memcpy(into + (size_t)l->padded * 4, &lower, sizeof lower);
+    transpose(x);
+    if (l->whole) transpose(y);
+    for (int i = 0; i < LANES; i++) {
+      if (l->whole) {
+        memcpy(to.upper, &x[i], sizeof x[i]);
+        memcpy(to.lower, &y[i], sizeof y[i]);
+        to.upper += to.step, to.lower += to.step;
+      } else {
+        memcpy(pairs, &x[i], sizeof x[i]);
+        pairs += l->padded;
+      }
+    }
   }
 }
 
 #if TILES
-// Sixteen outputs of up to four vectors of columns, of whole numbers or of pairs: a tile of weights
-// lies in memory as it is needed. All in bytes: `row` from one output's weights to the next one's,
-// `step` from one row of the activations' tiles, and of the sums, to the next.
-INLINE void tile_product(int whole, int vectors, const char *w, size_t row, const char *x,
-                         size_t step, char *sums, const char *ahead) {
+// What is fetched while something else is computed, some lines of 64 bytes at a time.
+typedef struct {
+  const char *next, *end;
+  int lines;
+} Fetch;
+
+INLINE void fetch_some(Fetch *f) {
+  for (int i = 0; i < f->lines && f->next < f->end; i++, f->next += 64)
+    __builtin_prefetch(f->next, 0, 2);
+}
+
+// One or two times sixteen outputs of one or two vectors of columns, of whole numbers or of pairs: a
+// tile of weights lies in memory as it is needed. All in bytes: `row` from one output's weights to
+// the next one's, `step` from one row of the activations' tiles, and of the sums, to the next.
+INLINE void tile_block(int whole, int pieces, int vectors, const char *w, size_t row, const char *x,
+                       size_t step, char *sums, Fetch *fetch) {
+  const char *below = w + OUTPUTS * row;
   TILE_ZERO(0);
   if (vectors > 1) TILE_ZERO(1);
-  if (vectors > 2) TILE_ZERO(2);
-  if (vectors > 3) TILE_ZERO(3);
-  for (size_t at = 0; at < row; at += 64) {
-    const char *own = x + at / 64 * 16 * step;
-    if (ahead)
-      for (int i = 0; i < 16; i++) __builtin_prefetch(ahead + at * 16 + i * 64, 0, 2);
+  if (pieces > 1) TILE_ZERO(2);
+  if (pieces > 1 && vectors > 1) TILE_ZERO(3);
+  for (size_t at = 0; at < row; at += 64, x += 16 * step) {
+    fetch_some(fetch);
     TILE_LOAD(4, w + at, row);
-    TILE_LOAD(5, own, step);
-    TILE_ADD(whole, 0, 4, 5);
+    TILE_LOAD(6, x, step);
+    TILE_ADD(whole, 0, 4, 6);
     if (vectors > 1) {
-      TILE_LOAD(6, own + 64, step);
-      TILE_ADD(whole, 1, 4, 6);
+      TILE_LOAD(7, x + 64, step);
+      TILE_ADD(whole, 1, 4, 7);
     }
-    if (vectors > 2) {
-      TILE_LOAD(7, own + 128, step);
-      TILE_ADD(whole, 2, 4, 7);
-    }
-    if (vectors > 3) {
-      TILE_LOAD(5, own + 192, step);
-      TILE_ADD(whole, 3, 4, 5);
+    if (pieces > 1) {
+      TILE_LOAD(5, below + at, row);
+      TILE_ADD(whole, 2, 5, 6);
+      if (vectors > 1) TILE_ADD(whole, 3, 5, 7);
     }
   }
   TILE_STORE(0, sums, step);
   if (vectors > 1) TILE_STORE(1, sums + 64, step);
-  if (vectors > 2) TILE_STORE(2, sums + 128, step);
-  if (vectors > 3) TILE_STORE(3, sums + 192, step);
+  if (pieces > 1) TILE_STORE(2, sums + OUTPUTS * step, step);
+  if (pieces > 1 && vectors > 1) TILE_STORE(3, sums + OUTPUTS * step + 64, step);
 }
 
-// As above for any number of columns, sixteen at a time.
-INLINE void tile_products(int whole, int columns, const void *w, size_t row, const void *x,
-                          void *sums, const char *ahead) {
+// As above for any number of columns: sums (pieces * OUTPUTS, columns). What lies `ahead` is fetched
+// meanwhile, as much as there are weights.
+INLINE void tile_products(int whole, int columns, int pieces, const char *w, size_t row,
+                          const char *x, char *sums, const char *ahead) {
   size_t step = (size_t)columns * 4;
-  for (int column = 0; column < columns; column += 4 * LANES) {
-    const char *own = (const char *)x + column * 4;
-    char *to = (char *)sums + column * 4;
-    switch ((columns - column) / LANES) {
-      case 1: tile_product(whole, 1, w, row, own, step, to, ahead); break;
-      case 2: tile_product(whole, 2, w, row, own, step, to, ahead); break;
-      case 3: tile_product(whole, 3, w, row, own, step, to, ahead); break;
-      default: tile_product(whole, 4, w, row, own, step, to, ahead); break;
+  int passes = (columns + 2 * LANES - 1) / (2 * LANES);
+  Fetch fetch = {ahead, ahead ? ahead + pieces * OUTPUTS * row : NULL,
+                 (OUTPUTS * pieces + passes - 1) / passes};
+  TILES_READ();
+  for (int column = 0; column < columns; column += 2 * LANES) {
+    const char *own = x + column * 4;
+    char *to = sums + column * 4;
+    if (columns - column > LANES) {
+      if (pieces > 1) tile_block(whole, 2, 2, w, row, own, step, to, &fetch);
+      else tile_block(whole, 1, 2, w, row, own, step, to, &fetch);
+    } else {
+      if (pieces > 1) tile_block(whole, 2, 1, w, row, own, step, to, &fetch);
+      else tile_block(whole, 1, 1, w, row, own, step, to, &fetch);
     }
-    ahead = NULL;  // once is enough
   }
 }
 
-// Sixteen outputs of all rows, in tiles: (OUTPUTS, padded).
+// `pieces` times sixteen outputs of all rows, in tiles: (pieces * OUTPUTS, padded).
 static __attribute__((noinline)) void tiled_product(const Matrix *m, const Layout *l, Activations x,
-                                                    int output, float *tile, void *room,
+                                                    int output, int pieces, float *tile, void *room,
                                                     const char *ahead) {
   if (!l->whole) {
-    tile_products(0, l->padded, weight_row(m, BF16, output), (size_t)m->inputs * 2, x.data, tile,
-                  ahead);
+    tile_products(0, l->padded, pieces, weight_row(m, BF16, output),
+                  (size_t)m->inputs * 2, x.data, (char *)tile, ahead);
     return;
   }
   int columns = 2 * l->padded;
   int32_t *sums = room;
-  const int8_t *weights = (const int8_t *)weight_row(m, m->kind, output);
+  const char *weights = weight_row(m, m->kind, output);
   if (m->kind == I4) {
-    int8_t *wide = (int8_t *)(sums + OUTPUTS * columns);
-    widen_i4(m, output, wide);
-    weights = wide;
+    int8_t *wide = (int8_t *)(sums + pieces * OUTPUTS * columns);
+    for (int i = 0; i < pieces * OUTPUTS; i += OUTPUTS)
+      widen_i4(m, output + i, wide + (size_t)i * m->inputs);
+    weights = (const char *)wide;
     ahead = NULL;
   }
-  tile_products(1, columns, weights, m->inputs, x.whole, sums, ahead);
-  for (int n = 0; n < OUTPUTS; n++)
+  tile_products(1, columns, pieces, weights, m->inputs, x.whole, (char *)sums, ahead);
+  for (int n = 0; n < pieces * OUTPUTS; n++)
     for (int lane = 0; lane < l->padded; lane += LANES) {
       i32x16 upper, lower;
       memcpy(&upper, sums + (size_t)n * columns + lane, sizeof upper);
@@ -457,13 +538,22 @@ static __attribute__((noinline)) void plain_product(const Matrix *m, const Layou
     }
 }
 
-// Sixteen outputs from `output` on, of all rows: tile (rows, OUTPUTS), in tiles (OUTPUTS, padded).
-INLINE void product(const Matrix *m, const Layout *l, Activations x, int output, float *tile,
-                    void *room, int next) {
-  const char *ahead = next * OUTPUTS < m->outputs ? weight_row(m, m->kind, next * OUTPUTS) : NULL;
+// Pieces of sixteen outputs that a thread takes at once: in tiles two, which share what they read of
+// many activations, as long as every thread gets enough to do.
+INLINE int pieces_at_once(const Matrix *m, const Layout *l, int threads) {
+  int enough = m->outputs / (2 * OUTPUTS) >= 4 * threads && m->outputs % (2 * OUTPUTS) == 0;
+  return l->tiles && l->padded > 2 * LANES && enough ? 2 : 1;
+}
+
+// `pieces` times sixteen outputs of all rows, the `number`th so many: tile (rows, OUTPUTS), in
+// tiles (pieces * OUTPUTS, padded).
+INLINE void product(const Matrix *m, const Layout *l, Activations x, int number, int pieces,
+                    float *tile, void *room, int next) {
+  int outputs = pieces * OUTPUTS, output = number * outputs;
+  const char *ahead = next * outputs < m->outputs ? weight_row(m, m->kind, next * outputs) : NULL;
 #if TILES
   if (l->tiles) {
-    tiled_product(m, l, x, output, tile, room, ahead);
+    tiled_product(m, l, x, output, pieces, tile, room, ahead);
     return;
   }
 #endif

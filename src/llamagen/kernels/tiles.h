@@ -57,6 +57,7 @@ static void tile_add(int whole, int to, int left, int right) {
       }
 }
 
+#define TILES_READ()
 #define TILE_ZERO(tile) memset(&tile_registers[tile], 0, sizeof(Tile))
 #define TILE_LOAD(tile, from, step) tile_load(tile, from, step)
 #define TILE_STORE(tile, to, step) tile_store(tile, to, step)
@@ -66,6 +67,9 @@ static void tile_add(int whole, int to, int left, int right) {
 
 #include <sys/syscall.h>
 #include <unistd.h>
+
+// Comes before instructions that read memory without GCC's knowing it.
+#define TILES_READ() __asm__ volatile("" : : : "memory")
 
 typedef struct {
   uint8_t palette, start;
@@ -87,6 +91,7 @@ static void tiles_begin(void) {
     shapes.bytes[i] = 64;
     shapes.rows[i] = 16;
   }
+  TILES_READ();
   _tile_loadconfig(&shapes);
 }
 

@@ -5,6 +5,7 @@
 #ifndef LLAMAGEN_VECTORS_H
 #define LLAMAGEN_VECTORS_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -41,9 +42,11 @@ typedef uint16_t bf16;
 #if defined(__clang__)
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#define MIX_FLOATS MIX
 #else
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (i32x16){__VA_ARGS__})
 #define MIX(x, y, ...) __builtin_shuffle(x, y, (i8x16){__VA_ARGS__})
+#define MIX_FLOATS(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
 #endif
 
 INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -105,11 +108,15 @@ INLINE float sum(v16 x) {
 }
 
 INLINE float largest(v16 x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float part[LANES];
   store_f32(part, x);
   for (int half = LANES / 2; half; half /= 2)
     for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
   return part[0];
+#endif
 }
 
 INLINE v16 size_of(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
@@ -117,6 +124,18 @@ INLINE v16 size_of(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
 INLINE v16 larger(v16 x, v16 y) {
   i32x16 more = x > y;
   return (v16)((more & (i32x16)x) | (~more & (i32x16)y));
+}
+
+#define LEAST 1e-30f  // that can be divided by
+
+// The largest size of numbers, and no less than LEAST.
+INLINE float most_of(const float *x, int size) {
+  v16 top = splat(LEAST);
+  int i = 0;
+  for (; i + LANES <= size; i += LANES) top = larger(top, size_of(load_f32(x + i)));
+  float most = largest(top);
+  for (; i < size; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+  return most;
 }
 
 // The sums of up to sixteen vectors, as one vector; each is summed in the same order.
@@ -143,6 +162,38 @@ INLINE v16 sums(const v16 *x, int count) {
   for (int i = 0; i < count; i++) part[i] = sum(x[i]);
   return load_f32(part);
 #endif
+}
+
+// Swaps rows and columns of sixteen vectors: blocks of eight lanes, of four, of two, single ones.
+INLINE void transpose(v16 *x) {
+#define SWAP(distance, LOW, HIGH)                                          \
+  UNROLL for (int i = 0; i < LANES; i++)                                   \
+    if (!(i & (distance))) {                                               \
+      v16 a = x[i], b = x[i + (distance)];                                 \
+      x[i] = LOW(a, b);                                                    \
+      x[i + (distance)] = HIGH(a, b);                                      \
+    }
+#define LOW_8(a, b) MIX_FLOATS(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
+#define HIGH_8(a, b) MIX_FLOATS(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
+#define LOW_4(a, b) MIX_FLOATS(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
+#define HIGH_4(a, b) MIX_FLOATS(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
+#define LOW_2(a, b) MIX_FLOATS(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH_2(a, b) MIX_FLOATS(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#define LOW_1(a, b) MIX_FLOATS(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
+#define HIGH_1(a, b) MIX_FLOATS(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
+  SWAP(8, LOW_8, HIGH_8)
+  SWAP(4, LOW_4, HIGH_4)
+  SWAP(2, LOW_2, HIGH_2)
+  SWAP(1, LOW_1, HIGH_1)
+#undef SWAP
+#undef LOW_8
+#undef HIGH_8
+#undef LOW_4
+#undef HIGH_4
+#undef LOW_2
+#undef HIGH_2
+#undef LOW_1
+#undef HIGH_1
 }
 
 // e^x with a relative error below 2e-7; 0 below -87, and not a number stays not a number.

@@ -14,10 +14,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import Embedding
 
 from llamagen.kernels import Kernels, library, load_kernels
 from llamagen.transformer.blocks import Cache
 from llamagen.transformer.cache import KVCache
+from llamagen.transformer.condition import ClassCondition
 from llamagen.transformer.graphs import GraphDecoder, has_graphs
 from llamagen.transformer.model import Transformer
 from llamagen.transformer.quantized import QuantizedLinear
@@ -47,7 +49,21 @@ class StepTimes:
 
 
 class Decoder(Protocol):
-    """Continues sequences by one code."""
+    """Starts sequences, and continues them by codes."""
+
+    def start(
+        self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
+    ) -> Tensor:
+        """Runs conditions into an empty ``KVCache``, or behind the sequences of slots.
+
+        Args:
+            condition: as ``Transformer.forward`` takes it.
+            cache: for so many more sequences.
+            condition_mask: (B, C) bool, False where the condition is padding; not with slots.
+
+        Returns logits (B, V) of the first codes.
+        """
+        ...
 
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:
         """Feeds ``codes`` (R,) behind what ``cache`` holds of each sequence.
@@ -101,6 +117,12 @@ class TorchDecoder:
     def __init__(self, model: Transformer) -> None:
         self._model = model
 
+    def start(
+        self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
+    ) -> Tensor:
+        """See ``Decoder``."""
+        return self._model.start(condition, cache, condition_mask=condition_mask)
+
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:
         """See ``Decoder``."""
         if isinstance(cache, KVCache):
@@ -131,10 +153,12 @@ class CpuDecoder:
         self, model: Transformer, kernels: Kernels, times: StepTimes | None = None
     ) -> None:
         self._times = times
+        self._source = model
         self._config = model.config
         self._kernels = kernels
         self._kept: list[object] = []  # what the structures point to
         self._model = self._described(model)
+        self._starts = self._described_start(model)
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._logits = torch.empty(0, model.config.codebook_size)
 
@@ -142,6 +166,26 @@ class CpuDecoder:
     def has_tiles(self) -> bool:
         """Whether sixteen rows take the time of one."""
         return "tiles" in self._kernels.features and self._model.half == 1
+
+    def start(
+        self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
+    ) -> Tensor:
+        """See ``Decoder``. A class is like one more code; a text is left to the model."""
+        source = self._source
+        if self._starts is None or condition.ndim != 1:
+            return source.start(condition, cache, condition_mask=condition_mask)
+        if isinstance(cache, SlotCache):
+            own = source.new_cache(len(condition), condition_length=1, grid=(1, 1))
+            logits = self.start(condition, own)
+            cache.admit(own)
+            return logits
+        nowhere = np.zeros(len(condition), dtype=np.int32)
+        config = self._config
+        rope = rope_table(cache.grid, 1, config.head_dim, config.rope_base, source.device)
+        places = _Places(nowhere, nowhere, nowhere)
+        logits = self._run(condition.unsqueeze(1), cache, places, self._starts, rope)
+        cache.advance(1)
+        return logits
 
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:
         """See ``Decoder``. The logits are float32."""
@@ -166,19 +210,31 @@ class CpuDecoder:
         """See ``Decoder``. The logits are float32."""
         return self._run(codes, slots, _places_of(cells, slots)).unflatten(0, codes.shape)
 
-    def _run(self, codes: Tensor, cache: Cache, places: _Places) -> Tensor:
-        """Logits (R * T, V) behind each of ``codes`` (R, T)."""
+    def _run(
+        self,
+        codes: Tensor,
+        cache: Cache,
+        places: _Places,
+        model: library.Model | None = None,
+        rope: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (R * T, V) behind each of ``codes`` (R, T).
+
+        ``model`` is another one than that of codes, ``rope`` another table than that of images.
+        """
+        model = self._model if model is None else model
         config, threads = self._config, torch.get_num_threads()
         sequences, window = codes.shape
         rows = sequences * window
         place, cell, first = places
         row_stride, head_stride, _, _ = cache.keys[0].stride()
         room = cache.keys[0].shape[2]
-        rope = rope_table(cache.grid, 0, config.head_dim, config.rope_base, codes.device)
+        if rope is None:
+            rope = rope_table(cache.grid, 0, config.head_dim, config.rope_base, codes.device)
         codes = codes.to(torch.int64).contiguous()
         assert sequences == cache.batch, f"codes of {sequences} sequences for {cache.batch}"
         assert place.max() < room, f"position {place.max()} in a cache with room for {room}"
-        need = self._kernels.scratch_bytes(self._model, rows, room, threads)
+        need = self._kernels.scratch_bytes(model, rows, room, threads)
         if self._scratch.numel() < need:
             self._scratch = torch.zeros(need, dtype=torch.uint8)
         if len(self._logits) != rows:
@@ -194,13 +250,15 @@ class CpuDecoder:
             rope=rope.data_ptr(),
             keys=library.addresses(cache.keys),
             values=library.addresses(cache.values),
+            key_scales=library.addresses(cache.key_scales) if cache.key_scales else None,
+            value_scales=library.addresses(cache.value_scales) if cache.value_scales else None,
             row_stride=row_stride,
             head_stride=head_stride,
             logits=self._logits.data_ptr(),
             scratch=self._scratch.data_ptr(),
             seconds=None if self._times is None else self._times.parts.ctypes.data,
         )
-        self._kernels.decode_step(self._model, step)
+        self._kernels.decode_step(model, step)
         return self._logits
 
     def _described(self, model: Transformer) -> library.Model:
@@ -231,6 +289,22 @@ class CpuDecoder:
             norm=self._floats(model.norm.weight),
             output=self._matrix(model.output),
         )
+
+    def _described_start(self, model: Transformer) -> library.Model | None:
+        """The same, with classes in the place of codes; None if conditions are no classes."""
+        condition = model.cls_embedding
+        if (
+            type(condition) is not ClassCondition
+            or type(condition.embedding_table) is not Embedding
+        ):
+            return None
+        table = condition.embedding_table.weight.detach()
+        if table.dtype != model.dtype or not table.is_contiguous():
+            return None
+        self._kept.append(table)
+        described = library.Model.from_buffer_copy(self._model)
+        described.embedding = table.data_ptr()
+        return described
 
     def _floats(self, weight: Tensor) -> int:
         floats = weight.detach().float().contiguous()

@@ -46,6 +46,9 @@ def has_graphs(model: Transformer) -> bool:
     """Whether ``GraphDecoder`` can do what the model does, on a device where it pays."""
     if not cuda_graphs.wanted(model.device) or model.training:
         return False
+    # Steps read keys and values as they are kept.
+    if model.cache_dtype != model.dtype:
+        return False
     # Autocast keeps copies of weights, which a recording would outlive.
     if torch.is_autocast_enabled("cuda"):
         return False
@@ -77,6 +80,13 @@ class GraphDecoder:
         else:
             self._state = DecoderState(recorder)
         self._state.weights_lie_at(_addresses_of_weights(model))
+
+    @torch.inference_mode()
+    def start(
+        self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
+    ) -> Tensor:
+        """See ``Decoder``. Not recorded: the model's own operations."""
+        return self._model.start(condition, cache, condition_mask=condition_mask)
 
     @torch.inference_mode()
     def next_logits(self, codes: Tensor, cache: Cache) -> Tensor:

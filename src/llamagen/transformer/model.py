@@ -41,6 +41,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
         self.recompute_blocks = False
         """Forget the inside of the blocks in the forward pass of training, and compute it again
         in the backward pass: less memory for more computation."""
+        self.kv_cache_dtype: torch.dtype | None = None
+        """Precision of new caches: int8, or None for that of the weights."""
         is_class = config.condition == "class"
         self.cls_embedding = ClassCondition(config) if is_class else TextCondition(config)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
@@ -58,6 +60,11 @@ class Transformer(PretrainedModel[TransformerConfig]):
     def blocks(self) -> list[TransformerBlock]:
         """The blocks, with their type."""
         return cast("list[TransformerBlock]", list(self.layers))
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Precision that keys and values are kept in."""
+        return self.dtype if self.kv_cache_dtype is None else self.kv_cache_dtype
 
     @property
     def requires(self) -> str | None:
@@ -151,7 +158,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
     def new_cache(
         self, batch: int, *, condition_length: int | None = None, grid: Grid | None = None
     ) -> KVCache:
-        """An empty cache for ``batch`` sequences, in this model's precision and place."""
+        """An empty cache for ``batch`` sequences, where this model is."""
         if condition_length is None:
             condition_length = self.config.condition_length
         return KVCache.empty(
@@ -160,7 +167,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
             grid=grid or self.config.grid,
             condition_length=condition_length,
             device=self.device,
-            dtype=self.dtype,
+            dtype=self.cache_dtype,
         )
 
     def prefill(
@@ -197,16 +204,21 @@ class Transformer(PretrainedModel[TransformerConfig]):
         cache.advance(codes.shape[1])
         return self.output(hidden)
 
-    def start(self, condition: Tensor, slots: SlotCache) -> Tensor:
-        """Starts sequences behind those in ``slots``, with conditions of one length.
+    def start(
+        self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
+    ) -> Tensor:
+        """Starts sequences in an empty cache, or behind those in slots, which take no padding.
 
         Returns the logits (B, V) of the first code.
         """
+        if isinstance(cache, KVCache):
+            return self.prefill(condition, cache, condition_mask=condition_mask)
+        assert condition_mask is None, "conditions in slots have no padding"
         length = 1 if condition.ndim == 1 else condition.shape[1]
         # Room for the condition only: what is kept is copied into the slots.
-        cache = self.new_cache(len(condition), condition_length=length, grid=(1, 1))
-        logits = self.prefill(condition, cache)
-        slots.admit(cache)
+        own = self.new_cache(len(condition), condition_length=length, grid=(1, 1))
+        logits = self.prefill(condition, own)
+        cache.admit(own)
         return logits
 
     def step(self, codes: Tensor, slots: SlotCache) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import Grid, TransformerConfig
-from llamagen.transformer.cache import KVCache
+from llamagen.transformer.cache import KVCache, scales_for, write
 
 
 class _Places(NamedTuple):
@@ -47,6 +47,10 @@ class SlotCache:
     """Per sequence, positions of its condition."""
     lengths: list[int] = field(default_factory=list)
     """Per sequence, positions filled."""
+    key_scales: list[Tensor] = field(default_factory=list)
+    """One (slots, K, L) float32 tensor per layer where keys are int8, else empty."""
+    value_scales: list[Tensor] = field(default_factory=list)
+    """Likewise."""
     _places: _Places | None = None
     """What ``_next_places`` has found last, until a length changes."""
 
@@ -72,7 +76,13 @@ class SlotCache:
             # Zeros: what attention masks out must still be finite.
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
 
-        return cls(keys=allocate(), values=allocate(), grid=grid)
+        return cls(
+            keys=allocate(),
+            values=allocate(),
+            grid=grid,
+            key_scales=scales_for(config, shape, device, dtype),
+            value_scales=scales_for(config, shape, device, dtype),
+        )
 
     @property
     def batch(self) -> int:
@@ -84,12 +94,17 @@ class SlotCache:
         """Sequences there is room for."""
         return self.keys[0].shape[0]
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """All that is kept, (slots, K, L, ...)."""
+        return self.keys + self.values + self.key_scales + self.value_scales
+
     def admit(self, started: KVCache) -> None:
         """Adds the sequences of a cache that holds their conditions only, behind the others."""
         first, last = self.batch, self.batch + started.batch
         assert last <= self.capacity, f"{last} sequences in a cache with {self.capacity} slots"
         length = started.length
-        for own, new in zip(self.keys + self.values, started.keys + started.values, strict=True):
+        for own, new in zip(self.parts, started.parts, strict=True):
             own[first:last, :, :length] = new[:, :, :length]
         self.conditions += [length] * started.batch
         self.lengths += [length] * started.batch
@@ -100,7 +115,7 @@ class SlotCache:
         last = self.batch - 1
         if sequence != last:
             length = self.lengths[last]
-            for part in self.keys + self.values:
+            for part in self.parts:
                 part[sequence, :, :length] = part[last, :, :length]
             self.conditions[sequence] = self.conditions[last]
             self.lengths[sequence] = length
@@ -136,13 +151,16 @@ class SlotCache:
         Returns the layer's keys and values (R, K, L, E) up to the longest sequence.
         ``lengths`` move only with ``advance``, once all layers have written.
         """
-        own_keys, own_values = self.keys[layer], self.values[layer]
-        count, room = self.batch, own_keys.shape[2]
+        room = self.keys[layer].shape[2]
         sequences, places, end, _ = self._next_places(keys.shape[2])
         assert end <= room, f"{end} positions in slots with room for {room}"
-        own_keys[sequences, :, places] = keys.transpose(1, 2)
-        own_values[sequences, :, places] = values.transpose(1, 2)
-        return own_keys[:count, :, :end], own_values[:count, :, :end]
+        new = (sequences, slice(None), places)
+        filled = (slice(self.batch), slice(None), slice(end))
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        return (
+            write(self.keys, self.key_scales, layer, new, keys, read=filled),
+            write(self.values, self.value_scales, layer, new, values, read=filled),
+        )
 
     def advance(self, positions: int) -> None:
         """Counts ``positions`` more of each sequence as filled."""
