@@ -1,4 +1,4 @@
-"""What a model loses by weights in 8 or 4 bits: its predictions against those in float32.
+"""What a model loses by weights, keys and values in 8 or 4 bits: predictions against float32.
 
     python benchmarks/quantization.py emoji emoji/held-out.csv emoji/train.csv --images 500 \
         --picture docs/images/quantization.png
@@ -33,31 +33,39 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import Pipeline
-from llamagen.config import Quantization
+from llamagen.config import KVCacheDType, Quantization
 from llamagen.evaluation.image_sets import CollectedImages, ImageSet
 from llamagen.pictures import image_grid, save_png, stacked, titled
 from llamagen.tokenizer import uint8_to_images
 
 REFERENCE = "float32"
-WAYS: dict[str, tuple[Quantization | None, str]] = {
-    REFERENCE: (None, "float32"),
-    "bfloat16": (None, "bfloat16"),
-    "int8": ("int8", "float32"),
-    "int8, bfloat16": ("int8", "bfloat16"),
-    "int4": ("int4", "float32"),
-    "int4, bfloat16": ("int4", "bfloat16"),
+WAYS: dict[str, tuple[Quantization | None, str, KVCacheDType]] = {
+    REFERENCE: (None, "float32", "auto"),
+    "bfloat16": (None, "bfloat16", "auto"),
+    "int8": ("int8", "float32", "auto"),
+    "int8, bfloat16": ("int8", "bfloat16", "auto"),
+    "int4": ("int4", "float32", "auto"),
+    "int4, bfloat16": ("int4", "bfloat16", "auto"),
+    "int8 cache": (None, "float32", "int8"),
+    "int8 cache, bfloat16": (None, "bfloat16", "int8"),
+    "int8 and int8 cache, bfloat16": ("int8", "bfloat16", "int8"),
 }
-"""How weights are stored and what is computed with; int8 and int4 alone compute in float32."""
-DRAWN = (REFERENCE, "bfloat16", "int8, bfloat16", "int4, bfloat16")
+"""How weights are stored, what is computed with, and how keys and values are kept."""
+DRAWN = (
+    REFERENCE,
+    "bfloat16",
+    "int8, bfloat16",
+    "int8 and int8 cache, bfloat16",
+    "int4, bfloat16",
+)
 """What the picture shows."""
 SHOWN = 8
 """Prompts of the picture, spread evenly over the last images that were named."""
 
 
 def load(model: str, way: str) -> Pipeline:
-    quantization, dtype = WAYS[way]
-    pipe = Pipeline.from_pretrained(model, dtype=dtype)
-    return pipe if quantization is None else pipe.quantize(quantization)
+    quantization, dtype, kept = WAYS[way]
+    return Pipeline.from_pretrained(model, dtype=dtype).quantize(quantization, kv_cache_dtype=kept)
 
 
 def divergence(reference: Tensor, other: Tensor) -> Tensor:
@@ -106,9 +114,14 @@ def measure(pipes: dict[str, Pipeline], images: ImageSet, most: int) -> dict[str
 
 def predicted(pipe: Pipeline, codes: Tensor, prompts: list[str]) -> Tensor:
     """Logits (B, T, V) of each of ``codes`` (B, T), given the ones before it and its prompt."""
-    given = pipe.conditions(prompts)
-    logits = pipe.transformer(codes[:, :-1], given.condition, condition_mask=given.mask)
-    return logits.float()
+    given, model = pipe.conditions(prompts), pipe.transformer
+    if model.kv_cache_dtype is None:
+        return model(codes[:, :-1], given.condition, condition_mask=given.mask).float()
+    # With all of them in the cache, which gives back what it has rounded.
+    length = 1 if given.condition.ndim == 1 else given.condition.shape[1]
+    cache = model.new_cache(len(codes), condition_length=length)
+    first = model.prefill(given.condition, cache, condition_mask=given.mask)
+    return torch.cat([first.unsqueeze(1), model.decode(codes[:, :-1], cache)], dim=1).float()
 
 
 def summary(values: Tensor, more: Tensor) -> dict[str, float]:

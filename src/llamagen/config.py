@@ -160,6 +160,8 @@ def swiglu_hidden_dim(dim: int, *, multiplier: float | None = None, multiple_of:
 
 
 Quantization = Literal["int8", "int4"]
+KVCacheDType = Literal["auto", "int8"]
+"""Precision of what is kept of earlier codes; auto is that of the weights."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

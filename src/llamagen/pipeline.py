@@ -25,7 +25,7 @@ from llamagen.conditions import (
     one_each,
     text_conditions,
 )
-from llamagen.config import Grid, Quantization, SamplingConfig, TextConfig
+from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.devices import copy_to_host, find_device, find_dtype
 from llamagen.errors import InputError
 from llamagen.generation.memory import decoding_batch_size, sampling_batch_size
@@ -248,7 +248,7 @@ class Pipeline:
         self,
         quantization: Quantization | None = None,
         *,
-        kv_cache_dtype: Literal["auto", "int8"] | None = None,
+        kv_cache_dtype: KVCacheDType | None = None,
     ) -> Self:
         """Makes what decoding reads smaller, and so faster to read; returns the pipeline.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 from pathlib import Path
 
 import pytest
 
-from llamagen.kernels import Kernels
-from llamagen.kernels.build import compiled_library
+from llamagen.kernels import Kernels, build
 
 # Name -> flags of the compiler, what the processor must have, and what must then be compiled.
 _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
@@ -37,15 +37,21 @@ def _flags() -> set[str]:
     return set(next(line for line in lines if line.startswith("flags")).split())
 
 
+def present(found):
+    """What was compiled. Skips the test where nothing can be, but not where nothing was."""
+    if found is not None:
+        return found
+    if build._compiler() is None or os.environ.get("LLAMAGEN_KERNELS"):
+        pytest.skip("needs a compiler for C")
+    pytest.fail("the compiler that is here does not compile the kernels")
+
+
 @functools.cache
 def kernels_of(name: str) -> Kernels:
     """The kernels compiled for a kind of processor; skips the test where they cannot be had."""
     flags, needed, features = _VARIANTS[name]
     if not needed <= _flags():
         pytest.skip(f"this processor has no {', '.join(sorted(needed - _flags()))}")
-    library = compiled_library(*flags)
-    if library is None:
-        pytest.skip("needs a compiler for C")
-    kernels = Kernels(library)
+    kernels = Kernels(present(build.compiled_library(*flags)))
     assert features is None or kernels.features == features
     return kernels

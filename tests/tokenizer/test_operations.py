@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from llamagen.config import TokenizerConfig
 from llamagen.tokenizer import ImageTokenizer, operations
+from tests.kernels.variants import present
 from tests.models import tiny_tokenizer
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -13,10 +14,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module")
 def kernels():
-    found = operations._load_kernels()
-    if found is None:
-        pytest.skip("no compiler")
-    return found
+    return present(operations._load_kernels())
 
 
 def conv3x3(inputs, outputs, dtype):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
+from llamagen.config import KVCacheDType
 from llamagen.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class QuantizationOptions:
     quantization: Literal["none", "int8", "int4"] = "none"
     """Weights of the transformer in 8 or 4 bits: less memory, and faster where reading them takes
     the time. A folder that is quantised stays so."""
-    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
     """Keys and values of earlier codes in 8 bits: half the memory for them, and faster for many
     images at once. auto is the weights' precision."""
 

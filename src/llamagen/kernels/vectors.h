@@ -42,11 +42,11 @@ typedef uint16_t bf16;
 #if defined(__clang__)
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#define MIX_FLOATS MIX
+#define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (i32x16){__VA_ARGS__})
 #define MIX(x, y, ...) __builtin_shuffle(x, y, (i8x16){__VA_ARGS__})
-#define MIX_FLOATS(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
+#define PICK(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
 #endif
 
 INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -164,37 +164,37 @@ INLINE v16 sums(const v16 *x, int count) {
 #endif
 }
 
-// Swaps rows and columns of sixteen vectors: blocks of eight lanes, of four, of two, single ones.
+// Transposes the four blocks that each 2 `step` rows and columns consist of.
+#define EXCHANGE(step, low, high)                            \
+  UNROLL for (int i = 0; i < LANES; i++) if (!(i & step)) {  \
+    v16 a = x[i], b = x[i + step];                           \
+    x[i] = PICK(a, b, low), x[i + step] = PICK(a, b, high);  \
+  }
+#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+
+// Swaps rows and columns of sixteen vectors.
 INLINE void transpose(v16 *x) {
-#define SWAP(distance, LOW, HIGH)                                          \
-  UNROLL for (int i = 0; i < LANES; i++)                                   \
-    if (!(i & (distance))) {                                               \
-      v16 a = x[i], b = x[i + (distance)];                                 \
-      x[i] = LOW(a, b);                                                    \
-      x[i + (distance)] = HIGH(a, b);                                      \
-    }
-#define LOW_8(a, b) MIX_FLOATS(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23)
-#define HIGH_8(a, b) MIX_FLOATS(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31)
-#define LOW_4(a, b) MIX_FLOATS(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27)
-#define HIGH_4(a, b) MIX_FLOATS(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31)
-#define LOW_2(a, b) MIX_FLOATS(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
-#define HIGH_2(a, b) MIX_FLOATS(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
-#define LOW_1(a, b) MIX_FLOATS(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30)
-#define HIGH_1(a, b) MIX_FLOATS(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31)
-  SWAP(8, LOW_8, HIGH_8)
-  SWAP(4, LOW_4, HIGH_4)
-  SWAP(2, LOW_2, HIGH_2)
-  SWAP(1, LOW_1, HIGH_1)
-#undef SWAP
-#undef LOW_8
-#undef HIGH_8
-#undef LOW_4
-#undef HIGH_4
-#undef LOW_2
-#undef HIGH_2
-#undef LOW_1
-#undef HIGH_1
+  EXCHANGE(8, LOW8, HIGH8)
+  EXCHANGE(4, LOW4, HIGH4)
+  EXCHANGE(2, LOW2, HIGH2)
+  EXCHANGE(1, LOW1, HIGH1)
 }
+#undef EXCHANGE
+#undef LOW8
+#undef HIGH8
+#undef LOW4
+#undef HIGH4
+#undef LOW2
+#undef HIGH2
+#undef LOW1
+#undef HIGH1
 
 // e^x with a relative error below 2e-7; 0 below -87, and not a number stays not a number.
 INLINE v16 exponential(v16 x) {

@@ -224,34 +224,6 @@ INLINE void transform_output(const v16 *x, v16 *y, int tile) {
   y[5] = b + 32.0f * d + 0.03125f * f + x[7];
 }
 
-#if defined(__clang__)
-#define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define PICK(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
-#endif
-
-// Transposes the four blocks that each 2 `step` rows and columns consist of.
-#define EXCHANGE(step, low, high)                            \
-  UNROLL for (int i = 0; i < LANES; i++) if (!(i & step)) {  \
-    v16 a = x[i], b = x[i + step];                           \
-    x[i] = PICK(a, b, low), x[i + step] = PICK(a, b, high);  \
-  }
-#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-
-INLINE void transpose(v16 *x) {
-  EXCHANGE(8, LOW8, HIGH8)
-  EXCHANGE(4, LOW4, HIGH4)
-  EXCHANGE(2, LOW2, HIGH2)
-  EXCHANGE(1, LOW1, HIGH1)
-}
-
 // Weights of sixteen inputs and outputs, to taps (inputs, TAPS, outputs).
 INLINE void gather_taps(const Convolution *c, int half, int input, int output, float *taps) {
   const size_t row = (size_t)c->inputs * TAPS;
