@@ -65,8 +65,10 @@ def run(batch: RunningBatch, arrivals: dict[int, list[Drawing]]) -> None:
     assert batch.sequences == 0
 
 
-def test_mixed_settings_join_and_leave():
-    model = tiny_transformer()
+@pytest.mark.parametrize("kept", [None, torch.int8])
+def test_mixed_settings_join_and_leave(kept):
+    model = tiny_transformer(dim=64, heads=2)
+    model.kv_cache_dtype = kept
     drawings = [
         Drawing(torch.tensor(index % 5), seed=index, sampling=SETTINGS[index % len(SETTINGS)])
         for index in range(21)

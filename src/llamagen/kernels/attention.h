@@ -75,18 +75,18 @@ INLINE v16 score_sixteen(const void *keys, int half, int pairs, const float *que
     if (pairs) {
 #if PAIRS
       const bf16 *key = (const bf16 *)keys + at;
-      UNROLL for (int i = 0; i < whole; i += 32)
+      UNROLL_FEW for (int i = 0; i < whole; i += 32)
         part[j] = add_pairs(part[j], load_pairs(key + i), load_pairs(rounded + i));
       for (int i = whole; i < size; i++) rest[j] += f32_of(key[i]) * f32_of(rounded[i]);
 #endif
     } else if (half) {
       const bf16 *key = (const bf16 *)keys + at;
-      UNROLL for (int i = 0; i < whole; i += LANES)
+      UNROLL_FEW for (int i = 0; i < whole; i += LANES)
         part[j] += load_bf16(key + i) * load_f32(query + i);
       for (int i = whole; i < size; i++) rest[j] += f32_of(key[i]) * query[i];
     } else {
       const float *key = (const float *)keys + at;
-      UNROLL for (int i = 0; i < whole; i += LANES)
+      UNROLL_FEW for (int i = 0; i < whole; i += LANES)
         part[j] += load_f32(key + i) * load_f32(query + i);
       for (int i = whole; i < size; i++) rest[j] += key[i] * query[i];
     }
@@ -200,7 +200,7 @@ INLINE v16 score_sixteen_whole(const int8_t *keys, const int16_t *query, int siz
   UNROLL for (int j = 0; j < LANES; j++) {
     const int8_t *key = keys + (size_t)(j < count ? j : count - 1) * size;
     __m512i sum = _mm512_setzero_si512();
-    UNROLL for (int i = 0; i < size; i += 32)
+    UNROLL_FEW for (int i = 0; i < size; i += 32)
       sum = add_words(sum, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(key + i))),
                       _mm512_loadu_si512(query + i));
     part[j] = (v16)_mm512_cvtepi32_ps(sum);
@@ -333,31 +333,56 @@ INLINE void gather_scaled(Kept values, const float *weights, int size, int first
   }
 }
 
-// One query's attention to positions first..last, in a head of a size that the compiler may know.
-INLINE void attend_head(Kept keys, Kept values, int half, int pairs, const float *query, int size,
-                        int first, int last, float *scores, float *out, const char *then) {
-  float scale = 1.0f / sqrtf(size);
-  score_all(keys.data, half, pairs, query, size, first, last, scale, scores, values.data);
-  softmax(scores, last - first + 1);
-  gather_values(values.data, half, scores, size, first, last, out, then);
+// One query's attention to positions of a head.
+typedef struct {
+  Kept keys, values;
+  const float *query;  // (size,)
+  int size;
+  int first, last;     // position attended to
+  float *scores;       // room for those, up to a multiple of sixteen
+  float *out;          // (size,)
+  const char *then;    // what is read next
+} Attention;
+
+INLINE void attend_floats(const Attention *a, int half, int pairs, int size) {
+  const char *keys = a->keys.data, *values = a->values.data;
+  score_all(keys, half, pairs, a->query, size, a->first, a->last, 1.0f / sqrtf(size), a->scores,
+            values);
+  softmax(a->scores, a->last - a->first + 1);
+  gather_values(values, half, a->scores, size, a->first, a->last, a->out, a->then);
 }
 
-// The same where whole numbers are kept.
-INLINE void attend_whole(Kept keys, Kept values, const float *query, int size, int first, int last,
-                         float *scores, float *out, const char *then) {
+INLINE void attend_whole(const Attention *a, int size) {
   float scale = 1.0f / sqrtf(size);
+  int count = a->last - a->first + 1;
 #if WORDS
   if (has_whole_heads(size)) {
-    score_whole(keys, query, size, first, last, scale, scores, values.data);
-    softmax(scores, last - first + 1);
-    gather_whole(values, scores, size, first, last, out, then);
+    score_whole(a->keys, a->query, size, a->first, a->last, scale, a->scores, a->values.data);
+    softmax(a->scores, count);
+    gather_whole(a->values, a->scores, size, a->first, a->last, a->out, a->then);
     return;
   }
 #endif
-  (void)then;
-  score_scaled(keys, query, size, first, last, scale, scores);
-  softmax(scores, last - first + 1);
-  gather_scaled(values, scores, size, first, last, out);
+  score_scaled(a->keys, a->query, size, a->first, a->last, scale, a->scores);
+  softmax(a->scores, count);
+  gather_scaled(a->values, a->scores, size, a->first, a->last, a->out);
+}
+
+// Each way is a function of its own: of all in one, a compiler makes more than it can bear. Heads of
+// 64 are those of every preset but the largest.
+#define WAY(name, work) \
+  static __attribute__((noinline)) void name(const Attention *a) { work; }
+WAY(attend_whole_64, attend_whole(a, 64))
+WAY(attend_whole_any, attend_whole(a, a->size))
+WAY(attend_half_64, attend_floats(a, 1, PAIRS, 64))
+WAY(attend_half_any, attend_floats(a, 1, PAIRS, a->size))
+WAY(attend_full_any, attend_floats(a, 0, 0, a->size))
+#undef WAY
+
+static void attend_query(const Attention *a, int half) {
+  if (a->keys.scales) (a->size == 64 ? attend_whole_64 : attend_whole_any)(a);
+  else if (half) (a->size == 64 ? attend_half_64 : attend_half_any)(a);
+  else attend_full_any(a);
 }
 
 #endif

@@ -279,16 +279,7 @@ static void attend(const Model *m, const Step *step, const Shared *s, int row, i
   for (int head = kv * group; head < (kv + 1) * group; head++) {
     float *query = queries + (size_t)head * size;
     turn(query, rope, size);
-    if (keys.scales && size == 64)  // of every preset but the largest
-      attend_whole(keys, values, query, 64, first, place, scores, out, then);
-    else if (keys.scales)
-      attend_whole(keys, values, query, size, first, place, scores, out, then);
-    else if (m->half && size == 64)
-      attend_head(keys, values, 1, PAIRS, query, 64, first, place, scores, out, then);
-    else if (m->half)
-      attend_head(keys, values, 1, PAIRS, query, size, first, place, scores, out, then);
-    else
-      attend_head(keys, values, 0, 0, query, size, first, place, scores, out, then);
+    attend_query(&(Attention){keys, values, query, size, first, place, scores, out, then}, m->half);
     if (s->layout.tiles)
       memcpy(s->mixed + ((size_t)row * m->heads + head) * size, out, size * sizeof(float));
     else

@@ -29,6 +29,7 @@
 #define LANES 16
 // Loops over a few registers, which stay registers only once the loop is gone.
 #define UNROLL _Pragma("GCC unroll 32")
+#define UNROLL_FEW _Pragma("GCC unroll 4")
 
 typedef float v16 __attribute__((vector_size(64)));
 typedef uint32_t u16x32 __attribute__((vector_size(64)));
