@@ -248,6 +248,20 @@ def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch)
     assert all(map(same, whole.images, output.images))
 
 
+def test_quantising_weights_and_cache():
+    pipe = tiny_pipeline()
+    assert pipe.quantize(kv_cache_dtype="int8") is pipe
+    assert pipe.precision == {"dtype": "float32", "kv_cache_dtype": "int8"}
+    assert pipe("dog", seed=3).metadata[0]["kv_cache_dtype"] == "int8"
+    pipe.quantize("int8")  # the cache stays as it is
+    assert pipe.precision["quantization"] == pipe.precision["kv_cache_dtype"] == "int8"
+    pipe.quantize(kv_cache_dtype="auto")
+    assert pipe.precision == {"dtype": "float32", "quantization": "int8"}
+    by_vllm = Pipeline(pipe.tokenizer, pipe.transformer, labels=pipe.labels, engine="vllm")
+    with pytest.raises(InputError, match="goes with engine 'native'"):
+        by_vllm.quantize(kv_cache_dtype="int8")
+
+
 def test_moving(pipe):
     moved = tiny_pipeline().to("cpu", "float16")
     assert moved.dtype == torch.float16

@@ -338,7 +338,7 @@ typedef struct {
   Kept keys, values;
   const float *query;  // (size,)
   int size;
-  int first, last;     // position attended to
+  int first, last;     // positions attended to
   float *scores;       // room for those, up to a multiple of sixteen
   float *out;          // (size,)
   const char *then;    // what is read next
@@ -368,8 +368,8 @@ INLINE void attend_whole(const Attention *a, int size) {
   gather_scaled(a->values, a->scores, size, a->first, a->last, a->out);
 }
 
-// Each way is a function of its own: of all in one, a compiler makes more than it can bear. Heads of
-// 64 are those of every preset but the largest.
+// Each way is a function of its own: in one, they take a compiler three times as long. Heads of 64
+// are those of every preset but the largest.
 #define WAY(name, work) \
   static __attribute__((noinline)) void name(const Attention *a) { work; }
 WAY(attend_whole_64, attend_whole(a, 64))
