@@ -78,8 +78,7 @@ async def one(model: ServedModel, prompt: str, seed: int) -> tuple[float, float,
     first = None
     async for update in model.updates(job):
         first = first or time.perf_counter()
-        codes = update.codes
-    await model.image(codes)
+    await model.image(job, update)
     end = time.perf_counter()
     assert first is not None
     return end - begun, first - begun, end - first
