@@ -78,7 +78,8 @@ async def one(model: ServedModel, prompt: str, seed: int) -> tuple[float, float,
     first = None
     async for update in model.updates(job):
         first = first or time.perf_counter()
-    await model.image(job, update)
+        last = update
+    await model.image(job, last)
     end = time.perf_counter()
     assert first is not None
     return end - begun, first - begun, end - first
