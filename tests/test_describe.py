@@ -14,6 +14,8 @@ from tests.models import (
     tiny_transformer,
 )
 
+pytestmark = pytest.mark.usefixtures("nothing_downloaded")
+
 
 def nbytes(model):
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -24,13 +26,6 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     tiny_pipeline().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def nothing_downloaded(monkeypatch, tmp_path):
-    """What would be downloaded fails, and nothing is found in the cache of whoever runs this."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-hub"))
 
 
 class TestMemory:

@@ -6,14 +6,9 @@ import torch
 from llamagen.bench.speed import estimate_speed
 from llamagen.checkpoints import find_shipped
 from llamagen.errors import InputError
-from tests.models import (
-    tiny_pipeline,
-    tiny_transformer,
-)
+from tests.models import tiny_pipeline, tiny_transformer
 
-
-def nbytes(model):
-    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+pytestmark = pytest.mark.usefixtures("nothing_downloaded")
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +16,6 @@ def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     tiny_pipeline().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def nothing_downloaded(monkeypatch, tmp_path):
-    """What would be downloaded fails, and nothing is found in the cache of whoever runs this."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-hub"))
 
 
 class TestSpeed:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llamagen.errors import InputError
 from llamagen.transformer import decoder_for
 from llamagen.transformer.decoder import CpuDecoder, TorchDecoder
 from llamagen.transformer.quantized import quantize
@@ -98,6 +99,16 @@ def test_starting_with_a_class(size, variant):
         found = decoder.start(labels, slots).clone()
         assert torch.equal(found, decoder.start(labels, model.new_cache(rows)))
         assert slots.lengths == [1] * rows
+
+
+@pytest.mark.parametrize("label", [-1, 6])
+@torch.inference_mode()
+def test_a_class_that_does_not_exist(label):
+    model = model_of("even")
+    assert model.config.num_classes == 5
+    decoder = decoder_of(model, "native")
+    with pytest.raises(InputError, match="has classes 0 to 4"):
+        decoder.start(torch.tensor([0, label]), model.new_cache(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

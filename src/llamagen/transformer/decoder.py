@@ -170,10 +170,16 @@ class CpuDecoder:
     def start(
         self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
     ) -> Tensor:
-        """See ``Decoder``. A class is like one more code; a text is left to the model."""
+        """See ``Decoder``. A class is like one more code; a text is left to the model.
+
+        Raises:
+            InputError: there is no such class.
+        """
         source = self._source
         if self._starts is None or condition.ndim != 1:
             return source.start(condition, cache, condition_mask=condition_mask)
+        # The kernels read whatever lies where a label points to.
+        source.cls_embedding.check(condition)
         if isinstance(cache, SlotCache):
             own = source.new_cache(len(condition), condition_length=1, grid=(1, 1))
             logits = self.start(condition, own)
