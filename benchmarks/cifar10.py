@@ -40,7 +40,6 @@ from common import machine, print_table, record
 
 from llamagen import Pipeline
 from llamagen.data.collection import ImageCollection
-from llamagen.errors import InputError
 from llamagen.evaluation.metrics import (
     FeatureStatistics,
     codebook_use,
@@ -49,9 +48,10 @@ from llamagen.evaluation.metrics import (
     psnr,
 )
 from llamagen.evaluation.samples import SamplePlan, draw_samples
-from llamagen.pictures import arrays_to_pil, image_grid, save_png
-from llamagen.storage import write_json
-from llamagen.tokenizer import images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer import images_to_uint8, uint8_to_images
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import arrays_to_pil, image_grid, save_png
+from llamagen.support.storage import write_json
 
 HELD_OUT = 0.1
 WIDTHS = (64, 128, 256)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from llamagen.data.collection import ImageCollection
-from llamagen.devices import find_dtype, keep_freed_memory
-from llamagen.errors import InputError
-from llamagen.storage import atomic_file
+from llamagen.support.devices import find_dtype, keep_freed_memory
+from llamagen.support.errors import InputError
+from llamagen.support.storage import atomic_file
 from llamagen.training.config import TransformerTraining
 from llamagen.training.recipes import load_recipe
 from llamagen.training.sources import Images, find_run_images

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamagen.bench import machine, median_and_spread, table, time_in_turn
+from llamagen.evaluation.speed import machine, median_and_spread, table, time_in_turn
 
 __all__ = ["machine", "median_and_spread", "print_table", "record", "time_in_turn"]
 

@@ -32,8 +32,8 @@ from llamagen import Pipeline
 from llamagen.data.crops import center_crop
 from llamagen.data.images import open_image
 from llamagen.evaluation.metrics import psnr
-from llamagen.pictures import image_grid, save_png
-from llamagen.tokenizer import images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer import images_to_uint8, uint8_to_images
+from llamagen.support.pictures import image_grid, save_png
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 EVERY = 4

@@ -30,9 +30,9 @@ from llamagen.data.crops import center_crop
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder, open_image
 from llamagen.data.views import Views
-from llamagen.devices import DTYPES, find_device, find_dtype, keep_freed_memory
-from llamagen.tokenizer import ImageTokenizer, uint8_to_images
-from llamagen.tokenizer.operations import torch_only
+from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.models.tokenizer.operations import torch_only
+from llamagen.support.devices import DTYPES, find_device, find_dtype, keep_freed_memory
 
 PLAIN, OURS, COMPILED = "one at a time", "llamagen", "llamagen, compiled"
 WAYS = (PLAIN, OURS, COMPILED)

@@ -18,7 +18,7 @@ import torch
 from common import print_table, record
 
 from llamagen.config import TRANSFORMER_PRESETS, preset
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
 
 _CHILD = """
 import json, sys, time

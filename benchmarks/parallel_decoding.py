@@ -21,8 +21,8 @@ from common import median_and_spread, print_table, record, time_in_turn
 from torch import Tensor
 
 from llamagen import Pipeline
-from llamagen.conditions import Conditions
 from llamagen.generation import generate_codes, generate_codes_in_parallel
+from llamagen.pipeline.conditions import Conditions
 
 ONE_BY_ONE = "one by one"
 GROWING = "as it pays"

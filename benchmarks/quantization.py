@@ -35,8 +35,8 @@ from torch import Tensor
 from llamagen import Pipeline
 from llamagen.config import KVCacheDType, Quantization
 from llamagen.evaluation.image_sets import CollectedImages, ImageSet
-from llamagen.pictures import image_grid, save_png, stacked, titled
-from llamagen.tokenizer import uint8_to_images
+from llamagen.models.tokenizer import uint8_to_images
+from llamagen.support.pictures import image_grid, save_png, stacked, titled
 
 REFERENCE = "float32"
 WAYS: dict[str, tuple[Quantization | None, str, KVCacheDType]] = {

@@ -36,14 +36,14 @@ from quantization import code_bits, evenly, predicted
 from torch import Tensor
 
 from llamagen import Pipeline
-from llamagen.bench.decoding import SAMPLING
 from llamagen.config import TRANSFORMER_PRESETS
-from llamagen.demo_train import DigitClassifier, load_digits
-from llamagen.devices import find_device, find_dtype
+from llamagen.evaluation.speed.decoding import SAMPLING
 from llamagen.generation import generate_codes, generate_codes_row_parallel
-from llamagen.pictures import image_grid, save_png, stacked, titled
+from llamagen.models.transformer import Transformer
 from llamagen.pipeline import PipelineOutput
-from llamagen.transformer import Transformer
+from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.pictures import image_grid, save_png, stacked, titled
+from llamagen.training.demo import DigitClassifier, load_digits
 
 KINDS = ("clock times", "keycaps and letters")
 """Emoji that differ in few pixels."""

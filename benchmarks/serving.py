@@ -27,12 +27,12 @@ from common import median_and_spread, print_table, record
 
 from llamagen import Pipeline
 from llamagen.config import TRANSFORMER_PRESETS, TokenizerConfig, preset
-from llamagen.devices import find_device, find_dtype
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
 from llamagen.serving.engine import NativeEngine
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import ServedModel
-from llamagen.tokenizer import ImageTokenizer
-from llamagen.transformer import Transformer
+from llamagen.support.devices import find_device, find_dtype
 
 
 def random_pipeline(name: str) -> Pipeline:

@@ -21,7 +21,7 @@ import torch
 from common import median_and_spread, print_table, record, time_in_turn
 
 from llamagen.config import SmallTextEncoderConfig
-from llamagen.devices import DTYPES, find_device, find_dtype, keep_freed_memory
+from llamagen.support.devices import DTYPES, find_device, find_dtype, keep_freed_memory
 from llamagen.text.encoder import TextEncoder
 from llamagen.text.features import extract_text
 

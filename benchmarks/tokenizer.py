@@ -19,9 +19,9 @@ from common import median_and_spread, print_table, record, time_in_turn
 from torch import Tensor
 
 from llamagen.config import TOKENIZER_PRESETS, preset
-from llamagen.devices import DTYPES, find_device, keep_freed_memory
-from llamagen.tokenizer import ImageTokenizer
-from llamagen.tokenizer.operations import torch_only
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer.operations import torch_only
+from llamagen.support.devices import DTYPES, find_device, keep_freed_memory
 
 PLAIN = "plain torch, float32"
 

@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from common import median_and_spread, print_table, record, time_in_turn
 from torch import nn
 
-from llamagen.bench import measure_limits
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
-from llamagen.devices import keep_freed_memory
+from llamagen.evaluation.speed import measure_limits
+from llamagen.models.transformer import Transformer, cpu
+from llamagen.support.devices import keep_freed_memory
 from llamagen.training.config import LoopConfig
 from llamagen.training.optimizer import make_optimizer
 from llamagen.training.throughput import peak_flops, training_flops
-from llamagen.transformer import Transformer, cpu
 
 Step = Callable[[], float]
 

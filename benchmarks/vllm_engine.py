@@ -25,12 +25,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import torch
 from common import median_and_spread, print_table, record, time_in_turn
 
-from llamagen.bench.decoding import SAMPLING
-from llamagen.bench.plain import plain_codes
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
-from llamagen.devices import find_device, find_dtype
+from llamagen.evaluation.speed.decoding import SAMPLING
+from llamagen.evaluation.speed.plain import plain_codes
 from llamagen.generation import generate_codes
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
+from llamagen.support.devices import find_device, find_dtype
 
 CACHE_BYTES = 2**31
 NAMES = ("plain loop", "llamagen", "vLLM, our plugin", "vLLM, its Llama")

@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from llamagen import Editor, Pipeline, PipelineOutput
-from llamagen.pictures import image_grid, save_png, stacked, titled
+from llamagen.support.pictures import image_grid, save_png, stacked, titled
 
 OUT = Path(__file__).parent / "images"
 SHARES = (0.0, 0.25, 0.4, 0.5, 0.6, 0.75, 1.0)

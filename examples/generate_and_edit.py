@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from llamagen import Editor, Pipeline, PipelineOutput
 from llamagen.checkpoints import shipped_models
-from llamagen.pictures import image_grid, save_png, stacked, titled
+from llamagen.support.pictures import image_grid, save_png, stacked, titled
 
 PROMPTS = {
     "emoji": ("sunflower", "red apple", "octopus"),

@@ -19,7 +19,7 @@ from pathlib import Path
 from PIL import Image
 
 from llamagen import Pipeline, SamplingConfig, TokenizerConfig
-from llamagen.pictures import image_grid, save_png, stacked, titled
+from llamagen.support.pictures import image_grid, save_png, stacked, titled
 from llamagen.training import (
     LoopConfig,
     TokenizerTraining,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from llamagen.checkpoints import shipped_models
-from llamagen.pictures import read_metadata
+from llamagen.support.pictures import read_metadata
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES = {"emoji": (64, 64), "cifar10": (32, 32)}

@@ -13,29 +13,29 @@ if TYPE_CHECKING:
         TokenizerConfig,
         TransformerConfig,
     )
-    from llamagen.editing import Editor
-    from llamagen.errors import InputError
     from llamagen.generation import generate_codes
-    from llamagen.labels import Labels
+    from llamagen.models.tokenizer import ImageTokenizer
+    from llamagen.models.transformer import KVCache, Transformer
     from llamagen.pipeline import Pipeline, PipelineOutput
-    from llamagen.tokenizer import ImageTokenizer
-    from llamagen.transformer import KVCache, Transformer
+    from llamagen.pipeline.editing import Editor
+    from llamagen.support.errors import InputError
+    from llamagen.support.labels import Labels
 
 # Name -> the module that defines it. Importing torch takes seconds; a program that only wants a
 # configuration, or --help, should not wait for it.
 _HOMES = {
-    "Editor": "llamagen.editing",
-    "ImageTokenizer": "llamagen.tokenizer",
-    "InputError": "llamagen.errors",
-    "KVCache": "llamagen.transformer",
-    "Labels": "llamagen.labels",
+    "Editor": "llamagen.pipeline.editing",
+    "ImageTokenizer": "llamagen.models.tokenizer",
+    "InputError": "llamagen.support.errors",
+    "KVCache": "llamagen.models.transformer",
+    "Labels": "llamagen.support.labels",
     "Pipeline": "llamagen.pipeline",
     "PipelineOutput": "llamagen.pipeline",
     "SamplingConfig": "llamagen.config",
     "TOKENIZER_PRESETS": "llamagen.config",
     "TRANSFORMER_PRESETS": "llamagen.config",
     "TokenizerConfig": "llamagen.config",
-    "Transformer": "llamagen.transformer",
+    "Transformer": "llamagen.models.transformer",
     "TransformerConfig": "llamagen.config",
     "generate_codes": "llamagen.generation",
 }

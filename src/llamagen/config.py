@@ -8,15 +8,18 @@ without paying for it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import numbers
+import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dacite
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -305,49 +308,159 @@ class SmallTextEncoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How codes are drawn from the transformer's logits (paper sections 3.3 and 4.2).
+class Setting:
+    """Declaration of one sampling setting: everything that a flag, a form or a schema needs.
 
-    The order is fixed: guidance, temperature, top-k, top-p, draw.
+    Command line, HTTP schema, web page, image metadata, evaluation settings and vLLM's extra
+    arguments derive from it, so a new setting is one row in ``SamplingConfig``.
     """
 
-    guidance_scale: float = 4.0
-    """uncond + scale * (cond - uncond); 1 means no guidance and no second pass."""
-    guidance_stop: int | None = None
-    """Index of the first code that is drawn without guidance; None guides all of them."""
-    temperature: float = 1.0
-    """Logits are divided by this; 0 always takes the most likely code."""
-    top_k: int = 0
-    """Keep only the k most likely codes and ties with the k-th; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the most likely codes until their probabilities reach p; 1 keeps all."""
+    help: str
+    """What it does, one or two sentences."""
+    minimum: float | None = None
+    """Smallest value."""
+    exclusive_minimum: bool = False
+    """Whether ``minimum`` itself is too small."""
+    maximum: float | None = None
+    """Largest value."""
+    choices: tuple[str, ...] = ()
+    """The values of a setting that is a word."""
+    name: str = ""
+    """The field's name: also the flag, the JSON field and the metadata key."""
+    default: float | int | str | None = None
+    """The field's default."""
+    optional: bool = False
+    """Whether None is a value."""
+
+    @property
+    def type(self) -> type[float] | type[int] | type[str]:
+        """Python type of its values, None aside."""
+        if self.choices:
+            return str
+        return float if isinstance(self.default, float) else int
+
+    def parse(self, value: Any) -> Any:
+        """Return ``value`` as a plain Python number or word, whatever library it is from.
+
+        Raises:
+            InputError: it is not a value that the setting can have.
+        """
+        if value is None and self.optional:
+            return None
+        if self.choices:
+            _require(
+                value in self.choices,
+                f"{self.name} is {value!r}, expected one of {', '.join(self.choices)}",
+            )
+            return str(value)
+        wanted = self.type
+        is_number = isinstance(value, numbers.Integral if wanted is int else numbers.Real)
+        _require(
+            is_number and not isinstance(value, bool) and math.isfinite(value),
+            f"{self.name} is {value!r}, expected {self.described_range}",
+        )
+        too_small = self.minimum is not None and (
+            value <= self.minimum if self.exclusive_minimum else value < self.minimum
+        )
+        too_large = self.maximum is not None and value > self.maximum
+        _require(
+            not too_small and not too_large,
+            f"{self.name} is {value}, expected {self.described_range}",
+        )
+        return wanted(value)
+
+    @property
+    def described_range(self) -> str:
+        """The values it can have, as messages say it."""
+        kind = "a finite number" if self.type is float else "an integer"
+        if self.minimum is None:
+            return kind
+        lower = (
+            f"above {self.minimum:g}" if self.exclusive_minimum else f"at least {self.minimum:g}"
+        )
+        upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
+        none = ", or none" if self.optional else ""
+        return f"{kind} of {lower}{upper}{none}".replace("of above", "above")
+
+
+def _setting(default: Any, help: str, **declared: Any) -> Any:  # noqa: A002
+    return dataclasses.field(default=default, metadata={"setting": Setting(help=help, **declared)})
+
+
+MAX_TOP_K = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How codes are sampled from the transformer's logits (paper sections 3.3 and 4.2).
+
+    The order is fixed: guidance, temperature, top-k, top-p, draw.
+
+    Raises:
+        InputError: a value lies outside its setting's range.
+    """
+
+    guidance_scale: float = _setting(
+        4.0, "uncond + scale * (cond - uncond); 1 means no guidance and no second pass.", minimum=0
+    )
+    guidance_stop: int | None = _setting(
+        None,
+        "Index of the first code sampled without guidance; none guides every code.",
+        minimum=0,
+    )
+    temperature: float = _setting(
+        1.0, "Logits are divided by this; 0 always takes the most likely code.", minimum=0
+    )
+    top_k: int = _setting(
+        0,
+        "Keep only the k most likely codes and ties with the k-th; 0 keeps all.",
+        minimum=0,
+        maximum=MAX_TOP_K,
+    )
+    top_p: float = _setting(
+        1.0,
+        "Keep the most likely codes until their probabilities reach p; 1 keeps all.",
+        minimum=0,
+        exclusive_minimum=True,
+        maximum=1,
+    )
 
     def __post_init__(self) -> None:
-        _require(
-            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
-            f"guidance_scale is {self.guidance_scale}, expected a finite number of at least 0 "
-            f"(1 means no guidance)",
-        )
-        if self.guidance_stop is not None:
-            _require(
-                self.guidance_stop >= 0,
-                f"guidance_stop is {self.guidance_stop}, expected a code index of at least 0, "
-                f"or none to guide every code",
-            )
-        _require(
-            math.isfinite(self.temperature) and self.temperature >= 0,
-            f"temperature is {self.temperature}, expected a finite number of at least 0",
-        )
-        _require(self.top_k >= 0, f"top_k is {self.top_k}, expected at least 0 (0 keeps all codes)")
-        _require(
-            0.0 < self.top_p <= 1.0,
-            f"top_p is {self.top_p}, expected a number above 0 and at most 1",
-        )
+        for setting in sampling_settings():
+            plain = setting.parse(getattr(self, setting.name))
+            object.__setattr__(self, setting.name, plain)
 
     @property
     def guided(self) -> bool:
-        """Whether any code needs the unconditional pass."""
+        """Whether any code needs the unconditional sequence."""
         return self.guidance_scale != 1.0 and self.guidance_stop != 0
+
+    def replace(self, **values: Any) -> SamplingConfig:
+        """A copy with other values; those that are None are left as they are.
+
+        Raises:
+            InputError: there is no such setting, or a value lies outside its range.
+        """
+        known = [setting.name for setting in sampling_settings()]
+        for name in values:
+            _require(name in known, f"there is no setting {name!r}; choose from {', '.join(known)}")
+        given = {name: value for name, value in values.items() if value is not None}
+        return dataclasses.replace(self, **given)
+
+
+@functools.cache
+def sampling_settings() -> tuple[Setting, ...]:
+    """The declarations of all fields of ``SamplingConfig``, in their order."""
+    types = typing.get_type_hints(SamplingConfig)
+    return tuple(
+        dataclasses.replace(
+            field.metadata["setting"],
+            name=field.name,
+            default=field.default,
+            optional=type(None) in typing.get_args(types[field.name]),
+        )
+        for field in dataclasses.fields(SamplingConfig)
+    )
 
 
 TOKENIZER_PRESETS: dict[str, TokenizerConfig] = {

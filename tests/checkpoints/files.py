@@ -7,9 +7,9 @@ import argparse
 import torch
 from torch import Tensor
 
-from llamagen.tokenizer import ImageTokenizer
-from llamagen.transformer import Transformer
-from tests.models import tiny_tokenizer, tiny_transformer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
+from tests.tiny_models import tiny_tokenizer, tiny_transformer
 
 ARGUMENTS = argparse.Namespace(
     n_head=4, image_size=256, downsample_size=64, vocab_size=64, lr=1e-4, tags=["a"], resume=None

@@ -15,18 +15,18 @@ import pytest
 import torch
 
 from tests.checkpoints.hub_server import COMMIT, Hub, running
-from tests.models import tiny_pipeline, tiny_transformer
+from tests.tiny_models import tiny_pipeline, tiny_transformer
 
 PREAMBLE = """
 import dataclasses, sys, torch
 from llamagen import checkpoints
 from llamagen.checkpoints import names
 from llamagen.config import TRANSFORMER_PRESETS
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.pipeline import Pipeline
-from llamagen.tokenizer import ImageTokenizer
-from llamagen.transformer import Transformer
-from tests.models import tiny_pipeline, tiny_transformer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
+from tests.tiny_models import tiny_pipeline, tiny_transformer
 
 def same(a, b):
     other = b.state_dict()

@@ -18,9 +18,9 @@ from llamagen.config import (
     TokenizerConfig,
     TransformerConfig,
 )
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
-from llamagen.transformer import Transformer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 OFFICIAL = json.loads(
     (Path(__file__).parents[1] / "fixtures" / "official_checkpoint_shapes.json").read_text()

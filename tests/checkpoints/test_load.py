@@ -10,10 +10,10 @@ import torch
 from llamagen.checkpoints import load_model, load_tokenizer, load_transformer, names, sources
 from llamagen.checkpoints.names import PublicModel
 from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
 from tests.checkpoints.files import ARGUMENTS, same_weights, tokenizer, transformer
-from tests.models import tiny_pipeline, tiny_tokenizer
+from tests.tiny_models import tiny_pipeline, tiny_tokenizer
 
 
 def test_model_folders(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llamagen.config import TRANSFORMER_PRESETS
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
 
 # The peak is set back after the imports, so that it is of the loading alone.
 CHILD = """

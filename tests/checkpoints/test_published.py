@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from llamagen.checkpoints import load_model, load_tokenizer, load_transformer, read_checkpoint
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.checkpoints.files import ARGUMENTS, prefixed, same_weights, tokenizer, transformer
 
 DIALECTS = {
@@ -151,7 +151,7 @@ def test_code_in_a_file_does_not_run(tmp_path, form):
 
 def test_classes_other_than_namespace_are_refused(tmp_path):
     torch.save({"model": transformer(), "when": random.Random(0)}, tmp_path / "a.pt")
-    with pytest.raises(InputError, match=r"asks to run llamagen\.transformer\.model\.Transformer"):
+    with pytest.raises(InputError, match=r"asks to run llamagen\.models\.transformer\.model\.Transformer"):
         load_transformer(tmp_path / "a.pt")
 
 

@@ -13,8 +13,8 @@ from llamagen.checkpoints import (
     shipped,
     shipped_models,
 )
-from llamagen.errors import InputError
-from tests.models import tiny_pipeline
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_pipeline
 
 
 @pytest.fixture

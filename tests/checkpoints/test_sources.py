@@ -16,10 +16,10 @@ from llamagen.checkpoints import (
     write_index,
 )
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
-from llamagen.labels import Labels
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 from tests.checkpoints.files import tokenizer, transformer
-from tests.models import tiny_pipeline
+from tests.tiny_models import tiny_pipeline
 
 
 def test_published_names():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamagen.cli.main import main
-from tests.models import tiny_pipeline
+from tests.tiny_models import tiny_pipeline
 
 
 @dataclass

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from llamagen.checkpoints import load_tokenizer, load_transformer
-from llamagen.errors import InputError
-from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 from tests.checkpoints.files import ARGUMENTS, same_weights, tokenizer, transformer
 
 
@@ -128,7 +128,7 @@ def test_a_failure_leaves_nothing_behind(fails, files, tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28), "model.safetensors")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llamagen.pretrained.save_file", full)
+        patch.setattr("llamagen.models.pretrained.save_file", full)
         message = fails("convert", *files, "--out", tmp_path / "model", status=1)
     assert "the disk is full" in message
     content = files[0].read_bytes()

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from llamagen import Editor, Pipeline
-from llamagen.pictures import arrays_to_pil, read_metadata, save_png
+from llamagen.support.pictures import arrays_to_pil, read_metadata, save_png
 
 
 @pytest.fixture

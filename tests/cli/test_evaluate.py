@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.sets import write_noise
-from tests.models import tiny_text_pipeline
+from tests.tiny_models import tiny_text_pipeline
 
 CLASSIFIER = ("--network", "classifier", "--classifier-steps", "3", "--device", "cpu")
 EXACT = ("--device", "cpu", "--dtype", "float32")

@@ -6,7 +6,7 @@ from llamagen.pipeline import Pipeline
 from llamagen.training import train_transformer
 from llamagen.training.config import LoraConfig, TransformerSize
 from tests.images import write_digits
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import transformer_recipe
 
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from llamagen.text.features import TextStore
-from tests.models import tiny_text_encoder
+from tests.tiny_models import tiny_text_encoder
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import llamagen.storage as storage
-from llamagen.pictures import read_metadata
-from tests.models import tiny_text_pipeline
+import llamagen.support.storage as storage
+from llamagen.support.pictures import read_metadata
+from tests.tiny_models import tiny_text_pipeline
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from llamagen.pictures import save_png
-from tests.models import tiny_pipeline
+from llamagen.support.pictures import save_png
+from tests.tiny_models import tiny_pipeline
 
 
 def test_what_is_known(run):

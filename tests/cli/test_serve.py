@@ -11,7 +11,7 @@ import time
 import httpx
 import pytest
 
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 
 @pytest.fixture(scope="module")

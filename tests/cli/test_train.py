@@ -6,7 +6,7 @@ import pytest
 
 from llamagen.pipeline import Pipeline
 from tests.images import write_digits
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 def words_of(text):

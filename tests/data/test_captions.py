@@ -9,7 +9,7 @@ from llamagen.data.captions import (
     write_captions,
 )
 from llamagen.data.columns import SourceConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 @pytest.mark.parametrize(

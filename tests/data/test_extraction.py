@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.data import extraction, store
 from llamagen.data.captions import Caption
 from llamagen.data.extraction import extract_in_processes, extract_store
@@ -26,9 +26,9 @@ from llamagen.data.images import ImageFolder, open_image
 from llamagen.data.processes import run_children
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
-from llamagen.errors import InputError
-from llamagen.tokenizer import uint8_to_images
-from tests.models import tiny_tokenizer
+from llamagen.models.tokenizer import uint8_to_images
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SIZE = 16
@@ -186,7 +186,7 @@ import llamagen.data.images as images_module
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder
 from llamagen.data.views import Views
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 torch.set_num_threads(1)
 read = images_module.open_image

@@ -10,7 +10,7 @@ from tests.data.sets import scans, write_parquet
 SCRIPT = """
 from llamagen.data import SourceConfig, open_images
 from llamagen.data.streaming import ImageStream
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 images = open_images("hf:owner/digits")
 print(len(images), *images.class_names, images.read(5).size)

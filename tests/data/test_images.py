@@ -12,7 +12,7 @@ from llamagen.data.images import (
     find_images,
     open_image,
 )
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.images import write_digits
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)

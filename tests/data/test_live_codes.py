@@ -7,9 +7,9 @@ from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder, SkippedFiles
 from llamagen.data.live_codes import LiveCodes
 from llamagen.data.views import Views
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.data.test_extraction import image_tree
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 def live(images, views, folder):

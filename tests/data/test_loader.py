@@ -8,7 +8,7 @@ from llamagen.data.images import ImageFolder
 from llamagen.data.loader import image_views, training_batches
 from llamagen.data.order import DataOrder
 from llamagen.data.views import Augmentation, Views
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.images import write_digits
 
 AUGMENTATION = Augmentation(height=8, width=8, max_scale=1.5, flip=True)

@@ -14,7 +14,7 @@ from llamagen.data.captions import Caption
 from llamagen.data.classes import classes_of
 from llamagen.data.datasets_library import Table
 from llamagen.data.images import CorruptImageError, ImageFolder
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.data.sets import NAMES, as_dataset, scans, write_parquet, write_tars
 from tests.images import write_digits
 

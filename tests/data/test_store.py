@@ -18,9 +18,9 @@ from llamagen.data.extraction import extract_store
 from llamagen.data.published_codes import export_published, import_published
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.data.test_extraction import SIZE, encoded, image_tree, one_thread  # noqa: F401
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from llamagen.data import SourceConfig
 from llamagen.data.streaming import ImageStream, ahead
 from llamagen.data.views import Augmentation
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from tests.data.sets import scans, write_parquet, write_tars
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from llamagen.errors import InputError
 from llamagen.evaluation import pieces
 from llamagen.evaluation.features import NetworkOutput, compute_features, feature_folder
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics
 from llamagen.evaluation.reference import ReferenceSource, read_statistics, write_statistics
+from llamagen.support.errors import InputError
 from tests.evaluation.sets import CoarsePixels, noise, write_noise
 
 

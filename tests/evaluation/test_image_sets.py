@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen.errors import InputError
 from llamagen.evaluation import image_sets
 from llamagen.evaluation.image_sets import ArchivedImages, CollectedImages, write_images
+from llamagen.support.errors import InputError
 from tests.evaluation.sets import CLASSES, noise, write_noise
 
 

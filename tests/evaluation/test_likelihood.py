@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen.errors import InputError
 from llamagen.evaluation import likelihood, pieces
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.likelihood import measure_likelihood
-from llamagen.tokenizer import uint8_to_images
+from llamagen.models.tokenizer import uint8_to_images
+from llamagen.support.errors import InputError
 from tests.evaluation.sets import write_noise
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 
 @pytest.fixture(autouse=True)

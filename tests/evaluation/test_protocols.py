@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from llamagen.errors import InputError
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics, frechet_distance
 from llamagen.evaluation.protocols.c2i import ClassSampling, evaluate_classes
@@ -19,8 +18,9 @@ from llamagen.evaluation.protocols.sweep import evaluate_sweep
 from llamagen.evaluation.protocols.t2i import Clip, TextSampling, evaluate_texts
 from llamagen.evaluation.protocols.tokenizer import Reconstructions, evaluate_tokenizer
 from llamagen.evaluation.reference import ReferenceSource
+from llamagen.support.errors import InputError
 from tests.evaluation.sets import CoarsePixels, noise, write_noise
-from tests.models import tiny_pipeline, tiny_text_pipeline, tiny_tokenizer
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline, tiny_tokenizer
 
 
 @pytest.fixture

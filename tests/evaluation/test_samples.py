@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamagen.errors import InputError
 from llamagen.evaluation import pieces
 from llamagen.evaluation.samples import SamplePlan, draw_samples
-from llamagen.tokenizer import images_to_uint8
-from tests.models import tiny_pipeline
+from llamagen.models.tokenizer import images_to_uint8
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_pipeline
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 
+from llamagen.backends.decoder import TorchDecoder
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import filter_logits, generate_codes, guide, uniform_draws
 from llamagen.generation.filters import draw_codes
-from llamagen.transformer.decoder import TorchDecoder
-from tests.models import tiny_transformer
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_transformer
 
 SAMPLING = SamplingConfig(guidance_scale=3.0, top_k=20, top_p=0.95, temperature=0.9)
 

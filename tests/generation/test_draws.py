@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
+from llamagen.backends.cuda_graphs import Recorder
 from llamagen.config import SamplingConfig
-from llamagen.cuda_graphs import Recorder
 from llamagen.generation.draws import GraphDraws, KernelDraws, TorchDraws, draws_for
-from tests.kernels.variants import VARIANTS, kernels_of
-from tests.tape import Tape
+from tests.backends.tape import Tape
+from tests.backends.variants import VARIANTS, kernels_of
 
 CODES = 4096
 SETTINGS = [

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import draw_codes, filter_logits, guide, keep_top_k, keep_top_p
 from llamagen.generation.filters import code_probabilities, draw_weighted
+from llamagen.support.errors import InputError
 
 
 def test_guide_is_the_published_formula():

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
+from llamagen.backends.decoder import TorchDecoder
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import draw_codes, filter_logits, generate_codes, uniform_draws
 from llamagen.generation.decode import RowCallback
 from llamagen.generation.known import UNKNOWN
 from llamagen.generation.sequences import Blend
-from llamagen.transformer.decoder import TorchDecoder
-from tests.models import tiny_transformer
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_transformer
 
 PLAIN = SamplingConfig(guidance_scale=1.0, top_k=20)
 GUIDED = SamplingConfig(guidance_scale=3.0, top_p=0.9)

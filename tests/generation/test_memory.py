@@ -3,7 +3,7 @@
 import pytest
 
 from llamagen.generation import memory
-from tests.models import tiny_transformer
+from tests.tiny_models import tiny_transformer
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,15 @@ import copy
 import pytest
 import torch
 
+from llamagen.backends.decoder import TorchDecoder
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation import generate_codes, guide, row_parallel, uniform_draws
 from llamagen.generation.filters import next_codes
 from llamagen.generation.row_parallel import generate_codes_row_parallel, most_codes_fed
-from llamagen.transformer import rope_table
-from llamagen.transformer.blocks import AttentionMask
-from llamagen.transformer.decoder import TorchDecoder
-from tests.models import tiny_transformer
+from llamagen.models.transformer import rope_table
+from llamagen.models.transformer.blocks import AttentionMask
+from llamagen.support.errors import InputError, NotFiniteError
+from tests.tiny_models import tiny_transformer
 
 PLAIN = SamplingConfig(guidance_scale=1.0)
 GUIDED = SamplingConfig(guidance_scale=2.5)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import generate_codes
 from llamagen.generation.running_batch import Drawing, RunningBatch
 from llamagen.generation.sequences import Blend
-from tests.models import tiny_transformer
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_transformer
 
 SETTINGS = [
     SamplingConfig(guidance_scale=4.0),

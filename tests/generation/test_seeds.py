@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from llamagen.errors import InputError
 from llamagen.generation import uniform_draws
+from llamagen.support.errors import InputError
 
 
 def test_a_stream_is_a_function_of_its_seed_alone():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation.sequences import sequences_of
-from llamagen.transformer import SlotCache
-from tests.models import tiny_transformer
+from llamagen.models.transformer import SlotCache
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_transformer
 
 PLAIN, GUIDED = SamplingConfig(guidance_scale=1.0), SamplingConfig(guidance_scale=2.0)
 

@@ -6,14 +6,14 @@ import itertools
 import pytest
 import torch
 
+from llamagen.backends.decoder import CpuDecoder, TorchDecoder
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation import generate_codes, guide, speculative
 from llamagen.generation.filters import code_probabilities
 from llamagen.generation.speculative import generate_codes_in_parallel
-from llamagen.transformer.decoder import CpuDecoder, TorchDecoder
-from tests.kernels.variants import kernels_of
-from tests.models import tiny_transformer
+from llamagen.support.errors import InputError, NotFiniteError
+from tests.backends.variants import kernels_of
+from tests.tiny_models import tiny_transformer
 
 PLAIN = SamplingConfig(guidance_scale=1.0)
 GUIDED = SamplingConfig(guidance_scale=2.5)

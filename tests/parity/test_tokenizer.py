@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llamagen.config import TOKENIZER_PRESETS, TokenizerConfig
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
 
 
 @pytest.fixture(params=["vq_tiny_l2norm", "vq_tiny_plain"])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from llamagen.config import SamplingConfig, TransformerConfig, swiglu_hidden_dim
 from llamagen.generation import generate_codes
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
 
 TINY = ["gpt_c2i_tiny", "gpt_c2i_gqa_tiny", "gpt_t2i_tiny"]
 

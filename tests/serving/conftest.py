@@ -3,9 +3,9 @@
 import openai
 import pytest
 
-from tests.models import tiny_pipeline, tiny_text_pipeline
 from tests.serving.browser import Page, is_there, started
 from tests.serving.servers import running
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen.pictures import METADATA_KEY
 from llamagen.serving.settings import ServerSettings
-from tests.models import tiny_pipeline
+from llamagen.support.pictures import METADATA_KEY
 from tests.serving.servers import running, slow_down
+from tests.tiny_models import tiny_pipeline
 
 
 def post(server, body, **headers):

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from llamagen.editing import Editor
-from llamagen.errors import InputError
-from llamagen.pictures import METADATA_KEY
+from llamagen.pipeline.editing import Editor
 from llamagen.serving.settings import ServerSettings
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import METADATA_KEY
 from llamagen.vllm_plugin.engine import VllmEngine
-from tests.models import tiny_pipeline
 from tests.serving.servers import running, slow_down
+from tests.tiny_models import tiny_pipeline
 
 SETTINGS = {"guidance_scale": 2.5, "top_k": 30}
 

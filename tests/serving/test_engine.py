@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation import generate_codes
 from llamagen.serving.engine import EngineError, NativeEngine
-from tests.models import tiny_transformer
+from llamagen.support.errors import InputError, NotFiniteError
+from tests.tiny_models import tiny_transformer
 
 SETTINGS = SamplingConfig(guidance_scale=2.0, top_k=30)
 

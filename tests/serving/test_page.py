@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen.pictures import read_metadata
 from llamagen.serving.page import FILES
 from llamagen.serving.settings import ServerSettings
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from llamagen.support.pictures import read_metadata
 from tests.serving.servers import running, slow_down
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 GRID = (8, 8)
 GREY = 128

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen.editing import Editor
-from llamagen.pictures import read_metadata
+from llamagen.pipeline.editing import Editor
 from llamagen.serving.settings import ServerSettings
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from llamagen.support.pictures import read_metadata
 from tests.serving.servers import running
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from llamagen.serving.settings import ServerSettings
-from tests.models import tiny_pipeline, tiny_text_pipeline
 from tests.serving.servers import running
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 schemathesis = pytest.importorskip("schemathesis")
 

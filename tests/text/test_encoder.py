@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from llamagen.config import SmallTextEncoderConfig, TextConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.text.encoder import TextEncoder, length_batches, padded
-from tests.models import tiny_text_encoder
+from tests.tiny_models import tiny_text_encoder
 
 CAPTIONS = ["a red heart", "llama", "a very long caption, of many words", "x"]
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.text.features import TextStore, extract_text
-from tests.models import tiny_text_encoder
+from tests.tiny_models import tiny_text_encoder
 
 CAPTIONS = [f"{word} {number}" for number in range(4) for word in ("heart", "a llama", "x")]
 ODD = ["", "https://example.com"]

@@ -5,8 +5,13 @@ import torch
 
 from llamagen import Pipeline
 from llamagen.config import TextConfig
-from llamagen.errors import InputError
-from tests.models import tiny_text_encoder, tiny_text_pipeline, tiny_tokenizer, tiny_transformer
+from llamagen.support.errors import InputError
+from tests.tiny_models import (
+    tiny_text_encoder,
+    tiny_text_pipeline,
+    tiny_tokenizer,
+    tiny_transformer,
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import write_digits
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

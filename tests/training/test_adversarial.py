@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training.adversarial import (
     adaptive_weight,
     discriminator_loss,

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training import checkpoint
 from llamagen.training.checkpoint import CheckpointWriter, latest_checkpoint, read_checkpoint
 

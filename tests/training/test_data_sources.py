@@ -11,13 +11,13 @@ from PIL import Image
 from llamagen.data import SourceConfig, open_images
 from llamagen.data.extraction import extract_store
 from llamagen.data.views import Views
-from llamagen.errors import InputError
+from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.config import ImageConfig
 from tests.data.sets import NAMES, scans, write_parquet, write_tars
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import (
     assert_same_state,
     records,

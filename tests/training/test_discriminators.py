@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training.adversarial import discriminator_loss
 from llamagen.training.discriminators import (
     PatchDiscriminator,

@@ -7,17 +7,17 @@ import shutil
 import pytest
 import torch
 
-from llamagen.adapters import merge_adapter
-from llamagen.errors import InputError
-from llamagen.labels import Labels
+from llamagen.checkpoints.adapters import merge_adapter
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
 from llamagen.pipeline import Pipeline
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.config import LoraConfig, TransformerSize
 from llamagen.training.export import export_run
-from llamagen.transformer import Transformer
 from tests.images import write_digits
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import assert_same_state, state, tokenizer_recipe, transformer_recipe
 
 LORA = LoraConfig(lora_rank=2, lora_alpha=4.0)

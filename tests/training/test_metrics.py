@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training.curves import draw_curves
 from llamagen.training.ema import Ema
 from llamagen.training.losses import Term, bits, mean_psnr, total_loss

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, TransformerConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training import LoopConfig, TokenizerTraining, TransformerTraining, load_recipe
 from llamagen.training.config import (
     AugmentationConfig,
@@ -13,7 +13,7 @@ from llamagen.training.config import (
 )
 from llamagen.training.optimizer import learning_rate, make_optimizer
 from llamagen.training.recipes import preset_model, recipe_names, recipe_to_yaml
-from tests.models import tiny_transformer
+from tests.tiny_models import tiny_transformer
 
 
 @pytest.fixture

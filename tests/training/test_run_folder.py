@@ -3,11 +3,11 @@ import shutil
 
 import pytest
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.run_folder import MAY_CHANGE, open_run
 from tests.images import write_digits
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import records, tokenizer_recipe, transformer_recipe
 
 

@@ -13,9 +13,9 @@ from llamagen.config import SamplingConfig
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder
 from llamagen.data.views import Views
-from llamagen.errors import InputError
+from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer, transformer_task
 from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.config import (
@@ -31,7 +31,7 @@ from llamagen.training.transformer_data import Codes
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask
 from tests.images import write_digits
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import (
     MemoryCodes,
     assert_same_state,

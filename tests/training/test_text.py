@@ -12,10 +12,10 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.extraction import extract_store
 from llamagen.data.sources import open_images
 from llamagen.data.views import Views
-from llamagen.errors import InputError
+from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
+from llamagen.support.errors import InputError
 from llamagen.text.features import extract_text
-from llamagen.tokenizer import ImageTokenizer
 from llamagen.training import train_transformer
 from llamagen.training.conditioning import TokenConditioning
 from llamagen.training.config import ImageConfig, LoraConfig, TextTraining, TransformerSize
@@ -25,7 +25,7 @@ from llamagen.training.loop import fit
 from llamagen.training.transformer_data import Codes
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask, make_task
-from tests.models import tiny_text_encoder, tiny_tokenizer
+from tests.tiny_models import tiny_text_encoder, tiny_tokenizer
 from tests.training.runs import MemoryCodes, assert_same_state, state, transformer_recipe
 
 SMALL = TextTraining(text_dim=16, text_layers=1, text_heads=2, text_length=30)

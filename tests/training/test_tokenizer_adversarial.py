@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from llamagen.errors import InputError
 from llamagen.evaluation.networks.lpips import Lpips
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer
 from llamagen.training.adversarial import adaptive_weight, generator_loss
 from llamagen.training.config import (
@@ -21,7 +21,7 @@ from llamagen.training.losses import total_loss
 from llamagen.training.recipes import load_recipe, recipe_to_yaml
 from llamagen.training.tokenizer_task import TokenizerTask, make_task
 from llamagen.training.usage import CodebookUsage
-from tests.models import tiny_tokenizer
+from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import assert_same_state, records, state, tokenizer_recipe
 
 IMAGES = ImageConfig(size=24, validation_fraction=0.2)

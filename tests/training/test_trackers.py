@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from llamagen.config import TRANSFORMER_PRESETS
-from llamagen.errors import InputError
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.config import TransformerSize
 from llamagen.training.throughput import peak_flops, training_flops
 from llamagen.training.trackers import open_trackers
-from llamagen.transformer import Transformer
 from tests.training.runs import tokenizer_recipe, transformer_recipe
 
 

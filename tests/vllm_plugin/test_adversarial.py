@@ -5,7 +5,7 @@ import torch
 
 from llamagen.config import SamplingConfig
 from llamagen.vllm_plugin.export import ExportOptions
-from tests.models import tiny_transformer
+from tests.tiny_models import tiny_transformer
 from tests.vllm_plugin.conftest import SECOND_RUNNER
 from tests.vllm_plugin.engines import Image, alone
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import ExportOptions
-from tests.models import tiny_transformer
 from tests.parity.test_transformer import condition_of, model_of
+from tests.tiny_models import tiny_transformer
 from tests.vllm_plugin.engines import Image, alone, mixed_settings, texts
 
 pytest.importorskip("vllm")

@@ -17,11 +17,11 @@ import torch
 
 from llamagen.cli.main import main
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import generate_codes
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
 from llamagen.vllm_plugin.prompts import Prompts
-from tests.models import tiny_pipeline, tiny_text_pipeline, tiny_transformer
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline, tiny_transformer
 from tests.vllm_plugin.conftest import SECOND_RUNNER
 from tests.vllm_plugin.engines import Image, alone, mixed_settings
 

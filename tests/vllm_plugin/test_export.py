@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import (
     ExportOptions,
     export_for_vllm,
@@ -14,7 +14,7 @@ from llamagen.vllm_plugin.export import (
     temporary_export,
 )
 from llamagen.vllm_plugin.prompts import Prompts
-from tests.models import tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tests.tiny_models import tiny_pipeline, tiny_tokenizer, tiny_transformer
 
 pytest.importorskip("transformers")
 

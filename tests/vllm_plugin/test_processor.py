@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import next_codes, uniform_draws
-from tests.models import tiny_transformer
+from llamagen.support.errors import InputError
+from tests.tiny_models import tiny_transformer
 
 vllm = pytest.importorskip("vllm")
 

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from llamagen import Pipeline
-from tests.models import tiny_pipeline, tiny_text_pipeline
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 from tests.vllm_plugin.conftest import SECOND_RUNNER
 
 pytest.importorskip("vllm")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.settings import extra_args, is_addressed, read_settings
 
 

@@ -12,8 +12,8 @@ from huggingface_hub import hf_hub_download, snapshot_download
 
 from llamagen.checkpoints.index import TEXT_ENCODER_FOLDER, is_pipeline_folder
 from llamagen.checkpoints.names import PUBLIC_MODELS
-from llamagen.errors import InputError
-from llamagen.pretrained import CONFIG_NAME, WEIGHTS_NAME, hub_errors
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, hub_errors
+from llamagen.support.errors import InputError
 
 
 def download_file(repo: str, file: str) -> Path:

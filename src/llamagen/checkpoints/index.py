@@ -6,7 +6,7 @@ import dataclasses
 from importlib.metadata import version
 from pathlib import Path
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.config import (
     SamplingConfig,
     TextConfig,
@@ -14,7 +14,7 @@ from llamagen.config import (
     config_to_dict,
     read_json,
 )
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 INDEX_NAME = "model_index.json"
 TEXT_ENCODER_FOLDER = "text_encoder"

@@ -15,7 +15,7 @@ from llamagen.config import (
     config_from_dict,
     swiglu_hidden_dim,
 )
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _log = logging.getLogger(__name__)
 

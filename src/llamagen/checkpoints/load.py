@@ -12,9 +12,9 @@ from llamagen.checkpoints.names import PublicModel
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
 from llamagen.checkpoints.sources import Location, Source, folder_kind, locate
 from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, Grid, TransformerConfig
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
-from llamagen.transformer import Transformer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 
 def load_tokenizer(

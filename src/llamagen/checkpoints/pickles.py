@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 ZIP_MAGIC = b"PK\x03\x04"
 """What torch.save's files begin with."""

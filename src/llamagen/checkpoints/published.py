@@ -19,8 +19,8 @@ from torch import Tensor
 
 from llamagen.checkpoints.names import Kind
 from llamagen.checkpoints.pickles import PICKLE_MAGIC, ZIP_MAGIC, load_pickle, release_pages
-from llamagen.errors import InputError
-from llamagen.pretrained import NamedTensors, read_safetensors, safetensors_shapes
+from llamagen.models.pretrained import NamedTensors, read_safetensors, safetensors_shapes
+from llamagen.support.errors import InputError
 
 _HOLDERS = ("model", "module", "state_dict", "ema")
 """Where weights stand, first choice first. The published code reads an image tokenizer from its

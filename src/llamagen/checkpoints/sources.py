@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from llamagen import labels as label_files
 from llamagen.checkpoints.hub import download_file, download_folder
 from llamagen.checkpoints.index import (
     INDEX_NAME,
@@ -18,9 +17,10 @@ from llamagen.checkpoints.names import Kind, PublicModel, find_public, nearest_n
 from llamagen.checkpoints.published import read_checkpoint
 from llamagen.checkpoints.shipped import find_shipped
 from llamagen.config import SamplingConfig, TextConfig, read_json
-from llamagen.errors import InputError
-from llamagen.labels import Labels
-from llamagen.pretrained import CONFIG_NAME, is_repo_id
+from llamagen.models.pretrained import CONFIG_NAME, is_repo_id
+from llamagen.support import labels as label_files
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
 Source = str | Path
 """A folder, a checkpoint file, the name of a model that comes with the package or of a published

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import tyro
 
 from llamagen.cli.options import Device
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.bench import Measurement
-    from llamagen.bench.decoding import Precision
-    from llamagen.transformer import Transformer
+    from llamagen.evaluation.speed import Measurement
+    from llamagen.evaluation.speed.decoding import Precision
+    from llamagen.models.transformer import Transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,9 @@ def run(options: Options) -> None:
     """Measures, and prints a table in Markdown."""
     from tqdm import tqdm
 
-    from llamagen import bench, storage
-    from llamagen.devices import find_device, find_dtype
+    from llamagen.evaluation import speed as bench
+    from llamagen.support import storage
+    from llamagen.support.devices import find_device, find_dtype
 
     if min(options.images, default=0) < 1:
         raise InputError(f"--images is {list(options.images)}, expected numbers of at least 1")
@@ -91,8 +92,8 @@ def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transf
 
     from llamagen import checkpoints
     from llamagen.config import TRANSFORMER_PRESETS, preset
-    from llamagen.transformer import Transformer
-    from llamagen.transformer.quantized import refuse_quantized
+    from llamagen.models.transformer import Transformer
+    from llamagen.models.transformer.quantized import refuse_quantized
 
     if options.model is None:
         torch.manual_seed(0)
@@ -112,7 +113,7 @@ def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transf
 
 
 def _table(found: list[Measurement]) -> str:
-    from llamagen.bench import median_and_spread, table
+    from llamagen.evaluation.speed import median_and_spread, table
 
     header = ["weights", "images (rows)", "ms/code", "floor", "of plain", "time goes to"]
     plain = {m.images: m.median for m in found if m.shares is None and "plain" in m.precision}

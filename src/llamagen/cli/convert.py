@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.checkpoints import PipelineSource
-    from llamagen.labels import Labels
-    from llamagen.tokenizer import ImageTokenizer
-    from llamagen.transformer import Transformer
+    from llamagen.models.tokenizer import ImageTokenizer
+    from llamagen.models.transformer import Transformer
+    from llamagen.support.labels import Labels
 
     Parts = dict[str, tuple[str, ImageTokenizer | Transformer]]
     """Kind of model -> its source and itself."""
@@ -48,7 +48,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Converts what ``options`` name and prints what was made."""
-    import llamagen.storage as storage
+    import llamagen.support.storage as storage
 
     if not 1 <= len(options.sources) <= 2:
         raise InputError(
@@ -69,7 +69,7 @@ def run(options: Options) -> None:
 
 def _require_place(out: Path, *, overwrite: bool) -> None:
     """Checks, before the long work, that the folder can be written."""
-    import llamagen.storage as storage
+    import llamagen.support.storage as storage
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         is_model = any((out / name).is_file() for name in ("config.json", "model_index.json"))
@@ -128,8 +128,8 @@ def _load(options: Options) -> Parts:
 
 
 def _quantize(parts: Parts, quantization: Literal["int8", "int4"]) -> None:
-    from llamagen.transformer import Transformer
-    from llamagen.transformer.quantized import quantize
+    from llamagen.models.transformer import Transformer
+    from llamagen.models.transformer.quantized import quantize
 
     if Transformer.kind not in parts:
         raise InputError("--quantization is for a transformer, but none was given")
@@ -140,9 +140,9 @@ def _quantize(parts: Parts, quantization: Literal["int8", "int4"]) -> None:
 
 def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | None) -> None:
     from llamagen.checkpoints import demo_sampling, find_public
+    from llamagen.models.tokenizer import ImageTokenizer
+    from llamagen.models.transformer import Transformer
     from llamagen.pipeline import Pipeline
-    from llamagen.tokenizer import ImageTokenizer
-    from llamagen.transformer import Transformer
 
     if len(parts) == 1:
         ((_, model),) = parts.values()
@@ -171,7 +171,7 @@ def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | 
 
 
 def _labels(transformer: Transformer, path: Path | None) -> Labels | None:
-    from llamagen.labels import Labels
+    from llamagen.support.labels import Labels
 
     config = transformer.config
     if config.condition == "text":
@@ -185,7 +185,7 @@ def _labels(transformer: Transformer, path: Path | None) -> Labels | None:
 
 
 def _described(model: ImageTokenizer | Transformer) -> str:
-    from llamagen.transformer import Transformer
+    from llamagen.models.transformer import Transformer
 
     text = f"{model.kind}, {model.parameter_count():,} parameters in {str(model.dtype)[6:]}, "
     if isinstance(model, Transformer):

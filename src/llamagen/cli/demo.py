@@ -25,7 +25,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Draws the sheet and says where it is."""
-    from llamagen.demo import run_demo
+    from llamagen.pipeline.demo import run_demo
 
     result = run_demo(options.out, device=options.device, seed=options.seed)
     print(

@@ -27,7 +27,7 @@ class Options:
 
 def run(options: Options) -> None:
     """Runs the demo and prints what it measured."""
-    from llamagen.demo_train import run_training_demo
+    from llamagen.training.demo import run_training_demo
 
     result = run_training_demo(
         options.out, device=options.device, seed=options.seed, steps=options.steps

@@ -11,11 +11,11 @@ import tyro
 
 from llamagen.cli.options import DeviceOptions, QuantizationOptions, SamplingOptions
 from llamagen.cli.saving import require_place, save_images
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
-    from llamagen.editing import Editor
     from llamagen.pipeline import PipelineOutput
+    from llamagen.pipeline.editing import Editor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +58,8 @@ def edit_image(
         raise FileNotFoundError(f"{options.image} does not exist; give an image file")
     device, dtype = options.resolve()
 
-    from llamagen.editing import Editor
     from llamagen.pipeline import Pipeline
+    from llamagen.pipeline.editing import Editor
 
     pipe = Pipeline.from_pretrained(options.model, device=device, dtype=dtype)
     options.quantize(pipe)

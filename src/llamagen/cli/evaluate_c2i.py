@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import tyro
 
 from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

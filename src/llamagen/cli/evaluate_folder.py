@@ -8,7 +8,7 @@ from pathlib import Path
 import tyro
 
 from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import dataclasses
 import tyro
 
 from llamagen.cli.evaluation import EvaluationOptions
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

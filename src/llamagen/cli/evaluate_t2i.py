@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -96,9 +96,9 @@ def run(options: Options) -> None:
 
 
 def _open_clip(source: str, device: torch.device) -> Clip:
-    from llamagen import distributed
     from llamagen.evaluation.networks.clip import ClipEncoder
     from llamagen.evaluation.protocols.t2i import Clip
+    from llamagen.support import distributed
 
     with distributed.main_first():
         encoder = ClipEncoder.from_pretrained(source, device=device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -47,10 +47,8 @@ def run(options: Options) -> None:
     """Reconstructs, compares and reports."""
     if options.images is None:
         raise InputError("no images were named; give a folder")
-    from llamagen import distributed
     from llamagen.checkpoints import load_tokenizer
     from llamagen.checkpoints.names import find_public
-    from llamagen.devices import find_dtype
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.protocols.tokenizer import (
         RECONSTRUCTIONS_FOLDER,
@@ -59,6 +57,8 @@ def run(options: Options) -> None:
     )
     from llamagen.evaluation.published import SIZE
     from llamagen.evaluation.reference import ReferenceSource
+    from llamagen.support import distributed
+    from llamagen.support.devices import find_dtype
 
     # float32 unless asked otherwise: this command measures the tokenizer, not the precision.
     exact = "float32" if options.dtype == "auto" else options.dtype
@@ -101,9 +101,9 @@ def _perceptual(options: Options, device: torch.device) -> Perceptual | None:
     """LPIPS, if it is wanted and there."""
     if options.lpips == "no":
         return None
-    from llamagen import distributed
     from llamagen.evaluation.networks.lpips import FILE_NAME, load_lpips
-    from llamagen.weights import cache_folder
+    from llamagen.evaluation.networks.weights import cache_folder
+    from llamagen.support import distributed
 
     here = options.lpips_weights is not None or (cache_folder() / FILE_NAME).is_file()
     if options.lpips == "auto" and not here:

@@ -12,7 +12,7 @@ import tyro
 
 from llamagen.cli.options import DeviceOptions, QuantizationOptions
 from llamagen.data.columns import SourceConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -97,8 +97,8 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
     @contextlib.contextmanager
     def processes(self) -> Iterator[torch.device]:
         """Joins the processes of torchrun, if there are any; yields this one's device."""
-        import llamagen.storage as storage
-        from llamagen import distributed
+        import llamagen.support.storage as storage
+        from llamagen.support import distributed
 
         storage.require_writable(self.out)
         device, _ = self.resolve()
@@ -109,8 +109,8 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
         """The pipeline, once in the main process and then in the others."""
         if model is None:
             raise InputError("no model was named; give --model")
-        from llamagen import distributed
         from llamagen.pipeline import Pipeline
+        from llamagen.support import distributed
 
         with distributed.main_first():
             pipeline = Pipeline.from_pretrained(
@@ -121,8 +121,8 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
 
     def finish(self, report: Report) -> None:
         """Writes and prints the report, in the main process."""
-        from llamagen import distributed
         from llamagen.evaluation.report import PAGE_NAME
+        from llamagen.support import distributed
 
         if not distributed.is_main():
             return

@@ -16,15 +16,15 @@ from llamagen.cli.options import DeviceOptions
 from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import TEN_CROP_RANGES
 from llamagen.data.views import ViewKind
-from llamagen.errors import InputError
-from llamagen.launch import Launch, own_device
+from llamagen.support.errors import InputError
+from llamagen.support.launch import Launch, own_device
 
 if TYPE_CHECKING:
     import torch
 
     from llamagen.data.store import CodeStore
     from llamagen.data.store_writer import Extraction
-    from llamagen.tokenizer import ImageTokenizer
+    from llamagen.models.tokenizer import ImageTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ def _extract(source: str, options: Options) -> Extraction:
     images = open_images(source, options.source)
 
     from llamagen.data.extraction import extract_in_processes, extract_store
-    from llamagen.devices import keep_freed_memory
+    from llamagen.support.devices import keep_freed_memory
 
     device, dtype = options.resolve()
     launch = Launch.current()

@@ -15,7 +15,7 @@ import tyro
 from llamagen.cli.options import DeviceOptions
 from llamagen.config import TextConfig
 from llamagen.data.columns import SourceConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.text.features import TextExtraction
@@ -58,7 +58,7 @@ def run(options: Options) -> None:
     import torch
     from tqdm import tqdm
 
-    from llamagen.launch import Launch, own_device
+    from llamagen.support.launch import Launch, own_device
     from llamagen.text.encoder import TextEncoder
     from llamagen.text.features import extract_text
 

@@ -15,13 +15,13 @@ from llamagen.cli.options import (
     SamplingOptions,
 )
 from llamagen.cli.saving import require_place, save_images
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.batches import Progress
     from llamagen.pipeline import Pipeline, PipelineOutput
+    from llamagen.pipeline.batches import Progress
 
 _BATCH = 16
 """Images of a file of prompts that are drawn at once, unless said otherwise."""
@@ -137,9 +137,9 @@ def _draw_file(options: Options, path: Path) -> None:
     prompts = read_prompts(path, column=options.prompt_column)
     from tqdm import tqdm
 
-    from llamagen.devices import keep_freed_memory
-    from llamagen.drawing import batches, draw_into_folder, plan_images
-    from llamagen.launch import Launch, own_device
+    from llamagen.pipeline.saving import batches, draw_into_folder, plan_images
+    from llamagen.support.devices import keep_freed_memory
+    from llamagen.support.launch import Launch, own_device
 
     device, dtype = options.resolve()
     launch = Launch.current()
@@ -172,7 +172,7 @@ def _settings(options: Options) -> dict[str, Any]:
     """What to generate: the options, with what ``--like`` says where they say nothing."""
     recorded: dict[str, Any] = {}
     if options.like is not None:
-        from llamagen.pictures import read_metadata
+        from llamagen.support.pictures import read_metadata
 
         recorded = read_metadata(options.like)
         if "edit" in recorded:

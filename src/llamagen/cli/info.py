@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
-    from llamagen.bench.speed import SpeedSummary
-    from llamagen.describe import ModelSummary, PartSummary
+    from llamagen.checkpoints.info import ModelSummary, PartSummary
+    from llamagen.evaluation.speed.speed import SpeedSummary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ def run(options: Options) -> None:
         print(_json(_known()) if options.as_json else _overview())
         return
     if is_image:
-        from llamagen.pictures import read_metadata
+        from llamagen.support.pictures import read_metadata
 
         print(_json(read_metadata(source)))
         return
-    from llamagen.bench.speed import estimate_speed
-    from llamagen.describe import describe_model
+    from llamagen.checkpoints.info import describe_model
+    from llamagen.evaluation.speed.speed import estimate_speed
 
     summary = describe_model(source)
     speed = estimate_speed(source) if options.measure else None
@@ -119,7 +119,7 @@ def _paragraphs(summary: ModelSummary) -> list[str]:
 
 def _parts_table(summary: ModelSummary) -> str:
     """Parameters, disk and memory of each part and, of several, in all."""
-    from llamagen.bench import table
+    from llamagen.evaluation.speed import table
 
     def row(name: str, parameters: int | None, disk: int | None, memory: Any) -> list[str]:
         counted = "unknown" if parameters is None else f"{parameters:,}"
@@ -154,7 +154,7 @@ def _architecture(part: PartSummary, summary: ModelSummary) -> str:
 
 
 def _speed(speed: SpeedSummary) -> str:
-    from llamagen.bench import table
+    from llamagen.evaluation.speed import table
 
     about = speed.machine
     on = about["gpu"] if speed.device.startswith("cuda") else about["processor"]

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("llamagen.cli.generate", "draw images of texts or classes"),

@@ -6,7 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any, Literal
 
 from llamagen.config import KVCacheDType
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Ranking = Literal["likelihood", "condition"]
-"""As ``llamagen.ranking`` has it, which imports torch."""
+"""As ``llamagen.pipeline.ranking`` has it, which imports torch."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class DeviceOptions:
         Raises:
             InputError: this machine has no such device.
         """
-        from llamagen.devices import find_device, find_dtype
+        from llamagen.support.devices import find_device, find_dtype
 
         device = find_device(self.device)
         return device, find_dtype(self.dtype, device)

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from llamagen.errors import InputError
-from llamagen.launch import Launch
+from llamagen.support.errors import InputError
+from llamagen.support.launch import Launch
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe, preset_model
 
@@ -42,7 +42,7 @@ def options_from_recipe(
 
 def run_training(train: Callable[[], TrainingResult]) -> None:
     """Trains, prints what came out of it, and ends politely on Ctrl-C."""
-    from llamagen.devices import keep_freed_memory
+    from llamagen.support.devices import keep_freed_memory
     from llamagen.training.loop import TrainingInterrupted
 
     keep_freed_memory()

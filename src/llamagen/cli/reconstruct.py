@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from llamagen.cli.options import DeviceOptions
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,7 +46,7 @@ def run(options: Options) -> None:
     """Reconstructs, saves and reports."""
     if options.max_side < 1 or options.sheet < 1:
         raise InputError("--max-side and --sheet must be at least 1")
-    import llamagen.storage as storage
+    import llamagen.support.storage as storage
 
     paths = _find(options.images)
     storage.require_writable(options.out)
@@ -124,7 +124,7 @@ def _save_all(
 ) -> _Done:
     from tqdm import tqdm
 
-    from llamagen.pictures import save_png
+    from llamagen.support.pictures import save_png
 
     done = _Done()
     names = _output_names(paths)
@@ -163,8 +163,8 @@ def _output_names(paths: list[Path]) -> dict[Path, str]:
 
 
 def _report(done: _Done, skipped: list[str], codebook_size: int, options: Options) -> None:
-    import llamagen.storage as storage
-    from llamagen.pictures import save_png
+    import llamagen.support.storage as storage
+    from llamagen.support.pictures import save_png
 
     means = {
         name: statistics.fmean(row[name] for row in done.rows)
@@ -194,7 +194,7 @@ def _report(done: _Done, skipped: list[str], codebook_size: int, options: Option
 def _sheet(done: _Done) -> Image.Image:
     from PIL import Image
 
-    from llamagen.pictures import image_grid
+    from llamagen.support.pictures import image_grid
 
     pictures, captions = [], []
     for before, after, caption in done.pairs:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.pipeline import PipelineOutput
@@ -22,7 +22,7 @@ def require_place(out: Path) -> None:
         InputError: it is a file of another kind.
         OSError: it cannot be written to.
     """
-    import llamagen.storage as storage
+    import llamagen.support.storage as storage
 
     is_file = out.suffix.lower() == ".png"
     if not is_file and out.exists() and not out.is_dir():
@@ -41,7 +41,7 @@ def save_images(output: PipelineOutput, out: Path, *, columns: int | None = None
     Returns:
         The files.
     """
-    from llamagen.pictures import image_grid, save_png
+    from llamagen.support.pictures import image_grid, save_png
 
     paths = []
     sheet_only = out.suffix.lower() == ".png"

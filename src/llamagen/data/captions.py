@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.data.columns import CAPTION_NAMES, SourceConfig, find_column
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _CONTENT_NAME = "captions.bin"
 _ENDS_NAME = "captions.npy"

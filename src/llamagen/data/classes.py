@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _MOST_CLASSES = 1_000_000
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_NAMES = ("label", "labels", "class", "class_name", "cls", "fine_label")

@@ -25,7 +25,7 @@ from llamagen.data.columns import (
     find_column,
 )
 from llamagen.data.images import CorruptImageError, decode_image
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 """Ends of file names -> the library's name of the format."""

@@ -40,10 +40,10 @@ from llamagen.data.store_writer import (
     write_shards,
 )
 from llamagen.data.views import Views
-from llamagen.devices import find_device
-from llamagen.errors import InputError
 from llamagen.generation.memory import decoding_batch_size
-from llamagen.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.support.devices import find_device
+from llamagen.support.errors import InputError
 
 _CPU_BATCH = 16
 """Larger batches gain nothing on a CPU."""

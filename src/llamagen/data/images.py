@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from llamagen.data.captions import Captions
 from llamagen.data.classes import in_order
 from llamagen.data.collection import ImageCollection
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 EXTENSIONS = frozenset(
     {

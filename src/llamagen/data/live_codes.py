@@ -20,8 +20,8 @@ from llamagen.data.collection import ImageCollection
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.support.errors import InputError
 
 _THREADS = 4
 """Threads that read images, unless more are asked for."""

@@ -20,7 +20,7 @@ from llamagen.data.collection import ImageCollection
 from llamagen.data.images import CorruptImageError
 from llamagen.data.order import DataOrder, Draw
 from llamagen.data.views import Augmentation, Views
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 class ImageBatch(NamedTuple):

@@ -16,7 +16,7 @@ from llamagen.data.captions import caption_columns, captions_of
 from llamagen.data.classes import classes_of
 from llamagen.data.columns import FILE_NAMES, LABEL_NAMES, SourceConfig, find_column
 from llamagen.data.images import ImageFolder
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 TABLES = ("metadata.csv", "metadata.jsonl")
 """Names of tables that are looked for in a folder."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llamagen.devices import keep_freed_memory
+from llamagen.support.devices import keep_freed_memory
 
 
 def run_children(

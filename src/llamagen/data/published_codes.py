@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.data.store import (
     CodeStore,
     StorePlan,
@@ -32,8 +32,8 @@ from llamagen.data.store_writer import (
     progress_bar,
     write_shards,
 )
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
 
 _log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
 from llamagen.data.images import ImageFolder
 from llamagen.data.metadata import find_table, open_table
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 def open_images(

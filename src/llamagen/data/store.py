@@ -32,7 +32,7 @@ from llamagen.config import (
 )
 from llamagen.data.captions import Caption, Captions, CaptionTable
 from llamagen.data.versioned import read_versioned, write_versioned
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 FileT = TypeVar("FileT", "StorePlan", "Manifest")
 

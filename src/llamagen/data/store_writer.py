@@ -21,7 +21,7 @@ from typing import NoReturn
 import numpy as np
 from tqdm import tqdm
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.config import config_to_dict
 from llamagen.data.captions import Captions, write_captions
 from llamagen.data.store import (
@@ -41,8 +41,8 @@ from llamagen.data.store import (
     write_npy,
     write_plan_file,
 )
-from llamagen.errors import InputError
-from llamagen.labels import Labels
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
 SHARD_SIZE = 4096
 """Images to a shard; twenty views of 256 codes each are then 42 MB."""

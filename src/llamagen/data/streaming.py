@@ -28,7 +28,7 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.images import CorruptImageError
 from llamagen.data.loader import ImageBatch, Sample, load_batches
 from llamagen.data.views import Augmentation
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.config import config_from_dict, config_to_dict, read_json
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 ConfigT = TypeVar("ConfigT")
 

@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from llamagen.data.crops import TEN_CROP_RANGES, center_crop, five_crop, random_crop, ten_crop
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 ViewKind = Literal["center", "flip", "five-crop", "ten-crop"]
 """The centre crop; that and its mirror image; the corners and the middle of larger images, five

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import llamagen.storage as storage
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import FeatureStatistics
 from llamagen.evaluation.pieces import Pieces
+from llamagen.support.errors import InputError
 
 _ABOUT_NAME = "about.json"
 

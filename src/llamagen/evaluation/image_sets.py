@@ -19,7 +19,7 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import center_crop
 from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.data.sources import open_images
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _PART = 256
 
@@ -215,7 +215,7 @@ def write_images(path: Path, images: ImageSet, labels: np.ndarray | None = None)
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    import llamagen.storage as storage
+    import llamagen.support.storage as storage
 
     header: Mapping[str, Any] = {
         "descr": "|u1",

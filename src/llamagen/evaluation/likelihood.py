@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen.errors import InputError
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.pieces import Pieces
 from llamagen.generation.likelihood import code_log_likelihoods
 from llamagen.generation.memory import decoding_batch_size
+from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline import Pipeline
-from llamagen.tokenizer import uint8_to_images
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

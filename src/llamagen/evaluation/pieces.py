@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import llamagen.storage as storage
-from llamagen import distributed
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
 
 PIECE = 256
 """Images of a piece."""

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from llamagen.data.crops import center_crop
-from llamagen.errors import InputError
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.evaluation.metrics.ssim import WINDOW
 from llamagen.generation.memory import decoding_batch_size
-from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

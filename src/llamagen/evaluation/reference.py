@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.data.columns import SourceConfig
-from llamagen.errors import InputError
 from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
 from llamagen.evaluation.image_sets import (
     ArchivedImages,
@@ -25,6 +24,7 @@ from llamagen.evaluation.image_sets import (
     read_array,
 )
 from llamagen.evaluation.metrics import FeatureStatistics
+from llamagen.support.errors import InputError
 
 INCEPTION = "inception"
 """What the fingerprint of the network that ADM's statistics were made with begins with."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.evaluation.page import render_page
 
 JSON_NAME = "report.json"

@@ -16,14 +16,14 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-import llamagen.storage as storage
-from llamagen import distributed
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.pieces import Pieces
 from llamagen.generation.memory import sampling_batch_size
+from llamagen.models.tokenizer import images_to_uint8
 from llamagen.pipeline import Pipeline
-from llamagen.tokenizer import images_to_uint8
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
 
 _SETTINGS_NAME = "settings.json"
 

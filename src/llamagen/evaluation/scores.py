@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import torch
 
-from llamagen.errors import InputError
 from llamagen.evaluation.features import FeatureNetwork, Features
 from llamagen.evaluation.metrics import (
     frechet_distance,
@@ -16,6 +15,7 @@ from llamagen.evaluation.metrics import (
     precision_recall,
 )
 from llamagen.evaluation.reference import INCEPTION, Reference
+from llamagen.support.errors import InputError
 
 _OTHER_NAMES = {
     "fid": "classifier_frechet",

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from llamagen.backends.decoder import Decoder, StepTimes, decoder_for
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import NotFiniteError
 from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.known import start_codes
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Blend, sequences_of
-from llamagen.transformer import Decoder, KVCache, StepTimes, Transformer, decoder_for
+from llamagen.models.transformer import KVCache, Transformer
+from llamagen.support.errors import NotFiniteError
 
 RowCallback = Callable[[int, Tensor], None]
 """Called after each finished row of the grid with the number of finished rows and all codes so

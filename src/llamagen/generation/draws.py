@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen import cuda_graphs
+from llamagen.backends import cuda_graphs
+from llamagen.backends.cpu import Kernels, library, load_kernels
+from llamagen.backends.cuda_graphs import CudaTape, Recorder
 from llamagen.config import SamplingConfig
-from llamagen.cuda_graphs import CudaTape, Recorder
 from llamagen.generation.row_sampling import RowSettings, guide_rows, next_codes_of_rows
-from llamagen.kernels import Kernels, library, load_kernels
 
 _AFTER = 16
 """Draws before they are recorded, which takes as long as a few dozen of them: a server's batch may

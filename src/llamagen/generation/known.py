@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 UNKNOWN = -1
 """Stands where a code is to be drawn."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
 
 _LOGITS = 1 << 27
 """Numbers that are in memory at once, at most."""

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from llamagen.config import Grid, TokenizerConfig
-from llamagen.transformer import KVCache, Transformer
+from llamagen.models.transformer import KVCache, Transformer
 
 MAX_BATCH = 64
 """More rows gain little throughput on any device, and make the first image later."""

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation.decode import generate_codes
 from llamagen.generation.row_parallel import check_lag, generate_codes_row_parallel, most_codes_fed
 from llamagen.generation.sequences import Blend
 from llamagen.generation.speculative import generate_codes_in_parallel, looking_ahead_pays
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

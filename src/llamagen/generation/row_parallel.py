@@ -27,14 +27,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llamagen.backends.decoder import decoder_for
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation.decode import RowCallback, check_finite
 from llamagen.generation.draws import Draws
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Sequences, sequences_of
 from llamagen.generation.slotted import SlottedSequences
-from llamagen.transformer import Transformer, decoder_for
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 
 class RowParallelCodes(NamedTuple):

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llamagen.backends.decoder import decoder_for
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation.draws import draws_for
 from llamagen.generation.known import check_known
 from llamagen.generation.seeds import check_seed, uniform_draws
 from llamagen.generation.sequences import check_share
-from llamagen.transformer import SlotCache, Transformer, decoder_for
+from llamagen.models.transformer import SlotCache, Transformer
+from llamagen.support.errors import InputError, NotFiniteError
 
 
 @dataclass(eq=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 MAX_SEED = 2**63 - 1
 

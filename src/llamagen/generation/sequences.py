@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation.seeds import check_seed
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

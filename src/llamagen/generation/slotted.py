@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from llamagen.backends.decoder import Decoder
 from llamagen.config import Grid, SamplingConfig
 from llamagen.generation.draws import Draws, draws_for
 from llamagen.generation.sequences import Sequences
-from llamagen.transformer import Decoder, SlotCache, Transformer
+from llamagen.models.transformer import SlotCache, Transformer
 
 
 class SlottedSequences:

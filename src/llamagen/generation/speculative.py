@@ -25,15 +25,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llamagen.backends.decoder import CpuDecoder, decoder_for
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation.decode import RowCallback, not_finite
 from llamagen.generation.draws import Draws
 from llamagen.generation.seeds import uniform_draws
 from llamagen.generation.sequences import Sequences, sequences_of
 from llamagen.generation.slotted import SlottedSequences
-from llamagen.transformer import Transformer, decoder_for
-from llamagen.transformer.decoder import CpuDecoder
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 _MOST_ROWS = 32
 """Rows of a pass up to which its time, with tiles, grows much more slowly than their number."""

@@ -11,13 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from llamagen.errors import InputError
 from llamagen.serving.guards import Gate, Guards, error_body
 from llamagen.serving.images import ERRORS, SETTINGS, NoModelError, Served, add_image_routes
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import QueueFullError, ServedModel
 from llamagen.serving.schemas import Health, ModelCard, ModelList
 from llamagen.serving.settings import ServerSettings
+from llamagen.support.errors import InputError
 
 _ERROR_SCHEMA = "#/components/schemas/ErrorResponse"
 

@@ -19,10 +19,10 @@ from typing import Protocol
 from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import NotFiniteError
 from llamagen.generation.memory import sampling_batch_size
 from llamagen.generation.running_batch import Drawing, RunningBatch
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import NotFiniteError
 
 _log = logging.getLogger(__name__)
 

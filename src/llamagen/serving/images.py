@@ -16,9 +16,7 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.types import Receive, Scope, Send
 
-from llamagen.editing import INPAINTING_CANDIDATES, Edit, Editor
-from llamagen.errors import InputError
-from llamagen.pictures import image_bytes
+from llamagen.pipeline.editing import INPAINTING_CANDIDATES, Edit, Editor
 from llamagen.serving.files import FileStore
 from llamagen.serving.guards import error_body
 from llamagen.serving.jobs import Job, Update
@@ -37,6 +35,8 @@ from llamagen.serving.schemas import (
 )
 from llamagen.serving.settings import ServerSettings
 from llamagen.serving.uploads import form_schema, read_form, unpacked
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import image_bytes
 
 _log = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ from contextlib import aclosing
 import torch
 from torch import Tensor
 
-from llamagen.conditions import Conditions
 from llamagen.config import SamplingConfig
-from llamagen.editing import Edit, Window
-from llamagen.errors import InputError, NotFiniteError
 from llamagen.generation.known import UNKNOWN
-from llamagen.ranking import Ranking, score_images
+from llamagen.models.transformer import Transformer
+from llamagen.pipeline.conditions import Conditions
+from llamagen.pipeline.editing import Edit, Window
+from llamagen.pipeline.ranking import Ranking, score_images
 from llamagen.serving.engine import CodeEngine, EngineError
 from llamagen.serving.metrics import ServerMetrics
-from llamagen.transformer import Transformer
+from llamagen.support.errors import InputError, NotFiniteError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

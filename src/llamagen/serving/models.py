@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llamagen.conditions import Conditions
 from llamagen.config import Grid
-from llamagen.editing import Edit, Editor
-from llamagen.errors import InputError
 from llamagen.generation.seeds import one_seed_each
 from llamagen.pipeline import Pipeline
-from llamagen.ranking import Ranking, check_ranking
+from llamagen.pipeline.conditions import Conditions
+from llamagen.pipeline.editing import Edit, Editor
+from llamagen.pipeline.ranking import Ranking, check_ranking
 from llamagen.serving.decoding import ImageDecoder
 from llamagen.serving.engine import CodeEngine
 from llamagen.serving.jobs import Job, Ranker, RunningJob, Update
 from llamagen.serving.metrics import ServerMetrics
+from llamagen.support.errors import InputError
 
 
 class QueueFullError(RuntimeError):

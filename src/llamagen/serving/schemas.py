@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from llamagen.generation.seeds import MAX_SEED
-from llamagen.ranking import Ranking
+from llamagen.pipeline.ranking import Ranking
 
 OutputFormat = Literal["png", "jpeg", "webp"]
 

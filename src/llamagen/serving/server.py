@@ -10,7 +10,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from llamagen.data.images import DECODING_ERRORS, to_rgb
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _Form = TypeVar("_Form", bound=BaseModel)
 

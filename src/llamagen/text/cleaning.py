@@ -13,7 +13,7 @@ import urllib.parse
 from collections.abc import Callable
 from typing import NamedTuple
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
-from llamagen.errors import InputError
-from llamagen.pretrained import is_repo_id
+from llamagen.models.pretrained import is_repo_id
+from llamagen.support.errors import InputError
 from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, loading, quietly
 

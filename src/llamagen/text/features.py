@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.config import TextConfig, config_to_dict, read_json
 from llamagen.data.store import write_npy
 from llamagen.data.versioned import read_versioned, write_versioned
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.text.encoder import TOKENS_AT_ONCE, TextEncoder
 
 FileT = TypeVar("FileT", "TextPlan", "TextManifest")

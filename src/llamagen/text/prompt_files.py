@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamagen.data.columns import CAPTION_NAMES
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 _REST = "more"
 """What fields are called that a row has beyond the header's."""

@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from llamagen.errors import InputError
-from llamagen.pretrained import hub_errors
+from llamagen.models.pretrained import hub_errors
+from llamagen.support.errors import InputError
 
 
 def import_transformers(who: str) -> Any:

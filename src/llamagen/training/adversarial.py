@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training.config import AdversarialLoss
 
 _MAX_ADAPTIVE_WEIGHT = 1e4

@@ -32,9 +32,9 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-import llamagen.storage as storage
-from llamagen import distributed
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
 
 FOLDER_NAME = "checkpoints"
 

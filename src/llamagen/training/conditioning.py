@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llamagen.data.captions import Captions, draw_caption
 from llamagen.data.live_codes import CodeSource
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.text.encoder import TextEncoder, padded
 from llamagen.text.features import TextStore
 from llamagen.training.task import Batch

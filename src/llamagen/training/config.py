@@ -22,7 +22,7 @@ from llamagen.config import (
 from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import TEN_CROP_RANGES
 from llamagen.data.views import ViewKind, check_crop_ranges
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Parallel = Literal["ddp", "fsdp"]

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import llamagen.storage as storage
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
+from llamagen.support.errors import InputError
 
 FILE_NAME = "curves.png"
 

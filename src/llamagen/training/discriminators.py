@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training.config import DiscriminatorName
 
 _SLOPE = 0.2

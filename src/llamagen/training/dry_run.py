@@ -19,7 +19,7 @@ import psutil
 import torch
 from PIL import Image
 
-from llamagen import checkpoints, distributed
+from llamagen import checkpoints
 from llamagen.checkpoints.names import find_public
 from llamagen.config import (
     TOKENIZER_PRESETS,
@@ -33,9 +33,10 @@ from llamagen.data.captions import Caption, Captions
 from llamagen.data.collection import ImageCollection
 from llamagen.data.images import ImageFolder
 from llamagen.data.order import DataOrder
-from llamagen.devices import find_device
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support import distributed
+from llamagen.support.devices import find_device
+from llamagen.support.errors import InputError
 from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
 from llamagen.training.loop import try_steps
 from llamagen.training.parallel import require_shares

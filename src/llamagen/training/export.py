@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support.errors import InputError
 from llamagen.training.checkpoint import Checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llamagen import distributed
-from llamagen.devices import find_device
-from llamagen.errors import InputError
+from llamagen.support import distributed
+from llamagen.support.devices import find_device
+from llamagen.support.errors import InputError
 from llamagen.training import curves, metrics
 from llamagen.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from llamagen.training.config import LoopConfig

@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2106.09685) of a transformer, through ``peft``.
 
 The matrices are peft's own modules, and an adapter is saved in peft's format, so that other
-programs of that family can read it. Reading one needs nothing but ``llamagen.adapters``.
+programs of that family can read it. ``llamagen.checkpoints.adapters`` reads one without peft.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import llamagen.storage as storage
-from llamagen.adapters import ADAPTER_WEIGHTS_NAME
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
+from llamagen.checkpoints.adapters import ADAPTER_WEIGHTS_NAME
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 from llamagen.training.config import LoraConfig
-from llamagen.transformer import Transformer
 
 _ADAPTER = "default"
 """peft's name for the only adapter of a model."""

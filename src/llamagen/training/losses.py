@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamagen.tokenizer import TokenizerOutput, VectorQuantizer
+from llamagen.models.tokenizer import TokenizerOutput, VectorQuantizer
 from llamagen.training.config import TokenizerLossConfig
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import llamagen.storage as storage
-from llamagen import distributed
+import llamagen.support.storage as storage
+from llamagen.support import distributed
 
 FILE_NAME = "metrics.jsonl"
 

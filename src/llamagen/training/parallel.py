@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from llamagen import distributed
-from llamagen.errors import InputError
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
 from llamagen.training.config import LoopConfig
 
 # DDP says so of 1x1 convolutions in channels-last layout, whose strides differ in name only.

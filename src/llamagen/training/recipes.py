@@ -18,7 +18,7 @@ from llamagen.config import (
     config_from_dict,
     preset,
 )
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 
 RecipeT = TypeVar("RecipeT", TokenizerTraining, TransformerTraining)

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import llamagen.storage as storage
-from llamagen import distributed
-from llamagen.devices import find_device, find_dtype
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
+from llamagen.support import distributed
+from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.errors import InputError
 from llamagen.training import checkpoint
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yaml

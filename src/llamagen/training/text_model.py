@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import SmallTextEncoderConfig
+from llamagen.models.transformer import Transformer
 from llamagen.text.encoder import TextEncoder
-from llamagen.transformer import Transformer
 
 TRANSFORMER = "transformer."
 """What the names of the transformer's weights begin with."""

@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import llamagen.storage as storage
-from llamagen import distributed
+import llamagen.support.storage as storage
 from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
 from llamagen.data.collection import ImageCollection
 from llamagen.data.images import SkippedFiles
 from llamagen.data.loader import ImageBatch, image_views
 from llamagen.data.views import Augmentation, Views
-from llamagen.errors import InputError
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.evaluation.networks.lpips import Lpips, load_lpips
-from llamagen.pictures import image_grid, save_png, to_pil
-from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import image_grid, save_png, to_pil
 from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining

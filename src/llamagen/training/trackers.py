@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-import llamagen.storage as storage
-from llamagen.errors import InputError
+import llamagen.support.storage as storage
+from llamagen.support.errors import InputError
 
 TENSORBOARD_FOLDER = "tensorboard"
 """TensorBoard's files, in the run's folder."""

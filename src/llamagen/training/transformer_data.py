@@ -10,15 +10,15 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llamagen import distributed
 from llamagen.data.collection import ImageCollection
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
-from llamagen.errors import InputError
-from llamagen.tokenizer import ImageTokenizer
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
 from llamagen.training.config import TransformerTraining
 from llamagen.training.run_folder import SKIPPED_NAME, start_run
 from llamagen.training.sources import find_run_images

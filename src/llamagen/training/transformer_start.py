@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen import checkpoints, distributed
+from llamagen import checkpoints
 from llamagen.config import (
     Grid,
     SmallTextEncoderConfig,
@@ -19,12 +19,15 @@ from llamagen.config import (
     config_from_dict,
     config_to_dict,
 )
-from llamagen.errors import InputError
-from llamagen.labels import Labels
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
+from llamagen.models.transformer.quantized import refuse_quantized
 from llamagen.pipeline import Pipeline
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 from llamagen.text.encoder import TextEncoder
 from llamagen.text.features import TextStore
-from llamagen.tokenizer import ImageTokenizer
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.conditioning import (
     Conditioning,
@@ -37,8 +40,6 @@ from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, ori
 from llamagen.training.parallel import initialise, seeded, set_tensor, shards_model
 from llamagen.training.run_folder import checkpoint_folder
 from llamagen.training.text_model import TRANSFORMER, TextModel, init_encoder_tensor
-from llamagen.transformer import Transformer
-from llamagen.transformer.quantized import refuse_quantized
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _DROPOUT = ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path")

@@ -15,20 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llamagen import distributed
-from llamagen import labels as label_files
 from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.order import DataOrder
-from llamagen.devices import find_device
-from llamagen.errors import InputError
-from llamagen.labels import Labels
-from llamagen.pictures import image_grid, save_png
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.models.transformer import Transformer
 from llamagen.pipeline import Pipeline
+from llamagen.support import distributed
+from llamagen.support import labels as label_files
+from llamagen.support.devices import find_device
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
+from llamagen.support.pictures import image_grid, save_png
 from llamagen.text.encoder import padded
-from llamagen.tokenizer import ImageTokenizer
 from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
@@ -40,7 +41,6 @@ from llamagen.training.text_model import TextModel
 from llamagen.training.throughput import training_flops
 from llamagen.training.transformer_data import Codes, find_codes
 from llamagen.training.transformer_start import Start, find_start, transformer_of
-from llamagen.transformer import Transformer
 
 PIPELINE_FOLDER = "pipeline"
 """The exported pipeline, in the run's folder."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen import distributed
+from llamagen.support import distributed
 
 
 class CodebookUsage:

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid, SamplingConfig
-from llamagen.devices import find_device, find_dtype
-from llamagen.errors import InputError, NotFiniteError
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
+from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.errors import InputError, NotFiniteError
 from llamagen.vllm_plugin.export import ExportOptions, temporary_export
 from llamagen.vllm_plugin.library import require_vllm
 from llamagen.vllm_plugin.prompts import Prompts

@@ -14,15 +14,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.checkpoints import resolve_pipeline
 from llamagen.checkpoints.load import load_transformer
 from llamagen.checkpoints.sources import Source, folder_kind, locate
 from llamagen.config import Grid, SamplingConfig, TransformerConfig, read_json
-from llamagen.errors import InputError
-from llamagen.pretrained import CONFIG_NAME, WEIGHTS_NAME
-from llamagen.transformer import Transformer
-from llamagen.transformer.quantized import refuse_quantized
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from llamagen.models.transformer import Transformer
+from llamagen.models.transformer.quantized import refuse_quantized
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig

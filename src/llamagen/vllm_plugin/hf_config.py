@@ -20,7 +20,7 @@ from llamagen.config import (
     config_from_dict,
     config_to_dict,
 )
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 ARCHITECTURE = "LlamaGenForImageCodes"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 def require_vllm() -> ModuleType:

@@ -33,8 +33,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     VocabParallelEmbedding,
 )
 
-from llamagen.errors import InputError
-from llamagen.transformer.rope import apply_rope, rope_table
+from llamagen.models.transformer.rope import apply_rope, rope_table
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid, SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation import RowCallback
-from llamagen.transformer import Transformer
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.engine import VllmEngine
 
 ResultT = TypeVar("ResultT")

@@ -19,7 +19,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor as RowProcessor
 from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor as SlotProcessor
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.drawing import CodeDraw, Request
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 from llamagen.vllm_plugin.settings import is_addressed, read_settings

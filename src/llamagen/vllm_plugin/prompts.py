@@ -15,9 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from llamagen.errors import InputError
-from llamagen.pretrained import WEIGHTS_NAME
-from llamagen.transformer import ClassCondition, TextCondition
+from llamagen.models.pretrained import WEIGHTS_NAME
+from llamagen.models.transformer import ClassCondition, TextCondition
+from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import read_exported
 
 

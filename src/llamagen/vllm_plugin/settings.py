@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from llamagen.config import SamplingConfig
-from llamagen.errors import InputError
 from llamagen.generation.seeds import check_seed
+from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams

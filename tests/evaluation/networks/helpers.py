@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.errors import InputError
 from llamagen.evaluation.networks import InceptionV3
+from llamagen.support.errors import InputError
 
 
 def shapes() -> dict[str, tuple[int, ...]]:

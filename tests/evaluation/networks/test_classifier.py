@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen.errors import InputError
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.networks import train_classifier as module
 from llamagen.evaluation.networks.classifier import (
@@ -16,6 +15,7 @@ from llamagen.evaluation.networks.classifier import (
     load_classifier,
 )
 from llamagen.evaluation.networks.train_classifier import ClassifierTraining, train_classifier
+from llamagen.support.errors import InputError
 
 SMALL = ClassifierConfig(classes=2, size=8, channels=(8, 16))
 QUICK = ClassifierTraining(steps=40, batch_size=16, lr=1e-2)

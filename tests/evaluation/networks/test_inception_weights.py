@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llamagen.errors import InputError
 from llamagen.evaluation.networks import InceptionV3, inception
 from llamagen.evaluation.networks.inception import WEIGHTS_FILE
-from llamagen.weights import PublicFile
+from llamagen.evaluation.networks.weights import PublicFile
+from llamagen.support.errors import InputError
 from tests.evaluation.networks.helpers import images, one_line, shapes
 from tests.web import running
 

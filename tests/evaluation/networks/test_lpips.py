@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.errors import InputError
 from llamagen.evaluation.networks import lpips
 from llamagen.evaluation.networks.lpips import (
     FILE_NAME,
@@ -23,7 +22,8 @@ from llamagen.evaluation.networks.lpips import (
     load_lpips,
     save_lpips,
 )
-from llamagen.weights import PublicFile, cache_folder
+from llamagen.evaluation.networks.weights import PublicFile, cache_folder
+from llamagen.support.errors import InputError
 from tests.evaluation.networks.helpers import one_line
 from tests.web import running
 

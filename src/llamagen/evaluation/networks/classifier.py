@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.config import read_json
-from llamagen.errors import InputError
 from llamagen.evaluation.features import NetworkOutput
-from llamagen.labels import FILE_NAME, Labels
-from llamagen.pretrained import CONFIG_NAME, PretrainedModel
+from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel
+from llamagen.support.errors import InputError
+from llamagen.support.labels import FILE_NAME, Labels
 
 _MEASURED_NAME = "measured.json"
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from llamagen.errors import InputError
 from llamagen.evaluation.networks.inputs import require_images
-from llamagen.pretrained import is_repo_id
+from llamagen.models.pretrained import is_repo_id
+from llamagen.support.errors import InputError
 from llamagen.text.transformers_library import import_transformers, loading
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"

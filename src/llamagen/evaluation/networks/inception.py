@@ -25,10 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.checkpoints.hub import download_file
-from llamagen.errors import InputError
 from llamagen.evaluation.networks.inputs import require_images
-from llamagen.pretrained import is_repo_id
-from llamagen.weights import (
+from llamagen.evaluation.networks.weights import (
     PublicFile,
     build,
     cache_folder,
@@ -36,6 +34,8 @@ from llamagen.weights import (
     read_weights,
     require_checksum,
 )
+from llamagen.models.pretrained import is_repo_id
+from llamagen.support.errors import InputError
 
 WEIGHTS_FILE = PublicFile(
     name="pt_inception-2015-12-05-6726825d.pth",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llamagen.errors import InputError
+from llamagen.support.errors import InputError
 
 
 def require_images(images: Tensor) -> None:

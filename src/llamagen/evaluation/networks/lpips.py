@@ -20,9 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import llamagen.storage as storage
-from llamagen.errors import InputError
-from llamagen.weights import (
+import llamagen.support.storage as storage
+from llamagen.evaluation.networks.weights import (
     PublicFile,
     build,
     cache_folder,
@@ -30,6 +29,7 @@ from llamagen.weights import (
     read_weights,
     writable_cache,
 )
+from llamagen.support.errors import InputError
 
 FILE_NAME = "lpips-vgg16.safetensors"
 """All weights in one file of 59 MB, as ``save_lpips`` writes it and the cache keeps it."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from llamagen import distributed
 from llamagen.evaluation.features import FeatureNetwork, NetworkOutput
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.networks.classifier import (
@@ -19,7 +18,8 @@ from llamagen.evaluation.networks.classifier import (
 )
 from llamagen.evaluation.networks.inception import InceptionV3
 from llamagen.evaluation.networks.train_classifier import ClassifierTraining, train_classifier
-from llamagen.pretrained import CONFIG_NAME
+from llamagen.models.pretrained import CONFIG_NAME
+from llamagen.support import distributed
 
 NetworkKind = Literal["inception", "classifier"]
 

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import llamagen.storage as storage
+import llamagen.support.storage as storage
 from llamagen.data.order import DataOrder
-from llamagen.errors import InputError
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.networks.classifier import (
     Classifier,
     ClassifierConfig,
     save_classifier,
 )
-from llamagen.labels import Labels
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
 _STATE_NAME = ".training.pt"
 _SAVED_EVERY = 250
@@ -223,7 +223,7 @@ def _augmented(images: Tensor, training: ClassifierTraining, numbers: torch.Gene
 
 
 def _fast(device: torch.device) -> torch.autocast:
-    from llamagen.devices import find_dtype
+    from llamagen.support.devices import find_dtype
 
     dtype = find_dtype(None, device)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)

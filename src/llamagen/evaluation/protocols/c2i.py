@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from llamagen import distributed
 from llamagen.evaluation.features import FeatureNetwork, Features
 from llamagen.evaluation.image_sets import ImageSet, write_images
 from llamagen.evaluation.protocols.common import (
@@ -26,8 +25,9 @@ from llamagen.evaluation.reference import INCEPTION, Reference, ReferenceSource
 from llamagen.evaluation.report import Report, Table
 from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_samples
 from llamagen.evaluation.scores import score
-from llamagen.labels import Labels
 from llamagen.pipeline import Pipeline
+from llamagen.support import distributed
+from llamagen.support.labels import Labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ from llamagen.evaluation.published import SIZE
 from llamagen.evaluation.reference import Reference, ReferenceSource
 from llamagen.evaluation.report import Picture
 from llamagen.evaluation.samples import Samples
-from llamagen.pictures import image_grid
 from llamagen.pipeline import Pipeline
+from llamagen.support.pictures import image_grid
 
 SAMPLES_FOLDER = "samples"
 """Of what was drawn, in an evaluation's folder."""

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from llamagen import distributed
-from llamagen.errors import InputError
 from llamagen.evaluation.features import Features
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.protocols.common import (
@@ -19,6 +17,8 @@ from llamagen.evaluation.protocols.common import (
 from llamagen.evaluation.reference import ReferenceSource, write_statistics
 from llamagen.evaluation.report import Report
 from llamagen.evaluation.scores import score
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
 
 
 def evaluate_folder(

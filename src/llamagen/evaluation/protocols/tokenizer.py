@@ -22,8 +22,8 @@ from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.scores import score
 from llamagen.generation.memory import decoding_batch_size
-from llamagen.pictures import image_grid
-from llamagen.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.support.pictures import image_grid
 
 RECONSTRUCTIONS_FOLDER = "reconstructions"
 _SHOWN = 24

@@ -1,0 +1,88 @@
+"""Adapters: what fine-tuning with LoRA adds to a transformer, as a folder in peft's format."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llamagen.config import read_json
+from llamagen.models.pretrained import read_safetensors, safetensors_shapes
+from llamagen.models.transformer import Transformer
+from llamagen.models.transformer.condition import ClassCondition
+from llamagen.support.errors import InputError
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+_CLASS_TABLE = "cls_embedding.embedding_table.weight"
+
+
+@torch.no_grad()
+def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
+    """Adds an adapter's matrices to the weights of the transformer that it was trained on.
+
+    A class table in it, of as many classes as it has, takes the place of the transformer's.
+
+    Raises:
+        FileNotFoundError: the folder or one of its files is missing.
+        InputError: it is no LoRA adapter, is damaged, or belongs to another model.
+    """
+    folder = Path(folder)
+    settings = read_json(folder / ADAPTER_CONFIG_NAME)
+    plain = not settings.get("use_dora") and settings.get("bias", "none") == "none"
+    if settings.get("peft_type") != "LORA" or not plain:
+        raise InputError(f"{folder} is no plain LoRA adapter; merge it with peft instead")
+    root = settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
+    scale = settings["lora_alpha"] / root
+    path = folder / ADAPTER_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; copy the whole folder")
+    _check(transformer, safetensors_shapes(path), str(folder))
+    tensors = {name.removeprefix(_PREFIX): read() for name, read in read_safetensors(path)}
+    for name, down in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            layer = transformer.get_submodule(name.removesuffix(".lora_A.weight"))
+            assert isinstance(layer, nn.Linear)
+            up = tensors[name.replace(".lora_A.", ".lora_B.")]
+            # In float32: rounding once is better than twice.
+            change = scale * (up.float() @ down.float())
+            layer.weight.copy_(layer.weight.float().cpu() + change)
+    if _CLASS_TABLE in tensors:
+        replace_class_table(transformer, tensors[_CLASS_TABLE])
+
+
+@torch.no_grad()
+def replace_class_table(transformer: Transformer, table: Tensor) -> None:
+    """Gives a transformer other classes: ``table`` is (classes + 1, D), its last row "no class"."""
+    classes = table.shape[0] - 1
+    transformer.config = dataclasses.replace(transformer.config, num_classes=classes)
+    condition = transformer.cls_embedding
+    assert isinstance(condition, ClassCondition)
+    condition.num_classes = classes
+    weight = condition.embedding_table.weight
+    condition.embedding_table = nn.Embedding(classes + 1, table.shape[1]).to(weight)
+    condition.embedding_table.weight.copy_(table)
+
+
+def _check(transformer: Transformer, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    """Checks that every matrix has its layer, of its size."""
+    for full_name, shape in shapes.items():
+        name = full_name.removeprefix(_PREFIX)
+        if name == _CLASS_TABLE:
+            fits = transformer.config.condition == "class" and shape[1] == transformer.config.dim
+        else:
+            layer_name, _, part = name.removesuffix(".weight").rpartition(".")
+            layer = dict(transformer.named_modules()).get(layer_name)
+            fits = isinstance(layer, nn.Linear) and (
+                (part == "lora_A" and shape[1] == layer.in_features)
+                or (part == "lora_B" and shape[0] == layer.out_features)
+            )
+        if not fits:
+            raise InputError(
+                f"{source} belongs to another model: it changes {name} {shape}, which this one "
+                f"does not have; name the model that it was trained on"
+            )

@@ -1,0 +1,208 @@
+"""Weights of public networks that measure images: found, downloaded, checked, read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.client
+import os
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import llamagen.support.storage as storage
+from llamagen.checkpoints.pickles import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
+from llamagen.models.pretrained import check_shapes, read_safetensors
+from llamagen.support.errors import InputError
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+_CHUNK = 2**20
+_TIMEOUT = 30.0
+"""Seconds without an answer after which a download is given up."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublicFile:
+    """A file on the web."""
+
+    name: str
+    """Its name in the cache."""
+    url: str
+    sha256: str | None
+    """Of its content; None if that is not known."""
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    own = os.environ.get("LLAMAGEN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
+
+
+def writable_cache(purpose: str) -> Path:
+    """The cache's folder, made if need be.
+
+    Args:
+        purpose: what the files in it are for, for the error message.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    try:
+        return storage.require_writable(cache_folder())
+    except InputError as error:
+        raise InputError(f"{error} for {purpose} (LLAMAGEN_CACHE)") from error
+
+
+def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
+    """The file in the cache, where it is downloaded to if it is not there yet.
+
+    Several processes at once each download for themselves, so let one of them go first.
+
+    Args:
+        file: what is wanted.
+        purpose: what it is for, for error messages.
+        remedy: what the user can do without it, for error messages.
+
+    Raises:
+        InputError: the download failed, or the cache holds another file under this name.
+        OSError: the disk is full.
+    """
+    path = cache_folder() / file.name
+    if path.is_file():
+        require_checksum(path, file.sha256, remedy="without that file it is downloaded again")
+        return path
+    writable_cache(purpose)
+    with storage.atomic_file(path) as temporary:
+        download(file, temporary, purpose=purpose, remedy=remedy)
+    return path
+
+
+def download(file: PublicFile, path: Path, *, purpose: str, remedy: str) -> None:
+    """Downloads a file to ``path``, which is of no use if this raises.
+
+    Args:
+        file: what is wanted.
+        path: where to.
+        purpose: what it is for, for error messages.
+        remedy: what the user can do without it, for error messages.
+
+    Raises:
+        InputError: the download failed, or it gave another file.
+        OSError: the disk is full.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as out:
+        for part in _fetch(file, purpose, remedy):
+            digest.update(part)
+            out.write(part)
+    if file.sha256 is not None and digest.hexdigest() != file.sha256:
+        raise InputError(
+            f"{file.url} gave another file than expected (SHA-256 {digest.hexdigest()}, not "
+            f"{file.sha256}), which was thrown away; try again, or {remedy}"
+        )
+
+
+def _fetch(file: PublicFile, purpose: str, remedy: str) -> Iterator[bytes]:
+    """The content of a file on the web, in parts, with a progress bar on a terminal."""
+    # Only what the network does is caught here: a full disk stays the OSError that it is.
+    try:
+        with urllib.request.urlopen(file.url, timeout=_TIMEOUT) as response:  # noqa: S310
+            with tqdm(
+                total=response.length,
+                desc=f"downloading {file.name}",
+                unit="B",
+                unit_scale=True,
+                disable=None,
+            ) as bar:
+                while part := response.read(_CHUNK):
+                    bar.update(len(part))
+                    yield part
+            if response.length:
+                raise http.client.IncompleteRead(b"", response.length)
+    except (OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        raise InputError(
+            f"cannot download {file.url} for {purpose} ({reason}); {remedy}"
+        ) from error
+
+
+def require_checksum(path: Path, sha256: str | None, *, remedy: str) -> None:
+    """Checks that a file is the one that it should be; None is any file.
+
+    Raises:
+        InputError: it is not.
+    """
+    if sha256 is None:
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise InputError(
+            f"{path} is damaged or another file than its name says (SHA-256 {found}, not "
+            f"{sha256}); {remedy}"
+        )
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a .pth or .safetensors file by name, on the CPU; they may share its mapping.
+
+    Raises:
+        InputError: it is damaged, holds something else, or asks to run code.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(ZIP_MAGIC))
+    if not start.startswith((ZIP_MAGIC, PICKLE_MAGIC)):
+        return {name: read() for name, read in read_safetensors(path)}
+    content = load_pickle(path, mapped=start == ZIP_MAGIC)
+    if not isinstance(content, Mapping):
+        raise InputError(
+            f"{path} holds a {type(content).__name__}, expected a dictionary of weights"
+        )
+    return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def build(
+    make: Callable[[], ModuleT], tensors: Mapping[str, Tensor], *, source: str, kind: str
+) -> ModuleT:
+    """A network around existing weights, as float32 on the CPU.
+
+    Args:
+        make: builds the network; all it holds besides its state must be on a device of its own
+            choice, as this runs where tensors have no memory.
+        tensors: the whole state.
+        source: where the weights come from, for error messages.
+        kind: what the network is called, for error messages.
+
+    Raises:
+        InputError: the names or shapes are not the network's, or the numbers cannot be.
+    """
+    # Without memory and first values: drawing those would also shift the caller's random numbers.
+    with torch.device("meta"):
+        model = make()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(expected, found, source=source, kind=kind)
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
+            raise InputError(
+                f"{source}: weight {name} ({tensor.dtype}) does not hold finite floating-point "
+                f"numbers; copy or download it again"
+            )
+    model.load_state_dict({name: _own(tensor) for name, tensor in tensors.items()}, assign=True)
+    return model
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy in float32, in the layout that convolutions want."""
+    # What is left in a file's mapping would change or vanish with the file.
+    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+    own = torch.empty(tensor.shape, dtype=torch.float32, memory_format=layout)
+    return own.copy_(tensor)

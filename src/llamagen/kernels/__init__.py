@@ -1,8 +1,0 @@
-"""Operations for CPUs that torch has no fast one for, in C: a step of decoding, and a draw.
-
-The source is compiled on the machine that runs it, once, for exactly that processor.
-"""
-
-from llamagen.kernels.library import Kernels, load_kernels
-
-__all__ = ["Kernels", "load_kernels"]

@@ -1,0 +1,1 @@
+"""The two models: the image tokenizer and the transformer over its codes."""

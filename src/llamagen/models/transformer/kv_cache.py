@@ -1,0 +1,164 @@
+"""The key-value cache: a value that whoever generates owns, never part of the model.
+
+Shapes: S sequences there is room for, K key-value heads, L positions, E head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from llamagen.config import TransformerConfig
+
+_INT8_MAX = 127.0
+_SMALLEST_SCALE = 1e-30
+"""Largest magnitude assumed of keys and values that are all zero."""
+
+
+@dataclass
+class KVCache:
+    """Keys and values of sequences, each with a length of its own; the first ones are in use.
+
+    A batch whose sequences start together is the case where all lengths are equal. Positions behind
+    a sequence's length may be written before they count: a step that looks ahead stores keys and
+    values there, and ``lengths`` moves only over those that are final.
+
+    In int8 each key and each value is integers times a scale of its own: half of bfloat16's memory.
+    """
+
+    keys: list[Tensor]
+    """One (S, K, L, E) tensor per layer."""
+    values: list[Tensor]
+    """One (S, K, L, E) tensor per layer."""
+    key_scales: list[Tensor] = field(default_factory=list)
+    """One (S, K, L) float32 tensor per layer where keys are int8, else empty."""
+    value_scales: list[Tensor] = field(default_factory=list)
+    """Likewise."""
+    lengths: list[int] = field(default_factory=list)
+    """Positions filled of each sequence in use."""
+
+    @classmethod
+    def empty(
+        cls,
+        config: TransformerConfig,
+        sequences: int,
+        positions: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype,
+    ) -> KVCache:
+        """A cache for up to ``sequences`` sequences of ``positions`` positions each.
+
+        ``dtype`` is the model's, or int8.
+        """
+        shape = (sequences, config.num_kv_heads, positions, config.head_dim)
+
+        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+            # Zeros: what attention masks out must still be finite.
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
+
+        scales = dtype == torch.int8
+        return cls(
+            keys=allocate(shape, dtype),
+            values=allocate(shape, dtype),
+            key_scales=allocate(shape[:-1], torch.float32) if scales else [],
+            value_scales=allocate(shape[:-1], torch.float32) if scales else [],
+        )
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences in use."""
+        return len(self.lengths)
+
+    @property
+    def max_sequences(self) -> int:
+        """S, sequences there is room for."""
+        return self.keys[0].shape[0]
+
+    @property
+    def positions(self) -> int:
+        """L, positions there is room for in each sequence."""
+        return self.keys[0].shape[2]
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether keys and values are integers with scales."""
+        return bool(self.key_scales)
+
+    def add(self, count: int) -> range:
+        """Start ``count`` sequences behind those in use; return their numbers."""
+        first, last = self.sequences, self.sequences + count
+        assert last <= self.max_sequences, f"{last} sequences, room for {self.max_sequences}"
+        self.lengths += [0] * count
+        return range(first, last)
+
+    def remove(self, sequence: int) -> None:
+        """End a sequence; the last one takes its number."""
+        last = self.sequences - 1
+        if sequence != last:
+            length = self.lengths[last]
+            for part in (*self.keys, *self.values, *self.key_scales, *self.value_scales):
+                part[sequence, :, :length] = part[last, :, :length]
+            self.lengths[sequence] = length
+        self.lengths.pop()
+
+    def clear(self) -> None:
+        """End all sequences."""
+        self.lengths = []
+
+    def write(self, layer: int, index: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
+        """Store keys and values (R, T, K, E) of a layer.
+
+        ``index`` is the sequences (R, 1) and the positions (R, T), int64.
+        """
+        where = (index[0], slice(None), index[1])
+        _write(self.keys, self.key_scales, layer, where, keys)
+        _write(self.values, self.value_scales, layer, where, values)
+
+    def read(
+        self, layer: int, sequences: slice, positions: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Return the first ``positions`` keys and values (R, K, positions, E) of a layer."""
+        where = (sequences, slice(None), slice(positions))
+        return (
+            _read(self.keys, self.key_scales, layer, where, dtype),
+            _read(self.values, self.value_scales, layer, where, dtype),
+        )
+
+    @staticmethod
+    def bytes_per_sequence(config: TransformerConfig, positions: int, dtype: torch.dtype) -> int:
+        """Memory that one sequence takes."""
+        per_head = config.head_dim * dtype.itemsize
+        if dtype == torch.int8:
+            per_head += torch.float32.itemsize
+        return 2 * config.layers * config.num_kv_heads * positions * per_head
+
+
+def _write(
+    stored: list[Tensor],
+    scales: list[Tensor],
+    layer: int,
+    where: tuple[Tensor | slice, ...],
+    new: Tensor,
+) -> None:
+    if not scales:
+        stored[layer][where] = new
+        return
+    floats = new.float()
+    largest = floats.abs().amax(-1).clamp(min=_SMALLEST_SCALE)
+    integers = (floats * (_INT8_MAX / largest).unsqueeze(-1)).round().to(torch.int8)
+    stored[layer][where] = integers
+    scales[layer][where] = largest * (1.0 / _INT8_MAX)
+
+
+def _read(
+    stored: list[Tensor],
+    scales: list[Tensor],
+    layer: int,
+    where: tuple[slice, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    own = stored[layer][where]
+    return (own * scales[layer][where].unsqueeze(-1)).to(dtype) if scales else own

@@ -1,0 +1,681 @@
+"""Condition in, images out: the class most users ever touch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import llamagen.support.storage as storage
+from llamagen import checkpoints
+from llamagen.checkpoints.adapters import merge_adapter
+from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
+from llamagen.generation.memory import decoding_batch_size, sampling_batch_size
+from llamagen.generation.passes import Passes
+from llamagen.generation.seeds import one_seed_each
+from llamagen.generation.sequences import check_share
+from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8
+from llamagen.models.transformer import Transformer
+from llamagen.models.transformer.quantized import quantize, refuse_quantized
+from llamagen.pipeline.batches import Progress, draw_batches
+from llamagen.pipeline.conditions import (
+    Conditions,
+    Prompts,
+    class_conditions,
+    embedded_conditions,
+    one_each,
+    text_conditions,
+)
+from llamagen.pipeline.ranking import Ranking, best_of_each, check_ranking, score_images
+from llamagen.support import labels as label_files
+from llamagen.support.devices import copy_to_host, find_device, find_dtype
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
+from llamagen.support.pictures import arrays_to_pil
+
+if TYPE_CHECKING:
+    from llamagen.text.encoder import TextEncoder
+    from llamagen.vllm_plugin.offline import OfflineEngine
+
+EngineName = Literal["native", "vllm"]
+"""What draws the codes: this package, or vLLM."""
+
+_VLLM_BATCH = 1024
+"""Images that vLLM is asked for at once; it draws as many of them as it has memory for."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineOutput:
+    """What one call made."""
+
+    images: list[Image.Image]
+    """Empty where only the codes were asked for."""
+    codes: Tensor
+    """(images, rows, columns) int64, on the CPU."""
+    seeds: tuple[int, ...]
+    """Seed of each image: with the same model and settings it makes the image again."""
+    metadata: tuple[dict[str, Any], ...]
+    """Per image: model, class or prompt, seed and settings; ``pictures.save_png`` stores them."""
+
+
+class Pipeline:
+    """An image tokenizer, a transformer over its codes, and its classes or its text encoder.
+
+    Example::
+
+        pipe = Pipeline.from_pretrained("c2i-L-384")
+        pipe("golden retriever", num_images_per_prompt=4, seed=0).images[0].save("dog.png")
+        pipe = Pipeline.from_pretrained("t2i-XL-256")
+        pipe("a lighthouse in a storm, oil painting", negative_prompt="photo").images[0].show()
+    """
+
+    def __init__(
+        self,
+        tokenizer: ImageTokenizer,
+        transformer: Transformer,
+        *,
+        labels: Labels | None = None,
+        name: str = "custom",
+        sampling: SamplingConfig | None = None,
+        text_encoder: TextEncoder | TextConfig | None = None,
+        engine: EngineName = "native",
+        engine_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Puts the parts together.
+
+        Args:
+            tokenizer: turns codes into images.
+            transformer: draws codes.
+            labels: class names; by default the classes are numbered.
+            name: the model's name, as images record it.
+            sampling: settings for calls that give none.
+            text_encoder: of a text-conditional model, or what it is loaded from when it is first
+                needed; without it such a model takes ``prompt_embeds`` only.
+            engine: what draws the codes. vLLM starts when the first image is asked for.
+            engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
+
+        Raises:
+            InputError: the parts do not fit together, or there is no such engine.
+        """
+        if engine not in ("native", "vllm"):
+            raise InputError(f"engine is {engine!r}, expected 'native' or 'vllm'")
+        if engine == "native" and engine_options:
+            raise InputError("engine_options go with engine 'vllm'")
+        codes, predicted = tokenizer.config.codebook_size, transformer.config.codebook_size
+        if codes != predicted:
+            raise InputError(
+                f"the tokenizer has {codes} codes but the transformer predicts {predicted}; "
+                f"use the tokenizer that the transformer was trained with"
+            )
+        if transformer.config.condition == "class":
+            labels = labels or Labels.numbered(transformer.config.num_classes)
+            if len(labels) != transformer.config.num_classes:
+                raise InputError(
+                    f"there are {len(labels)} class names but the transformer has "
+                    f"{transformer.config.num_classes} classes; give one name per class"
+                )
+        self.tokenizer = tokenizer
+        self.transformer = transformer
+        self.labels = labels
+        self.name = name
+        self.sampling = sampling or SamplingConfig()
+        self.engine = engine
+        self._engine_options = dict(engine_options or {})
+        self._engine: OfflineEngine | None = None
+        self._text: TextEncoder | TextConfig | None = None
+        if transformer.config.condition == "text":
+            self._text = text_encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        tokenizer: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        labels: Labels | None = None,
+        grid: Grid | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        engine: EngineName = "native",
+        engine_options: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Loads a pipeline.
+
+        Args:
+            source: a pipeline folder, a hub repository that holds one, the name of a model that
+                comes with the package ("cifar10") or of a published one ("c2i-L-384"), or a
+                transformer (folder or checkpoint file) given a ``tokenizer``.
+            tokenizer: overrides the source's image tokenizer: folder, file or published name.
+            text_encoder: overrides the source's text encoder: folder or hub repository.
+            labels: overrides the source's class names.
+            grid: rows and columns that a checkpoint file was trained on, if it does not say.
+            device: "cpu", "cuda", "mps" or a torch device; by default the best there is.
+            dtype: "float32", "bfloat16", "float16" or a torch type; by default bfloat16 where
+                the device is fast at it.
+            engine: what draws the codes; with "vllm" the transformer itself stays on the CPU.
+            engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
+
+        Raises:
+            FileNotFoundError: a part of the source is missing.
+            InputError: the source is unknown, damaged, or its parts do not fit together.
+        """
+        where = find_device(device or "auto")
+        precision = find_dtype(dtype, where)
+        found = checkpoints.resolve_pipeline(str(source))
+        tokenizer = tokenizer or found.tokenizer
+        if tokenizer is None:
+            raise InputError(
+                f"{source} has no image tokenizer; name one with tokenizer (--tokenizer)"
+            )
+        transformer = checkpoints.load_transformer(
+            found.transformer,
+            grid=grid,
+            device="cpu" if engine == "vllm" else where,
+            dtype=precision,
+        )
+        text = found.text
+        if text_encoder is not None:
+            text = dataclasses.replace(text or TextConfig(), encoder=str(text_encoder))
+        return cls(
+            checkpoints.load_tokenizer(tokenizer, device=where, dtype=precision),
+            transformer,
+            labels=labels or found.labels,
+            name=found.name,
+            sampling=found.sampling,
+            text_encoder=text,
+            engine=engine,
+            engine_options=engine_options,
+        )
+
+    def close(self) -> None:
+        """Ends vLLM, if it draws the codes; the next call starts it again."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    @property
+    def text_encoder(self) -> TextEncoder | None:
+        """What turns prompts into features; loaded when it is first asked for.
+
+        Raises:
+            InputError: it cannot be loaded, or its features are not those of the transformer.
+        """
+        if self._text is None:
+            return None
+        from llamagen.text.encoder import TextEncoder
+
+        if not isinstance(self._text, TextEncoder):
+            # bfloat16 as published; float16 overflows.
+            precision = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+            encoder = TextEncoder.from_pretrained(self._text, device=self.device, dtype=precision)
+            wanted = self.transformer.config.text_dim
+            if encoder.width != wanted:
+                raise InputError(
+                    f"text encoder {self._text.encoder} gives features of width {encoder.width}, "
+                    f"but {self.name} takes {wanted}; use the one that it was trained with"
+                )
+            self._text = encoder
+        return self._text
+
+    def load_adapter(self, folder: str | Path) -> Self:
+        """Merges what fine-tuning with LoRA has made of this model; returns the pipeline.
+
+        Args:
+            folder: an adapter in peft's format; class names that lie beside it are taken over.
+
+        Raises:
+            FileNotFoundError: a file of the adapter is missing.
+            InputError: it is no LoRA adapter, is damaged, or belongs to another model.
+        """
+        self.close()
+        refuse_quantized(self.transformer.config, "take an adapter")
+        merge_adapter(self.transformer, folder)
+        names = Path(folder) / label_files.FILE_NAME
+        if names.is_file():
+            self.labels = Labels.load(names)
+        elif self.labels is not None and len(self.labels) != self.transformer.config.num_classes:
+            self.labels = Labels.numbered(self.transformer.config.num_classes)
+        return self
+
+    def quantize(
+        self,
+        quantization: Quantization | None = None,
+        *,
+        kv_cache_dtype: KVCacheDType | None = None,
+    ) -> Self:
+        """Makes what decoding reads smaller, and so faster to read; returns the pipeline.
+
+        Weights that are quantised are saved so.
+
+        Args:
+            quantization: of the transformer's weights: "int8", hardly different from bfloat16, or
+                "int4". None leaves them as they are.
+            kv_cache_dtype: of the keys and values of earlier codes: "int8" takes half of bfloat16's
+                memory, "auto" is the weights' precision. None changes nothing.
+
+        Raises:
+            InputError: the transformer is quantised differently already, its sizes do not fit, or
+                vLLM draws the codes.
+        """
+        if self.engine == "vllm":
+            raise InputError("vLLM quantises by itself; quantization goes with engine 'native'")
+        if quantization not in (None, self.transformer.config.quantization):
+            quantize(self.transformer, quantization)
+        if kv_cache_dtype is not None:
+            kept = torch.int8 if kv_cache_dtype == "int8" else None
+            self.transformer.kv_cache_dtype = kept
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the image tokenizer computes, and the transformer unless vLLM does its work."""
+        return self.tokenizer.device
+
+    @property
+    def precision(self) -> dict[str, str]:
+        """What images record of it: dtype, and what is quantised."""
+        found = {"dtype": str(self.dtype).removeprefix("torch.")}
+        if self.transformer.config.quantization is not None:
+            found["quantization"] = self.transformer.config.quantization
+        if self.transformer.kv_cache_dtype is not None:
+            found["kv_cache_dtype"] = "int8"
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The transformer's precision."""
+        return self.transformer.dtype
+
+    def to(
+        self,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> Self:
+        """Moves both models; returns the pipeline.
+
+        Raises:
+            InputError: there is no such device or precision here.
+        """
+        where = self.device if device is None else find_device(device)
+        precision = self.dtype if dtype is None else find_dtype(dtype, where)
+        self.close()
+        self.tokenizer.to(where, precision)
+        self.transformer.to("cpu" if self.engine == "vllm" else where, precision)
+        if isinstance(self._text, nn.Module):
+            self._text.to(where, None if precision == torch.float16 else precision)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the pipeline folder: both models, class names and an index.
+
+        An older pipeline folder of this name is replaced once the new one is complete.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        folder = Path(folder)
+        replaceable = not folder.exists() or checkpoints.is_pipeline_folder(folder)
+        if not replaceable and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is no pipeline folder; choose another name")
+        with storage.atomic_folder(folder) as temporary:
+            self.tokenizer.save_pretrained(temporary / "tokenizer")
+            self.transformer.save_pretrained(temporary / "transformer")
+            if self.labels is not None:
+                self.labels.save(temporary / label_files.FILE_NAME)
+            text = self._saved_text(temporary)
+            index = checkpoints.PipelineIndex(name=self.name, sampling=self.sampling, text=text)
+            checkpoints.write_index(temporary, index)
+
+    def _saved_text(self, folder: Path) -> TextConfig | None:
+        """Writes a text encoder that is on no hub into a pipeline's folder; what the index says."""
+        if self._text is None:
+            return None
+        known = self._text if isinstance(self._text, TextConfig) else self._text.config
+        if known.encoder and not Path(known.encoder).is_dir():
+            return known
+        encoder = self.text_encoder
+        assert encoder is not None
+        encoder.save_pretrained(folder / checkpoints.TEXT_ENCODER_FOLDER)
+        return dataclasses.replace(known, encoder="")
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
+    ) -> str:
+        """Uploads the pipeline folder to the hub; returns the commit's address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "pipeline"
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+    def __call__(
+        self,
+        prompt: Prompts | None = None,
+        *,
+        negative_prompt: Prompts | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        guidance_stop: int | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        blend: Prompts | None = None,
+        blend_share: float = 0.5,
+        known_codes: Tensor | None = None,
+        best_of: int = 1,
+        rank_by: Ranking = "likelihood",
+        batch_size: int | None = None,
+        window: int | None = None,
+        row_lag: int | None = None,
+        callback: Callable[[Progress], None] | None = None,
+        output_type: Literal["pil", "codes"] = "pil",
+    ) -> PipelineOutput:
+        """Makes images.
+
+        The sampling settings default to those that came with the model; ``SamplingConfig`` says
+        what each means.
+
+        Args:
+            prompt: texts, or for a class-conditional model names or indices of classes; one or
+                several.
+            negative_prompt: what guidance leads away from instead of "no text" or "no class": one
+                for all prompts, or one for each. Without guidance it has no effect.
+            num_images_per_prompt: images of each.
+            guidance_scale: 1 means no guidance.
+            guidance_stop: index of the first code drawn without guidance.
+            top_k: 0 keeps all codes.
+            top_p: 1 keeps all codes.
+            temperature: 0 takes the likeliest code.
+            seed: image i of the call gets seed + i, or the i-th of several; by default random.
+                The same seed, class and settings give the same image, alone or among others.
+            prompt_embeds: instead of ``prompt`` for text-conditional models, text features
+                (prompts, length, text_dim), real features last.
+            prompt_attention_mask: (prompts, length), 0 where features are padding.
+            blend: what each prompt is blended with, one for all or one each: logits of both are
+                mixed, so a code is likely where both find it likely.
+            blend_share: how much that counts, from 0 to 1.
+            known_codes: (rows, columns), or (images, rows, columns), of the images' codes; these
+                stay, -1 stands where one is to be drawn. ``Editor`` makes them of images.
+            best_of: candidates for each image, of which the best is kept. Candidate j of image i
+                gets seed + i * best_of + j, or that one of several.
+            rank_by: what is best: "likelihood", the likeliest codes, or "condition", those that
+                the prompt or class makes likelier.
+            batch_size: images drawn at once; by default as many as fit into memory.
+            window: codes of each image that a forward pass looks at; the image stays the same (up
+                to floating-point ties). 1 draws them one by one; by default more where that is
+                faster.
+            row_lag: draws several rows of the grid at once, each so many columns behind the row
+                above it: faster, but approximate, the more so the smaller. Goes without
+                ``window``; by default codes are exact.
+            callback: called after each finished row of a batch; an exception from it ends the
+                call.
+            output_type: "codes" leaves the images out, which ``decode`` makes of the codes.
+
+        Raises:
+            InputError: a class or setting is not one this model has, or a prompt says nothing.
+        """
+        if num_images_per_prompt < 1:
+            raise InputError(
+                f"num_images_per_prompt is {num_images_per_prompt}, expected at least 1"
+            )
+        if batch_size is not None and batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, expected at least 1")
+        check_ranking(rank_by, best_of)
+        passes = self.check_passes(window=window, row_lag=row_lag)
+        given: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "guidance_stop": guidance_stop,
+            "top_k": top_k,
+            "top_p": top_p,
+            "temperature": temperature,
+        }
+        sampling = dataclasses.replace(
+            self.sampling, **{name: value for name, value in given.items() if value is not None}
+        )
+        if prompt_embeds is not None:
+            self._refuse_with_embeds(prompt, negative_prompt, blend)
+            conditions = embedded_conditions(
+                prompt_embeds, prompt_attention_mask, num_images_per_prompt * best_of
+            )
+        else:
+            conditions = self.conditions(
+                prompt,
+                negative_prompt,
+                blend=blend,
+                blend_share=blend_share,
+                copies=num_images_per_prompt * best_of,
+            )
+        seeds = one_seed_each(seed, len(conditions))
+        known = self._known(known_codes, len(conditions), best_of)
+        self._require_native(conditions.blend is not None or known is not None or best_of > 1)
+        draw, size = self._draw(sampling, passes, blended=conditions.blend is not None)
+        batches = draw_batches(
+            draw,
+            conditions,
+            seeds,
+            sampling,
+            size=batch_size or size,
+            known=known,
+            callback=callback,
+        )
+        decode = output_type == "pil"
+        kept: Sequence[int] = range(len(conditions))
+        if best_of == 1:
+            codes, images = self._decoded(batches, decode=decode)
+        else:
+            codes, kept = self._best(batches, conditions, best_of, rank_by)
+            images = self.decode(codes) if decode else []
+        metadata = tuple(
+            {
+                "model": self.name,
+                **conditions.described[index],
+                "seed": seeds[index],
+                **dataclasses.asdict(sampling),
+                **({} if row_lag is None else {"row_lag": row_lag}),
+                **({} if best_of == 1 else {"best_of": best_of, "rank_by": rank_by}),
+                **self.precision,
+                "device": self.device.type,
+            }
+            for index in kept
+        )
+        return PipelineOutput(
+            images=images,
+            codes=codes,
+            seeds=tuple(seeds[index] for index in kept),
+            metadata=metadata,
+        )
+
+    def check_passes(self, *, window: int | None = None, row_lag: int | None = None) -> Passes:
+        """Checks that codes can be drawn so many per pass; see ``__call__``.
+
+        Raises:
+            InputError: they exclude each other, there is no such lag, or vLLM draws the codes.
+        """
+        for name, value in (("window", window), ("row_lag", row_lag)):
+            if value is not None and self.engine == "vllm":
+                raise InputError(f"vLLM draws codes one by one; {name} goes with engine 'native'")
+        return Passes(window=window, row_lag=row_lag)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Checks that all of these can be drawn, without drawing any.
+
+        Raises:
+            InputError: a prompt says nothing, or names no class of this model.
+        """
+        encoder = self.text_encoder
+        for prompt in dict.fromkeys(prompts):
+            if self.labels is not None:
+                self.labels.find(prompt)
+            elif encoder is not None:
+                encoder.require_text(prompt)
+
+    def conditions(
+        self,
+        prompts: Prompts | None,
+        negative_prompt: Prompts | None = None,
+        *,
+        blend: Prompts | None = None,
+        blend_share: float = 0.5,
+        copies: int = 1,
+    ) -> Conditions:
+        """What the transformer is told of prompts, ``copies`` rows each; see ``__call__``.
+
+        Raises:
+            InputError: a prompt says nothing, or names no class of this model.
+        """
+        check_share(blend_share)
+        what = "prompt" if self.labels is None else "class"
+        if prompts is None:
+            kind = "text" if self.labels is None else "class"
+            asked = "a prompt" if self.labels is None else "class names or indices"
+            raise InputError(f"{self.name} is {kind}-conditional: give {asked}")
+        wanted = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if not wanted:
+            raise InputError(f"no {what} was given; name at least one")
+        against = one_each(negative_prompt, len(wanted), "negative prompts")
+        mixed = one_each(blend, len(wanted), "prompts to blend with")
+        if self.labels is not None:
+            return class_conditions(
+                self.labels,
+                wanted,
+                against=against,
+                blend=mixed,
+                share=blend_share,
+                copies=copies,
+            )
+        encoder = self.text_encoder
+        if encoder is None:
+            raise InputError(
+                f"{self.name} is conditioned on text features, and comes without a text encoder: "
+                f"name one with text_encoder (--text-encoder), or give prompt_embeds"
+            )
+        return text_conditions(
+            encoder,
+            list(map(str, wanted)),
+            against=None if against is None else list(map(str, against)),
+            blend=None if mixed is None else list(map(str, mixed)),
+            share=blend_share,
+            copies=copies,
+        )
+
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Codes (images, rows, columns) to images."""
+        return self.decode_later(codes)()
+
+    def decode_later(self, codes: Tensor) -> Callable[[], list[Image.Image]]:
+        """Launches what ``decode`` does; the result waits for the images, from any thread."""
+        arriving = [
+            copy_to_host(images_to_uint8(part).movedim(1, -1))
+            for part in self.decode_in_parts(codes)
+        ]
+        return lambda: [image for wait in arriving for image in arrays_to_pil(wait().numpy())]
+
+    @torch.inference_mode()
+    def decode_in_parts(self, codes: Tensor) -> Iterator[Tensor]:
+        """Codes (images, rows, columns) to images (part, 3, H, W) in [-1, 1], as memory allows."""
+        tokenizer = self.tokenizer
+        rows, columns = codes.shape[-2:]
+        size = decoding_batch_size(
+            tokenizer.config, (rows, columns), device=tokenizer.device, dtype=tokenizer.dtype
+        )
+        for part in codes.split(size):
+            yield tokenizer.decode(part)
+
+    def _decoded(
+        self, batches: Iterator[Tensor], *, decode: bool
+    ) -> tuple[Tensor, list[Image.Image]]:
+        """All codes on the CPU, and their images if these are wanted."""
+        codes: list[Tensor] = []
+        images: list[Image.Image] = []
+        arriving: list[Callable[[], list[Image.Image]]] = []
+        for part in batches:
+            codes.append(part.cpu())
+            if decode:
+                arriving.append(self.decode_later(codes[-1]))
+            # Images are fetched when the next batch has been launched: no GPU waits for that.
+            if len(arriving) > 1:
+                images += arriving.pop(0)()
+        for fetch in arriving:
+            images += fetch()
+        return torch.cat(codes), images
+
+    def _best(
+        self, batches: Iterator[Tensor], conditions: Conditions, best_of: int, rank_by: Ranking
+    ) -> tuple[Tensor, list[int]]:
+        """Codes of the best candidate of each image, and which of all candidates these are."""
+        codes: list[Tensor] = []
+        scores: list[Tensor] = []
+        first = 0
+        for part in batches:
+            own = conditions[first : first + len(part)]
+            scores.append(score_images(self.transformer, part, own, rank_by))
+            codes.append(part.cpu())
+            first += len(part)
+        kept = best_of_each(torch.cat(scores), best_of)
+        return torch.cat(codes)[kept], kept
+
+    def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
+        """Raises InputError where text features cannot stand for a prompt."""
+        if self.labels is not None or any(prompt is not None for prompt in prompts):
+            raise InputError(
+                "prompt_embeds go with text-conditional models, and with no prompt, "
+                "negative_prompt or blend"
+            )
+
+    def _require_native(self, needed: bool) -> None:
+        """Raises InputError if vLLM draws what it cannot."""
+        if needed and self.engine == "vllm":
+            raise InputError(
+                "vLLM neither keeps codes nor blends nor ranks; known_codes, blend and best_of go "
+                "with engine 'native'"
+            )
+
+    def _known(self, known: Tensor | None, images: int, best_of: int) -> Tensor | None:
+        """Known codes of all candidates, (images, rows, columns)."""
+        if known is None:
+            return None
+        if known.ndim == 2:
+            return known.expand(images, -1, -1)
+        if known.ndim != 3 or len(known) * best_of != images:
+            rows, columns = self.transformer.config.grid
+            raise InputError(
+                f"known_codes have shape {tuple(known.shape)}, expected {(rows, columns)} or "
+                f"{(images // best_of, rows, columns)}"
+            )
+        return known.repeat_interleave(best_of, dim=0)
+
+    def _draw(
+        self, sampling: SamplingConfig, passes: Passes, *, blended: bool
+    ) -> tuple[Callable[..., Tensor], int]:
+        """What draws the codes of a batch, and how many images it can take at once."""
+        if self.engine == "vllm":
+            return self._vllm().generate_codes, _VLLM_BATCH
+        at_once = passes.codes_fed(self.transformer.config.grid)
+        size = sampling_batch_size(
+            self.transformer, guided=sampling.guided, blended=blended, window=at_once
+        )
+        return functools.partial(passes.draw, self.transformer), size
+
+    def _vllm(self) -> OfflineEngine:
+        """VLLM with this transformer, started when it is first needed."""
+        if self._engine is None:
+            from llamagen.vllm_plugin.offline import OfflineEngine
+
+            options = {"dtype": self.dtype, **self._engine_options}
+            self._engine = OfflineEngine(self.transformer, **options)
+        return self._engine

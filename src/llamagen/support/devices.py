@@ -1,0 +1,133 @@
+"""Which device and precision to compute with, and what a process can do for a CPU's speed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llamagen.support.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Numbers of options in glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+
+_WORTH_IT = 1.5
+"""bfloat16 is chosen on a CPU only if it is this many times as fast: it costs precision."""
+
+
+def find_device(name: str | torch.device = "auto") -> torch.device:
+    """The device called ``name``; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"there is no device {name!r}; use auto, cpu, cuda or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device {name} is not there: this torch ({torch.__version__}) sees "
+            f"{torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps is not there; use --device cpu")
+    return device
+
+
+def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The precision called ``name``; "auto" or None is bfloat16 where that is fast.
+
+    Raises:
+        InputError: there is no such precision.
+    """
+    if isinstance(name, torch.dtype):
+        return name
+    if name is None or name == "auto":
+        return _fast_dtype(device)
+    if name not in DTYPES:
+        raise InputError(f"there is no precision {name!r}; use auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def keep_freed_memory() -> None:
+    """Lets this process keep the memory of tensors that are freed, for those that come next.
+
+    glibc hands blocks of more than 32 MB back to the system at once, and gets the next one page
+    by page: on a CPU, a fifth of the time that encoding takes and a tenth of a training step. For a
+    process that does little else, again and again and in its main thread: peaks of memory grow by a
+    fifth, and other threads are not served by it. Elsewhere than on glibc, nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Starts to copy ``tensor``; what it returns waits for the copy, and for nothing after it.
+
+    So a GPU has other work in the meantime. Elsewhere the copy is made when it is waited for.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu
+    tensor = tensor.contiguous()
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copy.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+
+    def wait() -> Tensor:
+        copied.synchronize()
+        return copy
+
+    return wait
+
+
+@functools.cache
+def _fast_dtype(device: torch.device) -> torch.dtype:
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    if device.type == "mps":
+        return torch.float16
+    # Processors without bfloat16 instructions emulate them many times slower than float32, those
+    # with them are several times faster. Names of instruction sets do not tell what torch uses;
+    # a product of a few milliseconds does.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        single, half = (_matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    return torch.bfloat16 if single > _WORTH_IT * half else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    """Best of a few timings of a product the size of a transformer's layer, on one thread.
+
+    Of the thread's time, not of the clock's, and without waiting for other threads: what else runs
+    on the machine has little say in it.
+    """
+    a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(10):
+        start = time.thread_time()
+        a @ b
+        best = min(best, time.thread_time() - start)
+    return best

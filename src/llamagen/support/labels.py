@@ -1,0 +1,123 @@
+"""Names of a model's classes, and how people's spellings of them are understood."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import llamagen.support.storage as storage
+from llamagen.support.errors import InputError
+
+FILE_NAME = "labels.json"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Class names in the order of their indices, each with other names it answers to."""
+
+    names: tuple[str, ...]
+    aliases: tuple[tuple[str, ...], ...] = ()
+    """Further names per class, such as WordNet ids; empty if there are none at all."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        """Name of the class with this index."""
+        return self.names[index]
+
+    def find(self, text: str | int) -> int:
+        """Index of the class that ``text`` names: an index, a name or an alias, in any case.
+
+        Raises:
+            InputError: no class, or more than one, has this name; the message says which are near.
+        """
+        if isinstance(text, int) or text.strip().isdecimal():
+            return self._checked_index(int(text))
+        wanted = _folded(text)
+        found = [i for i, spellings in enumerate(self._spellings()) if wanted in spellings]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise InputError(
+                f"class {text!r} is ambiguous: it names {', '.join(map(str, found))}; "
+                f"give the number instead"
+            )
+        raise InputError(f"there is no class {text!r}; {self._suggestion(wanted)}")
+
+    def save(self, path: Path) -> None:
+        """Writes the labels as JSON: a list of objects with a name and aliases."""
+        aliases = self.aliases or ((),) * len(self.names)
+        entries = [
+            {"name": name, **({"aliases": list(others)} if others else {})}
+            for name, others in zip(self.names, aliases, strict=True)
+        ]
+        storage.write_json(path, entries)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads what ``save`` writes; plain strings stand for names without aliases.
+
+        Raises:
+            FileNotFoundError: no such file.
+            InputError: the file is not a list of names.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist")
+        try:
+            return cls._from_entries(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{path} is not a list of class names ({error}); expected [{{"name": "cat"}}, ...]'
+            ) from error
+
+    @classmethod
+    def imagenet(cls) -> Self:
+        """ImageNet-1k in the order of the public class-conditional models (sorted WordNet ids)."""
+        resource = importlib.resources.files("llamagen") / "assets" / "imagenet_classes.json"
+        return cls._from_entries(json.loads(resource.read_text(encoding="utf-8")))
+
+    @classmethod
+    def numbered(cls, count: int) -> Self:
+        """Names for classes of which nothing but the number is known."""
+        return cls(tuple(f"class {index}" for index in range(count)))
+
+    @classmethod
+    def _from_entries(cls, entries: Sequence[object]) -> Self:
+        if not isinstance(entries, list):
+            raise TypeError(f"found a {type(entries).__name__}")
+        plain = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]
+        names = tuple(str(entry["name"]) for entry in plain)
+        aliases = tuple(tuple(map(str, entry.get("aliases", ()))) for entry in plain)
+        return cls(names, aliases if any(aliases) else ())
+
+    def _checked_index(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise InputError(f"there is no class {index}; this model has 0 to {len(self) - 1}")
+        return index
+
+    def _spellings(self) -> list[set[str]]:
+        aliases = self.aliases or ((),) * len(self.names)
+        return [
+            {_folded(name), *map(_folded, others)}
+            for name, others in zip(self.names, aliases, strict=True)
+        ]
+
+    def _suggestion(self, wanted: str) -> str:
+        known = {_folded(name): name for name in self.names}
+        near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
+        # A word of a longer name: "retriever" means one of the retrievers.
+        near += [name for name in known if wanted in name.split() and name not in near]
+        if near:
+            return "did you mean " + " or ".join(repr(known[name]) for name in near[:5]) + "?"
+        sample = ", ".join(self.names[:5])
+        return f"this model has {len(self)} classes: {sample}{', ...' if len(self) > 5 else ''}"
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.replace("_", " ").replace("-", " ").casefold().split())

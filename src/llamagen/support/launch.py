@@ -1,0 +1,66 @@
+"""What ``torchrun``, or anything that sets the same environment variables, says of a process."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+from llamagen.support.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Which of several processes this one is."""
+
+    rank: int = 0
+    """Its number among all of them."""
+    local_rank: int = 0
+    """Its number among those of this machine."""
+    world_size: int = 1
+    """How many there are."""
+
+    @classmethod
+    def read(cls) -> Launch | None:
+        """None if the process was started alone."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        numbers = []
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            text = os.environ.get(name, "0")
+            if not text.isdecimal():
+                raise InputError(f"{name} is {text!r} in the environment; start with torchrun")
+            numbers.append(int(text))
+        return cls(*numbers)
+
+    @classmethod
+    def current(cls) -> Launch:
+        """As ``read``; a process that was started alone is the first of one."""
+        return cls.read() or cls()
+
+
+def own_device(device: torch.device, launch: Launch) -> torch.device:
+    """The device of this process: on "cuda" the GPU of its local rank.
+
+    Raises:
+        InputError: this machine has fewer GPUs than processes, or the device cannot be shared.
+    """
+    import torch
+
+    if launch.world_size == 1:
+        return device
+    if device.type == "mps":
+        raise InputError("several processes cannot share device mps; start one, without torchrun")
+    if device.type != "cuda":
+        return device
+    if launch.local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {launch.local_rank} of this machine has no GPU of its own, there are "
+            f"{torch.cuda.device_count()}; lower torchrun's --nproc_per_node"
+        )
+    own = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(own)
+    return own

@@ -1,0 +1,57 @@
+"""The kernels as other processors have them, as far as this one can run them."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from llamagen.backends.cpu import Kernels, build
+
+# Name -> flags of the compiler, what the processor must have, and what must then be compiled.
+_VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
+    "native": ((), set(), None),
+    "tiles": (("-DEMULATED_TILES",), set(), None),
+    "avx512 with bfloat16": (
+        ("-mno-amx-tile",),
+        {"avx512_bf16", "avx512_vnni"},
+        {"pairs", "words", "threads"},
+    ),
+    "avx512": (("-march=skylake-avx512",), {"avx512bw"}, {"threads"}),
+    "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}, {"threads"}),
+    "sse2": (("-march=x86-64",), {"sse2"}, {"threads"}),
+    "one thread": (("-fno-openmp",), set(), None),
+}
+VARIANTS = tuple(_VARIANTS)
+
+
+@functools.cache
+def _flags() -> set[str]:
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.is_file():
+        return set()
+    lines = info.read_text().splitlines()
+    return set(next(line for line in lines if line.startswith("flags")).split())
+
+
+def present(found):
+    """What was compiled. Skips the test where nothing can be, but not where nothing was."""
+    if found is not None:
+        return found
+    if build._compiler() is None or os.environ.get("LLAMAGEN_KERNELS"):
+        pytest.skip("needs a compiler for C")
+    pytest.fail("the compiler that is here does not compile the kernels")
+
+
+@functools.cache
+def kernels_of(name: str) -> Kernels:
+    """The kernels compiled for a kind of processor; skips the test where they cannot be had."""
+    flags, needed, features = _VARIANTS[name]
+    if not needed <= _flags():
+        pytest.skip(f"this processor has no {', '.join(sorted(needed - _flags()))}")
+    kernels = Kernels(present(build.compiled_library(*flags)))
+    assert features is None or kernels.features == features
+    return kernels

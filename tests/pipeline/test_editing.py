@@ -1,0 +1,217 @@
+"""Images that are completed, filled in, extended and varied."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llamagen import Editor
+from llamagen.pipeline import Pipeline
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import arrays_to_pil, save_png
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
+
+
+@pytest.fixture(scope="module")
+def editor():
+    return Editor(tiny_pipeline())
+
+
+@pytest.fixture(scope="module")
+def image():
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), dtype=np.uint8)
+    return arrays_to_pil(pixels)[0]
+
+
+def mask(*box, size=(16, 16), mode="L"):
+    """White inside ``box``, black outside."""
+    whole = Image.new("L", size)
+    whole.paste(255, box)
+    return whole.convert(mode)
+
+
+def pixels(image):
+    return np.asarray(image)
+
+
+def test_what_codes_are_encoded_from(editor, image):
+    assert torch.equal(editor.encode(image), editor.encode(image.convert("RGBA")))
+    large = image.resize((48, 32), Image.Resampling.NEAREST)
+    assert editor.prepare(large).size == (16, 16)
+    assert editor.encode(large).shape == (4, 4)
+
+
+def test_files_are_read(editor, image, tmp_path):
+    save_png(image, tmp_path / "image.png")
+    assert torch.equal(editor.encode(tmp_path / "image.png"), editor.encode(image))
+    assert torch.equal(editor.encode(str(tmp_path / "image.png")), editor.encode(image))
+    with pytest.raises(FileNotFoundError):
+        editor.encode(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(InputError, match="not an image of a known format"):
+        editor.encode(tmp_path / "text.png")
+    with pytest.raises(InputError, match="not a readable image"):
+        editor.inpaint(image, tmp_path / "text.png", "dog")
+
+
+def test_the_upper_rows_stay(editor, image):
+    codes = editor.encode(image)
+    output = editor.complete(image, ["dog", "cat"], num_images_per_prompt=2, seed=3)
+    assert output.codes.shape == (4, 4, 4)
+    assert torch.equal(output.codes[:, :2], codes[:2].expand(4, -1, -1))
+    assert len({tuple(each[2:].flatten().tolist()) for each in output.codes}) == 4
+    assert output.seeds == (3, 4, 5, 6)
+    assert output.metadata[0]["edit"] == {"kind": "complete", "keep_rows": 2}
+    three = editor.complete(image, "dog", keep_rows=3, seed=3)
+    assert torch.equal(three.codes[0, :3], codes[:3])
+
+
+def test_a_completion_of_ones_own_image_is_that_image(editor):
+    drawn = editor.pipeline("dog", seed=8)
+    known = drawn.codes[0].clone()
+    known[2:] = -1
+    again = editor.pipeline("dog", seed=8, known_codes=known)
+    assert torch.equal(again.codes, drawn.codes)
+
+
+def test_what_is_not_marked_stays(editor, image):
+    codes = editor.encode(image)
+    output = editor.inpaint(image, mask(5, 4, 9, 8), "dog", seed=1, num_images_per_prompt=2)
+    for each in output.codes:
+        # Two squares of four pixels, in the second row.
+        changed = torch.ones(4, 4, dtype=torch.bool)
+        changed[1, 1:3] = False
+        assert torch.equal(each[changed], codes[changed])
+    for drawn in output.images:
+        outside = np.ones((16, 16), dtype=bool)
+        outside[4:8, 5:9] = False
+        assert np.array_equal(pixels(drawn)[outside], pixels(image)[outside])
+        assert not np.array_equal(pixels(drawn)[~outside], pixels(image)[~outside])
+    assert output.metadata[0]["edit"] == {"kind": "inpaint", "drawn_codes": 2}
+    assert output.metadata[0]["best_of"] == 4
+
+
+def test_pixels_may_be_those_of_the_codes(editor, image):
+    output = editor.inpaint(image, mask(0, 0, 4, 4), "dog", seed=1, keep_pixels=False)
+    assert np.array_equal(pixels(output.images[0]), pixels(editor.pipeline.decode(output.codes)[0]))
+
+
+def test_masks_of_all_modes_mark_the_same(editor, image):
+    wanted = editor.inpaint(image, mask(4, 4, 8, 12), "dog", seed=5).codes
+    for mode in ("1", "RGB", "P"):
+        again = editor.inpaint(image, mask(4, 4, 8, 12, mode=mode), "dog", seed=5).codes
+        assert torch.equal(again, wanted)
+    transparent = image.convert("RGBA")
+    transparent.putalpha(mask(4, 4, 8, 12).point(lambda level: 255 - level))
+    assert torch.equal(editor.inpaint(image, transparent, "dog", seed=5).codes, wanted)
+
+
+def test_masks_go_through_the_crop_of_the_image(editor, image):
+    large = image.resize((48, 32), Image.Resampling.NEAREST)
+    # The middle of 48x32 is 8 pixels from the left.
+    output = editor.inpaint(large, mask(8, 0, 16, 8, size=(48, 32)), "dog", seed=0)
+    assert output.metadata[0]["edit"]["drawn_codes"] == 1
+    model_sized = editor.inpaint(large, mask(0, 0, 4, 4), "dog", seed=0)
+    assert torch.equal(model_sized.codes, output.codes)
+
+
+def test_the_likeliest_of_several_is_taken(editor, image):
+    from llamagen.generation.likelihood import code_log_likelihoods
+
+    marked = mask(0, 0, 16, 8)
+    all_of_them = editor.inpaint(image, marked, "dog", seed=0, best_of=1, num_images_per_prompt=6)
+    best = editor.inpaint(image, marked, "dog", seed=0, best_of=6)
+    scores = code_log_likelihoods(
+        editor.pipeline.transformer, all_of_them.codes, torch.full((6,), 1)
+    ).sum((1, 2))
+    assert best.seeds == (int(scores.argmax()),)
+    assert torch.equal(best.codes[0], all_of_them.codes[scores.argmax()])
+
+
+@pytest.mark.parametrize(("below", "right"), [(3, 0), (0, 5), (2, 1), (6, 6)])
+def test_a_larger_grid(editor, image, below, right):
+    output = editor.outpaint(image, ["dog", "cat"], below=below, right=right, seed=2, best_of=2)
+    assert output.codes.shape == (2, 4 + below, 4 + right)
+    assert torch.equal(output.codes[0, :4, :4], editor.encode(image))
+    assert int(output.codes.min()) >= 0
+    assert output.images[0].size == (4 * (4 + right), 4 * (4 + below))
+    assert output.seeds == (2, 4)
+    assert output.metadata[1]["edit"] == {"kind": "outpaint", "below": below, "right": right}
+    assert output.metadata[1]["seed"] == 4
+    again = editor.outpaint(image, ["dog", "cat"], below=below, right=right, seed=2, best_of=2)
+    assert torch.equal(again.codes, output.codes)
+
+
+def test_a_larger_grid_is_drawn_as_windows_of_the_models_own(editor, image):
+    output = editor.outpaint(image, "dog", below=2, seed=2)
+    window = torch.full((4, 4), -1)
+    window[:2] = editor.encode(image)[2:]
+    from llamagen.generation.seeds import derived_seed
+
+    drawn = editor.pipeline("dog", known_codes=window, seed=derived_seed(2, 0))
+    assert torch.equal(drawn.codes[0], output.codes[0, 2:])
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.25, 0.75])
+def test_variations_keep_a_share(editor, image, keep):
+    codes = editor.encode(image)
+    output = editor.vary(image, "dog", keep=keep, seed=0, num_images_per_prompt=8)
+    same = (output.codes == codes).flatten(1)
+    assert bool((same.sum(1) >= max(1, round(16 * keep))).all())
+    # Other places in every image.
+    assert len({tuple(row) for row in same.tolist()}) > 4
+    alone = editor.vary(image, "dog", keep=keep, seed=3)
+    assert torch.equal(alone.codes[0], output.codes[3])
+
+
+def test_texts(image):
+    editor = Editor(tiny_text_pipeline())
+    output = editor.complete(image, "a dog", negative_prompt="a cat", blend="a fox", seed=1)
+    assert torch.equal(output.codes[0, :2], editor.encode(image)[:2])
+    assert output.metadata[0]["blend"] == "a fox"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e, i: e.complete(i, "dog", keep_rows=0), "keep_rows is 0, expected 1 to 3"),
+        (lambda e, i: e.complete(i, "dog", keep_rows=4), "keep_rows is 4, expected 1 to 3"),
+        (lambda e, i: e.complete(i, "wolf"), "wolf"),
+        (lambda e, i: e.inpaint(i, mask(0, 0, 0, 0), "dog"), "the mask marks nothing"),
+        (lambda e, i: e.inpaint(i, mask(0, 0, 16, 16), "dog"), "leaves no whole square"),
+        (
+            lambda e, i: e.inpaint(i, mask(0, 0, 4, 4, size=(15, 16)), "dog"),
+            "the mask has 15x16 pixels, but the image has 16x16",
+        ),
+        (lambda e, i: e.outpaint(i, "dog"), "ask for at least one"),
+        (lambda e, i: e.outpaint(i, "dog", below=-1, right=2), "none below 0"),
+        (lambda e, i: e.vary(i, "dog", keep=0.0), "keep is 0.0, expected a share above 0"),
+        (lambda e, i: e.vary(i, "dog", keep=1.0), "keep is 1.0"),
+        (lambda e, i: e.vary(i, "dog", best_of=0), "best_of is 0, expected at least 1"),
+        (lambda e, i: e.vary(i, "dog", rank_by="beauty"), "rank_by is 'beauty'"),
+        (lambda e, i: e.vary(i, "dog", window=4), "leave window and row_lag out"),
+        (lambda e, i: e.complete(i, "dog", row_lag=2), "leave window and row_lag out"),
+        (lambda e, i: e.complete(Image.new("F", (16, 16)), "dog"), "floating-point pixels"),
+    ],
+)
+def test_what_cannot_be_done(editor, image, edit, message):
+    with pytest.raises(InputError, match=message):
+        edit(editor, image)
+
+
+def test_vllm_keeps_no_codes():
+    pipe = tiny_pipeline()
+    pipe = Pipeline(pipe.tokenizer, pipe.transformer, labels=pipe.labels, engine="vllm")
+    with pytest.raises(InputError, match="edit with engine 'native'"):
+        Editor(pipe)
+    for settings in ({"blend": "cat"}, {"best_of": 2}, {"known_codes": torch.full((4, 4), -1)}):
+        with pytest.raises(InputError, match="go with engine 'native'"):
+            pipe("dog", **settings)
+
+
+def test_outputs_stay_as_they_were_declared(editor, image):
+    output = editor.vary(image, "dog", seed=0, output_type="codes")
+    assert output.images == []
+    assert dataclasses.asdict(output)["seeds"] == (0,)

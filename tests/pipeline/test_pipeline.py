@@ -1,0 +1,291 @@
+import numpy as np
+import pytest
+import torch
+
+from llamagen.config import SamplingConfig
+from llamagen.generation import passes as passes_module
+from llamagen.pipeline import Pipeline
+from llamagen.pipeline import pipeline as pipeline_module
+from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
+from tests.tiny_models import tiny_pipeline, tiny_tokenizer, tiny_transformer
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_pipeline()
+
+
+def same(a, b) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_images_of_several_classes(pipe):
+    output = pipe(["dog", "red fox", 0], num_images_per_prompt=2, seed=10)
+    assert len(output.images) == 6
+    assert all(image.size == (16, 16) for image in output.images)
+    assert output.codes.shape == (6, 4, 4)
+    assert output.seeds == (10, 11, 12, 13, 14, 15)
+    assert [entry["class"] for entry in output.metadata] == [
+        *("dog", "dog", "red fox", "red fox", "cat", "cat")
+    ]
+
+
+def test_an_image_can_be_made_again_from_its_metadata(pipe):
+    output = pipe(["dog", "cat"], num_images_per_prompt=3, seed=5, top_k=9, guidance_scale=2.5)
+    entry = output.metadata[4]
+    again = pipe(
+        entry["class_index"],
+        seed=entry["seed"],
+        **{key: entry[key] for key in ("guidance_scale", "top_k", "top_p", "temperature")},
+    )
+    assert same(again.images[0], output.images[4])
+
+
+def test_batches_make_no_difference(pipe):
+    whole = pipe(["dog", "cat", "crane"], num_images_per_prompt=3, seed=1)
+    split = pipe(["dog", "cat", "crane"], num_images_per_prompt=3, seed=1, batch_size=2)
+    assert torch.equal(whole.codes, split.codes)
+    assert all(map(same, whole.images, split.images))
+
+
+@pytest.mark.parametrize("window", [1, 4])
+def test_several_codes_per_pass_make_no_difference(pipe, window, monkeypatch):
+    wanted = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
+    passes = []
+    parallel = passes_module.generate_codes_in_parallel
+
+    def counted(*arguments, **settings):
+        drawn = parallel(*arguments, **settings)
+        passes.extend(drawn.passes)
+        return drawn
+
+    monkeypatch.setattr(passes_module, "generate_codes_in_parallel", counted)
+    found = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, window=window)
+    assert torch.equal(found.codes, wanted.codes)
+    assert len(passes) == (0 if window == 1 else 4)
+    monkeypatch.setattr(passes_module, "looking_ahead_pays", lambda *_: True)
+    assert torch.equal(pipe("cat", seed=3).codes, wanted.codes[2:3])
+    assert len(passes) == (1 if window == 1 else 5)
+
+
+def test_several_rows_at_once(pipe):
+    exact = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
+    whole_rows = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, row_lag=4)
+    assert torch.equal(whole_rows.codes, exact.codes)
+    seen = []
+    output = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, row_lag=2, callback=seen.append)
+    assert not torch.equal(output.codes, exact.codes)
+    assert torch.equal(output.codes[:, 0], exact.codes[:, 0])
+    assert [progress.row for progress in seen] == [1, 2, 3, 4]
+    assert "row_lag" not in exact.metadata[0]
+    entry = output.metadata[3]
+    again = pipe(entry["class_index"], seed=entry["seed"], row_lag=entry["row_lag"])
+    assert torch.equal(again.codes[0], output.codes[3])
+
+
+def test_rows_that_cannot_be_drawn_at_once(pipe):
+    with pytest.raises(InputError, match="row_lag is 0, expected at least 1 column"):
+        pipe("dog", row_lag=0)
+    with pytest.raises(InputError, match="row_lag goes without window"):
+        pipe("dog", row_lag=2, window=1)
+    by_vllm = Pipeline(pipe.tokenizer, pipe.transformer, labels=pipe.labels, engine="vllm")
+    with pytest.raises(InputError, match="row_lag goes with engine 'native'"):
+        by_vllm("dog", row_lag=2)
+    with pytest.raises(InputError, match="window goes with engine 'native'"):
+        by_vllm("dog", window=2)
+
+
+def test_progress_of_every_batch(pipe):
+    seen = []
+    output = pipe("dog", num_images_per_prompt=3, seed=0, batch_size=2, callback=seen.append)
+    assert [(p.first, p.row, p.rows) for p in seen] == [
+        *((0, 1, 4), (0, 2, 4), (0, 3, 4), (0, 4, 4)),
+        *((2, 1, 4), (2, 2, 4), (2, 3, 4), (2, 4, 4)),
+    ]
+    assert torch.equal(seen[-1].codes, output.codes[2:])
+
+
+def test_a_callback_can_stop_a_call(pipe):
+    class StopError(Exception):
+        pass
+
+    def stop(progress):
+        raise StopError
+
+    with pytest.raises(StopError):
+        pipe("dog", callback=stop)
+
+
+def test_seeds_are_random_unless_given(pipe):
+    first, second = pipe("dog"), pipe("dog")
+    assert first.seeds != second.seeds
+    assert pipe("dog", num_images_per_prompt=2, seed=[7, 3]).seeds == (7, 3)
+
+
+def test_models_bring_their_own_settings(tmp_path):
+    pipe = tiny_pipeline()
+    pipe = Pipeline(
+        pipe.tokenizer,
+        pipe.transformer,
+        labels=pipe.labels,
+        name="tiny",
+        sampling=SamplingConfig(guidance_scale=1.5, top_k=7),
+    )
+    entry = pipe("dog", seed=0).metadata[0]
+    assert (entry["guidance_scale"], entry["top_k"]) == (1.5, 7)
+    assert pipe("dog", seed=0, top_k=0).metadata[0]["top_k"] == 0
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_save_and_load(tmp_path, pipe, dtype):
+    pipe.save_pretrained(tmp_path / "model")
+    loaded = Pipeline.from_pretrained(tmp_path / "model", device="cpu", dtype=dtype or "float32")
+    assert loaded.labels == pipe.labels
+    assert loaded.name == "tiny"
+    assert loaded.sampling == pipe.sampling
+    if dtype is None:
+        assert torch.equal(loaded("dog", seed=3).codes, pipe("dog", seed=3).codes)
+    else:
+        assert loaded.dtype == torch.bfloat16
+        assert loaded.tokenizer.dtype == torch.bfloat16
+        assert len(loaded("dog", seed=3).images) == 1
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        *("labels.json", "model_index.json", "tokenizer", "transformer")
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_replaces_pipelines_only(tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "model")
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(InputError, match="no pipeline folder"):
+        pipe.save_pretrained(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+def test_parts_that_do_not_fit():
+    with pytest.raises(InputError, match="32 codes but the transformer predicts 64"):
+        Pipeline(tiny_tokenizer(codebook_size=32), tiny_transformer())
+    with pytest.raises(InputError, match="2 class names"):
+        Pipeline(tiny_tokenizer(), tiny_transformer(), labels=Labels(("a", "b")))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "dgo"}, "did you mean 'dog'"),
+        ({"prompt": 5}, "no class 5"),
+        ({"prompt": []}, "no class was given"),
+        ({"prompt": None}, "class names or indices"),
+        ({"prompt": "dog", "num_images_per_prompt": 0}, "num_images_per_prompt"),
+        ({"prompt": "dog", "batch_size": 0}, "batch_size"),
+        ({"prompt": "dog", "top_k": -3}, "top_k"),
+        ({"prompt": "dog", "guidance_scale": float("nan")}, "guidance_scale"),
+        ({"prompt": "dog", "seed": -1}, "seed"),
+        ({"prompt": "dog", "seed": [1, 2]}, "2 seeds for 1"),
+    ],
+)
+def test_bad_input(pipe, arguments, message):
+    with pytest.raises(InputError, match=message):
+        pipe(**arguments)
+
+
+def test_text_features():
+    pipe = Pipeline(tiny_tokenizer(), tiny_transformer(condition="text"), name="t")
+    features = torch.randn(2, 6, 16)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]])
+    output = pipe(
+        prompt_embeds=features, prompt_attention_mask=mask, num_images_per_prompt=2, seed=0
+    )
+    assert len(output.images) == 4
+    alone = pipe(prompt_embeds=features[1:, 3:], seed=3)
+    assert torch.equal(alone.codes[0], output.codes[3])
+    with pytest.raises(InputError, match="prompt_embeds"):
+        pipe("a photo")
+
+
+def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
+    sizes = []
+    real = passes_module.generate_codes
+
+    def limited(model, condition, **arguments):
+        sizes.append(condition.shape[0])
+        if condition.shape[0] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, condition, **arguments)
+
+    monkeypatch.setattr(passes_module, "generate_codes", limited)
+    output = pipe("dog", num_images_per_prompt=5, seed=0)
+    monkeypatch.undo()
+    assert sizes == [5, 2, 2, 1]
+    assert torch.equal(output.codes, pipe("dog", num_images_per_prompt=5, seed=0).codes)
+
+
+def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch):
+    log = []
+    real, copy = passes_module.generate_codes, pipeline_module.copy_to_host
+
+    def drawn(*arguments, **settings):
+        log.append("codes")
+        return real(*arguments, **settings)
+
+    def copied(pixels):
+        wait = copy(pixels)
+        log.append("pixels")
+        return lambda: (log.append("fetched"), wait())[1]
+
+    whole = pipe("dog", num_images_per_prompt=5, seed=0)
+    monkeypatch.setattr(passes_module, "generate_codes", drawn)
+    monkeypatch.setattr(pipeline_module, "copy_to_host", copied)
+    output = pipe("dog", num_images_per_prompt=5, seed=0, batch_size=2)
+    assert log == [
+        *("codes", "pixels", "codes", "pixels", "fetched"),
+        *("codes", "pixels", "fetched", "fetched"),
+    ]
+    assert all(map(same, whole.images, output.images))
+
+
+def test_quantising_weights_and_cache():
+    pipe = tiny_pipeline()
+    assert pipe.quantize(kv_cache_dtype="int8") is pipe
+    assert pipe.precision == {"dtype": "float32", "kv_cache_dtype": "int8"}
+    assert pipe("dog", seed=3).metadata[0]["kv_cache_dtype"] == "int8"
+    pipe.quantize("int8")  # the cache stays as it is
+    assert pipe.precision["quantization"] == pipe.precision["kv_cache_dtype"] == "int8"
+    pipe.quantize(kv_cache_dtype="auto")
+    assert pipe.precision == {"dtype": "float32", "quantization": "int8"}
+    by_vllm = Pipeline(pipe.tokenizer, pipe.transformer, labels=pipe.labels, engine="vllm")
+    with pytest.raises(InputError, match="goes with engine 'native'"):
+        by_vllm.quantize(kv_cache_dtype="int8")
+
+
+def test_moving(pipe):
+    moved = tiny_pipeline().to("cpu", "float16")
+    assert moved.dtype == torch.float16
+    with pytest.raises(InputError, match="no precision"):
+        moved.to(dtype="int3")
+
+
+@pytest.mark.gpu
+def test_on_the_gpu():
+    pipe = tiny_pipeline()
+    settings = {"num_images_per_prompt": 3, "seed": 4, "temperature": 0.0, "batch_size": 1}
+    expected = pipe("dog", **settings)
+    found = pipe.to("cuda")("dog", **settings)
+    assert torch.equal(found.codes, expected.codes)
+    assert all(map(same, found.images, pipe.decode(found.codes)))
+
+
+def test_codes_alone():
+    pipe = tiny_pipeline()
+    whole, codes = pipe([0, 3], seed=4), pipe([0, 3], seed=4, output_type="codes")
+    assert codes.images == []
+    assert torch.equal(codes.codes, whole.codes)
+    assert [im.tobytes() for im in pipe.decode(codes.codes)] == [
+        im.tobytes() for im in whole.images
+    ]
+    (pixels,) = pipe.decode_in_parts(codes.codes)
+    assert pixels.shape[:2] == (2, 3)

@@ -1,0 +1,153 @@
+"""Folders of images: what interrupts them and however many processes share them, the same."""
+
+import json
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llamagen.pipeline import saving as drawing
+from llamagen.pipeline.saving import draw_into_folder, plan_images
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import read_metadata
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
+
+PROMPTS = [("a red heart", {"id": 4}), ("llama", {"id": 9}), ("x", {})]
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return tiny_text_pipeline()
+
+
+@pytest.fixture(scope="module")
+def planned():
+    return plan_images(PROMPTS, images_per_prompt=3, seed=10)
+
+
+@pytest.fixture(scope="module")
+def whole(pipe, planned, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    assert draw_into_folder(pipe, planned, folder, batch_size=2) == 9
+    return folder
+
+
+def pictures(folder):
+    return {path.name: np.asarray(Image.open(path)).tobytes() for path in folder.glob("*.png")}
+
+
+def test_the_folder(whole, pipe):
+    lines = [json.loads(line) for line in (whole / "index.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == list(range(10, 19))
+    assert lines[4] == {"id": 9, "file": "000001-1.png", "prompt": "llama", "seed": 14}
+    assert sorted(pictures(whole)) == [line["file"] for line in lines]
+    about = read_metadata(whole / "000001-1.png")
+    assert (about["prompt"], about["seed"]) == ("llama", 14)
+    alone = np.asarray(pipe("llama", seed=14).images[0]).tobytes()
+    assert pictures(whole)["000001-1.png"] == alone
+
+
+def test_goes_on(whole, pipe, planned, tmp_path):
+    class StopError(Exception):
+        pass
+
+    done = []
+
+    def stop(count):
+        done.append(count)
+        if len(done) == 2:
+            raise StopError
+
+    out = tmp_path / "out"
+    with pytest.raises(StopError):
+        draw_into_folder(pipe, planned, out, batch_size=2, progress=stop)
+    (out / "000000-1.png").unlink()
+    # Several codes per pass make the same images, so the folder goes on with them.
+    assert draw_into_folder(pipe, planned, out, batch_size=2, window=4) == 6
+    assert pictures(out) == pictures(whole)
+    assert draw_into_folder(pipe, planned, out, batch_size=2) == 0
+
+
+def test_processes_share_the_work(whole, pipe, planned, tmp_path):
+    counts = [
+        draw_into_folder(pipe, planned, tmp_path, batch_size=2, rank=rank, world_size=3)
+        for rank in range(3)
+    ]
+    assert counts == [4, 3, 2]
+    assert pictures(tmp_path) == pictures(whole)
+
+
+def test_a_gpu_draws_the_next_batch_while_one_is_saved(whole, pipe, planned, tmp_path, monkeypatch):
+    launches = 0
+    second = threading.Event()
+    launch, save = drawing._launch, drawing._save
+
+    def launched(*arguments, **settings):
+        nonlocal launches
+        launches += 1
+        if launches == 2:
+            second.set()
+        return launch(*arguments, **settings)
+
+    def saved(*arguments):
+        assert second.wait(60)
+        save(*arguments)
+
+    monkeypatch.setattr(drawing, "_batches_behind", lambda device: 1)
+    monkeypatch.setattr(drawing, "_launch", launched)
+    monkeypatch.setattr(drawing, "_save", saved)
+    told = []
+    assert draw_into_folder(pipe, planned, tmp_path, batch_size=4, progress=told.append) == 9
+    assert told == [4, 4, 1]
+    assert pictures(tmp_path) == pictures(whole)
+
+
+def test_what_is_drawn_is_saved_though_the_next_batch_fails(pipe, planned, tmp_path, monkeypatch):
+    launch = drawing._launch
+
+    def failing(pipeline, left, **settings):
+        if left[0].seed == 14:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return launch(pipeline, left, **settings)
+
+    monkeypatch.setattr(drawing, "_batches_behind", lambda device: 1)
+    monkeypatch.setattr(drawing, "_launch", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw_into_folder(pipe, planned, tmp_path, batch_size=4)
+    assert len(pictures(tmp_path)) == 4
+
+
+def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
+    planned = plan_images([("llama", {}), ("https://example.com", {})], images_per_prompt=1, seed=0)
+    with pytest.raises(InputError, match="empty once it is cleaned"):
+        draw_into_folder(pipe, planned, tmp_path / "out", batch_size=1)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="no class"):
+        tiny_pipeline().check_prompts(["dog", "unknown"])
+
+
+def test_several_rows_at_once_make_other_images(whole, pipe, planned, tmp_path):
+    out = tmp_path / "out"
+    for wrong in ({"row_lag": 0}, {"row_lag": 2, "window": 2}):
+        with pytest.raises(InputError, match="row_lag"):
+            draw_into_folder(pipe, planned, out, **wrong)
+        assert not out.exists()
+    assert draw_into_folder(pipe, planned, out, row_lag=2) == 9
+    assert pictures(out) != pictures(whole)
+    assert read_metadata(out / "000001-1.png")["row_lag"] == 2
+    with pytest.raises(InputError, match="begun with other settings"):
+        draw_into_folder(pipe, planned, out)
+
+
+def test_folders_of_something_else(whole, pipe, planned, tmp_path):
+    with pytest.raises(InputError, match="begun with other settings"):
+        draw_into_folder(pipe, planned, whole, top_k=3)
+    with pytest.raises(InputError, match="begun with other prompts or seeds"):
+        draw_into_folder(pipe, planned[:-1], whole)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="not empty and holds no images"):
+        draw_into_folder(pipe, planned, tmp_path)
+    with pytest.raises(InputError, match="is a file"):
+        draw_into_folder(pipe, planned, tmp_path / "notes.txt")

@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import image_grid, read_metadata, save_png, stacked, titled, to_pil
+
+
+def solid(color, size=(8, 6)):
+    return Image.new("RGB", size, color)
+
+
+def test_metadata_round_trip(tmp_path):
+    metadata = {"model": "tiny", "class": "müsli", "seed": 3, "guidance_scale": 4.0, "stop": None}
+    save_png(solid("red"), tmp_path / "a.png", metadata=metadata)
+    assert read_metadata(tmp_path / "a.png") == metadata
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (8, 6)
+        assert image.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_without_metadata(tmp_path):
+    save_png(solid("red"), tmp_path / "a.png")
+    with pytest.raises(InputError, match="does not say how it was made"):
+        read_metadata(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="not a readable image"):
+        read_metadata(tmp_path / "b.png")
+    with pytest.raises(FileNotFoundError):
+        read_metadata(tmp_path / "c.png")
+
+
+def test_a_grid_holds_every_image():
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    grid = image_grid([solid(color) for color in colors], columns=2, gap=1, scale=2)
+    assert grid.size == (2 * (16 + 1) + 1, 2 * (12 + 1) + 1)
+    pixels = np.asarray(grid)
+    for index, color in enumerate(colors):
+        y, x = 1 + index // 2 * 13, 1 + index % 2 * 17
+        assert (pixels[y : y + 12, x : x + 16] == color).all()
+
+
+def test_captions_and_titles_make_room():
+    plain = image_grid([solid("red", (64, 64))])
+    captioned = image_grid([solid("red", (64, 64))], captions=["a caption far too long for it"])
+    assert captioned.height > plain.height
+    assert titled(plain, "title").height > plain.height
+    assert stacked([plain, captioned], gap=3).height == plain.height + captioned.height + 3
+
+
+def test_no_images_is_an_error():
+    with pytest.raises(InputError, match="no images"):
+        image_grid([])
+
+
+def test_tensors_become_images():
+    images = torch.zeros(2, 3, 4, 5)
+    images[1] = 1.0
+    pictures = to_pil(images)
+    assert [picture.size for picture in pictures] == [(5, 4)] * 2
+    assert pictures[0].getpixel((0, 0)) == (128, 128, 128)
+    assert pictures[1].getpixel((0, 0)) == (255, 255, 255)
