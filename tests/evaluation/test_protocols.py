@@ -10,6 +10,7 @@ import torch
 
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics, frechet_distance
+from llamagen.evaluation.page import save_report
 from llamagen.evaluation.protocols.c2i import ClassSampling, evaluate_classes
 from llamagen.evaluation.protocols.common import Workplace
 from llamagen.evaluation.protocols.folders import evaluate_folder
@@ -237,7 +238,7 @@ def test_a_sweep(tmp_path, reference):
 
 def test_a_report_is_written(tmp_path, reference):
     report = evaluate_classes(tiny_pipeline(), reference, ClassSampling(count=10), place(tmp_path))
-    report.save(tmp_path / "out")
+    save_report(report, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["metrics"] == report.metrics
     assert found["settings"]["model"] == "tiny"

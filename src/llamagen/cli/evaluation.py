@@ -98,8 +98,10 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
     def processes(self) -> Iterator[torch.device]:
         """Joins the processes of torchrun, if there are any; yields this one's device."""
         import llamagen.support.storage as storage
+        from llamagen.evaluation.page import require_page_packages
         from llamagen.support import distributed
 
+        require_page_packages()
         storage.require_writable(self.out)
         device, _ = self.resolve()
         with distributed.process_group(str(device.type)) as own:
@@ -121,12 +123,12 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
 
     def finish(self, report: Report) -> None:
         """Writes and prints the report, in the main process."""
-        from llamagen.evaluation.report import PAGE_NAME
+        from llamagen.evaluation.page import PAGE_NAME, save_report
         from llamagen.support import distributed
 
         if not distributed.is_main():
             return
-        report.save(self.out)
+        save_report(report, self.out)
         print(report.title)
         width = max(map(len, report.metrics), default=0)
         for name, value in report.metrics.items():

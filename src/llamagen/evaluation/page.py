@@ -1,229 +1,218 @@
-"""An evaluation's report as one HTML file that needs no other, no script and no network."""
+"""A report as one HTML file: the template ``assets/report.html.jinja``, charts by matplotlib."""
 
 from __future__ import annotations
 
 import base64
 import importlib.resources
 import io
+import itertools
+import math
+import numbers
+import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, TypeGuard
 
 from PIL import Image
 
-from llamagen.evaluation.charts import line_chart
-from llamagen.evaluation.markup import (
-    NOTHING,
-    column_texts,
-    escaped,
-    is_number,
-    setting_text,
-    spelled,
-    value_text,
-)
+import llamagen.support.storage as storage
+from llamagen.evaluation.report import JSON_NAME, Curve, Report
+from llamagen.support.errors import InputError
 
-if TYPE_CHECKING:
-    from llamagen.evaluation.report import Curve, Picture, Report, Table
+PAGE_NAME = "report.html"
 
 _SMALL = 320
-"""Pictures of at most this many pixels a side keep their pixels sharp, and are enlarged by the
-whole factor that leaves them within it: every page has room for that."""
+"""Images of at most this many pixels a side are enlarged by an integer factor, without blur."""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+_CHART_INCHES = (5.2, 3.3)
+_MARKERS = "os^D"
+_THEMES = {
+    # Series are at least 3:1 to the page and differ under any of the three colour blindnesses.
+    "light": ("#1c2024", "#d9dee3", ("#0f5ab2", "#d84111", "#24a269", "#ba76b7", "#4c3407")),
+    "dark": ("#e4e8ec", "#343b43", ("#3680d6", "#d16340", "#64ecab", "#eea2db", "#fff382")),
+}
+"""Colours of text, grid and series, as in the template's style sheet."""
 
-# Should markup ever get past the escaping, a browser still runs and loads nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+# File names that are not UTF-8 arrive with surrogates, which no page can hold.
+_UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+_IDENTIFIER = re.compile(r"[a-z0-9_]+")
+_ABBREVIATIONS = {
+    **{word: word.upper() for word in ("clip", "fid", "kid", "lpips", "psnr", "ssim")},
+    "rfid": "rFID",
+    "sfid": "sFID",
+    "rsfid": "rsFID",
+}
 
-_PAGE = """\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
 
-_WARNING_SIGN = (
-    '<svg viewBox="0 0 24 24" aria-hidden="true"><path d="M12 3 22.5 21h-21z"/>'
-    '<path d="M12 9.5v5.5M12 17.2v1.3"/></svg>'
-)
+def require_page_packages() -> None:
+    """Raise InputError if a package that pages need is missing, before anything is computed."""
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"a report needs {error.name}; install it with pip install 'llamagen[eval]'"
+        ) from error
+
+
+def save_report(report: Report, folder: Path) -> None:
+    """Write ``report.json`` and ``report.html``, which loads no other file.
+
+    Raises:
+        InputError: a package that the page needs is not installed.
+        OSError: a file cannot be written.
+    """
+    storage.write_json(folder / JSON_NAME, report.to_dict())
+    storage.write_text(folder / PAGE_NAME, render_page(report))
 
 
 def render_page(report: Report) -> str:
-    """The report for a browser. All of its texts may hold anything: they are escaped."""
-    sections = (
-        _header(report),
-        _warnings(report.warnings),
-        _metrics(report.metrics),
-        _section("Tables", "tables", [*map(_table, report.tables)]),
-        _section("Curves", "curves", [*map(_curve, report.curves)]),
-        _section("Pictures", "pictures", [*map(_picture, report.pictures)]),
-        _details(report),
+    """Return the page of a report. Its texts may hold anything: the template escapes them."""
+    require_page_packages()
+    import jinja2
+
+    source = importlib.resources.files("llamagen") / "assets" / "report.html.jinja"
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return _PAGE.format(
-        policy=_POLICY,
-        title=escaped(report.title),
-        style=_style(),
-        body="\n".join(section for section in sections if section),
+    environment.filters |= {
+        "column_texts": column_texts,
+        "setting_text": setting_text,
+        "spell": spell,
+        "value_text": value_text,
+    }
+    environment.tests["measured"] = _is_number
+    page = environment.from_string(source.read_text(encoding="utf-8")).render(
+        report=report,
+        sides={"Evaluated": _summary(report.samples), "Compared with": _summary(report.reference)},
+        charts=[_chart_images(curve) for curve in report.curves],
+        pictures=[_picture(picture.image) for picture in report.pictures],
     )
+    return _printable(page)
 
 
-def _style() -> str:
-    assets = importlib.resources.files("llamagen") / "assets"
-    return (assets / "report.css").read_text(encoding="utf-8")
+def spell(name: str) -> str:
+    """Return the name of a metric or setting for people: "best_fid" as "best FID"."""
+    if not _IDENTIFIER.fullmatch(name):
+        return name
+    return " ".join(_ABBREVIATIONS.get(word, word) for word in name.split("_"))
 
 
-def _header(report: Report) -> str:
-    return (
-        f'<header>\n<p class="kind">Evaluation report, protocol '
-        f"<strong>{escaped(report.protocol)}</strong></p>\n"
-        f"<h1>{escaped(report.title)}</h1>\n"
-        f'<dl class="compared">\n'
-        f"<div><dt>Evaluated</dt><dd>{_summary(report.samples)}</dd></div>\n"
-        f"<div><dt>Compared with</dt><dd>{_summary(report.reference)}</dd></div>\n"
-        f"</dl>\n</header>"
-    )
+def value_text(value: object) -> str:
+    """Return a value for people; measured numbers have four significant digits."""
+    if value is None:
+        return "\N{EN DASH}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not _is_number(value):
+        return str(value)
+    if isinstance(value, numbers.Integral):
+        return f"{int(value):,}"
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}\N{INFINITY}"
+    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
+def column_texts(values: Sequence[object]) -> list[str]:
+    """Return the cells of a column; its measured numbers have the same number of decimals."""
+    texts = [value_text(value) for value in values]
+    rounded = [
+        text
+        for value, text in zip(values, texts, strict=True)
+        if _is_number(value) and math.isfinite(value)
+    ]
+    decimals = max((len(text.partition(".")[2]) for text in rounded), default=0)
+    if decimals == 0 or any("e" in text for text in rounded):
+        return texts
+    return [
+        f"{value:,.{decimals}f}" if _is_number(value) and math.isfinite(value) else text
+        for value, text in zip(values, texts, strict=True)
+    ]
+
+
+def setting_text(value: object) -> str:
+    """Return a setting with all its digits, as one would type it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting_text, value)) or value_text(None)
+    return str(value) if _is_number(value) and math.isfinite(value) else value_text(value)
+
+
+def draw_chart(curve: Curve, theme: str) -> str:
+    """Return the line chart of a curve as SVG with a transparent background.
+
+    Points that are not finite interrupt their line.
+    """
+    import matplotlib as mpl
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    ink, grid, colours = _THEMES[theme]
+    styles = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
+    # Text stays text, in the reader's font; the salt makes the same chart the same bytes.
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llamagen"}):
+        # Not pyplot: its global state and its choice of a window system are not ours to touch.
+        figure = Figure(figsize=_CHART_INCHES, layout="constrained", facecolor="none")
+        axes = figure.subplots()
+        for points, (colour, marker) in zip(curve.series.values(), styles, strict=False):
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            axes.plot(xs, ys, color=colour, marker=marker, markersize=5)
+        axes.set_facecolor("none")
+        axes.set_xlabel(_printable(curve.x), color=ink, parse_math=False)
+        axes.set_ylabel(_printable(spell(curve.title)), color=ink, parse_math=False)
+        if curve.log_x:
+            axes.set_xscale("log", nonpositive="mask")
+        axes.tick_params(colors=ink)
+        axes.grid(color=grid)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["bottom", "left"]].set_color(grid)
+        if any(curve.series):
+            names = [_printable(name) for name in curve.series]
+            legend = axes.legend(axes.get_lines(), names, frameon=False, labelcolor=ink)
+            for text in legend.get_texts():
+                text.set_parse_math(False)
+        file = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
+    return file.getvalue()
+
+
+def _chart_images(curve: Curve) -> dict[str, str]:
+    """Addresses of a curve's chart for light and dark screens."""
+    return {
+        theme: _address(draw_chart(curve, theme).encode(), "image/svg+xml") for theme in _THEMES
+    }
+
+
+def _picture(image: Image.Image) -> dict[str, Any]:
+    """Address and size of an image as the page shows it."""
+    factor = max(1, _SMALL // max(image.size))
+    if image.mode not in _PNG_MODES:
+        image = image.convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return {
+        "address": _address(file.getvalue(), "image/png"),
+        "is_small": max(image.size) <= _SMALL,
+        "size": (image.width * factor, image.height * factor),
+    }
+
+
+def _address(content: bytes, kind: str) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _summary(side: Mapping[str, Any]) -> str:
-    """One side of the comparison in a line; the details below have all of it."""
+    """One side of the comparison in a line; the details have all of it."""
     facts = [side[name] for name in ("source", "network", "size") if name in side]
-    if is_number(count := side.get("images")):
+    if _is_number(count := side.get("images")):
         facts.insert(1 if "source" in side else 0, f"{value_text(count)} images")
-    if not facts:
-        facts = [f"{spelled(name)} {setting_text(value)}" for name, value in side.items()]
-    return escaped(", ".join(map(value_text, facts)) or NOTHING)
+    return ", ".join(map(str, facts)) or value_text(None)
 
 
-def _warnings(warnings: Sequence[str]) -> str:
-    if not warnings:
-        return ""
-    items = "\n".join(f"<li>{escaped(warning)}</li>" for warning in warnings)
-    count = "1 warning" if len(warnings) == 1 else f"{len(warnings)} warnings"
-    return (
-        f'<section class="warnings" aria-labelledby="warnings">\n'
-        f'<h2 id="warnings">{_WARNING_SIGN}{count}</h2>\n<ul>\n{items}\n</ul>\n</section>'
-    )
+def _is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number, of Python or NumPy; truth values are not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _metrics(metrics: Mapping[str, float]) -> str:
-    if not metrics:
-        return ""
-    figures = []
-    for name, value in metrics.items():
-        text = value_text(value)
-        # What is no number is told in words, which need more room than digits.
-        kind = "" if any(letter.isdigit() for letter in text) else ' class="words"'
-        figures.append(
-            f"<div><dt>{escaped(spelled(name))}</dt><dd{kind}>{escaped(text)}</dd></div>"
-        )
-    return (
-        '<section aria-labelledby="metrics">\n<h2 id="metrics">Metrics</h2>\n'
-        '<dl class="metrics">\n' + "\n".join(figures) + "\n</dl>\n</section>"
-    )
-
-
-def _section(title: str, name: str, parts: Sequence[str]) -> str:
-    if not parts:
-        return ""
-    return (
-        f'<section aria-labelledby="{name}">\n<h2 id="{name}">{title}</h2>\n'
-        f'<div class="{name}">\n' + "\n".join(parts) + "\n</div>\n</section>"
-    )
-
-
-def _table(table: Table) -> str:
-    note = f'\n<p class="note">{escaped(table.note)}</p>' if table.note else ""
-    title = spelled(table.title)
-    return (
-        f"<article>\n<h3>{escaped(title)}</h3>\n"
-        f"{_grid(title, table.columns, table.rows)}{note}\n</article>"
-    )
-
-
-def _grid(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table that scrolls within itself where it is wider than the page."""
-    values = [[row[column] for row in rows] for column in range(len(columns))]
-    texts = [column_texts(column) for column in values]
-    kinds = [' class="number"' if any(map(is_number, column)) else "" for column in values]
-    head = "".join(
-        f'<th scope="col"{kind}>{escaped(spelled(name))}</th>'
-        for name, kind in zip(columns, kinds, strict=True)
-    )
-    body = "\n".join(
-        "<tr>"
-        + "".join(
-            f"<td{kind}>{escaped(column[number])}</td>"
-            for column, kind in zip(texts, kinds, strict=True)
-        )
-        + "</tr>"
-        for number in range(len(rows))
-    )
-    # Focusable, so that it can be scrolled by keyboard too.
-    return (
-        f'<div class="scroll" role="region" aria-label="{escaped(title)}" tabindex="0">'
-        f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>"
-    )
-
-
-def _curve(curve: Curve) -> str:
-    """The chart, and its numbers for those who cannot point at it or see it."""
-    title = spelled(curve.title)
-    rows = [(name, x, y) for name, points in curve.series.items() for x, y in points]
-    values = _grid(f"Values of {title}", ("series", curve.x, title), rows)
-    return (
-        f"<figure>\n<figcaption><h3>{escaped(title)}</h3></figcaption>\n{line_chart(curve)}\n"
-        f"<details><summary>Values</summary>\n{values}\n</details>\n</figure>"
-    )
-
-
-def _picture(picture: Picture) -> str:
-    image = picture.image
-    factor = max(1, _SMALL // max(image.size))
-    kind = ' class="crisp"' if max(image.size) <= _SMALL else ""
-    note = f'\n<p class="note">{escaped(picture.note)}</p>' if picture.note else ""
-    return (
-        f"<figure>\n<figcaption><h3>{escaped(picture.title)}</h3>{note}</figcaption>\n"
-        f'<img{kind} src="data:image/png;base64,{_png(image)}" alt="{escaped(picture.title)}" '
-        f'width="{image.width * factor}" height="{image.height * factor}">\n</figure>'
-    )
-
-
-def _png(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    if image.mode not in _PNG_MODES:
-        image = image.convert("RGB")
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _details(report: Report) -> str:
-    parts = {
-        "Settings": report.settings,
-        "Samples": report.samples,
-        "Reference": report.reference,
-        "Versions": report.versions,
-    }
-    blocks = [
-        f"<details>\n<summary>{title}</summary>\n{_facts(values)}\n</details>"
-        for title, values in parts.items()
-        if values
-    ]
-    return _section("Details", "details", blocks)
-
-
-def _facts(values: Mapping[str, Any]) -> str:
-    rows = "\n".join(
-        f'<tr><th scope="row">{escaped(spelled(str(name)))}</th>'
-        f"<td>{_facts(value) if isinstance(value, Mapping) else escaped(setting_text(value))}</td>"
-        f"</tr>"
-        for name, value in values.items()
-    )
-    return f'<table class="facts">\n{rows}\n</table>'
+def _printable(text: str) -> str:
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)

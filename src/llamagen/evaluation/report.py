@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain data: one JSON file and one page for a browser."""
+"""Results of an evaluation, as plain data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import dataclasses
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-import llamagen.support.storage as storage
-from llamagen.evaluation.page import render_page
-
 JSON_NAME = "report.json"
-PAGE_NAME = "report.html"
 
 
 def _versions() -> dict[str, str]:
@@ -86,12 +81,3 @@ class Report:
         values = dataclasses.asdict(dataclasses.replace(self, pictures=[]))
         del values["pictures"]
         return values
-
-    def save(self, folder: Path) -> None:
-        """Writes ``report.json`` and ``report.html``, which needs no other file.
-
-        Raises:
-            OSError: they cannot be written.
-        """
-        storage.write_json(folder / JSON_NAME, self.to_dict())
-        storage.write_text(folder / PAGE_NAME, render_page(self))
