@@ -104,13 +104,14 @@ def value_text(value: object) -> str:
         return "\N{EN DASH}"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if not _is_number(value):
-        return str(value)
     if isinstance(value, numbers.Integral):
         return f"{int(value):,}"
-    if not math.isfinite(value):
-        return "NaN" if math.isnan(value) else f"{'-' if value < 0 else ''}\N{INFINITY}"
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e9 else f"{value:.4g}"
+    if not isinstance(value, numbers.Real):
+        return str(value)
+    number = float(value)
+    if not math.isfinite(number):
+        return "NaN" if math.isnan(number) else f"{'-' if number < 0 else ''}\N{INFINITY}"
+    return f"{number:,.0f}" if 1e3 <= abs(number) < 1e9 else f"{number:.4g}"
 
 
 def column_texts(values: Sequence[object]) -> list[str]:
