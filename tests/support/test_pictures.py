@@ -1,10 +1,16 @@
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from llamagen.support.errors import InputError
-from llamagen.support.pictures import image_grid, read_metadata, save_png, stacked, titled, to_pil
+from llamagen.support.pictures import (
+    arrays_to_pil,
+    image_grid,
+    read_metadata,
+    save_png,
+    stacked,
+    titled,
+)
 
 
 def solid(color, size=(8, 6)):
@@ -54,10 +60,10 @@ def test_no_images_is_an_error():
         image_grid([])
 
 
-def test_tensors_become_images():
-    images = torch.zeros(2, 3, 4, 5)
-    images[1] = 1.0
-    pictures = to_pil(images)
+def test_arrays_become_images():
+    pixels = np.zeros((2, 4, 5, 3), np.uint8)
+    pixels[1] = 255
+    pictures = arrays_to_pil(pixels)
     assert [picture.size for picture in pictures] == [(5, 4)] * 2
-    assert pictures[0].getpixel((0, 0)) == (128, 128, 128)
+    assert pictures[0].getpixel((0, 0)) == (0, 0, 0)
     assert pictures[1].getpixel((0, 0)) == (255, 255, 255)

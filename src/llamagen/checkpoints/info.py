@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
-from llamagen import checkpoints
+import llamagen.checkpoints as checkpoints
 from llamagen.checkpoints.sources import Part, Source, locate
 from llamagen.config import (
     TOKENIZER_PRESETS,

@@ -90,7 +90,7 @@ def run(options: Options) -> None:
 def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transformer:
     import torch
 
-    from llamagen import checkpoints
+    import llamagen.checkpoints as checkpoints
     from llamagen.config import TRANSFORMER_PRESETS, preset
     from llamagen.models.transformer import Transformer
     from llamagen.models.transformer.quantized import refuse_quantized

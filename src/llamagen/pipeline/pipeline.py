@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import llamagen.checkpoints as checkpoints
 import llamagen.support.storage as storage
-from llamagen import checkpoints
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.generation.memory import decoding_batch_size, sampling_batch_size

@@ -11,10 +11,8 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
-from torch import Tensor
 
 import llamagen.support.storage as storage
-from llamagen.models.tokenizer import images_to_uint8
 from llamagen.support.errors import InputError
 
 METADATA_KEY = "llamagen"
@@ -22,11 +20,6 @@ METADATA_KEY = "llamagen"
 
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """Images (B, 3, H, W) in [-1, 1] as PIL images."""
-    return arrays_to_pil(images_to_uint8(images).movedim(-3, -1).cpu().numpy())
 
 
 def arrays_to_pil(pixels: np.ndarray) -> list[Image.Image]:

@@ -19,7 +19,7 @@ import psutil
 import torch
 from PIL import Image
 
-from llamagen import checkpoints
+import llamagen.checkpoints as checkpoints
 from llamagen.checkpoints.names import find_public
 from llamagen.config import (
     TOKENIZER_PRESETS,

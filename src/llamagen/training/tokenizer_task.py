@@ -26,7 +26,7 @@ from llamagen.evaluation.networks.lpips import Lpips, load_lpips
 from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
 from llamagen.support import distributed
 from llamagen.support.errors import InputError
-from llamagen.support.pictures import image_grid, save_png, to_pil
+from llamagen.support.pictures import arrays_to_pil, image_grid, save_png
 from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
 from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining
@@ -307,11 +307,14 @@ class TokenizerTask(Task):
         shown = self.images.shown.thinned(_SHEET_IMAGES)
         before = torch.cat(list(self._fixed_images(shown, range(len(shown)))))
         after = model(before).reconstruction
+        originals, decoded = (
+            arrays_to_pil(images_to_uint8(x).cpu().movedim(1, -1).numpy()) for x in (before, after)
+        )
         columns = min(8, len(before))
         rows = []
         for start in range(0, len(before), columns):
             part = slice(start, start + columns)
-            rows += to_pil(before[part]) + to_pil(after[part])
+            rows += originals[part] + decoded[part]
         scale = max(1, _SHEET_SIDE // before.shape[-1])
         save_png(image_grid(rows, columns=columns, scale=scale), path)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen import checkpoints
+import llamagen.checkpoints as checkpoints
 from llamagen.config import (
     Grid,
     SmallTextEncoderConfig,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from llamagen import checkpoints
+import llamagen.checkpoints as checkpoints
 from llamagen.backends.decoder import decoder_for
 from llamagen.checkpoints.info import dtype_name, is_text_encoder, path_of
 from llamagen.checkpoints.sources import Source
