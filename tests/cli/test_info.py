@@ -61,7 +61,7 @@ def test_data(run, model_folder):
 def test_measuring(run, model_folder):
     out = run("info", model_folder, "--measure").out
     assert "images/minute" in out
-    assert "all 16 codes" in out
+    assert "the 16 codes of an image" in out
     data = json.loads(run("info", model_folder, "--measure", "--json").out)
     assert data["speed"]["estimates"][0]["images"] == 1
     assert data["speed"]["estimates"][0]["seconds_per_image"] > 0

@@ -13,7 +13,7 @@ from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.checkpoints.info import ModelSummary, PartSummary
-    from llamagen.evaluation.speed.speed import SpeedSummary
+    from llamagen.evaluation.speed import SpeedSummary
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class Options:
     source: tyro.conf.Positional[str | None] = None
     """Name, folder, checkpoint file, hub repository, or a PNG made by llamagen."""
     measure: bool = False
-    """Load the model, and estimate from a few seconds of drawing how long an image takes here."""
+    """Load the model, and measure for a few seconds how long an image takes here."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
     """Print the same as data."""
 
@@ -47,10 +47,10 @@ def run(options: Options) -> None:
         print(_json(read_metadata(source)))
         return
     from llamagen.checkpoints.info import describe_model
-    from llamagen.evaluation.speed.speed import estimate_speed
+    from llamagen.evaluation.speed import measure_speed
 
     summary = describe_model(source)
-    speed = estimate_speed(source) if options.measure else None
+    speed = measure_speed(source) if options.measure else None
     if options.as_json:
         data = dataclasses.asdict(summary)
         print(_json(data if speed is None else {**data, "speed": dataclasses.asdict(speed)}))
@@ -169,7 +169,7 @@ def _speed(speed: SpeedSummary) -> str:
         for each in speed.estimates
     ]
     header = ["images at once", "ms/code", "s for pixels", "s/image", "images/minute"]
-    where = f"estimated on {speed.device} in {speed.dtype} ({on}, {about['threads']} threads):"
+    where = f"measured on {speed.device} in {speed.dtype} ({on}, {about['threads']} threads):"
     return "\n\n".join([where, table(header, rows), speed.how])
 
 
