@@ -1,4 +1,4 @@
-"""What a model loses by weights, keys and values in 8 or 4 bits: predictions against float32.
+"""What a model loses by weights, keys and values in 8 bits: predictions against float32.
 
     python benchmarks/quantization.py emoji emoji/held-out.csv emoji/train.csv --images 500 \
         --picture docs/images/quantization.png
@@ -44,20 +44,12 @@ WAYS: dict[str, tuple[Quantization | None, str, KVCacheDType]] = {
     "bfloat16": (None, "bfloat16", "auto"),
     "int8": ("int8", "float32", "auto"),
     "int8, bfloat16": ("int8", "bfloat16", "auto"),
-    "int4": ("int4", "float32", "auto"),
-    "int4, bfloat16": ("int4", "bfloat16", "auto"),
     "int8 cache": (None, "float32", "int8"),
     "int8 cache, bfloat16": (None, "bfloat16", "int8"),
     "int8 and int8 cache, bfloat16": ("int8", "bfloat16", "int8"),
 }
 """How weights are stored, what is computed with, and how keys and values are kept."""
-DRAWN = (
-    REFERENCE,
-    "bfloat16",
-    "int8, bfloat16",
-    "int8 and int8 cache, bfloat16",
-    "int4, bfloat16",
-)
+SHOWN_WAYS = (REFERENCE, "bfloat16", "int8, bfloat16", "int8 and int8 cache, bfloat16")
 """What the picture shows."""
 SHOWN = 8
 """Prompts of the picture, spread evenly over the last images that were named."""
@@ -144,11 +136,11 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 
 def picture(pipes: dict[str, Pipeline], prompts: list[str], seed: int) -> Image.Image:
-    """A row for each way of ``DRAWN``, a column for each prompt, which has a seed of its own."""
+    """A row for each way of ``SHOWN_WAYS``, a column for each prompt, which has a seed of its own."""
     rows = []
-    for way in DRAWN:
+    for way in SHOWN_WAYS:
         images = pipes[way](prompts, seed=seed).images
-        captions = prompts if way == DRAWN[-1] else None
+        captions = prompts if way == SHOWN_WAYS[-1] else None
         rows.append(
             titled(image_grid(images, columns=len(prompts), captions=captions, scale=2), way)
         )
