@@ -136,7 +136,7 @@ def evenly(count: int, most: int) -> np.ndarray:
 
 
 def picture(pipes: dict[str, Pipeline], prompts: list[str], seed: int) -> Image.Image:
-    """A row for each way of ``SHOWN_WAYS``, a column for each prompt, which has a seed of its own."""
+    """A row for each of ``SHOWN_WAYS``, a column for each prompt, which has a seed of its own."""
     rows = []
     for way in SHOWN_WAYS:
         images = pipes[way](prompts, seed=seed).images

@@ -170,17 +170,15 @@ def _time_rows(
 def _how(model: Transformer, sampling: SamplingConfig, *, has_tokenizer: bool) -> str:
     config = model.config
     guidance = "with" if sampling.guided else "without"
-    sentences = [
+    how = (
         f"ms/code: time {guidance} guidance, for all images at once, over the {config.num_codes} "
-        f"codes of an image; of a slow model the first rows only are generated."
-    ]
+        f"codes of an image; of a slow model only the first rows are generated."
+    )
     if config.condition == "text":
-        sentences.append(
-            f"The prompt has {config.text_length} tokens, the maximum; the text encoder is left "
+        how += (
+            f" The prompt has {config.text_length} tokens, the maximum; the text encoder is left "
             f"out."
         )
     if has_tokenizer:
-        sentences.append("Added is the image tokenizer's time for whole images.")
-    else:
-        sentences.append("There is no image tokenizer, so its time is left out.")
-    return " ".join(sentences)
+        return f"{how} Added is the image tokenizer's time for whole images."
+    return f"{how} There is no image tokenizer, so its time is left out."
