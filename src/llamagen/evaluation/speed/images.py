@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamagen import checkpoints
+import llamagen.checkpoints as checkpoints
 from llamagen.checkpoints.info import dtype_name, is_text_encoder, path_of
 from llamagen.checkpoints.sources import Source
 from llamagen.config import SamplingConfig
