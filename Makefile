@@ -51,7 +51,7 @@ demo-train: $(VENV)/.installed-demo-train
 	$(BIN)/llamagen demo-train --out $(DEMO_TRAIN_OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 # torch's companions come from another registry's builds, and cannot be imported beside this torch.
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -81,5 +81,5 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loading.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) $(DEMO_TRAIN_OUT) build dist .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) $(DEMO_TRAIN_OUT) build dist .cache .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-# As the command line sets it, and before torch is imported: see llamagen.cli.main.
+ROOT = Path(__file__).parent.parent
+MAX_WORKERS = 8
+"""Each worker imports torch and holds models of its own: about 1 GB."""
+
+# Before torch is imported. Tests run beside each other, one thread each, and so do the processes
+# that they start; the fixture several_threads is for what threads could change. What is compiled
+# (kernels, torch.compile) outlives a run and is shared by all workers.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("LLAMAGEN_CACHE", str(ROOT / ".cache" / "llamagen"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(ROOT / ".cache" / "inductor"))
 
 import torch
 
@@ -34,6 +44,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return the number of workers of ``-n auto``: one for each core this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(cores or 1, MAX_WORKERS)
+
+
+@pytest.fixture
+def several_threads() -> Iterator[None]:
+    """Three threads for operations and kernels, whose sums may then be split differently."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -18,15 +18,6 @@ from llamagen.training.discriminators import (
 SHAPES = Path(__file__).parents[1] / "fixtures" / "official_checkpoint_shapes.json"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Where other programs run, threads that wait for each other take most of such small work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def parameter_count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -17,7 +17,6 @@ from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.config import LoraConfig, TransformerSize
 from llamagen.training.export import export_run
 from tests.images import write_digits
-from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import assert_same_state, state, tokenizer_recipe, transformer_recipe
 
 LORA = LoraConfig(lora_rank=2, lora_alpha=4.0)
@@ -188,4 +187,3 @@ def test_labels_of_an_adapter(digits, base, tmp_path):
     train_transformer(recipe, quiet=True)
     saved = Labels.load(tmp_path / "run" / "adapter" / "labels.json")
     assert saved.names == ("0", "1", "2")
-    assert tiny_tokenizer().config.codebook_size == 64

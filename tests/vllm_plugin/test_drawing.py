@@ -22,23 +22,25 @@ def expected_code(logits, sampling, seed, index):
     return next_codes(mixed[None], sampling, uniform[None]).item()
 
 
-def test_each_row_is_drawn_by_its_own_settings_and_place():
+def test_rows_use_their_own_settings_wherever_they_are():
     draw = CodeDraw(codebook_size=CODES, first_code=FIRST)
-    settings = mixed_settings(30, codes=LENGTH)
-    requests = [Request.of(each, seed, LENGTH) for seed, each in enumerate(settings)]
+    rows = [
+        (Request.of(settings, seed, LENGTH), settings, seed)
+        for seed, settings in enumerate(mixed_settings(30, codes=LENGTH))
+    ]
     for step in range(3):
-        logits = torch.randn(30, IDS, generator=torch.Generator().manual_seed(step))
+        generator = torch.Generator().manual_seed(step)
+        logits = torch.randn(30, IDS, generator=generator)
         indices = [(i + step) % LENGTH for i in range(30)]
-        ids = draw(logits.clone(), requests, indices)
+        ids = draw(logits.clone(), [request for request, _, _ in rows], indices)
         assert ids.shape == (30, IDS)
         assert (ids.isfinite().sum(-1) == 1).all()
-        chosen = (ids.argmax(-1) - FIRST).tolist()
-        assert chosen == [expected_code(logits[i], settings[i], i, indices[i]) for i in range(30)]
-        # Rows change places.
-        order = torch.randperm(30, generator=torch.Generator().manual_seed(step)).tolist()
-        requests = [requests[i] for i in order]
-        settings = [settings[i] for i in order]
-        requests = [Request.of(each, i, LENGTH) for i, each in enumerate(settings)]
+        assert (ids.argmax(-1) - FIRST).tolist() == [
+            expected_code(logits[i], settings, seed, indices[i])
+            for i, (_, settings, seed) in enumerate(rows)
+        ]
+        # vLLM moves requests within its batch.
+        rows = [rows[i] for i in torch.randperm(30, generator=generator)]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

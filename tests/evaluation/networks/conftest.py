@@ -1,4 +1,4 @@
-"""One thread for all tests of networks, and an Inception-v3 with drawn weights."""
+"""An Inception-v3 with random weights."""
 
 from __future__ import annotations
 
@@ -7,15 +7,6 @@ import torch
 from torch import nn
 
 from llamagen.evaluation.networks import InceptionV3
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Where other programs run, threads that wait for each other take most of such small work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
