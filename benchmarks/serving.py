@@ -24,12 +24,12 @@ from typing import Any
 
 import torch
 from common import median_and_spread, print_table, record
+from llamagen.serving.engine import NativeEngine
 
 from llamagen import Pipeline
 from llamagen.config import TRANSFORMER_PRESETS, TokenizerConfig, preset
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
-from llamagen.serving.engine import NativeEngine
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import ServedModel
 from llamagen.support.devices import find_device, find_dtype

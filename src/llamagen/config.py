@@ -162,7 +162,7 @@ def swiglu_hidden_dim(dim: int, *, multiplier: float | None = None, multiple_of:
     return multiple_of * math.ceil(hidden / multiple_of)
 
 
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8"]
 KVCacheDType = Literal["auto", "int8"]
 """Precision of what is kept of earlier codes; auto is that of the weights."""
 
@@ -207,8 +207,8 @@ class TransformerConfig:
     """Dropout of the feed-forward layer's output, in training."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
-    quantization: Quantization | None = None
-    """Whole numbers in the place of the matrices' weights; None for none."""
+    quantization: str | None = None
+    """Integers in the place of the matrices' weights: "int8", or None."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "layers", "heads", "codebook_size")
@@ -216,7 +216,7 @@ class TransformerConfig:
         _require(
             self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0,
             f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
-            f"multiple of 4 (2-D RoPE turns pairs by row and by column)",
+            f"multiple of 4 (2-D RoPE rotates pairs by row and by column)",
         )
         if self.kv_heads is not None:
             _require(
@@ -237,6 +237,15 @@ class TransformerConfig:
         _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}, expected a positive number")
         _require_fraction(self, "token_dropout", "attention_dropout", "residual_dropout")
         _require_fraction(self, "ffn_dropout", "drop_path")
+        _require(
+            self.quantization != "int4",
+            "quantization int4 is no longer supported; convert the model that it was made from "
+            "again, with int8",
+        )
+        _require(
+            self.quantization in (None, "int8"),
+            f"quantization is {self.quantization!r}, expected 'int8' or none",
+        )
 
     @property
     def head_dim(self) -> int:

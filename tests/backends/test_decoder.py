@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-
 from llamagen.backends.decoder import CpuDecoder, TorchDecoder, decoder_for
 from llamagen.models.transformer.quantized import quantize
+
 from llamagen.support.errors import InputError
 from tests.backends.decoders import (
     SIZES,

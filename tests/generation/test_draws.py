@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-
 from llamagen.backends.cuda_graphs import Recorder
-from llamagen.config import SamplingConfig
 from llamagen.generation.draws import GraphDraws, KernelDraws, TorchDraws, draws_for
+
+from llamagen.config import SamplingConfig
 from tests.backends.tape import Tape
 from tests.backends.variants import VARIANTS, kernels_of
 

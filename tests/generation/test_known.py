@@ -3,12 +3,17 @@
 import pytest
 import torch
 
-from llamagen.backends.decoder import TorchDecoder
 from llamagen.config import SamplingConfig
-from llamagen.generation import draw_codes, filter_logits, generate_codes, uniform_draws
-from llamagen.generation.decode import RowCallback
-from llamagen.generation.known import UNKNOWN
-from llamagen.generation.sequences import Blend
+from llamagen.generation import (
+    UNKNOWN,
+    GenerationRequest,
+    NativeEngine,
+    RowCallback,
+    generate_codes,
+    sample_codes,
+    uniform_draws,
+)
+from llamagen.generation.sampling import Filters
 from llamagen.support.errors import InputError
 from tests.tiny_models import tiny_transformer
 
@@ -30,7 +35,7 @@ def draw(model, sampling, condition=LABELS, **settings):
 
 @pytest.mark.parametrize("sampling", [PLAIN, GUIDED, STOPPED])
 @pytest.mark.parametrize("kept", [1, 2, 6, 7, 15, 16])
-def test_behind_its_own_first_codes_an_image_goes_on_as_before(model, sampling, kept):
+def test_known_prefix_continues_as_without(model, sampling, kept):
     codes = draw(model, sampling)
     known = codes.flatten(1).clone()
     known[:, kept:] = UNKNOWN
@@ -38,7 +43,7 @@ def test_behind_its_own_first_codes_an_image_goes_on_as_before(model, sampling, 
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, STOPPED])
-def test_images_of_a_batch_may_know_different_codes(model, sampling):
+def test_images_of_a_batch_know_different_codes(model, sampling):
     codes = draw(model, sampling)
     known = torch.full_like(codes, UNKNOWN)
     known[0] = 7
@@ -49,20 +54,20 @@ def test_images_of_a_batch_may_know_different_codes(model, sampling):
 
 
 def reference(model, label, seed, known):
-    """The obvious way, without guidance: the whole sequence again for every code."""
+    """No cache, without guidance: the whole sequence again for every code."""
     alone = torch.tensor([label])
     codes = torch.zeros(1, 0, dtype=torch.int64)
-    numbers = uniform_draws([seed], known.numel())[0]
+    uniforms = uniform_draws([seed], known.numel())[0]
     for index, own in enumerate(known.flatten().tolist()):
         if own == UNKNOWN:
-            logits = filter_logits(model(codes, alone)[:, -1], PLAIN)
-            own = int(draw_codes(logits, numbers[index : index + 1]))
+            logits = model(codes, alone)[:, -1]
+            own = int(sample_codes(logits, Filters.of([PLAIN]), uniforms[index : index + 1]))
         codes = torch.cat([codes, torch.tensor([[own]])], dim=1)
     return codes.view_as(known)
 
 
 @torch.no_grad()
-def test_what_is_drawn_between_known_codes_follows_from_those_before(model):
+def test_matches_uncached_with_scattered_known_codes(model):
     known = torch.full((3, 4, 4), UNKNOWN)
     known[:, 1:3] = torch.arange(24).view(3, 2, 4)
     known[1, 2, 1] = UNKNOWN
@@ -71,18 +76,7 @@ def test_what_is_drawn_between_known_codes_follows_from_those_before(model):
         assert torch.equal(codes, reference(model, int(label), seed, given))
 
 
-@pytest.mark.parametrize("sampling", [PLAIN, GUIDED, STOPPED])
-def test_kernels_and_torch_go_on_behind_known_codes_alike(model, sampling, monkeypatch):
-    known = torch.full((3, 4, 4), UNKNOWN)
-    known[:, :3] = torch.arange(36).view(3, 3, 4)
-    drawn = draw(model, sampling, known=known)
-    monkeypatch.setattr(
-        "llamagen.generation.decode.decoder_for", lambda model, **_: TorchDecoder(model)
-    )
-    assert torch.equal(draw(model, sampling, known=known), drawn)
-
-
-def test_rows_are_told_of_as_they_are_finished(model):
+def test_rows_are_reported_as_they_finish(model):
     known = torch.full((3, 4, 4), UNKNOWN)
     known[:, 3] = 5
     seen = []
@@ -101,27 +95,41 @@ def test_rows_are_told_of_as_they_are_finished(model):
 @pytest.mark.parametrize(
     ("known", "message"),
     [
-        (torch.zeros(2, 4, 4), r"shape \(2, 4, 4\), expected \(3, 4, 4\)"),
+        (torch.zeros(2, 4, 4), r"shape \(2, 4, 4\), expected those of 3 images"),
         (torch.full((3, 4, 4), 64), "reach from 64 to 64, expected codes below 64"),
         (torch.full((3, 4, 4), -2), "reach from -2 to -2"),
     ],
 )
-def test_what_are_no_codes(model, known, message):
+def test_rejects_bad_known_codes(model, known, message):
     with pytest.raises(InputError, match=message):
         draw(model, PLAIN, known=known)
 
 
 @pytest.mark.parametrize("sampling", [PLAIN, GUIDED, STOPPED])
-def test_shares_of_none_and_all_are_either_condition(model, sampling):
-    other = torch.tensor([1, 1, 2])
-    nothing = draw(model, sampling, blend=Blend(other, share=0.0))
+def test_blend_shares_of_none_and_all_match_either_condition(model, sampling):
+    others = [1, 1, 2]
+
+    def generate(labels, **blend):
+        requests = [
+            GenerationRequest(
+                condition=torch.tensor(label),
+                seed=seed,
+                sampling=sampling,
+                **{name: value[index] for name, value in blend.items()},
+            )
+            for index, (label, seed) in enumerate(zip(labels, SEEDS, strict=True))
+        ]
+        return NativeEngine(model).generate(requests)
+
+    blend = [torch.tensor(other) for other in others]
+    nothing = generate(LABELS.tolist(), blend=blend, blend_share=[0.0] * 3)
     assert torch.equal(nothing, draw(model, sampling))
-    everything = draw(model, sampling, blend=Blend(other, share=1.0))
-    assert torch.equal(everything, draw(model, sampling, condition=other))
+    everything = generate(LABELS.tolist(), blend=blend, blend_share=[1.0] * 3)
+    assert torch.equal(everything, draw(model, sampling, condition=torch.tensor(others)))
 
 
 @torch.no_grad()
-def test_a_blend_mixes_logits():
+def test_blend_mixes_logits():
     model = tiny_transformer(grid=(1, 1))
     labels, other = torch.tensor([0]), torch.tensor([3])
     empty = torch.zeros(1, 0, dtype=torch.int64)
@@ -130,14 +138,18 @@ def test_a_blend_mixes_logits():
     mixed = 0.7 * a + 0.3 * b
     wanted = (u + 3.0 * (mixed - u)).softmax(-1)
     count = 4000
-    drawn = generate_codes(
-        model,
-        labels.expand(count),
-        seeds=range(count),
-        sampling=SamplingConfig(guidance_scale=3.0),
-        blend=Blend(other.expand(count), share=0.3),
-    )
-    found = drawn.flatten().bincount(minlength=64) / count
+    requests = [
+        GenerationRequest(
+            condition=labels[0],
+            seed=seed,
+            sampling=SamplingConfig(guidance_scale=3.0),
+            blend=other[0],
+            blend_share=0.3,
+        )
+        for seed in range(count)
+    ]
+    codes = NativeEngine(model).generate(requests, batch_size=1000)
+    found = codes.flatten().bincount(minlength=64) / count
     # Five standard deviations of each code's share.
     spread = (wanted * (1 - wanted) / count).sqrt()
     assert bool(((found - wanted).abs() < 5 * spread + 1e-3).all())
@@ -146,24 +158,24 @@ def test_a_blend_mixes_logits():
 def test_blends_of_texts_of_different_lengths():
     model = tiny_transformer(condition="text")
     generator = torch.Generator().manual_seed(0)
-    first, second = torch.randn(2, 2, 6, 16, generator=generator)
-    masks = [torch.arange(6).expand(2, 6) >= start for start in (4, 1)]
-    whole = generate_codes(
-        model,
-        first,
-        seeds=[1, 2],
-        sampling=PLAIN,
-        condition_mask=masks[0],
-        blend=Blend(second, masks[1], 1.0),
+    first, second = torch.randn(2, 6, 16, generator=generator)
+    blended = GenerationRequest(
+        condition=first[4:], seed=1, sampling=PLAIN, blend=second[1:], blend_share=1.0
     )
-    alone = generate_codes(model, second, seeds=[1, 2], sampling=PLAIN, condition_mask=masks[1])
-    assert torch.equal(whole, alone)
+    alone = GenerationRequest(condition=second[1:], seed=1, sampling=PLAIN)
+    engine = NativeEngine(model)
+    assert torch.equal(engine.generate([blended]), engine.generate([alone]))
 
 
-def test_bad_blends(model):
-    with pytest.raises(InputError, match=r"blend_share is 1.5, expected a number from 0 to 1"):
-        Blend(LABELS, share=1.5)
-    with pytest.raises(InputError, match=r"shape \(2,\), expected \(3,\) like the first one"):
-        draw(model, PLAIN, blend=Blend(LABELS[:2]))
-    with pytest.raises(InputError, match="class labels run from 9 to 9"):
-        draw(model, PLAIN, blend=Blend(torch.tensor([9, 9, 9])))
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"blend_share": 1.5}, r"blend_share is 1.5, expected a number from 0 to 1"),
+        ({"blend": torch.tensor(9)}, "class labels run from 9 to 9"),
+        ({"blend": torch.tensor([1, 2])}, "class labels have shape"),
+        ({"window": 0}, "window is 0"),
+    ],
+)
+def test_rejects_bad_requests(model, values, message):
+    with pytest.raises(InputError, match=message):
+        NativeEngine(model).check(GenerationRequest(condition=torch.tensor(0), seed=0, **values))

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 
 from llamagen.config import SamplingConfig, TransformerConfig, swiglu_hidden_dim
 from llamagen.generation import generate_codes
+from llamagen.generation.generate import without_padding
 from llamagen.models.transformer import Transformer
+from tests.steps import feed_codes, start_sequences
 
 TINY = ["gpt_c2i_tiny", "gpt_c2i_gqa_tiny", "gpt_t2i_tiny"]
 
@@ -72,10 +74,11 @@ def test_cached_logits(read_case, name):
     model = model_of(case)
     codes = case.tensor("tokens")
     condition, mask = condition_of(case)
-    cache = model.new_cache(codes.shape[0])
-    logits = [model.prefill(condition, cache, condition_mask=mask)]
+    conditions = without_padding(condition, mask)
+    cache = model.new_cache(len(codes), model.config.condition_length + codes.shape[1])
+    logits = [start_sequences(model, conditions, cache)]
     logits += [
-        model.decode(codes[:, index : index + 1], cache)[:, -1]
+        feed_codes(model, codes[:, index : index + 1], cache)[:, -1]
         for index in range(codes.shape[1] - 1)
     ]
     torch.testing.assert_close(

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import uvicorn
 from fastapi import FastAPI
 
+from llamagen.generation.engine import NativeEngine
 from llamagen.pipeline import Pipeline
 from llamagen.serving.api import create_app
-from llamagen.serving.engine import NativeEngine
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import ServedModel
 from llamagen.serving.settings import ServerSettings
@@ -54,6 +54,7 @@ def running(
     models = {}
     for name, pipe in pipelines.items():
         engine = NativeEngine(pipe.transformer, max_images=max_images)
+        engine.start()
         models[name] = ServedModel(
             name, pipe, engine, metrics=metrics, max_in_flight=max_images + settings.max_queue
         )

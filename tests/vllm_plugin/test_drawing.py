@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from llamagen.vllm_plugin.drawing import CodeDraw, Request
 
 from llamagen.config import SamplingConfig
 from llamagen.generation import guide, next_codes, uniform_draws
-from llamagen.vllm_plugin.drawing import CodeDraw, Request
 from tests.vllm_plugin.engines import mixed_settings
 
 CODES, FIRST, IDS, LENGTH = 50, 8, 100, 16

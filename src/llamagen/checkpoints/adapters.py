@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llamagen.config import read_json
 from llamagen.models.pretrained import read_safetensors, safetensors_shapes
 from llamagen.models.transformer import Transformer
-from llamagen.models.transformer.condition import ClassCondition
+from llamagen.models.transformer.conditioning import ClassCondition
 from llamagen.support.errors import InputError
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

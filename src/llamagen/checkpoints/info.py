@@ -22,7 +22,6 @@ from llamagen.config import (
     TOKENIZER_PRESETS,
     TRANSFORMER_PRESETS,
     Grid,
-    Quantization,
     SamplingConfig,
     TextConfig,
     config_to_dict,
@@ -37,11 +36,11 @@ from llamagen.models.pretrained import (
 )
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import KVCache, Transformer
-from llamagen.models.transformer.quantized import make_quantized
+from llamagen.models.transformer.quantization import make_quantized
 from llamagen.support.errors import InputError
 
-Precision = Literal["float32", "bfloat16", "int8", "int4"]
-"""Of the transformer's weights; with int8 and int4 all other weights are bfloat16."""
+Precision = Literal["float32", "bfloat16", "int8"]
+"""Of the transformer's weights; with int8 all other weights are bfloat16."""
 
 _T5_FAMILY = ("t5", "mt5", "umt5")
 
@@ -297,24 +296,19 @@ def _bytes_of(paths: Iterable[Path]) -> int:
 def _float_memory(parameters: int) -> dict[Precision, int]:
     """Of weights that are never quantised."""
     half = 2 * parameters
-    return {"float32": 4 * parameters, "bfloat16": half, "int8": half, "int4": half}
+    return {"float32": 4 * parameters, "bfloat16": half, "int8": half}
 
 
 def _transformer_memory(model: Transformer) -> dict[Precision, int]:
     """In every precision that a transformer without memory can have."""
     if model.config.quantization is not None:
-        return {model.config.quantization: _quantized_bytes(model)}
+        return {"int8": _quantized_bytes(model)}
     count = model.parameter_count()
     found: dict[Precision, int] = {"float32": 4 * count, "bfloat16": 2 * count}
-    quantizations: tuple[Quantization, ...] = ("int8", "int4")
-    for quantization in quantizations:
-        own = copy.deepcopy(model)
-        try:
-            with torch.device("meta"):
-                make_quantized(own, quantization)
-        except InputError:
-            continue  # its sizes do not fit
-        found[quantization] = _quantized_bytes(own)
+    own = copy.deepcopy(model)
+    with torch.device("meta"):
+        make_quantized(own)
+    found["int8"] = _quantized_bytes(own)
     return found
 
 
@@ -325,9 +319,7 @@ def _quantized_bytes(model: nn.Module) -> int:
 
 def _sequence_bytes(model: Transformer, dtype: torch.dtype) -> int:
     config = model.config
-    return KVCache.bytes_per_sequence(
-        config, grid=config.grid, condition_length=config.condition_length, dtype=dtype
-    )
+    return KVCache.bytes_per_sequence(config, config.condition_length + config.num_codes, dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

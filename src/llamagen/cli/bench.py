@@ -31,11 +31,9 @@ class Options:
     """Size of the transformer whose weights are drawn at random."""
     images: tuple[int, ...] = (1, 8, 32)
     """Numbers of images drawn at once, each with guidance."""
-    precisions: tuple[
-        Literal["float32", "bfloat16", "float16", "int8", "int4", "int8-all"], ...
-    ] = ()
+    precisions: tuple[Literal["float32", "bfloat16", "float16", "int8", "int8-all"], ...] = ()
     """Precisions of the weights; int8-all is of keys and values, too. Default: the fastest one of
-    this device, int8, int4 and int8-all."""
+    this device, int8 and int8-all."""
     repeats: int = 3
     """Timings of each, in turn."""
     plain: bool = True
@@ -64,7 +62,7 @@ def run(options: Options) -> None:
     usual = find_dtype(None, device)
     model = _model(options, device, usual)
     name = str(usual).removeprefix("torch.")
-    chosen = options.precisions or (cast("Precision", name), "int8", "int4", "int8-all")
+    chosen = options.precisions or (cast("Precision", name), "int8", "int8-all")
     kinds = len(chosen) + options.plain
     with tqdm(
         total=len(options.images) * kinds * (options.repeats + 1), unit="run", disable=None
@@ -93,7 +91,7 @@ def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transf
     import llamagen.checkpoints as checkpoints
     from llamagen.config import TRANSFORMER_PRESETS, preset
     from llamagen.models.transformer import Transformer
-    from llamagen.models.transformer.quantized import refuse_quantized
+    from llamagen.models.transformer.quantization import refuse_quantized
 
     if options.model is None:
         torch.manual_seed(0)

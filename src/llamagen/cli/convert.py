@@ -36,7 +36,7 @@ class Options:
     """Query heads of the transformer, if it is of no preset's size and its file does not say."""
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of the written weights; keep leaves them as they are stored."""
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Literal["none", "int8"] = "none"
     """Weights of the transformer in 8 or 4 bits."""
     labels: Path | None = None
     """JSON list of class names. Default: ImageNet's for 1000 classes, else numbers."""
@@ -121,21 +121,21 @@ def _load(options: Options) -> Parts:
     if "transformer" not in parts and (options.grid or options.heads) is not None:
         raise InputError("--grid and --heads describe a transformer, but none was given")
     if options.quantization != "none":
-        _quantize(parts, options.quantization)
+        _quantize(parts)
     if len(parts) == 1 and (options.labels or options.name) is not None:
         raise InputError("--labels and --name belong to a pipeline; give both of its models")
     return parts
 
 
-def _quantize(parts: Parts, quantization: Literal["int8", "int4"]) -> None:
+def _quantize(parts: Parts) -> None:
     from llamagen.models.transformer import Transformer
-    from llamagen.models.transformer.quantized import quantize
+    from llamagen.models.transformer.quantization import quantize
 
     if Transformer.kind not in parts:
         raise InputError("--quantization is for a transformer, but none was given")
     _, model = parts[Transformer.kind]
     assert isinstance(model, Transformer)
-    quantize(model, quantization)
+    quantize(model)
 
 
 def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | None) -> None:

@@ -20,8 +20,8 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from llamagen.generation.engine import Progress
     from llamagen.pipeline import Pipeline, PipelineOutput
-    from llamagen.pipeline.batches import Progress
 
 _BATCH = 16
 """Images of a file of prompts that are drawn at once, unless said otherwise."""
@@ -68,9 +68,6 @@ class Options(EngineOptions, SamplingOptions, QuantizationOptions, DeviceOptions
     window: int | None = None
     """Codes of each image that a pass looks at: faster for few images, and the same image. 1 draws
     one by one. Default: chosen."""
-    row_lag: int | None = None
-    """Draw several rows of codes at once, each so many columns behind the row above: faster, but
-    approximate, another image and the worse the smaller this is. Goes without --window."""
 
 
 def run(options: Options) -> None:
@@ -160,7 +157,6 @@ def _draw_file(options: Options, path: Path) -> None:
             world_size=launch.world_size,
             progress=bar.update,
             negative_prompt=options.negative_prompt,
-            row_lag=options.row_lag,
             **{name: value for name, value in options.recorded().items() if value is not None},
             **(options.ranking() if options.best_of != 1 else {}),
         )
@@ -195,7 +191,7 @@ def _settings(options: Options) -> dict[str, Any]:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    given = {**options.recorded(), "seed": options.seed, "row_lag": options.row_lag}
+    given = {**options.recorded(), "seed": options.seed}
     settings: dict[str, Any] = {
         name: recorded.get(name) if value is None else value for name, value in given.items()
     }

@@ -44,7 +44,7 @@ class DeviceOptions:
 class QuantizationOptions:
     """How many bits a number has that decoding reads."""
 
-    quantization: Literal["none", "int8", "int4"] = "none"
+    quantization: Literal["none", "int8"] = "none"
     """Weights of the transformer in 8 or 4 bits: less memory, and faster where reading them takes
     the time. A folder that is quantised stays so."""
     kv_cache_dtype: KVCacheDType = "auto"

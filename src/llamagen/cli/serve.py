@@ -15,8 +15,8 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from llamagen.generation.engine import Engine
     from llamagen.pipeline import Pipeline
-    from llamagen.serving.engine import CodeEngine
     from llamagen.serving.metrics import ServerMetrics
 
 _KEY_VARIABLE = "LLAMAGEN_API_KEY"
@@ -133,18 +133,20 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
 
 def _native_engine(
     name: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
-) -> CodeEngine:
-    from llamagen.serving.engine import NativeEngine
+) -> Engine:
+    from llamagen.generation.engine import NativeEngine
 
     def observe(images: int, _: int, seconds: float) -> None:
         metrics.stepped(name, images, seconds)
 
-    return NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
+    engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
+    engine.start()
+    return engine
 
 
 def _vllm_engine(
     source: str, pipeline: Pipeline, options: Options, vllm_options: dict[str, Any]
-) -> CodeEngine:
+) -> Engine:
     from llamagen.vllm_plugin.engine import VllmEngine
     from llamagen.vllm_plugin.export import ExportOptions
 

@@ -136,8 +136,7 @@ def _bits_of_piece(
             nats = code_log_likelihoods(
                 pipeline.transformer,
                 codes,
-                given.condition,
-                condition_mask=given.mask,
+                [each.condition for each in given],
                 conditional=conditional,
             )
             found[name].append(-nats / math.log(2))

@@ -107,7 +107,7 @@ def draw_samples(
         _begin(folder, samples, about)
 
     # Batches of our own, though the pipeline has them too, so that each shows as progress.
-    step = batch_size or sampling_batch_size(pipeline.transformer, guided=True)
+    step = batch_size or sampling_batch_size(pipeline.transformer, sequences=1 + True)
 
     def draw(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
         parts = []

@@ -1,35 +1,30 @@
-"""Codes from a transformer: guidance, filters, the decode loop and faster ones."""
+"""Codes from a transformer: requests, sampling, schedules, the decode loop, engines."""
 
-from llamagen.generation.decode import RowCallback, generate_codes
-from llamagen.generation.filters import (
-    draw_codes,
-    filter_logits,
-    guide,
-    keep_top_k,
-    keep_top_p,
-    next_codes,
+from llamagen.generation.engine import Engine, EngineError, NativeEngine, Progress
+from llamagen.generation.generate import RowCallback, generate_codes
+from llamagen.generation.request import UNKNOWN, GenerationRequest
+from llamagen.generation.sampling import (
+    apply_guidance,
+    apply_top_k,
+    apply_top_p,
+    sample_codes,
+    sample_from,
 )
-from llamagen.generation.row_parallel import RowParallelCodes, generate_codes_row_parallel
 from llamagen.generation.seeds import uniform_draws
-from llamagen.generation.speculative import (
-    ParallelCodes,
-    generate_codes_in_parallel,
-    looking_ahead_pays,
-)
 
 __all__ = [
-    "ParallelCodes",
+    "UNKNOWN",
+    "Engine",
+    "EngineError",
+    "GenerationRequest",
+    "NativeEngine",
+    "Progress",
     "RowCallback",
-    "RowParallelCodes",
-    "draw_codes",
-    "filter_logits",
+    "apply_guidance",
+    "apply_top_k",
+    "apply_top_p",
     "generate_codes",
-    "generate_codes_in_parallel",
-    "generate_codes_row_parallel",
-    "guide",
-    "keep_top_k",
-    "keep_top_p",
-    "looking_ahead_pays",
-    "next_codes",
+    "sample_codes",
+    "sample_from",
     "uniform_draws",
 ]

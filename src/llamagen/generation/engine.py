@@ -1,15 +1,34 @@
-"""What generates codes: the engine's interface."""
+"""What generates codes: the engines' interface, and our own engine.
+
+Our own generates in the caller's thread, or for servers in one of its own that owns a running
+batch: between two steps it admits what waits, takes out what is finished or no longer wanted, and
+publishes finished rows. Scaling beyond one machine's device is vLLM's business
+(``llamagen.vllm_plugin``).
+"""
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from llamagen.backends import StepTimes
 from llamagen.config import Grid
+from llamagen.generation.batch import Batch, GenerationState, check_request
+from llamagen.generation.memory import MAX_BATCH, sampling_batch_size
 from llamagen.generation.request import GenerationRequest
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import NotFiniteError
+
+_log = logging.getLogger(__name__)
 
 
 class EngineError(RuntimeError):
@@ -41,8 +60,13 @@ class Engine(Protocol):
     """As users choose it: "native" or "vllm"."""
     grid: Grid
     """Rows and columns of an image's codes."""
-    max_images: int
-    """Images generated at once by ``stream``; more wait."""
+    can_edit: bool
+    """Whether requests may have known codes, a blend or a window."""
+
+    @property
+    def max_images(self) -> int:
+        """Images generated at once by ``stream``; more wait."""
+        ...
 
     @property
     def alive(self) -> bool:
@@ -51,6 +75,10 @@ class Engine(Protocol):
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InputError if the model or this engine cannot do what ``request`` asks for."""
+        ...
+
+    def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
+        """Return how many of some requests to generate at once."""
         ...
 
     def generate(
@@ -96,3 +124,312 @@ class Engine(Protocol):
     async def close(self) -> None:
         """End everything that is being generated, and free what the engine holds."""
         ...
+
+    def shutdown(self) -> None:
+        """As ``close``, for programs without an event loop."""
+        ...
+
+
+StepObserver = Callable[[int, int, float], None]
+"""Called after each step with images, sequences and seconds."""
+
+
+@dataclass(eq=False)
+class _Handle:
+    """A request that someone waits for."""
+
+    request: GenerationRequest
+    client: Hashable
+    loop: asyncio.AbstractEventLoop
+    updates: asyncio.Queue[list[int] | Exception] = field(default_factory=asyncio.Queue)
+    cancelled: bool = False
+
+
+class NativeEngine:
+    """Generates with this process's model."""
+
+    name = "native"
+    can_edit = True
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        max_images: int | None = None,
+        grid: Grid | None = None,
+        observer: StepObserver | None = None,
+    ) -> None:
+        """Prepare; the thread that serves ``stream`` starts with its first request.
+
+        Args:
+            model: in eval mode.
+            max_images: images that ``stream`` generates at once; by default what memory allows.
+            grid: rows and columns; by default the model's.
+            observer: called after each step of ``stream``, in the engine's thread.
+        """
+        self.model = model
+        self.grid = grid or model.config.grid
+        self._max_images = max_images
+        self._batch_limit = MAX_BATCH
+        """Images of a batch that did not overflow the memory."""
+        self._observer = observer
+        self._changed = threading.Condition()
+        """Guards what follows; notified when there is something to do."""
+        self._waiting: dict[Hashable, deque[_Handle]] = {}
+        """Of each client, in the order in which the clients' turns come."""
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._running: dict[GenerationState, _Handle] = {}
+        """Used by the engine's thread only, as ``_batch``."""
+        self._batch: Batch | None = None
+
+    @property
+    def max_images(self) -> int:
+        """See ``Engine``."""
+        if self._max_images is None:
+            self._max_images = sampling_batch_size(self.model, sequences=2)
+        return self._max_images
+
+    @property
+    def alive(self) -> bool:
+        """See ``Engine``."""
+        return not self._closing and (self._thread is None or self._thread.is_alive())
+
+    def check(self, request: GenerationRequest) -> None:
+        """See ``Engine``."""
+        check_request(request, self.model, self.grid)
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        batch_size: int | None = None,
+        on_progress: ProgressCallback | None = None,
+        times: StepTimes | None = None,
+    ) -> Tensor:
+        """See ``Engine``; codes are on the model's device.
+
+        A batch that overflows the GPU's memory is halved, and so are those after it. ``times``:
+        where the time goes is added to it.
+        """
+        for request in requests:
+            self.check(request)
+        rows, columns = self.grid
+        if not requests:
+            return torch.zeros(0, rows, columns, dtype=torch.int64)
+        size = batch_size or self.batch_size(requests)
+        found: list[Tensor] = []
+        first = 0
+        while first < len(requests):
+            part = requests[first : first + size]
+            try:
+                found.append(self._generate_batch(part, first, on_progress, times))
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                size = self._batch_limit = max(1, len(part) // 2)
+                _log.warning("out of GPU memory; going on with batches of %d", size)
+                continue
+            first += len(part)
+        return torch.cat(found).view(-1, rows, columns)
+
+    def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
+        """See ``Engine``."""
+        size = sampling_batch_size(
+            self.model,
+            sequences=max(request.sequences for request in requests),
+            condition_length=_condition_length(requests),
+            window=max(request.window or 1 for request in requests),
+        )
+        return min(size, self._batch_limit)
+
+    def _generate_batch(
+        self,
+        requests: Sequence[GenerationRequest],
+        first: int,
+        on_progress: ProgressCallback | None,
+        times: StepTimes | None,
+    ) -> Tensor:
+        rows, columns = self.grid
+        batch = Batch(
+            self.model,
+            len(requests),
+            max_sequences=sum(request.sequences for request in requests),
+            condition_length=_condition_length(requests),
+            grid=self.grid,
+            times=times,
+        )
+        images = batch.add(requests)
+        reported = 0
+        while True:
+            finished = min(image.final for image in images) // columns
+            if on_progress is not None:
+                for row in range(reported + 1, finished + 1):
+                    codes = batch.codes_of(images, row * columns).view(-1, rows, columns)
+                    on_progress(Progress(first=first, row=row, rows=rows, codes=codes))
+            reported = finished
+            if finished == rows:
+                break
+            batch.step()
+        batch.check_finite(images)
+        return batch.codes_of(images, batch.total)
+
+    async def stream(
+        self, request: GenerationRequest, *, client: Hashable = None
+    ) -> AsyncGenerator[list[int], None]:
+        """See ``Engine``."""
+        self.check(request)
+        handle = _Handle(request, client, asyncio.get_running_loop())
+        with self._changed:
+            if self._closing:
+                raise EngineError("the engine is closed")
+            self.start()
+            assert self._batch is not None
+            self._batch.check(request)
+            self._waiting.setdefault(client, deque()).append(handle)
+            self._changed.notify()
+        codes: list[int] = []
+        try:
+            while len(codes) < self.grid[0] * self.grid[1]:
+                update = await handle.updates.get()
+                if isinstance(update, Exception):
+                    raise update
+                codes = update
+                yield codes
+        finally:
+            handle.cancelled = True
+            with self._changed:
+                self._changed.notify()
+
+    async def close(self) -> None:
+        """See ``Engine``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    def shutdown(self) -> None:
+        """See ``Engine``."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def start(self) -> None:
+        """Allocate the batch and start the thread that serves ``stream``, unless it runs."""
+        if self._thread is None:
+            self._batch = Batch(self.model, self.max_images, grid=self.grid)
+            self._thread = threading.Thread(target=self._run, name="llamagen-engine", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        assert self._batch is not None
+        while True:
+            with self._changed:
+                while not (self._waiting or self._running or self._closing):
+                    self._changed.wait()
+                if self._closing:
+                    break
+                admitted = self._next_handles(self._batch)
+            try:
+                self._admit(self._batch, admitted)
+                self._advance(self._batch)
+            # Whatever it was: those who wait are told, and the engine goes on.
+            except Exception as error:  # noqa: BLE001
+                _log.exception("a step of the engine failed")
+                self._fail_all(self._batch, admitted, error)
+        self._fail_closed()
+
+    def _next_handles(self, batch: Batch) -> list[_Handle]:
+        """Requests to admit: one of each client in turn, as far as there is capacity."""
+        for gone in [image for image, handle in self._running.items() if handle.cancelled]:
+            batch.remove(gone)
+            del self._running[gone]
+        chosen: list[_Handle] = []
+        while self._waiting:
+            client, handles = next(iter(self._waiting.items()))
+            wanted = [] if handles[0].cancelled else [handles[0]]
+            joining = [*chosen, *wanted]
+            if batch.capacity_for([handle.request for handle in joining]) < len(joining):
+                break
+            chosen = joining
+            handles.popleft()
+            del self._waiting[client]
+            if handles:
+                # Its next image comes after one of everybody else's.
+                self._waiting[client] = handles
+        return chosen
+
+    def _admit(self, batch: Batch, handles: list[_Handle]) -> None:
+        if handles:
+            joined = batch.add([handle.request for handle in handles])
+            self._running |= dict(zip(joined, handles, strict=True))
+            self._publish(batch)
+
+    def _advance(self, batch: Batch) -> None:
+        if not self._running:
+            return
+        start, images, sequences = time.perf_counter(), len(self._running), batch.sequences
+        batch.step()
+        self._publish(batch)
+        if self._observer is not None:
+            self._observer(images, sequences, time.perf_counter() - start)
+
+    def _publish(self, batch: Batch) -> None:
+        """Publish finished rows, and take finished images out."""
+        columns = self.grid[1]
+        for image, handle in list(self._running.items()):
+            finished = image.final // columns
+            if finished > image.published_rows:
+                image.published_rows = finished
+                _send(handle, _update(batch, image, finished * columns))
+            if image.is_finished:
+                batch.remove(image)
+                del self._running[image]
+
+    def _fail_all(self, batch: Batch, admitted: list[_Handle], error: Exception) -> None:
+        for handle in {*admitted, *self._running.values()}:
+            failure = EngineError("the image could not be generated")
+            failure.__cause__ = error
+            _send(handle, failure)
+        self._running = {}
+        batch.clear()
+
+    def _fail_closed(self) -> None:
+        with self._changed:
+            left = [handle for handles in self._waiting.values() for handle in handles]
+            self._waiting = {}
+        for handle in [*left, *self._running.values()]:
+            _send(handle, EngineError("the engine is closed"))
+
+
+def _condition_length(requests: Sequence[GenerationRequest]) -> int:
+    """Positions of the longest condition; a negative one of the model's own is as long."""
+    conditions = [
+        condition
+        for request in requests
+        for condition in (request.condition, request.negative, request.blend)
+        if condition is not None
+    ]
+    return max(1 if condition.ndim == 0 else len(condition) for condition in conditions)
+
+
+def _update(batch: Batch, image: GenerationState, count: int) -> list[int] | Exception:
+    """The first ``count`` codes of an image."""
+    if image.is_finished:
+        try:
+            batch.check_finite([image])
+        except NotFiniteError as error:
+            return error
+    codes: list[int] = batch.codes_of([image], count)[0, :count].tolist()
+    return codes
+
+
+def _send(handle: _Handle, update: list[int] | Exception) -> None:
+    try:
+        handle.loop.call_soon_threadsafe(handle.updates.put_nowait, update)
+    except RuntimeError:
+        # The client's event loop has ended: nobody is left to be told.
+        handle.cancelled = True

@@ -5,23 +5,24 @@ Shapes: B images, T codes of an image, C condition length, V codes of the codebo
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llamagen.models.transformer import Transformer
 
-_LOGITS = 1 << 27
-"""Numbers that are in memory at once, at most."""
+_MAX_LOGITS = 1 << 27
+"""Logits that are in memory at once."""
 
 
 @torch.inference_mode()
 def code_log_likelihoods(
     model: Transformer,
     codes: Tensor,
-    condition: Tensor,
+    conditions: Iterable[Tensor],
     *,
-    condition_mask: Tensor | None = None,
     conditional: bool = True,
 ) -> Tensor:
     """Log-probabilities of codes, each given those before it; without guidance and filters.
@@ -29,28 +30,35 @@ def code_log_likelihoods(
     Args:
         model: in eval mode.
         codes: (B, rows, columns) int64.
-        condition: labels (B,) or text features (B, C, text_dim), real features last.
-        condition_mask: (B, C) bool, False where text features are padding.
-        conditional: False for the model's own "no class" or "no text" instead of ``condition``.
+        conditions: of each image a label (), or text features (C, text_dim) without padding.
+        conditional: False for the model's own "no class" or "no text" instead of ``conditions``.
 
     Returns:
         (B, rows, columns) float32 nats on the model's device.
     """
-    device = model.device
-    flat, condition = codes.flatten(1).to(device), condition.to(device)
-    mask = None if condition_mask is None else condition_mask.to(device)
-    at_once = max(1, _LOGITS // (flat.shape[1] * model.config.codebook_size))
-    found = []
-    for first in range(0, len(flat), at_once):
-        rows = slice(first, first + at_once)
-        part = flat[rows]
+    each = list(conditions)
+    grid = (codes.shape[1], codes.shape[2])
+    flat = codes.flatten(1).to(model.device)
+    batch = max(1, _MAX_LOGITS // (flat.shape[1] * model.config.codebook_size))
+    found = torch.empty(flat.shape, dtype=torch.float32, device=model.device)
+    for members in _equal_shapes(each, batch):
+        own = flat[members]
         logits = model(
-            part[:, :-1],
-            condition[rows],
-            condition_mask=None if mask is None else mask[rows],
-            drop_condition=torch.full((len(part),), not conditional, device=device),
-            grid=(codes.shape[1], codes.shape[2]),
+            own[:, :-1],
+            torch.stack([each[member] for member in members]).to(model.device),
+            drop_condition=torch.full((len(members),), not conditional, device=model.device),
+            grid=grid,
         )
-        nats = F.cross_entropy(logits.float().flatten(0, 1), part.flatten(), reduction="none")
-        found.append(-nats.view(-1, *codes.shape[1:]))
-    return torch.cat(found)
+        nats = F.cross_entropy(logits.float().flatten(0, 1), own.flatten(), reduction="none")
+        found[members] = -nats.view(len(members), -1)
+    return found.view(codes.shape)
+
+
+def _equal_shapes(tensors: Sequence[Tensor], batch: int) -> Iterator[list[int]]:
+    """Indices of tensors in batches whose tensors have one shape, so that none needs padding."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        by_shape.setdefault(tensor.shape, []).append(index)
+    for members in by_shape.values():
+        for start in range(0, len(members), batch):
+            yield members[start : start + batch]

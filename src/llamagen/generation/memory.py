@@ -27,31 +27,23 @@ def free_memory(device: torch.device) -> int:
 
 
 def sampling_batch_size(
-    model: Transformer,
-    *,
-    guided: bool,
-    blended: bool = False,
-    condition_length: int | None = None,
-    window: int = 1,
+    model: Transformer, *, sequences: int, condition_length: int | None = None, window: int = 1
 ) -> int:
-    """Images whose codes can be drawn at once, from 1 to ``MAX_BATCH``.
+    """Images whose codes can be generated at once, from 1 to ``MAX_BATCH``.
 
     Args:
-        model: in the precision and place to compute in.
-        guided: images have one more sequence each.
-        blended: and one more.
-        condition_length: positions of the condition; by default the most there can be.
+        model: in the precision and on the device to compute with.
+        sequences: of each image.
+        condition_length: positions of the condition; by default the model's maximum.
         window: codes of each image that a pass looks at.
     """
     config = model.config
     length = config.condition_length if condition_length is None else condition_length
-    cache = KVCache.bytes_per_sequence(
-        config, grid=config.grid, condition_length=length, dtype=model.cache_dtype
-    )
-    # Prefill activations, and logits in float32 with their sorted and cumulated copies.
+    cache = KVCache.bytes_per_sequence(config, length + config.num_codes, model.cache_dtype)
+    # Activations of the prefill, and logits in float32 with their sorted and cumulated copies.
     activations = length * (8 * config.dim + 3 * config.ffn_dim) * model.dtype.itemsize
-    per_row = cache + activations + window * 8 * 4 * config.codebook_size
-    return _fit(free_memory(model.device), per_row * (1 + guided + blended))
+    per_sequence = cache + activations + window * 8 * 4 * config.codebook_size
+    return _fit(free_memory(model.device), per_sequence * sequences)
 
 
 def decoding_batch_size(
@@ -60,7 +52,7 @@ def decoding_batch_size(
     """Images whose codes can be turned into pixels (or back) at once, from 1 to ``MAX_BATCH``."""
     pixels = grid[0] * grid[1] * config.downsampling**2
     # The widest maps are those of full resolution and those that were just upsampled to it;
-    # about six of them are alive at once (input, normed, two convolutions, shortcut, workspace).
+    # about six of them are alive at once (input, normed, two convolutions, residual, workspace).
     widest = config.base_channels * max(config.channel_multipliers[:2])
     return _fit(free_memory(device), 6 * pixels * widest * dtype.itemsize)
 

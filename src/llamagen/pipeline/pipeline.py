@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -13,19 +12,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 import llamagen.checkpoints as checkpoints
+import llamagen.support.labels as label_files
 import llamagen.support.storage as storage
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
-from llamagen.generation.memory import decoding_batch_size, sampling_batch_size
-from llamagen.generation.passes import Passes
+from llamagen.generation.batch import check_share
+from llamagen.generation.engine import Engine, NativeEngine, ProgressCallback
+from llamagen.generation.memory import decoding_batch_size
+from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import one_seed_each
-from llamagen.generation.sequences import check_share
 from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8
 from llamagen.models.transformer import Transformer
-from llamagen.models.transformer.quantized import quantize, refuse_quantized
-from llamagen.pipeline.batches import Progress, draw_batches
+from llamagen.models.transformer.quantization import quantize, refuse_quantized
 from llamagen.pipeline.conditions import (
-    Conditions,
+    Condition,
     Prompts,
     class_conditions,
     embedded_conditions,
@@ -33,7 +33,6 @@ from llamagen.pipeline.conditions import (
     text_conditions,
 )
 from llamagen.pipeline.ranking import Ranking, best_of_each, check_ranking, score_images
-from llamagen.support import labels as label_files
 from llamagen.support.devices import copy_to_host, find_device, find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
@@ -41,18 +40,14 @@ from llamagen.support.pictures import arrays_to_pil
 
 if TYPE_CHECKING:
     from llamagen.text.encoder import TextEncoder
-    from llamagen.vllm_plugin.offline import OfflineEngine
 
 EngineName = Literal["native", "vllm"]
-"""What draws the codes: this package, or vLLM."""
-
-_VLLM_BATCH = 1024
-"""Images that vLLM is asked for at once; it draws as many of them as it has memory for."""
+"""What generates the codes: this package, or vLLM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineOutput:
-    """What one call made."""
+    """Result of a pipeline call."""
 
     images: list[Image.Image]
     """Empty where only the codes were asked for."""
@@ -127,7 +122,7 @@ class Pipeline:
         self.sampling = sampling or SamplingConfig()
         self.engine = engine
         self._engine_options = dict(engine_options or {})
-        self._engine: OfflineEngine | None = None
+        self._code_engine: Engine | None = None
         self._text: TextEncoder | TextConfig | None = None
         if transformer.config.condition == "text":
             self._text = text_encoder
@@ -195,10 +190,23 @@ class Pipeline:
         )
 
     def close(self) -> None:
-        """Ends vLLM, if it draws the codes; the next call starts it again."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        """End the engine's processes; the next call starts it again."""
+        if self._code_engine is not None:
+            self._code_engine.shutdown()
+            self._code_engine = None
+
+    @property
+    def code_engine(self) -> Engine:
+        """What generates the codes; started when it is first asked for."""
+        if self._code_engine is None:
+            if self.engine == "native":
+                self._code_engine = NativeEngine(self.transformer)
+            else:
+                from llamagen.vllm_plugin.engine import VllmEngine
+
+                options = {"dtype": self.dtype, **self._engine_options}
+                self._code_engine = VllmEngine(self.transformer, **options)
+        return self._code_engine
 
     @property
     def text_encoder(self) -> TextEncoder | None:
@@ -250,27 +258,27 @@ class Pipeline:
         *,
         kv_cache_dtype: KVCacheDType | None = None,
     ) -> Self:
-        """Makes what decoding reads smaller, and so faster to read; returns the pipeline.
+        """Make what decoding reads smaller, and so faster to read; return the pipeline.
 
         Weights that are quantised are saved so.
 
         Args:
-            quantization: of the transformer's weights: "int8", hardly different from bfloat16, or
-                "int4". None leaves them as they are.
+            quantization: of the transformer's weights: "int8", hardly different from bfloat16.
+                None leaves them as they are.
             kv_cache_dtype: of the keys and values of earlier codes: "int8" takes half of bfloat16's
                 memory, "auto" is the weights' precision. None changes nothing.
 
         Raises:
-            InputError: the transformer is quantised differently already, its sizes do not fit, or
-                vLLM draws the codes.
+            InputError: there is no such quantisation, or vLLM generates the codes.
         """
-        if self.engine == "vllm":
+        if self.engine != "native":
             raise InputError("vLLM quantises by itself; quantization goes with engine 'native'")
+        if quantization not in (None, "int8"):
+            raise InputError(f"quantization is {quantization!r}, expected 'int8' or none")
         if quantization not in (None, self.transformer.config.quantization):
-            quantize(self.transformer, quantization)
+            quantize(self.transformer)
         if kv_cache_dtype is not None:
-            kept = torch.int8 if kv_cache_dtype == "int8" else None
-            self.transformer.kv_cache_dtype = kept
+            self.transformer.kv_cache_dtype = torch.int8 if kv_cache_dtype == "int8" else None
         return self
 
     @property
@@ -366,11 +374,6 @@ class Pipeline:
         *,
         negative_prompt: Prompts | None = None,
         num_images_per_prompt: int = 1,
-        guidance_scale: float | None = None,
-        guidance_stop: int | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
         seed: int | Sequence[int] | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
@@ -381,14 +384,11 @@ class Pipeline:
         rank_by: Ranking = "likelihood",
         batch_size: int | None = None,
         window: int | None = None,
-        row_lag: int | None = None,
-        callback: Callable[[Progress], None] | None = None,
+        callback: ProgressCallback | None = None,
         output_type: Literal["pil", "codes"] = "pil",
+        **settings: Any,
     ) -> PipelineOutput:
-        """Makes images.
-
-        The sampling settings default to those that came with the model; ``SamplingConfig`` says
-        what each means.
+        """Generate images.
 
         Args:
             prompt: texts, or for a class-conditional model names or indices of classes; one or
@@ -396,11 +396,6 @@ class Pipeline:
             negative_prompt: what guidance leads away from instead of "no text" or "no class": one
                 for all prompts, or one for each. Without guidance it has no effect.
             num_images_per_prompt: images of each.
-            guidance_scale: 1 means no guidance.
-            guidance_stop: index of the first code drawn without guidance.
-            top_k: 0 keeps all codes.
-            top_p: 1 keeps all codes.
-            temperature: 0 takes the likeliest code.
             seed: image i of the call gets seed + i, or the i-th of several; by default random.
                 The same seed, class and settings give the same image, alone or among others.
             prompt_embeds: instead of ``prompt`` for text-conditional models, text features
@@ -419,12 +414,11 @@ class Pipeline:
             window: codes of each image that a forward pass looks at; the image stays the same (up
                 to floating-point ties). 1 draws them one by one; by default more where that is
                 faster.
-            row_lag: draws several rows of the grid at once, each so many columns behind the row
-                above it: faster, but approximate, the more so the smaller. Goes without
-                ``window``; by default codes are exact.
             callback: called after each finished row of a batch; an exception from it ends the
                 call.
             output_type: "codes" leaves the images out, which ``decode`` makes of the codes.
+            settings: fields of ``SamplingConfig`` (guidance_scale, temperature, top_k, ...), which
+                says what each means; by default those that came with the model.
 
         Raises:
             InputError: a class or setting is not one this model has, or a prompt says nothing.
@@ -436,57 +430,36 @@ class Pipeline:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, expected at least 1")
         check_ranking(rank_by, best_of)
-        passes = self.check_passes(window=window, row_lag=row_lag)
-        given: dict[str, Any] = {
-            "guidance_scale": guidance_scale,
-            "guidance_stop": guidance_stop,
-            "top_k": top_k,
-            "top_p": top_p,
-            "temperature": temperature,
-        }
-        sampling = dataclasses.replace(
-            self.sampling, **{name: value for name, value in given.items() if value is not None}
-        )
+        sampling = self.sampling.replace(**settings)
         if prompt_embeds is not None:
             self._refuse_with_embeds(prompt, negative_prompt, blend)
-            conditions = embedded_conditions(
-                prompt_embeds, prompt_attention_mask, num_images_per_prompt * best_of
-            )
+            conditions = embedded_conditions(prompt_embeds, prompt_attention_mask)
         else:
             conditions = self.conditions(
-                prompt,
-                negative_prompt,
-                blend=blend,
-                blend_share=blend_share,
-                copies=num_images_per_prompt * best_of,
+                prompt, negative_prompt, blend=blend, blend_share=blend_share
             )
+        copies = num_images_per_prompt * best_of
+        conditions = [condition for condition in conditions for _ in range(copies)]
         seeds = one_seed_each(seed, len(conditions))
         known = self._known(known_codes, len(conditions), best_of)
-        self._require_native(conditions.blend is not None or known is not None or best_of > 1)
-        draw, size = self._draw(sampling, passes, blended=conditions.blend is not None)
-        batches = draw_batches(
-            draw,
-            conditions,
-            seeds,
-            sampling,
-            size=batch_size or size,
-            known=known,
-            callback=callback,
-        )
+        requests = [
+            condition.request(seed=own, sampling=sampling, known_codes=codes, window=window)
+            for condition, own, codes in zip(conditions, seeds, known, strict=True)
+        ]
+        batches = self._generate(requests, batch_size, callback)
         decode = output_type == "pil"
         kept: Sequence[int] = range(len(conditions))
         if best_of == 1:
             codes, images = self._decoded(batches, decode=decode)
         else:
-            codes, kept = self._best(batches, conditions, best_of, rank_by)
+            codes, kept = self._best(batches, requests, best_of, rank_by)
             images = self.decode(codes) if decode else []
         metadata = tuple(
             {
                 "model": self.name,
-                **conditions.described[index],
+                **conditions[index].metadata,
                 "seed": seeds[index],
                 **dataclasses.asdict(sampling),
-                **({} if row_lag is None else {"row_lag": row_lag}),
                 **({} if best_of == 1 else {"best_of": best_of, "rank_by": rank_by}),
                 **self.precision,
                 "device": self.device.type,
@@ -499,17 +472,6 @@ class Pipeline:
             seeds=tuple(seeds[index] for index in kept),
             metadata=metadata,
         )
-
-    def check_passes(self, *, window: int | None = None, row_lag: int | None = None) -> Passes:
-        """Checks that codes can be drawn so many per pass; see ``__call__``.
-
-        Raises:
-            InputError: they exclude each other, there is no such lag, or vLLM draws the codes.
-        """
-        for name, value in (("window", window), ("row_lag", row_lag)):
-            if value is not None and self.engine == "vllm":
-                raise InputError(f"vLLM draws codes one by one; {name} goes with engine 'native'")
-        return Passes(window=window, row_lag=row_lag)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Checks that all of these can be drawn, without drawing any.
@@ -531,47 +493,35 @@ class Pipeline:
         *,
         blend: Prompts | None = None,
         blend_share: float = 0.5,
-        copies: int = 1,
-    ) -> Conditions:
-        """What the transformer is told of prompts, ``copies`` rows each; see ``__call__``.
+    ) -> list[Condition]:
+        """Return what the transformer is told of each prompt; see ``__call__``.
 
         Raises:
             InputError: a prompt says nothing, or names no class of this model.
         """
         check_share(blend_share)
-        what = "prompt" if self.labels is None else "class"
+        is_class = self.labels is not None
         if prompts is None:
-            kind = "text" if self.labels is None else "class"
-            asked = "a prompt" if self.labels is None else "class names or indices"
-            raise InputError(f"{self.name} is {kind}-conditional: give {asked}")
-        wanted = [prompts] if isinstance(prompts, str | int) else list(prompts)
-        if not wanted:
+            kind, wanted = ("class", "class names or indices") if is_class else ("text", "a prompt")
+            raise InputError(f"{self.name} is {kind}-conditional: give {wanted}")
+        each = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        if not each:
+            what = "class" if is_class else "prompt"
             raise InputError(f"no {what} was given; name at least one")
-        against = one_each(negative_prompt, len(wanted), "negative prompts")
-        mixed = one_each(blend, len(wanted), "prompts to blend with")
+        others: dict[str, Any] = {
+            "negative": one_each(negative_prompt, len(each), "negative prompts"),
+            "blend": one_each(blend, len(each), "prompts to blend with"),
+            "blend_share": blend_share,
+        }
         if self.labels is not None:
-            return class_conditions(
-                self.labels,
-                wanted,
-                against=against,
-                blend=mixed,
-                share=blend_share,
-                copies=copies,
-            )
+            return class_conditions(self.labels, each, **others)
         encoder = self.text_encoder
         if encoder is None:
             raise InputError(
                 f"{self.name} is conditioned on text features, and comes without a text encoder: "
                 f"name one with text_encoder (--text-encoder), or give prompt_embeds"
             )
-        return text_conditions(
-            encoder,
-            list(map(str, wanted)),
-            against=None if against is None else list(map(str, against)),
-            blend=None if mixed is None else list(map(str, mixed)),
-            share=blend_share,
-            copies=copies,
-        )
+        return text_conditions(encoder, each, **others)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (images, rows, columns) to images."""
@@ -614,15 +564,36 @@ class Pipeline:
             images += fetch()
         return torch.cat(codes), images
 
+    def _generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        batch_size: int | None,
+        callback: ProgressCallback | None,
+    ) -> Iterator[Tensor]:
+        """Codes (images of the batch, rows, columns), batch by batch."""
+        engine = self.code_engine
+        # Whatever is wrong with one before the first is generated.
+        for request in requests:
+            engine.check(request)
+        size = batch_size or engine.batch_size(requests)
+        for first in range(0, len(requests), size):
+            on_progress = None if callback is None else _moved(callback, first)
+            part = requests[first : first + size]
+            yield engine.generate(part, batch_size=size, on_progress=on_progress)
+
     def _best(
-        self, batches: Iterator[Tensor], conditions: Conditions, best_of: int, rank_by: Ranking
+        self,
+        batches: Iterator[Tensor],
+        requests: Sequence[GenerationRequest],
+        best_of: int,
+        rank_by: Ranking,
     ) -> tuple[Tensor, list[int]]:
         """Codes of the best candidate of each image, and which of all candidates these are."""
         codes: list[Tensor] = []
         scores: list[Tensor] = []
         first = 0
         for part in batches:
-            own = conditions[first : first + len(part)]
+            own = requests[first : first + len(part)]
             scores.append(score_images(self.transformer, part, own, rank_by))
             codes.append(part.cpu())
             first += len(part)
@@ -630,52 +601,28 @@ class Pipeline:
         return torch.cat(codes)[kept], kept
 
     def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
-        """Raises InputError where text features cannot stand for a prompt."""
+        """Raise InputError where text features cannot stand for a prompt."""
         if self.labels is not None or any(prompt is not None for prompt in prompts):
             raise InputError(
                 "prompt_embeds go with text-conditional models, and with no prompt, "
                 "negative_prompt or blend"
             )
 
-    def _require_native(self, needed: bool) -> None:
-        """Raises InputError if vLLM draws what it cannot."""
-        if needed and self.engine == "vllm":
-            raise InputError(
-                "vLLM neither keeps codes nor blends nor ranks; known_codes, blend and best_of go "
-                "with engine 'native'"
-            )
-
-    def _known(self, known: Tensor | None, images: int, best_of: int) -> Tensor | None:
-        """Known codes of all candidates, (images, rows, columns)."""
+    def _known(self, known: Tensor | None, images: int, best_of: int) -> Sequence[Tensor | None]:
+        """Known codes of each candidate, (rows, columns)."""
         if known is None:
-            return None
+            return [None] * images
         if known.ndim == 2:
-            return known.expand(images, -1, -1)
+            return [known] * images
         if known.ndim != 3 or len(known) * best_of != images:
             rows, columns = self.transformer.config.grid
             raise InputError(
                 f"known_codes have shape {tuple(known.shape)}, expected {(rows, columns)} or "
                 f"{(images // best_of, rows, columns)}"
             )
-        return known.repeat_interleave(best_of, dim=0)
+        return list(known.repeat_interleave(best_of, dim=0))
 
-    def _draw(
-        self, sampling: SamplingConfig, passes: Passes, *, blended: bool
-    ) -> tuple[Callable[..., Tensor], int]:
-        """What draws the codes of a batch, and how many images it can take at once."""
-        if self.engine == "vllm":
-            return self._vllm().generate_codes, _VLLM_BATCH
-        at_once = passes.codes_fed(self.transformer.config.grid)
-        size = sampling_batch_size(
-            self.transformer, guided=sampling.guided, blended=blended, window=at_once
-        )
-        return functools.partial(passes.draw, self.transformer), size
 
-    def _vllm(self) -> OfflineEngine:
-        """VLLM with this transformer, started when it is first needed."""
-        if self._engine is None:
-            from llamagen.vllm_plugin.offline import OfflineEngine
-
-            options = {"dtype": self.dtype, **self._engine_options}
-            self._engine = OfflineEngine(self.transformer, **options)
-        return self._engine
+def _moved(callback: ProgressCallback, first: int) -> ProgressCallback:
+    """``callback`` for a batch whose first image is the call's image ``first``."""
+    return lambda at: callback(dataclasses.replace(at, first=at.first + first))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from llamagen.generation.likelihood import code_log_likelihoods
+from llamagen.generation.request import GenerationRequest
 from llamagen.models.transformer import Transformer
-from llamagen.pipeline.conditions import Conditions
+from llamagen.pipeline.conditions import Condition
 from llamagen.support.errors import InputError
 
 Ranking = Literal["likelihood", "condition"]
@@ -20,13 +21,13 @@ condition, or "condition", that the condition makes them so much likelier than t
 
 
 def check_best_of(best_of: int) -> None:
-    """Raises InputError unless images can have so many candidates."""
+    """Raise InputError unless images can have so many candidates."""
     if best_of < 1:
         raise InputError(f"best_of is {best_of}, expected at least 1")
 
 
 def check_ranking(ranking: str, best_of: int) -> None:
-    """Raises InputError unless images can be ranked so."""
+    """Raise InputError unless images can be ranked so."""
     check_best_of(best_of)
     known = typing.get_args(Ranking)
     if ranking not in known:
@@ -34,9 +35,12 @@ def check_ranking(ranking: str, best_of: int) -> None:
 
 
 def score_images(
-    model: Transformer, codes: Tensor, conditions: Conditions, ranking: Ranking
+    model: Transformer,
+    codes: Tensor,
+    conditions: Sequence[Condition | GenerationRequest],
+    ranking: Ranking,
 ) -> Tensor:
-    """What images are ranked by: (images,) float64, the higher the better.
+    """Score images: (images,) float64, the higher the better.
 
     Args:
         model: in eval mode.
@@ -45,23 +49,26 @@ def score_images(
         ranking: what is better.
     """
 
-    def total(condition: Tensor, mask: Tensor | None, *, conditional: bool) -> Tensor:
-        found = code_log_likelihoods(
-            model, codes, condition, condition_mask=mask, conditional=conditional
-        )
+    def total(rows: Sequence[int], conditions: list[Tensor], *, conditional: bool) -> Tensor:
+        own = codes[list(rows)]
+        found = code_log_likelihoods(model, own, conditions, conditional=conditional)
         return found.sum((1, 2), dtype=torch.float64).cpu()
 
-    score = total(conditions.condition, conditions.mask, conditional=True)
-    blend = conditions.blend
-    if blend is not None:
-        mask = conditions.mask if blend.mask is None else blend.mask
-        score = score.lerp(total(blend.condition, mask, conditional=True), blend.share)
+    every = range(len(conditions))
+    own = [each.condition for each in conditions]
+    score = total(every, own, conditional=True)
+    blends = [(row, each.blend) for row, each in enumerate(conditions) if each.blend is not None]
+    if blends:
+        rows = [row for row, _ in blends]
+        other = total(rows, [blend for _, blend in blends], conditional=True)
+        shares = torch.tensor([conditions[row].blend_share for row in rows], dtype=torch.float64)
+        score[rows] = score[rows].lerp(other, shares)
     if ranking == "condition":
-        score = score - total(conditions.condition, conditions.mask, conditional=False)
+        score = score - total(every, own, conditional=False)
     return score
 
 
 def best_of_each(scores: Tensor, candidates: int) -> list[int]:
-    """Of each run of ``candidates`` scores (images * candidates,), the index of the highest."""
+    """Return the index of the highest of each run of ``candidates`` scores."""
     best: Sequence[int] = scores.view(-1, candidates).argmax(-1).tolist()
     return [image * candidates + number for image, number in enumerate(best)]

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import llamagen.support.storage as storage
+from llamagen.config import sampling_settings
 from llamagen.pipeline.pipeline import Pipeline
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import save_png
@@ -80,7 +81,7 @@ def draw_into_folder(
         world_size: processes that draw into the folder.
         progress: is told how many more are there. A GPU draws the next batch while one is fetched
             and saved; a CPU, which would be slower at it, saves what is drawn before it goes on.
-        settings: what ``Pipeline.__call__`` takes, as guidance_scale, negative_prompt or row_lag.
+        settings: what ``Pipeline.__call__`` takes, as guidance_scale or negative_prompt.
 
     Returns:
         How many this call has drawn.
@@ -91,7 +92,8 @@ def draw_into_folder(
     """
     # All of them before the first is drawn: a prompts' file that is mended is another one.
     pipeline.check_prompts([image.prompt for image in planned])
-    pipeline.check_passes(window=window, row_lag=settings.get("row_lag"))
+    sampling = {setting.name for setting in sampling_settings()} & settings.keys()
+    pipeline.sampling.replace(**{name: settings[name] for name in sampling})
     _begin(pipeline, planned, out, settings)
     drawn = 0
     behind = _batches_behind(pipeline.device)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -18,12 +17,12 @@ import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.generation.known import UNKNOWN
+from llamagen.generation.engine import Engine, EngineError
+from llamagen.generation.request import UNKNOWN, GenerationRequest
 from llamagen.models.transformer import Transformer
-from llamagen.pipeline.conditions import Conditions
+from llamagen.pipeline.conditions import Condition
 from llamagen.pipeline.editing import Edit, Window
 from llamagen.pipeline.ranking import Ranking, score_images
-from llamagen.serving.engine import CodeEngine, EngineError
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.support.errors import InputError, NotFiniteError
 
@@ -32,8 +31,7 @@ from llamagen.support.errors import InputError, NotFiniteError
 class Job:
     """Images of one request: what to draw, and how."""
 
-    conditions: Conditions
-    """The same condition for each candidate of an image."""
+    condition: Condition
     seeds: tuple[int, ...]
     """Of all candidates: those of the first image, then those of the next."""
     sampling: SamplingConfig
@@ -50,35 +48,15 @@ class Job:
         """How many were asked for."""
         return len(self.seeds) // self.best_of
 
-    @functools.cached_property
-    def condition(self) -> Tensor:
-        """A label (), or text features (C, text_dim)."""
-        return _only(self.conditions.condition, self.conditions.mask)
-
-    @functools.cached_property
-    def unconditional(self) -> Tensor | None:
-        """What guidance leads away from, as ``condition``; None for the model's own."""
-        unconditional = self.conditions.unconditional
-        if unconditional is None:
-            return None
-        return _only(unconditional, self.conditions.unconditional_mask)
-
-    @functools.cached_property
-    def blend(self) -> Tensor | None:
-        """What is blended with, as ``condition``."""
-        blend = self.conditions.blend
-        return None if blend is None else _only(blend.condition, blend.mask)
-
-    @property
-    def blend_share(self) -> float:
-        """How much that counts."""
-        blend = self.conditions.blend
-        return 0.5 if blend is None else blend.share
+    def request(self, seed: int, known_codes: Tensor | None = None) -> GenerationRequest:
+        """The request for one candidate."""
+        return self.condition.request(seed=seed, sampling=self.sampling, known_codes=known_codes)
 
     @property
     def input_tokens(self) -> int:
         """Positions of the condition."""
-        return 1 if self.condition.ndim == 0 else len(self.condition)
+        condition = self.condition.condition
+        return 1 if condition.ndim == 0 else len(condition)
 
     @property
     def windows(self) -> int:
@@ -111,7 +89,7 @@ class RunningJob:
     def __init__(
         self,
         job: Job,
-        engine: CodeEngine,
+        engine: Engine,
         *,
         model: str,
         metrics: ServerMetrics,
@@ -205,18 +183,9 @@ class RunningJob:
         counted = 0
         self._waiting.inc()
         try:
-            drawing = self._engine.draw(
-                job.condition,
-                seed=seed,
-                sampling=job.sampling,
-                unconditional=job.unconditional,
-                blend=job.blend,
-                blend_share=job.blend_share,
-                known=known,
-                request=self,
-            )
-            async with aclosing(drawing):
-                async for codes in drawing:
+            stream = self._engine.stream(job.request(seed, known), client=self)
+            async with aclosing(stream):
+                async for codes in stream:
                     if counted == 0:
                         self._waiting.dec()
                         self._note_first_row()
@@ -239,10 +208,8 @@ class RunningJob:
 class Ranker:
     """Finds the best of some candidates while the engine draws on.
 
-    Ranking only reads the weights, and keeps nothing in the model: the engine's thread may use it
-    at the same time. On a GPU, all threads launch on the device's default stream, where a pass of
-    ours takes its turn between two steps of the engine, and what is recorded in the meantime is
-    recorded on a stream aside (``cuda_graphs.CudaTape``).
+    Ranking only reads the weights, and stores nothing in the model: the engine's thread may use it
+    at the same time.
     """
 
     def __init__(self, model: Transformer, executor: Executor) -> None:
@@ -256,7 +223,8 @@ class Ranker:
         return await loop.run_in_executor(self._executor, self._best, job, candidates)
 
     def _best(self, job: Job, candidates: Tensor) -> int:
-        scores = score_images(self._model, candidates, job.conditions, job.rank_by)
+        conditions = [job.condition] * len(candidates)
+        scores = score_images(self._model, candidates, conditions, job.rank_by)
         return int(scores.argmax())
 
 
@@ -264,8 +232,3 @@ async def _end(tasks: Sequence[asyncio.Task[object]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _only(features: Tensor, mask: Tensor | None) -> Tensor:
-    """The condition of a batch's first image, without its padding."""
-    return features[0] if mask is None else features[0][mask[0].bool()]

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 
 from llamagen.config import Grid
+from llamagen.generation.engine import Engine
 from llamagen.generation.seeds import one_seed_each
 from llamagen.pipeline import Pipeline
-from llamagen.pipeline.conditions import Conditions
+from llamagen.pipeline.conditions import Condition
 from llamagen.pipeline.editing import Edit, Editor
 from llamagen.pipeline.ranking import Ranking, check_ranking
 from llamagen.serving.decoding import ImageDecoder
-from llamagen.serving.engine import CodeEngine
 from llamagen.serving.jobs import Job, Ranker, RunningJob, Update
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.support.errors import InputError
@@ -42,7 +42,7 @@ class ServedModel:
         self,
         name: str,
         pipeline: Pipeline,
-        engine: CodeEngine,
+        engine: Engine,
         *,
         metrics: ServerMetrics,
         max_in_flight: int,
@@ -90,7 +90,7 @@ class ServedModel:
     @property
     def edits(self) -> bool:
         """Whether it edits, blends and ranks."""
-        return self.pipeline.engine == "native"
+        return self.engine.can_edit
 
     async def job(
         self,
@@ -137,15 +137,14 @@ class ServedModel:
             negative_prompt,
             blend=blend,
             blend_share=blend_share,
-            copies=best_of,
         )
         loop = asyncio.get_running_loop()
-        conditions = await loop.run_in_executor(self._reader, read)
+        condition = await loop.run_in_executor(self._reader, read)
         made = None
         if edit is not None:
             made = await loop.run_in_executor(self._worker, edit, Editor(self.pipeline))
         return Job(
-            conditions=conditions,
+            condition=condition,
             seeds=one_seed_each(seed, images * best_of),
             sampling=sampling,
             best_of=best_of,
@@ -202,7 +201,7 @@ class ServedModel:
         ranked = {"best_of": job.best_of, "rank_by": job.rank_by}
         return {
             "model": self.name,
-            **job.conditions.described[0],
+            **job.condition.metadata,
             "seed": seed,
             **dataclasses.asdict(job.sampling),
             **(ranked if job.best_of > 1 else {}),
@@ -219,8 +218,8 @@ class ServedModel:
             pool.shutdown(wait=False, cancel_futures=True)
 
     @torch.inference_mode()
-    def _read(self, prompt: str, negative_prompt: str | None, **others: Any) -> Conditions:
-        return self.pipeline.conditions(prompt, negative_prompt, **others)
+    def _read(self, prompt: str, negative_prompt: str | None, **others: Any) -> Condition:
+        return self.pipeline.conditions(prompt, negative_prompt, **others)[0]
 
     def _count(self, images: int) -> None:
         self._in_flight += images

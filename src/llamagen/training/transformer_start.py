@@ -21,7 +21,7 @@ from llamagen.config import (
 )
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
-from llamagen.models.transformer.quantized import refuse_quantized
+from llamagen.models.transformer.quantization import refuse_quantized
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support.errors import InputError

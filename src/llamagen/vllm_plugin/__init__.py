@@ -2,13 +2,13 @@
 
 vLLM finds the plugin by its entry points and is neither copied nor patched. A request is one
 sequence whose every position carries two streams, with the condition and without it, side by side
-(``model``); what mixes their logits and draws the next code is a logits processor (``processor``).
+(``model``); a logits processor mixes their logits and samples the next code (``processor``).
 
     export     a folder that vLLM loads
     prompts    conditions as vLLM's prompts
-    settings   how a request is drawn, as vLLM carries it
-    engine     images by requests, for servers
-    offline    images by batches, for pipelines
+    settings   how a request is sampled, as vLLM carries it
+    sampling   from the logits of both streams to codes
+    engine     vLLM as an engine, for servers and pipelines
 """
 
 from __future__ import annotations

@@ -1,12 +1,19 @@
-"""Images by requests: vLLM's asynchronous engine, for servers and everything above it."""
+"""vLLM as an engine: its asynchronous engine, on an event loop in a thread of its own.
+
+So programs with and without an event loop use it alike; vLLM's other engine knows no data
+parallelism within a program.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 import uuid
-from collections.abc import AsyncGenerator, Hashable, Mapping
+import weakref
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
 import torch
@@ -14,6 +21,9 @@ from torch import Tensor
 
 from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid, SamplingConfig
+from llamagen.generation.engine import Progress, ProgressCallback
+from llamagen.generation.request import GenerationRequest
+from llamagen.generation.seeds import check_seed
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError, NotFiniteError
@@ -25,6 +35,10 @@ from llamagen.vllm_plugin.settings import sampling_params
 if TYPE_CHECKING:
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 
+ResultT = TypeVar("ResultT")
+
+_BATCH = 1024
+"""Images that vLLM is asked for at once; it generates as many of them as it has memory for."""
 _CPU_BLOCK = 128
 """Positions that vLLM's cache on a CPU hands out at a time."""
 _CPU_IMAGES = 256
@@ -34,14 +48,17 @@ _CPU_SHARE = 0.4
 
 
 class VllmEngine:
-    """A transformer on vLLM that draws any number of images at once.
+    """A transformer on vLLM that generates any number of images at once.
 
     Requests may differ in everything, and join, leave and wait at any time: each image gets the
-    codes (up to floating-point ties) that it would get alone, and from ``generate_codes``.
+    codes (up to floating-point ties) that it would get alone, and from ``NativeEngine``.
 
     vLLM computes in processes of its own, which start anew from the program's main module: what a
     script does at its top level belongs under ``if __name__ == "__main__":``.
     """
+
+    name = "vllm"
+    can_edit = False
 
     def __init__(
         self,
@@ -93,20 +110,29 @@ class VllmEngine:
             }
             if device.type == "cpu":
                 _limit_memory(arguments, self._prompts.config, precision)
+            self._loop = asyncio.new_event_loop()
+            self._open.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+            run = self._loop.run_forever
+            threading.Thread(target=run, name="llamagen-vllm", daemon=True).start()
+
+            async def start() -> Any:
+                return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
             try:
-                self._engine: Any = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+                self._engine: Any = self._run(start())
             except (TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise InputError(f"vLLM refuses to start with these options: {reason}") from error
         except BaseException:
             self._open.close()
             raise
+        self._finish = weakref.finalize(self, _close, self._engine, self._open)
 
         self.grid: Grid = self._prompts.config.model.grid
         """Rows and columns of an image."""
         scheduled = self._engine.vllm_config.scheduler_config.max_num_seqs
         self.max_images: int = scheduled * data_parallel_size
-        """Images drawn at once; more wait."""
+        """See ``Engine``."""
 
     @property
     def guidance(self) -> bool:
@@ -116,65 +142,103 @@ class VllmEngine:
     @property
     def alive(self) -> bool:
         """Whether vLLM's processes still work; they do not come back."""
-        return self._engine is not None and not self._engine.errored
+        return self._finish.alive and not self._engine.errored
 
     @property
     def sampling(self) -> SamplingConfig:
         """The model's own settings."""
         return self._prompts.config.default_sampling
 
-    async def draw(
+    def check(self, request: GenerationRequest) -> None:
+        """See ``Engine``."""
+        if request.known_codes is not None or request.blend is not None:
+            raise InputError(
+                "vLLM neither keeps codes nor blends; known_codes and blend go with engine 'native'"
+            )
+        if request.window is not None:
+            raise InputError("vLLM samples codes one by one; window goes with engine 'native'")
+        sampling_params(self._prompts.config, request.sampling, check_seed(request.seed))
+        self._prompt(request)
+
+    def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
+        """See ``Engine``."""
+        del requests
+        return _BATCH
+
+    def generate(
         self,
-        condition: Tensor,
+        requests: Sequence[GenerationRequest],
         *,
-        seed: int,
-        sampling: SamplingConfig,
-        unconditional: Tensor | None = None,
-        blend: Tensor | None = None,
-        blend_share: float = 0.5,
-        known: Tensor | None = None,
-        request: Hashable = None,
+        batch_size: int | None = None,
+        on_progress: ProgressCallback | None = None,
+    ) -> Tensor:
+        """See ``Engine``; codes are on the CPU, and ``on_progress`` is called in another thread."""
+        for request in requests:
+            self.check(request)
+        rows, columns = self.grid
+        codes = torch.zeros(len(requests), rows * columns, dtype=torch.int64)
+        size = batch_size or _BATCH
+
+        async def generate(first: int, last: int) -> None:
+            batch = _Batch(codes[first:last], self.grid, first, on_progress)
+            # The first failure ends the others' requests.
+            async with asyncio.TaskGroup() as group:
+                for image in range(first, last):
+                    put = batch.putter(image - first)
+                    group.create_task(self._stream(requests[image], put))
+
+        for first in range(0, len(requests), size):
+            try:
+                self._run(generate(first, min(first + size, len(requests))))
+            except BaseExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+        return codes.view(-1, rows, columns)
+
+    async def stream(
+        self, request: GenerationRequest, *, client: Hashable = None
     ) -> AsyncGenerator[list[int], None]:
-        """Draws one image.
+        """See ``Engine``; vLLM serves requests in the order in which they come."""
+        del client
+        self.check(request)
+        loop = asyncio.get_running_loop()
+        updates: asyncio.Queue[list[int] | Exception | None] = asyncio.Queue()
 
-        Args:
-            condition: a label (), or text features (C, text_dim) without padding.
-            seed: decides, with the condition and the settings, the image.
-            sampling: how codes are drawn.
-            unconditional: likewise, what guidance leads away from; by default the model's own "no
-                class" or "no text".
-            blend: not possible here, as ``known``.
-            blend_share: goes with it.
-            known: not possible here.
-            request: whose image it is; vLLM serves them in the order in which they come.
+        def put(update: list[int] | Exception | None) -> None:
+            loop.call_soon_threadsafe(updates.put_nowait, update)
 
-        Yields:
-            All codes so far, after each finished row of the grid or several; at last all of them.
-            Closing the iterator ends the request.
+        async def pump() -> None:
+            try:
+                await self._stream(request, put)
+            except Exception as error:  # noqa: BLE001  told to whoever waits
+                put(error)
+            else:
+                put(None)
 
-        Raises:
-            InputError: condition, seed or settings do not fit the model or the engine, or it is
-                asked to keep codes or to blend.
-            NotFiniteError: the model's logits are not finite.
-        """
-        del request, blend_share
-        if blend is not None or known is not None:
-            raise InputError("vLLM neither keeps codes nor blends; draw this with engine 'native'")
+        future = asyncio.run_coroutine_threadsafe(pump(), self._loop)
+        try:
+            while (update := await updates.get()) is not None:
+                if isinstance(update, Exception):
+                    raise update
+                yield update
+        finally:
+            future.cancel()
+
+    async def _stream(self, request: GenerationRequest, put: Callable[[list[int]], object]) -> None:
+        """Generate one image; hand over all codes so far after each finished row or several."""
         from vllm.exceptions import VLLMClientError
 
         config = self._prompts.config
-        params = sampling_params(config, sampling, seed)
-        prompt = self._prompts.of(condition, unconditional if sampling.guided else None)
+        params = sampling_params(config, request.sampling, request.seed)
         rows, columns = self.grid
         codes: list[int] = []
         done = 0
-        stream = self._engine.generate(prompt, params, f"image-{uuid.uuid4().hex}")
+        stream = self._engine.generate(self._prompt(request), params, f"image-{uuid.uuid4().hex}")
         try:
             async for output in stream:
                 codes += [token - config.first_code for token in output.outputs[0].token_ids]
                 if len(codes) // columns > done and codes[-1] >= 0:
                     done = len(codes) // columns
-                    yield codes[: done * columns]
+                    put(codes[: done * columns])
         except VLLMClientError as error:
             raise InputError(f"vLLM refuses the request: {' '.join(str(error).split())}") from error
         finally:
@@ -185,13 +249,60 @@ class VllmEngine:
                 "weights"
             )
 
+    def _prompt(self, request: GenerationRequest) -> dict[str, Any]:
+        negative = request.negative if request.sampling.guided else None
+        return self._prompts.of(request.condition, negative)
+
     async def close(self) -> None:
-        """Ends vLLM's processes; drawing that still goes on fails."""
-        if self._engine is not None:
-            self._engine.shutdown()
-            # Let go now: what is left until the interpreter ends complains then.
-            self._engine = None
-        self._open.close()
+        """End vLLM's processes; what is being generated fails."""
+        await asyncio.to_thread(self.shutdown)
+
+    def shutdown(self) -> None:
+        """As ``close``. Happens by itself when the program ends."""
+        self._finish()
+
+    def _run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Wait for work on the engine's thread; whoever stops waiting ends the work."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+
+class _Batch:
+    """Images that grow at their own pace, and who is told of rows that all have."""
+
+    def __init__(
+        self, codes: Tensor, grid: Grid, first: int, on_progress: ProgressCallback | None
+    ) -> None:
+        self._codes, self._grid = codes, grid
+        self._first, self._on_progress = first, on_progress
+        self._rows = [0] * len(codes)
+
+    def putter(self, image: int) -> Callable[[list[int]], None]:
+        """What takes all codes of an image so far, whole rows of them."""
+        rows, columns = self._grid
+
+        def put(codes: list[int]) -> None:
+            before = min(self._rows)
+            self._rows[image] = len(codes) // columns
+            self._codes[image, : len(codes)] = torch.tensor(codes)
+            if self._on_progress is None:
+                return
+            for row in range(before + 1, min(self._rows) + 1):
+                shown = self._codes.clone()
+                shown[:, row * columns :] = 0
+                shown = shown.view(-1, rows, columns)
+                self._on_progress(Progress(first=self._first, row=row, rows=rows, codes=shown))
+
+        return put
+
+
+def _close(engine: Any, resources: ExitStack) -> None:
+    engine.shutdown()
+    resources.close()
 
 
 def _check_options(

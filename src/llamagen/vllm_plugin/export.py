@@ -21,7 +21,7 @@ from llamagen.checkpoints.sources import Source, folder_kind, locate
 from llamagen.config import Grid, SamplingConfig, TransformerConfig, read_json
 from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from llamagen.models.transformer import Transformer
-from llamagen.models.transformer.quantized import refuse_quantized
+from llamagen.models.transformer.quantization import refuse_quantized
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""vLLM's logits processor that mixes the streams and draws the codes.
+"""vLLM's logits processor that mixes the streams and samples the codes.
 
 vLLM 0.32 has two model runners with an interface of their own each: V1 (on CPUs) tells a
 processor of rows that are added, removed and moved; V2 (on GPUs) tells it of slots, and at every
@@ -20,8 +20,8 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from llamagen.config import SamplingConfig
 from llamagen.support.errors import InputError
-from llamagen.vllm_plugin.drawing import CodeDraw, Request
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+from llamagen.vllm_plugin.sampling import CodeSampling, Request
 from llamagen.vllm_plugin.settings import is_addressed, read_settings
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM may be missing
-    """Guidance, temperature, top-k, top-p and the draw, with each request's own settings."""
+    """The ladder of sampling, with each request's own settings."""
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -59,7 +59,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         """V2: by slot."""
         self._prompt_lengths = None if is_pin_memory is not None else device_or_slots.prompt_len
         if self._config is not None:
-            self._draw = CodeDraw(
+            self._sample = CodeSampling(
                 codebook_size=self._config.model.codebook_size,
                 first_code=self._config.first_code,
             )
@@ -108,10 +108,10 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         if self._config is None or logits.shape[0] == 0:
             return logits
         if ctx is not None:
-            return self._draw(logits, *self._by_slot(ctx))
+            return self._sample(logits, *self._by_slot(ctx))
         # Rows that nobody asked for stand in a batch that vLLM makes up to measure memory.
         rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
-        return self._draw(
+        return self._sample(
             logits,
             [request for request, _, _ in rows],
             [given + len(drawn) for _, given, drawn in rows],

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from llamagen.config import SamplingConfig
+from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.generation.seeds import check_seed
 from llamagen.support.errors import InputError
 
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 
-NAMES = (*(field.name for field in dataclasses.fields(SamplingConfig)), "seed")
+NAMES = (*(setting.name for setting in sampling_settings()), "seed")
 """What a request may say of itself."""
 
-_WHOLE_NUMBERS = ("guidance_stop", "top_k", "seed")
 _OF_VLLM = ("kv_transfer_params", "ec_transfer_params", "kv_cache_report_mode")
 """What vLLM itself looks for in ``extra_args``."""
 
@@ -70,37 +69,36 @@ def read_settings(params: SamplingParams, defaults: SamplingConfig) -> tuple[Sam
     """Settings and seed of a request.
 
     What ``extra_args`` do not name is taken from vLLM's own fields of the same meaning
-    (temperature, top_k, top_p, seed); guidance, which vLLM has not, from ``defaults``. Without a
-    seed it is 0.
+    (temperature, top_k, top_p, min_p, seed); the rest, which vLLM has not, from ``defaults``.
+    Without a seed it is 0.
 
     Raises:
         InputError: a setting is unknown, or not a value it can have.
     """
+    seed = 0 if params.seed is None else max(0, params.seed)
     values: dict[str, Any] = {
-        "guidance_scale": defaults.guidance_scale,
-        "guidance_stop": defaults.guidance_stop,
+        **dataclasses.asdict(defaults),
         "temperature": params.temperature,
         "top_k": max(0, params.top_k),
         "top_p": params.top_p,
-        "seed": 0 if params.seed is None else max(0, params.seed),
+        "min_p": params.min_p,
     }
+    settings = {setting.name: setting for setting in sampling_settings()}
     for name, value in (params.extra_args or {}).items():
-        if name in NAMES:
-            values[name] = _number(name, value)
+        if name == "seed":
+            seed = _integer(name, value)
+        elif name in settings:
+            # JSON knows one kind of number: 5.0 is an integer where one is expected.
+            wanted = settings[name].type
+            values[name] = _integer(name, value) if wanted is int and value is not None else value
         elif name not in _OF_VLLM:
             raise InputError(f"there is no setting {name!r}; choose from {', '.join(NAMES)}")
-    seed = check_seed(values.pop("seed"))
-    return SamplingConfig(**values), seed
+    known = {name: value for name, value in values.items() if name in settings}
+    return SamplingConfig(**known), check_seed(seed)
 
 
-def _number(name: str, value: Any) -> float | int | None:
-    """A number, whole where it must be."""
-    if value is None and name == "guidance_stop":
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{name} is {value!r}, expected a number")
-    if name not in _WHOLE_NUMBERS:
-        return float(value)
-    if not math.isfinite(value) or value != int(value):
-        raise InputError(f"{name} is {value!r}, expected a whole number")
+def _integer(name: str, value: Any) -> int:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value != int(value):
+        raise InputError(f"{name} is {value!r}, expected an integer")
     return int(value)

@@ -112,12 +112,12 @@ def test_dropping_the_condition():
 
 
 @torch.no_grad()
-def test_condition_positions_are_not_turned():
-    table = rope_table((3, 5), 2, 8, 10000.0, torch.device("cpu"))
-    assert table.shape == (2 + 15, 4, 2)
-    assert not table[:2].any()
-    # Cell (r, c): the first half of the pairs turn by r, the second half by c.
-    cell = table[2 + 2 * 5 + 3]
+def test_rope_table_has_zeros_for_conditions():
+    table = rope_table((3, 5), 8, 10000.0, torch.device("cpu"))
+    assert table.shape == (15 + 1, 4, 2)
+    assert not table[-1].any()
+    # Cell (r, c): the first half of the pairs rotate by r, the second half by c.
+    cell = table[2 * 5 + 3]
     angles = torch.tensor([2.0, 2.0 * 0.01, 3.0, 3.0 * 0.01])
     torch.testing.assert_close(cell, torch.stack([angles.cos(), angles.sin()], -1))
 

@@ -12,17 +12,17 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llamagen.backends.decoder import StepTimes
+from llamagen.backends import StepTimes
 from llamagen.config import SamplingConfig
 from llamagen.evaluation.speed.machine import MachineLimits, measure_limits
 from llamagen.evaluation.speed.plain import plain_codes
 from llamagen.evaluation.speed.timing import time_in_turn
 from llamagen.generation import generate_codes
 from llamagen.models.transformer import KVCache, Transformer
-from llamagen.models.transformer.quantized import QuantizedLinear, quantize
+from llamagen.models.transformer.quantization import QuantizedLinear, quantize
 
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int4", "int8-all"]
-"""Of the weights; with int8 and int4 the rest is bfloat16 where the device is fast at it, and
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]
+"""Of the weights; with int8 the rest is bfloat16 where the device is fast at it, and
 "int8-all" keeps keys and values in 8 bits, too."""
 
 SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
@@ -102,12 +102,9 @@ def measure_decoding(
 
 def _with_precision(model: Transformer, precision: Precision) -> Transformer:
     own = copy.deepcopy(model)
-    if precision == "int8" or precision == "int4":
-        quantize(own, precision)
-        return own
-    if precision == "int8-all":
-        quantize(own, "int8")
-        own.kv_cache_dtype = torch.int8
+    if precision in ("int8", "int8-all"):
+        quantize(own)
+        own.kv_cache_dtype = torch.int8 if precision == "int8-all" else None
         return own
     return own.to(getattr(torch, precision))
 
@@ -128,10 +125,7 @@ def floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> flo
     read = sum(tensor.nbytes for m in matrices for tensor in (*m.parameters(), *m.buffers()))
     positions = config.condition_length + config.num_codes / 2
     kept = KVCache.bytes_per_sequence(
-        config,
-        grid=(1, config.num_codes // 2),
-        condition_length=config.condition_length,
-        dtype=model.cache_dtype,
+        config, config.condition_length + config.num_codes // 2, model.cache_dtype
     )
     attention = 4 * config.layers * config.dim * positions
     return limits.seconds(
@@ -149,5 +143,5 @@ def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
     if not times.parts.any():
         return None
     products, attention, _ = (float(part) / whole for part in times.parts)
-    shares = {"products": products, "attention": attention, "drawing": times.drawing / whole}
+    shares = {"products": products, "attention": attention, "drawing": times.sampling / whole}
     return {**shares, "rest": 1 - sum(shares.values())}

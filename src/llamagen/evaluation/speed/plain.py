@@ -23,9 +23,7 @@ def plain_codes(model: Transformer, labels: Tensor, count: int, sampling: Sampli
     length = config.condition_length + config.num_codes
     shape = (config.layers, 2 * images, config.num_kv_heads, length, config.head_dim)
     keys, values = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-    rope = rope_table(
-        config.grid, config.condition_length, config.head_dim, config.rope_base, device
-    )
+    rope = rope_table(config.grid, config.head_dim, config.rope_base, device)
     mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
     def forward(x: Tensor, position: int) -> Tensor:
@@ -33,8 +31,9 @@ def plain_codes(model: Transformer, labels: Tensor, count: int, sampling: Sampli
             attention = block.attention
             heads = attention.wqkv(block.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
             q, k, v = heads.split([config.heads, config.num_kv_heads, config.num_kv_heads], dim=2)
-            turn = rope[position : position + 1]
-            q, k, v = (t.transpose(1, 2) for t in (apply_rope(q, turn), apply_rope(k, turn), v))
+            angles = rope[position - config.condition_length].unsqueeze(0)  # -1: the condition
+            q, k = apply_rope(q, angles), apply_rope(k, angles)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             keys[layer, :, :, position : position + 1] = k
             values[layer, :, :, position : position + 1] = v
             allowed = mask[None, None, position : position + 1]

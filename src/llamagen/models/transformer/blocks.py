@@ -6,30 +6,34 @@ K key-value heads, E head dimension.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import TransformerConfig
-from llamagen.models.transformer import cpu
-from llamagen.models.transformer.cache import KVCache
+from llamagen.models.transformer import training_ops
 from llamagen.models.transformer.rope import apply_rope
-from llamagen.models.transformer.slots import SlotCache
-
-Cache = KVCache | SlotCache
 
 
 class AttentionMask(NamedTuple):
-    """Which positions may attend to which; the cheapest form that says it."""
+    """Which positions may attend to which, in the cheapest form that expresses it."""
 
     causal: bool
     """Each position attends to itself and to what stands before it."""
     allowed: Tensor | None
-    """(B or 1, 1, T, L) bool, where ``causal`` alone does not describe it."""
+    """(B or 1, 1, T, L) bool, where ``causal`` alone does not express it."""
     valid: Tensor | None = None
-    """(B, L) bool, where causality and padding (False) describe it: what ``allowed`` says, too."""
+    """(B, L) bool, where ``allowed`` is causality and padding (False)."""
+
+
+class LayerCache(Protocol):
+    """Stores the new keys and values of a layer and returns those to attend to."""
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, T, K, E); return those of L positions, (B, K, L, E)."""
+        ...
 
 
 class RMSNorm(nn.Module):
@@ -41,9 +45,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to the same shape and dtype; where ``cpu.pays``, to the dtype of autocast."""
-        if x.dtype == self.weight.dtype == torch.float32 and cpu.pays(x):
-            return cpu.rms_norm(x, self.weight, self.eps)
+        """(..., D) to the same shape and dtype; in training on a CPU to the dtype of autocast."""
+        if x.dtype == self.weight.dtype == torch.float32 and training_ops.should_use(x):
+            return training_ops.rms_norm(x, self.weight, self.eps)
         normed = F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps)
         return normed.type_as(x) * self.weight
 
@@ -61,17 +65,19 @@ class Attention(nn.Module):
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
-        self.resid_dropout = cpu.Dropout(config.residual_dropout)
+        self.resid_dropout = training_ops.Dropout(config.residual_dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
+    ) -> Tensor:
         """``x`` (B, T, D) with ``rope`` ([B,] T, E / 2, 2) to (B, T, D)."""
         q, k, v = self._heads(self.wqkv(x), rope)
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
+            k, v = cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2))
         dropout = self.attention_dropout if self.training else 0.0
-        simple = dropout == 0 and (mask.causal or mask.valid is not None)
-        if self.training and simple and cpu.plain_attention_pays(q, k):
-            out = cpu.causal_attention(q, k, v, mask.valid)
+        is_causal = dropout == 0 and (mask.causal or mask.valid is not None)
+        if self.training and is_causal and training_ops.should_use_causal_attention(q, k):
+            out = training_ops.causal_attention(q, k, v, mask.valid)
         else:
             out = F.scaled_dot_product_attention(
                 q,
@@ -85,9 +91,9 @@ class Attention(nn.Module):
         return self.resid_dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
     def _heads(self, projected: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, (H + 2K) E) to queries, keys and values (B, heads, T, E), the first two turned."""
-        if rope.ndim == 3 and cpu.pays(projected):
-            return cpu.turned_heads(projected, rope, self.heads, self.kv_heads)
+        """(B, T, (H + 2K) E) to queries, keys and values (B, heads, T, E), RoPE applied."""
+        if rope.ndim == 3 and training_ops.should_use(projected):
+            return training_ops.rotated_heads(projected, rope, self.heads, self.kv_heads)
         heads = projected.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
@@ -102,7 +108,7 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
         self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.ffn_dropout = cpu.Dropout(config.ffn_dropout)
+        self.ffn_dropout = training_ops.Dropout(config.ffn_dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to the same shape."""
@@ -117,16 +123,16 @@ class DropPath(nn.Module):
         self.probability = probability
 
     def forward(self, branch: Tensor) -> Tensor:
-        """(B, T, D) to the same shape; what is kept is scaled up to keep the mean."""
+        """(B, T, D) to the same shape; branches that remain are scaled up to preserve the mean."""
         if not self.training or self.probability == 0.0:
             return branch
-        kept = 1.0 - self.probability
-        scale = branch.new_empty(branch.shape[0], 1, 1).bernoulli_(kept).div_(kept)
-        return branch * scale
+        keep_probability = 1.0 - self.probability
+        scale = branch.new_empty(branch.shape[0], 1, 1)
+        return branch * scale.bernoulli_(keep_probability).div_(keep_probability)
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then feed-forward, each behind a norm and around a shortcut."""
+    """Attention, then feed-forward, each pre-normed with a residual connection."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -136,7 +142,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop_path = DropPath(config.drop_path * layer / max(config.layers - 1, 1))
 
-    def forward(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
-        """``x`` (B, T, D) with ``rope`` (T, E / 2, 2) to (B, T, D)."""
+    def forward(
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
+    ) -> Tensor:
+        """``x`` (B, T, D) with ``rope`` ([B,] T, E / 2, 2) to (B, T, D)."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))

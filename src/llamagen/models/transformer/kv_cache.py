@@ -118,7 +118,7 @@ class KVCache:
         _write(self.values, self.value_scales, layer, where, values)
 
     def read(
-        self, layer: int, sequences: slice, positions: int, dtype: torch.dtype
+        self, layer: int, sequences: slice | Tensor, positions: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return the first ``positions`` keys and values (R, K, positions, E) of a layer."""
         where = (sequences, slice(None), slice(positions))
@@ -157,7 +157,7 @@ def _read(
     stored: list[Tensor],
     scales: list[Tensor],
     layer: int,
-    where: tuple[slice, ...],
+    where: tuple[Tensor | slice, ...],
     dtype: torch.dtype,
 ) -> Tensor:
     own = stored[layer][where]

@@ -4,29 +4,36 @@ A condition (one class embedding, or projected text features) stands in front of
 model predicts each code from the condition and the codes before it in raster order. One class
 serves both kinds of condition, training and sampling; a KV cache is an argument, never state.
 
-Shapes: B batch, T codes given, C condition length, D width, V codebook size.
+Shapes: B batch, T codes given, C condition length, D width, V codebook size; of a step N tokens in
+R sequences, M logits that are wanted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.models.pretrained import PretrainedModel
-from llamagen.models.transformer.blocks import AttentionMask, Cache, RMSNorm, TransformerBlock
-from llamagen.models.transformer.cache import KVCache
+from llamagen.models.transformer.blocks import (
+    AttentionMask,
+    LayerCache,
+    RMSNorm,
+    TransformerBlock,
+)
 from llamagen.models.transformer.code_loss import code_loss
-from llamagen.models.transformer.condition import ClassCondition, TextCondition
-from llamagen.models.transformer.cpu import Dropout
-from llamagen.models.transformer.quantized import QuantizedLinear, make_quantized
+from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
+from llamagen.models.transformer.kv_cache import KVCache
+from llamagen.models.transformer.quantization import QuantizedLinear, make_quantized
 from llamagen.models.transformer.rope import rope_table
-from llamagen.models.transformer.slots import SlotCache
+from llamagen.models.transformer.tokens import NO_CELL, Tokens
+from llamagen.models.transformer.training_ops import Dropout
 
 
 class Transformer(PretrainedModel[TransformerConfig]):
@@ -39,8 +46,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         super().__init__()
         self.config = config
         self.recompute_blocks = False
-        """Forget the inside of the blocks in the forward pass of training, and compute it again
-        in the backward pass: less memory for more computation."""
+        """Activation checkpointing: recompute the inside of the blocks in the backward pass."""
         self.kv_cache_dtype: torch.dtype | None = None
         """Precision of new caches: int8, or None for that of the weights."""
         is_class = config.condition == "class"
@@ -53,7 +59,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.codebook_size, bias=False)
         if config.quantization is not None:
-            make_quantized(self, config.quantization)
+            make_quantized(self)
         self.init_weights()
 
     @property
@@ -63,7 +69,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """Precision that keys and values are kept in."""
+        """Precision that keys and values are stored in."""
         return self.dtype if self.kv_cache_dtype is None else self.kv_cache_dtype
 
     @property
@@ -86,7 +92,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
     def init_tensor(
         self, name: str, tensor: Tensor, generator: torch.Generator | None = None
     ) -> None:
-        """Gives ``tensor`` the first values of the weight called ``name``."""
+        """Give ``tensor`` the initial values of the weight called ``name``."""
         if name == "output.weight":
             nn.init.zeros_(tensor)
         elif name.endswith("norm.weight"):
@@ -151,115 +157,52 @@ class Transformer(PretrainedModel[TransformerConfig]):
         embedded = self.cls_embedding(condition, drop_condition)  # (B, C, D)
         length = embedded.shape[1]
         x = torch.cat([embedded, self.tok_embeddings(codes)], dim=1)
-        rope = self._rope(grid or self.config.grid, length)[: x.shape[1]]
-        mask = _attention_mask(x.shape[1], x.shape[1], condition_mask, x.device)
+        cells = [*(NO_CELL for _ in range(length)), *range(codes.shape[1])]
+        rope = self._rope_table(grid or self.config.grid)[cells]
+        mask = _training_mask(x.shape[1], condition_mask, x.device)
         return self._run(x, rope, mask, cache=None)[:, length - 1 :]
 
-    def new_cache(
-        self, batch: int, *, condition_length: int | None = None, grid: Grid | None = None
-    ) -> KVCache:
-        """An empty cache for ``batch`` sequences, where this model is."""
-        if condition_length is None:
-            condition_length = self.config.condition_length
+    def new_cache(self, sequences: int, positions: int) -> KVCache:
+        """An empty cache, where this model is."""
         return KVCache.empty(
-            self.config,
-            batch,
-            grid=grid or self.config.grid,
-            condition_length=condition_length,
-            device=self.device,
-            dtype=self.cache_dtype,
+            self.config, sequences, positions, device=self.device, dtype=self.cache_dtype
         )
 
-    def prefill(
-        self, condition: Tensor, cache: KVCache, *, condition_mask: Tensor | None = None
+    def embed(self, tokens: Tokens) -> Tensor:
+        """Embeddings (N, D) of a step's tokens."""
+        if tokens.features is not None:
+            return cast("TextCondition", self.cls_embedding).project(tokens.features)
+        is_condition = tokens.cells == NO_CELL
+        if not is_condition.any():
+            return self.tok_embeddings(tokens.ids)
+        classes = cast("ClassCondition", self.cls_embedding).embedding_table
+        labels = tokens.ids - self.config.codebook_size
+        if is_condition.all():
+            return classes(labels)
+        codes = self.tok_embeddings(tokens.ids.clamp(max=self.config.codebook_size - 1))
+        chosen = torch.from_numpy(is_condition).to(self.device).unsqueeze(-1)
+        return torch.where(chosen, classes(labels.clamp(min=0)), codes)
+
+    def step(self, tokens: Tokens, cache: KVCache, *, grid: Grid | None = None) -> Tensor:
+        """Feed tokens to sequences of ``cache``; return the logits (M, V) of those wanted.
+
+        Keys and values are stored at the tokens' positions; ``cache.lengths`` is left to the
+        caller, who knows how many of the tokens are final.
+
+        Args:
+            tokens: what is fed.
+            cache: holds the positions before those of the tokens.
+            grid: rows and columns of the image; by default the configuration's.
+        """
+        batch = _Rectangle.of(tokens, self.device)
+        x = self.embed(tokens)[batch.gather]  # (R, T, D)
+        rope = self._rope_table(grid or self.config.grid)[batch.cells]
+        hidden = self._run(x, rope, batch.mask(), _StepCache(cache, batch, x.dtype))
+        return self.output(hidden.flatten(0, 1)[batch.wanted])
+
+    def _run(
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
     ) -> Tensor:
-        """Starts sequences: runs the condition into an empty ``cache``.
-
-        Returns the logits (B, V) of the first code.
-        """
-        assert cache.length == 0, f"the cache already holds {cache.length} positions"
-        embedded = self.cls_embedding(condition)
-        length = embedded.shape[1]
-        assert length == cache.condition_length, (
-            f"{length} condition positions, but the cache was made for {cache.condition_length}"
-        )
-        if condition_mask is not None:
-            cache.condition_mask = condition_mask.bool()
-        rope = self._rope(cache.grid, length)[:length]
-        mask = _attention_mask(length, length, cache.condition_mask, embedded.device)
-        hidden = self._run(embedded, rope, mask, cache)
-        cache.advance(length)
-        return self.output(hidden[:, -1])
-
-    def decode(self, codes: Tensor, cache: KVCache) -> Tensor:
-        """Continues sequences: feeds ``codes`` (B, T) behind what ``cache`` holds.
-
-        Returns logits (B, T, V); row t is the prediction of the code that follows codes[:, t].
-        """
-        x = self.tok_embeddings(codes)
-        start, end = cache.length, cache.length + codes.shape[1]
-        rope = self._rope(cache.grid, cache.condition_length)[start:end]
-        mask = _attention_mask(codes.shape[1], end, cache.condition_mask, x.device)
-        hidden = self._run(x, rope, mask, cache)
-        cache.advance(codes.shape[1])
-        return self.output(hidden)
-
-    def start(
-        self, condition: Tensor, cache: Cache, *, condition_mask: Tensor | None = None
-    ) -> Tensor:
-        """Starts sequences in an empty cache, or behind those in slots, which take no padding.
-
-        Returns the logits (B, V) of the first code.
-        """
-        if isinstance(cache, KVCache):
-            return self.prefill(condition, cache, condition_mask=condition_mask)
-        assert condition_mask is None, "conditions in slots have no padding"
-        length = 1 if condition.ndim == 1 else condition.shape[1]
-        # Room for the condition only: what is kept is copied into the slots.
-        own = self.new_cache(len(condition), condition_length=length, grid=(1, 1))
-        logits = self.prefill(condition, own)
-        cache.admit(own)
-        return logits
-
-    def step(self, codes: Tensor, slots: SlotCache) -> Tensor:
-        """Continues sequences that are at different places: feeds one code to each, (B,).
-
-        Returns logits (B, V) of the codes that follow.
-        """
-        logits = self.extend(codes.unsqueeze(1), slots)
-        slots.advance(1)
-        return logits[:, 0]
-
-    def extend(self, codes: Tensor, slots: SlotCache) -> Tensor:
-        """Looks ahead in sequences that are at different places: feeds ``codes`` (R, T) to them.
-
-        Their keys and values are written behind each sequence's own but not counted as filled:
-        that is left to ``slots.advance_each``, once it is known how many of the codes hold. A
-        window may reach past an image's last code, as far as the slots have room for; what is
-        predicted there means nothing.
-
-        Returns logits (R, T, V); row t is the prediction of the code that follows codes[:, t].
-        """
-        x = self.tok_embeddings(codes)
-        count = codes.shape[1]
-        rope = self._rope(slots.grid, 0)[slots.cells(count).to(self.device)]
-        mask = AttentionMask(causal=False, allowed=slots.attended(count))
-        return self.output(self._run(x, rope, mask, slots))
-
-    def extend_at(self, codes: Tensor, slots: SlotCache, cells: Sequence[int]) -> Tensor:
-        """As ``extend``, but ``codes`` (R, T) need not follow what stands in the slots.
-
-        Theirs are the places of ``cells`` (T,), alike in all sequences: codes of an image, numbered
-        in raster order, each at most once. What stood there is overwritten. Each attends to the
-        condition and to all cells up to its own, which must hold something.
-        """
-        x = self.tok_embeddings(codes)
-        rope = self._rope(slots.grid, 0)[list(cells)]
-        there = slots.at(cells)
-        mask = AttentionMask(causal=False, allowed=there.attended(len(cells)))
-        return self.output(self._run(x, rope, mask, there))
-
-    def _run(self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: Cache | None) -> Tensor:
         x = self.tok_dropout(x)
         for block in self.layers:
             if self.recompute_blocks and self.training and torch.is_grad_enabled():
@@ -268,30 +211,89 @@ class Transformer(PretrainedModel[TransformerConfig]):
                 x = block(x, rope, mask, cache)
         return self.norm(x)
 
-    def _rope(self, grid: Grid, condition_length: int) -> Tensor:
-        config = self.config
-        return rope_table(grid, condition_length, config.head_dim, config.rope_base, self.device)
+    def _rope_table(self, grid: Grid) -> Tensor:
+        return rope_table(grid, self.config.head_dim, self.config.rope_base, self.device)
 
 
-def _attention_mask(
-    queries: int, keys: int, condition_mask: Tensor | None, device: torch.device
+@dataclass(frozen=True)
+class _Rectangle:
+    """Tokens as R sequences of T tokens; shorter ones repeat their last token.
+
+    Repeating is harmless: the same key and value are stored at the same position twice.
+    """
+
+    gather: Tensor | tuple[int, int]
+    sequences: slice | Tensor
+    index: tuple[Tensor, Tensor]
+    cells: Tensor
+    wanted: Tensor
+    end: int
+    host_positions: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: Tokens, device: torch.device) -> _Rectangle:
+        numbers, starts, counts = np.unique(tokens.sequences, return_index=True, return_counts=True)
+        width = int(counts.max())
+        columns = np.minimum(np.arange(width), counts[:, None] - 1)
+        gather = starts[:, None] + columns  # (R, T)
+        # Where each token has gone.
+        rows = np.repeat(np.arange(len(numbers)), counts)
+        places = rows * width + np.arange(len(tokens)) - starts[rows]
+
+        def to_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+
+        first, last = int(numbers[0]), int(numbers[-1]) + 1
+        sequences = to_device(numbers)
+        positions = tokens.positions[gather]
+        return cls(
+            gather=to_device(gather),
+            sequences=slice(first, last) if last - first == len(numbers) else sequences,
+            index=(sequences.unsqueeze(1), to_device(positions)),
+            cells=to_device(tokens.cells[gather]),
+            wanted=to_device(places[tokens.wanted]),
+            end=int(positions.max()) + 1,
+            host_positions=positions,
+        )
+
+    def mask(self) -> AttentionMask:
+        """Attention of each token to all positions up to its own."""
+        positions, count = self.host_positions, self.host_positions.shape[1]
+        if count == self.end and bool((positions == np.arange(count)).all()):
+            return AttentionMask(causal=True, allowed=None)
+        if bool((positions == self.end - 1).all()):
+            return AttentionMask(causal=False, allowed=None)
+        index = torch.arange(self.end, device=self.index[1].device)
+        allowed = (index <= self.index[1].unsqueeze(-1)).unsqueeze(1)
+        return AttentionMask(causal=False, allowed=allowed)
+
+
+@dataclass(frozen=True)
+class _StepCache:
+    """The positions of a cache that a step writes and reads."""
+
+    cache: KVCache
+    batch: _Rectangle
+    dtype: torch.dtype
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``LayerCache``."""
+        self.cache.write(layer, self.batch.index, keys, values)
+        return self.cache.read(layer, self.batch.sequences, self.batch.end, self.dtype)
+
+
+def _training_mask(
+    length: int, condition_mask: Tensor | None, device: torch.device
 ) -> AttentionMask:
-    """Causal attention of the last ``queries`` of ``keys`` positions, padding left out.
+    """Causal attention of ``length`` positions, padding left out.
 
     ``condition_mask`` (B, C) covers the first C positions. A padded position attends to itself
     only, so that its softmax is defined; nothing else attends to it.
     """
-    if condition_mask is None and queries == keys:
+    if condition_mask is None:
         return AttentionMask(causal=True, allowed=None)
-    if condition_mask is None and queries == 1:
-        return AttentionMask(causal=False, allowed=None)
-    query_index = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
-    key_index = torch.arange(keys, device=device)
-    allowed = (key_index <= query_index)[None, None]  # (1, 1, T, L)
-    if condition_mask is not None:
-        valid = F.pad(condition_mask.bool(), (0, keys - condition_mask.shape[1]), value=True)
-        allowed = (allowed & valid[:, None, None, :]) | (key_index == query_index)
-        return AttentionMask(
-            causal=False, allowed=allowed, valid=valid if queries == keys else None
-        )
-    return AttentionMask(causal=False, allowed=allowed)
+    index = torch.arange(length, device=device)
+    query, key = index.unsqueeze(-1), index
+    valid = F.pad(condition_mask.bool(), (0, length - condition_mask.shape[1]), value=True)
+    allowed = ((key <= query) & valid[:, None, None, :]) | (key == query)
+    return AttentionMask(causal=False, allowed=allowed, valid=valid)

@@ -7,7 +7,8 @@ import torch
 
 from llamagen.config import SamplingConfig
 from llamagen.generation import generate_codes
-from llamagen.serving.engine import EngineError, NativeEngine
+from llamagen.generation.engine import EngineError, NativeEngine
+from llamagen.generation.request import GenerationRequest
 from llamagen.support.errors import InputError, NotFiniteError
 from tests.tiny_models import tiny_transformer
 
@@ -19,11 +20,11 @@ def model():
     return tiny_transformer()
 
 
-async def draw(engine, label, seed, sampling=SETTINGS, request=None):
-    """All that is told of an image."""
+async def stream(engine, label, seed, sampling=SETTINGS, request=None):
+    """All updates of an image."""
     condition = torch.tensor(label)
-    drawing = engine.draw(condition, seed=seed, sampling=sampling, request=request)
-    return [codes async for codes in drawing]
+    wanted = GenerationRequest(condition=condition, seed=seed, sampling=sampling)
+    return [codes async for codes in engine.stream(wanted, client=request)]
 
 
 def alone(model, label, seed, sampling=SETTINGS):
@@ -31,10 +32,10 @@ def alone(model, label, seed, sampling=SETTINGS):
     return codes.flatten().tolist()
 
 
-def test_forty_images_through_eight_places(model):
+def test_forty_images_through_a_batch_of_eight(model):
     async def run():
         engine = NativeEngine(model, max_images=8)
-        told = await asyncio.gather(*[draw(engine, k % 5, k, request=k // 4) for k in range(40)])
+        told = await asyncio.gather(*[stream(engine, k % 5, k, request=k // 4) for k in range(40)])
         await engine.close()
         return told
 
@@ -44,13 +45,13 @@ def test_forty_images_through_eight_places(model):
         assert all(told[-1][: len(codes)] == codes for codes in told)
 
 
-def test_nobody_waits_for_all_images_of_another(model):
+def test_clients_take_turns(model):
     async def run():
         engine = NativeEngine(model, max_images=2)
         order = []
 
         async def one(name, seed):
-            await draw(engine, 0, seed, request=name)
+            await stream(engine, 0, seed, request=name)
             order.append(name)
 
         many = [asyncio.create_task(one("many", k)) for k in range(12)]
@@ -64,18 +65,19 @@ def test_nobody_waits_for_all_images_of_another(model):
     assert max(index for index, name in enumerate(order) if name == "few") <= 6
 
 
-def test_one_that_is_given_up_leaves_the_others_alone(model):
+def test_cancelled_request_leaves_the_others_alone(model):
     async def run():
         engine = NativeEngine(model, max_images=4)
 
         async def given_up():
-            drawing = engine.draw(torch.tensor(1), seed=99, sampling=SETTINGS)
-            async for _ in drawing:
-                await drawing.aclose()
+            request = GenerationRequest(condition=torch.tensor(1), seed=99, sampling=SETTINGS)
+            updates = engine.stream(request)
+            async for _ in updates:
+                await updates.aclose()
                 return
 
         gone = [given_up() for _ in range(3)]
-        told, *_ = await asyncio.gather(draw(engine, 2, 7), *gone)
+        told, *_ = await asyncio.gather(stream(engine, 2, 7), *gone)
         for _ in range(200):
             if not engine._running:
                 break
@@ -89,21 +91,22 @@ def test_one_that_is_given_up_leaves_the_others_alone(model):
     assert left == 0
 
 
-def test_after_a_fault_the_next_images_are_drawn(model):
+def test_recovers_after_a_failed_step(model):
     async def run():
         engine = NativeEngine(model, max_images=4)
+        engine.start()
         step, faults = engine._batch.step, iter([True])
 
         def faulty():
             if next(faults, False):
-                raise RuntimeError("a loose wire")
+                raise RuntimeError("a fault")
             step()
 
         engine._batch.step = faulty
         failed = await asyncio.gather(
-            *[draw(engine, k, k) for k in range(3)], return_exceptions=True
+            *[stream(engine, k, k) for k in range(3)], return_exceptions=True
         )
-        told = await draw(engine, 1, 5)
+        told = await stream(engine, 1, 5)
         await engine.close()
         return failed, told[-1]
 
@@ -113,28 +116,28 @@ def test_after_a_fault_the_next_images_are_drawn(model):
     assert codes == alone(model, 1, 5)
 
 
-def test_bad_input_is_told_before_it_waits(model):
+def test_rejects_bad_input_before_queueing(model):
     async def run():
         engine = NativeEngine(model, max_images=4)
         try:
             with pytest.raises(InputError, match="class labels run from 17"):
-                await draw(engine, 17, 0)
+                await stream(engine, 17, 0)
             with pytest.raises(InputError, match="seed is -3"):
-                await draw(engine, 0, -3)
+                await stream(engine, 0, -3)
         finally:
             await engine.close()
 
     asyncio.run(run())
 
 
-def test_weights_that_are_not_finite(model):
+def test_not_finite_logits_fail_their_image_only(model):
     with torch.no_grad():
         model.cls_embedding.embedding_table.weight[3] = torch.nan
 
     async def run():
         engine = NativeEngine(model, max_images=4)
         good, bad = await asyncio.gather(
-            draw(engine, 1, 0), draw(engine, 3, 0), return_exceptions=True
+            stream(engine, 1, 0), stream(engine, 3, 0), return_exceptions=True
         )
         await engine.close()
         return good, bad
@@ -144,15 +147,15 @@ def test_weights_that_are_not_finite(model):
     assert isinstance(bad, NotFiniteError)
 
 
-def test_closing_tells_those_who_wait(model):
+def test_close_fails_waiting_requests(model):
     async def run():
         engine = NativeEngine(model, max_images=1)
-        tasks = [asyncio.create_task(draw(engine, 0, k)) for k in range(5)]
+        tasks = [asyncio.create_task(stream(engine, 0, k)) for k in range(5)]
         await asyncio.sleep(0)
         await engine.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         with pytest.raises(EngineError, match="closed"):
-            await draw(engine, 0, 0)
+            await stream(engine, 0, 0)
         return results
 
     results = asyncio.run(run())

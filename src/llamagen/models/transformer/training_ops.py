@@ -1,7 +1,7 @@
-"""Operations of training that torch is slow at on a CPU, done another way there.
+"""Operations of training that torch is slow at on a CPU, computed another way there.
 
-Each does what a module of ``blocks`` says in few passes over memory, most of them with a backward
-pass of their own. ``pays`` says when.
+Each computes what a module of ``blocks`` defines in few passes over memory, most of them with a
+backward pass of their own. ``should_use`` says when.
 
 Shapes: B batch, H heads, K key-value heads, T positions, E head dimension, D width.
 """
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 
 _CHUNK_SCORES = 1 << 21
-"""Scores computed at a time: 4 MB in bfloat16, which caches hold; measured on Zen 4."""
-_LONGEST = 768
+"""Scores computed at a time: 4 MB in bfloat16, which fits into caches; measured on Zen 4."""
+_MAX_LENGTH = 768
 """Positions up to which plain products beat torch's fused attention; measured on Zen 5."""
-_LONGEST_KEPT = 384
-"""Positions up to which attention keeps its weights for the backward pass instead of computing them
-again. With heads of 64 that is at most six times the memory of its output."""
+_MAX_STORED_LENGTH = 384
+"""Positions up to which attention stores its weights for the backward pass instead of recomputing
+them. With heads of 64 that is at most six times the memory of its output."""
 
 
-def pays(x: Tensor) -> bool:
-    """Whether the forms of this module are used for ``x``: on a CPU, where gradients are wanted."""
+def should_use(x: Tensor) -> bool:
+    """Whether to use this module for ``x``: on a CPU, where gradients are wanted."""
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 class Dropout(nn.Dropout):
     """Dropout whose random numbers cost a sixth on a CPU.
 
-    torch draws one random number after another there, each of 64 bits. Four decisions are made
-    with one here; a probability is rounded to a multiple of 1/65536.
+    torch generates 64 random bits for each element there. Here they serve four elements, and the
+    probability is rounded to a multiple of 1/65536.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,15 +40,15 @@ class Dropout(nn.Dropout):
         if elsewhere or not self.training or self.p in (0.0, 1.0):
             return super().forward(x)
         count = x.numel()
-        numbers = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        smallest = round(self.p * 65536) - 32768
+        random = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        threshold = round(self.p * 65536) - 32768
         scale = torch.tensor(1.0 / (1.0 - self.p), dtype=x.dtype)
-        kept = numbers.view(torch.int16)[:count].view(x.shape)
-        if x.dtype != torch.bfloat16 or smallest > 32767:
-            return x * (kept >= smallest).to(x.dtype).mul_(scale)
-        # The random numbers turn into 0 or the bits of the scale where they are: a third of the
-        # time, because torch is slow at making anything of truth values.
-        return x * kept.ge_(smallest).mul_(scale.view(torch.int16)).view(x.dtype)
+        uniform = random.view(torch.int16)[:count].view(x.shape)
+        if x.dtype != torch.bfloat16 or threshold > 32767:
+            return x * (uniform >= threshold).to(x.dtype).mul_(scale)
+        # In place, to 0 or the bits of the scale: a third of the time, because torch converts
+        # booleans slowly.
+        return x * uniform.ge_(threshold).mul_(scale.view(torch.int16)).view(x.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -79,16 +79,16 @@ class _RMSNorm(torch.autograd.Function):
         x, grad, scale = (part.reshape(-1, part.shape[-1]) for part in (x, grad, scale))
         products = x * grad
         weight_grad = products.T @ scale.squeeze(-1)
-        # The part of the gradient along x changes its length only, which the norm undoes.
-        along = (products @ weight).unsqueeze(-1).mul_(scale**3).div_(width)
-        x_grad = (grad * weight).mul_(scale).addcmul_(x, along, value=-1)
+        # The part of the gradient along x changes its length only, which the norm cancels.
+        radial = (products @ weight).unsqueeze(-1).mul_(scale**3).div_(width)
+        x_grad = (grad * weight).mul_(scale).addcmul_(x, radial, value=-1)
         return x_grad.view(shape), weight_grad, None, None
 
 
-def turned_heads(
+def rotated_heads(
     projected: Tensor, rope: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, T, E), keys and values (B, K, T, E), the first two turned.
+    """Queries (B, H, T, E), keys and values (B, K, T, E), the first two rotated by ``rope``.
 
     Args:
         projected: (B, T, (H + 2K) E).
@@ -96,12 +96,12 @@ def turned_heads(
         heads: H.
         kv_heads: K.
     """
-    q, k, v = _TurnedHeads.apply(projected, rope, heads, kv_heads)
+    q, k, v = _RotatedHeads.apply(projected, rope, heads, kv_heads)
     return q, k, v
 
 
-class _TurnedHeads(torch.autograd.Function):
-    """A pair that turns is a complex number times another one; backward, times its conjugate."""
+class _RotatedHeads(torch.autograd.Function):
+    """Rotating a pair multiplies complex numbers; the backward pass, by the conjugate."""
 
     @staticmethod
     def forward(
@@ -110,11 +110,12 @@ class _TurnedHeads(torch.autograd.Function):
         ctx.save_for_backward(rope)
         ctx.counts = [heads, kv_heads, kv_heads]
         parts = projected.unflatten(-1, (sum(ctx.counts), -1))  # (B, T, H + 2K, E)
-        turned = _wide_empty(parts[:, :, : heads + kv_heads]).copy_(parts[:, :, : heads + kv_heads])
-        _pairs(turned).mul_(torch.view_as_complex(rope).unsqueeze(1))
-        q, k = turned.split(ctx.counts[:2], dim=2)
+        unrotated = parts[:, :, : heads + kv_heads]
+        rotated = _empty_float32(unrotated).copy_(unrotated)
+        _pairs(rotated).mul_(torch.view_as_complex(rope).unsqueeze(1))
+        q, k = rotated.split(ctx.counts[:2], dim=2)
         v = parts[:, :, heads + kv_heads :]
-        return tuple(_moved(part, projected.dtype) for part in (q, k, v))
+        return tuple(_heads_first(part, projected.dtype) for part in (q, k, v))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -124,42 +125,47 @@ class _TurnedHeads(torch.autograd.Function):
         batch, length, heads, width = q.shape
         out = q.new_empty(batch, length, sum(ctx.counts), width)
         last = heads + k.shape[2]
-        turned = _wide_empty(out[:, :, :last])
-        turned[:, :, :heads] = q
-        turned[:, :, heads:] = k
-        _pairs(turned).mul_(torch.view_as_complex(rope).conj().unsqueeze(1))
-        out[:, :, :last] = turned
+        rotated = _empty_float32(out[:, :, :last])
+        rotated[:, :, :heads] = q
+        rotated[:, :, heads:] = k
+        _pairs(rotated).mul_(torch.view_as_complex(rope).conj().unsqueeze(1))
+        out[:, :, :last] = rotated
         out[:, :, last:] = v
         return out.flatten(2), None, None, None
 
 
-def _wide_empty(x: Tensor) -> Tensor:
-    """Of the shape of ``x`` and contiguous, in float32 at least."""
+def _empty_float32(x: Tensor) -> Tensor:
+    """Return an empty contiguous tensor of the shape of ``x``, in float32 at least."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.empty(x.shape, dtype=dtype, device=x.device)
 
 
 def _pairs(x: Tensor) -> Tensor:
-    """The neighbouring numbers of the last dimension as complex ones, where they are."""
+    """View neighbouring pairs of the last dimension as complex numbers."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
-def _moved(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, T, H, E) to (B, H, T, E) that is contiguous."""
     batch, length, heads, width = x.shape
     return x.new_empty(batch, heads, length, width, dtype=dtype).copy_(x.transpose(1, 2))
 
 
-def plain_attention_pays(q: Tensor, k: Tensor) -> bool:
+def should_use_causal_attention(q: Tensor, k: Tensor) -> bool:
     """Whether ``causal_attention`` is the faster one for these queries and keys (B, H, T, E)."""
-    return pays(q) and q.dtype == torch.bfloat16 and q.shape == k.shape and q.shape[2] <= _LONGEST
+    return (
+        should_use(q)
+        and q.dtype == torch.bfloat16
+        and q.shape == k.shape
+        and q.shape[2] <= _MAX_LENGTH
+    )
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
     """Attention of each position to itself and those before it: all (B, H, T, E).
 
-    Plain products over a few heads at a time, so that their scores stay in caches. Beyond
-    ``_LONGEST_KEPT`` positions they are computed again in the backward pass, and no more than one
+    Matrix products over a few heads at a time, so that their scores stay in caches. Beyond
+    ``_MAX_STORED_LENGTH`` positions they are recomputed in the backward pass, and no more than one
     chunk of them is ever in memory. Scores are rounded to the input's precision, as unfused
     attention under autocast does.
 
@@ -181,17 +187,17 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = Non
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-        keep = q.shape[2] <= _LONGEST_KEPT
-        kept = []
+        store = q.shape[2] <= _MAX_STORED_LENGTH
+        stored = []
         queries, keys, values = (_rows(x) for x in (q, k, v))
         out = torch.empty_like(queries)
-        later = _later(q)
+        bias = _causal_bias(q)
         for part in _chunks(queries):
-            weights = _weights(queries, keys, later, padding, part)
+            weights = _weights(queries, keys, bias, padding, part)
             torch.bmm(weights, values[part], out=out[part])
-            if keep:
-                kept.append(weights)
-        ctx.save_for_backward(q, k, v, padding, *kept)
+            if store:
+                stored.append(weights)
+        ctx.save_for_backward(q, k, v, padding, *stored)
         return out.view(q.shape)
 
     @staticmethod
@@ -199,40 +205,40 @@ class _CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         shape = grad.shape
         scale = shape[-1] ** -0.5
-        q, k, v, padding, *kept = ctx.saved_tensors
-        later = _later(q)
+        q, k, v, padding, *stored = ctx.saved_tensors
+        bias = _causal_bias(q)
         q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
         grads = [torch.empty_like(x) for x in (q, k, v)]
         for number, part in enumerate(_chunks(q)):
-            weights = kept[number] if kept else _weights(q, k, later, padding, part)
+            weights = stored[number] if stored else _weights(q, k, bias, padding, part)
             torch.bmm(weights.mT, grad[part], out=grads[2][part])
-            slopes = torch.bmm(grad[part], v[part].mT)
-            slopes = torch._softmax_backward_data(slopes, weights, -1, weights.dtype)
-            for into, left, right in ((0, slopes, k[part]), (1, slopes.mT, q[part])):
+            grad_scores = torch.bmm(grad[part], v[part].mT)
+            grad_scores = torch._softmax_backward_data(grad_scores, weights, -1, weights.dtype)
+            for into, left, right in ((0, grad_scores, k[part]), (1, grad_scores.mT, q[part])):
                 own = grads[into][part]
                 torch.baddbmm(own, left, right, beta=0, alpha=scale, out=own)
         q_grad, k_grad, v_grad = (x.view(shape) for x in grads)
         return q_grad, k_grad, v_grad, None
 
 
-def _later(q: Tensor) -> Tensor:
-    """Minus infinity for positions behind each one's own, else 0: (T, T)."""
+def _causal_bias(q: Tensor) -> Tensor:
+    """Return (T, T): minus infinity where a key stands behind its query, else 0."""
     length = q.shape[2]
     return q.new_full((length, length), float("-inf")).triu_(1)
 
 
-def _weights(q: Tensor, k: Tensor, later: Tensor, padding: Tensor | None, part: slice) -> Tensor:
-    """Softmax over the positions up to each one's own, for a part of all rows: (rows, T, T).
+def _weights(q: Tensor, k: Tensor, bias: Tensor, padding: Tensor | None, part: slice) -> Tensor:
+    """Attention weights of some rows, causal: (rows, T, T).
 
     ``padding`` (all rows, 1, C) is True where one of the first C keys is padding.
     """
-    scores = torch.baddbmm(later, q[part], k[part].mT, alpha=q.shape[-1] ** -0.5)
+    scores = torch.baddbmm(bias, q[part], k[part].mT, alpha=q.shape[-1] ** -0.5)
     if padding is not None:
         width = padding.shape[-1]
         own = scores.diagonal(dim1=-2, dim2=-1)[:, :width]
-        kept = own.clone()
+        diagonal = own.clone()
         scores[..., :width].masked_fill_(padding[part], float("-inf"))
-        own.copy_(kept)
+        own.copy_(diagonal)
     return scores.softmax(-1)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.generation.draws import Draws, draws_for
+from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
 from llamagen.generation.seeds import uniform_draws
 
 
@@ -32,12 +33,13 @@ class Request:
 
     def scale(self, index: int) -> float:
         """Guidance scale of the code with this index; 1 where it is not guided."""
-        stop = self.sampling.guidance_stop
-        return self.sampling.guidance_scale if stop is None or index < stop else 1.0
+        if not self.sampling.guided:
+            return 1.0
+        return guidance_scale_at(self.sampling, index, len(self.uniforms))
 
 
-class CodeDraw:
-    """Draws for batches whose requests come, go and change places.
+class CodeSampling:
+    """Samples for batches whose requests come, go and change rows.
 
     Nothing about a request is remembered but the settings of the last batch, which usually is the
     next one too.
@@ -49,66 +51,57 @@ class CodeDraw:
         """
         self.codebook_size = codebook_size
         self.first_code = first_code
-        self._drawn: list[tuple[SamplingConfig, bool]] = []
-        self._draws: Draws | None = None
+        self._settings: list[SamplingConfig] = []
+        self._sampler: Sampler | None = None
 
     def __call__(
         self, logits: Tensor, requests: Sequence[Request | None], indices: Sequence[int]
     ) -> Tensor:
-        """Leaves one id per row that can be drawn.
+        """Leave one id per row that can be sampled.
 
         Args:
             logits: (B, I) float32; the first V are those of the conditional stream, the next V
                 those of the unconditional one, if there is one. Overwritten.
             requests: one per row; None for a request that cannot be served. Guided ones need both
                 streams.
-            indices: which code of its image each row is about to draw.
+            indices: which code of its image each row is about to sample.
 
         Returns:
             (B, I), by ids: 0 for the chosen code, -inf for everything else. A request that cannot
             be served, has all its codes or has logits that are not finite gets the id that ends it.
         """
-        serving = [
-            request is not None and 0 <= index < len(request.uniforms)
-            for request, index in zip(requests, indices, strict=True)
-        ]
-        sampled, uniforms = [], []
-        for request, index, served in zip(requests, indices, serving, strict=True):
-            if served and request is not None:
-                sampled.append((request.sampling, request.scale(index) != 1.0))
-                uniforms.append(request.uniforms[index])
-            else:
-                sampled.append((_GREEDY, False))
-                uniforms.append(0.0)
+        count = len(requests)
+        settings, uniforms, served = [_GREEDY] * count, [0.0] * count, [False] * count
+        scales = np.ones(count, dtype=np.float32)
+        for row, (request, index) in enumerate(zip(requests, indices, strict=True)):
+            if request is not None and 0 <= index < len(request.uniforms):
+                settings[row], uniforms[row] = request.sampling, request.uniforms[index]
+                scales[row], served[row] = request.scale(index), True
+        if self._sampler is None or settings != self._settings:
+            self._settings = settings
+            self._sampler = fastest_sampler(settings, self.codebook_size, logits.device)
+        each = np.arange(count, dtype=np.int64)
+        rows = Rows(each, np.where(scales == 1.0, -1, each), scales)
         conditional = logits[:, : self.codebook_size]
         unconditional = logits[:, self.codebook_size : 2 * self.codebook_size]
-        draw = self._draws_of(sampled, logits.device)
-        # Whether all is finite is not looked at: that would wait for the device at every step.
-        codes, usable = draw(conditional, unconditional, _on(logits.device, uniforms))
-        if not all(serving):
-            usable &= _on(logits.device, serving)
-        ids = torch.where(usable, codes + self.first_code, self.first_code - 1)
+        # Whether all is finite is not asked: that would synchronise with the device at every step.
+        codes, finite = self._sampler(
+            conditional, unconditional, rows, _to_device(logits.device, uniforms)
+        )
+        if not all(served):
+            finite &= _to_device(logits.device, served)
+        ids = torch.where(finite, codes + self.first_code, self.first_code - 1)
         return logits.fill_(-torch.inf).scatter_(1, ids.unsqueeze(-1), 0.0)
-
-    def _draws_of(self, sampled: list[tuple[SamplingConfig, bool]], device: torch.device) -> Draws:
-        if self._draws is None or sampled != self._drawn:
-            self._drawn = sampled
-            self._draws = draws_for(
-                [sampling for sampling, _ in sampled],
-                range(len(sampled)),
-                [row if guided else None for row, (_, guided) in enumerate(sampled)],
-                codebook_size=self.codebook_size,
-                device=device,
-            )
-        return self._draws
 
 
 _GREEDY = SamplingConfig(guidance_scale=1.0, temperature=0.0)
 
 
-def _on(device: torch.device, values: list[float] | list[bool]) -> Tensor:
-    """A few numbers on the device, without waiting for it."""
-    on_host = torch.tensor(values)
+def _to_device(device: torch.device, values: list[float] | list[bool]) -> Tensor:
+    """Copy a few numbers to the device, without waiting for it."""
+    on_host = torch.tensor(
+        values, dtype=torch.bool if isinstance(values[0], bool) else torch.float32
+    )
     if device.type == "cuda":
         on_host = on_host.pin_memory()
     return on_host.to(device, non_blocking=True)

@@ -66,6 +66,10 @@ class TextCondition(nn.Module):
             features = torch.where(drop[:, None, None], self.unconditional(features), features)
         return self.cap_proj(features)
 
+    def project(self, features: Tensor) -> Tensor:
+        """Text features (..., text_dim) to embeddings (..., D)."""
+        return self.cap_proj(features.to(self.uncond_embedding.dtype))
+
     def unconditional(self, features: Tensor) -> Tensor:
         """The input that means "no text", shaped like ``features`` (B, C, text_dim).
 

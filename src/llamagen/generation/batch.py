@@ -1,0 +1,462 @@
+"""The decode loop: a batch that images join, step by step, and leave (continuous batching).
+
+Every image has a condition, a seed, settings and a schedule of its own, and gets the codes (up to
+floating-point ties) that it would get alone. Generating many images is: add all, step until none
+runs.
+
+Shapes: N images, R sequences (an image has one, and one more each for guidance and for a blend),
+T codes of an image, D codes sampled by a step, V codes of the codebook.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamagen.backends import StepTimes, fastest_step
+from llamagen.config import Grid
+from llamagen.generation.request import UNKNOWN, GenerationRequest
+from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
+from llamagen.generation.schedules import Pass, Schedule
+from llamagen.generation.schedules.jacobi import JacobiSchedule
+from llamagen.generation.schedules.raster import RasterSchedule
+from llamagen.generation.seeds import check_seed, uniform_draws
+from llamagen.models.transformer import NO_CELL, Tokens, Transformer
+from llamagen.support.errors import InputError, NotFiniteError
+
+_MAX_TOKENS = 32
+"""Tokens of a pass up to which its time, with AMX, grows much more slowly than their number."""
+
+
+NOT_FINITE = -1
+"""Stands for a code whose logits were not finite."""
+
+
+class _Role(enum.IntEnum):
+    """What a sequence of an image is conditioned on."""
+
+    CONDITIONAL = 0
+    UNCONDITIONAL = 1
+    BLEND = 2
+
+
+@dataclass(eq=False)
+class GenerationState:
+    """The progress of one image in a batch."""
+
+    request: GenerationRequest
+    schedule: Schedule
+    row: int
+    """Row of the batch's codes that is this image's."""
+    total: int
+    published_rows: int = 0
+    """Rows of the grid that whoever asked for the image has got."""
+
+    @property
+    def final(self) -> int:
+        """Codes that are final: the first ones in raster order."""
+        return self.schedule.final
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all codes are final."""
+        return self.schedule.final == self.total
+
+
+class Batch:
+    """Images at different places of their grids, which go through forward passes together."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        max_images: int,
+        *,
+        max_sequences: int | None = None,
+        condition_length: int | None = None,
+        grid: Grid | None = None,
+        times: StepTimes | None = None,
+    ) -> None:
+        """Allocate the memory of a batch.
+
+        Args:
+            model: in eval mode, on the device and in the precision to compute in.
+            max_images: images that can be generated at once.
+            max_sequences: their sequences; by default two of each image.
+            condition_length: positions of the longest condition; by default the model's.
+            grid: rows and columns; by default the model's.
+            times: where the time goes is added to it.
+        """
+        self.model = model
+        self.grid = grid or model.config.grid
+        self.total = self.grid[0] * self.grid[1]
+        self.max_images = max_images
+        self.images: list[GenerationState] = []
+        self._times = times
+        self._step = fastest_step(model, times)
+        length = model.config.condition_length if condition_length is None else condition_length
+        self._cache = model.new_cache(max_sequences or 2 * max_images, length + self.total)
+        self._sequences: list[tuple[GenerationState, _Role]] = []
+        """By number in the cache."""
+        device = model.device
+        self._codes = torch.zeros(max_images, self.total, dtype=torch.int64, device=device)
+        self._known = torch.full((max_images, self.total), UNKNOWN, dtype=torch.int64)
+        self._known = self._known.to(device)
+        self._uniforms = torch.zeros(max_images, self.total, dtype=torch.float32, device=device)
+        self._not_finite = torch.zeros(max_images, dtype=torch.int32, device=device)
+        """Of each image, codes whose logits were not finite."""
+        self._free_rows = list(reversed(range(max_images)))
+        self._sampler: tuple[list[tuple[GenerationState, int]], Sampler] | None = None
+
+    @property
+    def sequences(self) -> int:
+        """R, the sequences that a step computes."""
+        return len(self._sequences)
+
+    def capacity_for(self, waiting: Sequence[GenerationRequest]) -> int:
+        """How many of those that wait can join, from the first one on."""
+        running = sum(image.request.sequences for image in self.images)
+        free = self._cache.max_sequences - running
+        limit = self.max_images - len(self.images)
+        for count, request in enumerate(waiting[:limit]):
+            free -= request.sequences
+            if free < 0:
+                return count
+        return min(limit, len(waiting))
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise InputError if the model cannot take a request, or it can never join."""
+        check_request(request, self.model, self.grid)
+        if request.sequences > self._cache.max_sequences:
+            raise InputError(
+                f"an image with a blend and guidance needs {request.sequences} sequences, but the "
+                f"batch has capacity for {self._cache.max_sequences}; allow it more images"
+            )
+
+    @torch.inference_mode()
+    def add(self, requests: Sequence[GenerationRequest]) -> list[GenerationState]:
+        """Start images: read their conditions and sample the first code of each.
+
+        Raises:
+            InputError: a request is not one that the model can take; none has joined.
+        """
+        for request in requests:
+            self.check(request)
+        assert self.capacity_for(requests) == len(requests), f"no capacity for {len(requests)}"
+        joined = [self._join(request) for request in requests]
+        if not joined:
+            return []
+        started: dict[tuple[GenerationState, _Role], Tensor] = {}
+        for image in joined:
+            started |= self._conditions(image)
+        first = self._cache.sequences
+        self._cache.add(len(started))
+        self._sequences += started
+        conditions = list(started.values())
+        lengths = [1 if condition.ndim == 0 else len(condition) for condition in conditions]
+        tokens = self._condition_tokens(conditions, lengths, first)
+        logits = self._run(tokens)
+        self._cache.lengths[first:] = lengths
+        self.images += joined
+        rows = {key: row for row, key in enumerate(started)}
+        passes = {image: image.schedule.first_pass() for image in joined}
+        self._sample(logits, passes, {key: {0: row} for key, row in rows.items()})
+        return joined
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """One forward pass of every image that is not finished."""
+        running = [image for image in self.images if not image.is_finished]
+        if not running:
+            return
+        budget = max(1, _MAX_TOKENS // max(1, len(self._sequences)))
+        passes = {image: image.schedule.next_pass(budget) for image in running}
+        self._drop_unguided(passes)
+        sequences: list[int] = []
+        positions: list[int] = []
+        cells: list[int] = []
+        wanted: list[int] = []
+        images: list[int] = []
+        rows: dict[tuple[GenerationState, _Role], dict[int, int]] = {}
+        guesses: list[tuple[int, Sequence[int]]] = []
+        count = 0
+        for number, key in enumerate(self._sequences):
+            image = key[0]
+            if image not in passes:
+                continue
+            feed, _, predicted_by, codes = passes[image]
+            length = self._cache.lengths[number]
+            sequences += [number] * len(feed)
+            positions += range(length, length + len(feed))
+            cells += feed
+            images += [image.row] * len(feed)
+            if codes is not None:
+                guesses.append((count, codes))
+            # The rows of the logits that predict codes.
+            own: dict[int, int] = {}
+            for token in predicted_by:
+                if token not in own:
+                    own[token] = len(wanted)
+                    wanted.append(count + token)
+            rows[key] = own
+            count += len(feed)
+        tokens = Tokens(
+            ids=self._fed_codes(images, cells, guesses),
+            sequences=np.array(sequences, dtype=np.int32),
+            positions=np.array(positions, dtype=np.int32),
+            cells=np.array(cells, dtype=np.int32),
+            wanted=np.array(wanted, dtype=np.int64),
+        )
+        logits = self._run(tokens)
+        accepted = self._sample(logits, passes, rows)
+        for number, (image, _) in enumerate(self._sequences):
+            self._cache.lengths[number] += accepted.get(image, 0)
+
+    def codes_of(self, images: Sequence[GenerationState], count: int) -> Tensor:
+        """Codes (N, T) int64 of images, on the model's device; all but the first ``count`` zero."""
+        codes = self._codes[[image.row for image in images]]
+        codes[:, count:] = 0
+        return codes
+
+    def check_finite(self, images: Sequence[GenerationState]) -> None:
+        """Raise NotFiniteError if logits of these images were not finite. Waits for the device."""
+        # Checked once at the end: checking every step would synchronise with the device.
+        if int(self._not_finite[[image.row for image in images]].sum()):
+            raise NotFiniteError(
+                f"the transformer's logits are not finite in {self.model.dtype}; "
+                f"use bfloat16 or float32, or check the weights"
+            )
+
+    def remove(self, image: GenerationState) -> None:
+        """Take an image out, finished or not."""
+        for number in reversed(range(len(self._sequences))):
+            if self._sequences[number][0] is image:
+                self._drop(number)
+        self.images.remove(image)
+        self._free_rows.append(image.row)
+
+    def clear(self) -> None:
+        """Take all images out, whatever state a failed step has left."""
+        for image in self.images:
+            self._free_rows.append(image.row)
+        self.images, self._sequences = [], []
+        self._sampler = None
+        self._cache.clear()
+
+    def _join(self, request: GenerationRequest) -> GenerationState:
+        known = request.known_codes
+        row = self._free_rows.pop()
+        self._codes[row] = 0
+        self._known[row] = UNKNOWN
+        self._not_finite[row] = 0
+        self._uniforms[row] = uniform_draws([request.seed], self.total)[0].to(self.model.device)
+        flags = None
+        if known is not None:
+            flat = known.flatten().to(torch.int64)
+            flags = (flat != UNKNOWN).tolist()
+            own = flat.to(self.model.device)
+            self._known[row] = own
+            self._codes[row] = own.clamp(min=0)
+        schedule: Schedule
+        if self._should_look_ahead(request):
+            schedule = JacobiSchedule(self.total, request.window)
+        else:
+            schedule = RasterSchedule(self.total, flags)
+        return GenerationState(request, schedule, row, self.total)
+
+    def _should_look_ahead(self, request: GenerationRequest) -> bool:
+        if request.window is not None:
+            return request.window > 1
+        # Found faster for few images on CPUs with AMX, where sixteen rows of a pass cost what one
+        # costs; slower on CPUs without (docs/speed.md). What is known is fed at once as it is.
+        sequences = len(self._sequences) + request.sequences
+        return request.known_codes is None and self._step.is_wide and 4 * sequences <= _MAX_TOKENS
+
+    def _conditions(self, image: GenerationState) -> dict[tuple[GenerationState, _Role], Tensor]:
+        """Conditions of an image's sequences: labels () or features (C, text_dim)."""
+        request, device = image.request, self.model.device
+        found = {(image, _Role.CONDITIONAL): request.condition.to(device)}
+        if request.sampling.guided:
+            negative = request.negative
+            if negative is None:
+                embedding = self.model.cls_embedding
+                negative = embedding.unconditional(request.condition.unsqueeze(0).to(device))[0]
+            found[image, _Role.UNCONDITIONAL] = negative.to(device)
+        if request.blend is not None:
+            found[image, _Role.BLEND] = request.blend.to(device)
+        return found
+
+    def _condition_tokens(
+        self, conditions: Sequence[Tensor], lengths: Sequence[int], first: int
+    ) -> Tokens:
+        numbers = np.arange(first, first + len(conditions), dtype=np.int32)
+        ids, features = torch.zeros(0, dtype=torch.int64), None
+        if self.model.config.condition == "class":
+            ids = torch.stack(list(conditions)).to(torch.int64) + self.model.config.codebook_size
+        else:
+            features = torch.cat(list(conditions))
+        return Tokens(
+            ids=ids,
+            sequences=np.repeat(numbers, lengths),
+            positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            cells=np.full(sum(lengths), NO_CELL, dtype=np.int32),
+            wanted=np.cumsum(lengths, dtype=np.int64) - 1,
+            features=features,
+        )
+
+    def _run(self, tokens: Tokens) -> Tensor:
+        return self._step(tokens, self._cache, self.grid)
+
+    def _fed_codes(
+        self, images: list[int], cells: list[int], guesses: list[tuple[int, Sequence[int]]]
+    ) -> Tensor:
+        """The codes (N,) of cells of images."""
+        device = self._codes.device
+        index = torch.tensor([images, cells], dtype=torch.int64).to(device, non_blocking=True)
+        codes = self._codes[index[0], index[1]]
+        for start, own in guesses:
+            codes[start : start + len(own)] = torch.tensor(own, device=device)
+        return codes
+
+    def _sample(
+        self,
+        logits: Tensor,
+        passes: dict[GenerationState, Pass],
+        rows: dict[tuple[GenerationState, _Role], dict[int, int]],
+    ) -> dict[GenerationState, int]:
+        """Sample what a pass predicts; return the tokens of each image that are final."""
+        sampling = [(image, len(one.sample)) for image, one in passes.items() if one.sample]
+        sampled: list[int] = []
+        if sampling:
+            codes = self._sample_rows(logits, passes, rows, sampling)
+            if any(image.schedule.needs_codes for image, _ in sampling):
+                sampled = codes.tolist()
+        accepted, start = {}, 0
+        for image, one in passes.items():
+            own = sampled[start : start + len(one.sample)]
+            start += len(one.sample)
+            before = image.final
+            accepted[image] = image.schedule.accept(own)
+            if NOT_FINITE in own[: image.final - before]:
+                self._not_finite[image.row] += 1
+        return accepted
+
+    def _sample_rows(
+        self,
+        logits: Tensor,
+        passes: dict[GenerationState, Pass],
+        rows: dict[tuple[GenerationState, _Role], dict[int, int]],
+        sampling: list[tuple[GenerationState, int]],
+    ) -> Tensor:
+        conditional, unconditional, scales = [], [], []
+        images: list[int] = []
+        cells: list[int] = []
+        blended, blends, shares = [], [], []
+        for image, count in sampling:
+            one, request = passes[image], image.request
+            own = rows[image, _Role.CONDITIONAL]
+            other = rows.get((image, _Role.UNCONDITIONAL))
+            mixed = rows.get((image, _Role.BLEND))
+            for cell, token in zip(one.sample, one.predicted_by, strict=True):
+                scale = guidance_scale_at(request.sampling, cell, self.total)
+                conditional.append(own[token])
+                unconditional.append(-1 if other is None or scale == 1.0 else other[token])
+                scales.append(scale)
+                if mixed is not None:
+                    blended.append(own[token])
+                    blends.append(mixed[token])
+                    shares.append(request.blend_share)
+            images += [image.row] * count
+            cells += one.sample
+        mixed_logits = logits
+        if blends:
+            mixed_logits = _blend(logits, blended, blends, shares)
+        if self._sampler is None or self._sampler[0] != sampling:
+            settings = [image.request.sampling for image, count in sampling for _ in range(count)]
+            size = self.model.config.codebook_size
+            self._sampler = (sampling, fastest_sampler(settings, size, self.model.device))
+        index = torch.tensor([images, cells], dtype=torch.int64)
+        index = index.to(logits.device, non_blocking=True)
+        where = (index[0], index[1])
+        codes, finite = self._sampler[1](
+            mixed_logits,
+            logits,
+            Rows(
+                np.array(conditional, dtype=np.int64),
+                np.array(unconditional, dtype=np.int64),
+                np.array(scales, dtype=np.float32),
+            ),
+            self._uniforms[where],
+        )
+        known = self._known[where]
+        codes = torch.where(known == UNKNOWN, codes, known)
+        self._codes[where] = codes
+        if any(image.schedule.needs_codes for image, _ in sampling):
+            # What guesses lead to is of no importance: see ``_sample``.
+            return codes.where(finite, NOT_FINITE)
+        self._not_finite.index_add_(0, index[0], (~finite).to(torch.int32))
+        return codes
+
+    def _drop_unguided(self, passes: dict[GenerationState, Pass]) -> None:
+        """End unconditional sequences that no code needs any more."""
+        for number in reversed(range(len(self._sequences))):
+            image, role = self._sequences[number]
+            stop = image.request.sampling.guidance_stop
+            is_due = image in passes and stop is not None and image.final >= stop
+            if role is _Role.UNCONDITIONAL and is_due:
+                self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        """End a sequence; the last one takes its number, as in the cache."""
+        self._cache.remove(number)
+        self._sequences[number] = self._sequences[-1]
+        self._sequences.pop()
+
+
+def check_request(request: GenerationRequest, model: Transformer, grid: Grid) -> None:
+    """Raise InputError if the model cannot take a request's conditions, seed or known codes."""
+    check_seed(request.seed)
+    check_share(request.blend_share)
+    if request.window is not None and request.window < 1:
+        raise InputError(f"window is {request.window}, expected at least 1 code")
+    for condition in (request.condition, request.negative, request.blend):
+        if condition is not None:
+            model.cls_embedding.check(condition.unsqueeze(0))
+    known = request.known_codes
+    if known is None:
+        return
+    if tuple(known.shape) not in (grid, (grid[0] * grid[1],)):
+        raise InputError(f"known codes have shape {tuple(known.shape)}, expected {grid}")
+    smallest, largest = int(known.min()), int(known.max())
+    size = model.config.codebook_size
+    if largest >= size or smallest < UNKNOWN:
+        raise InputError(
+            f"known codes reach from {smallest} to {largest}, expected codes below {size}, or "
+            f"{UNKNOWN} where one is to be sampled"
+        )
+
+
+def check_share(share: float) -> float:
+    """Return how much the second of two conditions counts.
+
+    Raises:
+        InputError: it lies outside 0 to 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise InputError(f"blend_share is {share}, expected a number from 0 to 1")
+    return share
+
+
+def _blend(
+    logits: Tensor, blended: Sequence[int], blends: Sequence[int], shares: Sequence[float]
+) -> Tensor:
+    """Logits (R, V) whose rows ``blended`` are mixed with the rows ``blends``."""
+    logits = logits.float()
+    index = torch.tensor([blended, blends], device=logits.device)
+    share = torch.tensor(shares, dtype=torch.float32, device=logits.device).unsqueeze(1)
+    mixed = logits[index[0]].lerp(logits[index[1]], share)
+    return logits.index_copy(0, index[0], mixed)

@@ -1,0 +1,245 @@
+"""From logits to codes: one ladder of pure functions on per-row tensors, the reference.
+
+The order is guidance, temperature, top-k, top-p, draw (paper section 3.3). No function edits its
+input. Backends may compute the same faster, never differently. A new filter is one function here,
+its line in ``Filters``, and its row in ``config.SamplingConfig``.
+
+Shapes: D rows, one per code that is sampled, each with settings of its own; V codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamagen.config import SamplingConfig
+
+GREEDY_TEMPERATURE = 1e-6
+"""Temperatures below it take the most likely code: logits divided by less would overflow."""
+
+Value = float | Tensor
+"""A setting: one number for all rows, or (D, 1) with one for each."""
+
+
+def guidance_scale_at(sampling: SamplingConfig, index: int, total: int) -> float:
+    """Guidance scale of code ``index`` (counted in the order of sampling) of ``total``.
+
+    1 means that the conditional logits are used as they are.
+    """
+    del total
+    if sampling.guidance_stop is not None and index >= sampling.guidance_stop:
+        return 1.0
+    return sampling.guidance_scale
+
+
+def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: Value) -> Tensor:
+    """Classifier-free guidance on logits (D, V): uncond + scale * (cond - uncond)."""
+    return unconditional + scale * (conditional - unconditional)
+
+
+def apply_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
+    """Set all but the ``k`` largest logits, and ties with the k-th, to -inf; k 0 keeps all."""
+    size = logits.shape[-1]
+    if not isinstance(k, Tensor):
+        if not 0 < k < size:
+            return logits
+        # Unsorted takes half the time on a CPU.
+        threshold = logits.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+        return logits.masked_fill(logits < threshold, -torch.inf)
+    k = k.clamp(max=size)
+    # The k largest are the first k of the largest selection: one selection serves all rows.
+    largest = logits.topk(max(1, int(k.max())), dim=-1).values
+    threshold = largest.gather(-1, (k - 1).clamp(min=0)).masked_fill(k == 0, -torch.inf)
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def apply_top_p(logits: Tensor, p: Value) -> Tensor:
+    """Set logits to -inf behind the first code at which the probabilities exceed ``p``.
+
+    Codes count from the most likely down; the one that crosses ``p`` is kept, so at least one is.
+    """
+    ordered, order = logits.sort(dim=-1, descending=True)
+    reached = ordered.softmax(-1).cumsum(-1)
+    drop = (reached > p).roll(1, dims=-1)
+    drop[..., 0] = False
+    return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+def sample_from(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Sample from softmax(logits) by inverting its cumulative distribution.
+
+    One uniform number per row decides its code, so neither other rows nor the device's random
+    generator have any influence.
+
+    Args:
+        logits: (D, V) float32, -inf where a code cannot be sampled.
+        uniforms: (D,) in [0, 1).
+
+    Returns:
+        (D,) int64 codes.
+    """
+    weights = logits.softmax(-1)
+    # In float32 the sum over 16384 codes would shift the later codes' probabilities. MPS has no
+    # float64.
+    dtype = torch.float32 if weights.device.type == "mps" else torch.float64
+    cumulative = weights.cumsum(-1, dtype=dtype)
+    total = cumulative[..., -1:]
+    below_total = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniforms.to(dtype).unsqueeze(-1) * total, below_total)
+    # The first code whose cumulative probability exceeds the target: never one of probability 0.
+    codes = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # NaN logits, which are reported at the end, must not index past the codebook.
+    return codes.clamp_(max=weights.shape[-1] - 1)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What happens between guided logits and a draw, for rows with settings of their own."""
+
+    greedy: Tensor | None
+    """(D,) bool, True where the largest logit is taken; None if there is no such row."""
+    temperature: Value
+    top_k: int | Tensor
+    top_p: Value
+
+    @classmethod
+    def of(cls, rows: Sequence[SamplingConfig], device: torch.device | str = "cpu") -> Filters:
+        """The filters of some rows, in their order, ready to be used on ``device``."""
+        greedy = [row.temperature < GREEDY_TEMPERATURE for row in rows]
+        divisors = [
+            1.0 if is_greedy else row.temperature
+            for row, is_greedy in zip(rows, greedy, strict=True)
+        ]
+        return cls(
+            greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
+            temperature=_column(divisors, device),
+            top_k=_column([row.top_k for row in rows], device),
+            # Rounding may let all probabilities together exceed 1.
+            top_p=_column([row.top_p if row.top_p < 1.0 else 2.0 for row in rows], device),
+        )
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Filter guided logits (D, V); what cannot be sampled becomes -inf."""
+        if isinstance(self.temperature, Tensor) or self.temperature != 1.0:
+            logits = logits / self.temperature
+        logits = apply_top_k(logits, self.top_k)
+        if isinstance(self.top_p, Tensor) or self.top_p < 1.0:
+            logits = apply_top_p(logits, self.top_p)
+        return logits
+
+
+def sample_codes(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
+    """Sample one code per row.
+
+    Args:
+        logits: (D, V) float32, guided where guidance is wanted.
+        filters: of the same rows.
+        uniforms: (D,) in [0, 1).
+
+    Returns:
+        (D,) int64 codes.
+    """
+    if filters.greedy is not None and bool(filters.greedy.all()):
+        return logits.argmax(-1)
+    codes = sample_from(filters(logits), uniforms)
+    if filters.greedy is None:
+        return codes
+    return torch.where(filters.greedy, logits.argmax(-1), codes)
+
+
+def code_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Probabilities (..., V) with which ``sample_codes`` samples, from guided logits (..., V)."""
+    if sampling.temperature < GREEDY_TEMPERATURE:
+        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+    return Filters.of([sampling])(logits).softmax(-1)
+
+
+class Rows:
+    """Which logits decide each code that a step samples, and how guidance mixes them."""
+
+    __slots__ = ("conditional", "scales", "unconditional")
+
+    def __init__(
+        self, conditional: np.ndarray, unconditional: np.ndarray, scales: np.ndarray
+    ) -> None:
+        """Describe D codes.
+
+        Args:
+            conditional: (D,) int64, rows of the conditional logits.
+            unconditional: (D,) int64, rows of the unconditional logits; -1 without guidance.
+            scales: (D,) float32.
+        """
+        self.conditional = conditional
+        self.unconditional = unconditional
+        self.scales = scales
+
+
+class Sampler(Protocol):
+    """Samples codes of rows whose filters do not change from call to call."""
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sample one code per row.
+
+        Args:
+            conditional: (R, V) logits.
+            unconditional: (R', V) logits; may be the same.
+            rows: of the D codes.
+            uniforms: (D,) in [0, 1).
+
+        Returns:
+            (D,) int64 codes, and (D,) bool, False where logits are not finite.
+        """
+        ...
+
+
+class ReferenceSampler:
+    """Samples with torch's operations, on any device and without waiting for it."""
+
+    def __init__(self, settings: Sequence[SamplingConfig], device: torch.device) -> None:
+        self._filters = Filters.of(settings, device)
+        self._device = device
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See ``Sampler``."""
+        logits = conditional[self._to_device(rows.conditional)].float()
+        guided = (rows.unconditional >= 0) & (rows.scales != 1.0)
+        if guided.any():
+            every = bool(guided.all())
+            own = logits if every else logits[self._to_device(guided.nonzero()[0])]
+            other = unconditional[self._to_device(rows.unconditional[guided])].float()
+            scales = self._to_device(rows.scales[guided]).unsqueeze(-1)
+            mixed = apply_guidance(own, other, scales)
+            if every:
+                logits = mixed
+            else:
+                logits = logits.clone()
+                logits[self._to_device(guided.nonzero()[0])] = mixed
+        finite = logits.isfinite().all(-1)
+        return sample_codes(logits, self._filters, uniforms), finite
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _column(values: Sequence[Any], device: torch.device | str) -> Any:
+    """One number if all rows share it, else (D, 1)."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return torch.tensor(values, device=device).unsqueeze(-1)
+
+
+def fastest_sampler(
+    settings: Sequence[SamplingConfig], codebook_size: int, device: torch.device
+) -> Sampler:
+    """The fastest sampler for rows with these settings, whose logits are on ``device``."""
+    del codebook_size
+    return ReferenceSampler(settings, device)
