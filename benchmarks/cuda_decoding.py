@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from common import median_and_spread, print_table, record, time_in_turn
-from llamagen.models.transformer.quantized import quantize
 
 from llamagen.config import TRANSFORMER_PRESETS, preset
 from llamagen.evaluation.speed import measure_limits
 from llamagen.evaluation.speed.decoding import SAMPLING, floor_seconds
 from llamagen.generation import generate_codes
 from llamagen.models.transformer import Transformer
+from llamagen.models.transformer.quantization import quantize
 from llamagen.support.devices import find_dtype
 
 GRAPHS, EAGER = "graphs", "eager"

@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from common import median_and_spread, print_table, record
 from llamagen.backends.decoder import decoder_for
-from llamagen.models.transformer.quantized import quantize
 
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
 from llamagen.models.transformer import Transformer
+from llamagen.models.transformer.quantization import quantize
 
 PROGRAM = "llama-batched-bench"
 PRECISIONS = {"bf16": "bfloat16", "q8_0": "int8"}

@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 from common import median_and_spread, print_table, record
-from llamagen.serving.engine import NativeEngine
 
 from llamagen import Pipeline
 from llamagen.config import TRANSFORMER_PRESETS, TokenizerConfig, preset
+from llamagen.generation.engine import NativeEngine
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.serving.metrics import ServerMetrics

@@ -28,7 +28,7 @@ from common import median_and_spread, print_table, record, time_in_turn
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
 from llamagen.evaluation.speed.decoding import SAMPLING
 from llamagen.evaluation.speed.plain import plain_codes
-from llamagen.generation import generate_codes
+from llamagen.generation import GenerationRequest, generate_codes
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import find_device, find_dtype
 
@@ -38,9 +38,9 @@ NAMES = ("plain loop", "llamagen", "vLLM, our plugin", "vLLM, its Llama")
 
 def start_plugin(model: Transformer, most: int, compiled: bool) -> Any:
     """Our plugin with the weights of ``model``."""
-    from llamagen.vllm_plugin.offline import OfflineEngine
+    from llamagen.vllm_plugin.engine import VllmEngine
 
-    return OfflineEngine(
+    return VllmEngine(
         model,
         dtype=model.dtype,
         max_num_seqs=most,
@@ -108,7 +108,11 @@ def measure(
         nonlocal calls
         calls += images
         own = [calls + seed for seed in seeds[:images]]
-        return plugin.generate_codes(labels, seeds=own, sampling=SAMPLING)
+        requests = [
+            GenerationRequest(condition=label, seed=seed, sampling=SAMPLING)
+            for label, seed in zip(labels, own, strict=True)
+        ]
+        return plugin.generate(requests)
 
     on_device = labels.to(model.device)
     candidates: dict[str, Callable[[], object]] = {}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from llamagen.backends.decoder import CpuDecoder, TorchDecoder, decoder_for
-from llamagen.models.transformer.quantized import quantize
 
+from llamagen.models.transformer.quantization import quantize
 from llamagen.support.errors import InputError
 from tests.backends.decoders import (
     SIZES,

@@ -1,10 +1,10 @@
 import pytest
 import torch
-from llamagen.models.transformer.quantized import quantize
 
 from llamagen.checkpoints import find_shipped
 from llamagen.checkpoints.info import describe_model
 from llamagen.config import SamplingConfig
+from llamagen.models.transformer.quantization import quantize
 from llamagen.support.errors import InputError
 from tests.tiny_models import (
     tiny_pipeline,

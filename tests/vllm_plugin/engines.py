@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.generation import generate_codes
+from llamagen.generation import GenerationRequest, NativeEngine
 
 GREEDY = SamplingConfig(guidance_scale=3.0, temperature=0.0)
 
@@ -22,34 +22,18 @@ class Image:
     unconditional: Tensor | None = None
 
 
-def alone(model, image: Image) -> list[int]:
-    """The codes that our own engine draws for this image and no other."""
-    if image.unconditional is None or image.condition.ndim == 0:
-        away = None if image.unconditional is None else image.unconditional[None]
-        codes = generate_codes(
-            model,
-            image.condition[None],
-            seeds=[image.seed],
-            sampling=image.sampling,
-            unconditional=away,
-        )
-        return codes.flatten().tolist()
-    texts = [image.condition, image.unconditional]
-    length = max(map(len, texts))
-    padded = [
-        torch.cat([text.new_zeros(length - len(text), text.shape[1]), text]) for text in texts
-    ]
-    masks = [torch.arange(length) >= length - len(text) for text in texts]
-    codes = generate_codes(
-        model,
-        padded[0][None],
-        condition_mask=masks[0][None],
-        unconditional=padded[1][None],
-        unconditional_mask=masks[1][None],
-        seeds=[image.seed],
+def request_of(image: Image) -> GenerationRequest:
+    return GenerationRequest(
+        condition=image.condition,
+        seed=image.seed,
         sampling=image.sampling,
+        negative=image.unconditional,
     )
-    return codes.flatten().tolist()
+
+
+def alone(model, image: Image) -> list[int]:
+    """The codes that our own engine generates for this image and no other."""
+    return NativeEngine(model).generate([request_of(image)]).flatten().tolist()
 
 
 class Engine:

@@ -17,13 +17,13 @@ import torch
 
 from llamagen.cli.main import main
 from llamagen.config import SamplingConfig
-from llamagen.generation import generate_codes
+from llamagen.generation import GenerationRequest, NativeEngine
 from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
 from llamagen.vllm_plugin.prompts import Prompts
 from tests.tiny_models import tiny_pipeline, tiny_text_pipeline, tiny_transformer
 from tests.vllm_plugin.conftest import SECOND_RUNNER
-from tests.vllm_plugin.engines import Image, alone, mixed_settings
+from tests.vllm_plugin.engines import Image, alone, mixed_settings, request_of
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(
@@ -54,12 +54,7 @@ def test_an_engine_for_servers():
     )
 
     def draw(image):
-        return engine.draw(
-            image.condition,
-            seed=image.seed,
-            sampling=image.sampling,
-            unconditional=image.unconditional,
-        )
+        return engine.stream(request_of(image))
 
     async def give_up():
         stream = draw(images[2])
@@ -175,20 +170,19 @@ def test_options_that_cannot_be(options, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["tensor_parallel_size", "data_parallel_size"])
 def test_two_processes(monkeypatch, size):
-    from llamagen.vllm_plugin.offline import OfflineEngine
+    from llamagen.vllm_plugin.engine import VllmEngine
 
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = tiny_transformer()
-    engine = OfflineEngine(model, dtype="float32", **{**SMALL, size: 2})
-    labels, seeds = torch.arange(20) % 5, list(range(20))
-    drawn = engine.generate_codes(labels, seeds=seeds, sampling=SAMPLING)
-    assert torch.equal(drawn, generate_codes(model, labels, seeds=seeds, sampling=SAMPLING))
-    with pytest.raises(InputError, match="the grid is 2x8"):
-        engine.generate_codes(labels, seeds=seeds, grid=(2, 8))
-    with pytest.raises(InputError, match="1 seeds for 20 images"):
-        engine.generate_codes(labels, seeds=[0])
-    engine.close()
+    engine = VllmEngine(model, dtype="float32", **{**SMALL, size: 2})
+    requests = [
+        GenerationRequest(condition=torch.tensor(seed % 5), seed=seed, sampling=SAMPLING)
+        for seed in range(20)
+    ]
+    codes = engine.generate(requests)
+    assert torch.equal(codes, NativeEngine(model).generate(requests))
+    engine.shutdown()
 
 
 @pytest.mark.slow

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.generation import next_codes, uniform_draws
+from llamagen.generation import sample_codes, uniform_draws
+from llamagen.generation.sampling import Filters
 from llamagen.support.errors import InputError
 from tests.tiny_models import tiny_transformer
 
@@ -34,7 +35,8 @@ def vllm_config(config):
 def expected(config, logits, seed, index):
     uniform = uniform_draws([seed], 16)[0, index : index + 1]
     plain = SamplingConfig(guidance_scale=1.0)
-    return next_codes(logits[None, : config.model.codebook_size], plain, uniform).item()
+    own = logits[None, : config.model.codebook_size]
+    return sample_codes(own, Filters.of([plain]), uniform).item()
 
 
 PLAIN = SamplingConfig(guidance_scale=1.0)

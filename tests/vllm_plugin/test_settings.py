@@ -21,7 +21,7 @@ def params(**changes):
         SamplingConfig(guidance_scale=0.0, guidance_stop=7, temperature=0.0, top_k=3, top_p=0.2),
     ],
 )
-def test_there_and_back(sampling):
+def test_round_trip(sampling):
     carried = extra_args(sampling, 2**63 - 1)
     # vLLM's own fields say something else.
     given = params(temperature=0.3, top_k=9, top_p=0.1, seed=4, extra_args=carried)
@@ -46,7 +46,7 @@ def test_numbers_may_come_as_json_has_them():
     assert read_settings(given, SamplingConfig())[0] == SamplingConfig(guidance_scale=3.0, top_k=20)
 
 
-def test_what_vllm_puts_there_itself_is_left_alone():
+def test_ignores_arguments_of_vllm_itself():
     given = params(extra_args={"kv_transfer_params": {"a": 1}, "seed": 4})
     assert read_settings(given, SamplingConfig())[1] == 4
 
@@ -55,14 +55,15 @@ def test_what_vllm_puts_there_itself_is_left_alone():
     ("given", "message"),
     [
         ({"guidance": 2.0}, "no setting 'guidance'"),
-        ({"top_k": "many"}, "top_k is 'many', expected a number"),
-        ({"top_k": float("inf")}, "top_k is inf, expected a whole number"),
+        ({"top_k": "many"}, "top_k is 'many', expected an integer"),
+        ({"top_k": float("inf")}, "top_k is inf, expected an integer"),
         ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a finite number"),
         ({"temperature": None}, "temperature is None"),
         ({"seed": 2**63}, "seed is"),
     ],
 )
-def test_bad_settings(given, message):
+def test_rejects_bad_settings(given, message):
     with pytest.raises(InputError, match=message):
         read_settings(params(extra_args=given), SamplingConfig())
 

@@ -147,7 +147,8 @@ class Batch:
         for request in requests:
             self.check(request)
         assert self.capacity_for(requests) == len(requests), f"no capacity for {len(requests)}"
-        joined = [self._join(request) for request in requests]
+        sequences = len(self._sequences) + sum(request.sequences for request in requests)
+        joined = [self._join(request, sequences) for request in requests]
         if not joined:
             return []
         started: dict[tuple[GenerationState, _Role], Tensor] = {}
@@ -247,7 +248,7 @@ class Batch:
         self._sampler = None
         self._cache.clear()
 
-    def _join(self, request: GenerationRequest) -> GenerationState:
+    def _join(self, request: GenerationRequest, sequences: int) -> GenerationState:
         known = request.known_codes
         row = self._free_rows.pop()
         self._codes[row] = 0
@@ -262,18 +263,17 @@ class Batch:
             self._known[row] = own
             self._codes[row] = own.clamp(min=0)
         schedule: Schedule
-        if self._should_look_ahead(request):
+        if self._should_look_ahead(request, sequences):
             schedule = JacobiSchedule(self.total, request.window)
         else:
             schedule = RasterSchedule(self.total, flags)
         return GenerationState(request, schedule, row, self.total)
 
-    def _should_look_ahead(self, request: GenerationRequest) -> bool:
+    def _should_look_ahead(self, request: GenerationRequest, sequences: int) -> bool:
         if request.window is not None:
             return request.window > 1
         # Found faster for few images on CPUs with AMX, where sixteen rows of a pass cost what one
         # costs; slower on CPUs without (docs/speed.md). What is known is fed at once as it is.
-        sequences = len(self._sequences) + request.sequences
         return request.known_codes is None and self._step.is_wide and 4 * sequences <= _MAX_TOKENS
 
     def _conditions(self, image: GenerationState) -> dict[tuple[GenerationState, _Role], Tensor]:

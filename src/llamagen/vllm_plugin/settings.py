@@ -78,12 +78,15 @@ def read_settings(params: SamplingParams, defaults: SamplingConfig) -> tuple[Sam
     seed = 0 if params.seed is None else max(0, params.seed)
     values: dict[str, Any] = {
         **dataclasses.asdict(defaults),
-        "temperature": params.temperature,
         "top_k": max(0, params.top_k),
-        "top_p": params.top_p,
-        "min_p": params.min_p,
     }
     settings = {setting.name: setting for setting in sampling_settings()}
+    # What vLLM has a field of its own for, under the same name.
+    values |= {
+        name: getattr(params, name)
+        for name in settings
+        if name != "top_k" and hasattr(params, name)
+    }
     for name, value in (params.extra_args or {}).items():
         if name == "seed":
             seed = _integer(name, value)
