@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.generation import passes as passes_module
+from llamagen.generation.batch import Batch
 from llamagen.pipeline import Pipeline
 from llamagen.pipeline import pipeline as pipeline_module
 from llamagen.support.errors import InputError
@@ -50,50 +50,25 @@ def test_batches_make_no_difference(pipe):
 
 
 @pytest.mark.parametrize("window", [1, 4])
-def test_several_codes_per_pass_make_no_difference(pipe, window, monkeypatch):
+def test_window_changes_no_code(pipe, window, monkeypatch):
     wanted = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
-    passes = []
-    parallel = passes_module.generate_codes_in_parallel
-
-    def counted(*arguments, **settings):
-        drawn = parallel(*arguments, **settings)
-        passes.extend(drawn.passes)
-        return drawn
-
-    monkeypatch.setattr(passes_module, "generate_codes_in_parallel", counted)
+    steps = []
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda batch: steps.append(1) or step(batch))
     found = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, window=window)
     assert torch.equal(found.codes, wanted.codes)
-    assert len(passes) == (0 if window == 1 else 4)
-    monkeypatch.setattr(passes_module, "looking_ahead_pays", lambda *_: True)
-    assert torch.equal(pipe("cat", seed=3).codes, wanted.codes[2:3])
-    assert len(passes) == (1 if window == 1 else 5)
+    assert len(steps) == 15 if window == 1 else 0 < len(steps) < 15
 
 
-def test_several_rows_at_once(pipe):
-    exact = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1)
-    whole_rows = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, row_lag=4)
-    assert torch.equal(whole_rows.codes, exact.codes)
-    seen = []
-    output = pipe(["dog", "cat"], num_images_per_prompt=2, seed=1, row_lag=2, callback=seen.append)
-    assert not torch.equal(output.codes, exact.codes)
-    assert torch.equal(output.codes[:, 0], exact.codes[:, 0])
-    assert [progress.row for progress in seen] == [1, 2, 3, 4]
-    assert "row_lag" not in exact.metadata[0]
-    entry = output.metadata[3]
-    again = pipe(entry["class_index"], seed=entry["seed"], row_lag=entry["row_lag"])
-    assert torch.equal(again.codes[0], output.codes[3])
-
-
-def test_rows_that_cannot_be_drawn_at_once(pipe):
-    with pytest.raises(InputError, match="row_lag is 0, expected at least 1 column"):
-        pipe("dog", row_lag=0)
-    with pytest.raises(InputError, match="row_lag goes without window"):
-        pipe("dog", row_lag=2, window=1)
+def test_rejects_window_on_vllm_before_it_starts(pipe):
     by_vllm = Pipeline(pipe.tokenizer, pipe.transformer, labels=pipe.labels, engine="vllm")
-    with pytest.raises(InputError, match="row_lag goes with engine 'native'"):
-        by_vllm("dog", row_lag=2)
     with pytest.raises(InputError, match="window goes with engine 'native'"):
         by_vllm("dog", window=2)
+
+
+def test_rejects_unknown_settings(pipe):
+    with pytest.raises(InputError, match="no setting 'top_q'; choose from guidance_scale"):
+        pipe("dog", top_q=2)
 
 
 def test_progress_of_every_batch(pipe):
@@ -209,15 +184,15 @@ def test_text_features():
 
 def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
     sizes = []
-    real = passes_module.generate_codes
+    add = Batch.add
 
-    def limited(model, condition, **arguments):
-        sizes.append(condition.shape[0])
-        if condition.shape[0] > 2:
+    def limited(batch, requests):
+        sizes.append(len(requests))
+        if len(requests) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(model, condition, **arguments)
+        return add(batch, requests)
 
-    monkeypatch.setattr(passes_module, "generate_codes", limited)
+    monkeypatch.setattr(Batch, "add", limited)
     output = pipe("dog", num_images_per_prompt=5, seed=0)
     monkeypatch.undo()
     assert sizes == [5, 2, 2, 1]
@@ -226,11 +201,11 @@ def test_a_batch_that_overflows_the_gpu_is_halved(pipe, monkeypatch):
 
 def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch):
     log = []
-    real, copy = passes_module.generate_codes, pipeline_module.copy_to_host
+    add, copy = Batch.add, pipeline_module.copy_to_host
 
-    def drawn(*arguments, **settings):
+    def added(batch, requests):
         log.append("codes")
-        return real(*arguments, **settings)
+        return add(batch, requests)
 
     def copied(pixels):
         wait = copy(pixels)
@@ -238,7 +213,7 @@ def test_pixels_are_fetched_after_the_next_codes_are_launched(pipe, monkeypatch)
         return lambda: (log.append("fetched"), wait())[1]
 
     whole = pipe("dog", num_images_per_prompt=5, seed=0)
-    monkeypatch.setattr(passes_module, "generate_codes", drawn)
+    monkeypatch.setattr(Batch, "add", added)
     monkeypatch.setattr(pipeline_module, "copy_to_host", copied)
     output = pipe("dog", num_images_per_prompt=5, seed=0, batch_size=2)
     assert log == [

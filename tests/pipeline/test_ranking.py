@@ -32,7 +32,7 @@ def test_the_best_of_each_image_are_kept(pipe, rank_by):
     settings = {"seed": 4, "batch_size": 5}
     every = pipe(["dog", "cat"], num_images_per_prompt=6, **settings)
     best = pipe(["dog", "cat"], num_images_per_prompt=2, best_of=3, rank_by=rank_by, **settings)
-    conditions = pipe.conditions(["dog", "cat"], copies=6)
+    conditions = [one for one in pipe.conditions(["dog", "cat"]) for _ in range(6)]
     scores = score_images(pipe.transformer, every.codes, conditions, rank_by)
     chosen = scores.view(4, 3).argmax(1) + 3 * torch.arange(4)
     assert best.seeds == tuple((4 + chosen).tolist())
@@ -53,9 +53,8 @@ def test_both_conditions_of_a_blend_count(pipe):
     codes = pipe("dog", num_images_per_prompt=2, seed=0, output_type="codes").codes
 
     def score(prompt, **blend):
-        return score_images(
-            pipe.transformer, codes, pipe.conditions(prompt, copies=2, **blend), "likelihood"
-        )
+        conditions = pipe.conditions(prompt, **blend) * 2
+        return score_images(pipe.transformer, codes, conditions, "likelihood")
 
     mixed = score("dog", blend="cat", blend_share=0.25)
     assert torch.allclose(mixed, 0.75 * score("dog") + 0.25 * score("cat"))

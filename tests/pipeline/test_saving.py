@@ -128,19 +128,6 @@ def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
         tiny_pipeline().check_prompts(["dog", "unknown"])
 
 
-def test_several_rows_at_once_make_other_images(whole, pipe, planned, tmp_path):
-    out = tmp_path / "out"
-    for wrong in ({"row_lag": 0}, {"row_lag": 2, "window": 2}):
-        with pytest.raises(InputError, match="row_lag"):
-            draw_into_folder(pipe, planned, out, **wrong)
-        assert not out.exists()
-    assert draw_into_folder(pipe, planned, out, row_lag=2) == 9
-    assert pictures(out) != pictures(whole)
-    assert read_metadata(out / "000001-1.png")["row_lag"] == 2
-    with pytest.raises(InputError, match="begun with other settings"):
-        draw_into_folder(pipe, planned, out)
-
-
 def test_folders_of_something_else(whole, pipe, planned, tmp_path):
     with pytest.raises(InputError, match="begun with other settings"):
         draw_into_folder(pipe, planned, whole, top_k=3)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -23,10 +24,10 @@ from torch import Tensor
 from llamagen.backends import StepTimes
 from llamagen.config import Grid
 from llamagen.generation.batch import Batch, GenerationState, check_request
-from llamagen.generation.memory import MAX_BATCH, sampling_batch_size
+from llamagen.generation.memory import sampling_batch_size
 from llamagen.generation.request import GenerationRequest
 from llamagen.models.transformer import Transformer
-from llamagen.support.errors import NotFiniteError
+from llamagen.support.errors import InputError, NotFiniteError
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +48,21 @@ class Progress:
     """Rows of the grid."""
     codes: Tensor
     """(images of the batch, rows, columns) int64; unfinished rows are zero."""
+
+
+def refuse_edits(request: GenerationRequest, engine: str) -> None:
+    """Raise InputError for what only our own engine does; ``engine`` is the other one's name."""
+    asked = {
+        "known_codes": request.known_codes,
+        "blend": request.blend,
+        "window": request.window,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            raise InputError(
+                f"{engine} samples all codes one by one, without blending; {name} goes with engine "
+                f"'native'"
+            )
 
 
 ProgressCallback = Callable[[Progress], None]
@@ -170,8 +186,8 @@ class NativeEngine:
         self.model = model
         self.grid = grid or model.config.grid
         self._max_images = max_images
-        self._batch_limit = MAX_BATCH
-        """Images of a batch that did not overflow the memory."""
+        self._batch_limit = sys.maxsize
+        """Images of a batch, once a larger one has overflowed the memory."""
         self._observer = observer
         self._changed = threading.Condition()
         """Guards what follows; notified when there is something to do."""
@@ -217,7 +233,7 @@ class NativeEngine:
         rows, columns = self.grid
         if not requests:
             return torch.zeros(0, rows, columns, dtype=torch.int64)
-        size = batch_size or self.batch_size(requests)
+        size = min(batch_size or self.batch_size(requests), self._batch_limit)
         found: list[Tensor] = []
         first = 0
         while first < len(requests):

@@ -112,7 +112,7 @@ class Editor:
         Raises:
             InputError: vLLM draws its codes, which cannot keep any.
         """
-        if pipeline.engine != "native":
+        if not pipeline.can_edit:
             raise InputError("vLLM cannot keep codes of an image; edit with engine 'native'")
         self.pipeline = pipeline
 

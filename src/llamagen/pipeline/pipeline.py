@@ -17,7 +17,7 @@ import llamagen.support.storage as storage
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.generation.batch import check_share
-from llamagen.generation.engine import Engine, NativeEngine, ProgressCallback
+from llamagen.generation.engine import Engine, NativeEngine, ProgressCallback, refuse_edits
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import one_seed_each
@@ -194,6 +194,11 @@ class Pipeline:
         if self._code_engine is not None:
             self._code_engine.shutdown()
             self._code_engine = None
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether the engine takes known codes, blends and windows."""
+        return self.engine == "native"
 
     @property
     def code_engine(self) -> Engine:
@@ -571,8 +576,11 @@ class Pipeline:
         callback: ProgressCallback | None,
     ) -> Iterator[Tensor]:
         """Codes (images of the batch, rows, columns), batch by batch."""
+        # Whatever is wrong with one before an engine starts or the first is generated.
+        if not self.can_edit:
+            for request in requests:
+                refuse_edits(request, self.engine)
         engine = self.code_engine
-        # Whatever is wrong with one before the first is generated.
         for request in requests:
             engine.check(request)
         size = batch_size or engine.batch_size(requests)

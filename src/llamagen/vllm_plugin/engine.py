@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid, SamplingConfig
-from llamagen.generation.engine import Progress, ProgressCallback
+from llamagen.generation.engine import Progress, ProgressCallback, refuse_edits
 from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import check_seed
 from llamagen.models.transformer import Transformer
@@ -151,12 +151,7 @@ class VllmEngine:
 
     def check(self, request: GenerationRequest) -> None:
         """See ``Engine``."""
-        if request.known_codes is not None or request.blend is not None:
-            raise InputError(
-                "vLLM neither keeps codes nor blends; known_codes and blend go with engine 'native'"
-            )
-        if request.window is not None:
-            raise InputError("vLLM samples codes one by one; window goes with engine 'native'")
+        refuse_edits(request, self.name)
         sampling_params(self._prompts.config, request.sampling, check_seed(request.seed))
         self._prompt(request)
 
