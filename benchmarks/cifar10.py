@@ -145,8 +145,8 @@ def draw(
     about = [pipe.transformer.fingerprint(), pipe.tokenizer.fingerprint(), pipe.precision]
     whole = json.dumps([*about, sampling_of(pipe, settings), count, seed])
     folder = bench.work / "samples" / hashlib.sha256(whole.encode()).hexdigest()[:16]
-    plan = SamplePlan(prompts=tuple(prompts), seed=seed, size=None)
-    return draw_samples(pipe, plan, folder, **settings).read(0, count), asked
+    plan = SamplePlan.of_prompts(pipe, prompts, seed=seed, **settings)
+    return draw_samples(pipe, plan, folder).read(0, count), asked
 
 
 def sampling_of(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def test_captions(tmp_path):
 def test_images_of_different_sizes(tmp_path):
     folder = write_noise(tmp_path / "a", 3)
     Image.new("RGB", (20, 16)).save(folder / "cat" / "odd.png")
-    with pytest.raises(InputError, match=r"20x16 pixels, but .* 16x16; give one size, or --size"):
+    with pytest.raises(
+        InputError, match=r"20x16 pixels, but .* 16x16; use images of one size, or crop"
+    ):
         CollectedImages.open(folder).read(0, 4)
     assert CollectedImages.open(folder, size=16).read(0, 4).shape == (4, 16, 16, 3)
 
@@ -56,7 +58,7 @@ def test_images_of_different_sizes(tmp_path):
 def test_a_damaged_image_is_not_passed_over(tmp_path):
     folder = write_noise(tmp_path / "a", 3)
     (folder / "cat" / "000.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"000.png cannot be read .* mend or remove it"):
+    with pytest.raises(InputError, match=r"000.png cannot be read .* repair or remove it"):
         CollectedImages.open(folder).read(0, 3)
 
 
@@ -90,7 +92,7 @@ def test_bad_archives(tmp_path):
     np.savez(tmp_path / "whole.npz", noise(50))
     content = (tmp_path / "whole.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"no whole \.npz file .* get it again"):
+    with pytest.raises(InputError, match=r"no complete \.npz file .* get it again"):
         ArchivedImages(tmp_path / "cut.npz")
     (tmp_path / "cut.npz").write_bytes(content[:2000] + bytes(500) + content[2500:])
     with pytest.raises(InputError, match=r"is damaged .* get it again"):

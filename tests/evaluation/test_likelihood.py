@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen.evaluation import likelihood, pieces
+from llamagen.evaluation import pieces
 from llamagen.evaluation.image_sets import CollectedImages
-from llamagen.evaluation.likelihood import measure_likelihood
+from llamagen.evaluation.protocols import likelihood
+from llamagen.evaluation.protocols.likelihood import measure_likelihood
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.support.errors import InputError
 from tests.evaluation.sets import write_noise
@@ -51,10 +52,8 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     (path,) = (tmp_path / "l").rglob("piece-00001.npz")
     path.unlink()
     calls = []
-    bits = likelihood._bits_of_piece
-    monkeypatch.setattr(
-        likelihood, "_bits_of_piece", lambda *given: calls.append(1) or bits(*given)
-    )
+    bits = likelihood._bits
+    monkeypatch.setattr(likelihood, "_bits", lambda *given: calls.append(1) or bits(*given))
     again = measure_likelihood(pipe, images, tmp_path / "l")
     assert len(calls) == 1
     np.testing.assert_array_equal(again.conditional, whole.conditional)
@@ -79,7 +78,7 @@ def test_captions(tmp_path):
 def test_images_that_do_not_fit(tmp_path):
     pipe = tiny_pipeline()
     folder = write_noise(tmp_path / "a", 4, side=32)
-    with pytest.raises(InputError, match="32x32 pixels, but tiny draws 16x16; give --size"):
+    with pytest.raises(InputError, match="32x32 pixels, but tiny draws 16x16; crop them with size"):
         measure_likelihood(pipe, CollectedImages.open(folder), tmp_path / "l")
     flat = tmp_path / "flat"
     flat.mkdir()

@@ -11,14 +11,15 @@ import torch
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics, frechet_distance
 from llamagen.evaluation.page import save_report
-from llamagen.evaluation.protocols.c2i import ClassSampling, evaluate_classes
+from llamagen.evaluation.protocols.c2i import evaluate_classes
 from llamagen.evaluation.protocols.common import Workplace
 from llamagen.evaluation.protocols.folders import evaluate_folder
 from llamagen.evaluation.protocols.likelihood import evaluate_likelihood
 from llamagen.evaluation.protocols.sweep import evaluate_sweep
-from llamagen.evaluation.protocols.t2i import Clip, TextSampling, evaluate_texts
+from llamagen.evaluation.protocols.t2i import evaluate_texts
 from llamagen.evaluation.protocols.tokenizer import Reconstructions, evaluate_tokenizer
 from llamagen.evaluation.reference import ReferenceSource
+from llamagen.evaluation.samples import SamplePlan
 from llamagen.support.errors import InputError
 from tests.evaluation.sets import CoarsePixels, noise, write_noise
 from tests.tiny_models import tiny_pipeline, tiny_text_pipeline, tiny_tokenizer
@@ -41,9 +42,9 @@ def pooled(array):
 
 def test_classes(tmp_path, reference):
     pipe = tiny_pipeline()
-    sampling = ClassSampling(count=30, seed=1, guidance_scale=2.0)
+    plan = SamplePlan.of_classes(pipe, 30, seed=1, guidance_scale=2.0)
     npz = tmp_path / "samples.npz"
-    report = evaluate_classes(pipe, reference, sampling, place(tmp_path), npz=npz)
+    report = evaluate_classes(pipe, plan, reference, place(tmp_path), npz=npz)
     with np.load(npz) as arrays:
         samples, labels = arrays["arr_0"], arrays["arr_1"]
     # The numbers, computed again from what was written for other programs.
@@ -65,8 +66,9 @@ def test_classes(tmp_path, reference):
 
 
 def test_numbers_of_another_network_do_not_look_like_the_papers(tmp_path, reference):
-    sampling = ClassSampling(count=10)
-    report = evaluate_classes(tiny_pipeline(), reference, sampling, place(tmp_path, "mine"))
+    pipe = tiny_pipeline()
+    plan = SamplePlan.of_classes(pipe, 10)
+    report = evaluate_classes(pipe, plan, reference, place(tmp_path, "mine"))
     assert all(name.startswith("classifier_") for name in report.metrics)
     assert "never with a published FID" in " ".join(report.warnings)
     # 10 samples and 12 numbers a feature.
@@ -165,32 +167,25 @@ def test_a_reference_of_another_network(tmp_path):
         evaluate_folder(images, ReferenceSource.open(tmp_path / "r.npz"), place(tmp_path))
 
 
+class FakeClip:
+    name = "made up"
+
+    def encode_images(self, pixels):
+        return torch.ones(len(pixels), 2)
+
+    def encode_texts(self, texts):
+        return torch.tensor([[1.0, 0.0]] * len(texts))
+
+
 def test_texts(tmp_path, reference):
-    prompts = tuple(f"a picture of {number}" for number in range(8))
-    clip = Clip(
-        name="made up",
-        images=lambda pixels: torch.ones(len(pixels), 2),
-        texts=lambda texts: torch.tensor([[1.0, 0.0]] * len(texts)),
-    )
-    report = evaluate_texts(
-        tiny_text_pipeline(),
-        TextSampling(prompts=prompts, size=None),
-        tmp_path / "out",
-        place(tmp_path),
-        reference,
-        clip,
-    )
+    pipe, out = tiny_text_pipeline(), tmp_path / "out"
+    plan = SamplePlan.of_prompts(pipe, [f"a picture of {number}" for number in range(8)])
+    report = evaluate_texts(pipe, plan, out, place(tmp_path), reference, FakeClip())
     assert report.metrics["clip_score"] == pytest.approx(100 / np.sqrt(2))
     assert report.metrics["fid"] > 0
     assert "8 captions instead of the protocol's 30,000" in " ".join(report.warnings)
-    only_clip = evaluate_texts(
-        tiny_text_pipeline(),
-        TextSampling(prompts=prompts, size=None),
-        tmp_path / "out",
-        None,
-        None,
-        clip,
-    )
+    assert "compared at 16x16, not at 256x256" in " ".join(report.warnings)
+    only_clip = evaluate_texts(pipe, plan, out, None, None, FakeClip())
     assert list(only_clip.metrics) == ["clip_score"]
     assert only_clip.warnings == []
 
@@ -202,19 +197,17 @@ def test_likelihood(tmp_path):
     counts = np.array([row[1] for row in table.rows])
     bits = np.array([row[2] for row in table.rows])
     assert report.metrics["bits_per_code"] == pytest.approx((counts * bits).sum() / 12, rel=1e-6)
-    assert report.pictures[0].title == "Bits by place in the grid"
+    assert report.pictures[0].title == "Bits by position in the grid"
 
 
 def test_a_sweep(tmp_path, reference):
+    pipe = tiny_pipeline()
+    plan = SamplePlan.of_classes(pipe, 15, temperature=0.8)
     report = evaluate_sweep(
-        tiny_pipeline(),
-        reference,
-        ClassSampling(count=15, temperature=0.8),
-        place(tmp_path),
-        guidance_scales=(1.0, 3.0),
-        top_ks=(0, 4),
+        pipe, plan, reference, place(tmp_path), guidance_scales=(3.0, 1.0), top_ks=(0, 4)
     )
     curve = next(curve for curve in report.curves if curve.title == "fid")
+    assert [[x for x, _ in points] for points in curve.series.values()] == [[1.0, 3.0]] * 2
     values = {
         (k, scale): value
         for k, points in zip((0, 4), curve.series.values(), strict=True)
@@ -227,17 +220,20 @@ def test_a_sweep(tmp_path, reference):
     assert report.metrics["best_fid"] == values[best]
     assert "measure it again with another seed" in report.warnings[0]
     # One of them alone gives the same number.
+    plan = SamplePlan.of_classes(pipe, 15, temperature=0.8, guidance_scale=3.0, top_k=4)
     alone = evaluate_classes(
-        tiny_pipeline(),
+        pipe,
+        plan,
         reference,
-        ClassSampling(count=15, temperature=0.8, guidance_scale=3.0, top_k=4),
         Workplace(out=tmp_path / "alone", network=CoarsePixels("inception made up"), device="cpu"),
     )
     assert alone.metrics["fid"] == pytest.approx(values[4, 3.0])
 
 
 def test_a_report_is_written(tmp_path, reference):
-    report = evaluate_classes(tiny_pipeline(), reference, ClassSampling(count=10), place(tmp_path))
+    pipe = tiny_pipeline()
+    plan = SamplePlan.of_classes(pipe, 10)
+    report = evaluate_classes(pipe, plan, reference, place(tmp_path))
     save_report(report, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["metrics"] == report.metrics

@@ -1,4 +1,4 @@
-"""Samples are drawn once, whatever interrupts, and shared by processes."""
+"""Samples are generated once, whatever interrupts, and shared by processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.evaluation import pieces
 from llamagen.evaluation.samples import SamplePlan, draw_samples
 from llamagen.models.tokenizer import images_to_uint8
@@ -20,52 +21,66 @@ def pipe(monkeypatch):
     return tiny_pipeline()
 
 
-def plan(count=10, **changes):
-    values = {"order": "balanced", "seed": 3, "size": None, **changes}
-    return SamplePlan.of_classes(5, count, **values)
+def plan(pipe, count=10, **changes):
+    return SamplePlan.of_classes(pipe, count, **{"seed": 3, **changes})
 
 
-def test_labels():
-    balanced = plan(50)
+def test_classes_are_balanced_or_random(pipe):
+    balanced = plan(pipe, 50)
     assert np.bincount(balanced.prompts).tolist() == [10] * 5
     assert balanced.prompts != tuple(sorted(balanced.prompts))
-    assert plan(50) == balanced
-    assert plan(50, seed=4) != balanced
-    assert set(plan(200, order="random").prompts) == set(range(5))
+    assert plan(pipe, 50) == balanced
+    assert plan(pipe, 50, seed=4) != balanced
+    assert set(plan(pipe, 200, order="random").prompts) == set(range(5))
+
+
+def test_settings_are_the_papers_for_published_models(pipe):
+    assert plan(pipe).sampling == pipe.sampling
+    assert plan(pipe, top_k=7, top_p=None).sampling == pipe.sampling.replace(top_k=7)
+    pipe.name, pipe.sampling = "c2i-XL-384", pipe.sampling.replace(top_k=9, temperature=0.5)
+    published = plan(pipe, temperature=0.9)
+    assert published.sampling == SamplingConfig(guidance_scale=1.75, temperature=0.9)
+    assert published.size == 256
+
+
+def test_every_sampling_setting_can_be_given(pipe):
+    for setting in sampling_settings():
+        value = setting.choices[-1] if setting.choices else setting.type(0.5) or 1
+        assert getattr(plan(pipe, **{setting.name: value}).sampling, setting.name) == value
 
 
 def test_images_are_those_of_the_pipeline(pipe, tmp_path):
-    drawn = draw_samples(pipe, plan(), tmp_path, batch_size=3)
-    whole = pipe(plan().prompts, seed=3)
+    drawn = draw_samples(pipe, plan(pipe), tmp_path, batch_size=3)
+    whole = pipe(plan(pipe).prompts, seed=3)
     expected = np.stack([np.asarray(image) for image in whole.images])
     np.testing.assert_array_equal(drawn.read(0, 10), expected)
     np.testing.assert_array_equal(drawn.read(3, 9), expected[3:9])
-    np.testing.assert_array_equal(drawn.labels, plan().prompts)
+    np.testing.assert_array_equal(drawn.labels, plan(pipe).prompts)
 
 
-def test_resized_in_float(pipe, tmp_path):
-    drawn = draw_samples(pipe, plan(4, size=12), tmp_path)
-    codes = pipe(plan(4).prompts, seed=3, output_type="codes").codes
+def test_resizes_in_float(pipe, tmp_path):
+    drawn = draw_samples(pipe, plan(pipe, 4, size=12), tmp_path)
+    codes = pipe(plan(pipe, 4).prompts, seed=3, output_type="codes").codes
     with torch.inference_mode():
         images = pipe.tokenizer.decode(codes)
     resized = F.interpolate(images, size=(12, 12), mode="bicubic")
     np.testing.assert_array_equal(drawn.read(0, 4), images_to_uint8(resized).movedim(1, -1).numpy())
 
 
-def test_goes_on_where_it_stopped(pipe, tmp_path, monkeypatch):
-    settings = {"guidance_scale": 2.0}
-    whole = draw_samples(pipe, plan(), tmp_path, **settings).read(0, 10)
+def test_resumes(pipe, tmp_path, monkeypatch):
+    wanted = plan(pipe, guidance_scale=2.0)
+    whole = draw_samples(pipe, wanted, tmp_path).read(0, 10)
     for name in ("piece-00000.npz", "piece-00001.npz"):
         (tmp_path / name).unlink()
     calls = []
     monkeypatch.setattr(type(pipe), "decode_in_parts", _counting(type(pipe).decode_in_parts, calls))
-    again = draw_samples(pipe, plan(), tmp_path, **settings)
+    again = draw_samples(pipe, wanted, tmp_path)
     assert calls == [4, 4]
     np.testing.assert_array_equal(again.read(0, 10), whole)
     (tmp_path / "piece-00000.npz").write_bytes(b"cut off")
     with pytest.raises(InputError, match=r"piece-00000.npz is damaged .* run the same command"):
         again.read(0, 10)
-    assert len(draw_samples(pipe, plan(), tmp_path, **settings).read(0, 10)) == 10
+    assert len(draw_samples(pipe, wanted, tmp_path).read(0, 10)) == 10
 
 
 def _counting(decode, calls):
@@ -76,15 +91,26 @@ def _counting(decode, calls):
     return counted
 
 
-def test_other_settings_are_refused(pipe, tmp_path):
-    draw_samples(pipe, plan(), tmp_path)
-    with pytest.raises(InputError, match=r"begun with other settings .*sampling.* another --out"):
-        draw_samples(pipe, plan(), tmp_path, guidance_scale=2.0)
+def test_rejects_a_folder_of_other_samples(pipe, tmp_path):
+    draw_samples(pipe, plan(pipe), tmp_path)
+    with pytest.raises(InputError, match=r"other settings .*sampling.* give another folder"):
+        draw_samples(pipe, plan(pipe, guidance_scale=2.0), tmp_path)
     with pytest.raises(InputError, match=r"begun with other settings \(images, identity\)"):
-        draw_samples(pipe, plan(11), tmp_path)
+        draw_samples(pipe, plan(pipe, 11), tmp_path)
     with pytest.raises(InputError, match=r"begun with other settings .*weights"):
-        draw_samples(tiny_pipeline(seed=1), plan(), tmp_path)
+        draw_samples(tiny_pipeline(seed=1), plan(pipe), tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
     with pytest.raises(InputError, match="not empty and holds no samples"):
-        draw_samples(pipe, plan(), tmp_path / "other")
+        draw_samples(pipe, plan(pipe), tmp_path / "other")
+
+
+def test_progress_counts_every_image_once(pipe, tmp_path, monkeypatch):
+    counts = []
+
+    def make(self, make_piece, description):
+        make_piece(0, 10, counts.append)
+
+    monkeypatch.setattr(pieces.Pieces, "make", make)
+    draw_samples(pipe, plan(pipe), tmp_path, batch_size=3)
+    assert counts == [3, 3, 3, 1]

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
+from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, sampling_values
 from llamagen.support.errors import InputError
 
 
@@ -57,28 +57,36 @@ def run(options: Options) -> None:
         raise InputError("no reference was named; give --reference an .npz file or images")
     if options.count < 2:
         raise InputError(f"--num-images is {options.count}, expected at least 2")
-    from llamagen.evaluation.protocols.c2i import ClassSampling, evaluate_classes
+    from llamagen.evaluation.protocols.c2i import evaluate_classes
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.reference import ReferenceSource
+    from llamagen.evaluation.samples import SamplePlan, compared_side
 
-    sampling = ClassSampling(
-        count=options.count,
-        order=options.classes,
-        seed=options.seed,
-        size=options.size,
-        batch_size=options.batch_size,
-        guidance_scale=options.guidance_scale,
-        guidance_stop=options.guidance_stop,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        temperature=options.temperature,
-    )
     with options.processes() as device:
         pipeline = options.load(options.model, device)
         if pipeline.labels is None:
             raise InputError(f"{pipeline.name} draws texts, not classes; use evaluate t2i")
-        size = sampling.compared_size(pipeline)
-        reference = ReferenceSource.open(options.reference, options.source.config(), size=size)
+        plan = SamplePlan.of_classes(
+            pipeline,
+            options.count,
+            order=options.classes,
+            seed=options.seed,
+            size=options.size,
+            **sampling_values(options),
+        )
+        reference = ReferenceSource.open(
+            options.reference,
+            options.source.config(),
+            size=compared_side(pipeline, options.size),
+        )
         network = options.compare.open(options.out, reference.images, device)
-        place = Workplace(out=options.out, network=network, device=device)
-        options.finish(evaluate_classes(pipeline, reference, sampling, place, npz=options.npz))
+        report = evaluate_classes(
+            pipeline,
+            plan,
+            reference,
+            Workplace(out=options.out, network=network, device=device),
+            order=options.classes,
+            batch_size=options.batch_size,
+            npz=options.npz,
+        )
+        options.finish(report)

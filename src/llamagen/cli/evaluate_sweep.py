@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
+from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, sampling_values
 from llamagen.support.errors import InputError
 
 
@@ -48,34 +48,37 @@ def run(options: Options) -> None:
         raise InputError(f"--num-images is {options.count}, expected at least 2")
     if not options.guidance_scales or not options.top_ks:
         raise InputError("there are no settings to try; give --guidance-scales and --top-ks")
-    from llamagen.evaluation.protocols.c2i import ClassSampling
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.protocols.sweep import evaluate_sweep
     from llamagen.evaluation.reference import ReferenceSource
+    from llamagen.evaluation.samples import SamplePlan, compared_side
 
-    sampling = ClassSampling(
-        count=options.count,
-        order=options.classes,
-        seed=options.seed,
-        size=options.size,
-        batch_size=options.batch_size,
-        top_p=options.top_p,
-        temperature=options.temperature,
-    )
     with options.processes() as device:
         pipeline = options.load(options.model, device)
         if pipeline.labels is None:
             raise InputError(f"{pipeline.name} draws texts; evaluate sweep takes classes")
+        plan = SamplePlan.of_classes(
+            pipeline,
+            options.count,
+            order=options.classes,
+            seed=options.seed,
+            size=options.size,
+            **sampling_values(options),
+        )
         reference = ReferenceSource.open(
-            options.reference, options.source.config(), size=sampling.compared_size(pipeline)
+            options.reference,
+            options.source.config(),
+            size=compared_side(pipeline, options.size),
         )
         network = options.compare.open(options.out, reference.images, device)
         report = evaluate_sweep(
             pipeline,
+            plan,
             reference,
-            sampling,
             Workplace(out=options.out, network=network, device=device),
             guidance_scales=options.guidance_scales,
             top_ks=options.top_ks,
+            order=options.classes,
+            batch_size=options.batch_size,
         )
         options.finish(report)

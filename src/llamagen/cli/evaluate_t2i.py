@@ -8,17 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
-from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
+from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, sampling_values
 from llamagen.support.errors import InputError
-
-if TYPE_CHECKING:
-    import torch
-
-    from llamagen.evaluation.protocols.t2i import Clip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,45 +60,47 @@ def run(options: Options) -> None:
         raise InputError("there is nothing to measure; give --reference or --clip")
     if options.count < 1:
         raise InputError(f"--num-images is {options.count}, expected at least 1")
-    from llamagen.evaluation.protocols.common import Workplace, compared_side
-    from llamagen.evaluation.protocols.t2i import TextSampling, evaluate_texts
+    from llamagen.evaluation.networks.clip import ClipEncoder
+    from llamagen.evaluation.protocols.common import Workplace
+    from llamagen.evaluation.protocols.t2i import evaluate_texts
     from llamagen.evaluation.reference import ReferenceSource
+    from llamagen.evaluation.samples import SamplePlan, compared_side
+    from llamagen.support import distributed
     from llamagen.text.prompt_files import read_prompts
 
     texts = [text for text, _ in read_prompts(options.prompts_file, column=options.prompt_column)]
-    kept = min(options.count, len(texts))
-    names = ("guidance_scale", "top_k", "top_p", "temperature")
-    sampling = TextSampling(
-        prompts=tuple(texts[index * len(texts) // kept] for index in range(kept)),
-        seed=options.seed,
-        batch_size=options.batch_size,
-        settings={name: getattr(options, name) for name in names},
-    )
+    count = min(options.count, len(texts))
     with options.processes() as device:
         pipeline = options.load(options.model, device)
         if pipeline.labels is not None:
             raise InputError(f"{pipeline.name} draws classes, not texts; use evaluate c2i")
-        side = compared_side(pipeline, options.size)
-        sampling = dataclasses.replace(sampling, size=side)
-        clip = None if without_clip else _open_clip(str(options.clip), device)
+        plan = SamplePlan.of_prompts(
+            pipeline,
+            [texts[index * len(texts) // count] for index in range(count)],
+            seed=options.seed,
+            size=options.size,
+            **sampling_values(options),
+        )
+        clip = None
+        if not without_clip:
+            with distributed.main_first():
+                clip = ClipEncoder.from_pretrained(str(options.clip), device=device)
         reference = place = None
         if options.reference is not None:
-            reference = ReferenceSource.open(options.reference, options.source.config(), size=side)
+            reference = ReferenceSource.open(
+                options.reference,
+                options.source.config(),
+                size=compared_side(pipeline, options.size),
+            )
             network = options.compare.open(options.out, reference.images, device)
             place = Workplace(out=options.out, network=network, device=device)
-        report = evaluate_texts(pipeline, sampling, options.out, place, reference, clip)
+        report = evaluate_texts(
+            pipeline,
+            plan,
+            options.out,
+            place,
+            reference,
+            clip,
+            batch_size=options.batch_size,
+        )
         options.finish(report)
-
-
-def _open_clip(source: str, device: torch.device) -> Clip:
-    from llamagen.evaluation.networks.clip import ClipEncoder
-    from llamagen.evaluation.protocols.t2i import Clip
-    from llamagen.support import distributed
-
-    with distributed.main_first():
-        encoder = ClipEncoder.from_pretrained(source, device=device)
-    return Clip(
-        name=encoder.name,
-        images=encoder.encode_images,
-        texts=lambda captions: encoder.encode_texts(list(captions)),
-    )

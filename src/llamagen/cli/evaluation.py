@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from llamagen.cli.options import DeviceOptions, QuantizationOptions
+from llamagen.config import sampling_settings
 from llamagen.data.columns import SourceConfig
 from llamagen.support.errors import InputError
 
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from llamagen.evaluation.image_sets import ImageSet
     from llamagen.evaluation.report import Report
     from llamagen.pipeline import Pipeline
+
+
+def sampling_values(options: Any) -> dict[str, Any]:
+    """Return the sampling settings among a command's options by name, None where not given."""
+    names = [setting.name for setting in sampling_settings()]
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

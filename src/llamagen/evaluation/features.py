@@ -1,5 +1,4 @@
-"""Features of sets of images, computed piece by piece and kept, so that work can be shared and
-goes on where it was interrupted.
+"""Features of sets of images: resumable, and shared by processes.
 
 Shapes: B images, D numbers of a pooled feature, S of a spatial one, K classes.
 """
@@ -7,7 +6,6 @@ Shapes: B images, D numbers of a pooled feature, S of a spatial one, K classes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +17,7 @@ from torch import Tensor
 import llamagen.support.storage as storage
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import FeatureStatistics
-from llamagen.evaluation.pieces import Pieces
+from llamagen.evaluation.pieces import Pieces, digest
 from llamagen.support.errors import InputError
 
 _ABOUT_NAME = "about.json"
@@ -27,7 +25,7 @@ _ABOUT_NAME = "about.json"
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOutput:
-    """What a network says of some images."""
+    """Output of a network for some images."""
 
     pool: Tensor
     """(B, D)"""
@@ -42,14 +40,14 @@ class FeatureNetwork(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is, for reports."""
+        """Its name in reports."""
 
     @property
     def fingerprint(self) -> str:
         """Changes whenever its features do."""
 
     def __call__(self, images: Tensor) -> NetworkOutput:
-        """Of uint8 (B, 3, H, W)."""
+        """Return the features of uint8 (B, 3, H, W)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +65,11 @@ class Features:
         return len(self.pool)
 
     def pool_statistics(self) -> FeatureStatistics:
-        """For FID."""
+        """Return the statistics for FID."""
         return FeatureStatistics.of(self.pool)
 
     def spatial_statistics(self) -> FeatureStatistics | None:
-        """For sFID."""
+        """Return the statistics for sFID."""
         return None if self.spatial is None else FeatureStatistics.of(self.spatial)
 
 
@@ -84,24 +82,33 @@ def compute_features(
     batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> Features:
-    """Features of all images; to be called in every process of a run, which share the work.
+    """Return features of all images; called in every process of a run, which share the work.
 
-    What was computed before, of the same images by the same network, is only read.
+    Features of the same images and network that are in the folder are only read.
 
     Args:
-        network: whose.
-        images: of which images.
+        network: computes them.
+        images: its input.
         root: gets a folder for this network and these images.
-        what: what the images are, for the progress bar.
-        batch_size: images that the network is given at once.
-        device: where the network is.
+        what: kind of images, for the progress bar.
+        batch_size: images in one call of the network.
+        device: the network's.
 
     Raises:
         InputError: an image is damaged, or the network gave NaN or infinity.
         OSError: the disk is full.
     """
     folder = feature_folder(root, network, images)
-    _begin(network, images, folder)
+    storage.require_writable(folder)
+    if not (folder / _ABOUT_NAME).is_file():
+        about = {
+            "network": network.name,
+            "network_fingerprint": network.fingerprint,
+            "images": images.name,
+            "images_identity": images.identity,
+            "count": len(images),
+        }
+        storage.write_json(folder / _ABOUT_NAME, about)
 
     def compute(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
         pixels = torch.from_numpy(np.array(images.read(first, last))).movedim(-1, 1)
@@ -119,40 +126,21 @@ def compute_features(
 
 
 def feature_folder(root: Path, network: FeatureNetwork, images: ImageSet) -> Path:
-    """Where in ``root`` these features belong: another network or other images go elsewhere."""
-    both = hashlib.sha256(f"{network.fingerprint} {images.identity}".encode()).hexdigest()
-    return root / both[:16]
-
-
-def _begin(network: FeatureNetwork, images: ImageSet, folder: Path) -> None:
-    storage.require_writable(folder)
-    about = folder / _ABOUT_NAME
-    if not about.is_file():
-        storage.write_json(
-            about,
-            {
-                "network": network.name,
-                "network_fingerprint": network.fingerprint,
-                "images": images.name,
-                "images_identity": images.identity,
-                "count": len(images),
-            },
-        )
+    """Return the folder in ``root`` for the features of these images by this network."""
+    return root / digest(network.fingerprint, images.identity)
 
 
 def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:
-    """What a network said of a piece, as it is stored."""
+    """Outputs of a piece, as they are stored."""
     arrays = {
         "pool": [each.pool for each in outputs],
         "probabilities": [each.probabilities for each in outputs],
+        "spatial": [each.spatial for each in outputs if each.spatial is not None],
     }
-    spatial = [each.spatial for each in outputs if each.spatial is not None]
-    if spatial:
-        arrays["spatial"] = spatial
-    joined = {name: torch.cat(parts).float().cpu().numpy() for name, parts in arrays.items()}
+    joined = {
+        name: torch.cat(parts).float().cpu().numpy() for name, parts in arrays.items() if parts
+    }
     for name, array in joined.items():
         if not np.isfinite(array).all():
-            raise InputError(
-                f"the network gave NaN or infinity ({name}) for {where}; use --dtype float32"
-            )
+            raise InputError(f"the network gave NaN or infinity ({name}) for {where}; use float32")
     return joined

@@ -1,4 +1,4 @@
-"""Sets of images that are evaluated, read in pieces: folders, ADM's .npz files, drawn samples.
+"""Sets of images that are evaluated, read in parts: folders, ADM's .npz files, generated samples.
 
 Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 """
@@ -6,19 +6,21 @@ Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 from __future__ import annotations
 
 import abc
-import hashlib
+import contextlib
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
+import llamagen.support.storage as storage
 from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import center_crop
 from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.data.sources import open_images
+from llamagen.evaluation.pieces import digest
 from llamagen.support.errors import InputError
 
 _PART = 256
@@ -28,7 +30,7 @@ class ImageSet(abc.ABC):
     """Images of one size in a fixed order."""
 
     name: str
-    """Where they come from, for reports."""
+    """Their source, for reports."""
     identity: str
     """Changes whenever the images do."""
     labels: np.ndarray | None = None
@@ -42,7 +44,7 @@ class ImageSet(abc.ABC):
 
     @abc.abstractmethod
     def read(self, first: int, last: int) -> np.ndarray:
-        """The images from ``first`` up to but not including ``last``.
+        """Return the images from ``first`` up to but not including ``last``.
 
         Raises:
             InputError: one of them is damaged, or they differ in size.
@@ -75,7 +77,9 @@ class CollectedImages(ImageSet):
         """
         self.name = images.name
         self._images, self._side = images, size
-        self.identity = _digest(f"{images.digest()} {_file_sizes(images)} {size}")
+        # An image that is replaced under its old name is another one.
+        paths = images.paths if isinstance(images, ImageFolder) else []
+        self.identity = digest(images.digest(), [path.stat().st_size for path in paths], size)
         self.class_names = images.class_names
         if images.labels is not None:
             self.labels = np.array(images.labels)
@@ -89,9 +93,9 @@ class CollectedImages(ImageSet):
     def open(
         cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
     ) -> CollectedImages:
-        """Finds images; see ``open_images``."""
+        """Find images; see ``open_images``."""
         found = cls(open_images(source, config), size=size)
-        # A collection of a table is called as the folder that the table lies in.
+        # A collection of a table has the name of the folder that the table lies in.
         found.name = str(source)
         return found
 
@@ -113,38 +117,38 @@ class CollectedImages(ImageSet):
             try:
                 image = self._images.read(index)
             except CorruptImageError as error:
-                raise InputError(f"{error}; mend or remove it, and evaluate again") from error
+                raise InputError(f"{error}; repair or remove it, and evaluate again") from error
             array = np.asarray(image if self._side is None else center_crop(image, self._side))
             if arrays and array.shape != arrays[0].shape:
                 raise InputError(
                     f"{self._images.key(index)} in {self.name} has {_pixels(array)} pixels, but "
-                    f"{self._images.key(first)} has {_pixels(arrays[0])}; give one size, or "
-                    f"--size to crop all to"
+                    f"{self._images.key(first)} has {_pixels(arrays[0])}; use images of one size, "
+                    f"or crop all with size"
                 )
             arrays.append(array)
         return np.stack(arrays)
 
 
 class ArchivedImages(ImageSet):
-    """The images of an .npz file as ADM's evaluator takes them: ``arr_0``, uint8 (N, H, W, 3)."""
+    """The images of an .npz file in the form of ADM's evaluator: ``arr_0``, uint8 (N, H, W, 3)."""
 
     def __init__(self, path: Path) -> None:
-        """Reads what the file says of itself, not the images.
+        """Read the file's header, not the images.
 
         Raises:
             FileNotFoundError: there is no such file.
             InputError: it holds no images, or is damaged.
         """
         self.path, self.name = path, str(path)
-        with open_archive(path) as archive:
-            shape, dtype = array_header(archive, path, "arr_0")
+        with _open_array(path, "arr_0") as (_, shape, dtype):
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
                 raise InputError(
                     f"arr_0 in {path} is {dtype} {shape}, expected images: uint8 (N, H, W, 3)"
                 )
+        with _open_archive(path) as archive:
             checksum = archive.getinfo("arr_0.npy").CRC
         self._shape = shape
-        self.identity = _digest(f"{checksum} {shape}")
+        self.identity = digest(checksum, shape)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -152,79 +156,46 @@ class ArchivedImages(ImageSet):
     def read(self, first: int, last: int) -> np.ndarray:
         """See ``ImageSet``; reads no more of the file than it must."""
         each = int(np.prod(self._shape[1:]))
-        with open_archive(self.path) as archive, archive.open("arr_0.npy") as file:
-            _read_header(file)
-            start = file.tell()
-            try:
-                file.seek(start + first * each)
-                content = file.read((last - first) * each)
-            except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-                raise InputError(f"{self.path} is damaged ({error}); get it again") from error
+        with _open_array(self.path, "arr_0") as (file, _, _):
+            file.seek(file.tell() + first * each)
+            content = file.read((last - first) * each)
         if len(content) != (last - first) * each:
             raise InputError(f"{self.path} ends before image {last}; get it again")
         return np.frombuffer(content, np.uint8).reshape(-1, *self._shape[1:])
 
 
-def open_archive(path: Path) -> zipfile.ZipFile:
-    """An .npz file.
+def array_names(path: Path) -> list[str]:
+    """Return the names of the arrays in an .npz file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: it is none, or is cut off.
+        InputError: it is no .npz file, or is truncated.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give an .npz file or a folder of images")
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise InputError(f"{path} is no whole .npz file ({error}); get it again") from error
+    with _open_archive(path) as archive:
+        return [entry.removesuffix(".npy") for entry in archive.namelist()]
 
 
-def array_header(
-    archive: zipfile.ZipFile, path: Path, name: str
-) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array in an .npz file.
+def read_array(path: Path, name: str) -> np.ndarray:
+    """Return an array of numbers in an .npz file.
 
     Raises:
-        InputError: it is not there.
+        InputError: it is not there, or the file is damaged.
     """
-    if f"{name}.npy" not in archive.namelist():
-        found = ", ".join(entry.removesuffix(".npy") for entry in archive.namelist()) or "nothing"
-        raise InputError(f"{path} has no array {name} (but {found}); give a file of ADM's form")
-    try:
-        with archive.open(f"{name}.npy") as file:
-            return _read_header(file)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); get it again") from error
-
-
-def read_array(archive: zipfile.ZipFile, path: Path, name: str) -> np.ndarray:
-    """An array of numbers in an .npz file; see ``array_header``."""
-    shape, dtype = array_header(archive, path, name)
-    try:
-        with archive.open(f"{name}.npy") as file:
-            _read_header(file)
-            return np.frombuffer(file.read(), dtype).reshape(shape)
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); get it again") from error
+    with _open_array(path, name) as (file, shape, dtype):
+        return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 def write_images(path: Path, images: ImageSet, labels: np.ndarray | None = None) -> None:
-    """Writes an .npz file that ADM's evaluator reads, a piece at a time.
+    """Write an .npz file that ADM's evaluator reads, a part at a time.
 
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    import llamagen.support.storage as storage
-
-    header: Mapping[str, Any] = {
-        "descr": "|u1",
-        "fortran_order": False,
-        "shape": (len(images), *images.size, 3),
-    }
+    shape = (len(images), *images.size, 3)
     with storage.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, dict(header))
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
             for part in images.parts():
                 file.write(np.ascontiguousarray(part).tobytes())
         if labels is not None:
@@ -232,28 +203,39 @@ def write_images(path: Path, images: ImageSet, labels: np.ndarray | None = None)
                 np.lib.format.write_array(file, np.asarray(labels, np.int64))
 
 
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    reader = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if reader is None:
-        raise ValueError(f"arrays of version {version} are not known")
-    shape, fortran, dtype = reader(file)
-    if dtype.hasobject or (fortran and len(shape) > 1):
-        raise ValueError("its arrays are not plain rows of numbers")
-    return shape, dtype
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give an .npz file or a folder of images")
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path} is no complete .npz file ({error}); get it again") from error
 
 
-def _file_sizes(images: ImageCollection) -> list[int]:
-    """Of a folder's files: an image that is replaced under its old name is another one."""
-    return [path.stat().st_size for path in images.paths] if isinstance(images, ImageFolder) else []
+@contextlib.contextmanager
+def _open_array(
+    path: Path, name: str
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
+    """An array's content, which is too large to read at once, with its shape and type."""
+    with _open_archive(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            found = ", ".join(archive.namelist()).replace(".npy", "") or "nothing"
+            raise InputError(f"{path} has no array {name} (but {found}); give a file of ADM's form")
+        try:
+            with archive.open(f"{name}.npy") as file:
+                version = np.lib.format.read_magic(file)
+                if version == (1, 0):
+                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+                else:
+                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+                if dtype.hasobject or (fortran and len(shape) > 1):
+                    raise ValueError("its arrays are not plain rows of numbers")
+                yield file, shape, dtype
+        except InputError:
+            raise
+        except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
+            raise InputError(f"{path} is damaged ({error}); get it again") from error
 
 
 def _pixels(array: np.ndarray) -> str:
     return f"{array.shape[1]}x{array.shape[0]}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]

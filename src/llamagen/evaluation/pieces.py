@@ -1,7 +1,8 @@
-"""Work on many images in pieces: files that appear whole, are made once, by all processes."""
+"""Results for many images in files of some hundred each: resumable, and shared by processes."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zipfile
 from collections.abc import Callable, Mapping
@@ -20,6 +21,12 @@ PIECE = 256
 MakePiece = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
 """Makes the arrays of the images from one up to but not including another; may tell how many are
 done in between."""
+
+
+def digest(*parts: object) -> str:
+    """Return a short text that changes with any of the parts, for names and comparisons."""
+    text = " ".join(map(str, parts))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def bounds(number: int, count: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Sends images through an image tokenizer and back, and measures what got lost."""
+"""Images through an image tokenizer and back, and what got lost on the way."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from llamagen.data.crops import center_crop
 from llamagen.evaluation.metrics import psnr, ssim
@@ -24,7 +25,7 @@ class Reconstruction:
 
     path: Path
     original: Image.Image
-    """As it was given to the tokenizer: cropped, RGB."""
+    """Input of the tokenizer: cropped, RGB."""
     image: Image.Image
     psnr: float
     """In dB, between the two images' bytes."""
@@ -39,13 +40,13 @@ class Reconstruction:
 def prepare(
     image: Image.Image, *, downsampling: int, size: int | None = None, max_side: int | None = None
 ) -> Image.Image:
-    """Makes an image's sides multiples of ``downsampling``.
+    """Crop an image so that its sides are multiples of ``downsampling``.
 
     Args:
         image: RGB.
         downsampling: the tokenizer's.
         size: crop the middle square to this side, as in the published evaluation. Without it the
-            image keeps its shape, and loses at most ``downsampling - 1`` pixels a side.
+            image loses at most ``downsampling - 1`` pixels a side.
         max_side: without ``size``, shrink the image until its long side is at most this.
 
     Raises:
@@ -75,10 +76,13 @@ def prepare(
 def reconstruct(
     tokenizer: ImageTokenizer, images: Iterable[tuple[Path, Image.Image]]
 ) -> Iterator[Reconstruction]:
-    """Reconstructs prepared images, several at once where neighbours have the same size."""
+    """Reconstruct prepared images, neighbours of the same size in one batch."""
     batch: list[tuple[Path, Image.Image]] = []
     for path, image in images:
-        if batch and (batch[0][1].size != image.size or len(batch) >= _limit(tokenizer, image)):
+        if batch and (
+            batch[0][1].size != image.size
+            or len(batch) >= batch_limit(tokenizer, image.height, image.width)
+        ):
             yield from _reconstruct_batch(tokenizer, batch)
             batch = []
         batch.append((path, image))
@@ -86,21 +90,28 @@ def reconstruct(
         yield from _reconstruct_batch(tokenizer, batch)
 
 
-def _limit(tokenizer: ImageTokenizer, image: Image.Image) -> int:
-    grid = tokenizer.config.grid_of(image.height, image.width)
+def batch_limit(tokenizer: ImageTokenizer, height: int, width: int) -> int:
+    """Return how many images of a size fit into memory at once."""
+    grid = tokenizer.config.grid_of(height, width)
     return decoding_batch_size(
         tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
     )
 
 
 @torch.inference_mode()
+def encode_and_decode(tokenizer: ImageTokenizer, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return codes (B, h, w) of bytes (B, H, W, 3), and their float32 images (B, 3, H, W)."""
+    images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device)
+    codes = tokenizer.encode(uint8_to_images(images))
+    return codes, tokenizer.decode(codes).float()
+
+
 def _reconstruct_batch(
     tokenizer: ImageTokenizer, batch: list[tuple[Path, Image.Image]]
 ) -> Iterator[Reconstruction]:
     before = np.stack([np.asarray(image) for _, image in batch])
-    pixels = torch.from_numpy(before).movedim(-1, 1).to(tokenizer.device)
-    codes = tokenizer.encode(uint8_to_images(pixels))
-    after = images_to_uint8(tokenizer.decode(codes)).movedim(1, -1).cpu().numpy()
+    codes, decoded = encode_and_decode(tokenizer, before)
+    after = images_to_uint8(decoded).movedim(1, -1).cpu().numpy()
     measured = compare(before, after)
     for index, (path, image) in enumerate(batch):
         yield Reconstruction(
@@ -113,7 +124,7 @@ def _reconstruct_batch(
 
 
 def compare(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-    """PSNR and both kinds of SSIM of pairs of images (N, H, W, 3) uint8, each (N,).
+    """Return PSNR and both kinds of SSIM of pairs of images (N, H, W, 3) uint8, each (N,).
 
     SSIM is NaN where a side is below 7 pixels.
     """

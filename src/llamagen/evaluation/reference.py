@@ -1,4 +1,4 @@
-"""What images are compared with: statistics that were published, or images.
+"""References that images are compared with: published statistics, or images.
 
 ADM's .npz files hold ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``, ``sigma_s`` (of
 its spatial ones) and ``arr_0``: images for precision and recall. Of images alone everything is
@@ -20,14 +20,14 @@ from llamagen.evaluation.image_sets import (
     ArchivedImages,
     CollectedImages,
     ImageSet,
-    open_archive,
+    array_names,
     read_array,
 )
 from llamagen.evaluation.metrics import FeatureStatistics
 from llamagen.support.errors import InputError
 
 INCEPTION = "inception"
-"""What the fingerprint of the network that ADM's statistics were made with begins with."""
+"""Start of the fingerprint of the network that ADM's statistics were made with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +39,10 @@ class Reference:
     """Images that the statistics are of; None where the file does not say."""
     pool: FeatureStatistics
     spatial: FeatureStatistics | None
-    features: np.ndarray | None
-    """(M, D) pooled features of images, for precision, recall and neighbours."""
+    features: Features | None
+    """Of ``images``, for precision, recall and neighbours."""
     images: ImageSet | None
-    """Those images."""
-    statistics_only: bool = False
+    statistics_only: bool
     """Whether the statistics are of other images than ``images``."""
 
 
@@ -60,7 +59,7 @@ class ReferenceSource:
     def open(
         cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
     ) -> ReferenceSource:
-        """Finds a reference: a folder or other source of images, or an .npz file.
+        """Find a reference: a folder or other source of images, or an .npz file.
 
         Args:
             source: where it is.
@@ -74,16 +73,15 @@ class ReferenceSource:
         path = Path(source)
         if path.suffix.lower() != ".npz":
             return cls(str(source), CollectedImages.open(source, config, size=size))
-        with open_archive(path) as archive:
-            names = {entry.removesuffix(".npy") for entry in archive.namelist()}
+        names = array_names(path)
         if "mu" in names:
             return cls(str(source), ArchivedImages(path) if "arr_0" in names else None, path)
         return cls(str(source), ArchivedImages(path))
 
     def compute(
         self, network: FeatureNetwork, root: Path, *, device: torch.device | str = "cpu"
-    ) -> tuple[Reference, Features | None]:
-        """The reference, and the features of its images; see ``compute_features``.
+    ) -> Reference:
+        """Return the reference with the features of its images; see ``compute_features``.
 
         Raises:
             InputError: the statistics were made with another network, or the file is damaged.
@@ -103,46 +101,44 @@ class ReferenceSource:
             assert features is not None
             pool, spatial = features.pool_statistics(), features.spatial_statistics()
             count = len(features)
-        reference = Reference(
+        return Reference(
             name=self.name,
             count=count,
             pool=pool,
             spatial=spatial,
-            features=None if features is None else features.pool,
+            features=features,
             images=self.images,
             statistics_only=self.archive is not None,
         )
-        return reference, features
 
 
 def read_statistics(
     path: Path,
 ) -> tuple[FeatureStatistics, FeatureStatistics | None, int | None]:
-    """Statistics of pooled and of spatial features in an .npz file, and of how many images.
+    """Read statistics of pooled and of spatial features, and the number of images.
 
     Raises:
         InputError: the file is damaged, or its arrays do not fit together.
     """
-    with open_archive(path) as archive:
-        names = {entry.removesuffix(".npy") for entry in archive.namelist()}
-        count = int(read_array(archive, path, "count")) if "count" in names else None
+    names = array_names(path)
+    count = int(read_array(path, "count")) if "count" in names else None
 
-        def statistics(mean: str, covariance: str) -> FeatureStatistics:
-            arrays = (read_array(archive, path, mean), read_array(archive, path, covariance))
-            if not all(np.isfinite(array).all() for array in arrays):
-                raise InputError(f"{mean} or {covariance} in {path} hold NaN or infinity")
-            try:
-                # How many images does not matter for a distance.
-                return FeatureStatistics.from_moments(*arrays, count=max(count or 2, 2))
-            except ValueError as error:
-                raise InputError(f"{path}: {error}; get it again") from error
+    def statistics(mean: str, covariance: str) -> FeatureStatistics:
+        arrays = (read_array(path, mean), read_array(path, covariance))
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise InputError(f"{mean} or {covariance} in {path} hold NaN or infinity")
+        try:
+            # The number of images does not matter for a distance.
+            return FeatureStatistics.from_moments(*arrays, count=max(count or 2, 2))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; get it again") from error
 
-        spatial = statistics("mu_s", "sigma_s") if "mu_s" in names else None
-        return statistics("mu", "sigma"), spatial, count
+    spatial = statistics("mu_s", "sigma_s") if "mu_s" in names else None
+    return statistics("mu", "sigma"), spatial, count
 
 
 def write_statistics(path: Path, features: Features) -> None:
-    """Writes statistics as ADM's evaluator, and ``read_statistics``, read them.
+    """Write statistics as ADM's evaluator, and ``read_statistics``, read them.
 
     Raises:
         OSError: the file cannot be written; nothing is left of it.

@@ -1,4 +1,4 @@
-"""Images drawn for an evaluation, in pieces: goes on where it was interrupted, shared by processes.
+"""Images generated for an evaluation: resumable, and shared by processes.
 
 Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 """
@@ -6,20 +6,22 @@ Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
 import llamagen.support.storage as storage
+from llamagen.checkpoints.names import find_public
+from llamagen.config import SamplingConfig
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.evaluation.pieces import Pieces
-from llamagen.generation.memory import sampling_batch_size
+from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.published import SIZE, protocol_guidance
+from llamagen.generation import Progress
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
@@ -32,42 +34,110 @@ LabelOrder = Literal["balanced", "random"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplePlan:
-    """What is drawn: one condition and one seed per image."""
+    """All that decides images, but the model."""
 
     prompts: tuple[str | int, ...]
     """Index of a class, or a text, per image."""
-    seed: int
+    seed: int = 0
     """Image i has this + i."""
-    size: int | None
-    """Side in pixels that images are resized to (bicubic, before the step to 8 bits); None keeps
-    them as they are drawn."""
+    size: int | None = None
+    """Side in pixels that images are resized to (bicubic, before the step to 8 bits); None leaves
+    them at the model's size."""
+    sampling: SamplingConfig
 
     @classmethod
     def of_classes(
-        cls, classes: int, count: int, *, order: LabelOrder, seed: int, size: int | None
-    ) -> SamplePlan:
-        """Classes in random order: all as often ("balanced"), or each drawn at random ("random").
+        cls,
+        pipeline: Pipeline,
+        count: int,
+        *,
+        order: LabelOrder = "balanced",
+        seed: int = 0,
+        size: int | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Plan images of all classes in random order, which the Inception Score's splits need.
 
-        The Inception Score needs a random order, since it is computed over splits.
+        Args:
+            pipeline: class-conditional.
+            count: number of images.
+            order: "balanced" has all classes equally often, "random" samples each image's class.
+            seed: of the order, and of the first image.
+            size: side in pixels to compare images at; see ``compared_side``.
+            settings: of ``SamplingConfig``; see ``protocol_sampling``.
         """
-        numbers = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
+        classes = pipeline.transformer.config.num_classes
         if order == "balanced":
-            labels = numbers.permutation(np.arange(count) % classes)
+            labels = rng.permutation(np.arange(count) % classes)
         else:
-            labels = numbers.integers(classes, size=count)
-        return cls(prompts=tuple(map(int, labels)), seed=seed, size=size)
+            labels = rng.integers(classes, size=count)
+        return cls.of_prompts(pipeline, labels.tolist(), seed=seed, size=size, **settings)
+
+    @classmethod
+    def of_prompts(
+        cls,
+        pipeline: Pipeline,
+        prompts: Sequence[str | int],
+        *,
+        seed: int = 0,
+        size: int | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Plan one image of each prompt; see ``of_classes``."""
+        side = compared_side(pipeline, size)
+        return cls(
+            prompts=tuple(prompts),
+            seed=seed,
+            size=None if model_size(pipeline) == (side, side) else side,
+            sampling=protocol_sampling(pipeline, **settings),
+        )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
 
-class Samples(ImageSet):
-    """The drawn images in a folder."""
+def model_size(pipeline: Pipeline) -> tuple[int, int]:
+    """Return height and width in pixels of a model's images."""
+    rows, columns = pipeline.transformer.config.grid
+    factor = pipeline.tokenizer.config.downsampling
+    return rows * factor, columns * factor
 
-    def __init__(self, folder: Path, plan: SamplePlan, settings: dict[str, Any]) -> None:
+
+def compared_side(pipeline: Pipeline, size: int | None = None) -> int | None:
+    """Return the side in pixels at which images of a model are compared.
+
+    ``size`` if it is given; 256 for the published models, as published; the model's own for
+    others. None if the model's images are not square, which are compared as they are.
+    """
+    if size is not None:
+        return size
+    if find_public(pipeline.name) is not None:
+        return SIZE
+    height, width = model_size(pipeline)
+    return height if height == width else None
+
+
+def protocol_sampling(pipeline: Pipeline, **settings: Any) -> SamplingConfig:
+    """Return the paper's sampling settings for published models, the model's own for others.
+
+    ``settings`` that are not None override them.
+
+    Raises:
+        InputError: a value lies outside its setting's range.
+    """
+    guidance = protocol_guidance(pipeline.name)
+    base = pipeline.sampling if guidance is None else SamplingConfig(guidance_scale=guidance)
+    return base.replace(**settings)
+
+
+class Samples(ImageSet):
+    """The images of a plan, in a folder."""
+
+    def __init__(self, folder: Path, plan: SamplePlan, about: dict[str, Any]) -> None:
         """Of a folder that ``draw_samples`` has begun."""
         self.folder, self.plan, self.name = folder, plan, str(folder)
-        self.identity = _identity(plan, settings)
+        self.identity = digest(json.dumps([dataclasses.asdict(plan), about], sort_keys=True))
         self.pieces = Pieces(folder, len(plan))
         if all(isinstance(prompt, int) for prompt in plan.prompts):
             self.labels = np.array(plan.prompts)
@@ -81,55 +151,51 @@ class Samples(ImageSet):
 
 
 def draw_samples(
-    pipeline: Pipeline,
-    plan: SamplePlan,
-    folder: Path,
-    *,
-    batch_size: int | None = None,
-    **settings: Any,
+    pipeline: Pipeline, plan: SamplePlan, folder: Path, *, batch_size: int | None = None
 ) -> Samples:
-    """Draws the images that are not in the folder yet; to be called in every process of a run.
+    """Generate the images that are not in a folder yet; called in every process of a run.
 
     Args:
-        pipeline: draws them.
+        pipeline: generates them.
         plan: all of them, of all processes.
-        folder: new, empty, or begun with the same plan, model and settings.
-        batch_size: images drawn at once; by default as many as fit into memory.
-        settings: what ``Pipeline.__call__`` takes, as guidance_scale.
+        folder: new, empty, or begun with the same plan and model.
+        batch_size: images generated at once; by default as many as fit into memory.
 
     Raises:
-        InputError: the folder was begun with something else, or a setting is refused.
+        InputError: the folder was begun with something else.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    about = _describe(pipeline, settings)
+    about = {
+        "model": pipeline.name,
+        "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
+        "sampling": dataclasses.asdict(plan.sampling),
+        **pipeline.precision,
+    }
     samples = Samples(folder, plan, about)
     with distributed.main_first():
-        _begin(folder, samples, about)
-
-    # Batches of our own, though the pipeline has them too, so that each shows as progress.
-    step = batch_size or sampling_batch_size(pipeline.transformer, sequences=1 + True)
+        _begin(folder, {**about, "images": len(plan), "identity": samples.identity})
 
     def draw(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
-        parts = []
-        for start in range(first, last, step):
-            stop = min(last, start + step)
-            output = pipeline(
-                plan.prompts[start:stop],
-                seed=range(plan.seed + start, plan.seed + stop),
-                batch_size=step,
-                output_type="codes",
-                **settings,
-            )
-            parts.append(_to_pixels(pipeline, output.codes, plan.size))
-            advance(stop - start)
-        return {"images": np.concatenate(parts)}
+        def on_row(progress: Progress) -> None:
+            if progress.row == progress.rows:
+                advance(len(progress.codes))
 
-    samples.pieces.make(draw, "drawing")
+        output = pipeline(
+            plan.prompts[first:last],
+            seed=range(plan.seed + first, plan.seed + last),
+            batch_size=batch_size,
+            callback=on_row,
+            output_type="codes",
+            **dataclasses.asdict(plan.sampling),
+        )
+        return {"images": _to_pixels(pipeline, output.codes, plan.size)}
+
+    samples.pieces.make(draw, "generating")
     return samples
 
 
 def _to_pixels(pipeline: Pipeline, codes: Tensor, size: int | None) -> np.ndarray:
-    """Decodes codes (B, rows, columns), and resizes in float as the published evaluation does."""
+    """Decode codes (B, rows, columns), and resize in float as the published evaluation does."""
     parts = []
     for images in pipeline.decode_in_parts(codes):
         images = images.float()
@@ -139,24 +205,13 @@ def _to_pixels(pipeline: Pipeline, codes: Tensor, size: int | None) -> np.ndarra
     return np.concatenate(parts)
 
 
-def _describe(pipeline: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in settings.items() if value is not None}
-    return {
-        "model": pipeline.name,
-        "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
-        "sampling": {**dataclasses.asdict(pipeline.sampling), **given},
-        **pipeline.precision,
-    }
-
-
-def _begin(folder: Path, samples: Samples, about: dict[str, Any]) -> None:
-    """Writes the settings, or finds the same ones in the folder."""
+def _begin(folder: Path, wanted: dict[str, Any]) -> None:
+    """Write the settings, or find the same ones in the folder."""
     storage.require_writable(folder)
-    wanted = {**about, "images": len(samples), "identity": samples.identity}
     path = folder / _SETTINGS_NAME
     if not path.is_file():
         if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no samples; give another --out")
+            raise InputError(f"{folder} is not empty and holds no samples; give another folder")
         storage.write_json(path, wanted)
         return
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -164,10 +219,5 @@ def _begin(folder: Path, samples: Samples, about: dict[str, Any]) -> None:
     if changed:
         raise InputError(
             f"the samples in {folder} were begun with other settings ({', '.join(changed)}); "
-            f"restore them, or give another --out"
+            f"restore them, or give another folder"
         )
-
-
-def _identity(plan: SamplePlan, about: dict[str, Any]) -> str:
-    text = json.dumps([dataclasses.asdict(plan), about], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The numbers of a comparison, and what is to be said of them."""
+"""The metrics of a comparison, and their warnings."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _OTHER_NAMES = {
     "kid": "classifier_kernel",
     "kid_std": "classifier_kernel_std",
 }
-"""What is not measured with Inception is not called by the papers' names."""
+"""Measurements in another network's features do not have the papers' names."""
 _KERNEL_SUBSET = 1000
 _DUPLICATES_NAMED = 3
 
 
 @dataclasses.dataclass
 class Scores:
-    """What a comparison gave."""
+    """Result of a comparison."""
 
     metrics: dict[str, float]
     """The Frechet distance first."""
@@ -46,16 +46,15 @@ def score(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Scores:
-    """All metrics on features.
+    """Compute all metrics of features.
 
-    Names are those of the papers if the network is Inception; those of another network's features
-    say so, since no paper has them.
+    Their names are those of the papers if the network is Inception.
 
     Args:
         features: of the images that are evaluated, in random class order.
-        reference: what they are compared with.
-        network: whose features.
-        device: where neighbours are looked for.
+        reference: the other side of the comparison.
+        network: of the features.
+        device: where neighbours are computed.
         seed: of the kernel distance's subsets.
 
     Raises:
@@ -74,12 +73,12 @@ def score(
         metrics["sfid"] = frechet_distance(spatial, reference.spatial)
     metrics["inception_score"] = inception_score(features.probabilities)
     if reference.features is not None and min(len(features), len(reference.features)) > 3:
-        found = precision_recall(features.pool, reference.features, device=device)
+        known = reference.features.pool
+        found = precision_recall(features.pool, known, device=device)
         metrics |= {"precision": found.precision, "recall": found.recall}
-        # Subsets of everything would all be the same one.
-        half = min(len(features), len(reference.features)) // 2
-        size = min(_KERNEL_SUBSET, half)
-        kernel = kernel_distance(features.pool, reference.features, subset_size=size, seed=seed)
+        # Half of the images: subsets of all would all be the same one.
+        size = min(_KERNEL_SUBSET, min(len(features), len(known)) // 2)
+        kernel = kernel_distance(features.pool, known, subset_size=size, seed=seed)
         metrics |= {"kid": kernel.mean, "kid_std": kernel.std}
     warnings = [*_too_few(len(features), features, "samples"), *duplicates(features)]
     if reference.count is not None:
@@ -94,16 +93,18 @@ def score(
 
 
 def duplicates(features: Features) -> list[str]:
-    """A warning if images occur more than once."""
+    """Return a warning if images occur more than once."""
     rows = np.ascontiguousarray(features.pool)
     as_bytes = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
     _, first, counts = np.unique(as_bytes, return_index=True, return_counts=True)
-    again = int((counts - 1).sum())
-    if again == 0:
+    repeated = sorted(first[counts > 1].tolist())
+    if not repeated:
         return []
-    some = sorted(first[counts > 1].tolist())[:_DUPLICATES_NAMED]
-    named = ", ".join(map(str, some)) + (", ..." if (counts > 1).sum() > len(some) else "")
-    return [f"{again} of {len(rows)} images are copies of others among them (of number {named})"]
+    named = ", ".join(map(str, repeated[:_DUPLICATES_NAMED]))
+    if len(repeated) > _DUPLICATES_NAMED:
+        named += ", ..."
+    copies = int((counts - 1).sum())
+    return [f"{copies} of {len(rows)} images are copies of others among them (of number {named})"]
 
 
 def _too_few(count: int, features: Features, what: str) -> list[str]:

@@ -1,9 +1,9 @@
-"""What the protocols share."""
+"""Shared parts of the protocols."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +11,29 @@ import numpy as np
 import torch
 from PIL import Image
 
-from llamagen.checkpoints.names import find_public
 from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import nearest
-from llamagen.evaluation.published import SIZE
 from llamagen.evaluation.reference import Reference, ReferenceSource
-from llamagen.evaluation.report import Picture
-from llamagen.evaluation.samples import Samples
+from llamagen.evaluation.report import Picture, Report
+from llamagen.evaluation.samples import Samples, model_size
+from llamagen.evaluation.scores import score
 from llamagen.pipeline import Pipeline
 from llamagen.support.pictures import image_grid
 
 SAMPLES_FOLDER = "samples"
-"""Of what was drawn, in an evaluation's folder."""
+"""Name, in an evaluation's folder, of the folder of generated images."""
 _FEATURES_FOLDER = "features"
-SHOWN = 64
-"""Images on a sheet."""
-_NEIGHBOUR_ROWS = 12
-_NEIGHBOURS = 4
+SHEET_IMAGES = 64
 _SHEET_SIDE = 64
 """Smaller images are enlarged to about this many pixels on a sheet."""
+_NEIGHBOUR_ROWS = 12
+_NEIGHBOURS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workplace:
-    """Where an evaluation computes, and keeps what it has computed."""
+    """Network and device of an evaluation, and the folder of its results."""
 
     out: Path
     network: FeatureNetwork
@@ -47,55 +45,70 @@ class Workplace:
             self.network, images, self.out / _FEATURES_FOLDER, what=what, device=self.device
         )
 
-    def reference(self, source: ReferenceSource) -> tuple[Reference, Features | None]:
-        """A reference, and the features of its images; see ``ReferenceSource.compute``."""
+    def reference(self, source: ReferenceSource) -> Reference:
+        """A reference with its features; see ``ReferenceSource.compute``."""
         return source.compute(self.network, self.out / _FEATURES_FOLDER, device=self.device)
 
-
-def compared_side(pipeline: Pipeline, asked: int | None) -> int | None:
-    """Side in pixels at which images of a model are compared.
-
-    What was asked for; by default 256 for the published models, as published, and for others their
-    own. None if images are not square: they are then compared as they are drawn.
-    """
-    if asked is not None:
-        return asked
-    if find_public(pipeline.name) is not None:
-        return SIZE
-    rows, columns = pipeline.transformer.config.grid
-    return rows * pipeline.tokenizer.config.downsampling if rows == columns else None
+    def compare(self, report: Report, features: Features, reference: Reference) -> None:
+        """Add to a report the metrics of features, their warnings, and the reference."""
+        scores = score(features, reference, self.network, device=self.device)
+        report.metrics |= scores.metrics
+        report.warnings += scores.warnings
+        count = "not said by the file" if reference.count is None else reference.count
+        report.reference |= {
+            "source": reference.name,
+            "images": count,
+            "network": self.network.name,
+        }
 
 
-def describe_samples(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
-    """What a report says of samples."""
-    rows, columns = pipeline.transformer.config.grid
-    side = pipeline.tokenizer.config.downsampling
+def size_text(size: tuple[int, int]) -> str:
+    """Return height and width as "WIDTHxHEIGHT"."""
+    return f"{size[1]}x{size[0]}"
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return a precision as reports name it, "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> dict[str, Any]:
+    """Return a report's entries about generated images."""
     return {
         "images": len(samples),
-        "size": f"{samples.size[1]}x{samples.size[0]}",
-        "drawn at": f"{columns * side}x{rows * side}",
+        "size": size_text(samples.size),
+        "drawn at": size_text(model_size(pipeline)),
         "resizing": "none" if samples.plan.size is None else "bicubic, in float, before 8 bits",
         "folder": str(samples.folder),
+        **more,
     }
 
 
-def describe_settings(
-    pipeline: Pipeline, samples: Samples, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What a report says of how samples were drawn."""
-    given = {name: value for name, value in settings.items() if value is not None}
+def describe_settings(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
+    """Return a report's entries about how images were generated."""
     return {
         "model": pipeline.name,
-        **dataclasses.asdict(pipeline.sampling),
-        **given,
+        **dataclasses.asdict(samples.plan.sampling),
         "seed": samples.plan.seed,
-        "precision": str(pipeline.dtype).removeprefix("torch."),
+        "precision": precision_name(pipeline.dtype),
     }
 
 
-def sheet_of(images: ImageSet, captions: Sequence[str] = (), title: str = "Samples") -> Picture:
-    """The first images of a set, unpicked."""
-    arrays = images.read(0, min(len(images), SHOWN))
+def size_warnings(images: ImageSet, reference: ImageSet | None, what: str) -> list[str]:
+    """Return a warning if images and reference differ in size."""
+    if reference is None or reference.size == images.size:
+        return []
+    own, other = size_text(images.size), size_text(reference.size)
+    return [
+        f"{what} have {own} pixels, the reference {other}: resizing alone changes the distances"
+    ]
+
+
+def samples_sheet(
+    images: ImageSet, captions: Sequence[str] = (), title: str = "Samples"
+) -> Picture:
+    """Return a sheet of the first images of a set."""
+    arrays = images.read(0, min(len(images), SHEET_IMAGES))
     return Picture(
         title=title,
         image=_grid(arrays, columns=8, captions=list(captions[: len(arrays)])),
@@ -103,32 +116,31 @@ def sheet_of(images: ImageSet, captions: Sequence[str] = (), title: str = "Sampl
     )
 
 
-def neighbours_sheet(images: ImageSet, features: Features, reference: Reference) -> Picture | None:
-    """The first images, each beside the reference images that its features are nearest to."""
+def neighbours_sheets(images: ImageSet, features: Features, reference: Reference) -> list[Picture]:
+    """Return a sheet of the first images, each beside the reference images nearest to it.
+
+    None if the reference is statistics only.
+    """
     if reference.images is None or reference.features is None:
-        return None
+        return []
+    known = reference.features.pool
     count = min(len(images), _NEIGHBOUR_ROWS)
-    found = nearest(
-        features.pool[:count],
-        reference.features,
-        count=min(_NEIGHBOURS, len(reference.features)),
-    )
+    found = nearest(features.pool[:count], known, count=min(_NEIGHBOURS, len(known)))
     arrays: list[np.ndarray] = []
     captions: list[str] = []
-    for row, image in zip(found, images.read(0, count), strict=True):
-        beside = [reference.images.read(index, index + 1)[0] for index in row.tolist()]
-        arrays += [image, *(_fitted(each, image.shape) for each in beside)]
-        captions += ["sample", *(f"#{index}" for index in row.tolist())]
-    columns = 2 * (found.shape[1] + 1)
-    return Picture(
-        title="Nearest reference images",
-        image=_grid(np.stack(arrays), columns=columns, captions=captions),
-        note="In the network's feature space, by number in the reference. A sample that equals one "
-        "of them was learnt by heart.",
+    for row, image in zip(found.tolist(), images.read(0, count), strict=True):
+        beside = [reference.images.read(index, index + 1)[0] for index in row]
+        arrays += [image, *(_resized(each, image.shape) for each in beside)]
+        captions += ["sample", *(f"#{index}" for index in row)]
+    sheet = _grid(np.stack(arrays), columns=2 * (found.shape[1] + 1), captions=captions)
+    note = (
+        "In the network's feature space, by number in the reference. A sample that equals one of "
+        "them was memorised."
     )
+    return [Picture(title="Nearest reference images", image=sheet, note=note)]
 
 
-def _fitted(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if image.shape == shape:
         return image
     return np.asarray(Image.fromarray(image).resize((shape[1], shape[0])))

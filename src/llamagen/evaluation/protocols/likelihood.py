@@ -1,34 +1,80 @@
-"""How likely a model finds held-out images."""
+"""Likelihood of held-out images: bits per code and per pixel.
+
+Shapes: N images, B images of a batch.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.evaluation.likelihood import Likelihood, measure_likelihood
+from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.protocols.common import precision_name, size_text
 from llamagen.evaluation.report import Picture, Report, Table
+from llamagen.evaluation.samples import model_size
+from llamagen.generation.likelihood import code_log_likelihoods
+from llamagen.generation.memory import decoding_batch_size
+from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline import Pipeline
+from llamagen.support.errors import InputError
 
 _ONLY_CODES = (
     "the bits are those of the codes: what the image tokenizer lost is not counted, so models with "
     "different tokenizers cannot be compared"
 )
 _MAP_SIDE = 320
-"""Side in pixels of the map, about."""
+"""Approximate side in pixels of the map."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Bits of the codes of a set of images."""
+
+    conditional: np.ndarray
+    """(N, rows, columns) float32, given class or caption and the codes before."""
+    unconditional: np.ndarray
+    """The same without class or caption."""
+    pixels: int
+    """Of an image."""
+
+    @property
+    def bits_per_code(self) -> float:
+        """Mean over all codes."""
+        return float(self.conditional.mean(dtype=np.float64))
+
+    @property
+    def bits_per_code_unconditional(self) -> float:
+        """Mean over all codes, without class or caption."""
+        return float(self.unconditional.mean(dtype=np.float64))
+
+    @property
+    def bits_per_pixel(self) -> float:
+        """Bits of the codes over the pixels: what the tokenizer lost is not counted."""
+        return self.bits_per_code * math.prod(self.conditional.shape[1:]) / self.pixels
+
+    def map(self) -> np.ndarray:
+        """Return mean bits (rows, columns) at each position of the grid."""
+        result: np.ndarray = self.conditional.mean(0, dtype=np.float64)
+        return result
 
 
 def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Report:
-    """Measures bits per code and per pixel; to be called in every process.
+    """Measure bits per code and per pixel; called in every process of a run.
 
     Raises:
         InputError: images and model do not fit together.
         OSError: the disk is full.
     """
     found = measure_likelihood(pipeline, images, out)
-    tables = [_per_class(found, images)] if images.labels is not None else []
+    rows, columns = found.conditional.shape[1:]
     return Report(
         protocol="likelihood",
         title=f"{pipeline.name} on {images.name}",
@@ -38,32 +84,106 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
             "bits_per_pixel": found.bits_per_pixel,
         },
         reference={"source": "none: likelihood needs no other images"},
-        samples={
-            "source": images.name,
-            "images": len(images),
-            "size": f"{images.size[1]}x{images.size[0]}",
-        },
+        samples={"source": images.name, "images": len(images), "size": size_text(images.size)},
         settings={
             "model": pipeline.name,
-            "codes": f"{found.conditional.shape[1]}x{found.conditional.shape[2]} of "
-            f"{pipeline.tokenizer.config.codebook_size}",
-            "precision": str(pipeline.dtype).removeprefix("torch."),
+            "codes": f"{rows}x{columns} of {pipeline.tokenizer.config.codebook_size}",
+            "precision": precision_name(pipeline.dtype),
         },
         warnings=[_ONLY_CODES],
-        tables=tables,
+        tables=[] if images.labels is None else [_classes_table(found, images)],
         pictures=[_map_picture(found.map())],
     )
 
 
-def _per_class(found: Likelihood, images: ImageSet) -> Table:
+def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Likelihood:
+    """Return the bits of all images; called in every process of a run, which share the work.
+
+    Results of the same images and model that are in the folder are only read.
+
+    Args:
+        pipeline: tokenizer and transformer.
+        images: with the model's classes, or with captions; of the size of the model's images.
+        root: gets a folder for this model and these images.
+
+    Raises:
+        InputError: images and model do not fit together.
+        OSError: the disk is full.
+    """
+    if images.size != model_size(pipeline):
+        raise InputError(
+            f"images of {images.name} have {size_text(images.size)} pixels, but {pipeline.name} "
+            f"draws {size_text(model_size(pipeline))}; crop them with size"
+        )
+    conditions = _conditions(pipeline, images)
+
+    def measure(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+        return _bits(pipeline, images.read(first, last), conditions[first:last], advance)
+
+    weights = [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()]
+    name = f"likelihood-{digest(weights, images.identity, pipeline.dtype)}"
+    pieces = Pieces(root / name, len(images))
+    pieces.make(measure, "likelihood")
+    return Likelihood(
+        pieces.rows("conditional"), pieces.rows("unconditional"), math.prod(images.size)
+    )
+
+
+def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
+    """Class or caption of every image."""
+    if pipeline.labels is not None:
+        if images.labels is None:
+            raise InputError(
+                f"{images.name} has no classes, but {pipeline.name} draws them; use class folders"
+            )
+        classes = [pipeline.labels.find(name) for name in images.class_names]
+        return [classes[label] for label in images.labels]
+    if images.captions is None or not all(images.captions):
+        raise InputError(
+            f"not every image of {images.name} has a caption, but {pipeline.name} draws captions; "
+            f"add a table with the column text"
+        )
+    return list(images.captions)
+
+
+@torch.inference_mode()
+def _bits(
+    pipeline: Pipeline,
+    pixels: np.ndarray,
+    conditions: list[str | int],
+    advance: Callable[[int], object],
+) -> dict[str, np.ndarray]:
+    """Bits (images, rows, columns) float32 of codes, with their condition and without."""
+    tokenizer, grid = pipeline.tokenizer, pipeline.transformer.config.grid
+    size = decoding_batch_size(
+        tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
+    )
+    found: dict[str, list[Tensor]] = {"conditional": [], "unconditional": []}
+    for first in range(0, len(pixels), size):
+        images = torch.from_numpy(np.array(pixels[first : first + size])).movedim(-1, 1)
+        codes = tokenizer.encode(uint8_to_images(images.to(tokenizer.device)))
+        given = pipeline.conditions(conditions[first : first + size])
+        for name, parts in found.items():
+            nats = code_log_likelihoods(
+                pipeline.transformer,
+                codes,
+                [each.condition for each in given],
+                conditional=name == "conditional",
+            )
+            parts.append(-nats / math.log(2))
+        advance(len(images))
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+
+
+def _classes_table(found: Likelihood, images: ImageSet) -> Table:
     assert images.labels is not None
     rows = []
     for label, name in enumerate(images.class_names):
         own = images.labels == label
         if own.any():
-            with_class = float(found.conditional[own].mean(dtype=np.float64))
-            without = float(found.unconditional[own].mean(dtype=np.float64))
-            rows.append((name, int(own.sum()), with_class, without - with_class))
+            conditional = float(found.conditional[own].mean(dtype=np.float64))
+            unconditional = float(found.unconditional[own].mean(dtype=np.float64))
+            rows.append((name, int(own.sum()), conditional, unconditional - conditional))
     return Table(
         title="Classes",
         columns=("class", "images", "bits per code", "saved by knowing the class"),
@@ -72,18 +192,18 @@ def _per_class(found: Likelihood, images: ImageSet) -> Table:
 
 
 def _map_picture(bits: np.ndarray) -> Picture:
-    """Mean bits at each place of the grid, from white (few) to dark blue (many)."""
+    """Mean bits at each position of the grid, from white (minimum) to dark blue (maximum)."""
     low, high = float(bits.min()), float(bits.max())
     share = (bits - low) / max(high - low, 1e-9)
-    few, many = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])
-    colours = (few + share[..., None] * (many - few)).round().astype(np.uint8)
+    white, blue = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])
+    colours = (white + share[..., None] * (blue - white)).round().astype(np.uint8)
     scale = max(1, _MAP_SIDE // bits.shape[1])
     image = Image.fromarray(colours).resize(
         (bits.shape[1] * scale, bits.shape[0] * scale), Image.Resampling.NEAREST
     )
     return Picture(
-        title="Bits by place in the grid",
+        title="Bits by position in the grid",
         image=image,
-        note=f"White is {low:.2f} bits, dark blue {high:.2f}. Codes are drawn row by row: what "
-        f"comes late can rest on more.",
+        note=f"White is {low:.2f} bits, dark blue {high:.2f}. Codes are generated row by row, so "
+        f"later ones have more context.",
     )

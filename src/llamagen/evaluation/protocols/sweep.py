@@ -1,4 +1,4 @@
-"""One protocol at many sampling settings: which guidance scale, which top-k."""
+"""The class-conditional protocol at many guidance scales and top-ks."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from llamagen.evaluation.protocols.c2i import ClassSampling, plan_classes
 from llamagen.evaluation.protocols.common import (
     SAMPLES_FOLDER,
     Workplace,
     describe_samples,
-    sheet_of,
+    samples_sheet,
 )
 from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Curve, Report, Table
-from llamagen.evaluation.samples import draw_samples
+from llamagen.evaluation.samples import LabelOrder, SamplePlan, draw_samples
 from llamagen.evaluation.scores import Scores, score
 from llamagen.pipeline import Pipeline
 
@@ -26,44 +25,44 @@ _CHOSEN = (
 
 def evaluate_sweep(
     pipeline: Pipeline,
+    plan: SamplePlan,
     reference: ReferenceSource,
-    sampling: ClassSampling,
     place: Workplace,
     *,
     guidance_scales: Sequence[float],
     top_ks: Sequence[int],
+    order: LabelOrder = "balanced",
+    batch_size: int | None = None,
 ) -> Report:
-    """Draws and compares at every pair of settings; to be called in every process.
+    """Generate and compare images at every pair of settings; called in every process of a run.
 
-    Every pair has the same classes and seeds. Those that are finished are not done again.
+    Every pair has the classes, seeds and other settings of ``plan``. See ``evaluate_classes``.
 
     Raises:
         InputError: model, reference, network and folder do not fit together.
         OSError: the disk is full.
     """
-    pairs = list(itertools.product(top_ks, guidance_scales))
-    compared, _ = place.reference(reference)
+    compared = place.reference(reference)
     found: dict[tuple[int, float], Scores] = {}
     pictures = []
-    for top_k, guidance in pairs:
-        at = dataclasses.replace(sampling, top_k=top_k, guidance_scale=guidance)
+    for top_k, guidance in itertools.product(top_ks, guidance_scales):
         name = f"guidance {guidance:g}, top-k {top_k or 'all'}"
+        sampling = plan.sampling.replace(top_k=top_k, guidance_scale=guidance)
         samples = draw_samples(
             pipeline,
-            plan_classes(pipeline, at),
+            dataclasses.replace(plan, sampling=sampling),
             place.out / SAMPLES_FOLDER / f"guidance-{guidance:g}-top-k-{top_k}",
-            batch_size=at.batch_size,
-            **at.settings(pipeline.name),
+            batch_size=batch_size,
         )
         features = place.features(samples, name)
         found[top_k, guidance] = score(features, compared, place.network, device=place.device)
-        pictures.append(sheet_of(samples, title=name))
+        pictures.append(samples_sheet(samples, title=name))
     metrics = list(next(iter(found.values())).metrics)
     frechet = metrics[0]
-    best = min(pairs, key=lambda pair: found[pair].metrics[frechet])
+    best = min(found, key=lambda pair: found[pair].metrics[frechet])
     return Report(
         protocol="sweep",
-        title=f"{pipeline.name}: {len(pairs)} settings of {sampling.count:,} samples each",
+        title=f"{pipeline.name}: {len(found)} settings of {len(plan):,} samples each",
         metrics={
             "best_guidance_scale": best[1],
             "best_top_k": float(best[0]),
@@ -75,10 +74,10 @@ def evaluate_sweep(
             "network": place.network.name,
         },
         samples={**describe_samples(pipeline, samples), "folder": str(place.out / SAMPLES_FOLDER)},
-        settings={"model": pipeline.name, "seed": sampling.seed, "classes": sampling.order},
+        settings={"model": pipeline.name, "seed": plan.seed, "classes": order},
         warnings=[_CHOSEN, *found[best].warnings],
         tables=[_table(found, metrics)],
-        curves=[_curve(found, name, guidance_scales, top_ks) for name in metrics],
+        curves=[_curve(found, name) for name in metrics],
         pictures=pictures,
     )
 
@@ -94,19 +93,12 @@ def _table(found: dict[tuple[int, float], Scores], metrics: list[str]) -> Table:
     )
 
 
-def _curve(
-    found: dict[tuple[int, float], Scores],
-    metric: str,
-    guidance_scales: Sequence[float],
-    top_ks: Sequence[int],
-) -> Curve:
+def _curve(found: dict[tuple[int, float], Scores], metric: str) -> Curve:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for (top_k, guidance), scores in found.items():
+        series.setdefault(f"top-k {top_k or 'all'}", []).append((guidance, scores.metrics[metric]))
     return Curve(
         title=metric,
         x="guidance scale",
-        series={
-            f"top-k {top_k or 'all'}": [
-                (scale, found[top_k, scale].metrics[metric]) for scale in sorted(guidance_scales)
-            ]
-            for top_k in top_ks
-        },
+        series={name: sorted(points) for name, points in series.items()},
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -14,27 +13,27 @@ from PIL import Image
 
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import codebook_use
-from llamagen.evaluation.pieces import Pieces
-from llamagen.evaluation.protocols.common import Workplace
+from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.protocols.common import Workplace, precision_name, size_text
 from llamagen.evaluation.published import RECONSTRUCTION
-from llamagen.evaluation.reconstruction import compare
+from llamagen.evaluation.reconstruction import batch_limit, compare, encode_and_decode
 from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Picture, Report, Table
-from llamagen.evaluation.scores import score
-from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
 from llamagen.support.pictures import image_grid
 
 RECONSTRUCTIONS_FOLDER = "reconstructions"
-_SHOWN = 24
+_SHEET_IMAGES = 24
 _VALIDATION_IMAGES = 50_000
+_RENAMED = {"fid": "rfid", "sfid": "rsfid"}
+"""Metrics that have names of their own for reconstructions."""
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """LPIPS: two batches of images (B, 3, H, W) in [-1, 1] to distances (B,)."""
 
 
 class Measured(NamedTuple):
-    """Of all images, in their order."""
+    """Measurements of all images, in their order."""
 
     psnr: np.ndarray
     """(N,) dB."""
@@ -45,11 +44,11 @@ class Measured(NamedTuple):
     lpips: np.ndarray
     """(N,) NaN without LPIPS."""
     counts: np.ndarray
-    """(codebook size,) how often each code occurs."""
+    """(codebook size,) occurrences of each code."""
 
 
 class Reconstructions(ImageSet):
-    """What a tokenizer made of images, in a folder of shards."""
+    """A tokenizer's reconstructions of images, in a folder."""
 
     def __init__(
         self,
@@ -59,23 +58,26 @@ class Reconstructions(ImageSet):
         *,
         compared_size: int | None = None,
     ) -> None:
-        """Of images that ``reconstruct_all`` sends through the tokenizer.
+        """Prepare; ``reconstruct_all`` computes.
 
         Args:
-            tokenizer: whose.
-            originals: what it is given.
+            tokenizer: reconstructs.
+            originals: its input.
             root: gets a folder for this tokenizer and these images.
             compared_size: side in pixels that reconstructions are resized to (bicubic, in float).
+
+        Raises:
+            InputError: the tokenizer cannot encode images of this size.
         """
+        tokenizer.config.grid_of(*originals.size)
         self.tokenizer, self.originals = tokenizer, originals
         self.compared_size = compared_size
         self.name = f"reconstructions of {originals.name}"
-        about = f"{tokenizer.fingerprint()} {tokenizer.dtype} {originals.identity} {compared_size}"
-        self.identity = hashlib.sha256(about.encode()).hexdigest()[:16]
+        self.identity = digest(
+            tokenizer.fingerprint(), tokenizer.dtype, originals.identity, compared_size
+        )
         self.labels, self.class_names = originals.labels, originals.class_names
         self.pieces = Pieces(root / self.identity, len(originals))
-        # A size that does not fit is found before the first image is read.
-        tokenizer.config.grid_of(*originals.size)
 
     def __len__(self) -> int:
         return len(self.originals)
@@ -85,57 +87,49 @@ class Reconstructions(ImageSet):
         return self.pieces.rows("images", first, last)
 
     def measured(self) -> Measured:
-        """All that was measured, once every process is done."""
+        """Return all measurements, once every process is done."""
         rows = {name: self.pieces.rows(name) for name in Measured._fields if name != "counts"}
         counts = [self.pieces.read(number)["counts"] for number in range(len(self.pieces))]
         return Measured(**rows, counts=np.sum(counts, axis=0))
 
+    @torch.inference_mode()
+    def compute(
+        self,
+        first: int,
+        last: int,
+        perceptual: Perceptual | None,
+        advance: Callable[[int], object],
+    ) -> dict[str, np.ndarray]:
+        """Reconstruct some images, and compare them with the originals."""
+        originals, size = self.originals.read(first, last), self.compared_size
+        height, width = originals.shape[1:3]
+        step = batch_limit(self.tokenizer, height, width)
+        parts: dict[str, list[np.ndarray]] = {}
+        counts = np.zeros(self.tokenizer.config.codebook_size, np.int64)
+        for start in range(0, len(originals), step):
+            before = np.array(originals[start : start + step])
+            codes, decoded = encode_and_decode(self.tokenizer, before)
+            after = compared = _pixels(decoded)
+            if size is not None and decoded.shape[-1] != size:
+                compared = _pixels(F.interpolate(decoded, size=(size, size), mode="bicubic"))
+            distances = np.full(len(before), np.nan)
+            if perceptual is not None:
+                images = uint8_to_images(torch.from_numpy(before).movedim(-1, 1).to(decoded.device))
+                distances = perceptual(images, decoded.clamp(-1, 1)).flatten().cpu().numpy()
+            found = {"images": compared, **compare(before, after), "lpips": distances}
+            for name, array in found.items():
+                parts.setdefault(name, []).append(array)
+            counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(counts))
+            advance(len(before))
+        return {**{name: np.concatenate(each) for name, each in parts.items()}, "counts": counts}
+
 
 def reconstruct_all(reconstructions: Reconstructions, perceptual: Perceptual | None) -> None:
-    """Reconstructs what is not there yet; to be called in every process, which share the work."""
-
-    def make(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
-        return _reconstruct(reconstructions, first, last, perceptual, advance)
-
-    reconstructions.pieces.make(make, "reconstructing")
-
-
-@torch.inference_mode()
-def _reconstruct(
-    reconstructions: Reconstructions,
-    first: int,
-    last: int,
-    perceptual: Perceptual | None,
-    advance: Callable[[int], object],
-) -> dict[str, np.ndarray]:
-    tokenizer, size = reconstructions.tokenizer, reconstructions.compared_size
-    originals = reconstructions.originals.read(first, last)
-    grid = tokenizer.config.grid_of(*originals.shape[1:3])
-    step = decoding_batch_size(
-        tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
+    """Compute reconstructions that are not in the folder yet; called in every process of a run."""
+    reconstructions.pieces.make(
+        lambda first, last, advance: reconstructions.compute(first, last, perceptual, advance),
+        "reconstructing",
     )
-    parts: dict[str, list[np.ndarray]] = {}
-    counts = np.zeros(tokenizer.config.codebook_size, np.int64)
-    for start in range(0, len(originals), step):
-        before = np.array(originals[start : start + step])
-        images = uint8_to_images(torch.from_numpy(before).movedim(-1, 1).to(tokenizer.device))
-        codes = tokenizer.encode(images.to(tokenizer.dtype))
-        decoded = tokenizer.decode(codes).float()
-        after = images_to_uint8(decoded).movedim(1, -1).cpu().numpy()
-        counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(counts))
-        compared = after
-        if size is not None and decoded.shape[-1] != size:
-            resized = F.interpolate(decoded, size=(size, size), mode="bicubic")
-            compared = images_to_uint8(resized).movedim(1, -1).cpu().numpy()
-        found = {"images": compared, **compare(before, after)}
-        distances = np.full(len(before), np.nan)
-        if perceptual is not None:
-            distances = perceptual(images, decoded.clamp(-1, 1)).flatten().cpu().numpy()
-        found["lpips"] = distances
-        for name, array in found.items():
-            parts.setdefault(name, []).append(array)
-        advance(len(before))
-    return {**{name: np.concatenate(each) for name, each in parts.items()}, "counts": counts}
 
 
 def evaluate_tokenizer(
@@ -146,7 +140,7 @@ def evaluate_tokenizer(
     *,
     perceptual: Perceptual | None = None,
 ) -> Report:
-    """Reconstructs images and compares them with themselves; to be called in every process.
+    """Reconstruct images and compare them with themselves; called in every process of a run.
 
     Args:
         name: the tokenizer's.
@@ -161,9 +155,35 @@ def evaluate_tokenizer(
     """
     reconstruct_all(reconstructions, perceptual)
     measured = reconstructions.measured()
+    originals, tokenizer = reconstructions.originals, reconstructions.tokenizer
+    report = Report(
+        protocol="tokenizer",
+        title=f"{name}: {len(originals):,} reconstructions",
+        metrics={},
+        reference={"source": reference.name, "images": len(originals), "network": "none"},
+        samples={
+            "images": len(originals),
+            "source": originals.name,
+            "size": size_text(originals.size),
+            "compared at": reconstructions.compared_size or size_text(originals.size),
+        },
+        settings={
+            "tokenizer": name,
+            "codebook": tokenizer.config.codebook_size,
+            "precision": precision_name(tokenizer.dtype),
+        },
+        warnings=_protocol_warnings(reconstructions, reference),
+        pictures=[_sheet(reconstructions, measured)],
+    )
+    if place is not None:
+        features = place.features(reconstructions, "reconstructions")
+        place.compare(report, features, place.reference(reference))
+        report.metrics = {_RENAMED.get(key, key): value for key, value in report.metrics.items()}
+        if place.network.name.startswith("Inception"):
+            report.tables.append(_published())
     use = codebook_use(measured.counts)
     finite = measured.psnr[np.isfinite(measured.psnr)]
-    metrics = {
+    report.metrics |= {
         "psnr": float(finite.mean()) if len(finite) else float("inf"),
         "ssim": float(measured.ssim.mean()),
         "ssim_published": float(measured.ssim_published.mean()),
@@ -171,46 +191,17 @@ def evaluate_tokenizer(
         "codebook_perplexity": use.perplexity,
     }
     if perceptual is not None:
-        metrics["lpips"] = float(measured.lpips.mean())
-    warnings = _differences(reconstructions, reference)
-    network = "none"
-    if place is not None:
-        features = place.features(reconstructions, "reconstructions")
-        compared, _ = place.reference(reference)
-        scores = score(features, compared, place.network, device=place.device)
-        metrics = {_as_reconstruction(k): v for k, v in scores.metrics.items()} | metrics
-        warnings += scores.warnings
-        network = place.network.name
-    originals = reconstructions.originals
-    height, width = originals.size
-    return Report(
-        protocol="tokenizer",
-        title=f"{name}: {len(originals):,} reconstructions",
-        metrics=metrics,
-        reference={"source": reference.name, "images": len(originals), "network": network},
-        samples={
-            "images": len(originals),
-            "source": originals.name,
-            "size": f"{width}x{height}",
-            "compared at": reconstructions.compared_size or f"{width}x{height}",
-        },
-        settings={
-            "tokenizer": name,
-            "codebook": reconstructions.tokenizer.config.codebook_size,
-            "precision": str(reconstructions.tokenizer.dtype).removeprefix("torch."),
-        },
-        warnings=warnings,
-        tables=[_published()] if network.startswith("Inception") else [],
-        pictures=[_sheet(reconstructions, measured)],
-    )
+        report.metrics["lpips"] = float(measured.lpips.mean())
+    return report
 
 
-def _as_reconstruction(name: str) -> str:
-    """RFID is the FID of reconstructions."""
-    return {"fid": "rfid", "sfid": "rsfid"}.get(name, name)
+def _pixels(images: torch.Tensor) -> np.ndarray:
+    """Images (B, 3, H, W) in [-1, 1] to bytes (B, H, W, 3)."""
+    return images_to_uint8(images).movedim(1, -1).cpu().numpy()
 
 
-def _differences(reconstructions: Reconstructions, reference: ReferenceSource) -> list[str]:
+def _protocol_warnings(reconstructions: Reconstructions, reference: ReferenceSource) -> list[str]:
+    """Differences from the published protocol."""
     warnings = []
     if reference.archive is not None:
         warnings.append(
@@ -224,10 +215,9 @@ def _differences(reconstructions: Reconstructions, reference: ReferenceSource) -
         )
     found = reconstructions.originals.enlarged_from
     if found is not None:
-        height, width = reconstructions.originals.size
         warnings.append(
-            f"images of {found[1]}x{found[0]} pixels were enlarged to {width}x{height}, which are "
-            f"easier to reconstruct"
+            f"images of {size_text(found)} pixels were enlarged to "
+            f"{size_text(reconstructions.originals.size)}, which are easier to reconstruct"
         )
     if len(reconstructions) < _VALIDATION_IMAGES:
         warnings.append(
@@ -238,15 +228,15 @@ def _differences(reconstructions: Reconstructions, reference: ReferenceSource) -
 
 
 def _sheet(reconstructions: Reconstructions, measured: Measured) -> Picture:
-    count = min(len(reconstructions), _SHOWN)
-    before = reconstructions.originals.read(0, count)
-    after = reconstructions.read(0, count)
+    count = min(len(reconstructions), _SHEET_IMAGES)
     pictures, captions = [], []
-    for index in range(count):
-        original = Image.fromarray(np.array(before[index]))
-        image = Image.fromarray(np.array(after[index]))
-        pictures += [original.resize(image.size), image]
-        captions += ["original", f"{measured.psnr[index]:.1f} dB"]
+    pairs = zip(
+        reconstructions.originals.read(0, count), reconstructions.read(0, count), strict=True
+    )
+    for (original, reconstruction), psnr in zip(pairs, measured.psnr, strict=False):
+        image = Image.fromarray(reconstruction)
+        pictures += [Image.fromarray(original).resize(image.size), image]
+        captions += ["original", f"{psnr:.1f} dB"]
     scale = max(1, 64 // pictures[0].width)
     return Picture(
         title="Originals and reconstructions",
