@@ -23,7 +23,7 @@ def test_a_pipeline(run, model_folder):
     assert "4 x 4 = 16 codes of 64" in out
     assert "cat, dog" in out
     assert "images: 16 x 16 pixels" in out
-    for said in ("on disk", "in float32", "in int4", "KV cache", "guidance_scale 4.0"):
+    for said in ("on disk", "in float32", "in int8", "KV cache", "guidance_scale 4.0"):
         assert said in out
     assert "ms/code" not in out
 
