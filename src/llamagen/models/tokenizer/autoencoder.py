@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llamagen.config import TokenizerConfig
 from llamagen.models.tokenizer.blocks import Downsample, Level, Upsample, middle
-from llamagen.models.tokenizer.operations import norm_silu
+from llamagen.models.tokenizer.layers import Conv3x3, NormSiLU
 
 
 class Encoder(nn.Module):
@@ -19,7 +19,7 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.base_channels * m for m in config.channel_multipliers]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
+        self.conv_in = Conv3x3(3, config.base_channels)
         self.conv_blocks = nn.ModuleList(
             Level(
                 config.base_channels if level == 0 else widths[level - 1],
@@ -34,8 +34,8 @@ class Encoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.mid = middle(widths[-1], config.norm_groups, config.dropout)
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+        self.norm_out = NormSiLU(config.norm_groups, widths[-1])
+        self.conv_out = Conv3x3(widths[-1], config.z_channels)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images in [-1, 1] to latents."""
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
             h = level(h)
         for block in self.mid:
             h = block(h)
-        return self.conv_out(norm_silu(self.norm_out, h, in_place=True))
+        return self.conv_out(self.norm_out(h, in_place=True))
 
 
 class Decoder(nn.Module):
@@ -55,7 +55,7 @@ class Decoder(nn.Module):
         # Lowest resolution first.
         widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv3x3(config.z_channels, widths[0])
         self.mid = middle(widths[0], config.norm_groups, config.dropout)
         self.conv_blocks = nn.ModuleList(
             Level(
@@ -70,8 +70,8 @@ class Decoder(nn.Module):
             )
             for level, width in enumerate(widths)
         )
-        self.norm_out = nn.GroupNorm(config.norm_groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm_out = NormSiLU(config.norm_groups, widths[-1])
+        self.conv_out = Conv3x3(widths[-1], 3)
 
     @property
     def last_layer(self) -> Tensor:
@@ -85,4 +85,4 @@ class Decoder(nn.Module):
             h = block(h)
         for level in self.conv_blocks:
             h = level(h)
-        return self.conv_out(norm_silu(self.norm_out, h, in_place=True))
+        return self.conv_out(self.norm_out(h, in_place=True))

@@ -10,31 +10,31 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen.models.tokenizer.operations import convolve, norm_silu
+from llamagen.models.tokenizer.layers import Conv3x3, NormSiLU
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions around a shortcut: (B, C_in, H, W) -> (B, C_out, H, W)."""
+    """Two normalised 3x3 convolutions and a residual: (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
+        self.norm1 = NormSiLU(groups, in_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.norm2 = NormSiLU(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W)."""
-        normed = norm_silu(self.norm1, x)
-        h = norm_silu(self.norm2, convolve(self.conv1, normed), in_place=True)
-        return convolve(self.conv2, self.dropout(h), shortcut=self.nin_shortcut(x), into=normed)
+        normed = self.norm1(x)
+        h = self.norm2(self.conv1(normed), in_place=True)
+        return self.conv2(self.dropout(h), residual=self.nin_shortcut(x), out=normed)
 
 
 class SpatialAttention(nn.Module):
-    """Single-head self-attention over all positions of a feature map, with a shortcut."""
+    """Single-head self-attention over all positions of a feature map, with a residual."""
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -71,11 +71,11 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, 2 H, 2 W)."""
-        return convolve(self.conv, x, upsample=True)
+        return self.conv(x, upsample=True)
 
 
 class Level(nn.Module):

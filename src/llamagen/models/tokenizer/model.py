@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from llamagen.config import TokenizerConfig
 from llamagen.models.pretrained import PretrainedModel
 from llamagen.models.tokenizer.autoencoder import Decoder, Encoder
+from llamagen.models.tokenizer.layers import Conv3x3, NormSiLU
+from llamagen.models.tokenizer.operations import Operations
 from llamagen.models.tokenizer.quantizer import Quantized, VectorQuantizer
 from llamagen.support.errors import InputError
 
 
 class TokenizerOutput(NamedTuple):
-    """What a training step of the tokenizer needs."""
+    """Result of a forward pass in training."""
 
     reconstruction: Tensor
     """(B, 3, H, W) images, about in [-1, 1]."""
@@ -39,8 +41,14 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
 
+    def set_operations(self, operations: Operations) -> None:
+        """Let ``operations`` compute the layers from now on, in place of torch."""
+        for module in self.modules():
+            if isinstance(module, Conv3x3 | NormSiLU):
+                module.operations = operations
+
     def forward(self, images: Tensor) -> TokenizerOutput:
-        """Reconstructs ``images`` (B, 3, H, W) in [-1, 1], with the straight-through gradient."""
+        """Reconstruct ``images`` (B, 3, H, W) in [-1, 1], with the straight-through gradient."""
         quantized = self.quantize(self.encode_latents(images))
         vectors, latents, _ = quantized
         straight_through = latents + (vectors - latents).detach()
@@ -96,10 +104,10 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
 
 
 def images_to_uint8(images: Tensor) -> Tensor:
-    """Images (..., 3, H, W) in [-1, 1] to bytes, truncated as the paper's evaluation does."""
+    """Convert images (..., 3, H, W) in [-1, 1] to bytes, truncated as in the paper's evaluation."""
     return (127.5 * images.float() + 128.0).clamp_(0, 255).to(torch.uint8)
 
 
 def uint8_to_images(pixels: Tensor) -> Tensor:
-    """Bytes (..., 3, H, W) to float32 images in [-1, 1]."""
+    """Convert bytes (..., 3, H, W) to float32 images in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0

@@ -59,7 +59,7 @@ typedef struct {
   int32_t threads;
   int32_t taps_first;  // weights are (outputs, taps, inputs), not (outputs, inputs, taps)
   const void *x, *weight, *bias;
-  const void *shortcut;  // added to the output; or NULL
+  const void *residual;  // added to the output; or NULL
   void *y;
   float *scratch;        // of convolution_scratch() bytes
 } Convolution;
@@ -71,8 +71,8 @@ typedef struct {
   float eps;
   const void *x, *weight, *bias;
   void *y;         // may be x
-  float *scratch;  // of normalisation_scratch() bytes
-} Normalisation;
+  float *scratch;  // of normalization_scratch() bytes
+} Normalization;
 
 // How a convolution is cut up.
 typedef struct {
@@ -380,9 +380,9 @@ INLINE void finish_tile(const Convolution *c, const Plan *p, int half, int tile,
         if (j >= columns) break;
         v16 sum = y[j] + bias;
         if (new_line) __builtin_prefetch((char *)c->y + at * size + next, 0, 2);
-        if (c->shortcut) {
-          if (new_line) __builtin_prefetch((char *)c->shortcut + at * size + next, 0, 2);
-          sum += get(c->shortcut, at, half);
+        if (c->residual) {
+          if (new_line) __builtin_prefetch((char *)c->residual + at * size + next, 0, 2);
+          sum += get(c->residual, at, half);
         }
         put(c->y, at, half, sum);
       }
@@ -513,17 +513,17 @@ void convolve(const Convolution *c) {
     run_patches_first(c, &p, steps, shared, zeros, rooms);
 }
 
-static int chunks_of(const Normalisation *n) { return (n->pixels + CHUNK - 1) / CHUNK; }
+static int chunks_of(const Normalization *n) { return (n->pixels + CHUNK - 1) / CHUNK; }
 
-// Bytes of scratch that a normalisation needs.
-size_t normalisation_scratch(const Normalisation *n) {
+// Bytes of scratch that a normalization needs.
+size_t normalization_scratch(const Normalization *n) {
   return (size_t)n->images * (chunks_of(n) + 1) * 2 * n->channels * sizeof(float) + 64;
 }
 
 // Sums of a chunk's numbers and their squares, of some channels, to sums (2, channels). Numbers are
 // taken relative to the image's first pixel: squares of large numbers would lose what they differ
 // by.
-INLINE void sum_channels(const Normalisation *n, int half, int vectors, int image, int from, int to,
+INLINE void sum_channels(const Normalization *n, int half, int vectors, int image, int from, int to,
                          int channel, float *sums) {
   size_t start = (size_t)image * n->pixels * n->channels + channel;
   v16 pivot[4], total[4], squares[4];
@@ -543,7 +543,7 @@ INLINE void sum_channels(const Normalisation *n, int half, int vectors, int imag
   }
 }
 
-INLINE void sum_chunk(const Normalisation *n, int half, int image, int chunk, float *sums) {
+INLINE void sum_chunk(const Normalization *n, int half, int image, int chunk, float *sums) {
   int from = chunk * CHUNK, to = from + CHUNK < n->pixels ? from + CHUNK : n->pixels, channel = 0;
   for (; channel + 4 * LANES <= n->channels; channel += 4 * LANES)
     sum_channels(n, half, 4, image, from, to, channel, sums);
@@ -552,7 +552,7 @@ INLINE void sum_chunk(const Normalisation *n, int half, int image, int chunk, fl
 }
 
 // Factor and summand of each channel of an image, to affine (2, channels).
-INLINE void find_affine(const Normalisation *n, int half, int image, const float *sums,
+INLINE void find_affine(const Normalization *n, int half, int image, const float *sums,
                         float *affine) {
   int per_group = n->channels / n->groups, chunks = chunks_of(n);
   size_t start = (size_t)image * n->pixels * n->channels;
@@ -611,7 +611,7 @@ INLINE v16 silu(v16 x, int half) {
 #endif
 }
 
-INLINE void activate_chunk(const Normalisation *n, int half, int image, int chunk,
+INLINE void activate_chunk(const Normalization *n, int half, int image, int chunk,
                            const float *affine) {
   size_t start = (size_t)image * n->pixels * n->channels;
   int from = chunk * CHUNK, to = from + CHUNK < n->pixels ? from + CHUNK : n->pixels;
@@ -624,7 +624,7 @@ INLINE void activate_chunk(const Normalisation *n, int half, int image, int chun
     }
 }
 
-INLINE void normalise(const Normalisation *n, int half) {
+INLINE void normalize(const Normalization *n, int half) {
   int chunks = chunks_of(n), all = n->images * chunks;
   size_t per_chunk = (size_t)2 * n->channels;
   float *sums = (float *)(((size_t)n->scratch + 63) / 64 * 64), *affine = sums + all * per_chunk;
@@ -643,13 +643,13 @@ INLINE void normalise(const Normalisation *n, int half) {
 }
 
 // y = SiLU(GroupNorm(x)).
-void normalise_and_activate(const Normalisation *n) {
+void norm_silu(const Normalization *n) {
   if (n->y != n->x)
     expect(n->y, (size_t)n->images * n->pixels * n->channels * (n->half ? 2 : 4));
   if (n->half)
-    normalise(n, 1);
+    normalize(n, 1);
   else
-    normalise(n, 0);
+    normalize(n, 0);
 }
 
 // What was compiled: 1 for a processor on which this is known to be faster than torch, 2 for one

@@ -1,0 +1,194 @@
+"""The image tokenizer's operations in C: 3x3 convolutions, and GroupNorm with SiLU."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamagen.backends.cpu.build import compiled_library
+from llamagen.models.tokenizer.model import ImageTokenizer
+from llamagen.models.tokenizer.operations import TorchOperations
+
+_SOURCE = Path(__file__).with_name("convolution.c")
+_DTYPES = (torch.float32, torch.bfloat16)
+_LANES = 16
+_PANEL = 32
+
+_MIN_PIXELS = 16 * 16
+"""Of an image's map; below, transforming the weights takes as long as it saves. Not of all images:
+an image must not depend on how many are decoded at once."""
+
+
+def accelerate(tokenizer: ImageTokenizer) -> ImageTokenizer:
+    """Let the kernels compute ``tokenizer`` where they can, and return it.
+
+    Torch computes with gradients, under autocast, when compiled, and on other devices.
+    """
+    tokenizer.set_operations(CpuOperations())
+    return tokenizer
+
+
+class CpuOperations(TorchOperations):
+    """The reference, replaced by the kernels where they support the arguments."""
+
+    def norm_silu(
+        self,
+        x: Tensor,
+        groups: int,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        eps: float,
+        in_place: bool = False,
+    ) -> Tensor:
+        """See ``Operations``."""
+        kernels = _kernels_for(x, weight, bias)
+        channels = x.shape[1]
+        if kernels is None or channels % _LANES or not weight.shape == bias.shape == (channels,):
+            return super().norm_silu(x, groups, weight, bias, eps=eps, in_place=in_place)
+        x, weight, bias = _channels_last(x), weight.contiguous(), bias.contiguous()
+        y = x if in_place else torch.empty_like(x)
+        call = _Normalization(
+            *(x.shape[0], x.shape[2] * x.shape[3], channels, groups),
+            *(x.dtype == torch.bfloat16, torch.get_num_threads(), eps),
+            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr()),
+        )
+        kernels.normalize(call)
+        return y
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        residual: Tensor | None = None,
+        upsample: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See ``Operations``."""
+        scale = 2 if upsample else 1
+        outputs, inputs = weight.shape[:2]
+        shape = (x.shape[0], outputs, scale * x.shape[2], scale * x.shape[3])
+        kernels = _kernels_for(x, weight, bias, *([] if residual is None else [residual]))
+        if (
+            kernels is None
+            or (x.shape[1], *weight.shape[2:], *bias.shape) != (inputs, 3, 3, outputs)
+            or (residual is not None and residual.shape != shape)
+            or inputs % _LANES
+            or outputs % _PANEL
+            or shape[2] * shape[3] < _MIN_PIXELS
+            or (x.dtype == torch.bfloat16 and kernels.has_tiles)
+        ):
+            return super().convolve(x, weight, bias, residual=residual, upsample=upsample, out=out)
+        x, bias = _channels_last(x), bias.contiguous()
+        residual = None if residual is None else _channels_last(residual)
+        if out is None or not _can_hold(out, shape, x.dtype):
+            out = torch.empty(
+                shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last
+            )
+        taps_first = weight.is_contiguous(memory_format=torch.channels_last)
+        weight = weight if taps_first else weight.contiguous()
+        call = _Convolution(
+            *(shape[0], *shape[2:], inputs, outputs),
+            *(x.dtype == torch.bfloat16, upsample, torch.get_num_threads(), taps_first),
+            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
+            *(None if residual is None else residual.data_ptr(), out.data_ptr()),
+        )
+        kernels.convolve(call)
+        return out
+
+
+class _Convolution(ctypes.Structure):
+    """As in ``convolution.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("images", "height", "width", "inputs", "outputs")),
+        *((name, ctypes.c_int32) for name in ("half", "upsampled", "threads", "taps_first")),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y", "scratch")),
+    )
+
+
+class _Normalization(ctypes.Structure):
+    """As in ``convolution.c``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("images", "pixels", "channels", "groups")),
+        *((name, ctypes.c_int32) for name in ("half", "threads")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "scratch")),
+    )
+
+
+class _Kernels:
+    """Functions of the compiled library, and the scratch memory of each thread that calls them."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        library.convolution_scratch.restype = ctypes.c_size_t
+        library.normalization_scratch.restype = ctypes.c_size_t
+        features = int(library.convolution_features())
+        self.is_fast = bool(features & 1)
+        self.has_tiles = bool(features & 2)
+        # Kept between calls: fresh memory costs as much as the computation in it.
+        self._local = threading.local()
+
+    def convolve(self, call: _Convolution) -> None:
+        """Compute ``call.y``."""
+        self._run(self._library.convolve, self._library.convolution_scratch, call)
+
+    def normalize(self, call: _Normalization) -> None:
+        """Compute ``call.y``."""
+        self._run(self._library.norm_silu, self._library.normalization_scratch, call)
+
+    def _run(self, function: Any, scratch_size: Any, call: _Convolution | _Normalization) -> None:
+        size = scratch_size(ctypes.byref(call))
+        scratch: Tensor | None = getattr(self._local, "scratch", None)
+        if scratch is None or scratch.numel() < size:
+            scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self._local.scratch = scratch
+        call.scratch = scratch.data_ptr()
+        function(ctypes.byref(call))
+
+
+def _kernels_for(*tensors: Tensor) -> _Kernels | None:
+    """Return the kernels if they can compute with ``tensors`` in the present modes of torch."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    dtype = tensors[0].dtype
+    if dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+        return None
+    if any(t.device.type != "cpu" or t.dtype != dtype or t.numel() == 0 for t in tensors):
+        return None
+    return load_kernels()
+
+
+@functools.cache
+def load_kernels() -> _Kernels | None:
+    """Return the kernels for this machine, compiled on the first call; None where there are none
+    or torch is faster.
+    """
+    library = compiled_library(source=_SOURCE)
+    if library is None:
+        return None
+    kernels = _Kernels(library)
+    return kernels if kernels.is_fast else None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _can_hold(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return (
+        out.shape == shape
+        and out.dtype == dtype
+        and out.device.type == "cpu"
+        and out.is_contiguous(memory_format=torch.channels_last)
+    )
