@@ -31,7 +31,6 @@ from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder, open_image
 from llamagen.data.views import Views
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
-from llamagen.models.tokenizer.operations import torch_only
 from llamagen.support.devices import DTYPES, find_device, find_dtype, keep_freed_memory
 
 PLAIN, OURS, COMPILED = "one at a time", "llamagen", "llamagen, compiled"
@@ -59,7 +58,6 @@ def write_images(folder: Path, count: int, side: int) -> None:
         Image.fromarray(pixels).save(path, quality=90)
 
 
-@torch_only()
 @torch.inference_mode()
 def one_at_a_time(tokenizer: ImageTokenizer, images: ImageFolder, size: int, out: Path) -> None:
     """Batches of one image in the ordinary memory layout, and two small files for each."""

@@ -18,9 +18,9 @@ import torch
 from common import median_and_spread, print_table, record, time_in_turn
 from torch import Tensor
 
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import TOKENIZER_PRESETS, preset
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.models.tokenizer.operations import torch_only
 from llamagen.support.devices import DTYPES, find_device, keep_freed_memory
 
 PLAIN = "plain torch, float32"
@@ -28,24 +28,16 @@ PLAIN = "plain torch, float32"
 
 def plain_encode(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) to codes (B, h, w)."""
-    with torch_only():
-        latents = tokenizer.encoder(images.contiguous())
-        codes: Tensor = tokenizer.quantize(tokenizer.quant_conv(latents)).codes
+    latents = tokenizer.encoder(images.contiguous())
+    codes: Tensor = tokenizer.quantize(tokenizer.quant_conv(latents)).codes
     return codes
 
 
 def plain_decode(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
     """Codes (B, h, w) to images (B, 3, H, W)."""
-    with torch_only():
-        vectors = tokenizer.quantize.lookup(codes).contiguous()
-        images: Tensor = tokenizer.decoder(tokenizer.post_quant_conv(vectors))
+    vectors = tokenizer.quantize.lookup(codes).contiguous()
+    images: Tensor = tokenizer.decoder(tokenizer.post_quant_conv(vectors))
     return images
-
-
-def by_torch(run: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-    """What the package did without kernels: torch with channels last."""
-    with torch_only():
-        return run(given)
 
 
 @torch.inference_mode()
@@ -59,10 +51,11 @@ def measure(
         PLAIN: functools.partial(plain_encode, plain, images)
     }
     for name, model in models.items():
-        decode[f"torch, {name}"] = functools.partial(by_torch, model.decode, codes)
-        encode[f"torch, {name}"] = functools.partial(by_torch, model.encode, images)
-        decode[f"llamagen, {name}"] = functools.partial(model.decode, codes)
-        encode[f"llamagen, {name}"] = functools.partial(model.encode, images)
+        fast = accelerate(copy.deepcopy(model))
+        decode[f"torch, {name}"] = functools.partial(model.decode, codes)
+        encode[f"torch, {name}"] = functools.partial(model.encode, images)
+        decode[f"llamagen, {name}"] = functools.partial(fast.decode, codes)
+        encode[f"llamagen, {name}"] = functools.partial(fast.encode, images)
     found = {}
     for what, runs in (("decode", decode), ("encode", encode)):
         seconds = time_in_turn(runs, repeats=repeats)

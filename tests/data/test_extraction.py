@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import llamagen.support.storage as storage
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data import extraction, store
 from llamagen.data.captions import Caption
 from llamagen.data.extraction import extract_in_processes, extract_store
@@ -126,7 +127,7 @@ def test_in_bfloat16(tokenizer, images, tmp_path):
     low = torch.bfloat16
     done = extract_store(tokenizer, images, VIEWS, tmp_path / "a", batch_size=1, dtype=low).store
     assert done.manifest.plan.precision == "bfloat16"
-    expected = encoded(tiny_tokenizer().to(low), images, VIEWS)
+    expected = encoded(accelerate(tiny_tokenizer().to(low)), images, VIEWS)
     np.testing.assert_array_equal(done.shard(0), expected)
     # The given tokenizer is as it was, and is the one that the store knows.
     assert tokenizer.dtype == torch.float32

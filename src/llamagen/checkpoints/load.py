@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints.infer import infer_tokenizer_config, infer_transformer_config
 from llamagen.checkpoints.names import PublicModel
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
@@ -100,13 +101,13 @@ def _tokenizer(
 ) -> ImageTokenizer:
     checkpoint = opened.checkpoint
     if checkpoint is None:
-        return ImageTokenizer.from_folder(opened.folder, device=device, dtype=dtype)
+        return accelerate(ImageTokenizer.from_folder(opened.folder, device=device, dtype=dtype))
     _require_kind(checkpoint, ImageTokenizer.kind)
     if opened.public is None:
         config = infer_tokenizer_config(checkpoint)
     else:
         config = TOKENIZER_PRESETS[opened.public.preset]
-    return ImageTokenizer.from_tensors(
+    model = ImageTokenizer.from_tensors(
         config,
         checkpoint.tensors,
         shapes=checkpoint.shapes,
@@ -114,6 +115,7 @@ def _tokenizer(
         device=device,
         dtype=dtype,
     )
+    return accelerate(model)
 
 
 def _transformer(

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data.collection import ImageCollection
 from llamagen.data.loader import image_views
 from llamagen.data.processes import become_child, run_children
@@ -205,7 +206,7 @@ class _Job:
 
     def shard_maker(self, plan: StorePlan) -> MakeShard:
         """Encodes the images of a shard."""
-        encoder = self.tokenizer
+        encoder = accelerate(self.tokenizer)
         if encoder.dtype != self.dtype or encoder.training:
             encoder = copy.deepcopy(encoder).to(self.dtype).eval()
         if self.compiled:

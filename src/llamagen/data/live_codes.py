@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import Grid, TransformerConfig
 from llamagen.data.captions import Captions
 from llamagen.data.collection import ImageCollection
@@ -50,7 +51,7 @@ class LiveCodes:
             workers: threads that read images.
             encoder: the tokenizer in another precision, to encode with.
         """
-        self._encoder = encoder or tokenizer
+        self._encoder = accelerate(encoder or tokenizer)
         self._images = images
         self._views = views
         self._skipped = skipped

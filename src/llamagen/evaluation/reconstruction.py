@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data.crops import center_crop
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.evaluation.metrics.ssim import WINDOW
@@ -102,7 +103,7 @@ def batch_limit(tokenizer: ImageTokenizer, height: int, width: int) -> int:
 def encode_and_decode(tokenizer: ImageTokenizer, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return codes (B, h, w) of bytes (B, H, W, 3), and their float32 images (B, 3, H, W)."""
     images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device)
-    codes = tokenizer.encode(uint8_to_images(images))
+    codes = accelerate(tokenizer).encode(uint8_to_images(images))
     return codes, tokenizer.decode(codes).float()
 
 

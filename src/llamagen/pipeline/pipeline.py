@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import llamagen.checkpoints as checkpoints
 import llamagen.support.labels as label_files
 import llamagen.support.storage as storage
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.generation.batch import check_share
@@ -115,7 +116,7 @@ class Pipeline:
                     f"there are {len(labels)} class names but the transformer has "
                     f"{transformer.config.num_classes} classes; give one name per class"
                 )
-        self.tokenizer = tokenizer
+        self.tokenizer = accelerate(tokenizer)
         self.transformer = transformer
         self.labels = labels
         self.name = name

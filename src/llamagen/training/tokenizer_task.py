@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import llamagen.support.storage as storage
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
 from llamagen.data.collection import ImageCollection
@@ -127,7 +128,7 @@ class TokenizerTask(Task):
         self.recipe = recipe
         self.images = images
         self.data = images.identity
-        self.model = model
+        self.model = accelerate(model)
         if recipe.trained == "decoder":
             for part in (model.encoder, model.quant_conv, model.quantize):
                 part.requires_grad_(False)

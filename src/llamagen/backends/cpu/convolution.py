@@ -90,9 +90,7 @@ class CpuOperations(TorchOperations):
         x, bias = _channels_last(x), bias.contiguous()
         residual = None if residual is None else _channels_last(residual)
         if out is None or not _can_hold(out, shape, x.dtype):
-            out = torch.empty(
-                shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last
-            )
+            out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
         taps_first = weight.is_contiguous(memory_format=torch.channels_last)
         weight = weight if taps_first else weight.contiguous()
         call = _Convolution(
