@@ -1,7 +1,7 @@
-// One step of decoding on a CPU: a code of each sequence in, logits of the next ones out.
+// One step of a transformer on a CPU: tokens of several sequences in, logits out.
 //
 // The whole step is one call. Its threads take pieces of each phase (sixteen outputs of a product,
-// a head of a sequence) and meet in between. Statistics, sums, shortcuts and softmax are in
+// a head of a sequence) and meet in between. Statistics, sums, residuals and softmax are in
 // float32; what is multiplied is rounded to bfloat16 where the weights are.
 
 #include <stdlib.h>
@@ -25,27 +25,29 @@ typedef struct {
   int32_t half;    // activations and cache are bfloat16, not float32
   float eps;
   const Layer *layer;
-  const void *embedding;  // (codes, width), in the precision of the cache
   const float *norm;
   Matrix output;
 } Model;
 
+// Rows are tokens. Those of a sequence are neighbours.
 typedef struct {
-  int32_t rows, threads;
-  int32_t window;         // positions fed to each sequence, one row after the other
-  const int64_t *codes;   // (rows,) fed
-  const int32_t *place;   // (rows,) position that each code takes in the cache
-  const int32_t *first;   // (rows,) first position that is attended to
-  const int32_t *cell;    // (rows,) row of the table that each code turns by
-  const float *rope;      // (cells, head_dim / 2, 2)
-  void *const *keys;      // per layer (rows / window, kv_heads, positions, head_dim)
+  int32_t rows, sequences, threads;
+  int32_t outputs;                // rows whose logits are wanted; at most all
+  const void *const *embeddings;  // (rows,) of (width,) each, in the precision of the model
+  const int32_t *positions;       // (rows,) in the cache; a row attends to all up to its own
+  const int32_t *cells;           // (rows,) row of `rope` whose angles apply
+  const int32_t *starts;          // (sequences + 1,) first row of each sequence; then `rows`
+  const int32_t *slots;           // (sequences,) number of each sequence in the cache
+  const int32_t *wanted;          // (outputs,) rows whose logits are wanted; NULL for all of them
+  const float *rope;              // (cells, head_dim / 2, 2) cosines and sines
+  void *const *keys;              // per layer (slots, kv_heads, positions, head_dim)
   void *const *values;
-  float *const *key_scales;  // per layer (rows / window, kv_heads, positions) where keys and values
-  float *const *value_scales;  // are whole numbers of eight bits; NULL where they are floats
-  int64_t row_stride, head_stride;  // of keys and values, in numbers
-  float *logits;          // (rows, codes)
-  void *scratch;          // of decode_scratch() bytes
-  double *seconds;        // (3,) products, attention and the rest are added to; or NULL
+  float *const *key_scales;       // per layer (slots, kv_heads, positions) of int8 keys; or NULL
+  float *const *value_scales;
+  int64_t slot_stride, head_stride;  // of keys and values, in elements
+  float *logits;                  // (outputs, codes)
+  void *scratch;                  // of decode_scratch() bytes
+  double *seconds;                // (3,) products, attention and the rest are added to; or NULL
 } Step;
 
 // What the threads share; all of it in `scratch`.
@@ -56,6 +58,7 @@ typedef struct {
   float *qkv;          // (rows, heads of queries, keys and values)
   Activations attended;
   float *mixed;        // for tiles: the same before, (rows, heads * head_dim)
+  float *selected;     // shortcut of the rows whose logits are wanted, where those are not all
   Activations inner;   // hidden
   float *tops;         // for tiles (threads, padded): the largest sizes in inner
 } Shared;
@@ -91,6 +94,7 @@ static size_t divide(const Model *m, int rows, int threads, char *scratch, Share
   TAKE(s->shortcut, (size_t)padded * m->width * 4);
   TAKE(s->qkv, (size_t)rows * heads * m->head_dim * 4);
   TAKE(s->mixed, s->layout.tiles ? (size_t)rows * m->heads * m->head_dim * 4 : 0);
+  TAKE(s->selected, (size_t)padded * m->width * 4);
   TAKE_ACTIVATIONS(s->normed, m->width);
   TAKE_ACTIVATIONS(s->attended, m->heads * m->head_dim);
   TAKE_ACTIVATIONS(s->inner, m->hidden);
@@ -109,17 +113,16 @@ static size_t own_room(const Model *m, int rows, int positions) {
   return tiles + aligned(scores > weights ? scores : weights);
 }
 
-// Bytes of scratch that a step needs for `rows` sequences of up to `positions` positions.
+// Bytes of scratch that a step needs for `rows` tokens of sequences of up to `positions` positions.
 size_t decode_scratch(const Model *m, int32_t rows, int32_t positions, int32_t threads) {
   Shared s;
   return divide(m, rows, threads, NULL, &s) + threads * own_room(m, rows, positions) + 64;
 }
 
-// Sixteen numbers of a code's embedding.
-INLINE v16 embedding_of(const Model *m, int64_t code, int index) {
-  size_t at = (size_t)code * m->width + index;
-  return m->half ? load_bf16((const bf16 *)m->embedding + at)
-                 : load_f32((const float *)m->embedding + at);
+// Sixteen numbers of a row's embedding.
+INLINE v16 embedding_of(const Model *m, const void *embedding, int index) {
+  return m->half ? load_bf16((const bf16 *)embedding + index)
+                 : load_f32((const float *)embedding + index);
 }
 
 // One row, or sixteen for tiles.
@@ -128,14 +131,14 @@ static void embed(const Model *m, const Step *step, const Shared *s, int piece) 
   if (!l->tiles) {
     for (int i = 0; i < m->width; i += LANES)
       store_f32(s->shortcut + (size_t)piece * m->width + i,
-                embedding_of(m, step->codes[piece], i));
+                embedding_of(m, step->embeddings[piece], i));
     return;
   }
   int first = piece * LANES;
   for (int i = 0; i < m->width; i += LANES) {
     v16 x[LANES];
     for (int j = 0; j < LANES; j++)
-      x[j] = first + j < l->rows ? embedding_of(m, step->codes[first + j], i) : splat(0);
+      x[j] = first + j < l->rows ? embedding_of(m, step->embeddings[first + j], i) : splat(0);
     transpose(x);
     for (int j = 0; j < LANES; j++)
       store_f32(s->shortcut + (size_t)(i + j) * l->padded + first, x[j]);
@@ -257,29 +260,29 @@ static void inner_to_whole(const Shared *s, const Team *team, int piece) {
   lanes_to_whole(l, s->inner, lane, top);
 }
 
-// One new position's key and value of a head join the cache.
+// One row's key and value of a head join the cache.
 static void join(const Model *m, const Step *step, const Shared *s, int row, int kv, Kept keys,
                  Kept values) {
   int size = m->head_dim;
   float *key = s->qkv + ((size_t)row * (m->heads + 2 * m->kv_heads) + m->heads + kv) * size;
   float *value = key + (size_t)m->kv_heads * size;
-  turn(key, step->rope + (size_t)step->cell[row] * size, size);
-  keep(keys, m->half, step->place[row], key, size);
-  keep(values, m->half, step->place[row], value, size);
+  turn(key, step->rope + (size_t)step->cells[row] * size, size);
+  keep(keys, m->half, step->positions[row], key, size);
+  keep(values, m->half, step->positions[row], value, size);
 }
 
-// Attention of one new position's heads that share a key; `then` is what is read next.
+// Attention of one row's heads that share a key; `then` is what is read next.
 static void attend(const Model *m, const Step *step, const Shared *s, int row, int kv, Kept keys,
                    Kept values, float *scores, const char *then) {
   int size = m->head_dim, group = m->heads / m->kv_heads;
-  int first = step->first[row], place = step->place[row];
-  const float *rope = step->rope + (size_t)step->cell[row] * size;
+  int position = step->positions[row];
+  const float *rope = step->rope + (size_t)step->cells[row] * size;
   float *queries = s->qkv + (size_t)row * (m->heads + 2 * m->kv_heads) * size;
   float out[WIDEST_HEAD + LANES];
   for (int head = kv * group; head < (kv + 1) * group; head++) {
     float *query = queries + (size_t)head * size;
     turn(query, rope, size);
-    attend_query(&(Attention){keys, values, query, size, first, place, scores, out, then}, m->half);
+    attend_query(&(Attention){keys, values, query, size, 0, position, scores, out, then}, m->half);
     if (s->layout.tiles)
       memcpy(s->mixed + ((size_t)row * m->heads + head) * size, out, size * sizeof(float));
     else
@@ -293,23 +296,41 @@ static void attend(const Model *m, const Step *step, const Shared *s, int row, i
 INLINE Kept head_of(const Model *m, const Step *step, void *const *cache, float *const *scales,
                     int layer, int piece) {
   int sequence = piece / m->kv_heads, kv = piece % m->kv_heads;
-  size_t start = sequence * step->row_stride + kv * step->head_stride;
+  size_t start = step->slots[sequence] * step->slot_stride + kv * step->head_stride;
   return (Kept){(char *)cache[layer] + start * kept_bytes(m->half, scales != NULL),
                 scales ? scales[layer] + start / m->head_dim : NULL};
 }
 
-// A sequence's new positions, of the heads that share a key: each sees those before it too.
+// A sequence's rows, of the heads that share a key: each sees those before it too.
 static void attend_all(const Model *m, const Step *step, const Shared *s, int layer, int piece,
                        float *scores, int ahead) {
-  int kv = piece % m->kv_heads, from = piece / m->kv_heads * step->window;
-  int to = from + step->window;
+  int sequence = piece / m->kv_heads, kv = piece % m->kv_heads;
+  int from = step->starts[sequence], to = step->starts[sequence + 1];
   Kept keys = head_of(m, step, step->keys, step->key_scales, layer, piece);
   Kept values = head_of(m, step, step->values, step->value_scales, layer, piece);
-  int more = ahead < step->rows / step->window * m->kv_heads;
+  int more = ahead < step->sequences * m->kv_heads;
   const char *next = more ? head_of(m, step, step->keys, step->key_scales, layer, ahead).data : NULL;
   for (int row = from; row < to; row++) join(m, step, s, row, kv, keys, values);
   for (int row = from; row < to; row++)
     attend(m, step, s, row, kv, keys, values, scores, row + 1 < to ? keys.data : next);
+}
+
+// The shortcuts of the rows whose logits are wanted come together: one row, or for tiles sixteen
+// numbers of all rows.
+static void select_rows(const Model *m, const Step *step, const Shared *s, const Layout *selected,
+                        int piece) {
+  if (!selected->tiles) {
+    size_t width = m->width;
+    memcpy(s->selected + piece * width, s->shortcut + step->wanted[piece] * width,
+           width * sizeof(float));
+    return;
+  }
+  for (int i = piece * LANES; i < (piece + 1) * LANES; i++) {
+    const float *from = s->shortcut + (size_t)i * s->layout.padded;
+    float *into = s->selected + (size_t)i * selected->padded;
+    for (int row = 0; row < selected->padded; row++)
+      into[row] = row < selected->rows ? from[step->wanted[row]] : 0;
+  }
 }
 
 // What a step's time goes to.
@@ -351,6 +372,23 @@ static double now(void) {
     });                                                                                 \
   } while (0)
 
+// The logits of the rows that are wanted.
+static void run_head(const Model *m, const Step *step, const Shared *s, Team *team, float *tile,
+                     char *rest, double *seconds) {
+  Shared head = *s;
+  const Layout *l = &head.layout;
+  double begin = seconds ? now() : 0;
+  if (step->wanted) {
+    head.layout = layout_of(m, step->outputs);
+    PHASE(REST, l->tiles ? m->width / LANES : l->rows, select_rows(m, step, s, l, piece));
+    head.shortcut = s->selected;
+  }
+  size_t piece_size = (size_t)OUTPUTS * l->padded;
+  PHASE(REST, l->tiles ? l->padded / LANES : l->rows, normalise(m, &head, m->norm, piece));
+  PRODUCTS_PHASE(m->output, product(&m->output, l, head.normed, piece, pieces, tile, rest, ahead),
+                 spread(l, found, step->logits, m->codes, output));
+}
+
 // One thread's part of a step; `seconds` is where the first one counts its time, or NULL.
 static void run(const Model *m, const Step *step, const Shared *s, Team *team, int number,
                 char *room, double *seconds) {
@@ -369,7 +407,7 @@ static void run(const Model *m, const Step *step, const Shared *s, Team *team, i
     PHASE(REST, norms, normalise(m, s, w->attention_norm, piece));
     PRODUCTS_PHASE(w->qkv, product(&w->qkv, l, s->normed, piece, pieces, tile, rest, ahead),
                    spread(l, found, s->qkv, row_width, output));
-    PHASE(ATTENTION, l->rows / step->window * m->kv_heads,
+    PHASE(ATTENTION, step->sequences * m->kv_heads,
           attend_all(m, step, s, layer, piece, (float *)rest, ahead));
     if (l->tiles) PHASE(REST, norms, into_tiles(l, s->mixed, s->attended, piece));
     else if (l->whole) PHASE(REST, norms, row_to_whole(l, s->attended, piece));
@@ -385,9 +423,7 @@ static void run(const Model *m, const Step *step, const Shared *s, Team *team, i
     PRODUCTS_PHASE(w->down, product(&w->down, l, s->inner, piece, pieces, tile, rest, ahead),
                    add_to_shortcut(m, s, found, output));
   }
-  PHASE(REST, norms, normalise(m, s, m->norm, piece));
-  PRODUCTS_PHASE(m->output, product(&m->output, l, s->normed, piece, pieces, tile, rest, ahead),
-                 spread(l, found, step->logits, m->codes, output));
+  if (step->outputs) run_head(m, step, s, team, tile, rest, seconds);
   if (l->tiles) tiles_end();
 }
 
@@ -397,7 +433,7 @@ void decode_step(const Model *m, const Step *step) {
   size_t used = divide(m, step->rows, step->threads, scratch, &shared);
   int positions = 0;
   for (int row = 0; row < step->rows; row++)
-    if (step->place[row] >= positions) positions = step->place[row] + 1;
+    if (step->positions[row] >= positions) positions = step->positions[row] + 1;
   size_t own = own_room(m, step->rows, positions);
   Team team;
   team_init(&team, step->threads);

@@ -17,9 +17,9 @@ from llamagen.backends.cpu.build import compiled_library
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 
-MOST_CODES = 1 << 20
+MAX_CODES = 1 << 20
 """Codes of a codebook that a draw can take."""
-WIDEST_HEAD = 256
+MAX_HEAD_DIM = 256
 OUTPUTS = 16
 """Outputs of a matrix are computed so many at a time."""
 INPUTS = 32
@@ -67,7 +67,6 @@ class Model(ctypes.Structure):
         ("half", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("layer", ctypes.POINTER(Layer)),
-        ("embedding", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("output", Matrix),
     )
@@ -78,18 +77,21 @@ class Step(ctypes.Structure):
 
     _fields_ = (
         ("rows", ctypes.c_int32),
+        ("sequences", ctypes.c_int32),
         ("threads", ctypes.c_int32),
-        ("window", ctypes.c_int32),
-        ("codes", ctypes.c_void_p),
-        ("place", ctypes.c_void_p),
-        ("first", ctypes.c_void_p),
-        ("cell", ctypes.c_void_p),
+        ("outputs", ctypes.c_int32),
+        ("embeddings", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
+        ("cells", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("wanted", ctypes.c_void_p),
         ("rope", ctypes.c_void_p),
         ("keys", ctypes.POINTER(ctypes.c_void_p)),
         ("values", ctypes.POINTER(ctypes.c_void_p)),
         ("key_scales", ctypes.POINTER(ctypes.c_void_p)),
         ("value_scales", ctypes.POINTER(ctypes.c_void_p)),
-        ("row_stride", ctypes.c_int64),
+        ("slot_stride", ctypes.c_int64),
         ("head_stride", ctypes.c_int64),
         ("logits", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
@@ -132,11 +134,11 @@ class Kernels:
         return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
 
     def scratch_bytes(self, model: Model, rows: int, positions: int, threads: int) -> int:
-        """Bytes of ``Step.scratch`` for ``rows`` sequences of up to ``positions`` positions."""
+        """Bytes of ``Step.scratch`` for ``rows`` tokens that attend to up to ``positions``."""
         return int(self._library.decode_scratch(ctypes.byref(model), rows, positions, threads))
 
     def decode_step(self, model: Model, step: Step) -> None:
-        """Computes the logits, and fills one position of each sequence's keys and values."""
+        """Compute the logits, and store the keys and values of what is fed."""
         self._library.decode_step(ctypes.byref(model), ctypes.byref(step))
 
     def draw_codes(self, draws: np.ndarray, codes: int) -> None:
@@ -157,6 +159,62 @@ def load_kernels() -> Kernels | None:
     return None if library is None else Kernels(library)
 
 
-def addresses(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    """Where tensors begin, as the kernels take lists of them."""
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def address(
+    tensor: Tensor,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    stride: Sequence[int] | None = None,
+) -> int:
+    """Return where a tensor begins, for the kernels.
+
+    They believe what they are told, so this is checked: its type, its shape, and that it is
+    contiguous or has the given strides, in the memory of the CPU.
+    """
+    if tensor.dtype != dtype or tensor.shape != tuple(shape) or tensor.device.type != "cpu":
+        raise ValueError(
+            f"a tensor is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
+            f"{tuple(shape)} {dtype} on a CPU"
+        )
+    fits = tensor.is_contiguous() if stride is None else tensor.stride() == tuple(stride)
+    if not fits:
+        raise ValueError(
+            f"strides are {tensor.stride()}, expected {stride or 'those as allocated'}"
+        )
+    return tensor.data_ptr()
+
+
+def addresses(
+    tensors: Sequence[Tensor],
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    stride: Sequence[int] | None = None,
+) -> ctypes.Array[ctypes.c_void_p]:
+    """Return where tensors begin, as the kernels take lists of them; see ``address``."""
+    found = (address(tensor, dtype, shape, stride) for tensor in tensors)
+    return (ctypes.c_void_p * len(tensors))(*found)
+
+
+def array_address(array: np.ndarray, dtype: type, shape: Sequence[int]) -> int:
+    """Return where an array of NumPy's begins; see ``address``."""
+    if array.dtype != dtype or array.shape != tuple(shape) or not array.flags.c_contiguous:
+        raise ValueError(
+            f"an array is {array.shape} {array.dtype}, expected contiguous {tuple(shape)} "
+            f"{np.dtype(dtype)}"
+        )
+    return int(array.ctypes.data)
+
+
+def row_addresses(matrix: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Return where rows of a contiguous matrix begin, as unsigned integers."""
+    start = address(matrix, matrix.dtype, matrix.shape)
+    return np.uintp(start) + rows.astype(np.uintp) * np.uintp(matrix.stride(0) * matrix.itemsize)
+
+
+def check_indices(values: np.ndarray, count: int, low: int, end: int, name: str) -> None:
+    """Raise ValueError unless ``values`` are ``count`` integers from ``low`` to below ``end``."""
+    if values.shape != (count,) or values.dtype.kind != "i":
+        raise ValueError(f"{name} are {values.shape} {values.dtype}, expected {count} integers")
+    if count and not (low <= values.min() and values.max() < end):
+        raise ValueError(
+            f"{name} run from {values.min()} to {values.max()}, expected {low} to {end - 1}"
+        )
