@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from llamagen.pipeline import Pipeline
 
 
+_CLASSIFIER_FOLDER = "classifier"
+
+
 def sampling_values(options: Any) -> dict[str, Any]:
     """Return the sampling settings among a command's options by name, None where not given."""
     names = [setting.name for setting in sampling_settings()]
@@ -50,16 +53,17 @@ class NetworkOptions:
 
     def open(self, out: Path, reference: ImageSet | None, device: torch.device) -> FeatureNetwork:
         """Finds, downloads or trains the network; to be called in every process."""
-        from llamagen.evaluation.networks.select import (
-            CLASSIFIER_FOLDER,
+        from llamagen.evaluation.networks import InceptionV3
+        from llamagen.evaluation.networks.train_classifier import (
+            ClassifierTraining,
             open_classifier,
-            open_inception,
         )
-        from llamagen.evaluation.networks.train_classifier import ClassifierTraining
+        from llamagen.support import distributed
 
         if self.network == "inception":
             try:
-                return open_inception(self.inception, device)
+                with distributed.main_first():
+                    return InceptionV3.from_weights(self.inception, device=device)
             except InputError as error:
                 raise InputError(
                     f"{error}; or compare in a classifier's features with --network classifier"
@@ -68,7 +72,7 @@ class NetworkOptions:
             raise InputError(f"--classifier-steps is {self.classifier_steps}, expected at least 1")
         training = ClassifierTraining(steps=self.classifier_steps, flip=self.classifier_flip)
         return open_classifier(
-            self.classifier or out / CLASSIFIER_FOLDER, reference, device, training
+            self.classifier or out / _CLASSIFIER_FOLDER, reference, device, training
         )
 
 

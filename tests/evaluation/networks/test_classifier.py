@@ -44,7 +44,7 @@ def test_learns(images, tmp_path):
     loaded = load_classifier(tmp_path / "c")
     assert loaded.fingerprint() == made.fingerprint()
     assert loaded.labels.names == ("left", "right")
-    assert loaded.name.endswith("(2 classes, 100% right on held-out images)")
+    assert ClassifierFeatures(loaded).name.endswith("(2 classes, 100% right on held-out images)")
     assert not list((tmp_path / "c").glob(".*"))
     pixels = torch.from_numpy(images.read(0, 60)).movedim(-1, 1)
     found = ClassifierFeatures(loaded)(pixels)
@@ -54,8 +54,8 @@ def test_learns(images, tmp_path):
     assert ClassifierFeatures(loaded)(pixels.repeat_interleave(2, -1)).pool.shape == (60, 16)
 
 
-def test_goes_on_where_it_was_interrupted(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_SAVED_EVERY", 15)
+def test_resumes(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_SAVE_EVERY", 15)
     whole = train_classifier(images, tmp_path / "whole", SMALL, QUICK)
 
     class Stopping:
@@ -74,7 +74,7 @@ def test_goes_on_where_it_was_interrupted(images, tmp_path, monkeypatch):
     assert again.fingerprint() == whole.fingerprint()
 
 
-def test_images_without_classes(images, tmp_path):
+def test_rejects_images_without_classes(images, tmp_path):
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (8, 8)).save(flat / "a.png")

@@ -20,7 +20,6 @@ import llamagen.support.storage as storage
 from llamagen.config import read_json
 from llamagen.evaluation.features import NetworkOutput
 from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel
-from llamagen.support.errors import InputError
 from llamagen.support.labels import FILE_NAME, Labels
 
 _MEASURED_NAME = "measured.json"
@@ -31,7 +30,7 @@ class ClassifierConfig:
     """Architecture of the classifier."""
 
     classes: int
-    """How many it tells apart."""
+    """Number of classes."""
     size: int = 32
     """Side in pixels that images are resized to."""
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -45,13 +44,13 @@ class ClassifierConfig:
 
 
 class Classifier(PretrainedModel[ClassifierConfig]):
-    """A residual network of a few layers. Its features are the last level's mean."""
+    """A small residual network; its features are the mean of the last level."""
 
     config_class = ClassifierConfig
     kind: ClassVar[str] = "classifier"
     labels: Labels | None = None
     accuracy: float | None = None
-    """On images that it was not trained on, from 0 to 1."""
+    """On held-out images, from 0 to 1."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -62,12 +61,6 @@ class Classifier(PretrainedModel[ClassifierConfig]):
             _Level(a, b) for a, b in zip(config.channels, rest, strict=False)
         )
         self.head = nn.Linear(config.channels[-1], config.classes)
-
-    @property
-    def name(self) -> str:
-        """For reports: never to be mistaken for Inception."""
-        known = "" if self.accuracy is None else f", {self.accuracy:.0%} right on held-out images"
-        return f"classifier trained on the reference ({self.config.classes} classes{known})"
 
     def features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to (B, channels)."""
@@ -91,12 +84,16 @@ class Classifier(PretrainedModel[ClassifierConfig]):
 
 
 class ClassifierFeatures:
-    """A trained classifier as a network to compare images with."""
+    """A trained classifier as a ``FeatureNetwork``."""
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
-        self.name = classifier.name
         self.fingerprint = f"classifier {classifier.fingerprint()}"
+        accuracy = classifier.accuracy
+        known = "" if accuracy is None else f", {accuracy:.0%} right on held-out images"
+        self.name = (
+            f"classifier trained on the reference ({classifier.config.classes} classes{known})"
+        )
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> NetworkOutput:
@@ -107,22 +104,20 @@ class ClassifierFeatures:
 
 
 def load_classifier(folder: Path, *, device: torch.device | str = "cpu") -> Classifier:
-    """Reads what ``train_classifier`` has written.
+    """Read the files of ``save_classifier``.
 
     Raises:
         FileNotFoundError: there is no such folder.
         InputError: it holds something else.
     """
-    model = Classifier.from_pretrained(folder).to(device)
-    if not isinstance(model, Classifier):
-        raise InputError(f"{folder} holds no classifier")
+    model = Classifier.from_folder(folder, device=device)
     model.labels = Labels.load(folder / FILE_NAME)
     model.accuracy = float(read_json(folder / _MEASURED_NAME)["accuracy"])
     return model.eval()
 
 
 def save_classifier(model: Classifier, folder: Path) -> None:
-    """Writes what ``load_classifier`` reads; the configuration last."""
+    """Write the model, its class names and accuracy; the configuration last."""
     assert model.labels is not None
     with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
         model.save_pretrained(temporary)

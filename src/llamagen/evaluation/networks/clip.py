@@ -1,6 +1,6 @@
 """CLIP: how well images fit captions (arXiv 2103.00020), through ``transformers``.
 
-Shapes: B images or captions, D numbers of a feature, H x W pixels, S x S those that CLIP sees.
+Shapes: B images or captions, D numbers of a feature, H x W pixels, S x S pixels of CLIP's input.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from llamagen.support.errors import InputError
 from llamagen.text.transformers_library import import_transformers, loading
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
-"""What most CLIP scores are given for."""
+"""The model of most published CLIP scores."""
 CAPTION_PREFIX = "A photo depicts "
-"""What CLIP score puts before a caption (arXiv 2104.08718, section 3)."""
+"""Precedes every caption in the CLIP score (arXiv 2104.08718, section 3)."""
 
 _REMEDY = "give a folder or hub repository with its weights and its tokenizer"
 
@@ -34,15 +34,15 @@ _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
 
 class ClipEncoder(nn.Module):
-    """CLIP's two encoders: images and captions to features whose product says how they fit."""
+    """CLIP's two encoders: images and captions to features whose product is their similarity."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
-        """Puts the parts together: ``from_pretrained`` makes them.
+        """Of parts that ``from_pretrained`` loads.
 
         Args:
             model: ``transformers.CLIPModel``.
             tokenizer: its tokenizer, of ``transformers``.
-            name: what it is called in reports.
+            name: its name in reports.
         """
         super().__init__()
         # As Any: its class is known to ``transformers`` only.
@@ -56,7 +56,7 @@ class ClipEncoder(nn.Module):
     def from_pretrained(
         cls, source: str | Path = DEFAULT_CLIP, *, device: torch.device | str = "cpu"
     ) -> Self:
-        """Loads CLIP in float32.
+        """Load CLIP in float32.
 
         Args:
             source: a folder as ``transformers`` writes it, or a hub repository "owner/name".
@@ -68,21 +68,21 @@ class ClipEncoder(nn.Module):
         """
         transformers = import_transformers("the CLIP score needs")
         folder = Path(source).expanduser()
-        place = str(folder) if folder.is_dir() else str(source)
-        if not folder.is_dir() and not is_repo_id(place):
-            raise InputError(f"CLIP {place} is no folder and no hub repository (owner/name)")
-        with loading("CLIP", place, remedy=_REMEDY):
-            family = transformers.AutoConfig.from_pretrained(place).model_type
+        where = str(folder) if folder.is_dir() else str(source)
+        if not folder.is_dir() and not is_repo_id(where):
+            raise InputError(f"CLIP {where} is no folder and no hub repository (owner/name)")
+        with loading("CLIP", where, remedy=_REMEDY):
+            family = transformers.AutoConfig.from_pretrained(where).model_type
             if family != "clip":
-                raise InputError(f"{place} holds a model of the family {family}, expected clip")
+                raise InputError(f"{where} holds a model of the family {family}, expected clip")
             model, found = transformers.CLIPModel.from_pretrained(
-                place, dtype=torch.float32, output_loading_info=True
+                where, dtype=torch.float32, output_loading_info=True
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place)
-        # Missing weights are drawn at random there, with no more than a warning.
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        # Missing weights are initialised at random, with no more than a warning.
         if found["missing_keys"]:
             raise InputError(
-                f"{place} lacks weights of CLIP, as {sorted(found['missing_keys'])[0]}; download "
+                f"{where} lacks weights of CLIP, as {sorted(found['missing_keys'])[0]}; download "
                 f"it again"
             )
         return cls(model.to(device), tokenizer, str(source))
@@ -99,7 +99,7 @@ class ClipEncoder(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of its weights and tokens: scores of others cannot be compared."""
+        """A digest of its weights and tokens; scores of others cannot be compared."""
         digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
         for name, tensor in sorted(self.model.named_parameters()):
             digest.update(name.encode())
@@ -108,9 +108,9 @@ class ClipEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Features (B, D) of images, float32 and of length 1.
+        """Return features (B, D) of images, float32 and of length 1.
 
-        The short side is brought to S pixels (224) and the middle square is taken, as CLIP does.
+        The short side is resized to S pixels (224) and the middle square is taken, as CLIP does.
 
         Args:
             images: uint8 (B, 3, H, W), of any size.
@@ -129,11 +129,11 @@ class ClipEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], *, prefix: str = CAPTION_PREFIX) -> Tensor:
-        """Features (B, D) of captions, float32 and of length 1.
+        """Return features (B, D) of captions, float32 and of length 1.
 
         Args:
-            texts: captions; what is beyond CLIP's 77 tokens is not read.
-            prefix: what to put before each.
+            texts: captions, truncated to CLIP's 77 tokens.
+            prefix: precedes each.
         """
         if not texts:
             return torch.empty(0, self.width, device=self.device)
@@ -152,8 +152,8 @@ class ClipEncoder(nn.Module):
 
 
 def _prepare(images: Tensor, side: int) -> Tensor:
-    """uint8 (B, 3, H, W) to what CLIP was trained on: (B, 3, S, S), normalised."""
-    # By Pillow as in the original: other bicubic resizings differ, above all when they shrink.
+    """uint8 (B, 3, H, W) to CLIP's input (B, 3, S, S), normalised."""
+    # By Pillow as in the original: other bicubic resizings differ, most of all when they shrink.
     squares = [
         np.asarray(_square(Image.fromarray(image), side))
         for image in images.movedim(1, -1).cpu().numpy()
@@ -164,7 +164,7 @@ def _prepare(images: Tensor, side: int) -> Tensor:
 
 
 def _square(image: Image.Image, side: int) -> Image.Image:
-    """The middle of an image whose short side was brought to ``side`` pixels."""
+    """The middle of an image whose short side was resized to ``side`` pixels."""
     short = min(image.size)
     width, height = (side * each // short for each in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

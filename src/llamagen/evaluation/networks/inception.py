@@ -1,10 +1,10 @@
 """Inception-v3 as FID uses it: the graph that was published with TensorFlow on 2015-12-05.
 
-FID, sFID, Inception Score, precision and recall are defined by the outputs of this one graph, so
-its peculiarities are kept: the resizing without half-pixel centres, average pooling that leaves
-padding out, a maximum where the paper has an average in the last block, 1008 outputs for 1000
-classes. The architecture is that of arXiv 1512.00567; weights and their names are those of the
-public conversion for torch.
+FID, sFID, Inception Score, precision and recall are defined by the outputs of this one graph, with
+its peculiarities: resizing without half-pixel centres, average pooling that leaves padding out, a
+maximum where the paper has an average in the last block, 1008 outputs for 1000 classes. The
+architecture is that of arXiv 1512.00567; weights and their names are those of the public
+conversion for torch.
 
 Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 """
@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
@@ -49,11 +49,10 @@ WEIGHTS_FILE = PublicFile(
 )
 """The graph's weights, converted for torch (96 MB)."""
 
-NAME = "inception-2015-12-05"
 SIDE = 299
-"""Pixels of the square that the graph brings images to."""
+"""Side in pixels of the square that the graph resizes images to."""
 CLASSES = 1008
-"""Outputs; the first and the last seven stand for no class of ImageNet, but count all the same."""
+"""Outputs; the first and the last seven are no classes of ImageNet, but count all the same."""
 
 _SPATIAL_BLOCK = "Mixed_6d"
 """Called mixed_6 in the graph."""
@@ -68,7 +67,7 @@ _REMEDY = f"give the path of {WEIGHTS_FILE.name} ({WEIGHTS_FILE.url})"
 
 
 class InceptionFeatures(NamedTuple):
-    """What the network says of B images, in float32."""
+    """Output of the network for B images, in float32; a ``NetworkOutput``."""
 
     pool: Tensor
     """(B, 2048), at least 0: for FID, precision and recall."""
@@ -79,12 +78,13 @@ class InceptionFeatures(NamedTuple):
 
     @property
     def probabilities(self) -> Tensor:
-        """(B, 1008), as the Inception Score takes them."""
+        """(B, 1008), for the Inception Score."""
         return self.logits.softmax(-1)
 
 
-class _Layer(NamedTuple):
-    """A convolution to ``width`` channels; where it moves by more than 1 it has no padding."""
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """A convolution to ``width`` channels; with a stride above 1 it has no padding."""
 
     width: int
     kernel: tuple[int, int] = (1, 1)
@@ -92,85 +92,61 @@ class _Layer(NamedTuple):
     padded: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class _Branch:
-    """Layers after each other; those of the fork then stand side by side."""
-
-    name: str
-    layers: tuple[_Layer, ...]
-    fork: tuple[_Layer, ...] = ()
-
-    def layer_names(self) -> list[str]:
-        """As the public file calls them."""
-        if len(self.layers) == 1 and not self.fork:
-            return [self.name]
-        return [f"{self.name}_{number}" for number in range(1, len(self.layers) + 1)]
-
-    def fork_names(self) -> list[str]:
-        """As the public file calls them."""
-        number = len(self.layers) + 1
-        return [f"{self.name}_{number}{letter}" for letter in "ab"[: len(self.fork)]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _BlockPlan:
+class _Plan(NamedTuple):
     """Branches over the same input, and a pooling beside them."""
 
-    branches: tuple[_Branch, ...]
+    branches: Mapping[str, tuple[_Layer | tuple[_Layer, _Layer], ...]]
+    """Layers one after another; a pair at the end stands side by side."""
     pooling: Literal["average", "max"]
     pooled: int | None
-    """Channels that the pooled are brought to; None halves the resolution instead."""
+    """Channels of a convolution after the pooling; None halves the resolution instead."""
 
 
 _3x3, _5x5 = (3, 3), (5, 5)
 _1x7, _7x1 = (1, 7), (7, 1)
-_1x3, _3x1 = (1, 3), (3, 1)
+_FORK = (_Layer(384, (1, 3)), _Layer(384, (3, 1)))
 
 
-def _at_35(pooled: int) -> _BlockPlan:
-    branches = (
-        _Branch("branch1x1", (_Layer(64),)),
-        _Branch("branch5x5", (_Layer(48), _Layer(64, _5x5))),
-        _Branch("branch3x3dbl", (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3))),
-    )
-    return _BlockPlan(branches, "average", pooled)
+def _at_35(pooled: int) -> _Plan:
+    branches = {
+        "branch1x1": (_Layer(64),),
+        "branch5x5": (_Layer(48), _Layer(64, _5x5)),
+        "branch3x3dbl": (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3)),
+    }
+    return _Plan(branches, "average", pooled)
 
 
-def _from_35_to_17() -> _BlockPlan:
-    branches = (
-        _Branch("branch3x3", (_Layer(384, _3x3, 2),)),
-        _Branch("branch3x3dbl", (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3, 2))),
-    )
-    return _BlockPlan(branches, "max", None)
+def _from_35_to_17() -> _Plan:
+    branches = {
+        "branch3x3": (_Layer(384, _3x3, 2),),
+        "branch3x3dbl": (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3, 2)),
+    }
+    return _Plan(branches, "max", None)
 
 
-def _at_17(inner: int) -> _BlockPlan:
+def _at_17(inner: int) -> _Plan:
     twice = (_Layer(inner, _7x1), _Layer(inner, _1x7), _Layer(inner, _7x1), _Layer(192, _1x7))
-    branches = (
-        _Branch("branch1x1", (_Layer(192),)),
-        _Branch("branch7x7", (_Layer(inner), _Layer(inner, _1x7), _Layer(192, _7x1))),
-        _Branch("branch7x7dbl", (_Layer(inner), *twice)),
-    )
-    return _BlockPlan(branches, "average", 192)
+    branches = {
+        "branch1x1": (_Layer(192),),
+        "branch7x7": (_Layer(inner), _Layer(inner, _1x7), _Layer(192, _7x1)),
+        "branch7x7dbl": (_Layer(inner), *twice),
+    }
+    return _Plan(branches, "average", 192)
 
 
-def _from_17_to_8() -> _BlockPlan:
+def _from_17_to_8() -> _Plan:
     seven = (_Layer(192), _Layer(192, _1x7), _Layer(192, _7x1), _Layer(192, _3x3, 2))
-    branches = (
-        _Branch("branch3x3", (_Layer(192), _Layer(320, _3x3, 2))),
-        _Branch("branch7x7x3", seven),
-    )
-    return _BlockPlan(branches, "max", None)
+    branches = {"branch3x3": (_Layer(192), _Layer(320, _3x3, 2)), "branch7x7x3": seven}
+    return _Plan(branches, "max", None)
 
 
-def _at_8(pooling: Literal["average", "max"]) -> _BlockPlan:
-    fork = (_Layer(384, _1x3), _Layer(384, _3x1))
-    branches = (
-        _Branch("branch1x1", (_Layer(320),)),
-        _Branch("branch3x3", (_Layer(384),), fork),
-        _Branch("branch3x3dbl", (_Layer(448), _Layer(384, _3x3)), fork),
-    )
-    return _BlockPlan(branches, pooling, 192)
+def _at_8(pooling: Literal["average", "max"]) -> _Plan:
+    branches = {
+        "branch1x1": (_Layer(320),),
+        "branch3x3": (_Layer(384), _FORK),
+        "branch3x3dbl": (_Layer(448), _Layer(384, _3x3), _FORK),
+    }
+    return _Plan(branches, pooling, 192)
 
 
 _BLOCKS = {
@@ -189,15 +165,15 @@ _BLOCKS = {
 
 
 class InceptionV3(nn.Module):
-    """Images to the features that metrics are made of. Its state-dict keys are the public file's.
+    """A ``FeatureNetwork``, with the state-dict keys of the public file.
 
-    A measure, not a model to train: nothing takes a gradient, and ``train()`` changes nothing.
+    Nothing takes a gradient, and ``train()`` changes nothing.
     """
 
-    name = NAME
+    name = "Inception-v3 (2015, as FID uses it)"
 
     def __init__(self) -> None:
-        """A network without meaning yet; ``from_weights`` gives the one of FID."""
+        """A network with arbitrary weights; ``from_weights`` loads those of FID."""
         super().__init__()
         self.Conv2d_1a_3x3 = _ConvUnit(3, _Layer(32, _3x3, 2))
         self.Conv2d_2a_3x3 = _ConvUnit(32, _Layer(32, _3x3, padded=False))
@@ -217,14 +193,13 @@ class InceptionV3(nn.Module):
     def from_weights(
         cls, source: str | Path | None = None, *, device: torch.device | str = "cpu"
     ) -> Self:
-        """Loads the network.
+        """Load the network.
 
         Args:
             source: a .pth or .safetensors file, a folder with the public file, an address
                 (https://...) or a file on the hub ("owner/name/file"). Without it the public file
-                is taken from the cache (``weights.cache_folder``), from torch.hub's, where
-                other programs may have left it, or downloaded. Under its own name it is
-                accepted only with the content that is known, wherever it comes from.
+                is taken from the cache (``weights.cache_folder``), from torch.hub's, or
+                downloaded. Under its own name only the known content is accepted.
             device: where the network goes.
 
         Raises:
@@ -235,13 +210,13 @@ class InceptionV3(nn.Module):
         path = _locate(source)
         try:
             tensors = read_weights(path)
-            # Counters of training that some conversions have, others not.
-            kept = {
+            # Some conversions have counters of the training.
+            state = {
                 name: tensor
                 for name, tensor in tensors.items()
                 if not name.endswith(".num_batches_tracked")
             }
-            model = build(cls, kept, source=str(path), kind=_KIND)
+            model = build(cls, state, source=str(path), kind=_KIND)
         except InputError as error:
             raise InputError(f"{error}; {_REMEDY}") from error
         return model.to(device)
@@ -253,23 +228,20 @@ class InceptionV3(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Its name and a digest of its weights, the same for whatever file they came from.
+        """A digest of its weights, whatever file they came from.
 
-        Features of networks with different fingerprints cannot be compared. Computed anew each
-        time, from 96 MB.
+        Features of networks with different fingerprints cannot be compared.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             # contiguous: the layout of convolutions differs from place to place.
             digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return f"{NAME}/{digest.hexdigest()[:16]}"
+        return f"inception-2015-12-05/{digest.hexdigest()[:16]}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> InceptionFeatures:
-        """Features of images, each of its own whatever else is in the batch.
-
-        In float32 also under autocast, and on CUDA without the TF32 that convolutions have there.
+        """Return features of images, in float32 also under autocast, and without TF32 on CUDA.
 
         Args:
             images: uint8 (B, 3, H, W), of any size.
@@ -297,29 +269,38 @@ class InceptionV3(nn.Module):
 class _Block(nn.Module):
     """Branches over the same input, their channels joined: (B, C_in, h, w) -> (B, C_out, ...)."""
 
-    def __init__(self, inputs: int, plan: _BlockPlan) -> None:
+    def __init__(self, inputs: int, plan: _Plan) -> None:
         super().__init__()
         self._plan = plan
+        self._branches: list[list[list[str]]] = []
+        """Of each branch and step, the names of the layers: one, or two side by side."""
         self.width = plan.pooled or inputs
-        for branch in plan.branches:
-            width = inputs
-            for name, layer in zip(branch.layer_names(), branch.layers, strict=True):
-                self.add_module(name, _ConvUnit(width, layer))
-                width = layer.width
-            for name, layer in zip(branch.fork_names(), branch.fork, strict=True):
-                self.add_module(name, _ConvUnit(width, layer))
-            self.width += sum(layer.width for layer in branch.fork) or width
+        for branch, steps in plan.branches.items():
+            width, names = inputs, []
+            for number, step in enumerate(steps, start=1):
+                # As the public file calls them.
+                name = branch if len(steps) == 1 else f"{branch}_{number}"
+                if isinstance(step, _Layer):
+                    layers = {name: step}
+                else:
+                    layers = {f"{name}a": step[0], f"{name}b": step[1]}
+                for each, layer in layers.items():
+                    self.add_module(each, _ConvUnit(width, layer))
+                width = sum(layer.width for layer in layers.values())
+                names.append(list(layers))
+            self._branches.append(names)
+            self.width += width
         if plan.pooled is not None:
             self.branch_pool = _ConvUnit(inputs, _Layer(plan.pooled))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, h, w) to (B, C_out, ...) at this or half the resolution."""
         parts = []
-        for branch in self._plan.branches:
-            y = x
-            for name in branch.layer_names():
-                y = self.get_submodule(name)(y)
-            parts += [self.get_submodule(name)(y) for name in branch.fork_names()] or [y]
+        for branch in self._branches:
+            found = [x]
+            for names in branch:
+                found = [self.get_submodule(name)(found[0]) for name in names]
+            parts += found
         if self._plan.pooled is None:
             parts.append(F.max_pool2d(x, 3, stride=2))
         else:
@@ -374,16 +355,16 @@ def _maximum(x: Tensor) -> Tensor:
 
 
 def _prepare(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to what the graph makes of them: (B, 3, 299, 299), -1 to about 1."""
+    """uint8 (B, 3, H, W) to the input of the first layer (B, 3, 299, 299), -1 to about 1."""
     x = (resize_bilinear(images.float(), SIDE) - 128.0) / 128.0
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def resize_bilinear(images: Tensor, side: int) -> Tensor:
-    """Resizes as TensorFlow's ResizeBilinear did in 2015, which the graph begins with.
+    """Resize as TensorFlow's ResizeBilinear did in 2015.
 
-    A pixel is a point at its upper left corner, nothing is smoothed before images are shrunk, and
-    the last row and column are repeated. Other ways of resizing shift FID (arXiv 2104.11222).
+    A pixel is a point at its upper left corner, there is no antialiasing, and the last row and
+    column are repeated. Other ways of resizing change FID (arXiv 2104.11222).
 
     Args:
         images: float32 (B, C, H, W).
@@ -401,21 +382,20 @@ def resize_bilinear(images: Tensor, side: int) -> Tensor:
 
 
 def _neighbours(size: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each of ``side`` new pixels: the two old ones around it, and how far it is to the second.
+    """Of each of ``side`` new pixels: the two old ones around it, and its distance to the first.
 
-    On the CPU and in float32 as in TensorFlow: a place that is rounded otherwise may have other
-    neighbours.
+    On the CPU and in float32 as in TensorFlow: other rounding may give other neighbours.
     """
     scale = torch.tensor(size, dtype=torch.float32) / side
-    places = torch.arange(side, dtype=torch.float32) * scale
-    first = places.floor()
+    positions = torch.arange(side, dtype=torch.float32) * scale
+    first = positions.floor()
     lower = first.long()
-    return lower, (lower + 1).clamp(max=size - 1), places - first
+    return lower, (lower + 1).clamp(max=size - 1), positions - first
 
 
 @contextlib.contextmanager
 def _exact_convolutions(device: torch.device) -> Iterator[None]:
-    """Without TF32, in which CUDA otherwise rounds the factors to 10 bits."""
+    """Switch TF32 off, which rounds factors to 10 bits."""
     if device.type != "cuda":
         yield
         return
@@ -434,7 +414,7 @@ def _exact_convolutions(device: torch.device) -> Iterator[None]:
 
 
 def _locate(source: str | Path | None) -> Path:
-    """The file that ``source`` means, downloaded if need be."""
+    """Return the file that ``source`` means, downloaded if it is not here."""
     if source is None:
         shared = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE.name)
         if shared.is_file() and not (cache_folder() / WEIGHTS_FILE.name).is_file():
@@ -449,7 +429,7 @@ def _locate(source: str | Path | None) -> Path:
     if path.is_file():
         return _checked(path)
     on_hub = re.fullmatch(r"([^/]+/[^/]+)/(.+)", text)
-    # Whoever has the first folder of a path meant the path.
+    # With the first folder of a path here, the path is meant.
     if on_hub and is_repo_id(on_hub[1]) and not Path(on_hub[1]).parent.is_dir():
         return _checked(download_file(on_hub[1], on_hub[2]))
     raise InputError(
@@ -459,7 +439,7 @@ def _locate(source: str | Path | None) -> Path:
 
 
 def _checked(path: Path) -> Path:
-    """``path``, whose content is that of the public file if it has its name."""
+    """Return ``path``; under the public file's name it must have its content."""
     if path.name == WEIGHTS_FILE.name:
         remedy = f"get it again from {WEIGHTS_FILE.url}, or remove it"
         require_checksum(path, WEIGHTS_FILE.sha256, remedy=remedy)

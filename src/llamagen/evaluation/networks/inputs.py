@@ -1,4 +1,4 @@
-"""What the networks take."""
+"""The input of the networks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from llamagen.support.errors import InputError
 
 
 def require_images(images: Tensor) -> None:
-    """Checks that images are bytes, as a file holds them: uint8 (B, 3, H, W).
+    """Raise InputError unless images are bytes: uint8 (B, 3, H, W).
 
-    Metrics are defined on images as they are stored: what rounding to bytes does to them is a
-    part of what is measured.
-
-    Raises:
-        InputError: they are not.
+    Metrics are defined on images as they are stored, rounding included.
     """
     fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
     if images.dtype != torch.uint8 or not fits:

@@ -1,9 +1,8 @@
-"""LPIPS, a distance of images that follows the eye (arXiv 1801.03924).
+"""LPIPS, a perceptual distance of images (arXiv 1801.03924).
 
-Both images go through VGG16; at five depths the differences of their features are squared and
-weighed by a head that was fitted to people's judgements. The weights are two public files, VGG16
-trained on ImageNet and the five heads; they are downloaded once, or read from where the user has
-them.
+Both images go through VGG16; at five depths the squared differences of their features are weighted
+by a head that was fitted to people's judgements. The weights are two public files, VGG16 trained on
+ImageNet and the five heads; they are downloaded once, or read from the user's files.
 
 Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 """
@@ -11,7 +10,7 @@ Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -32,7 +31,7 @@ from llamagen.evaluation.networks.weights import (
 from llamagen.support.errors import InputError
 
 FILE_NAME = "lpips-vgg16.safetensors"
-"""All weights in one file of 59 MB, as ``save_lpips`` writes it and the cache keeps it."""
+"""All weights in one file of 59 MB, as ``save_lpips`` writes it and the cache holds it."""
 
 HEADS_FILE = PublicFile(
     name="vgg.pth",
@@ -66,8 +65,8 @@ _REMEDY = (
 _WIDTHS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = (2, 2, 3, 3, 3)
 """Of each of VGG16's five stages."""
-_SMALLEST = 2 ** (len(_WIDTHS) - 1)
-"""Pixels of the smaller side, of which one position remains in the last stage."""
+_MIN_SIDE = 2 ** (len(_WIDTHS) - 1)
+"""Pixels of which one position is left in the last stage."""
 
 # LPIPS brings images in [-1, 1] to about the mean and deviation that VGG16 was trained with.
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -79,20 +78,19 @@ _KIND = "LPIPS network"
 
 
 class Lpips(nn.Module):
-    """LPIPS 0.1 with VGG16. Its state-dict keys are those of the two public files.
+    """LPIPS 0.1 with VGG16, with the state-dict keys of the two public files.
 
-    A measure, not a model to train: the weights take no gradient, images do, and ``train()`` of
-    a module around it leaves it in eval mode.
+    Its weights take no gradient, images do; it stays in eval mode.
     """
 
     shift: Tensor
     scale: Tensor
 
     def __init__(self, widths: tuple[int, ...] = _WIDTHS) -> None:
-        """A network without meaning yet; ``load_lpips`` gives the one that is LPIPS.
+        """A network with arbitrary weights; ``load_lpips`` loads those of LPIPS.
 
         Args:
-            widths: channels of the five stages; others than VGG16's are of use in tests only.
+            widths: channels of the five stages; others than VGG16's are for tests.
         """
         super().__init__()
         layers: list[nn.Module] = []
@@ -108,7 +106,7 @@ class Lpips(nn.Module):
             self.add_module(f"lin{stage}", _Head(width))
         self.features = nn.Sequential(*layers)
         self._taps = frozenset(taps)
-        # On a device of their own choice: weights that are read later start on "meta".
+        # Not on the current device, which is "meta" for weights that are read later.
         for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
             buffer = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
@@ -116,13 +114,13 @@ class Lpips(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Self:  # noqa: ARG002
-        """Stays in eval mode, whatever is asked for."""
+        """Stay in eval mode."""
         return super().train(False)
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """Distances (B,) of images (B, 3, H, W) in [-1, 1] to as many references, in float32.
+        """Return distances (B,) of images (B, 3, H, W) in [-1, 1] to references, in float32.
 
-        Under autocast VGG16 computes in its precision, all that follows in float32.
+        Under autocast VGG16 computes in its precision, everything else in float32.
 
         Raises:
             InputError: the shapes differ, or a side is below 16 pixels.
@@ -133,10 +131,10 @@ class Lpips(nn.Module):
                 f"shape {tuple(references.shape)}; LPIPS needs both as (B, 3, H, W)"
             )
         height, width = images.shape[-2:]
-        if min(height, width) < _SMALLEST:
+        if min(height, width) < _MIN_SIDE:
             raise InputError(
                 f"images of {width}x{height} pixels are too small for LPIPS: both sides must be "
-                f"at least {_SMALLEST}; train on larger images or with perceptual_weight 0"
+                f"at least {_MIN_SIDE}; train on larger images or with perceptual_weight 0"
             )
         distances = images.new_zeros(len(images), dtype=torch.float32)
         # Stage by stage: features of references, which need no gradient, are dropped at once.
@@ -160,12 +158,11 @@ class Lpips(nn.Module):
 
 
 class _Head(nn.Module):
-    """Weighs C channels, with weights of at least 0: (B, C, h, w) -> (B, 1, h, w)."""
+    """Weighted sum of C channels, no weight below 0: (B, C, h, w) -> (B, 1, h, w)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # The original drops channels out in the place of the identity, while heads are fitted.
-        # These are, and a measure that changes from call to call would not be one.
+        # The identity stands in for the dropout with which heads are fitted.
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,18 +171,18 @@ class _Head(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Features (B, C, h, w) with a length of 1 at each position, or 0 where all of them are 0."""
+    """Features (B, C, h, w) of length 1 at each position, or 0 where all are 0."""
     return F.normalize(features, dim=1, eps=_NORM_EPS)
 
 
 def load_lpips(source: Path | None = None) -> Lpips:
-    """Loads LPIPS, on the CPU.
+    """Load LPIPS on the CPU.
 
     Args:
         source: a file with all weights (``save_lpips``), or a folder with that file or with the
-            two public ones. Without it they are taken from the cache, or downloaded into it; the
-            cache is the folder LLAMAGEN_CACHE, or llamagen in XDG_CACHE_HOME or ~/.cache. Several
-            processes at once each download for themselves, so let one of them go first.
+            two public ones. Without it they are taken from the cache (``weights.cache_folder``),
+            or downloaded into it. Several processes at once each download for themselves, so let
+            one of them go first.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -203,10 +200,10 @@ def load_lpips(source: Path | None = None) -> Lpips:
 
 
 def save_lpips(model: Lpips, path: Path) -> None:
-    """Writes all weights into one .safetensors file, which ``load_lpips`` reads; atomically.
+    """Write all weights atomically into one .safetensors file, which ``load_lpips`` reads.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written to.
+        OSError: the disk is full, or the folder cannot be written to.
     """
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors.torch.save(state, metadata={"format": "pt"})
@@ -232,30 +229,18 @@ def _local_files(source: Path) -> list[Path]:
 
 
 def _from_files(paths: list[Path]) -> Lpips:
-    """The network whose weights ``paths`` hold together, whichever holds which."""
-    tensors: dict[str, Tensor] = {}
-    for path in paths:
-        tensors.update(_read(path))
+    """The network whose weights ``paths`` hold together, without VGG16's classifier."""
+    tensors = {
+        name: tensor
+        for path in paths
+        for name, tensor in read_weights(path).items()
+        if not name.startswith("classifier.")
+    }
     source = " and ".join(map(str, paths))
     for part, prefix in (("VGG16", "features."), ("the heads of LPIPS", "lin")):
         if not any(name.startswith(prefix) for name in tensors):
             first = ", ".join(list(tensors)[:3]) or "no weights"
             raise InputError(f"{source} lacks {part}, it holds {first}; {_REMEDY}")
-    return _from_tensors(tensors, source)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The weights in a .pth or .safetensors file, without VGG16's classifier."""
-    found = read_weights(path)
-    return {name: each for name, each in found.items() if not name.startswith("classifier.")}
-
-
-def _from_tensors(tensors: Mapping[str, Tensor], source: str) -> Lpips:
-    """The network around existing weights.
-
-    Raises:
-        InputError: the names or shapes are not LPIPS's, or the numbers cannot be.
-    """
     model = build(Lpips, tensors, source=source, kind=_KIND)
     for name, tensor in tensors.items():
         if name.startswith("lin") and bool((tensor < 0).any()):
@@ -267,7 +252,7 @@ def _from_tensors(tensors: Mapping[str, Tensor], source: str) -> Lpips:
 
 
 def _download(target: Path) -> Lpips:
-    """Downloads the public files and keeps what is needed of them as ``target``."""
+    """Download the public files, and save the weights of LPIPS as ``target``."""
     cache = writable_cache(_PURPOSE)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".lpips.") as folder:
         paths = [Path(folder) / file.name for file in _PUBLIC_FILES]

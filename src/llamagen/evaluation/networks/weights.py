@@ -39,7 +39,7 @@ class PublicFile:
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept."""
+    """Return the folder of downloads."""
     own = os.environ.get("LLAMAGEN_CACHE")
     if own:
         return Path(own).expanduser()
@@ -47,13 +47,13 @@ def cache_folder() -> Path:
 
 
 def writable_cache(purpose: str) -> Path:
-    """The cache's folder, made if need be.
+    """Return the folder of downloads, created if it does not exist.
 
     Args:
-        purpose: what the files in it are for, for the error message.
+        purpose: of the files in it, for the error message.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     try:
         return storage.require_writable(cache_folder())
@@ -62,13 +62,13 @@ def writable_cache(purpose: str) -> Path:
 
 
 def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
-    """The file in the cache, where it is downloaded to if it is not there yet.
+    """Return the file in the cache, downloaded if it is not there.
 
     Several processes at once each download for themselves, so let one of them go first.
 
     Args:
-        file: what is wanted.
-        purpose: what it is for, for error messages.
+        file: on the web.
+        purpose: of the file, for error messages.
         remedy: what the user can do without it, for error messages.
 
     Raises:
@@ -86,33 +86,22 @@ def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
 
 
 def download(file: PublicFile, path: Path, *, purpose: str, remedy: str) -> None:
-    """Downloads a file to ``path``, which is of no use if this raises.
-
-    Args:
-        file: what is wanted.
-        path: where to.
-        purpose: what it is for, for error messages.
-        remedy: what the user can do without it, for error messages.
-
-    Raises:
-        InputError: the download failed, or it gave another file.
-        OSError: the disk is full.
-    """
+    """Download a file to ``path``, which is of no use if this raises; see ``cached``."""
     digest = hashlib.sha256()
     with path.open("wb") as out:
         for part in _fetch(file, purpose, remedy):
             digest.update(part)
             out.write(part)
-    if file.sha256 is not None and digest.hexdigest() != file.sha256:
+    if file.sha256 not in (None, digest.hexdigest()):
         raise InputError(
             f"{file.url} gave another file than expected (SHA-256 {digest.hexdigest()}, not "
-            f"{file.sha256}), which was thrown away; try again, or {remedy}"
+            f"{file.sha256}), which was deleted; try again, or {remedy}"
         )
 
 
 def _fetch(file: PublicFile, purpose: str, remedy: str) -> Iterator[bytes]:
     """The content of a file on the web, in parts, with a progress bar on a terminal."""
-    # Only what the network does is caught here: a full disk stays the OSError that it is.
+    # Only errors of the network are caught here: a full disk stays the OSError that it is.
     try:
         with urllib.request.urlopen(file.url, timeout=_TIMEOUT) as response:  # noqa: S310
             with tqdm(
@@ -135,11 +124,7 @@ def _fetch(file: PublicFile, purpose: str, remedy: str) -> Iterator[bytes]:
 
 
 def require_checksum(path: Path, sha256: str | None, *, remedy: str) -> None:
-    """Checks that a file is the one that it should be; None is any file.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Raise InputError if a file's content is not the expected one; None expects nothing."""
     if sha256 is None:
         return
     with path.open("rb") as file:
@@ -152,7 +137,7 @@ def require_checksum(path: Path, sha256: str | None, *, remedy: str) -> None:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a .pth or .safetensors file by name, on the CPU; they may share its mapping.
+    """Return all tensors of a .pth or .safetensors file by name, on the CPU.
 
     Raises:
         InputError: it is damaged, holds something else, or asks to run code.
@@ -172,19 +157,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def build(
     make: Callable[[], ModuleT], tensors: Mapping[str, Tensor], *, source: str, kind: str
 ) -> ModuleT:
-    """A network around existing weights, as float32 on the CPU.
+    """Return a network with existing weights, as float32 on the CPU.
 
     Args:
-        make: builds the network; all it holds besides its state must be on a device of its own
-            choice, as this runs where tensors have no memory.
+        make: builds the network on the device "meta": buffers outside its state need a device of
+            their own choice.
         tensors: the whole state.
-        source: where the weights come from, for error messages.
-        kind: what the network is called, for error messages.
+        source: of the weights, for error messages.
+        kind: name of the network, for error messages.
 
     Raises:
-        InputError: the names or shapes are not the network's, or the numbers cannot be.
+        InputError: names or shapes are not the network's, or weights are not finite.
     """
-    # Without memory and first values: drawing those would also shift the caller's random numbers.
+    # Without memory and initial values, which would also advance the caller's random state.
     with torch.device("meta"):
         model = make()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -201,8 +186,7 @@ def build(
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """A copy in float32, in the layout that convolutions want."""
-    # What is left in a file's mapping would change or vanish with the file.
+    """A copy in float32, in the layout of convolutions, that does not depend on the file."""
     layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
     own = torch.empty(tensor.shape, dtype=torch.float32, memory_format=layout)
     return own.copy_(tensor)
