@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamagen.backends.cpu.sampling import CpuSampler
 from llamagen.config import SamplingConfig
 
 GREEDY_TEMPERATURE = 1e-6
@@ -241,5 +242,6 @@ def fastest_sampler(
     settings: Sequence[SamplingConfig], codebook_size: int, device: torch.device
 ) -> Sampler:
     """The fastest sampler for rows with these settings, whose logits are on ``device``."""
-    del codebook_size
+    if CpuSampler.supports(settings, codebook_size, device):
+        return CpuSampler(settings)
     return ReferenceSampler(settings, device)

@@ -12,7 +12,7 @@
 #endif
 
 #include "attention.h"
-#include "draw.h"
+#include "sampling.h"
 #include "threads.h"
 
 typedef struct {
@@ -453,12 +453,14 @@ void decode_step(const Model *m, const Step *step) {
   }
 }
 
-static size_t draw_own_room(int codes) {
+static size_t sampling_scratch_of_thread(int codes) {
   return aligned((size_t)codes * (sizeof(float) + sizeof(Candidate)));
 }
 
-// Bytes of room that draw_codes() needs.
-size_t draw_room(int32_t codes, int32_t threads) { return threads * draw_own_room(codes) + 64; }
+// Bytes of scratch that sample_codes() needs.
+size_t sampling_scratch(int32_t codes, int32_t threads) {
+  return threads * sampling_scratch_of_thread(codes) + 64;
+}
 
 #ifdef _OPENMP
 #define THREAD omp_get_thread_num()
@@ -466,13 +468,13 @@ size_t draw_room(int32_t codes, int32_t threads) { return threads * draw_own_roo
 #define THREAD 0
 #endif
 
-// A code of each image.
-void draw_codes(Draw *draws, int32_t count, int32_t codes, int32_t threads, void *room) {
-  char *rooms = (char *)aligned((size_t)room);
+// Samples a code of each row.
+void sample_codes(SamplingRow *rows, int32_t count, int32_t codes, int32_t threads, void *scratch) {
+  char *start = (char *)aligned((size_t)scratch);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int i = 0; i < count; i++) {
-    float *own = (float *)(rooms + THREAD * draw_own_room(codes));
-    draw_one(&draws[i], codes, own, (Candidate *)(own + codes));
+    float *probabilities = (float *)(start + THREAD * sampling_scratch_of_thread(codes));
+    sample_row(&rows[i], codes, probabilities, (Candidate *)(probabilities + codes));
   }
 }
 

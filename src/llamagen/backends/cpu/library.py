@@ -1,24 +1,30 @@
 """The compiled kernels as Python sees them: structures, and functions with types.
 
-The structures mirror those of ``products.h``, ``decode.c`` and ``draw.h``, field by field.
+The structures mirror those of ``products.h``, ``decode.c`` and ``sampling.h``, field by field.
 """
 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 
 MAX_CODES = 1 << 20
-"""Codes of a codebook that a draw can take."""
+"""Codes of a codebook, of which sampling has a fixed amount of memory for sums."""
 MAX_HEAD_DIM = 256
 OUTPUTS = 16
 """Outputs of a matrix are computed so many at a time."""
@@ -99,13 +105,14 @@ class Step(ctypes.Structure):
     )
 
 
-DRAW = np.dtype(
+SAMPLING_ROW = np.dtype(
     [
         ("conditional", np.uintp),
         ("unconditional", np.uintp),
-        ("scale", np.float32),
+        ("guidance_scale", np.float32),
         ("temperature", np.float32),
         ("top_p", np.float32),
+        ("min_p", np.float32),
         ("top_k", np.int32),
         ("uniform", np.float64),
         ("code", np.int64),
@@ -113,7 +120,7 @@ DRAW = np.dtype(
     ],
     align=True,
 )
-"""What decides one image's code, and the code. An address of 0 is no unconditional row."""
+"""What decides a row's code, and the code. An address of 0 is no unconditional row."""
 
 
 class Kernels:
@@ -122,7 +129,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         library.decode_scratch.restype = ctypes.c_size_t
-        library.draw_room.restype = ctypes.c_size_t
+        library.sampling_scratch.restype = ctypes.c_size_t
 
     @property
     def features(self) -> frozenset[str]:
@@ -141,12 +148,19 @@ class Kernels:
         """Compute the logits, and store the keys and values of what is fed."""
         self._library.decode_step(ctypes.byref(model), ctypes.byref(step))
 
-    def draw_codes(self, draws: np.ndarray, codes: int) -> None:
-        """Fills ``code`` and ``finite`` of ``draws`` (N,) of type ``DRAW``."""
-        threads = min(torch.get_num_threads(), len(draws))
-        room = torch.empty(int(self._library.draw_room(codes, threads)), dtype=torch.uint8)
-        draws_at, room_at = (ctypes.c_void_p(at) for at in (draws.ctypes.data, room.data_ptr()))
-        self._library.draw_codes(draws_at, len(draws), codes, threads, room_at)
+    def sampling_scratch_bytes(self, codes: int, threads: int) -> int:
+        """Bytes of scratch that sampling takes."""
+        return int(self._library.sampling_scratch(codes, threads))
+
+    def sample_codes(self, rows: np.ndarray, codes: int, threads: int, scratch: Tensor) -> None:
+        """Fill ``code`` and ``finite`` of ``rows`` (N,) of type ``SAMPLING_ROW``."""
+        self._library.sample_codes(
+            ctypes.c_void_p(array_address(rows, SAMPLING_ROW, rows.shape)),
+            len(rows),
+            codes,
+            threads,
+            ctypes.c_void_p(scratch.data_ptr()),
+        )
 
 
 @functools.cache
@@ -194,7 +208,7 @@ def addresses(
     return (ctypes.c_void_p * len(tensors))(*found)
 
 
-def array_address(array: np.ndarray, dtype: type, shape: Sequence[int]) -> int:
+def array_address(array: np.ndarray, dtype: DTypeLike, shape: Sequence[int]) -> int:
     """Return where an array of NumPy's begins; see ``address``."""
     if array.dtype != dtype or array.shape != tuple(shape) or not array.flags.c_contiguous:
         raise ValueError(
@@ -205,9 +219,13 @@ def array_address(array: np.ndarray, dtype: type, shape: Sequence[int]) -> int:
 
 
 def row_addresses(matrix: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Return where rows of a contiguous matrix begin, as unsigned integers."""
-    start = address(matrix, matrix.dtype, matrix.shape)
-    return np.uintp(start) + rows.astype(np.uintp) * np.uintp(matrix.stride(0) * matrix.itemsize)
+    """Return where rows of a matrix begin, as unsigned integers.
+
+    Each row is contiguous; ``rows`` must have been checked.
+    """
+    stride = matrix.stride(0)
+    start = address(matrix, matrix.dtype, matrix.shape, (stride, 1))
+    return np.uintp(start) + rows.astype(np.uintp) * np.uintp(stride * matrix.itemsize)
 
 
 def check_indices(values: np.ndarray, count: int, low: int, end: int, name: str) -> None:
@@ -218,3 +236,17 @@ def check_indices(values: np.ndarray, count: int, low: int, end: int, name: str)
         raise ValueError(
             f"{name} run from {values.min()} to {values.max()}, expected {low} to {end - 1}"
         )
+
+
+def unsupported_fields(config: DataclassInstance, implemented: frozenset[str]) -> list[str]:
+    """Names of fields of a dataclass that are not implemented, and not at their default."""
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in implemented and getattr(config, field.name) != _default(field)
+    ]
+
+
+def _default(field: dataclasses.Field[object]) -> object:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()

@@ -6,17 +6,15 @@ codebook, D width.
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from llamagen.backends.cpu import library
-from llamagen.backends.cpu.library import Kernels, load_kernels
+from llamagen.backends.cpu.library import Kernels, load_kernels, unsupported_fields
 from llamagen.backends.step import StepTimes
 from llamagen.config import Grid
 from llamagen.models.transformer.blocks import RMSNorm
@@ -27,9 +25,6 @@ from llamagen.models.transformer.quantization import QuantizedLinear
 from llamagen.models.transformer.rope import rope_table
 from llamagen.models.transformer.tokens import Tokens
 from llamagen.support.errors import InputError
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16)
 _WEIGHT_KINDS = {
@@ -330,20 +325,6 @@ class CpuStep:
             outputs=outputs,
             inputs=inputs,
         )
-
-
-def unsupported_fields(config: DataclassInstance, implemented: frozenset[str]) -> list[str]:
-    """Names of fields of a dataclass that are not implemented, and not at their default."""
-    return [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.name not in implemented and getattr(config, field.name) != _default(field)
-    ]
-
-
-def _default(field: dataclasses.Field[object]) -> object:
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _tables(model: Transformer) -> list[nn.Embedding]:

@@ -1,0 +1,120 @@
+"""Sampling codes from logits in C, without sorting the vocabulary.
+
+Shapes: D rows, one per code that is sampled, V codes of the codebook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamagen.backends.cpu import library
+from llamagen.backends.cpu.library import Kernels, load_kernels, unsupported_fields
+from llamagen.config import SamplingConfig
+
+
+class LogitRows(Protocol):
+    """Which logits decide each code, and how guidance mixes them."""
+
+    conditional: np.ndarray
+    """(D,) rows of the conditional logits."""
+    unconditional: np.ndarray
+    """(D,) rows of the unconditional logits; -1 without guidance."""
+    scales: np.ndarray
+    """(D,) guidance scales."""
+
+
+class CpuSampler:
+    """Samples codes of rows whose filters do not change from call to call.
+
+    The same codes as the reference's, except where a uniform number falls between two codes to the
+    last digit.
+    """
+
+    FIELDS = frozenset(
+        {"guidance_scale", "guidance_stop", "temperature", "top_k", "top_p", "min_p"}
+    )
+    """Fields of ``SamplingConfig`` that are implemented; those of guidance by the scales that are
+    given for each call."""
+
+    def __init__(
+        self, settings: Sequence[SamplingConfig], *, kernels: Kernels | None = None
+    ) -> None:
+        """Prepare sampling with settings (D,) that ``supports`` accepts.
+
+        Args:
+            settings: of each row.
+            kernels: others than those for this machine.
+        """
+        kernels = load_kernels() if kernels is None else kernels
+        assert kernels is not None, "the kernels cannot be compiled here"
+        self._kernels = kernels
+        self._rows = np.zeros(len(settings), dtype=library.SAMPLING_ROW)
+        for name in ("temperature", "top_p"):
+            self._rows[name] = [getattr(each, name) for each in settings]
+        self._rows["min_p"] = [getattr(each, "min_p", 0.0) for each in settings]
+        # More than all codes are all of them.
+        self._rows["top_k"] = [min(each.top_k, library.MAX_CODES) for each in settings]
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    @classmethod
+    def supports(
+        cls, settings: Sequence[SamplingConfig], codebook_size: int, device: torch.device
+    ) -> bool:
+        """Whether there are kernels here, and they do what the settings say."""
+        return (
+            device.type == "cpu"
+            and codebook_size % library.OUTPUTS == 0
+            and codebook_size <= library.MAX_CODES
+            and not any(unsupported_fields(each, cls.FIELDS) for each in settings)
+            and load_kernels() is not None
+        )
+
+    def __call__(
+        self, conditional: Tensor, unconditional: Tensor, rows: LogitRows, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Sample one code per row.
+
+        Args:
+            conditional: (R, V) logits.
+            unconditional: (R', V) logits; may be the same.
+            rows: of the D codes.
+            uniforms: (D,) in [0, 1).
+
+        Returns:
+            (D,) int64 codes, and (D,) bool, False where logits are not finite.
+        """
+        own, count, codes = self._rows, len(self._rows), conditional.shape[-1]
+        if codes % library.OUTPUTS or codes > library.MAX_CODES or unconditional.shape[-1] != codes:
+            raise ValueError(f"logits of {codes} codes, expected a multiple of {library.OUTPUTS}")
+        if rows.scales.shape != (count,) or uniforms.shape != (count,):
+            raise ValueError(f"{len(uniforms)} numbers, expected one for each of {count} rows")
+        # The addresses are of these, which are copies where they are not as the kernels take them.
+        conditional, other = _float_rows(conditional), _float_rows(unconditional)
+        own["conditional"] = _addresses(conditional, rows.conditional, count)
+        guided = (rows.unconditional >= 0) & (rows.scales != 1.0)
+        others = np.where(guided, rows.unconditional, 0)
+        own["unconditional"] = np.where(guided, _addresses(other, others, count), 0)
+        own["guidance_scale"] = rows.scales
+        own["uniform"] = uniforms.numpy()
+        threads = max(1, min(torch.get_num_threads(), count))
+        need = self._kernels.sampling_scratch_bytes(codes, threads)
+        if self._scratch.numel() < need:
+            self._scratch = torch.empty(need, dtype=torch.uint8)
+        self._kernels.sample_codes(own, codes, threads, self._scratch)
+        return torch.from_numpy(own["code"].copy()), torch.from_numpy(own["finite"] != 0)
+
+
+def _float_rows(logits: Tensor) -> Tensor:
+    logits = logits.float()
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+def _addresses(logits: Tensor, rows: np.ndarray, count: int) -> np.ndarray:
+    """Where rows of ``logits`` begin."""
+    library.check_indices(rows, count, 0, len(logits), "rows of logits")
+    return library.row_addresses(logits, rows)
