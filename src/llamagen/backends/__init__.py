@@ -6,11 +6,32 @@ field is not at its default: the reference, the model's own operations, then com
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from llamagen.backends.cpu.step import CpuStep
 from llamagen.backends.step import ReferenceStep, Step, StepTimes
 from llamagen.models.transformer import Transformer
 
-__all__ = ["ReferenceStep", "Step", "StepTimes", "fastest_step"]
+__all__ = ["ReferenceStep", "Step", "StepTimes", "fastest_step", "reference_only"]
+
+_reference_only = False
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Generations that start in this block use the models' own operations, for comparisons."""
+    global _reference_only  # noqa: PLW0603
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
+def use_reference() -> bool:
+    """Whether backends must step aside; see ``reference_only``."""
+    return _reference_only
 
 
 def fastest_step(model: Transformer, times: StepTimes | None = None) -> Step:
@@ -20,4 +41,6 @@ def fastest_step(model: Transformer, times: StepTimes | None = None) -> Step:
         model: in eval mode.
         times: where the time goes is added to it, by backends that measure it.
     """
-    return CpuStep(model, times) if CpuStep.supports(model) else ReferenceStep(model)
+    if CpuStep.supports(model) and not use_reference():
+        return CpuStep(model, times)
+    return ReferenceStep(model)

@@ -26,18 +26,18 @@ class Options:
 
     model: str | None = None
     """A class-conditional model: name, pipeline folder, hub repository or transformer. Default:
-    weights drawn at random, of --preset."""
+    random weights, of --preset."""
     preset: str = "B"
-    """Size of the transformer whose weights are drawn at random."""
+    """Size of the transformer with random weights."""
     images: tuple[int, ...] = (1, 8, 32)
-    """Numbers of images drawn at once, each with guidance."""
+    """Numbers of images generated at once, each with guidance."""
     precisions: tuple[Literal["float32", "bfloat16", "float16", "int8", "int8-all"], ...] = ()
-    """Precisions of the weights; int8-all is of keys and values, too. Default: the fastest one of
-    this device, int8 and int8-all."""
+    """Precisions of the weights; int8-all has keys and values in 8 bits, too. Default: the fastest
+    of this device, int8 and int8-all."""
     repeats: int = 3
     """Timings of each, in turn."""
-    plain: bool = True
-    """Measure a plain eager loop too, and say how many times as fast ours is."""
+    reference: Annotated[bool, tyro.conf.arg(aliases=["--plain"])] = True
+    """Measure the model's own torch operations, too, and how many times as fast the backend is."""
     device: Device = "auto"
     """Where to compute; auto takes the GPU if there is one."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
@@ -45,7 +45,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measures, and prints a table in Markdown."""
+    """Measure, and print a table in Markdown."""
     from tqdm import tqdm
 
     from llamagen.evaluation import speed as bench
@@ -53,7 +53,7 @@ def run(options: Options) -> None:
     from llamagen.support.devices import find_device, find_dtype
 
     if min(options.images, default=0) < 1:
-        raise InputError(f"--images is {list(options.images)}, expected numbers of at least 1")
+        raise InputError(f"--images is {list(options.images)}, expected integers of at least 1")
     if options.repeats < 1:
         raise InputError(f"--repeats is {options.repeats}, expected at least 1")
     if options.out is not None:
@@ -63,7 +63,7 @@ def run(options: Options) -> None:
     model = _model(options, device, usual)
     name = str(usual).removeprefix("torch.")
     chosen = options.precisions or (cast("Precision", name), "int8", "int8-all")
-    kinds = len(chosen) + options.plain
+    kinds = len(chosen) + options.reference
     with tqdm(
         total=len(options.images) * kinds * (options.repeats + 1), unit="run", disable=None
     ) as bar:
@@ -72,7 +72,7 @@ def run(options: Options) -> None:
             chosen,
             options.images,
             repeats=options.repeats,
-            plain=options.plain,
+            reference=options.reference,
             on_run=bar.update,
         )
     about = bench.machine()
@@ -80,7 +80,7 @@ def run(options: Options) -> None:
     print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")
     print(_table(found))
     if options.out is not None:
-        results = {"model": options.model or options.preset, "measured": _plain_data(found)}
+        results = {"model": options.model or options.preset, "measured": _as_json(found)}
         storage.write_json(options.out, {"machine": about, "results": results})
         print(options.out)
 
@@ -97,7 +97,7 @@ def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transf
         torch.manual_seed(0)
         with torch.device(device):
             model = Transformer(preset(TRANSFORMER_PRESETS, options.preset)).to(dtype).eval()
-        # As drawn at first, the output head is zero and all codes are alike.
+        # The initial output head is zero, so that all codes would be equally likely.
         torch.nn.init.normal_(model.output.weight, std=0.02)
         return model
     found = checkpoints.resolve_pipeline(options.model)
@@ -112,25 +112,26 @@ def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transf
 
 def _table(found: list[Measurement]) -> str:
     from llamagen.evaluation.speed import median_and_spread, table
+    from llamagen.evaluation.speed.decoding import REFERENCE
 
-    header = ["weights", "images (rows)", "ms/code", "floor", "of plain", "time goes to"]
-    plain = {m.images: m.median for m in found if m.shares is None and "plain" in m.precision}
+    header = ["weights", "images (rows)", "ms/code", "floor", "of reference", "time goes to"]
+    references = {m.images: m.median for m in found if m.precision.startswith(REFERENCE)}
     rows = []
     for m in found:
-        against = plain.get(m.images)
+        reference = references.get(m.images)
         rows.append(
             [
                 m.precision,
                 f"{m.images} ({2 * m.images})",
                 median_and_spread(m.seconds_per_code, unit=1000),
                 f"{1000 * m.floor:.1f}",
-                "" if against is None else f"{against / m.median:.2f}x",
+                "" if reference is None else f"{reference / m.median:.2f}x",
                 ", ".join(f"{name} {share:.0%}" for name, share in (m.shares or {}).items()),
             ]
         )
     return table(header, rows)
 
 
-def _plain_data(found: list[Measurement]) -> list[dict[str, Any]]:
+def _as_json(found: list[Measurement]) -> list[dict[str, Any]]:
     data: list[dict[str, Any]] = json.loads(json.dumps([dataclasses.asdict(m) for m in found]))
     return data

@@ -11,6 +11,7 @@ T codes of an image, D codes sampled by a step, V codes of the codebook.
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -332,7 +333,10 @@ class Batch:
         sampling = [(image, len(one.sample)) for image, one in passes.items() if one.sample]
         sampled: list[int] = []
         if sampling:
+            began = time.perf_counter()
             codes = self._sample_rows(logits, passes, rows, sampling)
+            if self._times is not None:
+                self._times.sampling += time.perf_counter() - began
             if any(image.schedule.needs_codes for image, _ in sampling):
                 sampled = codes.tolist()
         accepted, start = {}, 0

@@ -2,7 +2,7 @@
 
 from llamagen.evaluation.speed.decoding import Measurement, measure_decoding
 from llamagen.evaluation.speed.images import Speed, SpeedSummary, measure_speed
-from llamagen.evaluation.speed.machine import MachineLimits, machine, measure_limits
+from llamagen.evaluation.speed.limits import MachineLimits, machine, measure_limits
 from llamagen.evaluation.speed.timing import median_and_spread, table, time_in_turn
 
 __all__ = [

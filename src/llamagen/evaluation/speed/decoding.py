@@ -1,4 +1,4 @@
-"""Milliseconds per code, how near that is to the machine's limits, and what the time goes to."""
+"""Milliseconds per code, the machine's limits, and what the time goes to."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llamagen.backends import StepTimes
+from llamagen.backends import StepTimes, reference_only
 from llamagen.config import SamplingConfig
-from llamagen.evaluation.speed.machine import MachineLimits, measure_limits
-from llamagen.evaluation.speed.plain import plain_codes
+from llamagen.evaluation.speed.limits import MachineLimits, measure_limits
 from llamagen.evaluation.speed.timing import time_in_turn
 from llamagen.generation import generate_codes
 from llamagen.models.transformer import KVCache, Transformer
 from llamagen.models.transformer.quantization import QuantizedLinear, quantize
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]
-"""Of the weights; with int8 the rest is bfloat16 where the device is fast at it, and
-"int8-all" keeps keys and values in 8 bits, too."""
+"""Of the weights; with int8 everything else is bfloat16 where the device is fast at it, and
+"int8-all" has keys and values in 8 bits, too."""
 
 SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
-"""What is measured includes guidance and top-k."""
+"""Measurements include guidance and top-k."""
 
-PLAIN = "plain loop"
+REFERENCE = "reference"
+"""The model's own operations, which every backend is compared with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One precision and number of images."""
+    """Speed in one precision, for one number of images."""
 
     precision: str
     images: int
@@ -41,9 +41,9 @@ class Measurement:
     seconds_per_code: list[float]
     """One number per repetition, for a code of every image."""
     floor: float
-    """Seconds per code that reading weights and cache, or computing, takes at least."""
+    """Minimum: seconds per code for reading weights and cache, or for computing."""
     shares: dict[str, float] | None
-    """Of the time: products, attention, drawing, the rest; None where it is not counted."""
+    """Of the time: products, attention, sampling, the rest; None where it is not counted."""
 
     @property
     def median(self) -> float:
@@ -57,19 +57,19 @@ def measure_decoding(
     images: Sequence[int],
     *,
     repeats: int,
-    plain: bool = True,
+    reference: bool = True,
     on_run: Callable[[], object] | None = None,
 ) -> list[Measurement]:
-    """Times ``generate_codes`` of whole images with guidance and top-k 2000.
+    """Time whole images with guidance and top-k 2000.
 
-    For each number of images all precisions run in turn, with the plain loop among them.
+    For each number of images all precisions run in turn, the reference among them.
 
     Args:
         model: class-conditional, in the precision that quantised weights go with.
-        precisions: what to measure.
-        images: numbers of images drawn at once.
+        precisions: of the weights.
+        images: numbers of images generated at once.
         repeats: timings of each.
-        plain: measure the plain loop too, in the first precision that is none of whole numbers.
+        reference: measure the reference, too, in the first precision of floating-point weights.
         on_run: called after every run.
     """
     models: dict[str, Transformer] = {p: _with_precision(model, p) for p in precisions}
@@ -79,22 +79,21 @@ def measure_decoding(
     found = []
     for number in images:
         labels = torch.arange(number, device=model.device) % model.config.num_classes
+        names = {name: name for name in models}
         runs: dict[str, Callable[[], object]] = {}
-        if plain and floats is not None:
-            runs[PLAIN] = _plain_run(models[floats], labels)
-        for name, each in models.items():
-            runs[name] = _own_run(each, labels)
+        if reference and floats is not None:
+            names = {f"{REFERENCE}, {floats}": floats, **names}
+        for run, name in names.items():
+            runs[run] = _run(models[name], labels, reference=run != name)
         seconds = time_in_turn(runs, repeats=repeats, progress=on_run)
-        for run, values in seconds.items():
-            precision = floats if run == PLAIN and floats is not None else run
-            own = models[precision]
+        for run, name in names.items():
             found.append(
                 Measurement(
-                    precision=f"{run}, {precision}" if run == PLAIN else precision,
+                    precision=run,
                     images=number,
-                    seconds_per_code=[value / count for value in values],
-                    floor=floor_seconds(own, number, limits[precision]),
-                    shares=None if run == PLAIN else _shares(own, labels),
+                    seconds_per_code=[value / count for value in seconds[run]],
+                    floor=floor_seconds(models[name], number, limits[name]),
+                    shares=_shares(models[name], labels) if run == name else None,
                 )
             )
     return found
@@ -109,33 +108,32 @@ def _with_precision(model: Transformer, precision: Precision) -> Transformer:
     return own.to(getattr(torch, precision))
 
 
-def _own_run(model: Transformer, labels: Tensor) -> Callable[[], object]:
-    return lambda: generate_codes(model, labels, seeds=range(len(labels)), sampling=SAMPLING)
+def _run(model: Transformer, labels: Tensor, *, reference: bool) -> Callable[[], object]:
+    def run() -> object:
+        return generate_codes(model, labels, seeds=range(len(labels)), sampling=SAMPLING)
 
-
-def _plain_run(model: Transformer, labels: Tensor) -> Callable[[], object]:
-    return lambda: plain_codes(model, labels, model.config.num_codes, SAMPLING)
+    return reference_only()(run) if reference else run
 
 
 def floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> float:
-    """Seconds for a code of each image, at the middle of the image."""
+    """Return the minimum seconds for a code of each image, at the middle of the image."""
     config, rows = model.config, 2 * images
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     weights = sum(m.in_features * m.out_features for m in matrices)
     read = sum(tensor.nbytes for m in matrices for tensor in (*m.parameters(), *m.buffers()))
     positions = config.condition_length + config.num_codes / 2
-    kept = KVCache.bytes_per_sequence(
+    cache = KVCache.bytes_per_sequence(
         config, config.condition_length + config.num_codes // 2, model.cache_dtype
     )
     attention = 4 * config.layers * config.dim * positions
     return limits.seconds(
-        read=read + rows * kept,
+        read=read + rows * cache,
         operations=rows * (2 * weights + attention),
     )
 
 
 def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
-    """What the time of one run goes to, counted where the kernels decode."""
+    """Shares of the time of one run, counted by the CPU kernels."""
     times = StepTimes()
     start = time.perf_counter()
     generate_codes(model, labels, seeds=range(len(labels)), sampling=SAMPLING, times=times)
@@ -143,5 +141,5 @@ def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
     if not times.parts.any():
         return None
     products, attention, _ = (float(part) / whole for part in times.parts)
-    shares = {"products": products, "attention": attention, "drawing": times.sampling / whole}
+    shares = {"products": products, "attention": attention, "sampling": times.sampling / whole}
     return {**shares, "rest": 1 - sum(shares.values())}

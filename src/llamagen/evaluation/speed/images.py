@@ -16,7 +16,7 @@ import llamagen.checkpoints as checkpoints
 from llamagen.checkpoints.info import dtype_name, is_text_encoder, path_of
 from llamagen.checkpoints.sources import Source
 from llamagen.config import SamplingConfig
-from llamagen.evaluation.speed.machine import machine
+from llamagen.evaluation.speed.limits import machine
 from llamagen.generation import generate_codes
 from llamagen.models.transformer import Transformer
 from llamagen.pipeline import Pipeline

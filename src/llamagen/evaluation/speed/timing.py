@@ -1,4 +1,4 @@
-"""Repeated timings in turn, and how they are written down."""
+"""Repeated timings in turn, and their tables."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def time_in_turn(
     repeats: int,
     progress: Callable[[], object] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each candidate, measured A B A B ... so that drift hits all alike.
+    """Return seconds per call of each candidate, in the order A B A B ... so that drift hits all.
 
-    Each is called once before, which is not counted. ``progress`` is called after every call.
+    Each is called once before, as a warm-up. ``progress`` is called after every call.
     """
 
     def timed(run: Callable[[], object]) -> float:
@@ -39,13 +39,13 @@ def time_in_turn(
 
 
 def median_and_spread(values: Sequence[float], *, unit: float = 1.0) -> str:
-    """The median, and the smallest and largest value, each times ``unit``."""
+    """Return the median, and the smallest and largest value, each times ``unit``."""
     low, high = min(values) * unit, max(values) * unit
     return f"{statistics.median(values) * unit:.1f} ({low:.1f}-{high:.1f})"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What a machine is, and what it could do at best."""
+"""The machine and its limits."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-_READ_BYTES = {"cuda": 1 << 31}
+_READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 """On a GPU enough that its cache and the time of a launch do not matter."""
-_PRODUCT_SIZE = {"cuda": 8192}
+_PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 _TRIES = 7
 
 
 def machine() -> dict[str, Any]:
-    """The machine and software that a number is measured with."""
+    """Return the machine and software of a measurement, for its record."""
     return {
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
         "processor": _processor(),
@@ -35,7 +35,7 @@ def machine() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class MachineLimits:
-    """What no way of decoding can beat on a device."""
+    """Rates of a device that no way of decoding can exceed."""
 
     bytes_per_second: float
     """Of reading memory."""
@@ -43,13 +43,14 @@ class MachineLimits:
     """Multiplications and additions of a large matrix product."""
 
     def seconds(self, *, read: float, operations: float) -> float:
-        """The least that reading so many bytes and computing so much takes, side by side."""
+        """Return the minimum time to read so many bytes and compute so much, side by side."""
         return max(read / self.bytes_per_second, operations / self.operations_per_second)
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
-    """The best of a few timings of a sum over 256 MB (a GPU: 2 GB), and of a matrix product."""
-    count, size = _READ_BYTES.get(device.type, 1 << 28), _PRODUCT_SIZE.get(device.type, 1024)
+    """Time a sum over 256 MB (on a GPU 2 GB) and a matrix product; the best of several tries."""
+    count = _READ_BYTES.get(device.type, _READ_BYTES["cpu"])
+    size = _PRODUCT_SIZE.get(device.type, _PRODUCT_SIZE["cpu"])
     numbers = torch.ones(count // 4, device=device)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
     read = _best_seconds(device, numbers.sum)
