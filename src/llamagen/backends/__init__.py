@@ -13,7 +13,7 @@ from llamagen.backends.cpu.step import CpuStep
 from llamagen.backends.step import ReferenceStep, Step, StepTimes
 from llamagen.models.transformer import Transformer
 
-__all__ = ["ReferenceStep", "Step", "StepTimes", "fastest_step", "reference_only"]
+__all__ = ["ReferenceStep", "Step", "StepTimes", "fastest_step", "reference_only", "use_reference"]
 
 _reference_only = False
 

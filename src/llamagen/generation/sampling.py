@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamagen.backends import use_reference
 from llamagen.backends.cpu.sampling import CpuSampler
 from llamagen.config import SamplingConfig
 
@@ -242,6 +243,6 @@ def fastest_sampler(
     settings: Sequence[SamplingConfig], codebook_size: int, device: torch.device
 ) -> Sampler:
     """The fastest sampler for rows with these settings, whose logits are on ``device``."""
-    if CpuSampler.supports(settings, codebook_size, device):
+    if CpuSampler.supports(settings, codebook_size, device) and not use_reference():
         return CpuSampler(settings)
     return ReferenceSampler(settings, device)

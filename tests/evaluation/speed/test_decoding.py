@@ -6,7 +6,9 @@ import torch
 from llamagen.backends import ReferenceStep, fastest_step, reference_only
 from llamagen.config import SamplingConfig
 from llamagen.evaluation.speed import measure_decoding, measure_limits, time_in_turn
+from llamagen.evaluation.speed.decoding import SAMPLING
 from llamagen.generation import generate_codes
+from llamagen.generation.sampling import ReferenceSampler, fastest_sampler
 from tests.backends.variants import kernels_of
 from tests.tiny_models import tiny_transformer
 
@@ -16,6 +18,7 @@ def test_reference_runs_on_the_models_own_operations():
     before = type(fastest_step(model))
     with reference_only():
         assert isinstance(fastest_step(model), ReferenceStep)
+        assert isinstance(fastest_sampler([SAMPLING], 64, model.device), ReferenceSampler)
     assert type(fastest_step(model)) is before
     (reference, own) = measure_decoding(model, ["float32"], [2], repeats=2)
     assert (reference.precision, own.precision) == ("reference, float32", "float32")
