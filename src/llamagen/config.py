@@ -13,7 +13,7 @@ import json
 import math
 import numbers
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -48,6 +48,19 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
         raise InputError(f"{source}: {reason}") from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
+    """Fields of a configuration that are not at their defaults, except those ``implemented``.
+
+    What computes with a configuration in its own way names the fields that it knows, and refuses
+    a configuration that has any other: so a new field is never silently ignored.
+    """
+    return [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in implemented and getattr(config, field.name) != field.default
+    ]
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -193,6 +206,8 @@ class TransformerConfig:
     """Number of text features in front of the codes (condition "text")."""
     text_dim: int = 2048
     """Length of a text feature (condition "text")."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys, before the rotary embedding."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
     norm_eps: float = 1e-5
@@ -403,7 +418,7 @@ MAX_TOP_K = 2**31 - 1
 class SamplingConfig:
     """How codes are sampled from the transformer's logits (paper sections 3.3 and 4.2).
 
-    The order is fixed: guidance, temperature, top-k, top-p, draw.
+    The order is fixed: guidance, temperature, top-k, top-p, min-p, draw.
 
     Raises:
         InputError: a value lies outside its setting's range.
@@ -411,6 +426,18 @@ class SamplingConfig:
 
     guidance_scale: float = _setting(
         4.0, "uncond + scale * (cond - uncond); 1 means no guidance and no second pass.", minimum=0
+    )
+    guidance_schedule: str = _setting(
+        "constant",
+        "How the scale changes over an image's codes: constant, linear from guidance_start to "
+        "guidance_scale (RandAR), or power-cosine from 1 to guidance_scale (RAR).",
+        choices=("constant", "linear", "power-cosine"),
+    )
+    guidance_start: float = _setting(
+        1.0, "Scale of the first code in a linear schedule.", minimum=0
+    )
+    guidance_power: float = _setting(
+        2.75, "Exponent of a power-cosine schedule; 0 is a constant scale.", minimum=0
     )
     guidance_stop: int | None = _setting(
         None,
@@ -434,6 +461,13 @@ class SamplingConfig:
         maximum=1,
     )
 
+    min_p: float = _setting(
+        0.0,
+        "Keep only codes at least this many times as likely as the most likely one; 0 keeps all.",
+        minimum=0,
+        maximum=1,
+    )
+
     def __post_init__(self) -> None:
         for setting in sampling_settings():
             plain = setting.parse(getattr(self, setting.name))
@@ -442,7 +476,8 @@ class SamplingConfig:
     @property
     def guided(self) -> bool:
         """Whether any code needs the unconditional sequence."""
-        return self.guidance_scale != 1.0 and self.guidance_stop != 0
+        starts_guided = self.guidance_schedule == "linear" and self.guidance_start != 1.0
+        return (self.guidance_scale != 1.0 or starts_guided) and self.guidance_stop != 0
 
     def replace(self, **values: Any) -> SamplingConfig:
         """A copy with other values; those that are None are left as they are.

@@ -10,9 +10,11 @@ from llamagen.generation.sampling import (
     ReferenceSampler,
     Rows,
     apply_guidance,
+    apply_min_p,
     apply_top_k,
     apply_top_p,
     code_probabilities,
+    guidance_scale_at,
     sample_codes,
     sample_from,
 )
@@ -40,6 +42,43 @@ def test_top_p_keeps_the_code_that_crosses():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     assert apply_top_p(logits, 0.6).isfinite().tolist() == [True, True, False, False]
     assert apply_top_p(logits, 1e-6).isfinite().tolist() == [True, False, False, False]
+
+
+def test_min_p_keeps_codes_near_the_most_likely():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert apply_min_p(logits, 0.0).isfinite().all()
+    assert apply_min_p(logits, 0.25).isfinite().tolist() == [True, True, True, False]
+    assert apply_min_p(logits, 0.9).isfinite().tolist() == [True, False, False, False]
+    assert apply_min_p(logits, 1.0).isfinite().tolist() == [True, False, False, False]
+    mixed = apply_min_p(logits.expand(2, -1), torch.tensor([[0.0], [0.5]]))
+    assert mixed.isfinite().tolist() == [[True] * 4, [True, True, False, False]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [4.0, 4.0, 4.0, 4.0]),
+        ({"guidance_stop": 2}, [4.0, 4.0, 1.0, 1.0]),
+        # 1 + 3 p for p = 0, 1/4, 1/2, 3/4; from 2: 2 + 2 p.
+        ({"guidance_schedule": "linear"}, [1.0, 1.75, 2.5, 3.25]),
+        ({"guidance_schedule": "linear", "guidance_start": 2.0}, [2.0, 2.5, 3.0, 3.5]),
+        # 1 + 3 (1 - cos(pi p)) / 2: cos is 1, sqrt(1/2), 0, -sqrt(1/2).
+        (
+            {"guidance_schedule": "power-cosine", "guidance_power": 1.0},
+            [1.0, 1.4393398282201788, 2.5, 3.5606601717798214],
+        ),
+        # With k = 2: angles pi/16, pi/4, 9 pi/16.
+        (
+            {"guidance_schedule": "power-cosine", "guidance_power": 2.0},
+            [1.0, 1.0288220793951545, 1.4393398282201788, 2.792635483024193],
+        ),
+        ({"guidance_schedule": "power-cosine", "guidance_power": 0.0}, [4.0, 4.0, 4.0, 4.0]),
+    ],
+)
+def test_guidance_schedules(settings, expected):
+    sampling = SamplingConfig(guidance_scale=4.0, **settings)
+    found = [guidance_scale_at(sampling, index, 4) for index in range(4)]
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_code_probabilities():

@@ -8,30 +8,40 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
+from llamagen.backends.compiled import CompiledStep
 from llamagen.backends.cpu.step import CpuStep
 from llamagen.backends.step import ReferenceStep, Step, StepTimes
 from llamagen.models.transformer import Transformer
 
-__all__ = ["ReferenceStep", "Step", "StepTimes", "fastest_step", "reference_only", "use_reference"]
+__all__ = [
+    "CompiledStep",
+    "CpuStep",
+    "ReferenceStep",
+    "Step",
+    "StepTimes",
+    "fastest_step",
+    "reference_only",
+    "use_reference",
+]
 
-_reference_only = False
+_reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
 
 
 @contextlib.contextmanager
 def reference_only() -> Iterator[None]:
     """Generations that start in this block use the models' own operations, for comparisons."""
-    global _reference_only  # noqa: PLW0603
-    before, _reference_only = _reference_only, True
+    token = _reference_only.set(True)
     try:
         yield
     finally:
-        _reference_only = before
+        _reference_only.reset(token)
 
 
 def use_reference() -> bool:
     """Whether backends must step aside; see ``reference_only``."""
-    return _reference_only
+    return _reference_only.get()
 
 
 def fastest_step(model: Transformer, times: StepTimes | None = None) -> Step:
@@ -41,6 +51,9 @@ def fastest_step(model: Transformer, times: StepTimes | None = None) -> Step:
         model: in eval mode.
         times: where the time goes is added to it, by backends that measure it.
     """
-    if CpuStep.supports(model) and not use_reference():
-        return CpuStep(model, times)
+    if not use_reference():
+        if CpuStep.supports(model):
+            return CpuStep(model, times)
+        if CompiledStep.supports(model):
+            return CompiledStep.of(model)
     return ReferenceStep(model)

@@ -91,6 +91,7 @@ def infer_transformer_config(
         "hidden_dim": None if ffn_dim == swiglu_hidden_dim(dim) else ffn_dim,
         "codebook_size": _size(checkpoint, "tok_embeddings.weight", 0),
         "grid": grid,
+        "qk_norm": "layers.0.attention.q_norm.weight" in checkpoint.shapes,
         **_condition(checkpoint),
     }
     return config_from_dict(TransformerConfig, values, checkpoint.source)

@@ -1,14 +1,15 @@
 """From logits to codes: one ladder of pure functions on per-row tensors, the reference.
 
-The order is guidance, temperature, top-k, top-p, draw (paper section 3.3). No function edits its
-input. Backends may compute the same faster, never differently. A new filter is one function here,
-its line in ``Filters``, and its row in ``config.SamplingConfig``.
+The order is guidance, temperature, top-k, top-p, min-p, draw (paper section 3.3). No function
+edits its input. Backends may compute the same faster, never differently. A new filter is one
+function here, its line in ``Filters``, and its row in ``config.SamplingConfig``.
 
 Shapes: D rows, one per code that is sampled, each with settings of its own; V codes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,12 +32,20 @@ Value = float | Tensor
 def guidance_scale_at(sampling: SamplingConfig, index: int, total: int) -> float:
     """Guidance scale of code ``index`` (counted in the order of sampling) of ``total``.
 
-    1 means that the conditional logits are used as they are.
+    1 means that the conditional logits are used as they are. Linear as in RandAR (2412.01827),
+    power-cosine as in RAR (2411.00776).
     """
-    del total
     if sampling.guidance_stop is not None and index >= sampling.guidance_stop:
         return 1.0
-    return sampling.guidance_scale
+    progress, scale = index / total, sampling.guidance_scale
+    match sampling.guidance_schedule:
+        case "linear":
+            return sampling.guidance_start + (scale - sampling.guidance_start) * progress
+        case "power-cosine":
+            share = (1.0 - math.cos(math.pi * progress**sampling.guidance_power)) / 2.0
+            return 1.0 + (scale - 1.0) * share
+        case _:
+            return scale
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: Value) -> Tensor:
@@ -70,6 +79,12 @@ def apply_top_p(logits: Tensor, p: Value) -> Tensor:
     drop = (reached > p).roll(1, dims=-1)
     drop[..., 0] = False
     return logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf)
+
+
+def apply_min_p(logits: Tensor, p: Value) -> Tensor:
+    """Set logits to -inf whose probability is less than ``p`` times the largest; p 0 keeps all."""
+    minimum = torch.as_tensor(p, dtype=logits.dtype, device=logits.device).log()
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + minimum, -torch.inf)
 
 
 def sample_from(logits: Tensor, uniforms: Tensor) -> Tensor:
@@ -108,6 +123,7 @@ class Filters:
     temperature: Value
     top_k: int | Tensor
     top_p: Value
+    min_p: Value
 
     @classmethod
     def of(cls, rows: Sequence[SamplingConfig], device: torch.device | str = "cpu") -> Filters:
@@ -123,6 +139,7 @@ class Filters:
             top_k=_column([row.top_k for row in rows], device),
             # Rounding may let all probabilities together exceed 1.
             top_p=_column([row.top_p if row.top_p < 1.0 else 2.0 for row in rows], device),
+            min_p=_column([row.min_p for row in rows], device),
         )
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -132,6 +149,8 @@ class Filters:
         logits = apply_top_k(logits, self.top_k)
         if isinstance(self.top_p, Tensor) or self.top_p < 1.0:
             logits = apply_top_p(logits, self.top_p)
+        if isinstance(self.min_p, Tensor) or self.min_p > 0.0:
+            logits = apply_min_p(logits, self.min_p)
         return logits
 
 

@@ -18,7 +18,13 @@ import llamagen.support.storage as storage
 from llamagen.checkpoints import resolve_pipeline
 from llamagen.checkpoints.load import load_transformer
 from llamagen.checkpoints.sources import Source, folder_kind, locate
-from llamagen.config import Grid, SamplingConfig, TransformerConfig, read_json
+from llamagen.config import (
+    Grid,
+    SamplingConfig,
+    TransformerConfig,
+    non_default_fields,
+    read_json,
+)
 from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import refuse_quantized
@@ -26,6 +32,16 @@ from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+
+FIELDS = frozenset(
+    {
+        *("dim", "layers", "heads", "kv_heads", "hidden_dim", "codebook_size", "grid"),
+        *("condition", "num_classes", "text_length", "text_dim", "rope_base", "norm_eps"),
+        *("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path"),
+    }
+)
+"""Fields of ``TransformerConfig`` that the plugin's model implements. A model in which any other
+one is not at its default is refused."""
 
 GENERATION_NAME = "generation_config.json"
 
@@ -135,16 +151,27 @@ def _fill(
         location = locate(found.transformer, "transformer").path
         if location.is_dir() and folder_kind(location) == Transformer.kind:
             config = Transformer.read_config(location)
-            refuse_quantized(config, "be exported for vLLM")
+            _check(config)
             _weights(location / WEIGHTS_NAME, folder, link=link)
             _describe(folder, config, options, own, _stored_dtype(location / WEIGHTS_NAME))
             return
         source = load_transformer(found.transformer)
-    refuse_quantized(source.config, "be exported for vLLM")
+    _check(source.config)
     source.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     dtype = str(source.dtype).removeprefix("torch.")
     _describe(folder, source.config, options, own or SamplingConfig(), dtype)
+
+
+def _check(config: TransformerConfig) -> None:
+    """Raise InputError if vLLM's model does not compute what this configuration says."""
+    refuse_quantized(config, "be exported for vLLM")
+    unknown = non_default_fields(config, FIELDS)
+    if unknown:
+        raise InputError(
+            f"vLLM's model does not implement {', '.join(unknown)} of this transformer; generate "
+            f"with engine 'native'"
+        )
 
 
 def _weights(path: Path, folder: Path, *, link: bool) -> None:

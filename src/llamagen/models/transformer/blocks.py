@@ -66,6 +66,11 @@ class Attention(nn.Module):
         self.wqkv = nn.Linear(config.dim, width, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = training_ops.Dropout(config.residual_dropout)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
 
     def forward(
         self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
@@ -92,10 +97,13 @@ class Attention(nn.Module):
 
     def _heads(self, projected: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, (H + 2K) E) to queries, keys and values (B, heads, T, E), RoPE applied."""
-        if rope.ndim == 3 and training_ops.should_use(projected):
+        is_normed = self.q_norm is not None
+        if not is_normed and rope.ndim == 3 and training_ops.should_use(projected):
             return training_ops.rotated_heads(projected, rope, self.heads, self.kv_heads)
         heads = projected.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, rope), apply_rope(k, rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

@@ -158,7 +158,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         length = embedded.shape[1]
         x = torch.cat([embedded, self.tok_embeddings(codes)], dim=1)
         cells = [*(NO_CELL for _ in range(length)), *range(codes.shape[1])]
-        rope = self._rope_table(grid or self.config.grid)[cells]
+        rope = self.rope_table(grid or self.config.grid)[cells]
         mask = _training_mask(x.shape[1], condition_mask, x.device)
         return self._run(x, rope, mask, cache=None)[:, length - 1 :]
 
@@ -196,9 +196,31 @@ class Transformer(PretrainedModel[TransformerConfig]):
         """
         batch = _Rectangle.of(tokens, self.device)
         x = self.embed(tokens)[batch.gather]  # (R, T, D)
-        rope = self._rope_table(grid or self.config.grid)[batch.cells]
-        hidden = self._run(x, rope, batch.mask(), _StepCache(cache, batch, x.dtype))
+        rope = self.rope_table(grid or self.config.grid)[batch.cells]
+        hidden = self._run(x, rope, batch.mask(), batch.view(cache, x.dtype))
         return self.output(hidden.flatten(0, 1)[batch.wanted])
+
+    def step_rectangle(
+        self, ids: Tensor, rope: Tensor, positions: Tensor, cache: KVCache, end: int
+    ) -> Tensor:
+        """As ``step`` for codes in static shapes: nothing depends on a value on the host.
+
+        Args:
+            ids: (R, T) codes for the cache's first R sequences.
+            rope: (R, T, E / 2, 2), of their cells.
+            positions: (R, T), each below ``end``.
+            cache: holds the positions before those of the codes.
+            end: positions that attention reaches over.
+
+        Returns:
+            (R, T, V) logits.
+        """
+        sequences = torch.arange(len(ids), device=ids.device).unsqueeze(1)
+        allowed = torch.arange(end, device=ids.device) <= positions.unsqueeze(-1)
+        mask = AttentionMask(causal=False, allowed=allowed.unsqueeze(1))
+        x = self.tok_embeddings(ids)
+        view = _StepCache(cache, slice(0, len(ids)), (sequences, positions), end, x.dtype)
+        return self.output(self._run(x, rope, mask, view))
 
     def _run(
         self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
@@ -211,7 +233,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
                 x = block(x, rope, mask, cache)
         return self.norm(x)
 
-    def _rope_table(self, grid: Grid) -> Tensor:
+    def rope_table(self, grid: Grid) -> Tensor:
+        """Cosines and sines of a grid's cells; see ``rope.rope_table``."""
         return rope_table(grid, self.config.head_dim, self.config.rope_base, self.device)
 
 
@@ -256,6 +279,9 @@ class _Rectangle:
             host_positions=positions,
         )
 
+    def view(self, cache: KVCache, dtype: torch.dtype) -> _StepCache:
+        return _StepCache(cache, self.sequences, self.index, self.end, dtype)
+
     def mask(self) -> AttentionMask:
         """Attention of each token to all positions up to its own."""
         positions, count = self.host_positions, self.host_positions.shape[1]
@@ -273,13 +299,16 @@ class _StepCache:
     """The positions of a cache that a step writes and reads."""
 
     cache: KVCache
-    batch: _Rectangle
+    sequences: slice | Tensor
+    index: tuple[Tensor, Tensor]
+    """Sequences (R, 1) and positions (R, T) that are written."""
+    end: int
     dtype: torch.dtype
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """See ``LayerCache``."""
-        self.cache.write(layer, self.batch.index, keys, values)
-        return self.cache.read(layer, self.batch.sequences, self.batch.end, self.dtype)
+        self.cache.write(layer, self.index, keys, values)
+        return self.cache.read(layer, self.sequences, self.end, self.dtype)
 
 
 def _training_mask(
