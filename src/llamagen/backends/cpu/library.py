@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,9 +16,6 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 
@@ -236,15 +232,6 @@ def check_indices(values: np.ndarray, count: int, low: int, end: int, name: str)
         raise ValueError(
             f"{name} run from {values.min()} to {values.max()}, expected {low} to {end - 1}"
         )
-
-
-def unsupported_fields(config: DataclassInstance, implemented: frozenset[str]) -> list[str]:
-    """Names of fields of a dataclass that are not implemented, and not at their default."""
-    return [
-        field.name
-        for field in dataclasses.fields(config)
-        if field.name not in implemented and getattr(config, field.name) != _default(field)
-    ]
 
 
 def _default(field: dataclasses.Field[object]) -> object:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from llamagen.backends.cpu import library
-from llamagen.backends.cpu.library import Kernels, load_kernels, unsupported_fields
-from llamagen.config import SamplingConfig
+from llamagen.backends.cpu.library import Kernels, load_kernels
+from llamagen.config import SamplingConfig, non_default_fields
 
 
 class LogitRows(Protocol):
@@ -36,7 +36,10 @@ class CpuSampler:
     """
 
     FIELDS = frozenset(
-        {"guidance_scale", "guidance_stop", "temperature", "top_k", "top_p", "min_p"}
+        {
+            *("guidance_scale", "guidance_schedule", "guidance_start", "guidance_power"),
+            *("guidance_stop", "temperature", "top_k", "top_p", "min_p"),
+        }
     )
     """Fields of ``SamplingConfig`` that are implemented; those of guidance by the scales that are
     given for each call."""
@@ -70,7 +73,7 @@ class CpuSampler:
             device.type == "cpu"
             and codebook_size % library.OUTPUTS == 0
             and codebook_size <= library.MAX_CODES
-            and not any(unsupported_fields(each, cls.FIELDS) for each in settings)
+            and not any(non_default_fields(each, cls.FIELDS) for each in settings)
             and load_kernels() is not None
         )
 

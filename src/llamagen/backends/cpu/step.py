@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.backends.cpu import library
-from llamagen.backends.cpu.library import Kernels, load_kernels, unsupported_fields
+from llamagen.backends.cpu.library import Kernels, load_kernels
 from llamagen.backends.step import StepTimes
-from llamagen.config import Grid
+from llamagen.config import Grid, non_default_fields
 from llamagen.models.transformer.blocks import RMSNorm
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
 from llamagen.models.transformer.kv_cache import KVCache
@@ -101,7 +101,7 @@ class CpuStep:
             linears += [attention.wqkv, attention.wo]
             linears += [feed_forward.w1, feed_forward.w3, feed_forward.w2]
         return (
-            not unsupported_fields(config, cls.FIELDS)
+            not non_default_fields(config, cls.FIELDS)
             and config.head_dim <= library.MAX_HEAD_DIM
             and config.codebook_size <= library.MAX_CODES
             and all(_is_supported_linear(linear, model.dtype) for linear in linears)
