@@ -1,1 +1,1 @@
-"""How good images are: metrics on arrays."""
+"""Evaluation: metrics, protocols, reports and speed."""

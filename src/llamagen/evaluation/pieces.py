@@ -19,8 +19,8 @@ PIECE = 256
 """Images of a piece."""
 
 MakePiece = Callable[[int, int, Callable[[int], object]], Mapping[str, np.ndarray]]
-"""Makes the arrays of the images from one up to but not including another; may tell how many are
-done in between."""
+"""Computes the arrays of the images from one up to but not including another; reports how many more
+are done."""
 
 
 def digest(*parts: object) -> str:
@@ -30,7 +30,7 @@ def digest(*parts: object) -> str:
 
 
 def bounds(number: int, count: int) -> tuple[int, int]:
-    """The first image of a piece of ``count`` images, and the one after its last."""
+    """Return the first image of a piece, and the one after its last, of ``count`` images."""
     return number * PIECE, min(count, (number + 1) * PIECE)
 
 
@@ -44,13 +44,13 @@ class Pieces:
         return math.ceil(self.count / PIECE)
 
     def path(self, number: int) -> Path:
-        """The file of a piece."""
+        """Return the file of a piece."""
         return self.folder / f"piece-{number:05d}.npz"
 
     def make(self, make_piece: MakePiece, description: str) -> None:
-        """Makes the pieces that are not there yet; to be called in every process of a run.
+        """Compute the pieces that are not there yet; called in every process of a run.
 
-        Each process makes its share and returns once all are there. Progress is shown on a
+        Each process computes its share and returns once all are there. Progress is shown on a
         terminal, under ``description``.
 
         Raises:
@@ -76,10 +76,10 @@ class Pieces:
             np.savez(file, **arrays)  # type: ignore[arg-type]  # names are ours
 
     def read(self, number: int) -> dict[str, np.ndarray]:
-        """The arrays of a piece.
+        """Return the arrays of a piece.
 
         Raises:
-            InputError: it is missing or damaged; it is then removed, to be made again.
+            InputError: it is missing or damaged; it is then removed, to be computed again.
         """
         path = self.path(number)
         try:
@@ -90,7 +90,7 @@ class Pieces:
             raise InputError(f"{path} is damaged ({error}); run the same command again") from error
 
     def rows(self, name: str, first: int = 0, last: int | None = None) -> np.ndarray:
-        """Some rows of an array that has one for each image; by default all.
+        """Return some rows, by default all, of an array that has one for each image.
 
         Raises:
             InputError: a piece is missing or damaged.

@@ -1,4 +1,4 @@
-"""The numbers of the paper (arXiv 2406.06525), to be shown beside ours."""
+"""Results of the paper (arXiv 2406.06525), for comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class ClassConditional(NamedTuple):
 
     model: str
     grid: int
-    """Rows and columns of codes; images of 24x24 are drawn at 384 and resized to 256."""
+    """Rows and columns of codes; images of 24x24 codes are resized from 384 to 256."""
     guidance_scale: float
     fid: float
 
@@ -27,11 +27,11 @@ CLASS_CONDITIONAL = (
 
 
 class Reconstruction(NamedTuple):
-    """Of ImageNet's 50,000 validation images, against those very images."""
+    """rFID of ImageNet's 50,000 validation images, against those very images."""
 
     tokenizer: str
     size: int
-    """Side in pixels that images are reconstructed at; compared at 256."""
+    """Side in pixels of the reconstructions; they are compared at 256."""
     rfid: float
     psnr: float | None
     ssim: float | None
@@ -54,7 +54,7 @@ SIZE = 256
 
 
 def protocol_guidance(model: str) -> float | None:
-    """The guidance scale that a published model's FID was measured with; None for others."""
+    """Return the guidance scale of a published model's FID; None for other models."""
     for known in CLASS_CONDITIONAL:
         if model.lower() == f"c2i-{known.model}-{known.grid * 16}".lower():
             return known.guidance_scale

@@ -27,7 +27,7 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
-    """Numbers are rounded where they are shown; None is shown as a dash."""
+    """The page rounds numbers and shows None as a dash."""
     note: str = ""
     """A sentence below it."""
 
@@ -38,7 +38,7 @@ class Curve:
 
     title: str
     x: str
-    """What the horizontal axis is."""
+    """Label of the horizontal axis."""
     series: Mapping[str, Sequence[tuple[float, float]]]
     """Name -> points (x, y), in order of x."""
     log_x: bool = False
@@ -55,7 +55,7 @@ class Picture:
 
 @dataclasses.dataclass(kw_only=True)
 class Report:
-    """What was compared with what, how, and what came out of it."""
+    """A comparison: its sides, settings and results."""
 
     protocol: str
     """The evaluation, as "c2i"."""
@@ -64,20 +64,20 @@ class Report:
     metrics: dict[str, float]
     """Name -> value; names as in the papers."""
     reference: dict[str, Any]
-    """What it was compared with, and how many images of it."""
+    """The other side of the comparison, and its number of images."""
     samples: dict[str, Any]
-    """What was evaluated: how many images, of which size, resized how."""
+    """The evaluated images: number, size, resizing."""
     settings: dict[str, Any]
-    """All else that the numbers depend on."""
+    """Everything else that the results depend on."""
     warnings: list[str] = dataclasses.field(default_factory=list)
-    """Where this differs from the published protocol, or a number cannot be trusted."""
+    """Differences from the published protocol, and results that cannot be trusted."""
     tables: list[Table] = dataclasses.field(default_factory=list)
     curves: list[Curve] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     versions: dict[str, str] = dataclasses.field(default_factory=_versions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the pictures, as JSON takes it."""
+        """Return everything but the pictures, for JSON."""
         values = dataclasses.asdict(dataclasses.replace(self, pictures=[]))
         del values["pictures"]
         return values

@@ -1,4 +1,4 @@
-"""Metrics as pure functions on arrays."""
+"""Metrics: pure functions on arrays."""
 
 from llamagen.evaluation.metrics.clip_score import clip_score
 from llamagen.evaluation.metrics.codebook import CodebookUse, codebook_use

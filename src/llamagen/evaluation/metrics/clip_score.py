@@ -1,4 +1,4 @@
-"""CLIP score (Hessel et al. 2021), by the features it is given."""
+"""CLIP score (Hessel et al. 2021) of given features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """100 times the cosine of each image's feature to its caption's, negative ones as 0.
+    """Return 100 times the cosine of each image's feature to its caption's, negative ones as 0.
 
     Args:
         images: (N, D), of any length.

@@ -1,4 +1,4 @@
-"""How a codebook is used."""
+"""Use of a codebook."""
 
 from __future__ import annotations
 
@@ -8,20 +8,19 @@ import numpy as np
 
 
 class CodebookUse(NamedTuple):
-    """Of the codes that a set of images became."""
+    """Use of a codebook by the codes of a set of images."""
 
     usage: float
-    """Share of the codebook that occurs at all, from 0 to 1."""
+    """Share of the codes that occur, from 0 to 1."""
     perplexity: float
-    """exp of the entropy of the codes' frequencies: as if so many codes were used equally."""
+    """exp of the entropy of the codes' frequencies: the effective number of codes."""
 
 
 def codebook_use(counts: np.ndarray) -> CodebookUse:
-    """Usage and perplexity.
+    """Return usage and perplexity.
 
     Args:
-        counts: (codebook size,) how often each code occurs, as ``np.bincount`` with ``minlength``
-            counts them.
+        counts: (codebook size,) occurrences of each code, by ``np.bincount`` with ``minlength``.
 
     Raises:
         ValueError: no code occurs.

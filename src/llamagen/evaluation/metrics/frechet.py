@@ -1,4 +1,4 @@
-"""Frechet distance between two Gaussians: FID and sFID, by the features it is given."""
+"""Frechet distance between two Gaussians: FID and sFID of given features."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from llamagen.evaluation.metrics.statistics import FeatureStatistics
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), with covariances A and B.
+    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), with covariances A and B.
 
     The trace of (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2): both roots are
-    symmetric, so nothing turns complex, and covariances without full rank (fewer images than
+    symmetric, so nothing becomes complex, and covariances without full rank (fewer images than
     features) need no offset.
 
     Raises:
@@ -22,9 +22,9 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     covariance_a, covariance_b = a.covariance, b.covariance
     product = _root(covariance_a) @ _root(covariance_b)
     cross = np.linalg.svd(product, compute_uv=False).sum()
-    apart = a.mean - b.mean
-    distance = apart @ apart + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross
-    # Rounding can lead below zero where both are the same.
+    shift = a.mean - b.mean
+    distance = shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross
+    # Rounding can give less than zero where both are the same.
     return max(0.0, float(distance))
 
 

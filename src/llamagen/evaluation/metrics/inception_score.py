@@ -1,4 +1,4 @@
-"""Inception Score (Salimans et al. 2016), by the class probabilities it is given."""
+"""Inception Score (Salimans et al. 2016) of given class probabilities."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ SPLIT = 5000
 
 
 def inception_score(probabilities: np.ndarray, *, split: int = SPLIT) -> float:
-    """exp(mean KL(p(y|x) || p(y))), averaged over consecutive splits.
+    """Return exp(mean KL(p(y|x) || p(y))), averaged over consecutive splits.
 
     Each split has its own p(y): images must come in random class order.
 
     Args:
-        probabilities: (N, classes), of which each row sums to 1.
+        probabilities: (N, classes), each row summing to 1.
         split: images of a split; the last may have fewer.
 
     Raises:
@@ -28,7 +28,7 @@ def inception_score(probabilities: np.ndarray, *, split: int = SPLIT) -> float:
     for first in range(0, len(probabilities), split):
         part = probabilities[first : first + split].astype(np.float64)
         marginal = part.mean(0, keepdims=True)
-        # What cannot be (p = 0) adds nothing.
+        # Impossible classes (p = 0) add nothing.
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(part > 0, part * (np.log(part) - np.log(marginal)), 0.0)
         scores.append(np.exp(terms.sum(1).mean()))

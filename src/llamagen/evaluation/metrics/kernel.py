@@ -1,4 +1,4 @@
-"""Kernel distance (KID, Binkowski et al. 2018), by the features it is given."""
+"""Kernel distance (KID, Binkowski et al. 2018) of given features."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """Distance under the kernel (x . y / D + 1)^3, the mean over random subsets of both sides.
+    """Return the distance under the kernel (x . y / D + 1)^3: the mean over random subsets.
 
     Args:
         a: features (N, D).
         b: features (M, D).
-        subsets: how many.
-        subset_size: features of a subset, drawn without repetition; at most the smaller side.
+        subsets: number of subsets.
+        subset_size: features of a subset, without repetition; limited to the smaller side.
         seed: of the subsets.
 
     Raises:
@@ -36,11 +36,11 @@ def kernel_distance(
     size = min(subset_size, len(a), len(b))
     if size < 2:
         raise ValueError(f"{size} features are too few, expected at least 2")
-    numbers = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x = a[numbers.choice(len(a), size, replace=False)].astype(np.float64)
-        y = b[numbers.choice(len(b), size, replace=False)].astype(np.float64)
+        x = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
+        y = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
         inside = _without_diagonal(_kernel(x, x)) + _without_diagonal(_kernel(y, y))
         values.append(inside / (size * (size - 1)) - 2.0 * _kernel(x, y).mean())
     return KernelDistance(mean=float(np.mean(values)), std=float(np.std(values)))

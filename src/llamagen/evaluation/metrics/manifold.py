@@ -1,8 +1,8 @@
-"""Precision and recall (Kynkaanniemi et al. 2019), by the features they are given.
+"""Precision and recall (Kynkaanniemi et al. 2019) of given features.
 
 Each set of features has a manifold: balls around its members, each as large as the distance to the
-member's k-th nearest neighbour in the set. Distances are computed block by block, so that no matrix
-of all pairs is ever held.
+member's k-th nearest neighbour in the set. Distances are computed block by block, so that there is
+never a matrix of all pairs.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def precision_recall(
     neighbours: int = NEIGHBOURS,
     device: torch.device | str = "cpu",
 ) -> PrecisionRecall:
-    """How many samples look real, and how much of what is real the samples cover.
+    """Return how many samples look real, and how much of the reference the samples cover.
 
     Args:
         samples: features (N, D).
         reference: features (M, D) of real images.
         neighbours: k.
-        device: where distances are computed, in float32 around the reference's mean.
+        device: of the distances, which are computed in float32 around the reference's mean.
 
     Raises:
         ValueError: the widths differ, or a set has not more than ``neighbours`` members.
@@ -63,7 +63,7 @@ def precision_recall(
 
 
 def nearest(queries: np.ndarray, known: np.ndarray, *, count: int = 1) -> np.ndarray:
-    """Indices (N, count) of the rows of ``known`` (M, D) nearest to each of ``queries`` (N, D)."""
+    """Return indices (N, count) of the rows of ``known`` (M, D) nearest to ``queries`` (N, D)."""
     center = known.mean(0, dtype=np.float64)
     a, b = (torch.from_numpy((x - center).astype(np.float32)) for x in (queries, known))
     found = [

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def psnr(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of images, in dB; infinite where they are equal.
+    """Return the peak signal-to-noise ratio of each pair, in dB; infinite where they are equal.
 
     Args:
         a: (N, H, W, C), of any number type.

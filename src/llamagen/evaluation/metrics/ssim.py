@@ -12,12 +12,11 @@ WINDOW = 7
 
 
 def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
-    """Mean structural similarity of each pair of images, averaged over channels.
+    """Return the mean structural similarity of each pair of images, averaged over channels.
 
-    The variant with a uniform 7x7 window and sample covariances that scikit-image computes, and
-    with it the published code. That code passed a data range of 2 for images in [0, 1], which
-    makes its numbers higher than they should be: call this with ``data_range=2`` on images in
-    [0, 1] to reproduce them, and with the true range to be right.
+    With a uniform 7x7 window and sample covariances, as in scikit-image and the published code.
+    That code used a data range of 2 for images in [0, 1], which makes its results too high:
+    ``data_range=2`` on images in [0, 1] reproduces them, the true range is right.
 
     Args:
         a: (N, H, W, C), of any number type, H and W at least 7.
@@ -46,5 +45,5 @@ def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarr
 
 
 def _mean(x: Tensor) -> Tensor:
-    """Mean over each window that lies inside the image."""
+    """Mean over each window inside the image."""
     return F.avg_pool2d(x, WINDOW, stride=1)

@@ -1,4 +1,4 @@
-"""Mean and covariance of features that come in parts, in one pass."""
+"""Mean and covariance of features that arrive in parts, in one pass."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from typing import Any, Self
 import numpy as np
 
 _BLOCK = 4096
-"""Rows that are computed with at once: their copy in float64 is all the memory that is needed."""
+"""Rows at once: their copy in float64 is all the memory needed."""
 
 
 class FeatureStatistics:
-    """What the Frechet distance needs to know of a set of features; all in float64.
+    """Count, mean and covariance of a set of features, in float64.
 
     Parts may be added in any order and by several processes, whose statistics are merged: the
     result is that of all rows at once, up to rounding (Chan, Golub and LeVeque 1979).
     """
 
     def __init__(self, width: int) -> None:
-        """Of no features yet, each of ``width`` numbers."""
+        """Of no features yet, which have ``width`` numbers each."""
         self.count = 0
         self.mean = np.zeros(width)
         self._scatter = np.zeros((width, width))
-        """Sum of the outer products of what deviates from the mean."""
+        """Sum of the outer products of the deviations from the mean."""
 
     @classmethod
     def of(cls, features: np.ndarray) -> Self:
-        """Statistics of features (N, D) that are all there."""
+        """Return the statistics of features (N, D)."""
         return cls(_checked(features).shape[1]).update(features)
 
     @classmethod
     def from_moments(cls, mean: np.ndarray, covariance: np.ndarray, count: int) -> Self:
-        """Statistics whose mean (D,) and covariance (D, D), divided by count - 1, are known.
+        """Return statistics of known mean (D,) and covariance (D, D; divided by count - 1).
 
         Raises:
             ValueError: the shapes do not fit together, or there are fewer than two features.
@@ -65,7 +65,7 @@ class FeatureStatistics:
         return result
 
     def update(self, features: np.ndarray) -> Self:
-        """Adds features (N, D) of any float type; returns itself.
+        """Add features (N, D) of any float type; return itself.
 
         Raises:
             ValueError: they have another width, or hold NaN or infinity.
@@ -82,7 +82,7 @@ class FeatureStatistics:
         return self
 
     def merge(self, other: FeatureStatistics) -> Self:
-        """Adds what another has seen; returns itself.
+        """Add the features of another; return itself.
 
         Raises:
             ValueError: its features have another width.
@@ -96,19 +96,19 @@ class FeatureStatistics:
         if count == 0:
             return
         total = self.count + count
-        apart = mean - self.mean
+        difference = mean - self.mean
         self._scatter += scatter
-        self._scatter += np.outer(apart, apart) * (self.count * count / total)
-        self.mean = self.mean + apart * (count / total)
+        self._scatter += np.outer(difference, difference) * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
         self.count = total
 
     def state_dict(self) -> dict[str, Any]:
-        """Arrays that ``from_state`` restores exactly."""
+        """Return arrays that ``from_state`` restores exactly."""
         return {"count": self.count, "mean": self.mean, "scatter": self._scatter}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """What ``state_dict`` returned."""
+        """Restore the result of ``state_dict``."""
         made = cls(len(state["mean"]))
         made.count = int(state["count"])
         made.mean, made._scatter = np.array(state["mean"]), np.array(state["scatter"])

@@ -89,7 +89,7 @@ class ClipEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     @property

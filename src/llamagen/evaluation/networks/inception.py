@@ -223,7 +223,7 @@ class InceptionV3(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return self.fc.weight.device
 
     @property

@@ -1,1 +1,1 @@
-"""What is compared with what, and how: one function for each protocol."""
+"""The evaluation protocols, one function for each."""

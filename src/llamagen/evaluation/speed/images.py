@@ -31,7 +31,7 @@ _SECONDS = 2.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Speed:
-    """How fast a number of images is generated at once."""
+    """Speed of generating a number of images at once."""
 
     images: int
     seconds_per_code: float
@@ -55,7 +55,7 @@ class SpeedSummary:
     estimates: tuple[Speed, ...]
     """One per number of images, the smallest first."""
     how: str
-    """How the times were measured, in a few sentences."""
+    """Explanation of the times, in a few sentences."""
 
 
 @torch.inference_mode()
