@@ -1,4 +1,4 @@
-r"""How good a class-conditional model of CIFAR-10 is, as a small classifier of its own sees it.
+r"""Quality of a class-conditional model of CIFAR-10, judged by a small classifier of its own.
 
     python benchmarks/cifar10.py train-classifier cifar10/train --out runs/classifier.safetensors
     python benchmarks/cifar10.py measure cifar10/train --model runs/cifar10-transformer/pipeline \
@@ -9,14 +9,14 @@ r"""How good a class-conditional model of CIFAR-10 is, as a small classifier of 
 The images are in a folder for each class. Held out is what a recipe with the same fraction holds
 out, so neither the classifier nor the model has been trained on it. Measured are
 
-- recognised: the share of samples that the classifier takes for the class that was asked for; the
-  same of real held-out images, and of the tokenizer's reconstructions of them;
+- recognised: the share of samples in which the classifier finds the requested class; the same for
+  real held-out images, and for the tokenizer's reconstructions of them;
 - frechet: the Frechet distance of the classifier's features to those of all training images, of
   the samples, of as many held-out images and of their reconstructions. It compares models that
   were judged by one and the same classifier, and is no published FID;
 - copies: the share of samples as near to a training image or its mirror image as a reconstruction
-  of it would be. A model that copies draws a reconstruction at best. Reconstructions of held-out
-  images are the baseline, since smooth pictures are near to others;
+  of it would be. A model that copies generates a reconstruction at best. Reconstructions of
+  held-out images are the baseline, since smooth pictures are near to others;
 - psnr and codebook: of the tokenizer on held-out images.
 """
 
@@ -36,7 +36,7 @@ import cifar10_classifier as judging
 import numpy as np
 import torch
 from cifar10_classifier import SIDE, About, Classifier, Judged, Training
-from common import machine, print_table, record
+from common import evenly, machine, print_table, record
 
 from llamagen import Pipeline
 from llamagen.data.collection import ImageCollection
@@ -55,21 +55,21 @@ from llamagen.support.storage import write_json
 
 HELD_OUT = 0.1
 WIDTHS = (64, 128, 256)
-LOOKED_AT = 1000
-"""Samples that are asked for their class and compared with every training image."""
+JUDGED = 1000
+"""Samples that are classified and compared with every training image."""
 CALIBRATED_BY = 2000
-"""Training images whose own reconstructions say how near a copy is."""
+"""Training images whose reconstructions calibrate the distance of copies."""
 PERCENTILE = 90
-"""So many percent of copies that are as good as reconstructions are found."""
+"""Percent of the copies found, if they are as good as reconstructions."""
 SLACK = 1.2
-"""A copy may be so many times as far from the original as the original's reconstruction."""
+"""Maximum distance of a copy, in units of the distance of the original's reconstruction."""
 SHOWN = 32
 PAIRS_NAME = "nearest.png"
 _PART = 500
 
 
 class Bench(NamedTuple):
-    """All that a model is measured with."""
+    """Models and images of a measurement."""
 
     pipe: Pipeline
     judge: Classifier
@@ -79,10 +79,10 @@ class Bench(NamedTuple):
     """(M, D) of them."""
     held_out: ImageCollection
     work: Path
-    """Gets the samples and the picture."""
+    """Folder of the samples and the picture."""
 
     def frechet(self, judged: Judged) -> float:
-        """Distance to all training images."""
+        """Return the distance to all training images."""
         of_training = FeatureStatistics.of(self.features)
         return frechet_distance(FeatureStatistics.of(judged.features), of_training)
 
@@ -111,7 +111,7 @@ def train_classifier(folder: Path, out: Path, held_out: float, training: Trainin
 
 
 def set_up(folder: Path, model: str, classifier: Path, work: Path) -> Bench:
-    """Loads everything.
+    """Load everything.
 
     Raises:
         FileNotFoundError: a part is missing.
@@ -123,21 +123,21 @@ def set_up(folder: Path, model: str, classifier: Path, work: Path) -> Bench:
         raise InputError(f"{classifier} was trained on other images than those in {folder}")
     pipe = Pipeline.from_pretrained(model)
     if pipe.labels is None:
-        raise InputError(f"{model} draws texts; give a class-conditional model")
+        raise InputError(f"{model} is conditioned on text; give a class-conditional model")
     for name in judge.about.classes:
         pipe.labels.find(name)
     scale = pipe.tokenizer.config.downsampling
-    drawn = tuple(side * scale for side in pipe.transformer.config.grid)
-    if drawn != (SIDE, SIDE):
-        raise InputError(f"{model} draws {drawn[1]}x{drawn[0]} pixels, expected {SIDE}x{SIDE}")
+    height, width = (side * scale for side in pipe.transformer.config.grid)
+    if (height, width) != (SIDE, SIDE):
+        raise InputError(f"{model} draws {width}x{height} pixels, expected {SIDE}x{SIDE}")
     pixels, _ = judging.load(images.training)
     return Bench(pipe, judge, pixels, judge.judge(pixels).features, images.validation, work)
 
 
-def draw(
+def generate(
     bench: Bench, count: int, seed: int, settings: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Samples (N, 32, 32, 3) of all classes in turn, and these (N,); goes on where it stopped."""
+    """Samples (N, 32, 32, 3) of all classes in turn, and their classes (N,); resumable."""
     pipe, names = bench.pipe, bench.judge.about.classes
     assert pipe.labels is not None
     asked = np.arange(count) % len(names)
@@ -150,7 +150,7 @@ def draw(
 
 
 def sampling_of(pipe: Pipeline, settings: dict[str, Any]) -> dict[str, Any]:
-    return dataclasses.asdict(dataclasses.replace(pipe.sampling, **settings))
+    return dataclasses.asdict(pipe.sampling.replace(**settings))
 
 
 @torch.inference_mode()
@@ -194,28 +194,28 @@ def rmse(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def neighbours(images: np.ndarray, training: np.ndarray) -> Neighbours:
     """By pixels."""
-    # Mirroring the few instead of the many gives the same distances.
+    # Mirroring the samples instead of the training images gives the same distances.
     both = np.concatenate([images, mirrored(images)])
     rows = nearest(both.reshape(len(both), -1), training.reshape(len(training), -1))[:, 0]
-    plain, turned = np.split(rmse(both, training[rows]), 2)
-    nearer = turned < plain
+    plain, flipped = np.split(rmse(both, training[rows]), 2)
+    nearer = flipped < plain
     found = np.where(
         nearer[:, None, None, None],
         mirrored(training[rows[len(images) :]]),
         training[rows[: len(images)]],
     )
-    return Neighbours(found, np.where(nearer, turned, plain))
+    return Neighbours(found, np.where(nearer, flipped, plain))
 
 
 def copies(bench: Bench, samples: np.ndarray, held_out: np.ndarray) -> dict[str, Any]:
-    """How many samples, and how many reconstructions of held-out images, are near copies.
+    """Share of near copies among samples, and among reconstructions of held-out images.
 
     Both are (N, 32, 32, 3). Two measures by pixels: below a threshold that most copies would be
     below, and about as near to the nearest training image as that image's own reconstruction, which
-    is stricter with smooth pictures. Features tell nothing here: those of a reconstruction are
-    farther from its image's than those of most images from their nearest neighbours.
+    is stricter with smooth pictures. Features do not help: a reconstruction's are farther from its
+    image's than most images' from their nearest neighbours'.
     """
-    originals = bench.training[spread(len(bench.training), CALIBRATED_BY)]
+    originals = bench.training[evenly(len(bench.training), CALIBRATED_BY)]
     copied, _ = reconstructed(bench.pipe, originals)
     limit = float(np.percentile(rmse(originals, copied), PERCENTILE))
     results: dict[str, Any] = {"limit": limit}
@@ -246,10 +246,10 @@ def measure(
 ) -> None:
     pipe, judge = bench.pipe, bench.judge
     names = judge.about.classes
-    samples, asked = draw(bench, count, seed, settings)
+    samples, asked = generate(bench, count, seed, settings)
     real, labels = judging.load(bench.held_out.thinned(count))
     restored, codes = reconstructed(pipe, real)
-    first = slice(LOOKED_AT)
+    first = slice(JUDGED)
     sets = {
         "samples": (judge.judge(samples), asked, first),
         "held-out": (judge.judge(real), labels, slice(None)),
@@ -257,7 +257,7 @@ def measure(
     }
     used = np.bincount(codes.ravel(), minlength=pipe.tokenizer.config.codebook_size)
     results: dict[str, Any] = {
-        **described(bench, seed),
+        **about(bench, seed),
         "sampling": sampling_of(pipe, settings),
         "samples": count,
         "held-out images": len(real),
@@ -266,19 +266,13 @@ def measure(
             for name, (judged, wanted, part) in sets.items()
         },
         "frechet": {name: bench.frechet(judged) for name, (judged, _, _) in sets.items()},
-        "copies": copies(bench, samples[first], restored[spread(len(restored), LOOKED_AT)]),
+        "copies": copies(bench, samples[first], restored[evenly(len(restored), JUDGED)]),
         "psnr": float(psnr(real, restored).mean()),
         "codebook": codebook_use(used)._asdict(),
     }
     print_table(["measure", "value"], flattened(results))
     print(f"the nearest training images are in {bench.work / PAIRS_NAME}")
     keep("cifar10", results, out)
-
-
-def spread(count: int, most: int) -> np.ndarray:
-    """At most so many of ``count`` rows, from all classes."""
-    kept = min(count, most)
-    return np.arange(kept) * count // kept
 
 
 def sweep(
@@ -292,7 +286,7 @@ def sweep(
     found = []
     for temperature, top_k, guidance in grid:
         settings = {"guidance_scale": guidance, "top_k": top_k, "temperature": temperature}
-        samples, asked = draw(bench, count, seed, settings)
+        samples, asked = generate(bench, count, seed, settings)
         judged = bench.judge.judge(samples)
         right = share(judged.found == asked)
         found.append({**settings, "recognised": right, "frechet": bench.frechet(judged)})
@@ -310,17 +304,17 @@ def sweep(
             for row in found
         ],
     )
-    keep("cifar10-sweep", {**described(bench, seed), "samples": count, "settings": found}, out)
+    keep("cifar10-sweep", {**about(bench, seed), "samples": count, "settings": found}, out)
 
 
-def described(bench: Bench, seed: int) -> dict[str, Any]:
-    """What was measured with what."""
-    about = bench.judge.about
+def about(bench: Bench, seed: int) -> dict[str, Any]:
+    """Model and judge, for the record."""
+    judge = bench.judge.about
     return {
         "model": bench.pipe.name,
         **bench.pipe.precision,
         "seed": seed,
-        "classifier": {"accuracy": about.accuracy, "trained on": about.trained_on},
+        "classifier": {"accuracy": judge.accuracy, "trained on": judge.trained_on},
         "training images": len(bench.training),
     }
 

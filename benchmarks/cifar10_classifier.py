@@ -1,6 +1,6 @@
-"""The classifier that judges samples of CIFAR-10: a residual network of a few convolutions.
+"""The judge of CIFAR-10 samples: a small residual network, and its training.
 
-It is trained on the images that a recipe trains on, and never sees those that a recipe holds out.
+It is trained on the training images of a recipe, never on those that the recipe holds out.
 
 Shapes: N images of 32x32 pixels as bytes, K classes, D numbers of a feature.
 """
@@ -33,21 +33,21 @@ from llamagen.training.sources import Images, find_run_images
 RECIPE = "cifar10-transformer"
 SIDE = 32
 SHIFT = 4
-"""Training images are moved by up to so many pixels."""
+"""Maximum shift in pixels of training images."""
 _MEAN, _DEVIATION = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
 """Of the training images' red, green and blue."""
 _PART = 500
-"""Images that are judged at once."""
+"""Images of a batch when judging."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """How the classifier is trained."""
+    """Settings of the classifier's training."""
 
     epochs: int = 14
     batch_size: int = 128
     lr: float = 0.1
-    """Of SGD at its highest; one cycle, which rises for the first quarter."""
+    """Maximum for SGD; one cycle, which rises for the first quarter."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
     label_smoothing: float = 0.1
@@ -56,7 +56,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a classifier's file says of it."""
+    """Metadata of a classifier's file."""
 
     classes: tuple[str, ...]
     widths: tuple[int, ...]
@@ -70,23 +70,23 @@ class About:
 
 
 class Judged(NamedTuple):
-    """What a classifier says of images."""
+    """A classifier's output for images."""
 
     features: np.ndarray
     """(N, D) float32, pooled; D is the last stage's width."""
     found: np.ndarray
-    """(N,) int64, the likeliest class."""
+    """(N,) int64, the most likely class."""
 
 
 def split(folder: Path, fraction: float) -> Images:
-    """What a recipe trains on and all that it holds out.
+    """Return a recipe's training images, and all that it holds out.
 
     Raises:
         FileNotFoundError: there is no such folder.
         InputError: it has no images, or no classes.
     """
     recipe = load_recipe(TransformerTraining, RECIPE)
-    # Without the limit on validations, which look at a part of what is held out.
+    # Without the limit on validations, which read a part of the held-out images.
     images = dataclasses.replace(
         recipe.images, validation_fraction=fraction, max_validation_images=2**62
     )
@@ -146,7 +146,7 @@ class Classifier(nn.Module):
     def judge(self, images: np.ndarray) -> Judged:
         """Bytes (N, 32, 32, 3) to features and classes.
 
-        In float32, so that they do not depend on which precision a machine is fast at.
+        In float32, so that they do not depend on the machine's fastest precision.
         """
         self.eval()
         parts = [
@@ -156,14 +156,14 @@ class Classifier(nn.Module):
         return Judged(features.numpy(), self.head(features).argmax(1).numpy())
 
     def save(self, path: Path) -> None:
-        """Writes the weights, with ``about`` as the file's metadata."""
+        """Write the weights, with ``about`` as the file's metadata."""
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         with atomic_file(path) as temporary:
             save_file(tensors, temporary, {"about": json.dumps(dataclasses.asdict(self.about))})
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what ``save`` has written.
+        """Load a file of ``save``.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -185,7 +185,7 @@ class Classifier(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions, added to what they are given."""
+    """Two convolutions with a residual connection."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ def _convolution(inputs: int, outputs: int) -> nn.Sequential:
 def train(
     pixels: np.ndarray, labels: np.ndarray, about: About, training: Training | None = None
 ) -> Classifier:
-    """A classifier of images (N, 32, 32, 3) bytes and their classes (N,).
+    """Train a classifier on images (N, 32, 32, 3) bytes and their classes (N,).
 
     Raises:
         InputError: there are fewer images than in a batch, or the loss is not finite.
@@ -273,22 +273,22 @@ def train(
 
 
 class _Crops:
-    """Batches of images, each moved and perhaps mirrored."""
+    """Batches of images, each shifted and perhaps mirrored."""
 
     def __init__(self, pixels: np.ndarray, seed: int) -> None:
         edges = ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0))
         padded = torch.from_numpy(np.pad(pixels, edges, mode="reflect")).movedim(-1, 1)
-        # (N, 3, 9, 9, 32, 32): every crop there is, as a view.
+        # (N, 3, 9, 9, 32, 32): every crop, as a view.
         self.windows = padded.unfold(2, SIDE, 1).unfold(3, SIDE, 1)
-        self.numbers = torch.Generator().manual_seed(seed)
+        self.rng = torch.Generator().manual_seed(seed)
 
     def shuffled(self) -> Tensor:
         """All rows in random order."""
-        return torch.randperm(len(self.windows), generator=self.numbers)
+        return torch.randperm(len(self.windows), generator=self.rng)
 
     def take(self, rows: Tensor) -> Tensor:
         """Bytes (B, 3, 32, 32)."""
-        y, x = torch.randint(2 * SHIFT + 1, (2, len(rows)), generator=self.numbers)
-        mirrored = torch.rand(len(rows), generator=self.numbers) < 0.5
+        y, x = torch.randint(2 * SHIFT + 1, (2, len(rows)), generator=self.rng)
+        mirrored = torch.rand(len(rows), generator=self.rng) < 0.5
         images = self.windows[rows, :, y, x]
         return torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)

@@ -1,4 +1,4 @@
-"""How well a text-conditional model draws emoji: those it has seen, and combinations it has not.
+"""Quality of a text-conditional model of emoji: those it has seen, and combinations it has not.
 
     python benchmarks/emoji.py split emoji/              # writes train.csv and held-out.csv there
     python benchmarks/emoji.py measure emoji/ --model runs/emoji/pipeline
@@ -6,10 +6,10 @@
 Held out is one of the five skin tones of every fourth person, hand or face that comes in all five.
 Measured are
 
-- seen: of 200 prompts of train.csv, the share whose image is nearer to the emoji that was asked for
-  than to any other of train.csv, by pixels and by the tokenizer's latents (mean squared error);
+- seen: of 200 prompts of train.csv, the share whose image is nearer to the requested emoji than to
+  any other of train.csv, by pixels and by the tokenizer's latents (mean squared error);
   the same by pixels for clock times, letters, hearts and the like;
-- tone: of the prompts of held-out.csv, the share that is drawn in the right skin tone. The pixels
+- tone: of the prompts of held-out.csv, the share with the right skin tone. The pixels
   in which the five real tones of that emoji differ are compared with each of the five;
 - psnr: of the tokenizer's reconstructions of held-out.csv, which it must not have been trained on.
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import print_table, record
+from common import evenly, print_table, record
 from PIL import Image
 from torch import Tensor
 
@@ -37,7 +37,7 @@ from llamagen.support.pictures import image_grid, save_png
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 EVERY = 4
-"""Of the emoji in five tones, every such one has a tone held out."""
+"""One in so many emoji with five tones has a tone held out."""
 PROMPTS = 200
 SHOWN = 64
 KINDS = {
@@ -48,10 +48,10 @@ KINDS = {
     "flags": r" flag$",
     "hair": r"hair$",
 }
-MOST = 60
-"""Of each kind, at most so many are drawn."""
+MAX_OF_KIND = 60
+"""Emoji of each kind that are generated."""
 DIFFERENT = 24
-"""Pixels count for the tone where the five differ by at least this much on average, of 255."""
+"""Pixels count for the tone where the five differ by at least this on average, of 255."""
 
 Row = dict[str, str]
 
@@ -62,7 +62,7 @@ def read_rows(table: Path) -> list[Row]:
 
 
 def in_five_tones(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """What comes in all five tones: its text without one -> tone -> row."""
+    """Emoji in all five tones: text without the tone -> tone -> row."""
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         match = re.fullmatch(rf"(.*) ({'|'.join(TONES)}) skin tone", row["text"])
@@ -76,8 +76,8 @@ def split(folder: Path) -> None:
     chosen = list(in_five_tones(rows).values())[::EVERY]
     held_out = [tones[TONES[number % len(TONES)]] for number, tones in enumerate(chosen)]
     files = {row["file_name"] for row in held_out}
-    kept = [row for row in rows if row["file_name"] not in files]
-    for name, part in (("train.csv", kept), ("held-out.csv", held_out)):
+    training = [row for row in rows if row["file_name"] not in files]
+    for name, part in (("train.csv", training), ("held-out.csv", held_out)):
         with (folder / name).open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
@@ -91,24 +91,24 @@ def load(folder: Path, rows: list[Row], side: int) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def nearest(drawn: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """For each row of ``drawn`` (N, ...), the row of ``known`` (M, ...) nearest to it."""
-    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (drawn, known))
+def nearest(samples: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """For each row of ``samples`` (N, ...), the row of ``known`` (M, ...) nearest to it."""
+    a, b = (x.reshape(len(x), -1).astype(np.float64) for x in (samples, known))
     return (np.square(b).sum(1) - 2 * a @ b.T).argmin(1)
 
 
-def share_found(chosen: np.ndarray, drawn: np.ndarray, known: np.ndarray) -> float:
-    """How often the nearest is the chosen one, or one that looks exactly like it."""
-    found = nearest(drawn, known)
+def share_found(chosen: np.ndarray, samples: np.ndarray, known: np.ndarray) -> float:
+    """Share of samples whose nearest image is the chosen one, or one equal to it."""
+    found = nearest(samples, known)
     same = [np.array_equal(known[a], known[b]) for a, b in zip(chosen, found, strict=True)]
     return float(np.mean(same))
 
 
-def tone_of(drawn: np.ndarray, variants: np.ndarray) -> int:
-    """Which of the five real variants (5, H, W, 3) an image (H, W, 3) has the tone of."""
+def tone_of(sample: np.ndarray, variants: np.ndarray) -> int:
+    """The one of the five real variants (5, H, W, 3) whose tone an image (H, W, 3) has."""
     real = variants.astype(np.float64)
     counts = real.std(0).mean(-1) >= DIFFERENT / 2
-    errors = np.abs(real - drawn)[:, counts].mean((1, 2))
+    errors = np.abs(real - sample)[:, counts].mean((1, 2))
     return int(errors.argmin())
 
 
@@ -136,25 +136,25 @@ def measure(folder: Path, model: str, out: Path, seed: int) -> None:
     known, real = load(folder, rows, side), load(folder, held_out, side)
     out.mkdir(parents=True, exist_ok=True)
 
-    chosen = np.arange(PROMPTS) * len(rows) // PROMPTS
-    drawn = draw(pipe, [rows[index]["text"] for index in chosen], seed)
-    shown = np.arange(SHOWN) * PROMPTS // SHOWN
+    chosen = evenly(len(rows), PROMPTS)
+    samples = generate(pipe, [rows[index]["text"] for index in chosen], seed)
+    shown = evenly(len(chosen), SHOWN)
     captions = [short(rows[chosen[index]]["text"]) for index in shown]
-    save_sheet(drawn[shown], captions, out / "seen.png")
+    save_sheet(samples[shown], captions, out / "seen.png")
     results: dict[str, object] = {
         "model": pipe.name,
         "seed": seed,
         "sampling": dataclasses.asdict(pipe.sampling),
-        "seen, by pixels": share_found(chosen, drawn, known),
-        "seen, by latents": share_found(chosen, latents(pipe, drawn), latents(pipe, known)),
+        "seen, by pixels": share_found(chosen, samples, known),
+        "seen, by latents": share_found(chosen, latents(pipe, samples), latents(pipe, known)),
     }
     for kind, pattern in KINDS.items():
-        of_kind = [n for n, row in enumerate(rows) if re.search(pattern, row["text"])][:MOST]
-        images = draw(pipe, [rows[index]["text"] for index in of_kind], seed)
+        of_kind = [n for n, row in enumerate(rows) if re.search(pattern, row["text"])][:MAX_OF_KIND]
+        images = generate(pipe, [rows[index]["text"] for index in of_kind], seed)
         name = f"seen, {kind} ({len(of_kind)})"
         results[name] = share_found(np.array(of_kind), images, known)
 
-    new = draw(pipe, [row["text"] for row in held_out], seed)
+    new = generate(pipe, [row["text"] for row in held_out], seed)
     pairs = np.stack([new, real], axis=1).reshape(-1, *new.shape[1:])
     names = [x for row in held_out for x in (short(row["text"]), "real")]
     save_sheet(pairs, names, out / "held-out.png", columns=12)
@@ -164,13 +164,13 @@ def measure(folder: Path, model: str, out: Path, seed: int) -> None:
     record("emoji", results)
 
 
-def draw(pipe: Pipeline, prompts: list[str], seed: int) -> np.ndarray:
+def generate(pipe: Pipeline, prompts: list[str], seed: int) -> np.ndarray:
     """An image of each prompt (N, H, W, 3)."""
     return np.stack([np.asarray(image) for image in pipe(prompts, seed=seed).images])
 
 
 def tones_right(folder: Path, rows: list[Row], held_out: list[Row], new: np.ndarray) -> float:
-    """The share of new images (N, H, W, 3) that has the tone that was asked for."""
+    """Share of new images (N, H, W, 3) with the requested tone."""
     variants = in_five_tones([*rows, *held_out])
     right = []
     for row, image in zip(held_out, new, strict=True):

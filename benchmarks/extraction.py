@@ -3,8 +3,8 @@
 The published way reads an image, encodes its centre crop in float32 and writes one .npy file for
 its codes and one for its label. Ours extracts the same crops in batches, in bfloat16 where the
 device is fast at it, into a store; once as it is and once compiled. All read the same files, in
-turn, each in a process of its own, for ours tells its process to keep freed memory. The first of
-four shards is not timed: compiling happens in it. The weights are drawn at random.
+turn, each in a process of its own, since ours sets its process to keep freed memory. The first of
+four shards is not timed: compiling happens in it. The weights are random.
 
     python benchmarks/extraction.py --preset small VQ-16 --images 2000 24
 """
@@ -60,7 +60,7 @@ def write_images(folder: Path, count: int, side: int) -> None:
 
 @torch.inference_mode()
 def one_at_a_time(tokenizer: ImageTokenizer, images: ImageFolder, size: int, out: Path) -> None:
-    """Batches of one image in the ordinary memory layout, and two small files for each."""
+    """Encode batches of one image in the default memory layout; write two files for each."""
     out.mkdir(parents=True)
     assert images.labels is not None
     for index, (path, label) in enumerate(zip(images.paths, images.labels, strict=True)):
@@ -80,7 +80,7 @@ def worker(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Extracts each time it is sent True, and sends images per second; ends when sent False."""
+    """Extract each time True arrives, and send images per second; end when False arrives."""
     tokenizer = ImageTokenizer(preset(PRESETS, name)).to(device).eval()
     images = ImageFolder.scan(folder / "images")
     size = SIZES.get(name, 256)

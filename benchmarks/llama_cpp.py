@@ -1,9 +1,9 @@
 """A decoding step of llama.cpp against one of ours, in milliseconds, by rows and precision.
 
-A Llama of the preset's shape with weights at random is written as GGUF, in bfloat16 and in q8_0
+A Llama of the preset's shape with random weights is written as GGUF, in bfloat16 and in q8_0
 (beside which ours has int8), and decoded with ``llama-batched-bench``: ``llama-bench`` itself knows
 one sequence only. Both compute logits of as many sequences as there are rows (a guided image is
-two), from one position up to an image's codes, and neither draws from them. All run in turn, with
+two), from one position up to an image's codes, and neither samples from them. All run in turn, with
 as many threads.
 
 Needs llama.cpp's program, on the path or given, and ``pip install gguf``. So far this has run only
@@ -29,22 +29,23 @@ from typing import Any
 import numpy as np
 import torch
 from common import median_and_spread, print_table, record
-from llamagen.backends.decoder import decoder_for
+from torch import Tensor
 
+from llamagen.backends import fastest_step
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
-from llamagen.models.transformer import Transformer
+from llamagen.models.transformer import NO_CELL, Tokens, Transformer
 from llamagen.models.transformer.quantization import quantize
 
 PROGRAM = "llama-batched-bench"
 PRECISIONS = {"bf16": "bfloat16", "q8_0": "int8"}
-"""llama.cpp's names, and those of what ours has beside them."""
+"""llama.cpp's names, and ours."""
 
 Seconds = dict[int, float]
 """Of a step, by the number of rows."""
 
 
 def write_gguf(path: Path, config: TransformerConfig, kind: str) -> None:
-    """A Llama of the shape of ``config`` with weights at random and no tokenizer."""
+    """A Llama of the shape of ``config`` with random weights and no tokenizer."""
     import gguf
 
     precision = {
@@ -64,10 +65,10 @@ def write_gguf(path: Path, config: TransformerConfig, kind: str) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.codebook_size)
     writer.add_tokenizer_model("no_vocab")
-    numbers = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
 
     def add_matrix(name: str, outputs: int, inputs: int) -> None:
-        weight = numbers.standard_normal((outputs, inputs), dtype=np.float32) * np.float32(0.02)
+        weight = rng.standard_normal((outputs, inputs), dtype=np.float32) * np.float32(0.02)
         packed = gguf.quants.quantize(weight, precision)
         writer.add_tensor(f"{name}.weight", packed, raw_dtype=precision)
 
@@ -96,7 +97,7 @@ def write_gguf(path: Path, config: TransformerConfig, kind: str) -> None:
 
 
 def llama_seconds(program: str, model: Path, codes: int, rows: Sequence[int]) -> Seconds:
-    """What llama.cpp takes for a step, in the mean over an image's codes."""
+    """Time of a step of llama.cpp, in the mean over an image's codes."""
     threads = str(torch.get_num_threads())
     given = {
         "-m": model,
@@ -124,23 +125,39 @@ def llama_seconds(program: str, model: Path, codes: int, rows: Sequence[int]) ->
 
 @torch.inference_mode()
 def own_seconds(model: Transformer, rows: Sequence[int]) -> Seconds:
-    """What we take for a step, in the mean over an image's codes."""
-    count = model.config.num_codes - 1
-    decoder = decoder_for(model)
+    """Time of a step of ours, in the mean over an image's codes."""
+    config = model.config
+    count = config.num_codes - 1
+    compute = fastest_step(model)
     seconds = {}
     for number in rows:
-        cache = model.new_cache(number)
-        model.prefill(torch.arange(number) % model.config.num_classes, cache)
-        codes = torch.randint(model.config.codebook_size, (count, number))
+        cache = model.new_cache(number, 1 + config.num_codes)
+        cache.add(number)
+        classes = torch.arange(number) % config.num_classes + config.codebook_size
+        compute(tokens_of(classes, 0, NO_CELL), cache, config.grid)
+        codes = torch.randint(config.codebook_size, (count, number))
         start = time.perf_counter()
-        for step in codes:
-            decoder.next_logits(step, cache)
+        for index, step in enumerate(codes):
+            cache.lengths = [index + 1] * number
+            compute(tokens_of(step, index + 1, index), cache, config.grid)
         seconds[number] = (time.perf_counter() - start) / count
     return seconds
 
 
+def tokens_of(ids: Tensor, position: int, cell: int) -> Tokens:
+    """One token of each sequence."""
+    rows = np.arange(len(ids))
+    return Tokens(
+        ids=ids,
+        sequences=rows.astype(np.int32),
+        positions=np.full(len(ids), position, np.int32),
+        cells=np.full(len(ids), cell, np.int32),
+        wanted=rows,
+    )
+
+
 def own_model(config: TransformerConfig, precision: str) -> Transformer:
-    """A model with weights at random, in bfloat16 but for whole numbers."""
+    """A model with random weights, in bfloat16 or int8."""
     torch.manual_seed(0)
     model = Transformer(config).bfloat16().eval()
     if precision == "int8":
@@ -149,7 +166,7 @@ def own_model(config: TransformerConfig, precision: str) -> Transformer:
 
 
 def find_program(given: str | None) -> str:
-    """Where llama.cpp's program is.
+    """Return the path of llama.cpp's program.
 
     Raises:
         SystemExit: it is not there, or the package gguf is not.
@@ -189,7 +206,7 @@ def main() -> None:
                 times.setdefault(f"llama.cpp, {kind}", []).append(theirs)
                 own = own_seconds(models[kind], arguments.rows)
                 times.setdefault(f"llamagen, {PRECISIONS[kind]}", []).append(own)
-    print(f"preset {arguments.preset}, {config.num_codes} codes, ms for a step without drawing")
+    print(f"preset {arguments.preset}, {config.num_codes} codes, ms for a step without sampling")
     names = list(times)
     rows: list[list[str]] = []
     results: list[dict[str, Any]] = []

@@ -1,6 +1,6 @@
 """Peak memory and seconds of loading preset B, as a multiple of the weights' own size.
 
-Each way of loading runs in a process of its own; its peak is counted from after the imports.
+Each way of loading runs in a process of its own; its peak is counted after the imports.
 
     python benchmarks/loading.py           (Linux)
 """

@@ -1,13 +1,12 @@
-"""How long metrics on features take, and how much memory.
+"""Time and memory of metrics on features.
 
     python benchmarks/metrics.py
 
-- the Frechet distance of 50,000 features of 2,048 numbers, in parts as they would come from a
-  network, to statistics that are there; beside it scipy's matrix square root, where scipy is
-  installed;
+- the Frechet distance of 50,000 features of 2,048 numbers, in parts as from a network, to given
+  statistics; beside it scipy's matrix square root, where scipy is installed;
 - precision and recall of 10,000 features against 50,000.
 
-Features are random: neither takes longer or shorter for real ones. Memory is the process's peak
+Features are random: real ones take the same time. Memory is the process's peak
 above what it had before, measured in a process of its own.
 """
 
@@ -29,10 +28,10 @@ PART = 500
 
 
 def parts(count: int, seed: int):
-    numbers = np.random.default_rng(seed)
-    mixing = numbers.normal(size=(WIDTH, WIDTH)).astype(np.float32) / WIDTH**0.5
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(WIDTH, WIDTH)).astype(np.float32) / WIDTH**0.5
     for _ in range(0, count, PART):
-        yield np.abs(numbers.normal(size=(PART, WIDTH)).astype(np.float32) @ mixing)
+        yield np.abs(rng.normal(size=(PART, WIDTH)).astype(np.float32) @ mixing)
 
 
 def frechet() -> dict[str, float]:
@@ -59,9 +58,9 @@ def frechet() -> dict[str, float]:
     start = time.perf_counter()
     root = sqrtm(statistics.covariance @ reference.covariance)
     found["scipy's square root, seconds"] = time.perf_counter() - start
-    apart = statistics.mean - reference.mean
+    shift = statistics.mean - reference.mean
     traces = np.trace(statistics.covariance) + np.trace(reference.covariance)
-    found["scipy's value"] = float(apart @ apart + traces - 2 * np.trace(root).real)
+    found["scipy's value"] = float(shift @ shift + traces - 2 * np.trace(root).real)
     return found
 
 
@@ -81,7 +80,7 @@ def _child(work: Callable[[], dict[str, float]], queue) -> None:
 
 
 def alone(work: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """Runs ``work`` in a new process; what it returns and its peak memory, torch included."""
+    """Run ``work`` in a new process; return its result and peak memory, torch included."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     process = context.Process(target=_child, args=(work, queue))

@@ -1,11 +1,11 @@
-"""Drawing several codes per pass against one by one, of one image: passes and milliseconds.
+"""Several codes per pass against one by one, for one image: passes and milliseconds.
 
     python benchmarks/parallel_decoding.py emoji --prompts "red heart" dog pizza
     python benchmarks/parallel_decoding.py demo/transformer/pipeline --windows 2 4 8
 
-Every window draws every prompt with the same seeds, with the model's own settings, and its codes
-are compared with those drawn one by one. All ways run in turn; a repeat is the mean over prompts
-and seeds, the condition's own pass included and the text encoder and the tokenizer left out.
+Every window generates every prompt with the same seeds, with the model's own settings, and its
+codes are compared with those generated one by one. All ways run in turn; a repeat is the mean over
+prompts and seeds, the condition's own pass included and text encoder and tokenizer left out.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,47 +21,37 @@ from common import median_and_spread, print_table, record, time_in_turn
 from torch import Tensor
 
 from llamagen import Pipeline
-from llamagen.generation import generate_codes, generate_codes_in_parallel
-from llamagen.pipeline.conditions import Conditions
+from llamagen.generation import GenerationRequest
+from llamagen.generation.batch import Batch
 
 ONE_BY_ONE = "one by one"
-GROWING = "as it pays"
+ADAPTIVE = "adaptive"
 DEFAULT_PROMPTS = 8
 """Classes, where no prompts are given: the first ones of the model."""
 
 
-def draw_one_by_one(pipe: Pipeline, conditions: list[Conditions], seeds: list[int]) -> list[Tensor]:
-    """Codes (1, rows, columns) of every condition and seed."""
+def requests_of(
+    pipe: Pipeline, prompts: Sequence[str | int], seeds: int, window: int | None
+) -> list[GenerationRequest]:
     return [
-        generate_codes(
-            pipe.transformer,
-            wanted.condition,
-            condition_mask=wanted.mask,
-            seeds=[seed],
-            sampling=pipe.sampling,
-        )
-        for wanted in conditions
-        for seed in seeds
+        condition.request(seed=seed, sampling=pipe.sampling, window=window)
+        for condition in pipe.conditions(prompts)
+        for seed in range(seeds)
     ]
 
 
-def draw_in_windows(
-    pipe: Pipeline, conditions: list[Conditions], seeds: list[int], *, window: int | None
-) -> tuple[list[Tensor], list[int]]:
-    """As above, and the passes that each image took."""
-    drawn = [
-        generate_codes_in_parallel(
-            pipe.transformer,
-            wanted.condition,
-            window=window,
-            condition_mask=wanted.mask,
-            seeds=[seed],
-            sampling=pipe.sampling,
-        )
-        for wanted in conditions
-        for seed in seeds
-    ]
-    return [one.codes for one in drawn], [one.passes[0] for one in drawn]
+def generate(pipe: Pipeline, requests: list[GenerationRequest]) -> list[tuple[Tensor, int]]:
+    """Codes (1, T) of each image, generated alone, and its number of passes."""
+    found = []
+    for request in requests:
+        batch = Batch(pipe.transformer, 1, max_sequences=request.sequences)
+        images = batch.add([request])
+        passes = 1
+        while not images[0].is_finished:
+            batch.step()
+            passes += 1
+        found.append((batch.codes_of(images, batch.total), passes))
+    return found
 
 
 def main() -> None:
@@ -75,41 +65,39 @@ def main() -> None:
     arguments = parser.parse_args()
     pipe = Pipeline.from_pretrained(arguments.model)
     prompts = arguments.prompts or list(range(DEFAULT_PROMPTS))
-    conditions = [pipe.conditions([prompt]) for prompt in prompts]
-    seeds = list(range(arguments.seeds))
-    ways: dict[str, int | None] = {f"window {window}": window for window in arguments.windows}
-    ways[GROWING] = None
+    windows: dict[str, int | None] = {ONE_BY_ONE: 1}
+    windows |= {f"window {window}": window for window in arguments.windows}
+    windows[ADAPTIVE] = None
 
-    reference = draw_one_by_one(pipe, conditions, seeds)
-    images, total = len(reference), reference[0].numel()
-    passes, same = {ONE_BY_ONE: float(total)}, {ONE_BY_ONE: images}
-    for name, window in ways.items():
-        codes, taken = draw_in_windows(pipe, conditions, seeds, window=window)
-        passes[name] = statistics.mean(taken)
-        same[name] = sum(torch.equal(a, b) for a, b in zip(codes, reference, strict=True))
-
-    candidates: dict[str, Callable[[], object]] = {
-        ONE_BY_ONE: functools.partial(draw_one_by_one, pipe, conditions, seeds)
+    requests = {
+        way: requests_of(pipe, prompts, arguments.seeds, window) for way, window in windows.items()
     }
-    for name, window in ways.items():
-        candidates[name] = functools.partial(
-            draw_in_windows, pipe, conditions, seeds, window=window
-        )
-    seconds = time_in_turn(candidates, repeats=arguments.repeats)
+    found = {way: generate(pipe, own) for way, own in requests.items()}
+    reference = [codes for codes, _ in found[ONE_BY_ONE]]
+    images, total = len(reference), reference[0].numel()
+    passes = {way: statistics.mean(each for _, each in own) for way, own in found.items()}
+    same = {
+        way: sum(torch.equal(a, b) for (a, _), b in zip(own, reference, strict=True))
+        for way, own in found.items()
+    }
+    seconds = time_in_turn(
+        {way: functools.partial(generate, pipe, own) for way, own in requests.items()},
+        repeats=arguments.repeats,
+    )
     rows = []
-    for name, values in seconds.items():
+    for way, values in seconds.items():
         ratios = [one / own for one, own in zip(seconds[ONE_BY_ONE], values, strict=True)]
-        row = [name, f"{passes[name]:.1f}", median_and_spread([1e3 * v / images for v in values])]
-        rows.append([*row, f"{statistics.median(ratios):.2f}", f"{same[name]} of {images}"])
+        row = [way, f"{passes[way]:.1f}", median_and_spread([1e3 * v / images for v in values])]
+        rows.append([*row, f"{statistics.median(ratios):.2f}", f"{same[way]} of {images}"])
     print(f"{arguments.model}: {images} images of {total} codes, {pipe.sampling}")
     print_table(["way", "passes", "ms an image", "times one by one", "same codes"], rows)
     results = {
-        name: {
-            "passes": passes[name],
-            "same_codes": same[name] / images,
+        way: {
+            "passes": passes[way],
+            "same_codes": same[way] / images,
             "seconds_per_image": [value / images for value in values],
         }
-        for name, values in seconds.items()
+        for way, values in seconds.items()
     }
     name = arguments.name or Path(arguments.model).name
     record(f"parallel-decoding-{name}", {"codes": total, "images": images, "ways": results})

@@ -1,18 +1,17 @@
-"""What a model loses by weights, keys and values in 8 bits: predictions against float32.
+"""Predictions with weights, keys and values in 8 bits, compared with float32.
 
     python benchmarks/quantization.py emoji emoji/held-out.csv emoji/train.csv --images 500 \
         --picture docs/images/quantization.png
 
 Images with captions, or with the model's classes, are encoded once, by the tokenizer in float32.
 Every way of storing and computing the transformer then predicts each code from the true codes
-before it and the caption or class, which the text encoder reads in that way's precision. Measured
-are
+before it and the caption or class, which is encoded in that way's precision. Measured are
 
 - bits per code, as ``llamagen evaluate likelihood`` has them, and by how much they exceed those
   in float32;
 - divergence: the Kullback-Leibler divergence of the predicted distribution from that in float32,
   in bits;
-- same: the share of positions at which the likeliest code is the same.
+- same: the share of positions at which the most likely code is the same.
 
 Means are over all codes; their standard errors, behind ±, are over images. Of a model that is
 stored in bfloat16, float32 means the same weights, computed with in float32.
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import print_table, record
+from common import evenly, print_table, record
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from llamagen import Pipeline
 from llamagen.config import KVCacheDType, Quantization
 from llamagen.evaluation.image_sets import CollectedImages, ImageSet
 from llamagen.models.tokenizer import uint8_to_images
+from llamagen.models.transformer import NO_CELL, Tokens, Transformer
 from llamagen.support.pictures import image_grid, save_png, stacked, titled
 
 REFERENCE = "float32"
@@ -48,16 +48,16 @@ WAYS: dict[str, tuple[Quantization | None, str, KVCacheDType]] = {
     "int8 cache, bfloat16": (None, "bfloat16", "int8"),
     "int8 and int8 cache, bfloat16": ("int8", "bfloat16", "int8"),
 }
-"""How weights are stored, what is computed with, and how keys and values are kept."""
+"""Precision of the weights, of the computation, and of keys and values."""
 SHOWN_WAYS = (REFERENCE, "bfloat16", "int8, bfloat16", "int8 and int8 cache, bfloat16")
-"""What the picture shows."""
+"""Rows of the picture."""
 SHOWN = 8
 """Prompts of the picture, spread evenly over the last images that were named."""
 
 
 def load(model: str, way: str) -> Pipeline:
-    quantization, dtype, kept = WAYS[way]
-    return Pipeline.from_pretrained(model, dtype=dtype).quantize(quantization, kv_cache_dtype=kept)
+    quantization, dtype, cache = WAYS[way]
+    return Pipeline.from_pretrained(model, dtype=dtype).quantize(quantization, kv_cache_dtype=cache)
 
 
 def divergence(reference: Tensor, other: Tensor) -> Tensor:
@@ -67,9 +67,9 @@ def divergence(reference: Tensor, other: Tensor) -> Tensor:
 
 
 def code_bits(logits: Tensor, codes: Tensor) -> Tensor:
-    """What ``codes`` (B, T) cost by logits (B, T, V): (B, T)."""
-    chances = logits.double().log_softmax(-1)
-    return -chances.gather(-1, codes.unsqueeze(-1)).squeeze(-1) / math.log(2)
+    """Bits (B, T) of ``codes`` (B, T) by logits (B, T, V)."""
+    log_probabilities = logits.double().log_softmax(-1)
+    return -log_probabilities.gather(-1, codes.unsqueeze(-1)).squeeze(-1) / math.log(2)
 
 
 def prompts_of(images: ImageSet) -> list[str]:
@@ -81,9 +81,11 @@ def prompts_of(images: ImageSet) -> list[str]:
 
 
 @torch.inference_mode()
-def measure(pipes: dict[str, Pipeline], images: ImageSet, most: int) -> dict[str, dict[str, float]]:
-    """Each way's measures on up to ``most`` images, spread evenly over all."""
-    chosen = evenly(len(images), most)
+def measure(
+    pipes: dict[str, Pipeline], images: ImageSet, limit: int
+) -> dict[str, dict[str, float]]:
+    """Each way's measures on up to ``limit`` images, spread evenly over all."""
+    chosen = evenly(len(images), limit)
     prompts = prompts_of(images)
     found: dict[str, list[Tensor]] = {way: [] for way in pipes}
     for part in np.array_split(chosen, math.ceil(len(chosen) / 16)):
@@ -104,23 +106,50 @@ def measure(pipes: dict[str, Pipeline], images: ImageSet, most: int) -> dict[str
     }
 
 
+@torch.inference_mode()
 def predicted(pipe: Pipeline, codes: Tensor, prompts: list[str]) -> Tensor:
     """Logits (B, T, V) of each of ``codes`` (B, T), given the ones before it and its prompt."""
-    given, model = pipe.conditions(prompts), pipe.transformer
-    if model.kv_cache_dtype is None:
-        return model(codes[:, :-1], given.condition, condition_mask=given.mask).float()
-    # With all of them in the cache, which gives back what it has rounded.
-    length = 1 if given.condition.ndim == 1 else given.condition.shape[1]
-    cache = model.new_cache(len(codes), condition_length=length)
-    first = model.prefill(given.condition, cache, condition_mask=given.mask)
-    return torch.cat([first.unsqueeze(1), model.decode(codes[:, :-1], cache)], dim=1).float()
+    model = pipe.transformer
+    found = []
+    for own, given in zip(codes, pipe.conditions(prompts), strict=True):
+        if model.kv_cache_dtype is None:
+            logits = model(own[None, :-1], given.condition[None].to(model.device))[0]
+        else:
+            logits = predicted_with_cache(model, own, given.condition.to(model.device))
+        found.append(logits.float())
+    return torch.stack(found)
+
+
+def predicted_with_cache(model: Transformer, codes: Tensor, condition: Tensor) -> Tensor:
+    """Logits (T, V) of ``codes`` (T,), from keys and values as the cache rounds them."""
+    length = 1 if condition.ndim == 0 else len(condition)
+    cache = model.new_cache(1, length + len(codes))
+    cache.add(1)
+    is_class = condition.ndim == 0
+    first = Tokens(
+        ids=condition[None] + model.config.codebook_size if is_class else codes[:0],
+        sequences=np.zeros(length, np.int32),
+        positions=np.arange(length, dtype=np.int32),
+        cells=np.full(length, NO_CELL, np.int32),
+        wanted=np.array([length - 1]),
+        features=None if is_class else condition,
+    )
+    count = len(codes) - 1
+    rest = Tokens(
+        ids=codes[:-1],
+        sequences=np.zeros(count, np.int32),
+        positions=np.arange(length, length + count, dtype=np.int32),
+        cells=np.arange(count, dtype=np.int32),
+        wanted=np.arange(count),
+    )
+    return torch.cat([model.step(tokens, cache) for tokens in (first, rest)])
 
 
 def summary(values: Tensor, more: Tensor) -> dict[str, float]:
     """Means and standard errors over images.
 
-    ``values`` (3, images) are bits per code, divergence and share of the same likeliest code;
-    ``more`` (images,) is by how much the bits exceed those in float32.
+    ``values`` (3, images) are bits per code, divergence and share of the same most likely code;
+    ``more`` (images,) is the difference of the bits to those in float32.
     """
     bits, divergences, same = values
     result = {"images": len(bits), "bits per code": float(bits.mean())}
@@ -128,11 +157,6 @@ def summary(values: Tensor, more: Tensor) -> dict[str, float]:
         result[name] = float(each.mean())
         result[f"{name}, error"] = float(each.std()) / math.sqrt(len(each))
     return result
-
-
-def evenly(count: int, most: int) -> np.ndarray:
-    """At most so many of ``count`` numbers, spread evenly."""
-    return np.arange(min(count, most)) * count // min(count, most)
 
 
 def picture(pipes: dict[str, Pipeline], prompts: list[str], seed: int) -> Image.Image:
@@ -165,7 +189,13 @@ def main() -> None:
         name = Path(source).stem
         results[name] = measure(pipes, images, arguments.images)
         print_table(
-            [name, "bits per code", "more than float32", "divergence, bits", "same likeliest code"],
+            [
+                name,
+                "bits per code",
+                "more than float32",
+                "divergence, bits",
+                "same most likely code",
+            ],
             [
                 [
                     way,

@@ -2,8 +2,8 @@
 
 One at a time: a caption is encoded alone, in the precision that ours uses. Ours is `extract_text`
 into a store. Both encode the same captions, cleaned, with an encoder of T5-small's size and random
-weights. That one reads bytes, so captions are made as many bytes long as captions of ten or
-twenty words have tokens of T5's own: a log-normal around 20.
+weights. It reads bytes, so captions have as many bytes as captions of ten or twenty words have
+tokens of T5's own: a log-normal distribution around 20.
 
     python benchmarks/text_features.py
 """

@@ -1,7 +1,7 @@
 """Seconds per image of encoding and decoding, by precision, against plain float32.
 
-The plain way is torch's operations in float32 and the ordinary memory layout. All run in turn, in
-one process that keeps freed memory, as extract-codes does. The weights are drawn at random.
+The plain way is torch's operations in float32 and the default memory layout. All run in turn, in
+one process that keeps freed memory, as extract-codes does. The weights are random.
 
     python benchmarks/tokenizer.py --preset VQ-16 --images 1 4
 """
@@ -44,7 +44,7 @@ def plain_decode(tokenizer: ImageTokenizer, codes: Tensor) -> Tensor:
 def measure(
     models: dict[str, ImageTokenizer], codes: Tensor, images: Tensor, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Seconds per image, by what is done and how; the models are by precision."""
+    """Seconds per image, by task and way; the models are by precision."""
     plain = models["float32"]
     decode: dict[str, Callable[[], object]] = {PLAIN: functools.partial(plain_decode, plain, codes)}
     encode: dict[str, Callable[[], object]] = {

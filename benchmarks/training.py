@@ -1,9 +1,9 @@
 """A training step of the transformer against a plain eager loop, in tokens/s and peak memory.
 
-The plain loop computes all logits, turns them to float32, and steps AdamW as torch comes; the
-product's step is the one that ``llamagen train transformer`` takes. Both train the same model on
-the same codes under bfloat16 autocast. The floor is what the operations take at the rate of a large
-product of matrices, which is measured first; ``--shares`` says what a step's time goes to.
+The plain loop computes all logits, converts them to float32, and uses AdamW with its defaults; the
+other step is that of ``llamagen train transformer``. Both train the same model on the same codes
+under bfloat16 autocast. The floor is the time of the operations at the rate of a large matrix
+product, which is measured first; ``--shares`` profiles a step.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/training.py
 """
@@ -27,7 +27,7 @@ from torch import nn
 
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
 from llamagen.evaluation.speed import measure_limits
-from llamagen.models.transformer import Transformer, cpu
+from llamagen.models.transformer import Transformer, training_ops
 from llamagen.support.devices import keep_freed_memory
 from llamagen.training.config import LoopConfig
 from llamagen.training.optimizer import make_optimizer
@@ -43,15 +43,15 @@ def batch(config: TransformerConfig, size: int, device: str) -> tuple[torch.Tens
 
 
 def plain_step(config: TransformerConfig, size: int, device: str) -> Step:
-    """What a first version of a training script does."""
+    """The step of a first version of a training script."""
     model = Transformer(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     codes, labels = batch(config, size, device)
     for module in model.modules():
-        if isinstance(module, cpu.Dropout):
+        if isinstance(module, training_ops.Dropout):
             module.__class__ = nn.Dropout
     # torch's own attention, norms and rotations, too.
-    stock = mock.patch.object(cpu, "pays", return_value=False)
+    stock = mock.patch.object(training_ops, "should_use", return_value=False)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -69,7 +69,7 @@ def plain_step(config: TransformerConfig, size: int, device: str) -> Step:
 def product_step(
     config: TransformerConfig, size: int, device: str, *, compiled: bool, recompute: bool
 ) -> Step:
-    """What the training loop does."""
+    """The step of the training loop."""
     keep_freed_memory()
     model = Transformer(config).to(device).train()
     model.recompute_blocks = recompute
@@ -100,9 +100,9 @@ STEPS: dict[str, Callable[[TransformerConfig, int, str], Step]] = {
     "llamagen, compiled": lambda *a: product_step(*a, compiled=True, recompute=False),
 }
 WARM_UP = 4
-"""Steps until the process has all the memory that it needs."""
+"""Steps in which the process allocates its memory."""
 
-# What the time of a step goes to, by torch's operations; what is not named is the rest.
+# Parts of a step's time, by torch's operations; others are the rest.
 PARTS = {
     "aten::mm": "products",
     "aten::bmm": "attention",
@@ -128,11 +128,11 @@ class Worker:
             self()
 
     def __call__(self) -> None:
-        """Takes a step."""
+        """Take a step."""
         self.ask("step")
 
     def ask(self, what: str) -> str:
-        """Sends a line, and returns the line that comes back."""
+        """Send a line; return the answer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(what + "\n")
@@ -142,7 +142,7 @@ class Worker:
         return answer
 
     def end(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.kill()
         self._process.wait()
 
@@ -160,7 +160,7 @@ def work(name: str, config: TransformerConfig, size: int, device: str) -> None:
 
 
 def shares(step: Step) -> dict[str, float]:
-    """What the time of a step on a CPU goes to, in parts of all of it."""
+    """Shares of the time of a step on a CPU."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         step()
     found: dict[str, float] = {}
@@ -171,7 +171,7 @@ def shares(step: Step) -> dict[str, float]:
 
 
 def peak_memory(device: str) -> int:
-    """Bytes; of this process, or of the GPU for its tensors."""
+    """Peak bytes of this process, or of its tensors on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -179,7 +179,7 @@ def peak_memory(device: str) -> int:
 
 
 def ratio(seconds: dict[str, list[float]], name: str) -> str:
-    """How many times as fast as the plain loop, in the median of the pairs."""
+    """Speed relative to the plain loop, in the median of the pairs."""
     if "plain" not in seconds:
         return ""
     pairs = zip(seconds["plain"], seconds[name], strict=True)

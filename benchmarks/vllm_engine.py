@@ -1,8 +1,8 @@
 """vLLM with our plugin against a plain loop, our own engine, and vLLM's Llama of the same shape.
 
-Weights are drawn at random. An image with guidance is two rows of a batch elsewhere, so vLLM's
-own Llama draws two sequences for it: what it takes is what vLLM can do with this much work,
-without what makes images of it. All of them use all processors.
+Weights are random. An image with guidance is two rows of a batch elsewhere, so vLLM's own Llama
+generates two sequences for it: the time of vLLM for this much work, without guidance and grids. All
+of them use all processors.
 
     .venv-vllm/bin/python benchmarks/vllm_engine.py --images 1 4 16 32 --plain-at 16 --repeats 3
 """
@@ -36,21 +36,21 @@ CACHE_BYTES = 2**31
 NAMES = ("plain loop", "llamagen", "vLLM, our plugin", "vLLM, its Llama")
 
 
-def start_plugin(model: Transformer, most: int, compiled: bool) -> Any:
+def start_plugin(model: Transformer, max_num_seqs: int, compiled: bool) -> Any:
     """Our plugin with the weights of ``model``."""
     from llamagen.vllm_plugin.engine import VllmEngine
 
     return VllmEngine(
         model,
         dtype=model.dtype,
-        max_num_seqs=most,
+        max_num_seqs=max_num_seqs,
         kv_cache_memory_bytes=CACHE_BYTES,
         enforce_eager=not compiled,
     )
 
 
-def start_llama(config: TransformerConfig, most: int, dtype: str, compiled: bool) -> Any:
-    """VLLM's own Llama of the same shape, with weights at random."""
+def start_llama(config: TransformerConfig, max_num_seqs: int, dtype: str, compiled: bool) -> Any:
+    """VLLM's own Llama of the same shape, with random weights."""
     from vllm import LLM
 
     folder = Path(tempfile.mkdtemp(prefix="llama-"))
@@ -73,7 +73,7 @@ def start_llama(config: TransformerConfig, most: int, dtype: str, compiled: bool
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype=dtype,
-        max_num_seqs=most,
+        max_num_seqs=max_num_seqs,
         kv_cache_memory_bytes=CACHE_BYTES,
         enforce_eager=not compiled,
         enable_prefix_caching=False,
@@ -81,7 +81,7 @@ def start_llama(config: TransformerConfig, most: int, dtype: str, compiled: bool
 
 
 def llama_run(llm: Any, config: TransformerConfig, rows: int) -> Callable[[], object]:
-    """Draws as many sequences as guided images are rows, as long as an image's codes."""
+    """Generate as many sequences as guided images have rows, as long as an image's codes."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
@@ -104,7 +104,7 @@ def measure(
     calls = 0
 
     def with_plugin() -> object:
-        # Other seeds each time: what vLLM remembers of finished requests shall not help it.
+        # Other seeds each time, so that vLLM's prefix cache does not help.
         nonlocal calls
         calls += images
         own = [calls + seed for seed in seeds[:images]]
@@ -140,9 +140,9 @@ def main() -> None:
     config = preset(TRANSFORMER_PRESETS, arguments.preset)
     model = Transformer(config).to(device, find_dtype(arguments.dtype, device)).eval()
     torch.nn.init.normal_(model.output.weight, std=0.02)
-    most = 2 * max(arguments.images)
-    plugin = start_plugin(model, most, not arguments.eager)
-    llama = start_llama(config, most, arguments.dtype, not arguments.eager)
+    max_num_seqs = 2 * max(arguments.images)
+    plugin = start_plugin(model, max_num_seqs, not arguments.eager)
+    llama = start_llama(config, max_num_seqs, arguments.dtype, not arguments.eager)
     # vLLM takes threads away from the process that asks it; the native engines run there.
     torch.set_num_threads(os.cpu_count() or 1)
     rows, results = [], []
