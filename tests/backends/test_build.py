@@ -1,3 +1,5 @@
+"""Compiling and keeping the result, with a source that compiles in no time."""
+
 import logging
 import os
 import subprocess
@@ -12,28 +14,51 @@ pytestmark = pytest.mark.skipif(build._compiler() is None, reason="needs a compi
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LLAMAGEN_CACHE", str(tmp_path))
+    monkeypatch.setenv("LLAMAGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LLAMAGEN_KERNELS", raising=False)
-    return tmp_path
+    monkeypatch.delenv("LLAMAGEN_KERNEL_FLAGS", raising=False)
+    return tmp_path / "cache"
 
 
-def test_what_was_compiled_is_kept(cache, monkeypatch):
-    assert build.compiled_library() is not None
-    (made,) = (cache / "kernels").iterdir()
-    written = made.stat().st_mtime_ns
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "answer.c"
+    path.write_text(
+        "#ifndef ANSWER\n#define ANSWER 42\n#endif\nint answer(void) { return ANSWER; }\n"
+    )
+    return path
+
+
+def libraries(cache):
+    return list((cache / "kernels").iterdir())
+
+
+def test_compiles_once(cache, source, monkeypatch):
+    assert build.compiled_library(source=source).answer() == 42
+    (library,) = libraries(cache)
+    written = library.stat().st_mtime_ns
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert build.compiled_library() is not None
-    assert made.stat().st_mtime_ns == written
+    assert build.compiled_library(source=source).answer() == 42
+    assert library.stat().st_mtime_ns == written
 
 
-def test_other_processors_get_their_own(cache, monkeypatch):
-    build.compiled_library()
+def test_compiles_again_for_another_processor(cache, source, monkeypatch):
+    build.compiled_library(source=source)
     monkeypatch.setattr(build, "_processor", lambda: "another one")
-    build.compiled_library()
-    assert len(list((cache / "kernels").iterdir())) == 2
+    build.compiled_library(source=source)
+    assert len(libraries(cache)) == 2
 
 
-def test_without_a_compiler(monkeypatch, caplog):
+def test_flags_of_the_environment_come_before_those_of_the_call(cache, source, monkeypatch):
+    monkeypatch.setenv("LLAMAGEN_KERNEL_FLAGS", "-O1 -DANSWER=43")
+    assert build.compiled_library(source=source).answer() == 43
+    assert build.compiled_library("-UANSWER", source=source).answer() == 42
+    monkeypatch.delenv("LLAMAGEN_KERNEL_FLAGS")
+    assert build.compiled_library(source=source).answer() == 42
+    assert len(libraries(cache)) == 3
+
+
+def test_goes_without_kernels_where_there_is_no_compiler(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
@@ -41,7 +66,7 @@ def test_without_a_compiler(monkeypatch, caplog):
     assert "there is no compiler for C here; install gcc or clang" in caplog.text
 
 
-def test_a_compiler_that_fails(tmp_path, cache, monkeypatch, caplog):
+def test_goes_without_kernels_where_the_compiler_fails(tmp_path, cache, monkeypatch, caplog):
     broken = tmp_path / "broken-cc"
     broken.write_text("#!/bin/sh\necho 'decode.c:1: error: out of ideas' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -49,10 +74,10 @@ def test_a_compiler_that_fails(tmp_path, cache, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert build.compiled_library() is None
     assert "out of ideas" in caplog.text
-    assert list((cache / "kernels").iterdir()) == []
+    assert libraries(cache) == []
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+def test_goes_without_kernels_where_nothing_can_be_written(tmp_path, monkeypatch, caplog):
     (tmp_path / "file").touch()
     monkeypatch.setenv("LLAMAGEN_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
@@ -65,14 +90,18 @@ def test_switched_off(monkeypatch):
     assert build.compiled_library() is None
 
 
-def test_several_processes_at_once(cache):
-    code = "from llamagen.backends.cpu import load_kernels; print(sorted(load_kernels().features))"
-    command = [sys.executable, "-c", code]
+def test_several_processes_compile_at_once(cache, source):
+    code = "import sys, pathlib; from llamagen.backends.cpu import build; "
+    code += "print(build.compiled_library(source=pathlib.Path(sys.argv[1])).answer())"
     running = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(source)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=dict(os.environ),
+        )
         for _ in range(3)
     ]
-    said = {process.communicate(timeout=120)[0] for process in running}
+    assert [process.communicate(timeout=300)[0] for process in running] == ["42\n"] * 3
     assert [process.returncode for process in running] == [0] * 3
-    assert len(said) == 1
-    assert len(list((cache / "kernels").iterdir())) == 1
+    assert len(libraries(cache)) == 1

@@ -1,7 +1,8 @@
 """Compiles the kernels when they are first needed, and keeps the result.
 
 A compiler for C is all it takes. Without one, or with ``LLAMAGEN_KERNELS=off``, everything works
-with torch's operations, more slowly.
+with torch's operations, more slowly. ``LLAMAGEN_KERNEL_FLAGS`` has more flags for the compiler:
+``-march=x86-64-v3`` compiles for a processor without AVX-512.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -35,6 +37,7 @@ def compiled_library(*flags: str, source: Path = _DECODE) -> ctypes.CDLL | None:
     """
     if os.environ.get("LLAMAGEN_KERNELS", "").lower() in ("off", "0", "false"):
         return None
+    flags = (*shlex.split(os.environ.get("LLAMAGEN_KERNEL_FLAGS", "")), *flags)
     compiler = _compiler()
     if compiler is None:
         _logger.warning(
