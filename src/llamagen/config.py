@@ -340,7 +340,7 @@ class Setting:
     """
 
     help: str
-    """What it does, one or two sentences."""
+    """One or two sentences for users: of flags, of the HTTP API and on the page."""
     minimum: float | None = None
     """Smallest value."""
     exclusive_minimum: bool = False
@@ -362,6 +362,11 @@ class Setting:
         if self.choices:
             return str
         return float if isinstance(self.default, float) else int
+
+    @property
+    def annotation(self) -> Any:
+        """Type of its values in a schema, None aside: float, int or a Literal of its choices."""
+        return Literal.__getitem__(self.choices) if self.choices else self.type
 
     def parse(self, value: Any) -> Any:
         """Return ``value`` as a plain Python number or word, whatever library it is from.
@@ -411,7 +416,7 @@ def _setting(default: Any, help: str, **declared: Any) -> Any:  # noqa: A002
     return dataclasses.field(default=default, metadata={"setting": Setting(help=help, **declared)})
 
 
-MAX_TOP_K = 2**31 - 1
+MAX_INTEGER = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -425,7 +430,10 @@ class SamplingConfig:
     """
 
     guidance_scale: float = _setting(
-        4.0, "uncond + scale * (cond - uncond); 1 means no guidance and no second pass.", minimum=0
+        4.0,
+        "How closely images follow the prompt or class (classifier-free guidance); 1 is none.",
+        minimum=0,
+        maximum=1000,
     )
     guidance_schedule: str = _setting(
         "constant",
@@ -443,19 +451,23 @@ class SamplingConfig:
         None,
         "Index of the first code sampled without guidance; none guides every code.",
         minimum=0,
+        maximum=MAX_INTEGER,
     )
     temperature: float = _setting(
-        1.0, "Logits are divided by this; 0 always takes the most likely code.", minimum=0
+        1.0,
+        "Below 1 for less variety, above 1 for more; 0 always takes the most likely code.",
+        minimum=0,
+        maximum=1000,
     )
     top_k: int = _setting(
         0,
-        "Keep only the k most likely codes and ties with the k-th; 0 keeps all.",
+        "Sample from the k most likely codes, and ties with the k-th; 0 is all.",
         minimum=0,
-        maximum=MAX_TOP_K,
+        maximum=MAX_INTEGER,
     )
     top_p: float = _setting(
         1.0,
-        "Keep the most likely codes until their probabilities reach p; 1 keeps all.",
+        "Sample from the most likely codes that together reach probability p; 1 is all.",
         minimum=0,
         exclusive_minimum=True,
         maximum=1,

@@ -73,6 +73,10 @@ def test_it_offers_what_the_model_takes(page):
     assert [page.value(name) for name in ("guidance_scale", "top_k", "top_p", "temperature")] == [
         *("4", "0", "1", "1")
     ]
+    assert [label.text for label in page.all("#sampling label")] == [
+        *("Guidance scale", "Guidance stop", "Temperature", "Top k", "Top p")
+    ]
+    assert "1 is none" in page.text("guidance_scale-hint")
     assert not page.shown("negative")
     page.choose("texts")
     assert "16 \N{MULTIPLICATION SIGN} 16" in page.text("about")
@@ -206,7 +210,7 @@ def test_history_survives_a_reload(page):
     assert page.text("viewer-title") == "dog"
     facts = page.text("viewer-settings")
     assert "Seed5" in facts
-    assert "Top-k9" in facts
+    assert "Top k9" in facts
     assert read_metadata(page.download("viewer-download"))["seed"] == 5
 
     page.press("viewer-remove")
@@ -307,7 +311,9 @@ def test_every_field_has_a_name(page):
     ]
     assert [each for each in found if not each[1]] == []
     names = [name for _, name in found]
-    assert {"Model", "What to draw", "Images", "Seed", "Guidance", "Top-k", "Draw"} <= set(names)
+    assert {"Model", "What to draw", "Images", "Seed", "Guidance scale", "Top k", "Draw"} <= set(
+        names
+    )
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ class Options:
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = "keep"
     """Precision of the written weights; keep leaves them as they are stored."""
     quantization: Literal["none", "int8"] = "none"
-    """Weights of the transformer in 8 or 4 bits."""
+    """Weights of the transformer in 8 bits."""
     labels: Path | None = None
     """JSON list of class names. Default: ImageNet's for 1000 classes, else numbers."""
     name: str | None = None

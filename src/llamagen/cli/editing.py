@@ -53,6 +53,7 @@ def edit_image(
     wanted = [*options.prompts, *options.classes]
     if bool(options.prompts) == bool(options.classes):
         raise InputError("say what the image is of, with either --prompt or --class")
+    settings = options.recorded()
     require_place(options.out)
     if not options.image.is_file():
         raise FileNotFoundError(f"{options.image} does not exist; give an image file")
@@ -63,7 +64,6 @@ def edit_image(
 
     pipe = Pipeline.from_pretrained(options.model, device=device, dtype=dtype)
     options.quantize(pipe)
-    settings = {name: value for name, value in options.recorded().items() if value is not None}
     arguments = {
         "image": options.image,
         "prompt": wanted,

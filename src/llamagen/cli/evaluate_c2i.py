@@ -12,12 +12,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, sampling_values
+from llamagen.cli.evaluation import ClassSettings, EvaluationOptions, NetworkOptions
+from llamagen.cli.options import given_settings
 from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EvaluationOptions):
+class Options(ClassSettings, EvaluationOptions):
     """Options of ``llamagen evaluate c2i``."""
 
     model: str | None = None
@@ -32,16 +33,6 @@ class Options(EvaluationOptions):
     size: int | None = None
     """Side in pixels at which images are compared. Default: 256 for published models, else as they
     are drawn."""
-    guidance_scale: float | None = None
-    """Default, as for the next: the paper's for published models, else the model's own setting."""
-    guidance_stop: int | None = None
-    """Index of the first code drawn without guidance."""
-    top_k: int | None = None
-    """Draw from the k likeliest codes; 0 means all."""
-    top_p: float | None = None
-    """Draw from the likeliest codes that reach probability p; 1 means all."""
-    temperature: float | None = None
-    """Below 1 for less variety, above 1 for more."""
     seed: int = 0
     """Of the classes' order, and of the first sample; the next get the next numbers."""
     batch_size: int | None = None
@@ -72,7 +63,7 @@ def run(options: Options) -> None:
             order=options.classes,
             seed=options.seed,
             size=options.size,
-            **sampling_values(options),
+            **given_settings(options),
         )
         reference = ReferenceSource.open(
             options.reference,

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, sampling_values
+from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, SweepSettings
+from llamagen.cli.options import given_settings
 from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EvaluationOptions):
+class Options(SweepSettings, EvaluationOptions):
     """Options of ``llamagen evaluate sweep``."""
 
     model: str | None = None
@@ -29,10 +30,6 @@ class Options(EvaluationOptions):
     """All classes as often, in random order; or the class of each drawn at random."""
     size: int | None = None
     """Side in pixels at which images are compared. Default: as for evaluate c2i."""
-    top_p: float | None = None
-    """Draw from the likeliest codes that reach probability p; 1 means all."""
-    temperature: float | None = None
-    """Below 1 for less variety, above 1 for more."""
     seed: int = 0
     """Of the classes' order, and of the first sample."""
     batch_size: int | None = None
@@ -63,7 +60,7 @@ def run(options: Options) -> None:
             order=options.classes,
             seed=options.seed,
             size=options.size,
-            **sampling_values(options),
+            **given_settings(options),
         )
         reference = ReferenceSource.open(
             options.reference,

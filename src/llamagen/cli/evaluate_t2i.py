@@ -12,12 +12,13 @@ from typing import Annotated
 
 import tyro
 
-from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions, sampling_values
+from llamagen.cli.evaluation import EvaluationOptions, NetworkOptions
+from llamagen.cli.options import SettingOptions, given_settings
 from llamagen.support.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EvaluationOptions):
+class Options(SettingOptions, EvaluationOptions):
     """Options of ``llamagen evaluate t2i``."""
 
     model: str | None = None
@@ -34,14 +35,6 @@ class Options(EvaluationOptions):
     size: int | None = None
     """Side in pixels at which images are compared. Default: 256 for published models, as
     published; for others the size of their images."""
-    guidance_scale: float | None = None
-    """Default, as for the next: the model's own setting."""
-    top_k: int | None = None
-    """Draw from the k likeliest codes; 0 means all."""
-    top_p: float | None = None
-    """Draw from the likeliest codes that reach probability p; 1 means all."""
-    temperature: float | None = None
-    """Below 1 for less variety, above 1 for more."""
     seed: int = 0
     """Of the first image; the next get the next numbers."""
     batch_size: int | None = None
@@ -79,7 +72,7 @@ def run(options: Options) -> None:
             [texts[index * len(texts) // count] for index in range(count)],
             seed=options.seed,
             size=options.size,
-            **sampling_values(options),
+            **given_settings(options),
         )
         clip = None
         if not without_clip:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions, QuantizationOptions
-from llamagen.config import sampling_settings
+from llamagen.cli.options import DeviceOptions, QuantizationOptions, setting_options
 from llamagen.data.columns import SourceConfig
 from llamagen.support.errors import InputError
 
@@ -23,14 +22,18 @@ if TYPE_CHECKING:
     from llamagen.evaluation.report import Report
     from llamagen.pipeline import Pipeline
 
+    class ClassSettings:
+        """An option for each field of ``SamplingConfig``."""
+
+    class SweepSettings:
+        """As ``ClassSettings``, without those of which a sweep tries several values."""
+else:
+    _DEFAULT = "the paper's for published models, else the model's own"
+    ClassSettings = setting_options(default=_DEFAULT)
+    SweepSettings = setting_options(default=_DEFAULT, without=("guidance_scale", "top_k"))
+
 
 _CLASSIFIER_FOLDER = "classifier"
-
-
-def sampling_values(options: Any) -> dict[str, Any]:
-    """Return the sampling settings among a command's options by name, None where not given."""
-    names = [setting.name for setting in sampling_settings()]
-    return {name: getattr(options, name) for name in names if hasattr(options, name)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

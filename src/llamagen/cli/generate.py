@@ -15,6 +15,7 @@ from llamagen.cli.options import (
     SamplingOptions,
 )
 from llamagen.cli.saving import require_place, save_images
+from llamagen.config import sampling_settings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _engine_options(options: Options) -> dict[str, Any] | None:
     from llamagen.vllm_plugin.export import ExportOptions
 
     export = ExportOptions(
-        guidance=options.guidance_scale != 1,
+        guidance=options.recorded().get("guidance_scale") != 1,
         negative_prompts=options.negative_prompt is not None or options.like is not None,
     )
     return {**found, "export": export}
@@ -157,7 +158,7 @@ def _draw_file(options: Options, path: Path) -> None:
             world_size=launch.world_size,
             progress=bar.update,
             negative_prompt=options.negative_prompt,
-            **{name: value for name, value in options.recorded().items() if value is not None},
+            **options.recorded(),
             **(options.ranking() if options.best_of != 1 else {}),
         )
     print(f"{drawn} images drawn of {len(planned)}")
@@ -176,6 +177,12 @@ def _settings(options: Options) -> dict[str, Any]:
                 f"{options.like} was edited from another image (llamagen edit); --like makes "
                 f"generated ones again"
             )
+        for name, value in (("row_lag", None), ("quantization", "int4")):
+            if name in recorded and value in (None, recorded[name]):
+                raise InputError(
+                    f"{options.like} was made with {value or name}, which was removed; give its "
+                    f"prompt and seed instead of --like"
+                )
     model = options.model or recorded.get("model")
     if model is None:
         raise InputError("no model was named; give --model, for example --model c2i-L-384")
@@ -191,12 +198,12 @@ def _settings(options: Options) -> dict[str, Any]:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    given = {**options.recorded(), "seed": options.seed}
-    settings: dict[str, Any] = {
-        name: recorded.get(name) if value is None else value for name, value in given.items()
-    }
-    if settings["blend_share"] is None:
-        del settings["blend_share"]
+    names = [each.name for each in sampling_settings()]
+    names += ["blend", "blend_share", "seed"]
+    settings = {name: recorded[name] for name in names if name in recorded}
+    settings |= options.recorded()
+    if options.seed is not None:
+        settings["seed"] = options.seed
     dtype = options.dtype
     if dtype == "auto" and "dtype" in recorded:
         dtype = recorded["dtype"]

@@ -50,6 +50,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command -> the module that implements it and one line of help."""
 
+_REMOVED = {
+    "--row-lag": "it was approximate; leave it out, codes are then exact",
+    "int4": "8 bits are faster and more exact; use int8",
+}
+"""Flags, and values of --quantization and --precisions, of earlier versions -> the remedy."""
+
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
@@ -90,6 +96,7 @@ def _run(command: str, arguments: list[str]) -> None:
     # is slower by it, and shall be at its best.
     if command != "bench":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _refuse_removed(arguments)
     module = importlib.import_module(COMMANDS[command][0])
     keywords = {}
     if hasattr(module, "defaults"):
@@ -103,6 +110,20 @@ def _run(command: str, arguments: list[str]) -> None:
         **keywords,
     )
     module.run(options)
+
+
+def _refuse_removed(arguments: Sequence[str]) -> None:
+    """Raise InputError if a flag or value is one of ``_REMOVED``."""
+    flag = ""
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name.startswith("--"):
+            flag = name
+        else:
+            value = argument
+        for removed in (flag, value if flag in ("--quantization", "--precisions") else ""):
+            if removed in _REMOVED:
+                raise InputError(f"{removed} was removed: {_REMOVED[removed]}")
 
 
 def _find_command(words: list[str]) -> str | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from llamagen.config import KVCacheDType
+import tyro
+
+from llamagen.config import KVCacheDType, SamplingConfig, sampling_settings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -42,11 +45,11 @@ class DeviceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationOptions:
-    """How many bits a number has that decoding reads."""
+    """Precision of what decoding reads."""
 
     quantization: Literal["none", "int8"] = "none"
-    """Weights of the transformer in 8 or 4 bits: less memory, and faster where reading them takes
-    the time. A folder that is quantised stays so."""
+    """Weights of the transformer in 8 bits: half the memory of 16, and faster where reading them
+    takes the time. A folder that is quantised stays so."""
     kv_cache_dtype: KVCacheDType = "auto"
     """Keys and values of earlier codes in 8 bits: half the memory for them, and faster for many
     images at once. auto is the weights' precision."""
@@ -63,39 +66,70 @@ class QuantizationOptions:
             pipeline.quantize(weights, kv_cache_dtype=kept)
 
 
+def setting_options(*, default: str = "the model's own", without: Collection[str] = ()) -> Any:
+    """Return a dataclass with an option for each field of ``SamplingConfig``, None by default.
+
+    Args:
+        default: what None means, for the help.
+        without: names of settings to leave out.
+    """
+    fields = []
+    for setting in sampling_settings():
+        if setting.name not in without:
+            note = tyro.conf.arg(help=f"{setting.help} Default: {default}.")
+            annotation = Annotated[setting.annotation | None, note]  # type: ignore[name-defined]
+            fields.append((setting.name, annotation, dataclasses.field(default=None)))
+    return dataclasses.make_dataclass("SettingOptions", fields, frozen=True, kw_only=True)
+
+
+def given_settings(options: object) -> dict[str, Any]:
+    """Return the sampling settings that were given, by name.
+
+    Raises:
+        InputError: one lies outside its range.
+    """
+    values = {each.name: getattr(options, each.name, None) for each in sampling_settings()}
+    given = {name: value for name, value in values.items() if value is not None}
+    SamplingConfig().replace(**given)
+    return given
+
+
+if TYPE_CHECKING:
+
+    class SettingOptions:
+        """An option for each field of ``SamplingConfig``."""
+else:
+    SettingOptions = setting_options()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingOptions:
-    """How codes are drawn. Where nothing is said, the model's own settings count."""
+class SamplingOptions(SettingOptions):
+    """How codes are sampled."""
 
     negative_prompt: str | None = None
     """Text, or class, that guidance leads away from. Default: the model's "no text"."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is none. Default: the model's own setting, as for the next."""
-    guidance_stop: int | None = None
-    """Index of the first code drawn without guidance."""
-    top_k: int | None = None
-    """Draw from the k likeliest codes; 0 means all."""
-    top_p: float | None = None
-    """Draw from the likeliest codes that reach probability p; 1 means all."""
-    temperature: float | None = None
-    """Below 1 for less variety, above 1 for more; 0 takes the likeliest code."""
     blend: str | None = None
     """Text, or class, that every prompt or class is blended with."""
     blend_share: float | None = None
     """How much that counts, from 0 to 1. Default: 0.5."""
     best_of: int = 1
-    """Candidates for each image, of which the best is kept."""
+    """Candidates for each image, of which the best is returned."""
     rank_by: Ranking = "likelihood"
-    """What is best: likelihood, the likeliest codes, which are plain ones; or condition, those that
-    the prompt or class makes likelier."""
+    """How the best is chosen: likelihood, the most likely codes, which tend to be plain; or
+    condition, those that the prompt or class makes more likely."""
 
     def recorded(self) -> dict[str, Any]:
-        """Settings by name that a picture records too, None where nothing was said."""
-        names = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature")
-        return {name: getattr(self, name) for name in (*names, "blend", "blend_share")}
+        """Return the given settings that the metadata of images record too, by name.
+
+        Raises:
+            InputError: one lies outside its range.
+        """
+        blend = {"blend": self.blend, "blend_share": self.blend_share}
+        given = {name: value for name, value in blend.items() if value is not None}
+        return {**given_settings(self), **given}
 
     def ranking(self) -> dict[str, Any]:
-        """Settings of the choice among candidates."""
+        """Return the settings of the choice among candidates."""
         return {"best_of": self.best_of, "rank_by": self.rank_by}
 
 

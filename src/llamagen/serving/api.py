@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,11 +12,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from llamagen.config import sampling_settings
 from llamagen.serving.guards import Gate, Guards, error_body
-from llamagen.serving.images import ERRORS, SETTINGS, NoModelError, Served, add_image_routes
+from llamagen.serving.images import ERRORS, NoModelError, Served, add_image_routes
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import QueueFullError, ServedModel
-from llamagen.serving.schemas import Health, ModelCard, ModelList
+from llamagen.serving.schemas import Health, ModelCard, ModelList, SettingCard
 from llamagen.serving.settings import ServerSettings
 from llamagen.support.errors import InputError
 
@@ -158,7 +160,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
     pipeline = model.pipeline
-    sampling = pipeline.sampling
+    own = dataclasses.asdict(pipeline.sampling)
     return ModelCard(
         id=model.name,
         created=model.created,
@@ -170,5 +172,15 @@ def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
         max_images=min(settings.max_images, model.max_in_flight),
         edits=model.edits,
         classes=None if pipeline.labels is None else list(pipeline.labels.names),
-        settings={name: getattr(sampling, name) for name in SETTINGS},
+        settings=own,
+        declared_settings=[
+            SettingCard.model_validate(
+                {
+                    **dataclasses.asdict(setting),
+                    "type": setting.type.__name__,
+                    "default": own[setting.name],
+                }
+            )
+            for setting in sampling_settings()
+        ],
     )

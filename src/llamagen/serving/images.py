@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -43,8 +44,6 @@ _log = logging.getLogger(__name__)
 _Made = tuple[Update, Image.Image]
 _Body = ImageRequest | EditRequest | VariationRequest
 
-SETTINGS = ("guidance_scale", "guidance_stop", "top_k", "top_p", "temperature")
-"""Of a request: how codes are drawn."""
 _EDIT_FILES = {"image": True, "mask": False}
 _VARIATION_FILES = {"image": True}
 _OPTIONS = {
@@ -264,13 +263,12 @@ async def _job(
             raise InputError(f"{name} has more than {settings.max_prompt} characters; shorten it")
     if body.blend_share is not None and body.blend is None:
         raise InputError("blend_share goes with blend; name what to blend with")
-    given = {name: getattr(body, name) for name in SETTINGS}
     job = await model.job(
         body.prompt,
         body.negative_prompt,
         images=images,
         seed=body.seed,
-        settings={name: value for name, value in given.items() if value is not None},
+        settings=body.given_settings(),
         blend=body.blend,
         blend_share=0.5 if body.blend_share is None else body.blend_share,
         best_of=body.best_of or 1,
@@ -351,7 +349,7 @@ def _response(
         output_format=kind,
         size=model.size_of(model.grid_of(job)),
         usage=_usage(model, job, len(files)),
-        settings={name: getattr(job.sampling, name) for name in SETTINGS},
+        settings=dataclasses.asdict(job.sampling),
     )
 
 

@@ -130,7 +130,7 @@ class ServedModel:
                 f"out blend and best_of, or serve it with --engine native"
             )
         check_ranking(rank_by, best_of)
-        sampling = dataclasses.replace(self.pipeline.sampling, **(settings or {}))
+        sampling = self.pipeline.sampling.replace(**(settings or {}))
         read = functools.partial(
             self._read,
             prompt,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from llamagen.config import Setting, sampling_settings
 from llamagen.generation.seeds import MAX_SEED
 from llamagen.pipeline.ranking import Ranking
 
@@ -14,8 +15,32 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Request(BaseModel):
-    """What all requests for images may say."""
+def _setting_field(setting: Setting) -> Any:
+    """Type and declaration of a request's field for a sampling setting, None by default."""
+    limits: dict[str, Any] = {
+        "gt" if setting.exclusive_minimum else "ge": setting.minimum,
+        "le": setting.maximum,
+        "allow_inf_nan": False if setting.type is float else None,
+    }
+    given = {name: value for name, value in limits.items() if value is not None}
+    declared: Any = Field(
+        default=None, description=f"{setting.help} Default: the model's own.", **given
+    )
+    return setting.annotation | None, declared
+
+
+if TYPE_CHECKING:
+
+    class _Settings(BaseModel):
+        """A field for each of ``SamplingConfig``, None by default."""
+else:
+    _Settings = create_model(
+        "Settings", **{each.name: _setting_field(each) for each in sampling_settings()}
+    )
+
+
+class _Common(BaseModel):
+    """Fields of all requests for images, beside the sampling settings."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -60,21 +85,6 @@ class _Request(BaseModel):
         default=None,
         description="The best: likelihood (default), or condition, what the prompt makes likelier.",
     )
-    guidance_scale: _Number | None = Field(
-        default=None, ge=0, le=100, description="1 is none. Default: the model's, as for the next."
-    )
-    guidance_stop: int | None = Field(
-        default=None, ge=0, le=2**31, description="Index of the first code without guidance."
-    )
-    top_k: int | None = Field(
-        default=None, ge=0, le=2**31, description="Draw from the k likeliest codes; 0 means all."
-    )
-    top_p: _Number | None = Field(
-        default=None, gt=0, le=1, description="Draw from the likeliest codes that reach p."
-    )
-    temperature: _Number | None = Field(
-        default=None, ge=0, le=100, description="0 takes the likeliest code."
-    )
     seed: int | None = Field(
         default=None,
         ge=0,
@@ -85,8 +95,17 @@ class _Request(BaseModel):
     user: str | None = Field(default=None, max_length=1000, description="Not kept.")
 
 
+class _Request(_Settings, _Common):
+    """A request for images."""
+
+    def given_settings(self) -> dict[str, Any]:
+        """Return the sampling settings that were given, by name."""
+        values = {each.name: getattr(self, each.name) for each in sampling_settings()}
+        return {name: value for name, value in values.items() if value is not None}
+
+
 class _StreamRequest(_Request):
-    """What requests may say that can be answered by a stream."""
+    """A request that can be answered by a stream."""
 
     stream: bool | None = Field(
         default=False, description="Send events, with unfinished images if partial_images asks."
@@ -207,6 +226,20 @@ class ImageEvent(BaseModel):
     usage: Usage | None = Field(default=None, description="Of completed images.")
 
 
+class SettingCard(BaseModel):
+    """A sampling setting, as requests may give it: a row of ``SamplingConfig``."""
+
+    name: str
+    help: str
+    type: Literal["float", "int", "str"]
+    default: float | int | str | None = Field(description="The model's own.")
+    optional: bool = Field(description="Whether there may be none.")
+    minimum: float | None
+    exclusive_minimum: bool = Field(description="Whether the minimum itself is too small.")
+    maximum: float | None
+    choices: list[str] = Field(description="The values, if these are words.")
+
+
 class ModelCard(BaseModel):
     """A model that is served."""
 
@@ -223,6 +256,7 @@ class ModelCard(BaseModel):
     classes: list[str] | None = Field(description="Names of its classes.")
     edits: bool = Field(description="Whether it edits, blends, and chooses the best of several.")
     settings: dict[str, Any] = Field(description="For requests that give none.")
+    declared_settings: list[SettingCard] = Field(description="What these are, and their ranges.")
 
 
 class ModelList(BaseModel):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import llamagen.support.storage as storage
+from llamagen.config import sampling_settings
 from llamagen.support import distributed
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError
@@ -33,8 +34,7 @@ MAY_CHANGE = frozenset(
         *("loop.save_every", "loop.keep_checkpoints", "loop.keep_every", "loop.export"),
         *("loop.resume", "loop.trackers", "loop.max_skipped_steps"),
         *("images.max_validation_images", "sample_images"),
-        *("sampling.guidance_scale", "sampling.guidance_stop", "sampling.temperature"),
-        *("sampling.top_k", "sampling.top_p"),
+        *(f"sampling.{setting.name}" for setting in sampling_settings()),
         # The same mathematics in other pieces.
         *("loop.gradient_accumulation", "loop.activation_checkpointing", "loop.compile"),
         *("loop.parallel", "loop.shard_processes"),

@@ -10,7 +10,6 @@ const seed = byId("seed");
 const negative = byId("negative");
 const blend = byId("blend");
 const share = byId("blend_share");
-const SETTINGS = ["guidance_scale", "temperature", "top_k", "top_p"];
 const IDEAS = 6;
 const MOST_PARTIAL_IMAGES = 64;
 
@@ -50,7 +49,10 @@ export async function request() {
     stream: true,
     partial_images: Math.min(card.rows - 1, MOST_PARTIAL_IMAGES),
   };
-  for (const name of SETTINGS) body[name] = number(byId(name));
+  for (const { name, type } of card.declared_settings) {
+    const { value } = byId(name);
+    if (value !== "") body[name] = type === "str" ? value : Number(value);
+  }
   if (!card.edits) return body;
   if (blend.value) Object.assign(body, { blend: blend.value, blend_share: number(share) });
   return { ...body, best_of: number(byId("best_of")), ...(await edit()) };
@@ -64,7 +66,7 @@ export async function fill(entry, { withSeed }) {
   negative.value = entry.negative ?? "";
   seed.value = withSeed ? entry.seed : "";
   if (withSeed) count.value = 1;
-  for (const name of SETTINGS) byId(name).value = entry.settings[name] ?? "";
+  fillSettings(entry.settings);
   blend.value = entry.blend ?? "";
   setShare(entry.blend_share ?? 0.5);
   // The seed is that of the best one, unless it was drawn place by place.
@@ -79,6 +81,40 @@ export async function editImage(entry) {
   if (!card.edits) return false;
   await setImage(entry.file);
   return true;
+}
+
+// The name of a setting, for people.
+export function label(name) {
+  const words = name.replaceAll("_", " ");
+  return words[0].toUpperCase() + words.slice(1);
+}
+
+// The field of a setting that the server declares.
+function settingField({ name, type, help, minimum, exclusive_minimum, maximum, choices, optional }) {
+  const field = byId("setting").content.firstElementChild.cloneNode(true);
+  const [caption, hint] = [field.querySelector("label"), field.querySelector(".hint")];
+  const input = document.createElement(type === "str" ? "select" : "input");
+  input.id = caption.htmlFor = name;
+  hint.id = `${name}-hint`;
+  input.setAttribute("aria-describedby", hint.id);
+  caption.textContent = label(name);
+  hint.textContent = help;
+  if (type === "str") {
+    if (optional) input.append(new Option(""));
+    input.append(...choices.map((choice) => new Option(choice)));
+  } else {
+    input.type = "number";
+    input.min = exclusive_minimum ? Number.MIN_VALUE : (minimum ?? "");
+    input.max = maximum ?? "";
+    input.step = type === "int" ? 1 : "any";
+    input.inputMode = type === "int" ? "numeric" : "decimal";
+  }
+  caption.after(input);
+  return field;
+}
+
+function fillSettings(values) {
+  for (const { name } of card.declared_settings) byId(name).value = values[name] ?? "";
 }
 
 function setShare(value) {
@@ -110,7 +146,7 @@ function choose(id) {
   if (ofClasses) blend.setAttribute("list", "classes");
   else blend.removeAttribute("list");
   setModel(card);
-  byId("top-k-hint").textContent = `Likeliest of ${card.codes.toLocaleString("en")} codes. 0: all.`;
+  byId("sampling").replaceChildren(...card.declared_settings.map(settingField));
   byId("about").textContent = `${card.id} · ${card.size.replace("x", " × ")} px`;
   reset();
 }
@@ -147,7 +183,7 @@ function some(names) {
 }
 
 function reset() {
-  for (const name of SETTINGS) byId(name).value = card.settings[name] ?? "";
+  fillSettings(card.settings);
   blend.value = byId("best_of").value = "";
   setShare(0.5);
 }

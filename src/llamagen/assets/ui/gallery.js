@@ -1,6 +1,7 @@
 // The images: those of the latest request large, earlier ones small, one of them alone.
 
 import { KINDS } from "./edit.js";
+import { label } from "./form.js";
 import { forget, forgetAll, keep, keptEntries, MOST } from "./shelf.js";
 
 const byId = (id) => document.getElementById(id);
@@ -12,12 +13,6 @@ const viewer = byId("viewer");
 const PIXEL_ART = 128;
 const THUMBNAIL = 128;
 const ALONE = 384;
-const NAMES = {
-  guidance_scale: "Guidance",
-  temperature: "Temperature",
-  top_k: "Top-k",
-  top_p: "Top-p",
-};
 
 // The newest first. Each has an entry, the URL of its file, and its elements as they are needed.
 let pictures = [];
@@ -75,7 +70,7 @@ function slot(request, card, run, index) {
   function complete(event) {
     const { model, prompt, negative_prompt: negative, blend, blend_share, best_of } = request;
     const settings = {};
-    for (const name of Object.keys(NAMES)) settings[name] = request[name] ?? card.settings[name];
+    for (const name of Object.keys(card.settings)) settings[name] = request[name] ?? card.settings[name];
     const made = picture({
       id: `${run}-${String(index).padStart(4, "0")}`,
       ...{ run, index, model, prompt, negative, seed: event.seed, width, height, settings },
@@ -207,7 +202,7 @@ function view(made) {
     ["Edit", entry.edit && KINDS[entry.edit.edit]],
     ["Blended with", entry.blend && `${entry.blend}, ${entry.blend_share}`],
     ["Best of", entry.best_of],
-    ...Object.entries(NAMES).map(([name, shown]) => [shown, entry.settings[name]]),
+    ...Object.entries(entry.settings).map(([name, value]) => [label(name), value]),
   ];
   byId("viewer-settings").replaceChildren(
     ...facts.filter(([, value]) => value !== undefined && value !== null).map(fact),
