@@ -45,6 +45,14 @@ def test_flags(found, command):
 def test_metadata(found):
     assert found["metadata"]["toy_share"] == 0.25
     assert found["metadata"]["toy_kind"] == "hard"
+    assert found["metadata_of_call"]["toy_share"] == 0.125
+    assert found["metadata_of_call"]["toy_kind"] == "hard"
+
+
+def test_image_is_made_like_another(found):
+    first, second = found["generated"]
+    assert first["toy_share"] == 0.375
+    assert first == second
 
 
 def test_model_folder(found):

@@ -30,12 +30,13 @@ config.SamplingConfig = Toys
 config.sampling_settings.cache_clear()
 
 
-def help_of(command: str) -> str:
+def run(words: list[str]) -> str:
+    """Run a command; return what it prints."""
     from llamagen.cli.main import main
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([*command.split(), "--help"])
+        main(words)
     return out.getvalue()
 
 
@@ -44,6 +45,7 @@ def main() -> None:
 
     from llamagen.cli.main import COMMANDS
     from llamagen.pipeline import Pipeline
+    from llamagen.support.pictures import read_metadata
     from tests.serving.servers import running
     from tests.tiny_models import tiny_pipeline
 
@@ -51,13 +53,18 @@ def main() -> None:
     pipe = tiny_pipeline()
     pipe.sampling = pipe.sampling.replace(toy_share=0.25, toy_kind="hard")
     found = {
-        "help": {command: help_of(command) for command in commands},
+        "help": {command: run([*command.split(), "--help"]) for command in commands},
         "metadata": pipe("dog", seed=0).metadata[0],
+        "metadata_of_call": pipe("dog", seed=0, toy_share=0.125).metadata[0],
     }
     with tempfile.TemporaryDirectory() as folder:
         pipe.save_pretrained(f"{folder}/model")
         loaded = Pipeline.from_pretrained(f"{folder}/model").sampling
         found["loaded"] = {name: getattr(loaded, name) for name in ("toy_share", "toy_kind")}
+        generate = ["generate", "--model", f"{folder}/model", "--dtype", "float32"]
+        run([*generate, "-c", "dog", "--seed", "7", "--toy-share", "0.375", "-o", f"{folder}/a"])
+        run([*generate, "--like", f"{folder}/a/dog-7.png", "-o", f"{folder}/b"])
+        found["generated"] = [read_metadata(f"{folder}/{out}/dog-7.png") for out in "ab"]
     with running({"tiny": pipe}) as server, httpx.Client(base_url=server.url) as client:
         schemas = client.get("/openapi.json").json()
         forms = {
