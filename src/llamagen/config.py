@@ -442,10 +442,10 @@ class SamplingConfig:
         choices=("constant", "linear", "power-cosine"),
     )
     guidance_start: float = _setting(
-        1.0, "Scale of the first code in a linear schedule.", minimum=0
+        1.0, "Scale of the first code in a linear schedule.", minimum=0, maximum=1000
     )
     guidance_power: float = _setting(
-        2.75, "Exponent of a power-cosine schedule; 0 is a constant scale.", minimum=0
+        2.75, "Exponent of a power-cosine schedule; 0 is a constant scale.", minimum=0, maximum=1000
     )
     guidance_stop: int | None = _setting(
         None,
@@ -472,7 +472,6 @@ class SamplingConfig:
         exclusive_minimum=True,
         maximum=1,
     )
-
     min_p: float = _setting(
         0.0,
         "Keep only codes at least this many times as likely as the most likely one; 0 keeps all.",

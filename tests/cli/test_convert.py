@@ -180,5 +180,5 @@ def test_quantized(run, fails, files, tmp_path):
 def test_quantized_models_are_not_trained_or_exported(run, fails, files, tmp_path):
     run("convert", *files, "--quantization", "int8", "--out", tmp_path / "model")
     error = fails("export-vllm", tmp_path / "model", "--out", tmp_path / "v")
-    assert "a transformer in int8 cannot be exported for vLLM; take the one that it was" in error
+    assert "a transformer in int8 cannot be exported for vLLM; use the one that it was" in error
     assert not (tmp_path / "v").exists()

@@ -1,6 +1,5 @@
 """Edits, blends and the best of several over HTTP: what ``Editor`` and ``Pipeline`` give."""
 
-import asyncio
 import base64
 import concurrent.futures
 import io
@@ -10,16 +9,12 @@ import zlib
 import httpx
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 from llamagen.pipeline.editing import Editor
 from llamagen.serving.settings import ServerSettings
-from llamagen.support.errors import InputError
 from llamagen.support.pictures import METADATA_KEY
-from llamagen.vllm_plugin.engine import VllmEngine
 from tests.serving.servers import running, slow_down
-from tests.tiny_models import tiny_pipeline
 
 SETTINGS = {"guidance_scale": 2.5, "top_k": 30}
 
@@ -398,18 +393,9 @@ def test_nothing_reaches_the_file_system(server, photo, monkeypatch):
     assert send(server, image=padded).status_code == 200
 
 
-def test_what_vllm_draws(pipelines, photo, mask):
-    async def draw(**given):
-        engine = VllmEngine.__new__(VllmEngine)
-        drawing = engine.draw(torch.tensor(0), seed=0, sampling=None, **given)
-        await anext(drawing)
-
-    for given in ({"known": torch.zeros(16)}, {"blend": torch.tensor(1)}):
-        with pytest.raises(InputError, match="vLLM neither keeps codes nor blends"):
-            asyncio.run(draw(**given))
-    pipe = tiny_pipeline()
-    with running({"classes": pipe}) as server:
-        pipe.engine = "vllm"
+def test_rejects_what_the_engine_cannot_do(pipelines, photo, mask):
+    with running({"classes": pipelines["classes"]}) as server:
+        server.models["classes"].engine.can_edit = False
         for answer in (
             send(server, image=png(photo)),
             send(server, image=png(photo), mask=png(mask)),
@@ -421,7 +407,7 @@ def test_what_vllm_draws(pipelines, photo, mask):
         ):
             assert answer.status_code == 400
             message = answer.json()["error"]["message"]
-            assert "vLLM, which neither edits nor blends nor ranks" in message
+            assert "neither edits nor blends nor ranks" in message
 
 
 def test_a_blend_that_has_no_room(pipelines):
@@ -432,7 +418,7 @@ def test_a_blend_that_has_no_room(pipelines):
                 f"{server.url}/v1/images/generations", json={**body, "stream": stream}
             )
             assert answer.status_code == (200 if stream else 400)
-            assert "a blend with guidance needs three sequences" in answer.text
+            assert "a blend and guidance needs 3 sequences" in answer.text
         answer = httpx.post(
             f"{server.url}/v1/images/generations", json={**body, "guidance_scale": 1}
         )

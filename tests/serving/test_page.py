@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llamagen.config import sampling_settings
 from llamagen.serving.page import FILES
 from llamagen.serving.settings import ServerSettings
 from llamagen.support.pictures import read_metadata
@@ -74,8 +75,9 @@ def test_it_offers_what_the_model_takes(page):
         *("4", "0", "1", "1")
     ]
     assert [label.text for label in page.all("#sampling label")] == [
-        *("Guidance scale", "Guidance stop", "Temperature", "Top k", "Top p")
+        setting.name.replace("_", " ").capitalize() for setting in sampling_settings()
     ]
+    assert page.value("guidance_schedule") == "constant"
     assert "1 is none" in page.text("guidance_scale-hint")
     assert not page.shown("negative")
     page.choose("texts")
@@ -273,7 +275,7 @@ def test_everything_can_be_done_with_the_keyboard(page):
             )
             passed.append(focused)
             assert outline != "none", focused
-            assert len(passed) < 30, passed
+            assert len(passed) < 40, passed
         return passed
 
     to("class")

@@ -126,8 +126,8 @@ class ServedModel:
         begun = time.perf_counter()
         if not self.edits and (edit or blend is not None or best_of > 1):
             raise InputError(
-                f"{self.name} is drawn by vLLM, which neither edits nor blends nor ranks; leave "
-                f"out blend and best_of, or serve it with --engine native"
+                f"the engine of {self.name} neither edits nor blends nor ranks; leave out blend "
+                f"and best_of, or serve it with engine native"
             )
         check_ranking(rank_by, best_of)
         sampling = self.pipeline.sampling.replace(**(settings or {}))
