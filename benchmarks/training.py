@@ -30,6 +30,7 @@ from llamagen.evaluation.speed import measure_limits
 from llamagen.models.transformer import Transformer, training_ops
 from llamagen.support.devices import keep_freed_memory
 from llamagen.training.config import LoopConfig
+from llamagen.training.next_code import NextCodeModel
 from llamagen.training.optimizer import make_optimizer
 from llamagen.training.throughput import peak_flops, training_flops
 
@@ -71,10 +72,11 @@ def product_step(
 ) -> Step:
     """The step of the training loop."""
     keep_freed_memory()
-    model = Transformer(config).to(device).train()
-    model.recompute_blocks = recompute
+    transformer = Transformer(config)
+    transformer.recompute_blocks = recompute
+    model = NextCodeModel(transformer).to(device).train()
     if compiled:
-        for block in model.layers:
+        for block in transformer.layers:
             block.compile()
     loop = LoopConfig(weight_decay=0.05)
     optimizer = make_optimizer(model, loop, lr=1e-4)
@@ -82,7 +84,7 @@ def product_step(
 
     def step() -> float:
         with torch.autocast(device, torch.bfloat16):
-            loss = model(codes[:, :-1], labels, targets=codes)
+            loss = model(codes[:, :-1], labels, codes)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert torch.isfinite(norm)

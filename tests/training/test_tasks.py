@@ -229,7 +229,7 @@ class TestTransformer:
         task = make_transformer_task(recipe, store)
         seen = set()
         for batch in task.batches(0, 20):
-            rows = zip(batch["codes"].tolist(), batch["labels"].tolist(), strict=True)
+            rows = zip(batch["codes"].tolist(), batch["condition"].tolist(), strict=True)
             for (code,), label in rows:
                 assert code // 3 == label // 10
                 seen.add(code)
@@ -246,7 +246,7 @@ class TestTransformer:
         assert 150 < int(batch["drop"].sum()) < 250
         dropped = []
 
-        def model(codes, labels, *, drop_condition, targets):
+        def model(codes, labels, targets, *, drop_condition, **_):
             dropped.append(drop_condition)
             assert targets.shape == (400, 16)
             return torch.tensor(math.log(2.0))

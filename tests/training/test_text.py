@@ -114,14 +114,14 @@ def test_images_without_captions_weigh_nothing(tmp_path):
     )
     task = make_text_task(text_recipe(None, "", tmp_path), store)
     task.prepare()
-    torch.nn.init.normal_(task.model.transformer.output.weight)
-    task.model.eval()
+    torch.nn.init.normal_(task.module.transformer.output.weight)
+    task.module.eval()
 
     def loss(rows):
         batch = task._conditioning.batch(store, np.array(rows), None)
         codes = torch.from_numpy(store.rows(np.array(rows), 0).reshape(len(rows), -1))
         batch |= {"codes": codes, "shown": codes[:, :-1]}
-        return task._conditioning.loss(task.model, batch, None)
+        return task._conditioning.loss(task.module, batch, None)
 
     torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0]))
     assert loss([1, 2]).item() == 0
@@ -181,16 +181,16 @@ class TestFrozenEncoder:
         )
         task = make_task(recipe)
         assert isinstance(task._conditioning, TokenConditioning)
-        assert task.model.config.text_dim == 16
+        assert task.module.transformer.config.text_dim == 16
         batch = next(task.batches(0, 1))
         seen = {}
 
-        def model(codes, features, *, condition_mask, **_):
+        def model(codes, features, targets, *, condition_mask, **_):
             seen.update(features=features, mask=condition_mask)
             return torch.tensor(1.0)
 
         task.losses(model, batch, step=0, adversary=None)
-        assert seen["features"].shape == (*batch["texts"].shape, 16)
+        assert seen["features"].shape == (*batch["condition"].shape, 16)
         assert not seen["features"].requires_grad
 
 
@@ -227,15 +227,15 @@ class TestStoredFeatures:
             task = make_task(recipe)
             task.prepare()
             torch.manual_seed(0)
-            torch.nn.init.normal_(task.model.output.weight)
+            torch.nn.init.normal_(task.module.transformer.output.weight)
             store = task._codes.training
             told = [str(each) for each in store.captions(range(len(store)))]
             rows = [row for row, text in enumerate(told) if "two" in text]
             batch = task._conditioning.batch(task._codes.training, np.array(rows), None)
             codes = torch.from_numpy(store.rows(np.array(rows), 0).astype(np.int64)).flatten(1)
             batch |= {"codes": codes, "shown": codes[:, :-1]}
-            task.model.eval()
-            losses.append(task._conditioning.loss(task.model, batch, None))
+            task.module.eval()
+            losses.append(task._conditioning.loss(task.module, batch, None))
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-2)
 
     def test_what_does_not_fit(self, captioned, tokenizer_folder, features, tmp_path):
@@ -258,7 +258,7 @@ def test_from_a_smaller_grid_to_a_larger_one(captioned, tokenizer_folder, tmp_pa
     task.prepare()
     before = Pipeline.from_pretrained(first.model, dtype="float32")
     assert torch.equal(
-        task.model.encoder.encode(["two"])[0], before.text_encoder.encode(["two"])[0]
+        task.module.encoder.encode(["two"])[0], before.text_encoder.encode(["two"])[0]
     )
     second = train_transformer(recipe, quiet=True)
     assert Pipeline.from_pretrained(second.model)("two", seed=0).images[0].size == (32, 32)
@@ -333,7 +333,7 @@ def test_code_noise(tmp_path):
     assert noisy.min() < 0.2
     assert 0.6 < noisy.max() < 0.9
     assert noisy.mean() == pytest.approx(0.4, abs=0.08)
-    assert batch["shown"].max() < task.model.config.codebook_size
+    assert batch["shown"].max() < task.module.transformer.config.codebook_size
     (again,) = task.batches(0, 1)
     assert torch.equal(batch["shown"], again["shown"])
     plain = make_text_task(dataclasses.replace(recipe, code_noise=0.0), store)
@@ -357,20 +357,21 @@ def test_captions_learn_which_codes_an_image_has(tmp_path):
 
     task = trained(1.0)
     (batch,) = task.batches(0, 1)
-    losses = task.losses(task.model.train(), batch, step=0, adversary=None)
+    losses = task.losses(task.module.train(), batch, step=0, adversary=None)
     expected = float(losses.metrics["code_set_loss"]) + float(losses.metrics["bits_per_code"]) * (
         np.log(2)
     )
     assert losses.total.item() == pytest.approx(expected, rel=1e-5)
-    optimizer = torch.optim.AdamW(task.model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(task.module.parameters(), lr=1e-2)
     for _ in range(150):
-        losses = task.losses(task.model, batch, step=0, adversary=None)
+        losses = task.losses(task.module, batch, step=0, adversary=None)
         optimizer.zero_grad()
         losses.total.backward()
         optimizer.step()
     # Two codes an image, both as likely.
     assert float(losses.metrics["code_set_loss"]) == pytest.approx(np.log(2), abs=0.2)
     # What is exported and validated knows nothing of it.
-    assert task.validate(task.model.eval()).keys() == {"loss", "bits_per_code"}
-    assert "code_head" not in "".join(task.model.transformer.state_dict())
-    assert trained(0.0).model.code_head is None
+    task.module.eval()
+    assert task.validate().keys() == {"loss", "bits_per_code"}
+    assert "code_head" not in "".join(task.module.transformer.state_dict())
+    assert trained(0.0).module.code_head is None

@@ -44,13 +44,24 @@ class Conditioning(abc.ABC):
             numbers: random numbers of each image; None takes what is likeliest.
         """
 
-    @abc.abstractmethod
     def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
-        """The loss of the batch's "codes" (B, T), of which the model is shown "shown" (B, T - 1).
+        """Return what ``NextCodeModel.forward`` computes of a batch.
 
-        Rows where ``drop`` (B,) get no condition. A scalar, or (2,) with a further loss of the
-        model's behind it.
+        Rows where ``drop`` (B,) get no condition.
         """
+        loss: Tensor = model(
+            batch["shown"],
+            self._condition(batch),
+            batch["codes"],
+            condition_mask=batch.get("mask"),
+            drop_condition=drop,
+            weights=batch.get("weights"),
+        )
+        return loss
+
+    def _condition(self, batch: Batch) -> Tensor:
+        """What the model is given."""
+        return batch["condition"]
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
         """About how long the conditions of some images are, to put like ones together."""
@@ -83,13 +94,7 @@ class LabelConditioning(Conditioning):
         """Labels (B,)."""
         del numbers
         assert store.labels is not None
-        return {"labels": torch.from_numpy(store.labels[rows].astype(np.int64))}
-
-    def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
-        """See ``Conditioning``."""
-        codes = batch["codes"]
-        loss: Tensor = model(batch["shown"], batch["labels"], drop_condition=drop, targets=codes)
-        return loss
+        return {"condition": torch.from_numpy(store.labels[rows].astype(np.int64))}
 
 
 class CaptionConditioning(Conditioning):
@@ -112,29 +117,11 @@ class CaptionConditioning(Conditioning):
             ]
         texts, mask, there = self._texts(chosen)
         weights = torch.tensor([float(bool(a and b)) for a, b in zip(captions, there, strict=True)])
-        return {"texts": texts, "mask": mask, "weights": weights}
+        return {"condition": texts, "mask": mask, "weights": weights}
 
     @abc.abstractmethod
     def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """Tokens or features of captions, their mask, and which of them say anything."""
-
-    def _condition(self, texts: Tensor, mask: Tensor) -> Tensor:
-        """What the model is given in the place of ``texts``."""
-        del mask
-        return texts
-
-    def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
-        """See ``Conditioning``."""
-        codes = batch["codes"]
-        loss: Tensor = model(
-            batch["shown"],
-            self._condition(batch["texts"], batch["mask"]),
-            condition_mask=batch["mask"],
-            drop_condition=drop,
-            targets=codes,
-            target_weights=batch["weights"],
-        )
-        return loss
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
         """Letters of the likeliest captions: a look at them costs nothing."""
@@ -171,11 +158,12 @@ class TokenConditioning(CaptionConditioning):
         tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
         return tokens.ids, tokens.mask, [True] * len(captions)
 
-    def _condition(self, texts: Tensor, mask: Tensor) -> Tensor:
+    def _condition(self, batch: Batch) -> Tensor:
+        tokens = batch["condition"]
         if not self._frozen:
-            return texts
-        with torch.no_grad(), torch.autocast(texts.device.type, enabled=False):
-            features: Tensor = self._encoder.to(texts.device)(texts, mask)
+            return tokens
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            features: Tensor = self._encoder.to(tokens.device)(tokens, batch["mask"])
         return features
 
     def _token_ids(self, caption: str) -> list[int]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from llamagen.training.parallel import local, release_gathered
+from llamagen.training.parallel import local
 
 
 class Ema:
@@ -16,7 +16,6 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._model = model
         self._weights = {
             name: weight for name, weight in model.named_parameters() if weight.requires_grad
         }
@@ -42,7 +41,6 @@ class Ema:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        release_gathered(self._model)
         for weight, mean in zip(self._local(self._weights), self._local(self._means), strict=True):
             held = weight.clone()
             weight.copy_(mean)

@@ -76,8 +76,8 @@ def _export_pipeline(
         raise InputError("no image tokenizer is known; name the one of this run (--tokenizer)")
     start = start_of(recipe, checkpoint.about["model"], str(checkpoint.path))
     model = start.build_empty()
-    _read(checkpoint, model, _has_mean(recipe, weights, checkpoint))
-    whole = start.whole(model.state_dict())
+    _read(checkpoint, model.saved, _has_mean(recipe, weights, checkpoint))
+    whole = start.whole(model.saved.state_dict())
     start.pipeline(load_tokenizer(source, dtype=torch.float32), whole).save_pretrained(out)
 
 

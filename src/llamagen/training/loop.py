@@ -208,10 +208,10 @@ class _Run:
         if config.compile:
             for block in task.blocks():
                 block.compile()
-        place(task.model.train(), config, self.device, units=task.blocks())
+        place(task.module.train(), config, self.device, units=task.blocks())
         if new:
             task.prepare()
-        self.called = callable_form(task.model, self.device)
+        self.called = callable_form(task.module, self.device)
         self.called_adversary = None
         if task.adversary is not None:
             task.adversary.to(self.device).train()
@@ -351,17 +351,18 @@ class _Run:
     @contextlib.contextmanager
     def _evaluated(self) -> Iterator[None]:
         """Within this context the task's model has the weights that are looked at and exported."""
+        release_gathered(self.task.module)
         with contextlib.ExitStack() as stack:
             if self.ema is not None:
                 stack.enter_context(self.ema.in_place())
-            stack.enter_context(_evaluating(self.task.model))
+            stack.enter_context(_evaluating(self.task.module))
             yield
-            release_gathered(self.task.model)
+            release_gathered(self.task.module)
 
     def validate(self) -> None:
         """Logs the metrics on held-out images."""
         with self._evaluated(), autocast(self.device, self.config):
-            values = self.task.validate(self.task.model)
+            values = self.task.validate()
         if values:
             self._record("validation", values)
 
@@ -381,7 +382,7 @@ class _Run:
             state = whole_state(self.task.model)
             model = self.task.whole_model(state).to(device) if distributed.is_main() else None
         else:
-            model = self.task.model if distributed.is_main() else None
+            model = self.task.module if distributed.is_main() else None
         try:
             yield model
         finally:

@@ -1,10 +1,14 @@
-"""Losses as sums of weighted terms, so that a further term is one more entry."""
+"""Losses of both models: sums of weighted terms, and the cross-entropy of the next codes.
+
+Shapes: N positions, D width, V codebook size.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +16,12 @@ from torch import Tensor
 
 from llamagen.models.tokenizer import TokenizerOutput, VectorQuantizer
 from llamagen.training.config import TokenizerLossConfig
+
+_CHUNK_LOGITS = 1 << 23
+"""Logits computed at a time: 32 MB in float32. Smaller parts were slower on a CPU."""
+_CHUNK_GRADS = 1 << 25
+"""Gradients of logits that are kept for one product: 64 MB in half precision. Sums of the weights'
+gradients over many parts cost more than that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +68,104 @@ def mean_psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
     return (10.0 * torch.log10(4.0 / error.clamp_min(4e-10))).mean()
 
 
-def code_loss(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of codes (B, T) under logits (B, T, V), in nats, computed in float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), codes.flatten())
-
-
 def bits(nats: Tensor) -> Tensor:
     """Nats as bits."""
     return nats / math.log(2.0)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor | None = None
+) -> Tensor:
+    """Return the mean cross-entropy of ``targets`` under the logits ``hidden @ weight.T``, in nats.
+
+    All logits are never in memory: at 16,384 codes those of a batch of 8 x 256 positions take 134
+    MB in float32, and their gradient as much again. A few hundred positions are computed at a time.
+
+    Products are in the precision of autocast, or else of ``hidden``; everything after them is in
+    float32 (in float64 if the input is).
+
+    Args:
+        hidden: (N, D).
+        weight: (V, D).
+        targets: (N,) int64.
+        row_weights: (N,); by default 1 each. The mean is over their sum, or 0 if that is 0.
+
+    Returns:
+        A scalar.
+    """
+    if row_weights is None:
+        shares = hidden.new_full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32)
+    else:
+        shares = row_weights.float() / row_weights.float().sum().clamp_min(1e-20)
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):
+        # What autocast would do to a linear layer; its gradients return in the types given.
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, shares)
+    return loss
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Computes the gradients along with the loss: the logits are needed for both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shares: Tensor
+    ) -> Tensor:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        shares = shares.to(wide)
+        loss = hidden.new_zeros((), dtype=wide)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = None
+        for rows in _parts(len(hidden), _CHUNK_GRADS // len(weight)):
+            inputs, grad_logits = hidden[rows], None
+            if needs_hidden or needs_weight:
+                grad_logits = hidden.new_empty(len(inputs), len(weight))
+            for part in _parts(len(inputs), _CHUNK_LOGITS // len(weight)):
+                logits = (inputs[part] @ weight.T).to(wide)
+                own = None if grad_logits is None else grad_logits[part]
+                loss += _loss(logits, targets[rows][part], shares[rows][part], own)
+            if grad_logits is not None and grad_hidden is not None:
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
+            if grad_logits is not None and needs_weight:
+                product = grad_logits.T @ inputs
+                # Sums of many parts: in half precision, small ones would be lost.
+                grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grads = [
+            None if grad is None else grad * grad_output.to(grad.dtype)
+            for grad in ctx.saved_tensors
+        ]
+        return grads[0], grads[1], None, None
+
+
+def _loss(logits: Tensor, targets: Tensor, shares: Tensor, grad_logits: Tensor | None) -> Tensor:
+    """The loss (a scalar) of a few rows (n, V), which are overwritten, each with its share.
+
+    ``grad_logits`` (n, V) is filled with the gradient of the logits.
+    """
+    wanted, share = targets.unsqueeze(1), shares.unsqueeze(1)
+    # exp, sum and log in one pass each, in place.
+    logits -= logits.amax(dim=-1, keepdim=True)
+    chosen = logits.gather(1, wanted)
+    sums = logits.exp_().sum(dim=-1, keepdim=True)
+    if grad_logits is not None:
+        # Probabilities, less one at the target.
+        logits *= share / sums
+        logits.scatter_add_(1, wanted, -share)
+        grad_logits.copy_(logits)
+    return ((sums.log() - chosen) * share).sum()
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, start + size) for start in range(0, count, size)]

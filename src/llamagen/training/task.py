@@ -33,6 +33,9 @@ class Task(abc.ABC):
     panels: Mapping[str, Sequence[str]]
     """The curves: title -> metrics."""
     model: nn.Module
+    """What is trained and saved."""
+    module: nn.Module
+    """What is called in a step, and wrapped or sharded for that: the model or a larger module."""
     adversary: nn.Module | None = None
     """Trained against the model, with an optimiser of its own; always in training mode."""
     adversary_lr: float = 0.0
@@ -57,7 +60,7 @@ class Task(abc.ABC):
         return []
 
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A model like ``self.model`` with this state, for one that is spread over processes."""
+        """A module like ``self.module`` whose model has this state, where that is sharded."""
         raise NotImplementedError(f"{self.name} models are not sharded")
 
     def flops_per_image(self) -> float | None:
@@ -75,7 +78,7 @@ class Task(abc.ABC):
         """Of one batch, or of a part of it.
 
         Args:
-            model: ``self.model`` as it is to be called: perhaps in a wrapper of torch.
+            model: ``self.module`` as it is to be called: perhaps in a wrapper of torch.
             batch: this process's rows, on its device.
             step: finished steps.
             adversary: ``self.adversary``, likewise.
@@ -89,7 +92,7 @@ class Task(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Metrics on held-out images, the same in every process; empty if there are none."""
 
     @abc.abstractmethod

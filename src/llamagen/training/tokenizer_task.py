@@ -128,7 +128,7 @@ class TokenizerTask(Task):
         self.recipe = recipe
         self.images = images
         self.data = images.identity
-        self.model = accelerate(model)
+        self.model = self.module = accelerate(model)
         if recipe.trained == "decoder":
             for part in (model.encoder, model.quant_conv, model.quantize):
                 part.requires_grad_(False)
@@ -272,7 +272,7 @@ class TokenizerTask(Task):
             values["revived_codes"] = self._revived
         return values
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Reconstruction error, PSNR, SSIM, LPIPS if trained with, and usage, on held-out images.
 
         Every process takes its share of the images.
@@ -283,7 +283,7 @@ class TokenizerTask(Task):
         used = torch.zeros(self.model.config.codebook_size)
         own = distributed.share(range(len(self.images.validation)))
         for images in self._fixed_images(self.images.validation, own):
-            output = model(images)
+            output = self.model(images)
             terms = self._terms(output, images)
             before, after = (
                 images_to_uint8(x).cpu().movedim(1, -1).numpy()

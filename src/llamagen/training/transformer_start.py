@@ -37,9 +37,9 @@ from llamagen.training.conditioning import (
 )
 from llamagen.training.config import TransformerSize, TransformerTraining
 from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, original_name
+from llamagen.training.next_code import TRANSFORMER, NextCodeModel, init_encoder_tensor
 from llamagen.training.parallel import initialise, seeded, set_tensor, shards_model
 from llamagen.training.run_folder import checkpoint_folder
-from llamagen.training.text_model import TRANSFORMER, TextModel, init_encoder_tensor
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _DROPOUT = ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path")
@@ -64,7 +64,7 @@ class Start:
     features: TextStore | None = None
     """What it has made of the captions before, where training needs that instead."""
 
-    def build(self) -> Transformer | TextModel:
+    def build(self) -> NextCodeModel:
         """The model, with weights of no meaning, or without memory if it is to be sharded."""
         loop = self.recipe.loop
         if shards_model(loop):
@@ -72,18 +72,18 @@ class Start:
                 model = self._new()
         else:
             model = self._new()
-        transformer_of(model).recompute_blocks = loop.activation_checkpointing == "blocks"
+        model.transformer.recompute_blocks = loop.activation_checkpointing == "blocks"
         return model
 
-    def build_empty(self) -> Transformer | TextModel:
+    def build_empty(self) -> NextCodeModel:
         """The model on the CPU, without any values: for weights that are read from elsewhere."""
         with torch.device("meta"):
             model = self._new()
         return model.to_empty(device="cpu")
 
-    def conditioning(self, model: Transformer | TextModel) -> Conditioning:
+    def conditioning(self, model: NextCodeModel) -> Conditioning:
         """How images are told to ``model``."""
-        if isinstance(model, TextModel):
+        if model.encoder is not None:
             return TokenConditioning(model.encoder, frozen=False)
         if self.frozen_text is not None:
             return TokenConditioning(self.frozen_text, frozen=True)
@@ -91,9 +91,9 @@ class Start:
             return FeatureConditioning(self.features)
         return LabelConditioning()
 
-    def fill(self, model: Transformer | TextModel) -> None:
+    def fill(self, model: NextCodeModel) -> None:
         """Gives the model, or this process's part of it, its first weights."""
-        transformer, small = transformer_of(model), self.small_text
+        transformer, small = model.transformer, self.small_text
 
         def init_tensor(name: str, tensor: Tensor, generator: torch.Generator) -> None:
             if small is not None and init_encoder_tensor(name, tensor, generator, small):
@@ -101,25 +101,25 @@ class Start:
             if not init_lora_tensor(name, tensor, generator):
                 transformer.init_tensor(_transformer_name(name), tensor, generator)
 
-        initialise(model, self.recipe.loop.seed, init_tensor)
+        initialise(model.saved, self.recipe.loop.seed, init_tensor)
         if self.recipe.init is not None:
             self._copy_source(self.recipe.init, model)
 
-    def whole(self, state: Mapping[str, Tensor]) -> Transformer | TextModel:
+    def whole(self, state: Mapping[str, Tensor]) -> NextCodeModel:
         """The model with this state; low-rank matrices are merged into it."""
         if self.recipe.lora.lora_rank > 0:
             state = merged_state(state, self.recipe.lora)
         with torch.device("meta"):
             model = self._new(lora=False)
-        model.load_state_dict(state, assign=True)
+        model.saved.load_state_dict(state, assign=True)
         return model.eval()
 
-    def pipeline(self, tokenizer: ImageTokenizer, model: Transformer | TextModel) -> Pipeline:
+    def pipeline(self, tokenizer: ImageTokenizer, model: NextCodeModel) -> Pipeline:
         """What draws images with ``model``."""
-        text = model.encoder if isinstance(model, TextModel) else self.frozen_text or self.text
+        text = model.encoder or self.frozen_text or self.text
         return Pipeline(
             tokenizer,
-            transformer_of(model),
+            model.transformer,
             labels=self.labels,
             name=self.recipe.out.name,
             sampling=self.recipe.sampling,
@@ -139,20 +139,20 @@ class Start:
             values["text"] = config_to_dict(self.text)
         return values
 
-    def _new(self, *, lora: bool = True) -> Transformer | TextModel:
+    def _new(self, *, lora: bool = True) -> NextCodeModel:
         transformer = Transformer(self.config)
         if lora and self.recipe.lora.lora_rank > 0:
             add_lora(transformer, self.recipe.lora)
         if self.small_text is None:
-            return transformer
+            return NextCodeModel(transformer)
         clean = self.recipe.text.clean_captions
-        return TextModel(
+        return NextCodeModel(
             transformer,
             TextEncoder.small(self.small_text, clean=clean),
             code_sets=self.recipe.text.code_set_weight > 0,
         )
 
-    def _copy_source(self, source: str, model: Transformer | TextModel) -> None:
+    def _copy_source(self, source: str, model: NextCodeModel) -> None:
         found = checkpoints.resolve_pipeline(source)
         state = checkpoints.load_transformer(found.transformer, dtype=torch.float32).state_dict()
         if self.labels is not None and self._has_other_classes():
@@ -160,7 +160,7 @@ class Start:
         parameters = {_transformer_name(name): value for name, value in model.named_parameters()}
         for name, tensor in state.items():
             set_tensor(parameters[name], tensor)
-        if isinstance(model, TextModel) and _has_own_encoder(found):
+        if model.encoder is not None and _has_own_encoder(found):
             assert found.text is not None
             encoder = TextEncoder.from_pretrained(found.text, dtype=torch.float32)
             trained = dict(model.encoder.named_parameters())
@@ -171,18 +171,13 @@ class Start:
         assert self.labels is not None
         return self.source_labels is None or self.source_labels.names != self.labels.names
 
-    def _new_class_table(self, model: Transformer | TextModel, old: Tensor) -> Tensor:
+    def _new_class_table(self, model: NextCodeModel, old: Tensor) -> Tensor:
         """Random rows for the classes; "no class", which guidance rests on, stays what it was."""
         table = torch.empty(self.config.num_classes + 1, self.config.dim)
         generator = seeded(self.recipe.loop.seed, _CLASS_TABLE)
-        transformer_of(model).init_tensor(_CLASS_TABLE, table, generator)
+        model.transformer.init_tensor(_CLASS_TABLE, table, generator)
         table[-1] = old[-1]
         return table
-
-
-def transformer_of(model: Transformer | TextModel) -> Transformer:
-    """The transformer of a model that may have a text encoder too."""
-    return model.transformer if isinstance(model, TextModel) else model
 
 
 def find_start(

@@ -21,7 +21,6 @@ from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.order import DataOrder
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.models.transformer import Transformer
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support import labels as label_files
@@ -34,13 +33,13 @@ from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
+from llamagen.training.next_code import NextCodeModel
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
 from llamagen.training.task import Batch, Losses, Task
-from llamagen.training.text_model import TextModel
 from llamagen.training.throughput import training_flops
 from llamagen.training.transformer_data import Codes, find_codes
-from llamagen.training.transformer_start import Start, find_start, transformer_of
+from llamagen.training.transformer_start import Start, find_start
 
 PIPELINE_FOLDER = "pipeline"
 """The exported pipeline, in the run's folder."""
@@ -135,15 +134,16 @@ class TransformerTask(Task):
     """Predict each code from the class or caption and the codes before it."""
 
     name = "transformer"
-    model: Transformer | TextModel
+    module: NextCodeModel
 
     def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: Codes) -> None:
         """A task with a new model, which has its weights after ``prepare``."""
         recipe = start.recipe
         self.recipe = recipe
         self.start = start
-        self.model = start.build()
-        self._conditioning = start.conditioning(self.model)
+        self.module = start.build()
+        self.model = self.module.saved
+        self._conditioning = start.conditioning(self.module)
         self._conditioning.check(codes.training, codes.trained)
         self.panels = {
             "loss in bits per code": ("bits_per_code",),
@@ -172,7 +172,7 @@ class TransformerTask(Task):
 
     def prepare(self) -> None:
         """Gives the model its first weights."""
-        self.start.fill(self.model)
+        self.start.fill(self.module)
 
     def describe(self) -> dict[str, Any]:
         """The architecture, the classes or the text encoder."""
@@ -180,7 +180,7 @@ class TransformerTask(Task):
 
     def blocks(self) -> list[nn.Module]:
         """The transformer's blocks."""
-        return list(transformer_of(self.model).layers)
+        return list(self.module.transformer.layers)
 
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
         """A model with this state; low-rank matrices are merged into it."""
@@ -231,7 +231,7 @@ class TransformerTask(Task):
             loss = loss + self.recipe.text.code_set_weight * each
         return Losses(total=loss, metrics=metrics)
 
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self) -> dict[str, float]:
         """Loss on the held-out images, all with their labels or likeliest captions."""
         rows, store = self._codes.validated, self._codes.validation
         if len(rows) == 0:
@@ -250,7 +250,7 @@ class TransformerTask(Task):
                 **self._conditioning.batch(store, looked_at, None),
             }
             batch = {name: rows.to(find_device(loop.device)) for name, rows in batch.items()}
-            total += float(self._conditioning.loss(model, batch, None)) * len(own)
+            total += float(self._conditioning.loss(self.module, batch, None)) * len(own)
         loss = torch.tensor(distributed.summed({"loss": total})["loss"] / len(rows))
         return {"loss": float(loss), "bits_per_code": float(bits(loss))}
 
@@ -294,7 +294,8 @@ class TransformerTask(Task):
         """
         lora = self.recipe.lora
         if lora.lora_rank > 0:
-            state = model.state_dict()
+            assert isinstance(model, NextCodeModel)
+            state = model.saved.state_dict()
             save_adapter(state, lora, out / ADAPTER_FOLDER, base=str(self.recipe.init))
             if self.start.labels is not None:
                 self.start.labels.save(out / ADAPTER_FOLDER / label_files.FILE_NAME)
@@ -320,7 +321,7 @@ class TransformerTask(Task):
         return len(errors)
 
     def _pipeline_of(self, model: nn.Module) -> Pipeline:
-        assert isinstance(model, Transformer | TextModel)
+        assert isinstance(model, NextCodeModel)
         return self.start.pipeline(self._tokenizer, model)
 
 

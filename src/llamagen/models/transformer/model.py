@@ -27,7 +27,6 @@ from llamagen.models.transformer.blocks import (
     RMSNorm,
     TransformerBlock,
 )
-from llamagen.models.transformer.code_loss import code_loss
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
 from llamagen.models.transformer.kv_cache import KVCache
 from llamagen.models.transformer.quantization import QuantizedLinear, make_quantized
@@ -111,10 +110,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
         condition_mask: Tensor | None = None,
         drop_condition: Tensor | None = None,
         grid: Grid | None = None,
-        targets: Tensor | None = None,
-        target_weights: Tensor | None = None,
     ) -> Tensor:
-        """Logits of the next code at every position, given the codes before it, or their loss.
+        """Return the logits of the next code at every position, given the codes before it.
 
         Args:
             codes: (B, T) int, the first T codes in raster order; in training all but the last.
@@ -122,13 +119,9 @@ class Transformer(PretrainedModel[TransformerConfig]):
             condition_mask: (B, C) bool, False where text features are padding.
             drop_condition: (B,) bool, True where the condition is replaced by "no condition".
             grid: rows and columns of the image; by default the configuration's.
-            targets: (B, T + 1) int64, the codes to be predicted. With them the loss is returned,
-                and the logits are never all in memory.
-            target_weights: (B,), what each image counts; by default all alike.
 
         Returns:
-            (B, T + 1, V) logits; row t is the prediction of code t. With ``targets`` the mean
-            cross-entropy, a scalar in nats.
+            (B, T + 1, V) logits; row t is the prediction of code t.
         """
         hidden = self.hidden_states(
             codes,
@@ -137,12 +130,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
             drop_condition=drop_condition,
             grid=grid,
         )
-        if targets is None:
-            return self.output(hidden)
-        weights = None
-        if target_weights is not None:
-            weights = target_weights.repeat_interleave(targets.shape[1])
-        return code_loss(hidden.flatten(0, 1), self.output.weight, targets.flatten(), weights)
+        return self.output(hidden)
 
     def hidden_states(
         self,

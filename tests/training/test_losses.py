@@ -2,15 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamagen.models.transformer import code_loss as module
-from llamagen.models.transformer.code_loss import code_loss
+from llamagen.training import losses
+from llamagen.training.losses import chunked_cross_entropy as loss_of
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks and a rest, in tests of a few rows, and two products with them."""
-    monkeypatch.setattr(module, "_CHUNK_LOGITS", 3 * 11)
-    monkeypatch.setattr(module, "_CHUNK_SLOPES", 5 * 11)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 3 * 11)
+    monkeypatch.setattr(losses, "_CHUNK_GRADS", 5 * 11)
 
 
 def rows(count=7, width=5, codes=11, dtype=torch.float64):
@@ -23,10 +23,8 @@ def rows(count=7, width=5, codes=11, dtype=torch.float64):
 def test_gradients_are_those_of_finite_differences():
     hidden, weight, targets = rows()
     weights = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0, 3.0])
-    assert torch.autograd.gradcheck(lambda h, w: code_loss(h, w, targets), (hidden, weight))
-    assert torch.autograd.gradcheck(
-        lambda h, w: code_loss(h, w, targets, weights), (hidden, weight)
-    )
+    assert torch.autograd.gradcheck(lambda h, w: loss_of(h, w, targets), (hidden, weight))
+    assert torch.autograd.gradcheck(lambda h, w: loss_of(h, w, targets, weights), (hidden, weight))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -36,7 +34,7 @@ def test_equals_the_mean_cross_entropy_of_all_logits(weighted):
     expected = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
     expected = (expected * weights).sum() / weights.sum()
     wanted = torch.autograd.grad(expected, (hidden, weight))
-    loss = code_loss(hidden, weight, targets, weights.float() if weighted else None)
+    loss = loss_of(hidden, weight, targets, weights.float() if weighted else None)
     got = torch.autograd.grad(loss * 3, (hidden, weight))
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(got, wanted, strict=True):
@@ -45,7 +43,7 @@ def test_equals_the_mean_cross_entropy_of_all_logits(weighted):
 
 def test_huge_logits_stay_finite():
     hidden, weight, targets = rows(dtype=torch.float32)
-    loss = code_loss(hidden * 1e4, weight, targets)
+    loss = loss_of(hidden * 1e4, weight, targets)
     loss.backward()
     assert torch.isfinite(loss)
     assert torch.isfinite(hidden.grad).all()
@@ -53,7 +51,7 @@ def test_huge_logits_stay_finite():
 
 def test_weights_that_are_all_zero_give_zero():
     hidden, weight, targets = rows(dtype=torch.float32)
-    loss = code_loss(hidden, weight, targets, torch.zeros(7))
+    loss = loss_of(hidden, weight, targets, torch.zeros(7))
     loss.backward()
     assert loss.item() == 0.0
     assert not hidden.grad.any()
@@ -62,9 +60,9 @@ def test_weights_that_are_all_zero_give_zero():
 
 def test_autocast_products_are_bfloat16_and_gradients_float32():
     hidden, weight, targets = rows(count=64, width=32, dtype=torch.float32)
-    full = code_loss(hidden, weight, targets)
+    full = loss_of(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
-        half = code_loss(hidden, weight, targets)
+        half = loss_of(hidden, weight, targets)
     assert half.dtype == torch.float32
     assert half.item() != full.item()
     assert half.item() == pytest.approx(full.item(), rel=1e-2)
@@ -75,8 +73,8 @@ def test_autocast_products_are_bfloat16_and_gradients_float32():
 def test_without_gradients_no_gradient_is_computed():
     hidden, weight, targets = rows()
     with torch.no_grad():
-        assert not code_loss(hidden, weight, targets).requires_grad
-    loss = code_loss(hidden, weight.detach(), targets)
+        assert not loss_of(hidden, weight, targets).requires_grad
+    loss = loss_of(hidden, weight.detach(), targets)
     loss.backward()
     assert hidden.grad is not None
     assert weight.grad is None

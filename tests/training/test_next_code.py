@@ -6,7 +6,7 @@ import torch
 
 from llamagen.config import SmallTextEncoderConfig
 from llamagen.text.encoder import TextEncoder
-from llamagen.training.text_model import init_encoder_tensor
+from llamagen.training.next_code import init_encoder_tensor
 
 
 def test_heads_begin_by_looking_at_neighbours():
