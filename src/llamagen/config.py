@@ -14,12 +14,12 @@ import math
 import numbers
 import typing
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dacite
 
 from llamagen.support.errors import InputError
+from llamagen.support.storage import read_json as read_json  # noqa: PLC0414  # offered here too
 
 ConfigT = TypeVar("ConfigT")
 
@@ -67,26 +67,6 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """The configuration as values that JSON can hold (tuples become lists)."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return plain
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: the file does not hold a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path} is not valid JSON ({error}); restore it from its source"
-        ) from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} holds a {type(values).__name__}, expected a JSON object")
-    return values
 
 
 def _require(condition: bool, message: str) -> None:

@@ -98,6 +98,26 @@ def write_json(path: Path | str, values: Any) -> None:
     _write(path, text.encode("utf-8", "backslashreplace"))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        InputError: the file does not hold a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path} is not valid JSON ({error}); restore it from its source"
+        ) from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return values
+
+
 def _write(path: Path | str, content: bytes) -> None:
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)

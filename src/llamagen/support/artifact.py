@@ -1,0 +1,530 @@
+"""A folder of files that is made piece by piece: by several processes, resumed after a kill.
+
+Stores of codes and of text features, an evaluation's samples and features, and folders of images
+are all artifacts. Each has a ``Format`` (names and wording) and settings (JSON):
+
+    plan.json        format, version and settings: written first, never changed
+    shard-00000.*    the files of piece 0; the last of them is written last and says "done"
+    manifest.json    the settings again, and results: written once all pieces are done
+
+To make one, or go on with one::
+
+    artifact = Artifact(folder, FORMAT, settings, items=1000, piece_size=256)
+    with artifact.begin(rank=rank, world_size=world_size):
+        artifact.make(make_piece, rank=rank, world_size=world_size)
+        if artifact.is_done():
+            artifact.finish({"total": 17})
+
+``make_piece(items, advance)`` gets the range of items of a piece and returns the content of its
+files by suffix: an array for .npy, named arrays for .npz, an object for .json, bytes for others.
+An artifact whose files do not fit this scheme calls only ``begin`` and writes them itself.
+
+Every file appears whole (``storage.atomic_file``). Pieces go to processes by number, so they need
+not talk to one another. ``begin`` refuses a folder that holds something else, was begun with other
+settings, or that another run is working in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from tqdm import tqdm
+
+import llamagen.support.storage as storage
+from llamagen.support.errors import InputError
+from llamagen.support.locks import folder_lock
+from llamagen.support.storage import read_json
+
+Settings = Mapping[str, Any]
+"""Values that JSON can hold."""
+Advance = Callable[[int], object]
+"""Takes the number of items that are newly done, as ``tqdm.update`` does."""
+MakePiece = Callable[[range, Advance], Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """Names and wording of one kind of artifact."""
+
+    name: str
+    """In the files, to recognise them."""
+    version: int
+    noun: str
+    """In messages: "store of codes"."""
+    command: str = "the same command"
+    """What makes the folder, in messages."""
+    settings_name: str = "plan.json"
+    manifest_name: str = "manifest.json"
+    piece_name: str = "shard"
+    suffixes: tuple[str, ...] = (".npy", ".json")
+    """Of the files of a piece, in the order in which they are written."""
+    other_files: tuple[str, ...] = ()
+    """Patterns of further files that belong to the artifact."""
+    free: tuple[str, ...] = ()
+    """Settings that may differ when work goes on; those of the first run stay."""
+    words: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Settings in words, the most telling first: {"fingerprint": "another text encoder"}."""
+    has_header: bool = True
+    """Whether all folders name format and version; some of the first edition's do not."""
+    check: Callable[[Artifact, int], object] | None = None
+    """Raises InputError if a piece is damaged, beyond a file that is missing."""
+
+
+class Artifact:
+    """One such folder."""
+
+    def __init__(
+        self,
+        folder: Path | str,
+        form: Format,
+        settings: Settings,
+        *,
+        items: int = 0,
+        piece_size: int = 1,
+    ) -> None:
+        """Name the folder; nothing is read or written.
+
+        Args:
+            folder: where it is or will be.
+            form: its kind.
+            settings: everything that decides what the pieces hold.
+            items: what the pieces divide, such as images.
+            piece_size: items of a piece.
+        """
+        self.folder = Path(folder)
+        self.form = form
+        self.settings: Settings = json.loads(json.dumps(settings))
+        """Those on the disk, once the artifact was begun."""
+        self.items = items
+        self.piece_size = piece_size
+
+    @property
+    def identity(self) -> str:
+        """Short text that changes with every setting that is not free."""
+        values = {name: v for name, v in self.settings.items() if name not in self.form.free}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        """Return the number of pieces."""
+        return math.ceil(self.items / self.piece_size)
+
+    def items_of(self, piece: int) -> range:
+        """Return the items of a piece."""
+        start = piece * self.piece_size
+        return range(start, min(start + self.piece_size, self.items))
+
+    def path(self, piece: int, suffix: str) -> Path:
+        """Return the path of a file of a piece."""
+        return self.folder / f"{self.form.piece_name}-{piece:05d}{suffix}"
+
+    @contextlib.contextmanager
+    def begin(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        overwrite: bool | None = None,
+        missing: Settings | None = None,
+        timeout: float = 1.0,
+    ) -> Iterator[None]:
+        """Write the settings or find the same ones; hold the folder's lock during the block.
+
+        Args:
+            rank: number of this process in its run.
+            world_size: processes of the run.
+            overwrite: delete an artifact of this format that has other settings. None where the
+                caller does not offer that.
+            missing: values of settings, nested as they are, that older folders do not have.
+            timeout: seconds to wait for another run in the folder; ``math.inf`` for any time.
+
+        Raises:
+            InputError: the folder holds something else, was begun with other settings, is in use,
+                or cannot be written to.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"{self.folder} is a file; choose a folder (out)")
+        storage.require_writable(self.folder)
+        with folder_lock(self.folder, rank=rank, world_size=world_size, timeout=timeout):
+            path = self.folder / self.form.settings_name
+            if path.exists() and overwrite and (changes := self._changes(missing)):
+                self._delete(changes, alone=world_size == 1)
+                self._write_settings()
+            elif not path.exists():
+                self._require_empty()
+                self._write_settings()
+            if changes := self._changes(missing):
+                or_overwrite = "" if overwrite is None else ", or overwrite it (overwrite)"
+                raise InputError(
+                    f"the {self.form.noun} in {self.folder} was begun with {changes}; restore "
+                    f"that, choose another folder (out){or_overwrite}"
+                )
+            self.settings = _read(path, self.form)
+            yield
+
+    def same_text(self, name: str, text: str, words: str) -> None:
+        """Write a text file that belongs to the settings, or find the same one.
+
+        Raises:
+            InputError: it is there with other content; ``words`` say what that means, as in "other
+                prompts".
+        """
+        path = self.folder / name
+        if not path.is_file():
+            storage.write_text(path, text)
+        elif path.read_text(encoding="utf-8") != text:
+            raise InputError(
+                f"the {self.form.noun} in {self.folder} was begun with {words} ({name}); restore "
+                f"them, or choose another folder (out)"
+            )
+
+    def make(
+        self,
+        make_piece: MakePiece,
+        advance: Advance | None = None,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> int:
+        """Make the pieces of this process that are not done; a damaged one is made again.
+
+        Args:
+            make_piece: makes the content of a piece's files.
+            advance: is called with the number of items newly done.
+            rank: number of this process: it makes every ``world_size``-th piece.
+            world_size: number of processes.
+
+        Returns:
+            The number of items that were made.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        made = 0
+        for piece in range(rank, len(self), world_size):
+            if not self.is_piece_done(piece):
+                self.write(piece, self._content(piece, make_piece, advance))
+                made += len(self.items_of(piece))
+        return made
+
+    def progress_bar(
+        self, description: str, unit: str, *, rank: int = 0, world_size: int = 1, shown: bool = True
+    ) -> tqdm[NoReturn]:
+        """Return a bar over the items of this process that starts at those that are done."""
+        sizes = {p: len(self.items_of(p)) for p in range(rank, len(self), world_size)}
+        return tqdm(
+            total=sum(sizes.values()),
+            initial=sum(size for piece, size in sizes.items() if self.is_piece_done(piece)),
+            desc=description,
+            unit=unit,
+            # None: no bar where stderr is not a terminal.
+            disable=None if shown else True,
+        )
+
+    def write(self, piece: int, content: Mapping[str, Any]) -> None:
+        """Write the files of a piece."""
+        for suffix in self.form.suffixes:
+            path, value = self.path(piece, suffix), content[suffix]
+            if suffix == ".json":
+                storage.write_json(path, {"plan": self.identity, **value})
+                continue
+            with storage.atomic_file(path) as temporary:
+                if suffix == ".npy":
+                    write_npy(temporary, value)
+                elif suffix == ".npz":
+                    with temporary.open("wb") as file:
+                        np.savez(file, **value)
+                else:
+                    temporary.write_bytes(value)
+
+    def finish(self, results: Settings) -> None:
+        """Write the manifest; several processes may do so at once."""
+        path = self.folder / self.form.manifest_name
+        _write(path, {"plan": self.settings, **results}, self.form)
+        # Every piece is done, so these belong to nobody.
+        _remove(self.folder.glob(f".{self.form.piece_name}-*.tmp"))
+
+    def is_done(self) -> bool:
+        """Return whether all pieces are done."""
+        return all(self.is_piece_done(piece) for piece in range(len(self)))
+
+    def is_piece_done(self, piece: int) -> bool:
+        """Return whether the files of a piece are there and whole."""
+        try:
+            self.check(piece)
+        except (InputError, FileNotFoundError):
+            return False
+        return True
+
+    def check(self, piece: int) -> None:
+        """Check the files of a piece.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            InputError: one is damaged, or belongs to another artifact.
+        """
+        for suffix in self.form.suffixes:
+            path = self.path(piece, suffix)
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"{path} is missing; run {self.form.command} again: only that piece is made"
+                )
+            # Cheap, and finds files that were cut off.
+            if suffix == ".npz" and not zipfile.is_zipfile(path):
+                raise self.damaged(path, "it is not a whole archive")
+        if self.form.check is not None:
+            self.form.check(self, piece)
+
+    def read_json(self, piece: int) -> dict[str, Any]:
+        """Return the content of a piece's .json file.
+
+        Raises:
+            FileNotFoundError: it is missing.
+            InputError: it is damaged, or belongs to another artifact.
+        """
+        path = self.path(piece, ".json")
+        try:
+            values = read_json(path)
+        except InputError as error:
+            raise self.damaged(path, error) from error
+        if values.get("plan") != self.identity:
+            raise self.damaged(path, f"it belongs to another {self.form.noun}")
+        return values
+
+    def check_npy(self, piece: int, shape: tuple[int, ...], dtype: str) -> None:
+        """Check header and size of a piece's .npy file; its content is not read.
+
+        Raises:
+            InputError: it is truncated, damaged, or holds another array.
+        """
+        path = self.path(piece, ".npy")
+        with path.open("rb") as file:
+            try:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    raise ValueError("an unknown version of the format")
+                there, fortran_order, found = np.lib.format.read_array_header_1_0(file)
+            except (ValueError, EOFError) as error:
+                raise self.damaged(path, error) from error
+            start, size = file.tell(), os.fstat(file.fileno()).st_size
+        if there != shape or found != np.dtype(dtype) or fortran_order:
+            raise self.damaged(path, f"it holds {found} {there}, expected {dtype} {shape}")
+        whole = start + math.prod(shape) * found.itemsize
+        if size != whole:
+            raise self.damaged(path, f"it has {size} of {whole} bytes")
+
+    def read_npz(self, piece: int) -> dict[str, np.ndarray]:
+        """Return the arrays of a piece's .npz file.
+
+        Raises:
+            InputError: it is missing or damaged; it is then removed, to be made again.
+        """
+        path = self.path(piece, ".npz")
+        try:
+            with np.load(path) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            path.unlink(missing_ok=True)
+            shown = " ".join(str(error).split())
+            raise InputError(
+                f"{path} is damaged ({shown}); run {self.form.command} again"
+            ) from error
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return rows of an array of the .npz files that has one row for each item.
+
+        Raises:
+            InputError: a piece is missing or damaged.
+        """
+        stop = self.items if stop is None else stop
+        parts = []
+        for piece in range(start // self.piece_size, math.ceil(stop / self.piece_size)):
+            offset = piece * self.piece_size
+            parts.append(self.read_npz(piece)[name][max(start - offset, 0) : stop - offset])
+        return np.concatenate(parts)
+
+    def damaged(self, path: Path, reason: object) -> InputError:
+        """Return the error about a file that cannot be used."""
+        shown = " ".join(str(reason).split())
+        return InputError(
+            f"{path} is damaged ({shown}); delete it and run {self.form.command} again: only that "
+            f"piece is made"
+        )
+
+    def _content(
+        self, piece: int, make_piece: MakePiece, advance: Advance | None
+    ) -> Mapping[str, Any]:
+        items, reported = self.items_of(piece), 0
+
+        def report(count: int) -> None:
+            nonlocal reported
+            reported += count
+            if advance is not None and count:
+                advance(count)
+
+        content = make_piece(items, report)
+        report(len(items) - reported)
+        return content
+
+    def _require_empty(self) -> None:
+        # Hidden files may be what a killed process left behind.
+        others = [entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".")]
+        # Unless another process of this run has just written them.
+        if others and not (self.folder / self.form.settings_name).exists():
+            raise InputError(
+                f"{self.folder} is not empty and holds no {self.form.noun} (but {min(others)}); "
+                f"choose an empty folder (out)"
+            )
+
+    def _write_settings(self) -> None:
+        """Write the settings, unless another process of the run was faster."""
+        path = self.folder / self.form.settings_name
+        staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        _write(staging, self.settings, self.form)
+        try:
+            # Unlike a renaming, this fails if the file exists.
+            os.link(staging, path)
+        except FileExistsError:
+            pass
+        except OSError:
+            # A file system without links.
+            staging.replace(path)
+        finally:
+            staging.unlink(missing_ok=True)
+
+    def _changes(self, missing: Settings | None) -> str:
+        """Return in words how the settings differ from those on the disk; "" if they do not."""
+        form = self.form
+        found = _filled(_read(self.folder / form.settings_name, form), missing or {})
+        before, now = _flat(json.loads(json.dumps(found))), _flat(self.settings)
+        names = [
+            name
+            for name in dict.fromkeys([*now, *before])
+            if name.split(".")[0] not in form.free and before.get(name) != now.get(name)
+        ]
+        if not names:
+            return ""
+        known = next((k for k in form.words if any(_is_within(name, k) for name in names)), "")
+        pairs = [
+            f"{name} {_shortened(before.get(name))}, now {_shortened(now.get(name))}"
+            for name in names
+            if _is_within(name, known)
+        ]
+        return f"{form.words.get(known, 'other settings')} ({'; '.join(pairs)})"
+
+    def _delete(self, changes: str, *, alone: bool) -> None:
+        """Remove an artifact of other settings, and nothing else that may lie in its folder."""
+        folder, form = self.folder, self.form
+        if not alone:
+            raise InputError(
+                f"the {form.noun} in {folder} was begun with {changes}, and several processes "
+                f"cannot overwrite it; delete the folder first"
+            )
+        # The manifest first, the settings last: what a kill leaves is no complete artifact, but
+        # is still recognised as one.
+        (folder / form.manifest_name).unlink(missing_ok=True)
+        for suffix in form.suffixes[::-1]:
+            _remove(folder.glob(f"{form.piece_name}-*{suffix}"))
+        for pattern in (*form.other_files, f".{form.piece_name}-*.tmp", form.settings_name):
+            _remove(folder.glob(pattern))
+
+
+def read_manifest(folder: Path | str, form: Format) -> tuple[Settings, Settings]:
+    """Return the settings and the results of a finished artifact.
+
+    Raises:
+        FileNotFoundError: there is none.
+        InputError: it is not complete, damaged, or of another version.
+    """
+    folder = Path(folder)
+    path = folder / form.manifest_name
+    if not path.exists():
+        if (folder / form.settings_name).exists():
+            raise InputError(
+                f"the {form.noun} in {folder} is not complete; run {form.command} again"
+            )
+        raise FileNotFoundError(
+            f"there is no {form.noun} in {folder} ({form.manifest_name} is missing); make one with "
+            f"{form.command}"
+        )
+    results = _read(path, form)
+    settings = results.pop("plan", None)
+    if not isinstance(settings, dict):
+        raise InputError(f"{path} is damaged (it has no plan); run {form.command} again")
+    return settings, results
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Write an array as ``np.save`` does, but say why when the disk is full.
+
+    numpy's own writing reports a number of elements, and loses the cause.
+    """
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def _write(path: Path, values: Settings, form: Format) -> None:
+    storage.write_json(path, {"format": form.name, "version": form.version, **values})
+
+
+def _read(path: Path, form: Format) -> dict[str, Any]:
+    """Return what ``_write`` wrote, once format and version are checked."""
+    values = read_json(path)
+    if "format" not in values and not form.has_header:
+        return values
+    found, version = values.pop("format", None), values.pop("version", None)
+    if found != form.name:
+        raise InputError(
+            f"{path} has format {found!r}, expected {form.name!r}; choose another folder"
+        )
+    if version != form.version:
+        raise InputError(
+            f"{path} has version {version}, this program reads {form.version}; use the llamagen "
+            f"that wrote it, or run {form.command} into another folder"
+        )
+    return values
+
+
+def _filled(values: Settings, missing: Settings) -> dict[str, Any]:
+    """Return settings with those that are missing, on every level that is there."""
+    filled = {**missing, **values}
+    for name, value in filled.items():
+        if isinstance(value, Mapping) and isinstance(missing.get(name), Mapping):
+            filled[name] = _filled(value, missing[name])
+    return filled
+
+
+def _flat(values: Settings, prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _is_within(name: str, setting: str) -> bool:
+    return not setting or f"{name}.".startswith(f"{setting}.")
+
+
+def _shortened(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,86 @@
+"""Locks on folders, so that two runs never write into one. A killed process releases its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamagen.support.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: folders are not locked there
+    fcntl = None  # type: ignore[assignment]
+
+_NAME = ".lock"
+_RETRY_SECONDS = 0.05
+
+
+@contextlib.contextmanager
+def folder_lock(
+    folder: Path | str, *, rank: int = 0, world_size: int = 1, timeout: float = 1.0
+) -> Iterator[None]:
+    """Lock a folder for a run while the block is executed.
+
+    A run of one process has the folder to itself. The processes of a larger run share it with one
+    another, but with no process of another run that has the same rank or is alone.
+
+    Args:
+        folder: it must exist.
+        rank: number of this process in its run.
+        world_size: processes of the run.
+        timeout: seconds to wait for another run to end; ``math.inf`` waits however long it takes.
+
+    Raises:
+        InputError: another run holds the folder.
+    """
+    with contextlib.ExitStack() as held:
+        if fcntl is not None:
+            deadline = time.monotonic() + timeout
+            folder = Path(folder)
+            held.enter_context(_lock_file(folder / _NAME, world_size == 1, deadline))
+            if world_size > 1:
+                held.enter_context(_lock_file(folder / f"{_NAME}-{rank}", True, deadline))
+        yield
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path, exclusive: bool, deadline: float) -> Iterator[None]:
+    descriptor = _acquire(path, exclusive, deadline)
+    try:
+        yield
+    finally:
+        # Only the last holder gets the exclusive lock, so nobody else holds the file it removes.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        os.close(descriptor)
+
+
+def _acquire(path: Path, exclusive: bool, deadline: float) -> int:
+    """Return the descriptor that holds the lock."""
+    mode = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+            # The previous holder may have removed the file after it was opened here.
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise InputError(
+                    f"another run is working in {path.parent}; wait until it ends, or choose "
+                    f"another folder"
+                ) from error
+            time.sleep(_RETRY_SECONDS)
+        except OSError:
+            # A file system without locks: work goes on unprotected, as without this module.
+            return descriptor
+        os.close(descriptor)
