@@ -57,7 +57,7 @@ class CompiledStep:
     def supports(cls, model: Transformer) -> bool:
         """Whether the model's configuration compiles, and is worth it: on a CUDA device."""
         is_known = not non_default_fields(model.config, cls.FIELDS)
-        return is_known and model.device.type == "cuda" and not model.training
+        return is_known and not model.training and _is_on_gpu(model)
 
     @classmethod
     def of(cls, model: Transformer) -> CompiledStep:
@@ -150,6 +150,10 @@ class _StaticInputs:
             wanted=to_device((row_of * width + column)[tokens.wanted]),
             end=min(end, cache.positions),
         )
+
+
+def _is_on_gpu(model: Transformer) -> bool:
+    return model.device.type == "cuda"
 
 
 def _power_of_two(number: int) -> int:

@@ -147,3 +147,30 @@ def test_gradients_reach_every_weight():
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.any(), name
+
+
+@torch.no_grad()
+def test_qk_norm_normalises_each_head(tmp_path):
+    model = tiny_transformer(qk_norm=True, kv_heads=2)
+    attention = model.blocks[0].attention
+    assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (8,)
+    codes, labels = torch.randint(0, 64, (2, 15)), torch.tensor([0, 3])
+    expected = model(codes, labels)
+    # Queries and keys of another length are the same once they are normalised.
+    width = 4 * 8 + 2 * 8
+    attention.wqkv.weight[:width] *= 7
+    torch.testing.assert_close(model(codes, labels), expected, rtol=1e-4, atol=1e-4)
+    attention.q_norm.weight *= 3
+    assert not torch.allclose(model(codes, labels), expected, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    loaded = Transformer.from_pretrained(tmp_path)
+    assert loaded.config.qk_norm
+    assert torch.equal(loaded(codes, labels), model(codes, labels))
+
+
+def test_qk_norm_trains():
+    model = tiny_transformer(qk_norm=True).train()
+    model(torch.randint(0, 64, (2, 15)), torch.tensor([0, 3])).logsumexp(-1).sum().backward()
+    for block in model.blocks:
+        assert block.attention.q_norm.weight.grad.abs().sum() > 0
+        assert block.attention.k_norm.weight.grad.abs().sum() > 0
