@@ -160,3 +160,18 @@ def test_blend_with_guidance_needs_three_sequences():
     assert batch.capacity_for([blend, plain, plain]) == 2
     with pytest.raises(InputError, match="needs 3 sequences"):
         Batch(tiny_transformer(), 1).check(blend)
+
+
+def test_cleared_batch_has_its_whole_capacity_after_a_failed_start(monkeypatch):
+    model = tiny_transformer()
+    batch = Batch(model, 2)
+
+    def fail(tokens):
+        raise RuntimeError("a fault")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch, "_run", fail)
+        with pytest.raises(RuntimeError, match="a fault"):
+            batch.add([image(0, 0, 0), image(1, 1, 1)])
+    batch.clear()
+    assert_as_alone(model, run(batch, {0: [image(0, 0, 0), image(1, 1, 1)]}))
