@@ -243,8 +243,7 @@ class Batch:
 
     def clear(self) -> None:
         """Take all images out, whatever state a failed step has left."""
-        for image in self.images:
-            self._free_rows.append(image.row)
+        self._free_rows = list(reversed(range(self.max_images)))
         self.images, self._sequences = [], []
         self._sampler = None
         self._cache.clear()
