@@ -26,17 +26,17 @@ Prompts = str | int | Sequence[str | int]
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What the images of one prompt are conditioned on."""
+    """The condition that the images of one prompt share."""
 
     condition: Tensor
     """A label (), or text features (C, W) without padding."""
     negative: Tensor | None = None
-    """What guidance leads away from, if that is not the model's own "no condition"."""
+    """The negative condition of guidance; None for the model's own "no condition"."""
     blend: Tensor | None = None
-    """What it is blended with."""
+    """A second condition whose logits are mixed in."""
     blend_share: float = 0.5
     metadata: dict[str, Any] = field(default_factory=dict)
-    """What the images' metadata say of it."""
+    """Its part of the images' metadata."""
 
     def request(
         self,

@@ -1,4 +1,4 @@
-"""The demo: what the models that come with the package draw, on one sheet, within seconds."""
+"""The demo: one sheet of images from the models that come with the package, within seconds."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _SIDE = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo has drawn."""
+    """Result of the demo."""
 
     sheet: Path
     """All images."""
@@ -59,7 +59,7 @@ class DemoResult:
 def run_demo(
     out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], None] = print
 ) -> DemoResult:
-    """Draws a sheet with every model that comes with the package; nothing is picked.
+    """Draw a sheet with every model that comes with the package; nothing is picked.
 
     Args:
         out: folder for ``sheet.png``.

@@ -50,21 +50,21 @@ class Window:
     """Of the places where codes are drawn, from 0; None if it is the image's only one."""
 
     def of(self, codes: Tensor) -> Tensor:
-        """Those of ``codes`` (..., rows, columns) that lie here, as a view."""
+        """Return this part of ``codes`` (..., rows, columns), as a view."""
         return codes[..., self.rows, self.columns]
 
     def seed(self, seed: int) -> int:
-        """What an image of this seed is drawn with here."""
+        """Return the seed that an image of this seed has here."""
         # Numbers of their own: at the same place of the grid the same would come again.
         return seed if self.number is None else derived_seed(seed, self.number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """What is kept of an image, and where the rest is drawn."""
+    """A plan of an edit: the codes that stay, and where the others are sampled."""
 
-    described: Mapping[str, Any]
-    """What the metadata of the images say of it."""
+    metadata: Mapping[str, Any]
+    """Its entry in the images' metadata."""
     codes: Tensor
     """(rows, columns) of the whole result, ``UNKNOWN`` where one is to be drawn."""
     windows: tuple[Window, ...]
@@ -153,7 +153,7 @@ class Editor:
         keep_rows: int | None = None,
         **settings: Any,
     ) -> PipelineOutput:
-        """Keeps the upper part of an image and draws the rest.
+        """Keep the upper part of an image and draw the rest.
 
         Args:
             image: of which the top is kept.
@@ -169,7 +169,7 @@ class Editor:
         return _edited(self.pipeline(prompt, known_codes=edit.codes, **settings), edit)
 
     def completion(self, image: ImageSource, *, keep_rows: int | None = None) -> Edit:
-        """What ``complete`` keeps and draws; raises what it raises."""
+        """Return the plan of ``complete``; raises the same errors."""
         rows = self.pipeline.transformer.config.grid[0]
         kept = rows // 2 if keep_rows is None else keep_rows
         if not 0 < kept < rows:
@@ -190,7 +190,7 @@ class Editor:
         keep_pixels: bool = True,
         **settings: Any,
     ) -> PipelineOutput:
-        """Draws a marked part of an image anew.
+        """Draw a marked part of an image anew.
 
         A code is drawn anew if any pixel of its square is marked. What is drawn fits what is above
         it and on its left; that it goes on well below is left to the choice among candidates.
@@ -217,7 +217,7 @@ class Editor:
     def inpainting(
         self, image: ImageSource, mask: ImageSource, *, keep_pixels: bool = True
     ) -> Edit:
-        """What ``inpaint`` keeps and draws; raises what it raises."""
+        """Return the plan of ``inpaint``; raises the same errors."""
         before = _opened(image)
         marked = self._marked(mask, before.size)
         rows, columns = self.pipeline.transformer.config.grid
@@ -250,7 +250,7 @@ class Editor:
         best_of: int = 1,
         **settings: Any,
     ) -> PipelineOutput:
-        """Extends an image downwards and to the right.
+        """Extend an image downwards and to the right.
 
         The model's grid slides over the larger one, half of it at a time, and what is in it
         already is kept: codes stand at places that the model was trained with, and it sees half
@@ -303,7 +303,7 @@ class Editor:
         return _edited(output, edit)
 
     def outpainting(self, image: ImageSource, *, below: int = 0, right: int = 0) -> Edit:
-        """What ``outpaint`` keeps and draws; raises what it raises."""
+        """Return the plan of ``outpaint``; raises the same errors."""
         if min(below, right) < 0 or below == right == 0:
             raise InputError(
                 f"{below} rows below and {right} columns on the right are to be drawn; ask for at "
@@ -331,7 +331,7 @@ class Editor:
         best_of: int = 1,
         **settings: Any,
     ) -> PipelineOutput:
-        """Keeps codes of an image here and there and draws the others.
+        """Keep codes of an image here and there and sample the others.
 
         Args:
             image: to be varied.
@@ -362,7 +362,7 @@ class Editor:
         return _edited(output, edit)
 
     def variation(self, image: ImageSource, *, keep: float = 0.5) -> Edit:
-        """What ``vary`` keeps and draws; raises what it raises."""
+        """Return the plan of ``vary``; raises the same errors."""
         if not 0.0 < keep < 1.0:
             raise InputError(f"keep is {keep}, expected a share above 0 and below 1")
         about = {"kind": "vary", "keep": keep}
@@ -419,9 +419,9 @@ def _places(window: tuple[int, int], canvas: tuple[int, int]) -> list[tuple[int,
 
 
 def _edited(output: PipelineOutput, edit: Edit) -> PipelineOutput:
-    """What was drawn, with the pixels that are kept, and the edit in the images' metadata."""
+    """Return the output with the pixels that stay, and the edit in the metadata."""
     return dataclasses.replace(
         output,
         images=[edit.finish(image) for image in output.images],
-        metadata=tuple({**about, "edit": dict(edit.described)} for about in output.metadata),
+        metadata=tuple({**about, "edit": dict(edit.metadata)} for about in output.metadata),
     )

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from llamagen.text.encoder import TextEncoder
 
 EngineName = Literal["native", "vllm"]
-"""What generates the codes: this package, or vLLM."""
+"""The engine that generates codes: this package's own, or vLLM."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class Pipeline:
         engine: EngineName = "native",
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Puts the parts together.
+        """Put the parts together.
 
         Args:
             tokenizer: turns codes into images.
@@ -142,7 +142,7 @@ class Pipeline:
         engine: EngineName = "native",
         engine_options: Mapping[str, Any] | None = None,
     ) -> Self:
-        """Loads a pipeline.
+        """Load a pipeline.
 
         Args:
             source: a pipeline folder, a hub repository that holds one, the name of a model that
@@ -203,7 +203,7 @@ class Pipeline:
 
     @property
     def code_engine(self) -> Engine:
-        """What generates the codes; started when it is first asked for."""
+        """The engine that generates codes; started when it is first needed."""
         if self._code_engine is None:
             if self.engine == "native":
                 self._code_engine = NativeEngine(self.transformer)
@@ -216,7 +216,7 @@ class Pipeline:
 
     @property
     def text_encoder(self) -> TextEncoder | None:
-        """What turns prompts into features; loaded when it is first asked for.
+        """The encoder of prompts; loaded when it is first needed.
 
         Raises:
             InputError: it cannot be loaded, or its features are not those of the transformer.
@@ -239,7 +239,7 @@ class Pipeline:
         return self._text
 
     def load_adapter(self, folder: str | Path) -> Self:
-        """Merges what fine-tuning with LoRA has made of this model; returns the pipeline.
+        """Merge a LoRA adapter of this model; return the pipeline.
 
         Args:
             folder: an adapter in peft's format; class names that lie beside it are taken over.
@@ -294,7 +294,7 @@ class Pipeline:
 
     @property
     def precision(self) -> dict[str, str]:
-        """What images record of it: dtype, and what is quantised."""
+        """Precision as images record it: dtype, and what is quantised."""
         found = {"dtype": str(self.dtype).removeprefix("torch.")}
         if self.transformer.config.quantization is not None:
             found["quantization"] = self.transformer.config.quantization
@@ -312,7 +312,7 @@ class Pipeline:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> Self:
-        """Moves both models; returns the pipeline.
+        """Move both models; return the pipeline.
 
         Raises:
             InputError: there is no such device or precision here.
@@ -327,7 +327,7 @@ class Pipeline:
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the pipeline folder: both models, class names and an index.
+        """Write the pipeline folder: both models, class names and an index.
 
         An older pipeline folder of this name is replaced once the new one is complete.
 
@@ -348,7 +348,7 @@ class Pipeline:
             checkpoints.write_index(temporary, index)
 
     def _saved_text(self, folder: Path) -> TextConfig | None:
-        """Writes a text encoder that is on no hub into a pipeline's folder; what the index says."""
+        """Write a text encoder that is on no hub into a folder; return its index entry."""
         if self._text is None:
             return None
         known = self._text if isinstance(self._text, TextConfig) else self._text.config
@@ -362,7 +362,7 @@ class Pipeline:
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | bool | None = None
     ) -> str:
-        """Uploads the pipeline folder to the hub; returns the commit's address."""
+        """Upload the pipeline folder to the hub; return the commit's address."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -480,7 +480,7 @@ class Pipeline:
         )
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Checks that all of these can be drawn, without drawing any.
+        """Check that all of these can be drawn, without drawing any.
 
         Raises:
             InputError: a prompt says nothing, or names no class of this model.
@@ -534,7 +534,7 @@ class Pipeline:
         return self.decode_later(codes)()
 
     def decode_later(self, codes: Tensor) -> Callable[[], list[Image.Image]]:
-        """Launches what ``decode`` does; the result waits for the images, from any thread."""
+        """Launch ``decode``; the returned function waits for the images, from any thread."""
         arriving = [
             copy_to_host(images_to_uint8(part).movedim(1, -1))
             for part in self.decode_in_parts(codes)

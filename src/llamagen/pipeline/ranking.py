@@ -16,7 +16,7 @@ from llamagen.pipeline.conditions import Condition
 from llamagen.support.errors import InputError
 
 Ranking = Literal["likelihood", "condition"]
-"""What makes an image better than another: "likelihood", that its codes are likelier given the
+"""Criterion of a ranking: "likelihood", that its codes are likelier given the
 condition, or "condition", that the condition makes them so much likelier than they are without."""
 
 

@@ -36,13 +36,13 @@ class Planned:
     prompt: str
     seed: int
     about: Mapping[str, Any]
-    """What else is known of the prompt."""
+    """Further metadata of the prompt."""
 
 
 def plan_images(
     prompts: Sequence[tuple[str, Mapping[str, Any]]], *, images_per_prompt: int, seed: int
 ) -> list[Planned]:
-    """What is drawn of some prompts: image k of prompt i gets the seed ``seed`` + i n + k."""
+    """Plan the images of some prompts: image k of prompt i gets the seed ``seed`` + i n + k."""
     width = max(6, len(str(len(prompts))))
     return [
         Planned(
@@ -68,7 +68,7 @@ def draw_into_folder(
     progress: Callable[[int], object] | None = None,
     **settings: Any,
 ) -> int:
-    """Draws the images that are not in the folder yet.
+    """Generate the images that are not in the folder yet.
 
     Args:
         pipeline: draws them.
@@ -122,7 +122,7 @@ def draw_into_folder(
 def batches(
     planned: Sequence[Planned], size: int, rank: int, world_size: int
 ) -> Iterator[Sequence[Planned]]:
-    """What one of several processes draws, ``size`` images at a time."""
+    """Yield the batches of one of several processes, ``size`` images each."""
     # Fixed cuts, so that the processes never draw the same image, whatever is there already.
     for start in range(rank * size, len(planned), world_size * size):
         yield planned[start : start + size]
@@ -136,7 +136,7 @@ def _batches_behind(device: torch.device) -> int:
 def _launch(
     pipeline: Pipeline, left: Sequence[Planned], **settings: Any
 ) -> tuple[Callable[[], list[Image.Image]], Sequence[Mapping[str, Any]]]:
-    """Draws the codes; gives what fetches their images, and what is recorded of each."""
+    """Generate codes; return a function that waits for their images, and their metadata."""
     if not left:
         return list, ()
     output = pipeline(
@@ -161,7 +161,7 @@ def _save(
 def _begin(
     pipeline: Pipeline, planned: Sequence[Planned], out: Path, settings: Mapping[str, Any]
 ) -> None:
-    """Writes the index and the settings, or finds the same ones in the folder."""
+    """Write the index and the settings, or find the same ones in the folder."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give --out a folder")
     storage.require_writable(out)

@@ -207,7 +207,7 @@ class ServedModel:
             **(ranked if job.best_of > 1 else {}),
             **self.pipeline.precision,
             "device": self.pipeline.device.type,
-            **({} if job.edit is None else {"edit": dict(job.edit.described)}),
+            **({} if job.edit is None else {"edit": dict(job.edit.metadata)}),
         }
 
     async def close(self) -> None:
