@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from llamagen.config import TransformerConfig
-from llamagen.data import store_writer
 from llamagen.data.captions import Caption
 from llamagen.data.extraction import extract_store
 from llamagen.data.published_codes import export_published, import_published
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
+from llamagen.support import artifact
 from llamagen.support.errors import InputError
-from tests.data.test_extraction import SIZE, encoded, image_tree, one_thread  # noqa: F401
+from tests.data.test_extraction import SIZE, encoded, image_tree
 from tests.tiny_models import tiny_tokenizer
 
 
@@ -173,7 +173,9 @@ def test_a_damaged_sidecar(folder, values):
 
 def test_a_manifest_of_another_version(folder):
     change(folder / "manifest.json", version=1)
-    fails_to_open(folder, "manifest.json", "version 1", "reads 2", "extract the codes again")
+    fails_to_open(
+        folder, "manifest.json", "version 1", "reads 2", "extract-codes into another folder"
+    )
 
 
 @pytest.mark.parametrize(
@@ -286,7 +288,7 @@ def test_an_interrupted_export_goes_on(whole, tmp_path):
 def test_an_interrupted_import_goes_on(whole, tmp_path, monkeypatch):
     export_published(CodeStore.open(whole), tmp_path)
     reference = import_published(tiny_tokenizer(), tmp_path, tmp_path / "a", shard_size=4)
-    write = store_writer.write_npy
+    write = artifact.write_npy
     written = []
 
     def fail_at_the_second(path, array):
@@ -295,7 +297,7 @@ def test_an_interrupted_import_goes_on(whole, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(path, array)
 
-    monkeypatch.setattr(store_writer, "write_npy", fail_at_the_second)
+    monkeypatch.setattr(artifact, "write_npy", fail_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         import_published(tiny_tokenizer(), tmp_path, tmp_path / "b", shard_size=4)
     assert import_published(tiny_tokenizer(), tmp_path, tmp_path / "b", shard_size=4).images == 7

@@ -50,11 +50,22 @@ def squares(items, advance):
     }
 
 
-def made(folder, form=FORM, *, settings=SETTINGS, items=11, advance=None, make=squares, **options):
+def made(
+    folder,
+    form=FORM,
+    *,
+    settings=SETTINGS,
+    items=11,
+    advance=None,
+    make=squares,
+    rank=0,
+    world_size=1,
+    **options,
+):
     artifact = Artifact(folder, form, settings, items=items, piece_size=3)
-    own = {k: v for k, v in options.items() if k in ("rank", "world_size")}
+    artifact.rank, artifact.world_size = rank, world_size
     with artifact.begin(**options):
-        count = artifact.make(make, advance, **own)
+        count = artifact.make(make, advance)
         if artifact.is_done():
             artifact.finish({"count": count})
     return artifact, count

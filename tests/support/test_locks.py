@@ -15,7 +15,7 @@ from llamagen.support.locks import folder_lock
 _HOLDER = """
 import sys, time
 from llamagen.support.locks import folder_lock
-with folder_lock(sys.argv[1], rank=int(sys.argv[2]), world_size=int(sys.argv[3])):
+with folder_lock(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -36,7 +36,7 @@ def held_elsewhere(folder: Path, rank: int = 0, world_size: int = 1):
 def refused(folder, rank=0, world_size=1):
     with (
         pytest.raises(InputError, match=r"another run is working in .*choose another folder"),
-        folder_lock(folder, rank=rank, world_size=world_size, timeout=0.1),
+        folder_lock(folder, rank, world_size, timeout=0.1),
     ):
         pass
 
@@ -54,7 +54,7 @@ def test_excludes_other_runs_until_killed(tmp_path):
 
 def test_processes_of_a_run_share(tmp_path):
     with held_elsewhere(tmp_path, 0, 2):
-        with folder_lock(tmp_path, rank=1, world_size=2):
+        with folder_lock(tmp_path, 1, 2):
             refused(tmp_path)
         refused(tmp_path)
         # Another run of several processes has a rank 0, too.
@@ -75,7 +75,7 @@ def test_waits(tmp_path):
 
 
 def test_released_after_an_error(tmp_path):
-    with pytest.raises(KeyError), folder_lock(tmp_path, rank=1, world_size=3):
+    with pytest.raises(KeyError), folder_lock(tmp_path, 1, 3):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
     with folder_lock(tmp_path):

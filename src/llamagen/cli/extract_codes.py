@@ -22,8 +22,8 @@ from llamagen.support.launch import Launch, own_device
 if TYPE_CHECKING:
     import torch
 
+    from llamagen.data.extraction import Extraction
     from llamagen.data.store import CodeStore
-    from llamagen.data.store_writer import Extraction
     from llamagen.models.tokenizer import ImageTokenizer
 
 
@@ -115,7 +115,7 @@ def _extract(source: str, options: Options) -> Extraction:
     views = Views(height=height, width=width, kind=options.views, crop_ranges=options.crop_ranges)
     images = open_images(source, options.source)
 
-    from llamagen.data.extraction import extract_in_processes, extract_store
+    from llamagen.data.extraction import extract_store
     from llamagen.support.devices import keep_freed_memory
 
     device, dtype = options.resolve()
@@ -125,20 +125,6 @@ def _extract(source: str, options: Options) -> Extraction:
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
     tokenizer = _tokenizer(options, device)
-    if options.processes > 1:
-        return extract_in_processes(
-            options.processes,
-            tokenizer,
-            images,
-            views,
-            options.out,
-            shard_size=options.shard_size,
-            batch_size=options.batch_size,
-            workers=workers,
-            dtype=dtype,
-            compiled=options.compile,
-            overwrite=options.overwrite,
-        )
     keep_freed_memory()
     return extract_store(
         tokenizer,
@@ -150,6 +136,7 @@ def _extract(source: str, options: Options) -> Extraction:
         workers=workers,
         dtype=dtype,
         compiled=options.compile,
+        processes=options.processes,
         rank=launch.rank,
         world_size=launch.world_size,
         overwrite=options.overwrite,

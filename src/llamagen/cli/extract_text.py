@@ -56,7 +56,6 @@ def run(options: Options) -> None:
     texts = list(_captions(options))
 
     import torch
-    from tqdm import tqdm
 
     from llamagen.support.launch import Launch, own_device
     from llamagen.text.encoder import TextEncoder
@@ -70,27 +69,25 @@ def run(options: Options) -> None:
     # float16 overflows in T5.
     dtype = torch.bfloat16 if dtype == torch.float16 else dtype
     encoder = TextEncoder.from_pretrained(config, device=own_device(device, launch), dtype=dtype)
-    with tqdm(desc="encoding", unit="caption", disable=None) as bar:
-        done = extract_text(
-            encoder,
-            texts,
-            options.out,
-            shard_size=options.shard_size,
-            tokens_at_once=options.tokens_at_once,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            progress=bar.update,
-        )
+    done = extract_text(
+        encoder,
+        texts,
+        options.out,
+        shard_size=options.shard_size,
+        tokens_at_once=options.tokens_at_once,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        progress=launch.rank == 0,
+    )
     _report(done, options.out)
 
 
 def _captions(options: Options) -> Iterator[str]:
     """All captions of the source, one after another."""
-    from llamagen.data.store import MANIFEST_NAME, PLAN_NAME, CodeStore
+    from llamagen.data.store import FORMAT, CodeStore
 
-    folder = Path(options.captions)
-    if (folder / MANIFEST_NAME).is_file() or (folder / PLAN_NAME).is_file():
-        store = CodeStore.open(folder)
+    if FORMAT.is_in(options.captions):
+        store = CodeStore.open(options.captions)
         found = store.captions(range(len(store)))
     else:
         from llamagen.data.sources import open_images

@@ -13,43 +13,53 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from llamagen.backends.cpu.convolution import accelerate
+from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
 from llamagen.data.collection import ImageCollection
 from llamagen.data.loader import image_views
 from llamagen.data.processes import become_child, run_children
 from llamagen.data.store import (
+    CodeStore,
     StorePlan,
     StoreViews,
-)
-from llamagen.data.store_writer import (
-    SHARD_SIZE,
-    Extraction,
-    MakeShard,
-    Report,
-    Shard,
-    begin,
-    code_dtype,
-    complete,
-    progress_bar,
-    write_shards,
+    finish_store,
+    shard_content,
+    store_artifact,
 )
 from llamagen.data.views import Views
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.support.artifact import Advance, Artifact, MakePiece
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 
+SHARD_SIZE = 4096
+"""Images to a shard; twenty views of 256 codes each are then 42 MB."""
 _CPU_BATCH = 16
 """Larger batches gain nothing on a CPU."""
+_MISSING = {"tokenizer_config": config_to_dict(TokenizerConfig())}
+"""Fields of the tokenizer that are newer than a store."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Result of a call."""
+
+    store: CodeStore | None
+    """None if other processes have not finished their shards yet."""
+    images: int
+    """Image files that this call went through; those of shards that were there do not count."""
+    seconds: float
 
 
 def extract_store(
@@ -63,12 +73,13 @@ def extract_store(
     workers: int = 0,
     dtype: torch.dtype = torch.float32,
     compiled: bool = False,
+    processes: int = 1,
     rank: int = 0,
     world_size: int = 1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Extraction:
-    """Encodes all views of all images that can be read; shards that are there are kept.
+    """Encode all views of all images that can be read; shards that are there are kept.
 
     Args:
         tokenizer: with its weights in float32, by which it is known.
@@ -77,80 +88,48 @@ def extract_store(
         out: folder of the store; new, empty, or begun with the same arguments.
         shard_size: images to a shard.
         batch_size: views encoded at once; by default as many as fit into memory.
-        workers: processes that read images for this one.
+        workers: processes that read images for each that encodes.
         dtype: precision to encode with.
         compiled: let torch.compile fuse what it can: half a minute to begin with, then faster for
             small tokenizers and on a GPU.
+        processes: processes that this one starts to encode. On CUDA devices they take turns; on a
+            CPU they share the threads.
         rank: this process makes every ``world_size``-th shard, from this one on.
-        world_size: processes that work on the store.
+        world_size: processes that work on the store without being started here.
         overwrite: delete a store of other images, views, or tokenizer first.
         progress: show a bar, if there is a terminal.
 
     Raises:
         InputError: the folder holds something else, the size does not fit the tokenizer, or no
             image can be read.
-        OSError: the disk is full, or an image file cannot be reached.
-    """
-    job = _Job(tokenizer, images, views, Path(out), workers, dtype, compiled)
-    plan = job.plan(shard_size, batch_size, processes=world_size)
-    plan = begin(job.out, plan, batch_size, overwrite=overwrite, alone=world_size == 1)
-    shards = range(rank, plan.shards, world_size)
-    with progress_bar(job.out, plan, shards, shown=progress) as bar:
-        start = time.perf_counter()
-        count = write_shards(plan, job.out, shards, job.shard_maker(plan), bar.update)
-        seconds = time.perf_counter() - start
-    return Extraction(store=complete(job.out, plan), images=count, seconds=seconds)
-
-
-def extract_in_processes(
-    processes: int,
-    tokenizer: ImageTokenizer,
-    images: ImageCollection,
-    views: Views,
-    out: Path | str,
-    *,
-    shard_size: int = SHARD_SIZE,
-    batch_size: int | None = None,
-    workers: int = 0,
-    dtype: torch.dtype = torch.float32,
-    compiled: bool = False,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Extraction:
-    """As ``extract_store``, by several processes that this one starts.
-
-    On CUDA devices they take turns; on a CPU they share the threads.
-
-    Raises:
-        InputError: as ``extract_store``.
         ChildProcessError: a process died, as for want of memory; the others were ended.
         OSError: the disk is full, or an image file cannot be reached.
     """
     if processes < 1:
         raise InputError(f"the number of processes is {processes}, expected at least 1")
-    cuda = tokenizer.device.type == "cuda"
-    devices = torch.cuda.device_count() if cuda else 1
-    job = _Job(tokenizer, images, views, Path(out), workers, dtype, compiled)
-    plan = job.plan(shard_size, batch_size, processes=math.ceil(processes / devices))
-    plan = begin(job.out, plan, batch_size, overwrite=overwrite, alone=True)
-    targets = [f"cuda:{i % devices}" if cuda else tokenizer.device.type for i in range(processes)]
-    # Through the memory of the CPU: a device's cannot be handed to every kind of process.
-    job = dataclasses.replace(job, tokenizer=copy.deepcopy(tokenizer).cpu())
-    threads = max(1, torch.get_num_threads() // processes)
-    count = 0
-    with progress_bar(job.out, plan, range(plan.shards), shown=progress) as bar:
+    devices = torch.cuda.device_count() if tokenizer.device.type == "cuda" else 1
+    sharing = math.ceil(max(processes, world_size) / devices)
+    job = _Job(tokenizer, images, views, workers, dtype, compiled)
+    plan = job.plan(shard_size, batch_size, processes=sharing)
+    artifact = store_artifact(out, config_to_dict(plan))
+    artifact.rank, artifact.world_size = rank, world_size
+    with (
+        artifact.begin(overwrite=overwrite, missing=_MISSING),
+        artifact.progress_bar("encoding", "image", shown=progress) as bar,
+    ):
         start = time.perf_counter()
-        shares = [range(i, plan.shards, processes) for i in range(processes)]
-        arguments = [
-            (job, plan, share, target, threads)
-            for share, target in zip(shares, targets, strict=True)
-        ]
-        with contextlib.closing(run_children(_child, arguments)) as reports:
-            for done in reports:
-                count += done
-                bar.update(done)
+        batch_size = batch_size or artifact.settings["batch_size"]
+        if processes > 1:
+            count = _make_in_processes(processes, job, artifact, batch_size, bar.update)
+        else:
+            count = artifact.make(job.shard_maker(artifact, batch_size), bar.update)
         seconds = time.perf_counter() - start
-    return Extraction(store=complete(job.out, plan), images=count, seconds=seconds)
+        return Extraction(store=finish_store(artifact), images=count, seconds=seconds)
+
+
+def code_dtype(codebook_size: int) -> str:
+    """Return the narrowest unsigned integers that all codes fit into."""
+    return "uint16" if codebook_size <= 2**16 else "uint32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,13 +139,12 @@ class _Job:
     tokenizer: ImageTokenizer
     images: ImageCollection
     views: Views
-    out: Path
     workers: int
     dtype: torch.dtype
     compiled: bool
 
     def plan(self, shard_size: int, batch_size: int | None, *, processes: int) -> StorePlan:
-        """What the store shall hold; ``processes`` share the memory."""
+        """Return the settings of the store; ``processes`` share the memory."""
         if self.tokenizer.dtype != torch.float32:
             raise InputError(
                 f"the tokenizer's weights are {self.tokenizer.dtype}, but it is known by those in "
@@ -204,32 +182,38 @@ class _Job:
             batch_size=batch_size,
         )
 
-    def shard_maker(self, plan: StorePlan) -> MakeShard:
-        """Encodes the images of a shard."""
+    def shard_maker(self, artifact: Artifact, batch_size: int) -> MakePiece:
+        """Return the function that encodes the images of a shard."""
         encoder = accelerate(self.tokenizer)
         if encoder.dtype != self.dtype or encoder.training:
             encoder = copy.deepcopy(encoder).to(self.dtype).eval()
         if self.compiled:
             encoder = encoder if encoder is not self.tokenizer else copy.deepcopy(encoder)
             encoder.encoder.compile()
+        plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
 
-        def make(numbers: range, report: Report) -> Shard:
-            return _encode(encoder, self, plan, numbers, report)
+        def make(items: range, advance: Advance) -> Mapping[str, Any]:
+            return _encode(encoder, self, plan, batch_size, items, advance)
 
         return make
 
 
 @torch.inference_mode()
 def _encode(
-    encoder: ImageTokenizer, job: _Job, plan: StorePlan, numbers: range, report: Report
-) -> Shard:
+    encoder: ImageTokenizer,
+    job: _Job,
+    plan: StorePlan,
+    batch_size: int,
+    items: range,
+    advance: Advance,
+) -> Mapping[str, Any]:
     images = job.images
-    codes = np.empty((len(numbers), plan.views.count, *plan.grid), dtype=plan.dtype)
+    codes = np.empty((len(items), plan.views.count, *plan.grid), dtype=plan.dtype)
     read: list[int] = []
     skipped: list[tuple[str, str]] = []
-    per_batch = max(1, plan.batch_size // plan.views.count)
+    per_batch = max(1, batch_size // plan.views.count)
     for batch in image_views(
-        images, job.views, batch_size=per_batch, workers=job.workers, indices=numbers
+        images, job.views, batch_size=per_batch, workers=job.workers, indices=items
     ):
         for error in batch.skipped:
             _log.warning("skipped: %s", error)
@@ -237,39 +221,65 @@ def _encode(
         count = len(batch.indices)
         if count > 0:
             # An image may have more views than fit at once.
-            parts = batch.pixels.flatten(0, 1).split(plan.batch_size)  # (<= batch, 3, H, W)
-            grids = torch.cat([_codes(encoder, part) for part in parts])  # (B * V, rows, columns)
+            parts = batch.pixels.flatten(0, 1).split(batch_size)  # (<= batch, 3, H, W)
+            grids = [encoder.encode(uint8_to_images(part.to(encoder.device))) for part in parts]
             start = len(read)
-            codes[start : start + count] = grids.unflatten(0, (count, -1)).cpu().numpy()
+            codes[start : start + count] = (
+                torch.cat(grids).unflatten(0, (count, -1)).cpu().numpy()  # (B, V, rows, columns)
+            )
             read += batch.indices.tolist()
-        report(count + len(batch.skipped))
-    return Shard(
+        advance(count + len(batch.skipped))
+    return shard_content(
+        plan,
         codes[: len(read)],
-        [images.key(i) for i in read],
-        None if images.labels is None else [int(images.labels[i]) for i in read],
-        None if images.captions is None else [images.captions[i] for i in read],
-        skipped,
+        keys=[images.key(i) for i in read],
+        labels=None if images.labels is None else [int(images.labels[i]) for i in read],
+        captions=None if images.captions is None else [images.captions[i] for i in read],
+        skipped=skipped,
     )
 
 
-def _codes(encoder: ImageTokenizer, pixels: Tensor) -> Tensor:
-    return encoder.encode(uint8_to_images(pixels.to(encoder.device)))
-
-
-def source_digest(images: ImageCollection) -> str:
-    """A short text that changes with the names, labels and captions of images."""
-    whole = hashlib.sha256(images.digest().encode())
-    whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
-    return whole.hexdigest()[:16]
+def _make_in_processes(
+    processes: int, job: _Job, artifact: Artifact, batch_size: int, advance: Advance
+) -> int:
+    device = job.tokenizer.device.type
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    # Through the memory of the CPU: a device's cannot be handed to every kind of process.
+    job = dataclasses.replace(job, tokenizer=copy.deepcopy(job.tokenizer).cpu())
+    threads = max(1, torch.get_num_threads() // processes)
+    arguments = []
+    for rank in range(processes):
+        share = copy.copy(artifact)
+        share.rank, share.world_size = rank, processes
+        target = f"cuda:{rank % gpus}" if gpus else device
+        arguments.append((job, share, batch_size, target, threads))
+    count = 0
+    with contextlib.closing(run_children(_child, arguments)) as reports:
+        for done in reports:
+            count += done
+            advance(done)
+    return count
 
 
 def _child(
-    connection: Connection, job: _Job, plan: StorePlan, shards: range, device: str, threads: int
+    connection: Connection,
+    job: _Job,
+    artifact: Artifact,
+    batch_size: int,
+    device: str,
+    threads: int,
 ) -> None:
-    """Makes some shards; sends counts, or the exception that ended it."""
+    """Make some shards; send counts, or the exception that ended it."""
     become_child(threads)
     try:
         job.tokenizer.to(find_device(device))
-        write_shards(plan, job.out, shards, job.shard_maker(plan), connection.send)
+        artifact.make(job.shard_maker(artifact, batch_size), connection.send)
     except (InputError, OSError) as error:
         connection.send(error)
+
+
+def source_digest(images: ImageCollection) -> str:
+    """Return a short text that changes with the names, labels and captions of images."""
+    whole = hashlib.sha256(images.digest().encode())
+    whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
+    return whole.hexdigest()[:16]

@@ -9,30 +9,26 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
+from llamagen.config import config_to_dict
+from llamagen.data.extraction import SHARD_SIZE, Extraction, code_dtype
 from llamagen.data.store import (
     CodeStore,
     StorePlan,
     StoreViews,
-    write_npy,
-)
-from llamagen.data.store_writer import (
-    SHARD_SIZE,
-    Extraction,
-    Report,
-    Shard,
-    begin,
-    code_dtype,
-    complete,
-    progress_bar,
-    write_shards,
+    finish_store,
+    shard_content,
+    store_artifact,
 )
 from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support.artifact import Advance, write_npy
 from llamagen.support.errors import InputError
 
 _log = logging.getLogger(__name__)
@@ -116,7 +112,6 @@ def import_published(
         FileNotFoundError: there are no such folders, or a label is missing.
         InputError: the files do not hold codes of this tokenizer, or ``out`` something else.
     """
-    out = Path(out)
     source = _Published.find(Path(root), tokenizer.config.codebook_size)
     config = tokenizer.config
     rows, columns = source.grid
@@ -141,13 +136,19 @@ def import_published(
         class_names=(),
         batch_size=1,
     )
-    plan = begin(out, plan, None, overwrite=overwrite, alone=True)
-    shards = range(plan.shards)
-    with progress_bar(out, plan, shards, shown=progress) as bar:
+    artifact = store_artifact(out, config_to_dict(plan))
+
+    def make(items: range, advance: Advance) -> Mapping[str, Any]:
+        return source.read(plan, items, advance)
+
+    with (
+        artifact.begin(overwrite=overwrite),
+        artifact.progress_bar("importing", "image", shown=progress) as bar,
+    ):
         start = time.perf_counter()
-        count = write_shards(plan, out, shards, source.read, bar.update)
+        count = artifact.make(make, bar.update)
         seconds = time.perf_counter() - start
-    return Extraction(store=complete(out, plan), images=count, seconds=seconds)
+        return Extraction(store=finish_store(artifact), images=count, seconds=seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,11 +202,11 @@ class _Published:
             whole.update((self.codes / f"{number}.npy").read_bytes())
         return whole.hexdigest()[:16]
 
-    def read(self, rows: range, report: Report) -> Shard:
-        """The content of the shard with these files."""
+    def read(self, plan: StorePlan, items: range, advance: Advance) -> Mapping[str, Any]:
+        """Return the content of the shard with these files."""
         codes, keys, labels, skipped = [], [], [], []
-        for row in rows:
-            path = self.codes / f"{self.numbers[row]}.npy"
+        for number in self.numbers[items.start : items.stop]:
+            path = self.codes / f"{number}.npy"
             try:
                 codes.append(self._read_codes(path))
             except _DamagedFileError as error:
@@ -215,14 +216,14 @@ class _Published:
                 keys.append(path.name)
                 if self.labels is not None:
                     labels.append(_read_label(self.labels / path.name))
-            report(1)
-        stacked = np.stack(codes) if codes else np.empty((0, self.views, *self.grid))
-        return Shard(
-            stacked.astype(code_dtype(self.codebook_size)),
-            keys,
-            None if self.labels is None else labels,
-            None,
-            skipped,
+            advance(1)
+        return shard_content(
+            plan,
+            np.stack(codes) if codes else np.empty((0, self.views, *self.grid), dtype=np.int64),
+            keys=keys,
+            labels=None if self.labels is None else labels,
+            captions=None,
+            skipped=skipped,
         )
 
     def _read_codes(self, path: Path) -> np.ndarray:

@@ -1,9 +1,7 @@
 """The store of codes: a folder of shards that is read piece by piece, however large it is.
 
-``manifest.json`` says what the store holds and is written last. Each shard is an array
-``shard-00000.npy`` of codes and a sidecar ``shard-00000.json`` about its images. ``extraction.py``
-writes stores. Longer than most files: half of it describes the format and its checks, for readers
-and writers alike.
+An artifact (``llamagen.support.artifact``) whose pieces are shards of images: an array
+``shard-00000.npy`` of codes and ``shard-00000.json`` about its images. ``extraction`` makes it.
 
 Shapes: N images, V views of an image, rows x columns codes.
 """
@@ -12,37 +10,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
+import importlib.metadata
 import math
 import operator
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 
+import llamagen.support.storage as storage
 from llamagen.config import (
     Grid,
     TokenizerConfig,
     TransformerConfig,
+    config_from_dict,
     config_to_dict,
-    read_json,
 )
-from llamagen.data.captions import Caption, Captions, CaptionTable
-from llamagen.data.versioned import read_versioned, write_versioned
+from llamagen.data.captions import Caption, Captions, CaptionTable, write_captions
+from llamagen.support.artifact import Artifact, Format, Settings, read_manifest
 from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
-FileT = TypeVar("FileT", "StorePlan", "Manifest")
-
-FORMAT = "llamagen-codes"
-VERSION = 2
-MANIFEST_NAME = "manifest.json"
-PLAN_NAME = "plan.json"
 SKIPPED_NAME = "skipped.txt"
-
-_AGAIN = "run llamagen extract-codes again with the same options"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,7 +51,7 @@ class StoreViews:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StorePlan:
-    """Everything about a store that is known before its first shard is written."""
+    """Settings of a store: all that is known before its first shard is written."""
 
     tokenizer_fingerprint: str
     tokenizer_config: TokenizerConfig
@@ -73,7 +63,7 @@ class StorePlan:
     """That the images were encoded with."""
     views: StoreViews
     source_digest: str
-    """Changes if an image is added, removed or renamed, or its label or caption is another."""
+    """Changes if an image is added, removed or renamed, or its label or caption changes."""
     source_images: int
     """Image files, whether they can be read or not."""
     shard_size: int
@@ -83,7 +73,7 @@ class StorePlan:
     class_names: tuple[str, ...]
     """Empty if labels have no names."""
     batch_size: int
-    """Views encoded at once. Changes nothing but rounding, so it is not part of ``identity``."""
+    """Views encoded at once. Changes nothing but rounding, so it may differ."""
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "batch_size", "source_images"):
@@ -91,27 +81,10 @@ class StorePlan:
             if value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
 
-    @property
-    def identity(self) -> str:
-        """A short text that two stores share only if they hold the same."""
-        values = config_to_dict(self)
-        del values["batch_size"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return math.ceil(self.source_images / self.shard_size)
-
-    def images_of(self, shard: int) -> range:
-        """Which image files belong to a shard."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.source_images))
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a complete store holds."""
+    """Content of a complete store."""
 
     plan: StorePlan
     images: int
@@ -127,19 +100,18 @@ class Manifest:
     """Version of the program that finished the store."""
 
     def __post_init__(self) -> None:
-        if len(self.shards) != self.plan.shards or sum(self.shards) != self.images:
+        expected = math.ceil(self.plan.source_images / self.plan.shard_size)
+        if len(self.shards) != expected or sum(self.shards) != self.images:
             raise InputError(
                 f"{len(self.shards)} shards with {sum(self.shards)} images do not make up "
-                f"{self.plan.shards} shards with {self.images} images; {_AGAIN}"
+                f"{expected} shards with {self.images} images; run {FORMAT.command} again"
             )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sidecar:
-    """What a shard's array does not say about its images."""
+class ShardInfo:
+    """Everything about the images of a shard but their codes."""
 
-    plan: str
-    """Identity of the plan that the shard was written for."""
     keys: tuple[str, ...]
     """Path of each image within its folder."""
     labels: tuple[int, ...] | None
@@ -147,40 +119,129 @@ class Sidecar:
     skipped: tuple[tuple[str, str], ...]
     """Path of each file that could not be read, and why."""
     used: str
-    """Which codes occur: one bit each, as hexadecimal digits."""
+    """Codes that occur: one bit each, as hexadecimal digits."""
+
+
+def shard_content(
+    plan: StorePlan,
+    codes: np.ndarray,
+    *,
+    keys: Sequence[str],
+    labels: Sequence[int] | None,
+    captions: Sequence[Captions] | None,
+    skipped: Sequence[tuple[str, str]],
+) -> Mapping[str, Any]:
+    """Return the files of a shard: codes (n, V, rows, columns), and what belongs to its images."""
+    used = np.zeros(plan.codebook_size, dtype=bool)
+    used[codes] = True
+    info = ShardInfo(
+        keys=tuple(keys),
+        labels=None if labels is None else tuple(labels),
+        captions=None if captions is None else tuple(captions),
+        skipped=tuple(skipped),
+        used=np.packbits(used).tobytes().hex(),
+    )
+    return {".npy": codes.astype(plan.dtype, copy=False), ".json": config_to_dict(info)}
+
+
+def read_shard_info(artifact: Artifact, shard: int) -> ShardInfo:
+    """Return what belongs to the images of a shard.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        InputError: it is damaged, or belongs to another store.
+    """
+    values = artifact.read_json(shard)
+    labels, captions = values.get("labels"), values.get("captions")
+    try:
+        # By hand: checking the type of every entry would take seconds for a million images.
+        return ShardInfo(
+            keys=tuple(values["keys"]),
+            labels=None if labels is None else tuple(map(operator.index, labels)),
+            captions=None
+            if captions is None
+            else tuple(
+                tuple(Caption(str(text), float(weight)) for text, weight in each)
+                for each in captions
+            ),
+            skipped=tuple((file, reason) for file, reason in values["skipped"]),
+            used=values["used"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise artifact.damaged(artifact.path(shard, ".json"), repr(error)) from error
+
+
+def check_codes(artifact: Artifact, shard: int, *, images: int) -> None:
+    """Check header and size of a shard's array; see ``Artifact.check_npy``."""
+    plan = artifact.settings
+    shape = (images, plan["views"]["count"], *plan["grid"])
+    artifact.check_npy(shard, shape, plan["dtype"])
+
+
+def _check_shard(artifact: Artifact, shard: int) -> None:
+    check_codes(artifact, shard, images=len(read_shard_info(artifact, shard).keys))
+
+
+FORMAT = Format(
+    name="llamagen-codes",
+    version=2,
+    noun="store of codes",
+    command="llamagen extract-codes",
+    other_files=("captions.*", SKIPPED_NAME),
+    free=("batch_size",),
+    words={
+        "tokenizer_fingerprint": "another image tokenizer",
+        "source_digest": "other images, labels or captions",
+        "views": "other views",
+        "shard_size": "another shard size",
+        "precision": "another precision",
+    },
+    check=_check_shard,
+)
+
+
+def store_artifact(folder: Path | str, settings: Settings) -> Artifact:
+    """Return the artifact of a store, by the plan as plain values."""
+    items, piece_size = settings["source_images"], settings["shard_size"]
+    return Artifact(folder, FORMAT, settings, items=items, piece_size=piece_size)
 
 
 class CodeStore:
     """Codes, labels and captions of images, read from the disk when they are asked for."""
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, artifact: Artifact, manifest: Manifest) -> None:
         """A store that has been checked: use ``open``."""
-        self.folder = folder
+        self.folder = artifact.folder
         self.manifest = manifest
+        self.identity = artifact.identity
+        """Changes if images, views or tokenizer do."""
+        self._artifact = artifact
         self._ends = np.cumsum(manifest.shards)
         self._maps: dict[int, np.ndarray] = {}
         self._captions: CaptionTable | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Opens the store in ``folder``. Of the shards, only headers are read.
+        """Open the store in ``folder``. Of the shards, only headers are read.
 
         Raises:
             FileNotFoundError: there is no store, or one of its files is missing.
             InputError: it is not complete, of another version, or a file is damaged.
         """
-        folder = Path(folder)
-        manifest = read_manifest(folder)
-        store = cls(folder, manifest)
-        for shard in range(len(manifest.shards)):
-            check_shard(folder, manifest.plan, shard, images=manifest.shards[shard])
-        return store
+        settings, results = read_manifest(folder, FORMAT)
+        source = str(Path(folder) / FORMAT.manifest_name)
+        manifest = config_from_dict(Manifest, {"plan": settings, **results}, source)
+        artifact = store_artifact(folder, settings)
+        for shard, images in enumerate(manifest.shards):
+            artifact.check_files(shard)
+            check_codes(artifact, shard, images=images)
+        return cls(artifact, manifest)
 
     def __len__(self) -> int:
         return self.manifest.images
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapping would be sent to another process with all it shows.
+        # A mapping would be sent to another process with all its content.
         return {**self.__dict__, "_maps": {}, "_captions": None}
 
     @property
@@ -208,13 +269,8 @@ class CodeStore:
         """Names of the labels."""
         return self.manifest.class_names
 
-    @property
-    def identity(self) -> str:
-        """Changes if images, views or tokenizer do."""
-        return self.manifest.plan.identity
-
     def rows(self, indices: np.ndarray, views: np.ndarray | int = 0) -> np.ndarray:
-        """Codes of one view each of some images; nothing else is read.
+        """Return codes of one view each of some images; nothing else is read.
 
         Args:
             indices: (B,) which images.
@@ -227,20 +283,16 @@ class CodeStore:
             IndexError: there is no such image or view.
         """
         indices, views = np.broadcast_arrays(np.asarray(indices), np.asarray(views))
-        _check_range(indices, len(self), "image")
         _check_range(views, self.views, "view")
         codes = np.empty((len(indices), *self.grid), dtype=self.manifest.plan.dtype)
-        shards = np.searchsorted(self._ends, indices, side="right")
-        for shard in np.unique(shards):
-            here = shards == shard
-            start = self._ends[shard] - self.manifest.shards[shard]
-            codes[here] = self.shard(int(shard))[indices[here] - start, views[here]]
+        for shard, chosen, within in self._by_shard(indices):
+            codes[chosen] = self.shard(shard)[within, views[chosen]]
         return codes
 
     def shard(self, index: int) -> np.ndarray:
-        """A whole shard (n, V, rows, columns) as a read-only mapping of its file."""
+        """Return a whole shard (n, V, rows, columns) as a read-only mapping of its file."""
         if index not in self._maps:
-            self._maps[index] = np.load(shard_path(self.folder, index), mmap_mode="r")
+            self._maps[index] = np.load(self._artifact.path(index, ".npy"), mmap_mode="r")
         return self._maps[index]
 
     @functools.cached_property
@@ -248,33 +300,33 @@ class CodeStore:
         """(N,) int64; None for images without classes.
 
         Raises:
-            InputError: a label is none of the store's classes, or a sidecar is damaged.
+            InputError: a label is none of the store's classes, or a file is damaged.
         """
         if not self.manifest.plan.labelled:
             return None
         parts = [np.empty(0, dtype=np.int64)]
+        classes = len(self.class_names)
         for shard, images in enumerate(self.manifest.shards):
-            labels = np.array(self._sidecar(shard).labels or (), dtype=np.int64)
-            path = sidecar_path(self.folder, shard)
+            labels = np.array(self._info(shard).labels or (), dtype=np.int64)
+            reason = None
             if len(labels) != images:
-                raise InputError(
-                    f"{path} has {len(labels)} labels for {images} images; delete it and {_AGAIN}"
+                reason = f"it has {len(labels)} labels for {images} images"
+            elif images and not (0 <= labels.min() and labels.max() < classes):
+                reason = (
+                    f"it has labels from {labels.min()} to {labels.max()}, but the store has "
+                    f"{classes} classes (0 to {classes - 1})"
                 )
-            if images and not (0 <= labels.min() and labels.max() < len(self.class_names)):
-                raise InputError(
-                    f"{path} has labels from {labels.min()} to {labels.max()}, but the store has "
-                    f"{len(self.class_names)} classes (0 to {len(self.class_names) - 1}); "
-                    f"delete it and {_AGAIN}"
-                )
+            if reason is not None:
+                raise self._artifact.damaged(self._artifact.path(shard, ".json"), reason)
             parts.append(labels)
         return np.concatenate(parts)
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """These images: those that could not be read are in no store."""
+        """Return these images: those that could not be read are in no store."""
         return indices
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
-        """The captions of some images; None for images without captions.
+        """Return the captions of some images; None for images without captions.
 
         Raises:
             IndexError: there is no such image.
@@ -290,23 +342,24 @@ class CodeStore:
         return [self._captions[index] for index in wanted.tolist()]
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """The paths of some images within the folder that they came from.
+        """Return the paths of some images within the folder that they came from.
 
         Raises:
             IndexError: there is no such image.
         """
-        return self._told(indices, lambda sidecar: sidecar.keys)
+        wanted = np.asarray(indices, dtype=np.int64)
+        found = np.empty(len(wanted), dtype=object)
+        for shard, chosen, within in self._by_shard(wanted):
+            found[chosen] = np.array(self._info(shard).keys, dtype=object)[within]
+        return found.tolist()
 
     def skipped(self) -> list[tuple[str, str]]:
-        """The path of each file that could not be read, and why."""
-        return [
-            entry
-            for shard in range(len(self.manifest.shards))
-            for entry in self._sidecar(shard).skipped
-        ]
+        """Return the path of each file that could not be read, and why."""
+        shards = range(len(self.manifest.shards))
+        return [entry for shard in shards for entry in self._info(shard).skipped]
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Checks that the codes mean what they mean to a tokenizer (its fingerprint).
+        """Check that the codes are those of a tokenizer, by its fingerprint.
 
         Raises:
             InputError: another tokenizer made them.
@@ -315,12 +368,12 @@ class CodeStore:
         if made_by != fingerprint:
             raise InputError(
                 f"the codes in {self.folder} were made by another image tokenizer (fingerprint "
-                f"{made_by}, this one has {fingerprint}); give --tokenizer that one, or extract "
-                f"the codes again"
+                f"{made_by}, this one has {fingerprint}); choose that tokenizer, or extract the "
+                f"codes again"
             )
 
     def check_fits(self, config: TransformerConfig) -> None:
-        """Checks that a transformer can learn these codes.
+        """Check that a transformer can learn these codes.
 
         Raises:
             InputError: codebook, grid or labels are not those of ``config``.
@@ -337,165 +390,97 @@ class CodeStore:
                 f"transformer has a grid of {config.grid[0]}x{config.grid[1]}; use another image "
                 f"size"
             )
-        if config.condition == "class":
-            self._check_labels(config.num_classes)
-
-    def _check_labels(self, num_classes: int) -> None:
+        if config.condition != "class":
+            return
         if self.labels is None:
             raise InputError(
                 f"the images in {self.folder} have no classes; put the images of each class into "
                 f"a folder of its name and extract the codes again"
             )
         highest = int(self.labels.max(initial=0))
-        if highest >= num_classes:
+        if highest >= config.num_classes:
             raise InputError(
                 f"the store {self.folder} has {len(self.class_names)} classes, and label {highest} "
-                f"({self.class_names[highest]!r}), but the transformer has {num_classes} classes "
-                f"(0 to {num_classes - 1}); raise --num-classes or leave it out"
+                f"({self.class_names[highest]!r}), but the transformer has {config.num_classes} "
+                f"classes (0 to {config.num_classes - 1}); raise num_classes or leave it out"
             )
 
-    def _sidecar(self, shard: int) -> Sidecar:
-        return read_sidecar(self.folder, self.manifest.plan, shard)
+    def _info(self, shard: int) -> ShardInfo:
+        return read_shard_info(self._artifact, shard)
 
-    def _told(
-        self, indices: Sequence[int] | np.ndarray, tell: Callable[[Sidecar], Sequence[str]]
-    ) -> list[str]:
-        """One text per image, of those that sidecars hold."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        _check_range(wanted, len(self), "image")
-        texts = [""] * len(wanted)
-        shards = np.searchsorted(self._ends, wanted, side="right")
-        for shard in np.unique(shards):
-            told = tell(self._sidecar(int(shard)))
-            start = int(self._ends[shard]) - self.manifest.shards[shard]
-            for place in np.flatnonzero(shards == shard):
-                texts[place] = told[int(wanted[place]) - start]
-        return texts
+    def _by_shard(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """Return for each shard with some of the images: itself, which of them, their rows in it.
 
-
-def shard_path(folder: Path, shard: int) -> Path:
-    """The array of a shard."""
-    return folder / f"shard-{shard:05d}.npy"
+        Raises:
+            IndexError: there is no such image.
+        """
+        _check_range(indices, len(self), "image")
+        shards = np.searchsorted(self._ends, indices, side="right")
+        starts = self._ends - np.array(self.manifest.shards)
+        found = []
+        for shard in np.unique(shards).tolist():
+            chosen = np.flatnonzero(shards == shard)
+            found.append((shard, chosen, indices[chosen] - starts[shard]))
+        return found
 
 
-def sidecar_path(folder: Path, shard: int) -> Path:
-    """What belongs to the array of a shard; written after it."""
-    return folder / f"shard-{shard:05d}.json"
+def finish_store(artifact: Artifact) -> CodeStore | None:
+    """Complete a store if all shards are there; several processes may do so at once.
 
-
-def write_plan_file(path: Path, content: StorePlan | Manifest) -> None:
-    """Writes a plan or a manifest, with format and version."""
-    write_versioned(path, content, FORMAT, VERSION)
-
-
-def read_plan_file(cls: type[FileT], path: Path) -> FileT:
-    """Reads what ``write_plan_file`` wrote.
+    Returns:
+        The store; None if shards of other processes are missing.
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: the file is damaged, of another version or of another format.
+        InputError: not one image could be read.
     """
-    return read_versioned(cls, path, FORMAT, VERSION, again="extract the codes again")
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of the store in ``folder``.
-
-    Raises:
-        FileNotFoundError: there is no store.
-        InputError: it is not complete, damaged, or of another version.
-    """
-    if not (folder / MANIFEST_NAME).exists():
-        if (folder / PLAN_NAME).exists():
-            raise InputError(f"the store of codes in {folder} is not complete; {_AGAIN}")
-        raise FileNotFoundError(
-            f"there is no store of codes in {folder} ({MANIFEST_NAME} is missing); make one with "
-            f"llamagen extract-codes"
-        )
-    return read_plan_file(Manifest, folder / MANIFEST_NAME)
-
-
-def read_sidecar(folder: Path, plan: StorePlan, shard: int) -> Sidecar:
-    """The sidecar of a shard.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: the file is damaged, or belongs to another store.
-    """
-    path = sidecar_path(folder, shard)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {_AGAIN}: only that shard is made anew")
-    values = read_json(path)
-    try:
-        # By hand: checking the type of every entry would take seconds for a million images.
-        sidecar = Sidecar(
-            plan=values["plan"],
-            keys=tuple(values["keys"]),
-            labels=None
-            if values["labels"] is None
-            else tuple(map(operator.index, values["labels"])),
-            captions=None
-            if values["captions"] is None
-            else tuple(
-                tuple(Caption(str(text), float(weight)) for text, weight in each)
-                for each in values["captions"]
-            ),
-            skipped=tuple((file, reason) for file, reason in values["skipped"]),
-            used=values["used"],
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); delete it and {_AGAIN}") from error
-    if sidecar.plan != plan.identity:
-        raise InputError(f"{path} belongs to another store; delete it and {_AGAIN}")
-    return sidecar
-
-
-def check_shard(folder: Path, plan: StorePlan, shard: int, *, images: int) -> None:
-    """Checks header and size of a shard's array, and that its sidecar is there.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        InputError: the array is truncated, damaged, or not the one it should be.
-    """
-    for path in (shard_path(folder, shard), sidecar_path(folder, shard)):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; {_AGAIN}: only that shard is made anew")
-    path = shard_path(folder, shard)
-    remedy = f"delete it and {_AGAIN}: only that shard is made anew"
-    with path.open("rb") as file:
-        try:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("an unknown version of the format")
-            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-        except (ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{path} is damaged ({reason}); {remedy}") from error
-        start, size = file.tell(), os.fstat(file.fileno()).st_size
-    expected = (images, plan.views.count, *plan.grid)
-    if shape != expected or dtype != np.dtype(plan.dtype) or fortran_order:
+    if not artifact.is_done():
+        return None
+    plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
+    counts: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    used = np.zeros(plan.codebook_size, dtype=bool)
+    classes = 0
+    for info in _infos(artifact):
+        counts.append(len(info.keys))
+        skipped += info.skipped
+        bits = np.frombuffer(bytes.fromhex(info.used), dtype=np.uint8)
+        used |= np.unpackbits(bits, count=plan.codebook_size).astype(bool)
+        classes = max(classes, 1 + max(info.labels or (-1,)))
+    if sum(counts) == 0:
+        file, reason = skipped[0]
         raise InputError(
-            f"{path} holds {dtype} {shape}, but the store says {plan.dtype} {expected}; {remedy}"
+            f"none of the {len(skipped)} files could be read: {file} ({reason}); repair them, "
+            f"and choose another folder (out)"
         )
-    whole = start + math.prod(shape) * dtype.itemsize
-    if size != whole:
-        raise InputError(f"{path} has {size} of {whole} bytes; {remedy}")
+    if skipped:
+        lines = [f"{file}\t{reason}\n" for file, reason in skipped]
+        storage.write_text(artifact.folder / SKIPPED_NAME, "".join(lines))
+    if plan.captioned:
+        # One table beside the shards: training reads captions of images in any order.
+        captions = (each for info in _infos(artifact) for each in info.captions or ())
+        write_captions(artifact.folder, captions)
+    results = Manifest(
+        plan=plan,
+        images=sum(counts),
+        skipped=len(skipped),
+        shards=tuple(counts),
+        class_names=plan.class_names or (Labels.numbered(classes).names if plan.labelled else ()),
+        codes_used=int(used.sum()),
+        llamagen=importlib.metadata.version("llamagen"),
+    )
+    values = config_to_dict(results)
+    del values["plan"]
+    artifact.finish(values)
+    return CodeStore.open(artifact.folder)
 
 
-def write_npy(path: Path, array: np.ndarray) -> None:
-    """Writes an array as ``np.save`` does, but says why when the disk is full.
-
-    numpy's own writing reports a number of elements, and loses the cause.
-    """
-    array = np.ascontiguousarray(array)
-    with path.open("wb") as file:
-        header = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(file, header)
-        file.write(array.reshape(-1).view(np.uint8).data)
+def _infos(artifact: Artifact) -> Iterator[ShardInfo]:
+    return (read_shard_info(artifact, shard) for shard in range(len(artifact)))
 
 
-def _check_range(numbers: np.ndarray, count: int, what: str) -> None:
+def _check_range(numbers: np.ndarray, count: int, noun: str) -> None:
     if len(numbers) and not (0 <= numbers.min() and numbers.max() < count):
         raise IndexError(
-            f"{what} numbers run from {numbers.min()} to {numbers.max()}, but the store has "
-            f"{what}s 0 to {count - 1}"
+            f"{noun} numbers run from {numbers.min()} to {numbers.max()}, but the store has "
+            f"{noun}s 0 to {count - 1}"
         )

@@ -10,8 +10,9 @@ are all artifacts. Each has a ``Format`` (names and wording) and settings (JSON)
 To make one, or go on with one::
 
     artifact = Artifact(folder, FORMAT, settings, items=1000, piece_size=256)
-    with artifact.begin(rank=rank, world_size=world_size):
-        artifact.make(make_piece, rank=rank, world_size=world_size)
+    artifact.rank, artifact.world_size = distributed.rank(), distributed.world_size()
+    with artifact.begin():
+        artifact.make(make_piece)
         if artifact.is_done():
             artifact.finish({"total": 17})
 
@@ -79,6 +80,11 @@ class Format:
     check: Callable[[Artifact, int], object] | None = None
     """Raises InputError if a piece is damaged, beyond a file that is missing."""
 
+    def is_in(self, folder: Path | str) -> bool:
+        """Return whether a folder holds an artifact by its files' names, complete or not."""
+        names = (self.settings_name, self.manifest_name)
+        return any((Path(folder) / name).is_file() for name in names)
+
 
 class Artifact:
     """One such folder."""
@@ -91,6 +97,8 @@ class Artifact:
         *,
         items: int = 0,
         piece_size: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         """Name the folder; nothing is read or written.
 
@@ -100,6 +108,8 @@ class Artifact:
             settings: everything that decides what the pieces hold.
             items: what the pieces divide, such as images.
             piece_size: items of a piece.
+            rank: number of this process: it makes every ``world_size``-th piece.
+            world_size: processes of the run.
         """
         self.folder = Path(folder)
         self.form = form
@@ -107,6 +117,8 @@ class Artifact:
         """Those on the disk, once the artifact was begun."""
         self.items = items
         self.piece_size = piece_size
+        self.rank = rank
+        self.world_size = world_size
 
     @property
     def identity(self) -> str:
@@ -131,8 +143,6 @@ class Artifact:
     def begin(
         self,
         *,
-        rank: int = 0,
-        world_size: int = 1,
         overwrite: bool | None = None,
         missing: Settings | None = None,
         timeout: float = 1.0,
@@ -140,8 +150,6 @@ class Artifact:
         """Write the settings or find the same ones; hold the folder's lock during the block.
 
         Args:
-            rank: number of this process in its run.
-            world_size: processes of the run.
             overwrite: delete an artifact of this format that has other settings. None where the
                 caller does not offer that.
             missing: values of settings, nested as they are, that older folders do not have.
@@ -154,10 +162,10 @@ class Artifact:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; choose a folder (out)")
         storage.require_writable(self.folder)
-        with folder_lock(self.folder, rank=rank, world_size=world_size, timeout=timeout):
+        with folder_lock(self.folder, self.rank, self.world_size, timeout=timeout):
             path = self.folder / self.form.settings_name
             if path.exists() and overwrite and (changes := self._changes(missing)):
-                self._delete(changes, alone=world_size == 1)
+                self._delete(changes)
                 self._write_settings()
             elif not path.exists():
                 self._require_empty()
@@ -187,21 +195,12 @@ class Artifact:
                 f"them, or choose another folder (out)"
             )
 
-    def make(
-        self,
-        make_piece: MakePiece,
-        advance: Advance | None = None,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> int:
+    def make(self, make_piece: MakePiece, advance: Advance | None = None) -> int:
         """Make the pieces of this process that are not done; a damaged one is made again.
 
         Args:
             make_piece: makes the content of a piece's files.
             advance: is called with the number of items newly done.
-            rank: number of this process: it makes every ``world_size``-th piece.
-            world_size: number of processes.
 
         Returns:
             The number of items that were made.
@@ -210,17 +209,15 @@ class Artifact:
             OSError: the disk is full, or the folder cannot be written to.
         """
         made = 0
-        for piece in range(rank, len(self), world_size):
+        for piece in self._own():
             if not self.is_piece_done(piece):
                 self.write(piece, self._content(piece, make_piece, advance))
                 made += len(self.items_of(piece))
         return made
 
-    def progress_bar(
-        self, description: str, unit: str, *, rank: int = 0, world_size: int = 1, shown: bool = True
-    ) -> tqdm[NoReturn]:
+    def progress_bar(self, description: str, unit: str, *, shown: bool = True) -> tqdm[NoReturn]:
         """Return a bar over the items of this process that starts at those that are done."""
-        sizes = {p: len(self.items_of(p)) for p in range(rank, len(self), world_size)}
+        sizes = {piece: len(self.items_of(piece)) for piece in self._own()}
         return tqdm(
             total=sum(sizes.values()),
             initial=sum(size for piece, size in sizes.items() if self.is_piece_done(piece)),
@@ -272,17 +269,25 @@ class Artifact:
             FileNotFoundError: one is missing.
             InputError: one is damaged, or belongs to another artifact.
         """
+        self.check_files(piece)
+        if self.form.check is not None:
+            self.form.check(self, piece)
+
+    def check_files(self, piece: int) -> None:
+        """Check that the files of a piece are there.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            InputError: an .npz file was cut off.
+        """
         for suffix in self.form.suffixes:
             path = self.path(piece, suffix)
             if not path.is_file():
                 raise FileNotFoundError(
                     f"{path} is missing; run {self.form.command} again: only that piece is made"
                 )
-            # Cheap, and finds files that were cut off.
             if suffix == ".npz" and not zipfile.is_zipfile(path):
                 raise self.damaged(path, "it is not a whole archive")
-        if self.form.check is not None:
-            self.form.check(self, piece)
 
     def read_json(self, piece: int) -> dict[str, Any]:
         """Return the content of a piece's .json file.
@@ -359,6 +364,9 @@ class Artifact:
             f"piece is made"
         )
 
+    def _own(self) -> range:
+        return range(self.rank, len(self), self.world_size)
+
     def _content(
         self, piece: int, make_piece: MakePiece, advance: Advance | None
     ) -> Mapping[str, Any]:
@@ -420,10 +428,10 @@ class Artifact:
         ]
         return f"{form.words.get(known, 'other settings')} ({'; '.join(pairs)})"
 
-    def _delete(self, changes: str, *, alone: bool) -> None:
+    def _delete(self, changes: str) -> None:
         """Remove an artifact of other settings, and nothing else that may lie in its folder."""
         folder, form = self.folder, self.form
-        if not alone:
+        if self.world_size > 1:
             raise InputError(
                 f"the {form.noun} in {folder} was begun with {changes}, and several processes "
                 f"cannot overwrite it; delete the folder first"

@@ -21,7 +21,7 @@ _RETRY_SECONDS = 0.05
 
 @contextlib.contextmanager
 def folder_lock(
-    folder: Path | str, *, rank: int = 0, world_size: int = 1, timeout: float = 1.0
+    folder: Path | str, rank: int = 0, world_size: int = 1, *, timeout: float = 1.0
 ) -> Iterator[None]:
     """Lock a folder for a run while the block is executed.
 
