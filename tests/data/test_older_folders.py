@@ -60,12 +60,17 @@ def test_extraction_goes_on(tmp_path, lost):
 
 
 def test_store_of_text_features(tmp_path):
-    store = TextStore.open(FOLDERS / "text")
     encoder = tiny_text_encoder()
-    for found, wanted in zip(store.features(CAPTIONS), encoder.encode(CAPTIONS), strict=True):
-        torch.testing.assert_close(found.float(), wanted, atol=2e-2, rtol=2e-2)
+    wanted = encoder.encode(CAPTIONS)
+
+    def check(store):
+        for found, expected in zip(store.features(CAPTIONS), wanted, strict=True):
+            torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+    check(TextStore.open(FOLDERS / "text"))
     folder = shutil.copytree(FOLDERS / "text", tmp_path / "text")
     for name in ("manifest.json", "shard-00001.json"):
         (folder / name).unlink()
-    assert extract_text(encoder, CAPTIONS, folder, shard_size=2).captions == 2
-    assert same_but_for_the_version(folder, FOLDERS / "text")
+    done = extract_text(encoder, CAPTIONS, folder, shard_size=2)
+    assert (done.captions, done.store.identity) == (2, TextStore.open(FOLDERS / "text").identity)
+    check(done.store)
