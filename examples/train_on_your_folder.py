@@ -18,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from llamagen import Pipeline, SamplingConfig, TokenizerConfig
+from llamagen import Pipeline, SamplingConfig, TokenizerConfig, TransformerConfig
 from llamagen.support.pictures import image_grid, save_png, stacked, titled
 from llamagen.training import (
     LoopConfig,
@@ -27,7 +27,7 @@ from llamagen.training import (
     train_tokenizer,
     train_transformer,
 )
-from llamagen.training.config import AugmentationConfig, ImageConfig, TransformerSize
+from llamagen.training.config import AugmentationConfig, ImageConfig
 
 parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
 parser.add_argument("--data", type=Path, help="folder of class folders; default: digits")
@@ -54,7 +54,7 @@ TOKENIZER = TokenizerConfig(
     z_channels=64,
     norm_groups=4,
 )
-TRANSFORMER = TransformerSize(
+TRANSFORMER = TransformerConfig(
     dim=128,  # 256 and 6 layers for CIFAR-10; preset B has 768, 12 layers and 12 heads
     layers=4,
     heads=4,

@@ -37,17 +37,18 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
             configuration refuses the combination.
     """
     try:
-        # Literal types and tuples arrive from JSON as strings and lists.
-        return dacite.from_dict(
-            cls,
-            dict(values),
-            dacite.Config(strict=True, cast=[tuple]),
-        )
+        # Literal types, tuples and paths arrive from JSON as strings and lists.
+        types = dacite.Config(strict=True, cast=[tuple], type_hooks={Path: _path})
+        return dacite.from_dict(cls, dict(values), types)
     except dacite.DaciteError as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{source}: {reason}") from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
+
+
+def _path(value: Any) -> Path:
+    return Path(str(value))
 
 
 def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
@@ -161,8 +162,8 @@ KVCacheDType = Literal["auto", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Architecture of the autoregressive model (paper section 3.2; the defaults are c2i B, 256)."""
+class TransformerArchitecture:
+    """The fields of ``TransformerConfig`` that do not depend on the data: what a recipe chooses."""
 
     dim: int = 768
     """Width of the residual stream."""
@@ -174,18 +175,6 @@ class TransformerConfig:
     """Key and value heads (grouped-query attention); None means as many as query heads."""
     hidden_dim: int | None = None
     """Hidden size of the feed-forward layer; None means 8/3 dim rounded up to 256."""
-    codebook_size: int = 16384
-    """Number of codes, as in the image tokenizer."""
-    grid: Grid = (16, 16)
-    """Rows and columns of codes that the model was trained on."""
-    condition: Literal["class", "text"] = "class"
-    """What images are conditioned on: a class label or text features."""
-    num_classes: int = 1000
-    """Number of classes, without "no class" (condition "class")."""
-    text_length: int = 120
-    """Number of text features in front of the codes (condition "text")."""
-    text_dim: int = 2048
-    """Length of a text feature (condition "text")."""
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys, before the rotary embedding."""
     rope_base: float = 10000.0
@@ -202,12 +191,9 @@ class TransformerConfig:
     """Dropout of the feed-forward layer's output, in training."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
-    quantization: str | None = None
-    """Integers in the place of the matrices' weights: "int8", or None."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "layers", "heads", "codebook_size")
-        _require_positive(self, "num_classes", "text_length", "text_dim")
+        _require_positive(self, "dim", "layers", "heads")
         _require(
             self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0,
             f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
@@ -220,27 +206,10 @@ class TransformerConfig:
             )
         if self.hidden_dim is not None:
             _require_positive(self, "hidden_dim")
-        _require(
-            min(self.grid) >= 1,
-            f"grid is {self.grid}, expected two positive numbers (rows, columns)",
-        )
-        _require(
-            str(self.condition) in ("class", "text"),
-            f"condition is {self.condition!r}, expected 'class' or 'text'",
-        )
         _require(self.rope_base > 0, f"rope_base is {self.rope_base}, expected a positive number")
         _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}, expected a positive number")
         _require_fraction(self, "token_dropout", "attention_dropout", "residual_dropout")
         _require_fraction(self, "ffn_dropout", "drop_path")
-        _require(
-            self.quantization != "int4",
-            "quantization int4 is no longer supported; convert the model that it was made from "
-            "again, with int8",
-        )
-        _require(
-            self.quantization in (None, "int8"),
-            f"quantization is {self.quantization!r}, expected 'int8' or none",
-        )
 
     @property
     def head_dim(self) -> int:
@@ -256,6 +225,53 @@ class TransformerConfig:
     def ffn_dim(self) -> int:
         """Hidden size of the feed-forward layer, whether given or not."""
         return swiglu_hidden_dim(self.dim) if self.hidden_dim is None else self.hidden_dim
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(TransformerArchitecture):
+    """Architecture of the autoregressive model (paper section 3.2; the defaults are c2i B, 256)."""
+
+    codebook_size: int = 16384
+    """Number of codes, as in the image tokenizer."""
+    grid: Grid = (16, 16)
+    """Rows and columns of codes that the model was trained on."""
+    condition: Literal["class", "text"] = "class"
+    """What images are conditioned on: a class label or text features."""
+    num_classes: int = 1000
+    """Number of classes, without "no class" (condition "class")."""
+    text_length: int = 120
+    """Number of text features in front of the codes (condition "text")."""
+    text_dim: int = 2048
+    """Length of a text feature (condition "text")."""
+    quantization: str | None = None
+    """Integers in the place of the matrices' weights: "int8", or None."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "codebook_size", "num_classes", "text_length", "text_dim")
+        _require(
+            min(self.grid) >= 1,
+            f"grid is {self.grid}, expected two positive numbers (rows, columns)",
+        )
+        _require(
+            str(self.condition) in ("class", "text"),
+            f"condition is {self.condition!r}, expected 'class' or 'text'",
+        )
+        _require(
+            self.quantization != "int4",
+            "quantization int4 is no longer supported; convert the model that it was made from "
+            "again, with int8",
+        )
+        _require(
+            self.quantization in (None, "int8"),
+            f"quantization is {self.quantization!r}, expected 'int8' or none",
+        )
+
+    @property
+    def architecture(self) -> TransformerArchitecture:
+        """The part that does not depend on the data."""
+        names = [field.name for field in dataclasses.fields(TransformerArchitecture)]
+        return TransformerArchitecture(**{name: getattr(self, name) for name in names})
 
     @property
     def condition_length(self) -> int:

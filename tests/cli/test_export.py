@@ -2,9 +2,10 @@
 
 import pytest
 
+from llamagen.config import TransformerConfig
 from llamagen.pipeline import Pipeline
 from llamagen.training import train_transformer
-from llamagen.training.config import LoraConfig, TransformerSize
+from llamagen.training.config import LoraConfig
 from tests.images import write_digits
 from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import transformer_recipe
@@ -26,7 +27,7 @@ def runs(tmp_path_factory):
     train_transformer(
         transformer_recipe(
             digits, folder / "tokenizer", folder / "adapted", init=str(base.model),
-            lora=LoraConfig(lora_rank=2), lr=0.5, model=TransformerSize(), export=False,
+            lora=LoraConfig(lora_rank=2), lr=0.5, model=TransformerConfig(), export=False,
         ),
         quiet=True,
     )  # fmt: skip

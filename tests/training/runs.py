@@ -10,9 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from llamagen.config import TokenizerConfig
+from llamagen.config import TokenizerConfig, TransformerConfig
 from llamagen.training import LoopConfig, TokenizerTraining, TransformerTraining
-from llamagen.training.config import ImageConfig, TransformerSize
+from llamagen.training.config import ImageConfig
 
 
 def loop(**changes: Any) -> LoopConfig:
@@ -63,7 +63,7 @@ def transformer_recipe(data: Path, tokenizer: Path | str, out: Path, **changes: 
         "out": out,
         "images": ImageConfig(size=16, validation_fraction=0.2),
         "views": "flip",
-        "model": TransformerSize(
+        "model": TransformerConfig(
             dim=32, layers=2, heads=2, hidden_dim=64, drop_path=0.1, attention_dropout=0.1
         ),
         "sample_images": 6,

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from llamagen.checkpoints.adapters import merge_adapter
+from llamagen.config import TransformerConfig
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.pipeline import Pipeline
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.training import train_tokenizer, train_transformer
-from llamagen.training.config import LoraConfig, TransformerSize
+from llamagen.training.config import LoraConfig
 from llamagen.training.export import export_run
 from tests.images import write_digits
 from tests.training.runs import assert_same_state, state, tokenizer_recipe, transformer_recipe
@@ -36,7 +37,7 @@ def load(folder):
 
 def fine_tuned(digits, base, out, **changes):
     """A recipe that starts from ``base``, with that model's tokenizer."""
-    changes = {"model": TransformerSize(), "init": str(base), "steps": 2, **changes}
+    changes = {"model": TransformerConfig(), "init": str(base), "steps": 2, **changes}
     recipe = transformer_recipe(digits, "", out, **changes)
     return dataclasses.replace(recipe, tokenizer=None)
 
@@ -63,7 +64,7 @@ def test_other_classes_get_a_new_table(base, tmp_path):
 
 
 def test_another_architecture_is_refused(digits, base, tmp_path):
-    recipe = fine_tuned(digits, base, tmp_path / "out", model=TransformerSize(dim=64, heads=2))
+    recipe = fine_tuned(digits, base, tmp_path / "out", model=TransformerConfig(dim=64, heads=2))
     with pytest.raises(InputError, match=r"model has dim 64, but .* has 32; leave it out"):
         train_transformer(recipe, quiet=True)
 

@@ -2,14 +2,18 @@ import dataclasses
 
 import pytest
 
-from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, TransformerConfig
+from llamagen.config import (
+    TOKENIZER_PRESETS,
+    TRANSFORMER_PRESETS,
+    TransformerArchitecture,
+    TransformerConfig,
+)
 from llamagen.support.errors import InputError
 from llamagen.training import LoopConfig, TokenizerTraining, TransformerTraining, load_recipe
 from llamagen.training.config import (
     AugmentationConfig,
     ImageConfig,
     TokenizerLossConfig,
-    TransformerSize,
 )
 from llamagen.training.optimizer import learning_rate, make_optimizer
 from llamagen.training.recipes import preset_model, recipe_names, recipe_to_yaml
@@ -47,7 +51,7 @@ def test_numbers_as_people_write_them(recipe):
             TokenizerTraining,
             dataclasses.replace(TOKENIZER_PRESETS["VQ-8"], codebook_size=99),
         ),
-        ("model: L", TransformerTraining, TransformerSize(dim=1024, layers=24, heads=16)),
+        ("model: L", TransformerTraining, TransformerArchitecture(dim=1024, layers=24, heads=16)),
     ],
 )
 def test_presets(recipe, text, cls, expected):
@@ -123,7 +127,9 @@ def test_published_transformers(name, size):
     recipe = load_recipe(TransformerTraining, f"c2i-{name}-{size}")
     grid = TOKENIZER_PRESETS["VQ-16"].grid_of(*recipe.images.shape)
     assert grid == (size // 16, size // 16)
-    config = recipe.model.config(codebook_size=16384, grid=grid, num_classes=recipe.num_classes)
+    config = TransformerConfig(
+        **vars(recipe.model), codebook_size=16384, grid=grid, num_classes=recipe.num_classes
+    )
     assert config == dataclasses.replace(TRANSFORMER_PRESETS[name], grid=grid)
     assert (config.token_dropout, config.residual_dropout, config.ffn_dropout) == (0.1, 0.1, 0.1)
     loop = recipe.loop
@@ -140,22 +146,14 @@ def test_yaml_round_trip(recipe, cls, tmp_path):
     assert recipe(recipe_to_yaml(before), cls) == before
 
 
-def test_transformer_size_is_the_transformer_without_its_data():
-    """A field added to one must be added to the other, with the same default.
-
-    Quantised transformers are made of trained ones, and are not trained.
-    """
-    size = {f.name: f.default for f in dataclasses.fields(TransformerSize)}
-    config = {f.name: f.default for f in dataclasses.fields(TransformerConfig)}
-    data = {"codebook_size", "grid", "condition", "num_classes", "text_length", "text_dim"}
-    data.add("quantization")
-    assert size == {name: value for name, value in config.items() if name not in data}
-
-
 def test_preset_model_is_the_preset():
     for name, config in TRANSFORMER_PRESETS.items():
-        size = preset_model(TransformerTraining, name)
-        assert size.config(codebook_size=16384, grid=(16, 16), num_classes=1000) == config
+        assert TransformerConfig(**vars(preset_model(TransformerTraining, name))) == config
+
+
+def test_a_whole_configuration_gives_its_architecture():
+    recipe = TransformerTraining(model=TRANSFORMER_PRESETS["L"])
+    assert recipe == TransformerTraining(model=TRANSFORMER_PRESETS["L"].architecture)
 
 
 @pytest.mark.parametrize(
@@ -163,26 +161,26 @@ def test_preset_model_is_the_preset():
     [
         (lambda: LoopConfig(batch_size=6, gradient_accumulation=4), "does not divide batch_size 6"),
         (lambda: LoopConfig(precision="float16"), "float16 cannot be trained with.*use bfloat16"),
-        (lambda: LoopConfig(precision="int8"), "expected auto, float32 or bfloat16"),
+        (lambda: LoopConfig(precision="int8"), "expected one of auto, float32, bfloat16"),
         (lambda: LoopConfig(lr=0.0), "lr is 0.0"),
         (lambda: LoopConfig(lr=float("nan")), "lr is nan"),
-        (lambda: LoopConfig(betas=(0.9, 1.0)), "betas are"),
+        (lambda: LoopConfig(betas=(0.9, 1.0)), "betas is"),
         (lambda: LoopConfig(ema_decay=1.0), "ema_decay is 1.0"),
         (lambda: LoopConfig(seed=-1), "seed is -1"),
-        (lambda: LoopConfig(schedule="linear"), "expected 'constant' or 'cosine'"),
+        (lambda: LoopConfig(schedule="linear"), "expected one of constant, cosine"),
         (lambda: LoopConfig(save_every=-1), "save_every is -1, expected at least 0"),
         (lambda: ImageConfig(size=0), "size is 0"),
         (lambda: ImageConfig(width=0), "width is 0"),
         (lambda: ImageConfig(workers=-1), "workers is -1"),
         (lambda: ImageConfig(validation_fraction=1.0), "validation_fraction is 1.0"),
         (lambda: AugmentationConfig(crop_scale=0.9), "crop_scale is 0.9"),
-        (lambda: TokenizerLossConfig(reconstruction="l3"), "expected 'l2' or 'l1'"),
+        (lambda: TokenizerLossConfig(reconstruction="l3"), "expected one of l2, l1"),
         (lambda: TokenizerLossConfig(commitment_weight=-1.0), "commitment_weight is -1.0"),
-        (lambda: TransformerSize(dim=100, heads=12), "dim 100 over 12 heads"),
+        (lambda: TransformerArchitecture(dim=100, heads=12), "dim 100 over 12 heads"),
         (lambda: TransformerTraining(condition_dropout=1.0), "condition_dropout is 1.0"),
         (lambda: TransformerTraining(views="none"), "center, flip, five-crop, ten-crop"),
         (lambda: TransformerTraining(num_classes=0), "num_classes is 0"),
-        (lambda: TokenizerTraining(codebook_init="zero"), "expected 'random' or 'data'"),
+        (lambda: TokenizerTraining(codebook_init="zero"), "expected one of random, data"),
     ],
 )
 def test_values_that_make_no_sense(make, message):
@@ -213,3 +211,16 @@ def test_decay_is_for_matrices_only():
     assert all(p.ndim >= 2 for p in decayed["params"])
     count = sum(p.numel() for group in (decayed, free) for p in group["params"])
     assert count == model.parameter_count()
+
+
+def test_a_model_option_is_a_recipe_field(recipe):
+    """What ``TransformerConfig`` has is a field of recipes, but for what the data decides."""
+    assert recipe("model: {qk_norm: true}", TransformerTraining).model.qk_norm
+    with pytest.raises(InputError, match="grid"):
+        recipe("model: {grid: [8, 8]}", TransformerTraining)
+
+
+def test_earlier_name_of_the_architecture():
+    from llamagen.training.config import TransformerSize
+
+    assert TransformerTraining(model=TransformerSize(dim=64, heads=4)).model.dim == 64

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen.config import SamplingConfig
+from llamagen.config import SamplingConfig, TransformerConfig
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder
 from llamagen.data.views import Views
@@ -22,7 +22,6 @@ from llamagen.training.config import (
     AugmentationConfig,
     ImageConfig,
     TokenizerLossConfig,
-    TransformerSize,
 )
 from llamagen.training.loop import fit
 from llamagen.training.losses import tokenizer_terms
@@ -212,7 +211,7 @@ class TestTransformer:
         rng = np.random.default_rng(0)
         store = MemoryCodes(rng.integers(0, 64, (4, 1, 4, 4)), np.arange(4), tuple("abcd"))
         recipe = transformer_recipe(
-            None, "", tmp_path, condition_dropout=0.0, sample_images=1, model=TransformerSize(
+            None, "", tmp_path, condition_dropout=0.0, sample_images=1, model=TransformerConfig(
                 dim=32, layers=2, heads=2, hidden_dim=64,
                 token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
             ),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from llamagen.config import TransformerConfig
 from llamagen.data.captions import Caption
 from llamagen.data.columns import SourceConfig
 from llamagen.data.extraction import extract_store
@@ -18,7 +19,7 @@ from llamagen.support.errors import InputError
 from llamagen.text.features import extract_text
 from llamagen.training import train_transformer
 from llamagen.training.conditioning import TokenConditioning
-from llamagen.training.config import ImageConfig, LoraConfig, TextTraining, TransformerSize
+from llamagen.training.config import ImageConfig, LoraConfig, TextTraining
 from llamagen.training.dry_run import dry_run
 from llamagen.training.export import export_run
 from llamagen.training.loop import fit
@@ -94,7 +95,7 @@ def test_draws_what_it_is_told(tmp_path):
     recipe = text_recipe(
         None, "", tmp_path, condition_dropout=0.1, sample_images=1,
         text=dataclasses.replace(SMALL, text_dropout=0.0, text_dim=32),
-        model=TransformerSize(
+        model=TransformerConfig(
             dim=32, layers=2, heads=2, hidden_dim=64,
             token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
         ),
@@ -168,7 +169,7 @@ class TestFrozenEncoder:
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
         tuned = text_recipe(
             captioned, tokenizer_folder, tmp_path / "tuned", init=str(result.model),
-            text=self.frozen(encoder), lora=LoraConfig(lora_rank=lora), model=TransformerSize(),
+            text=self.frozen(encoder), lora=LoraConfig(lora_rank=lora), model=TransformerConfig(),
         )  # fmt: skip
         result = train_transformer(tuned, quiet=True)
         assert Pipeline.from_pretrained(result.model)("two", seed=0).images
@@ -251,7 +252,7 @@ def test_from_a_smaller_grid_to_a_larger_one(captioned, tokenizer_folder, tmp_pa
     )
     recipe = text_recipe(
         captioned, tokenizer_folder, tmp_path / "large", init=str(first.model),
-        images=ImageConfig(size=32, validation_fraction=0.2), model=TransformerSize(),
+        images=ImageConfig(size=32, validation_fraction=0.2), model=TransformerConfig(),
         text=TextTraining(text_length=30, text_dropout=0.0), steps=2, save_every=1,
     )  # fmt: skip
     task = make_task(recipe)

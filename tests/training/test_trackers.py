@@ -6,11 +6,10 @@ import types
 import pytest
 import torch
 
-from llamagen.config import TRANSFORMER_PRESETS
+from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer
-from llamagen.training.config import TransformerSize
 from llamagen.training.throughput import peak_flops, training_flops
 from llamagen.training.trackers import open_trackers
 from tests.training.runs import tokenizer_recipe, transformer_recipe
@@ -104,7 +103,7 @@ def test_peak_is_known_for_some_devices(monkeypatch):
 def test_compiled_blocks_train_to_the_same_losses(digits, tokenizer_folder, tmp_path):
     losses = {}
     # Compiled code draws other random numbers, so there must be none.
-    plain = TransformerSize(
+    plain = TransformerConfig(
         dim=32, layers=2, heads=2, hidden_dim=64,
         token_dropout=0.0, residual_dropout=0.0, ffn_dropout=0.0,
     )  # fmt: skip

@@ -1,22 +1,25 @@
-"""What a training run is made of: recipes, as plain data.
+"""Recipes: everything that determines a training run, as plain data.
 
-A recipe describes a run completely; the command line's flags and the YAML files are its fields.
-Nothing here imports torch. Longer than most files: half of it is the text of ``--help``.
+The command line's flags and the YAML files are a recipe's fields. Each field declares its range or
+its choices once. Nothing here imports torch. Longer than most files: half of it is the text of
+``--help``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from llamagen.config import (
-    Grid,
     SamplingConfig,
     SmallTextEncoderConfig,
     TokenizerConfig,
+    TransformerArchitecture,
     TransformerConfig,
 )
 from llamagen.data.columns import SourceConfig
@@ -24,17 +27,12 @@ from llamagen.data.crops import TEN_CROP_RANGES
 from llamagen.data.views import ViewKind, check_crop_ranges
 from llamagen.support.errors import InputError
 
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Parallel = Literal["ddp", "fsdp"]
-ActivationCheckpointing = Literal["none", "blocks"]
+TransformerSize = TransformerArchitecture
+"""Deprecated name of ``llamagen.config.TransformerArchitecture``."""
+
+Precision = Literal["auto", "float32", "bfloat16"]
 AdversarialLoss = Literal["hinge", "vanilla", "non-saturating"]
-"""What a discriminator, or the model that it judges, minimises."""
 DiscriminatorName = Literal["patchgan", "stylegan"]
-"""Judges patches, as published, or whole images."""
-TrainedPart = Literal["all", "decoder"]
-"""What of an image tokenizer learns."""
-Tracker = Literal["tensorboard", "wandb"]
-ConditionKind = Literal["class", "text"]
 
 
 def _require(condition: bool, message: str) -> None:
@@ -42,174 +40,164 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _require_at_least(config: object, smallest: int, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(value >= smallest, f"{name} is {value}, expected at least {smallest}")
+def _checked(default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
+    """Return a field whose values must be ``valid``, or None."""
+    metadata = {"valid": valid, "expected": expected}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-def _require_choice(config: object, name: str, choices: Any) -> None:
-    value, known = getattr(config, name), typing.get_args(choices)
-    _require(value in known, f"{name} is {value!r}, expected one of {', '.join(known)}")
+def _at_least(minimum: int, default: int | None) -> Any:
+    return _checked(default, lambda value: value >= minimum, f"at least {minimum}")
 
 
-def _require_weight(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(
-            math.isfinite(value) and value >= 0,
-            f"{name} is {value}, expected a finite number of at least 0",
-        )
+def _weight(default: float | None) -> Any:
+    return _checked(
+        default,
+        lambda value: math.isfinite(value) and value >= 0,
+        "a finite number of at least 0",
+    )
+
+
+def _fraction(default: float) -> Any:
+    return _checked(default, lambda value: 0 <= value < 1, "a number from 0 up to below 1")
+
+
+@functools.cache
+def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
+    """Return the values of each field that is a ``Literal``, or a tuple of them."""
+    hints = typing.get_type_hints(cls)
+    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
+    return {
+        name: typing.get_args(part)
+        for name, some in parts.items()
+        for part in some
+        if typing.get_origin(part) is Literal
+    }
+
+
+class _Checked:
+    """Base of a recipe's dataclasses."""
+
+    def __post_init__(self) -> None:
+        choices = _choices(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are
+            name, value = field.name, getattr(self, field.name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if name in choices:
+                    known = ", ".join(choices[name])
+                    _require(each in choices[name], f"{name} is {each!r}, expected one of {known}")
+            if value is not None and "valid" in field.metadata:
+                _require(
+                    field.metadata["valid"](value),
+                    f"{name} is {value}, expected {field.metadata['expected']}",
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(_Checked):
     """The training loop, the same for both models."""
 
-    steps: int = 1000
+    steps: int = _at_least(1, 1000)
     """Steps of the optimiser, in all."""
-    batch_size: int = 64
+    batch_size: int = _at_least(1, 64)
     """Images per step, over all processes."""
-    gradient_accumulation: int = 1
+    gradient_accumulation: int = _at_least(1, 1)
     """Parts that a process computes its share of a batch in, one after another; more parts need
     less memory."""
-    lr: float = 1e-4
+    lr: float = _checked(1e-4, lambda lr: math.isfinite(lr) and lr > 0, "a finite number above 0")
     """Learning rate after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = _checked(
+        (0.9, 0.95),
+        lambda betas: all(0 <= beta < 1 for beta in betas),
+        "two numbers from 0 up to below 1",
+    )
     """Decay of Adam's two running means."""
-    weight_decay: float = 0.0
+    weight_decay: float = _weight(0.0)
     """Decoupled weight decay (AdamW), on tensors of two or more dimensions only."""
-    warmup_steps: int = 0
+    warmup_steps: int = _at_least(0, 0)
     """Steps in which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate after the warm-up: stays, or falls to 0 along a cosine until the end."""
-    clip_norm: float = 1.0
-    """Largest norm of all gradients together; 0 leaves them as they are."""
-    ema_decay: float = 0.0
-    """Decay of a running mean of the weights, which is then what is validated and exported; 0
-    keeps none."""
+    """Learning rate after the warm-up: constant, or falling to 0 along a cosine until the end."""
+    clip_norm: float = _weight(1.0)
+    """Maximum norm of all gradients together; 0 does not clip."""
+    ema_decay: float = _fraction(0.0)
+    """Decay of a running mean of the weights (EMA), which is then what is validated and exported;
+    0 is none."""
     precision: Precision = "auto"
     """Precision of matrix products and convolutions (autocast); the weights stay float32. Auto
     takes bfloat16 where the device is fast at it."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps."""
-    seed: int = 0
+    seed: int = _checked(0, lambda seed: 0 <= seed < 2**63, "an integer from 0 to 2^63 - 1")
     """Seed of the first weights, the data's order, the augmentation and the dropout."""
-    log_every: int = 50
+    log_every: int = _at_least(1, 50)
     """Steps between two lines of metrics.jsonl."""
-    validate_every: int = 500
+    validate_every: int = _at_least(0, 500)
     """Steps between two validations; 0 validates at the end only."""
-    sample_every: int = 500
-    """Steps between two sheets of samples; 0 draws one at the end only."""
-    save_every: int = 500
+    sample_every: int = _at_least(0, 500)
+    """Steps between two sheets of samples; 0 makes one at the end only."""
+    save_every: int = _at_least(0, 500)
     """Steps between two checkpoints; 0 saves at the end only."""
-    keep_checkpoints: int = 2
-    """How many of the latest checkpoints are kept."""
-    keep_every: int = 0
-    """Checkpoints of multiples of this many steps are kept for good; 0 keeps the latest only."""
+    keep_checkpoints: int = _at_least(1, 2)
+    """Number of latest checkpoints to keep."""
+    keep_every: int = _at_least(0, 0)
+    """Also keep the checkpoints of multiples of this many steps; 0 keeps the latest only."""
     export: bool = True
-    """Write the model's folder with every checkpoint; otherwise at the end only, and whenever
-    `llamagen export` is asked to."""
+    """Write the model's folder with every checkpoint; otherwise at the end only, or with
+    `llamagen export`."""
     resume: bool = True
-    """Go on with the run in the output folder, if there is one."""
-    max_skipped_steps: int = 10
-    """Steps in a row whose gradients may be infinite or not a number. Such a step changes nothing
-    and is counted; with one more of them the run ends, its last checkpoint whole."""
-    parallel: Parallel = "ddp"
-    """What several processes (torchrun) share: ddp keeps the whole model in each and splits the
-    batch only; fsdp splits weights, gradients and optimiser as well."""
-    shard_processes: int | None = None
-    """With fsdp: how many processes split one copy of the model between them, as those of one
-    machine (hybrid sharding). Default: all of them."""
-    activation_checkpointing: ActivationCheckpointing = "none"
-    """What the forward pass of a transformer forgets and the backward pass computes again: none,
-    or the inside of all blocks, for a third more computation and far less memory."""
+    """Continue the run in the output folder, if there is one."""
+    max_skipped_steps: int = _at_least(0, 10)
+    """Maximum number of steps in a row whose gradients are not finite. Such a step changes nothing
+    and is counted; one more in a row ends the run, its last checkpoint intact."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several processes (torchrun) share the work: ddp replicates the model and splits the
+    batch; fsdp shards weights, gradients and optimiser as well."""
+    shard_processes: int | None = _at_least(1, None)
+    """With fsdp: number of processes that share one copy of the model, as those of one machine
+    (hybrid sharding). Default: all of them."""
+    activation_checkpointing: Literal["none", "blocks"] = "none"
+    """Activations of a transformer that the backward pass recomputes: none, or those inside all
+    blocks, for a third more computation and far less memory."""
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): slower to start, then faster on a GPU."""
-    trackers: tuple[Tracker, ...] = ()
-    """Where metrics and samples go beside the run's folder: tensorboard (files in the run's
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics and samples go besides the run's folder: tensorboard (files in the run's
     folder), wandb."""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "steps", "batch_size", "gradient_accumulation")
-        _require_at_least(self, 1, "log_every", "keep_checkpoints")
-        _require_at_least(self, 0, "validate_every", "sample_every", "save_every", "warmup_steps")
-        _require_at_least(self, 0, "keep_every", "max_skipped_steps")
-        if self.shard_processes is not None:
-            _require_at_least(self, 1, "shard_processes")
-        _require_choice(self, "parallel", Parallel)
-        _require_choice(self, "activation_checkpointing", ActivationCheckpointing)
-        for tracker in self.trackers:
-            _require(
-                tracker in typing.get_args(Tracker),
-                f"trackers has {tracker!r}, expected {' or '.join(typing.get_args(Tracker))}",
-            )
-        _require_weight(self, "weight_decay", "clip_norm")
+        _require(
+            str(self.precision) != "float16",
+            "precision float16 cannot be trained with: its gradients underflow; use bfloat16 or "
+            "float32",
+        )
+        super().__post_init__()
         _require(
             self.batch_size % self.gradient_accumulation == 0,
             f"gradient_accumulation {self.gradient_accumulation} does not divide "
             f"batch_size {self.batch_size}",
         )
-        _require(
-            math.isfinite(self.lr) and self.lr > 0,
-            f"lr is {self.lr}, expected a finite number above 0",
-        )
-        _require(
-            all(0 <= beta < 1 for beta in self.betas),
-            f"betas are {self.betas}, expected two numbers from 0 up to below 1",
-        )
-        _require(
-            self.schedule in ("constant", "cosine"),
-            f"schedule is {self.schedule!r}, expected 'constant' or 'cosine'",
-        )
-        _require(
-            0 <= self.ema_decay < 1,
-            f"ema_decay is {self.ema_decay}, expected a number from 0 up to below 1",
-        )
-        _require(
-            self.precision != "float16",
-            "precision float16 cannot be trained with: its gradients underflow; use bfloat16 or "
-            "float32",
-        )
-        _require(
-            self.precision in ("auto", "float32", "bfloat16"),
-            f"precision is {self.precision!r}, expected auto, float32 or bfloat16",
-        )
-        _require(
-            0 <= self.seed < 2**63, f"seed is {self.seed}, expected an integer from 0 to 2^63 - 1"
-        )
 
     def part_size(self, processes: int) -> int:
-        """Images that one of ``processes`` computes at a time."""
+        """Return how many images one of ``processes`` computes at a time."""
         return self.batch_size // (processes * self.gradient_accumulation)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageConfig:
+class ImageConfig(_Checked):
     """How images are read, the same for both models."""
 
-    size: int = 256
+    size: int = _at_least(1, 256)
     """Height of the images in pixels, and their width unless that is given."""
-    width: int | None = None
+    width: int | None = _at_least(1, None)
     """Width of the images, if they are not square."""
-    validation_fraction: float = 0.02
-    """Part of the images that is held out for validation, unless they have their own folder."""
-    max_validation_images: int = 1000
-    """Held-out images that a validation looks at."""
-    workers: int = 0
-    """Processes that read images; 0 reads them in the training process. Any number gives the
-    same result."""
-
-    def __post_init__(self) -> None:
-        _require_at_least(self, 1, "size", "max_validation_images")
-        _require_at_least(self, 0, "workers")
-        if self.width is not None:
-            _require_at_least(self, 1, "width")
-        _require(
-            0 <= self.validation_fraction < 1,
-            f"validation_fraction is {self.validation_fraction}, expected a number from 0 up to "
-            f"below 1",
-        )
+    validation_fraction: float = _fraction(0.02)
+    """Fraction of the images that is held out for validation, unless it has data of its own."""
+    max_validation_images: int = _at_least(1, 1000)
+    """Maximum number of held-out images of a validation."""
+    workers: int = _at_least(0, 0)
+    """Processes that read images; 0 reads them in the training process. The result does not
+    depend on it."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -218,102 +206,79 @@ class ImageConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentationConfig:
-    """What happens to a training image each time it is read."""
+class AugmentationConfig(_Checked):
+    """Augmentation of a training image each time it is read."""
 
-    crop_scale: float = 1.25
+    crop_scale: float = _checked(
+        1.25, lambda scale: math.isfinite(scale) and scale >= 1, "a finite number of at least 1"
+    )
     """The short side is resized to between 1 and this times the size before a random crop."""
     flip: bool = True
     """Mirror every other image; not for writing and the like."""
 
-    def __post_init__(self) -> None:
-        _require(
-            math.isfinite(self.crop_scale) and self.crop_scale >= 1,
-            f"crop_scale is {self.crop_scale}, expected a finite number of at least 1",
-        )
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerLossConfig:
+class TokenizerLossConfig(_Checked):
     """Terms of the tokenizer's loss, each with its weight (paper section 3.1)."""
 
     reconstruction: Literal["l2", "l1"] = "l2"
     """Mean squared or absolute difference of pixels."""
-    reconstruction_weight: float = 1.0
+    reconstruction_weight: float = _weight(1.0)
     """Weight of the reconstruction."""
-    codebook_weight: float = 1.0
-    """Weight of the term that moves codes to latents; 0 leaves the codebook as it is."""
-    commitment_weight: float = 0.25
+    codebook_weight: float = _weight(1.0)
+    """Weight of the term that moves codes to latents; 0 freezes the codebook."""
+    commitment_weight: float = _weight(0.25)
     """Weight of the term that moves latents to codes (beta), within the codebook's weight."""
-    entropy_weight: float = 0.0
+    entropy_weight: float = _weight(0.0)
     """Weight of the entropy of the assignment to codes, within the codebook's weight."""
 
-    def __post_init__(self) -> None:
-        _require(
-            self.reconstruction in ("l2", "l1"),
-            f"reconstruction is {self.reconstruction!r}, expected 'l2' or 'l1'",
-        )
-        _require_weight(self, "reconstruction_weight", "codebook_weight", "commitment_weight")
-        _require_weight(self, "entropy_weight")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceptualConfig:
+class PerceptualConfig(_Checked):
     """The part of the tokenizer's loss that compares features instead of pixels (LPIPS)."""
 
-    perceptual_weight: float = 0.0
+    perceptual_weight: float = _weight(0.0)
     """Weight of LPIPS; 0 leaves it out and downloads nothing. Published: 1."""
     perceptual_weights: Path | None = None
-    """Where the network's weights are: a folder with the two public files, or one file of both.
-    Default: downloaded once (560 MB) and kept."""
-
-    def __post_init__(self) -> None:
-        _require_weight(self, "perceptual_weight")
+    """Weights of the network: a folder with the two public files, or one file of both. Default:
+    downloaded once (560 MB)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdversarialConfig:
-    """The part of the tokenizer's loss that a discriminator decides, and its training."""
+class AdversarialConfig(_Checked):
+    """The adversarial term of the tokenizer's loss, and the training of the discriminator."""
 
-    adversarial_weight: float = 0.0
-    """Weight of the discriminator's judgement; 0 trains without one. Published: 0.5."""
-    adversarial_start: int = 20000
-    """Steps before the discriminator begins to learn and to judge."""
+    adversarial_weight: float = _weight(0.0)
+    """Weight of the adversarial loss; 0 trains without a discriminator. Published: 0.5."""
+    adversarial_start: int = _at_least(0, 20000)
+    """Step at which the discriminator and the adversarial loss begin."""
     discriminator: DiscriminatorName = "patchgan"
-    """patchgan judges overlapping patches; stylegan, larger, the whole image."""
+    """patchgan judges overlapping patches, as published; stylegan, larger, the whole image."""
     adversarial_loss: AdversarialLoss = "hinge"
-    """What both sides minimise."""
+    """Loss of the discriminator, and the one that the tokenizer minimises against it."""
     adaptive_weight: bool = False
-    """Scale the judgement so that its gradient at the decoder's last layer is as large as that
-    of the reconstruction."""
-    discriminator_lr: float | None = None
+    """Scale the adversarial loss so that its gradient at the decoder's last layer is as large as
+    that of the reconstruction."""
+    discriminator_lr: float | None = _weight(None)
     """The discriminator's learning rate. Default: the model's for patchgan, as published; 0.002
     for stylegan, whose layers scale their weights down."""
 
-    def __post_init__(self) -> None:
-        _require_weight(self, "adversarial_weight")
-        _require_at_least(self, 0, "adversarial_start")
-        _require_choice(self, "discriminator", DiscriminatorName)
-        _require_choice(self, "adversarial_loss", AdversarialLoss)
-        if self.discriminator_lr is not None:
-            _require_weight(self, "discriminator_lr")
-
     def lr(self, model_lr: float) -> float:
-        """The discriminator's learning rate, given the model's."""
+        """Return the discriminator's learning rate, given the model's."""
         if self.discriminator_lr is not None:
             return self.discriminator_lr
         return model_lr if self.discriminator == "patchgan" else 2e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerTraining:
+class TokenizerTraining(_Checked):
     """A training run of an image tokenizer."""
 
     data: str | None = None
     """Images: a folder, searched through; Parquet or tar files, as a folder, file or pattern; or a
     data set on the hub, hf:owner/name."""
     validation_data: str | None = None
-    """Images for validation. Default: a part of the data is held out."""
+    """Images for validation. Default: a fraction of the data is held out."""
     source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     out: Path = Path("runs/tokenizer")
     """Folder of the run: checkpoints, metrics, samples, and the model in "tokenizer"."""
@@ -321,34 +286,29 @@ class TokenizerTraining:
     augmentation: AugmentationConfig = dataclasses.field(default_factory=AugmentationConfig)
     model: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     init: str | None = None
-    """Tokenizer to start from, whose architecture is kept and `model` ignored: folder, checkpoint
+    """Tokenizer to start from; its architecture is used instead of `model`: folder, checkpoint
     file, hub repository or published name. Default: random weights."""
-    trained: TrainedPart = "all"
-    """What learns: all, or the decoder alone. Then the codes of every image stay those of `init`,
+    trained: Literal["all", "decoder"] = "all"
+    """Part that is trained: all, or the decoder only. Then every image keeps its codes of `init`,
     and transformers trained on them still fit."""
     codebook_init: Literal["random", "data"] = "random"
-    """The first codebook: random as published, or latents of the first images. Without effect
-    where `init` brings one."""
-    revive_codes_every: int = 0
-    """Steps after which codes that none of the last 65,536 latents took are put where latents of
-    the last batch are; 0 never does."""
+    """Initial codebook: random as published, or latents of the first images. Without effect if
+    `init` is given."""
+    revive_codes_every: int = _at_least(0, 0)
+    """Every so many steps, move codes that none of the last 65,536 latents were assigned to onto
+    latents of the last batch; 0 is never."""
     loss: TokenizerLossConfig = dataclasses.field(default_factory=TokenizerLossConfig)
     perceptual: PerceptualConfig = dataclasses.field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
     loop: LoopConfig = dataclasses.field(default_factory=lambda: LoopConfig(batch_size=128))
 
     def __post_init__(self) -> None:
-        _require(
-            self.codebook_init in ("random", "data"),
-            f"codebook_init is {self.codebook_init!r}, expected 'random' or 'data'",
-        )
-        _require_at_least(self, 0, "revive_codes_every")
-        _require_choice(self, "trained", TrainedPart)
+        super().__post_init__()
         if self.trained == "decoder":
             _require(
                 self.revive_codes_every == 0,
                 f"revive_codes_every is {self.revive_codes_every}, but with trained decoder the "
-                f"codebook stays as it is; set it to 0",
+                f"codebook is frozen; set it to 0",
             )
         if self.init is None:
             self.model.grid_of(*self.images.shape)
@@ -359,90 +319,45 @@ class TokenizerTraining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerSize:
-    """The transformer's own numbers; its codes, grid and classes are those of the data."""
-
-    dim: int = 768
-    """Width of the residual stream."""
-    layers: int = 12
-    """Number of blocks."""
-    heads: int = 12
-    """Query heads; dim / heads is the head dimension, a multiple of 4 for the 2-D RoPE."""
-    kv_heads: int | None = None
-    """Key and value heads (grouped-query attention); None means as many as query heads."""
-    hidden_dim: int | None = None
-    """Hidden size of the feed-forward layer; None means 8/3 dim rounded up to 256."""
-    rope_base: float = 10000.0
-    """Base of the rotary frequencies."""
-    norm_eps: float = 1e-5
-    """Epsilon of every RMSNorm."""
-    token_dropout: float = 0.1
-    """Dropout of the embeddings, in training."""
-    attention_dropout: float = 0.0
-    """Dropout of attention weights, in training."""
-    residual_dropout: float = 0.1
-    """Dropout of the attention's output, in training."""
-    ffn_dropout: float = 0.1
-    """Dropout of the feed-forward layer's output, in training."""
-    drop_path: float = 0.0
-    """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
-
-    def __post_init__(self) -> None:
-        # The architecture's own checks; the data's part of it is not known yet.
-        self.config(codebook_size=1, grid=(1, 1), num_classes=1)
-
-    def config(self, *, codebook_size: int, grid: Grid, **condition: Any) -> TransformerConfig:
-        """The architecture for codes, a grid, and what ``TransformerConfig`` has of a condition."""
-        return TransformerConfig(
-            codebook_size=codebook_size, grid=grid, **condition, **dataclasses.asdict(self)
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(_Checked):
     """Fine-tuning of a transformer through low-rank matrices beside its own (LoRA)."""
 
-    lora_rank: int = 0
+    lora_rank: int = _at_least(0, 0)
     """Rank of the matrices; 0 trains the whole model instead."""
-    lora_alpha: float = 16.0
+    lora_alpha: float = _weight(16.0)
     """The matrices' product is multiplied by this over the rank."""
-    lora_dropout: float = 0.0
-    """Dropout in front of the matrices, in training."""
+    lora_dropout: float = _fraction(0.0)
+    """Dropout before the matrices, in training."""
     lora_targets: tuple[str, ...] = ("wqkv", "wo", "w1", "w2", "w3")
     """Layers of each block that get them."""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 0, "lora_rank")
-        _require_weight(self, "lora_alpha")
-        _require(
-            0 <= self.lora_dropout < 1,
-            f"lora_dropout is {self.lora_dropout}, expected a number from 0 up to below 1",
-        )
+        super().__post_init__()
         _require(len(self.lora_targets) > 0, "lora_targets is empty; name at least one layer")
 
     @property
     def scale(self) -> float:
-        """What the product of the matrices is multiplied by."""
+        """Factor of the matrices' product."""
         return self.lora_alpha / self.lora_rank
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextTraining:
-    """What captions go through on their way to a text-conditional transformer."""
+class TextTraining(_Checked):
+    """How captions become the condition of a transformer."""
 
     text_encoder: str | None = None
-    """Text encoder of the T5 family that stays as it is: hub repository or folder. Default: that
-    of the model to start from; without one, a small one that reads bytes is trained along."""
+    """Frozen text encoder of the T5 family: hub repository or folder. Default: that of the model
+    to start from; without one, a small one that reads bytes is trained along."""
     text_features: Path | None = None
     """Store of text features (`llamagen extract-text`) to train on, instead of encoding captions
-    again each time; the encoder, its length and the cleaning are then the store's."""
+    each time; the encoder, its length and the cleaning are then the store's."""
     text_length: int = 120
     """Tokens (of the small one: bytes) of a caption that are read."""
     clean_captions: bool = True
     """Clean captions as those that the published models were trained with."""
-    length_group: int = 1
-    """Batches in a row whose captions are sorted by length before they are dealt out, so that
-    little of a batch is padding; 1 leaves captions as they come."""
+    length_group: int = _at_least(1, 1)
+    """Number of consecutive batches whose captions are sorted by length and divided again, so that
+    batches have little padding; 1 does not sort."""
     text_dim: int = 256
     """Of the small one: width of its features."""
     text_layers: int = 4
@@ -451,14 +366,13 @@ class TextTraining:
     """Of the small one: attention heads; they divide its width."""
     text_dropout: float = 0.1
     """Of the small one: dropout everywhere."""
-    code_set_weight: float = 0.0
-    """Of the small one: weight of a further loss, by which its features alone tell which codes an
-    image has. Small sets are otherwise learnt by heart from the codes before, and captions count
-    for little."""
+    code_set_weight: float = _weight(0.0)
+    """Of the small one: weight of an auxiliary loss that predicts from its features alone which
+    codes an image has. Without it small data sets are memorised from the previous codes, and
+    captions matter little."""
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "length_group")
-        _require_weight(self, "code_set_weight")
+        super().__post_init__()
         _ = self.small
 
     @property
@@ -474,26 +388,26 @@ class TextTraining:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerTraining:
+class TransformerTraining(_Checked):
     """A training run of a transformer, conditioned on classes or on text."""
 
-    condition: ConditionKind = "class"
-    """What images are drawn of: their class, or their caption."""
+    condition: Literal["class", "text"] = "class"
+    """Condition of the images: their class, or their caption."""
     data: str | None = None
     """Images with classes or captions: a folder with a subfolder for each class, or with a table
     (metadata.csv, metadata.jsonl); Parquet or tar files, as a folder, file or pattern; or a data
     set on the hub, hf:owner/name."""
     validation_data: str | None = None
-    """The same for validation. Default: a part of the data is held out."""
+    """The same for validation. Default: a fraction of the data is held out."""
     source: SourceConfig = dataclasses.field(default_factory=SourceConfig)
     codes: Path | None = None
     """Store of codes (`llamagen extract-codes`) to train on, instead of images."""
     validation_codes: Path | None = None
-    """The same for validation. Default: a part of the codes is held out."""
+    """The same for validation. Default: a fraction of the codes is held out."""
     init: str | None = None
-    """Model to start from, whose architecture is kept: pipeline folder, checkpoint file, hub
-    repository or published name. If its classes have other names than the data's, they get a new
-    table; "no class" stays. Default: random weights."""
+    """Model to start from, with its architecture: pipeline folder, checkpoint file, hub repository
+    or published name. If its classes have other names than the data's, their embeddings are new,
+    except that of "no class". Default: random weights."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     tokenizer: str | None = None
     """Image tokenizer that makes the codes: folder, checkpoint file or published name. Default:
@@ -502,55 +416,37 @@ class TransformerTraining:
     """Folder of the run: checkpoints, metrics, samples, and the whole model in "pipeline"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)
     encode: Literal["once", "always"] = "once"
-    """Encode all views of the images once, before the training, or the one that is drawn each time
-    an image is read: nothing to wait for and no disk, but more computation."""
+    """Encode all views of the images once, before training, or always: one random view each time an
+    image is read, which needs no preparation and no disk, but more computation."""
     views: ViewKind = "ten-crop"
-    """Views of an image that are encoded, one drawn at random each time it is read: its centre
-    crop; that and its mirror image; its corners and middle, five for each of the crop ranges; or
+    """Views of an image that are encoded, of which each reading takes a random one: centre crop;
+    that and its mirror image; the corners and the centre, five for each of the crop ranges; or
     those and their mirror images, the published twenty."""
     crop_ranges: tuple[float, ...] = TEN_CROP_RANGES
-    """How many times the size are the images that five or ten crops are cut from."""
-    model: TransformerSize = dataclasses.field(default_factory=TransformerSize)
-    num_classes: int | None = None
+    """Sizes of the images that five or ten crops are cut from, relative to the size."""
+    model: TransformerArchitecture = dataclasses.field(default_factory=TransformerArchitecture)
+    num_classes: int | None = _at_least(1, None)
     """Classes of the model. Default: as many as the data has."""
-    condition_dropout: float = 0.1
-    """Part of the labels or captions that become "no class" or "no text", which guidance needs."""
-    code_noise: float = 0.0
-    """Largest part of an image's codes that the model is shown random ones in the place of, while
-    it predicts the true ones; how many is drawn for each image. What is drawn later then rests on
-    the caption or class too, not only on the codes before."""
+    condition_dropout: float = _fraction(0.1)
+    """Fraction of labels or captions that become "no class" or "no text", which guidance needs."""
+    code_noise: float = _checked(0.0, lambda noise: 0 <= noise <= 1, "a number from 0 to 1")
+    """Maximum fraction of an image's codes that are replaced by random ones in the input, not in
+    the targets; each image has a random fraction up to it. Sampled images then depend more on the
+    caption or class, and recover from wrong codes."""
     text: TextTraining = dataclasses.field(default_factory=TextTraining)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    sample_images: int = 40
+    sample_images: int = _at_least(1, 40)
     """Images on a sheet of samples."""
     loop: LoopConfig = dataclasses.field(
         default_factory=lambda: LoopConfig(batch_size=256, weight_decay=0.05)
     )
 
     def __post_init__(self) -> None:
-        _require_at_least(self, 1, "sample_images")
-        _require_choice(self, "condition", ConditionKind)
+        super().__post_init__()
+        if isinstance(self.model, TransformerConfig):
+            object.__setattr__(self, "model", self.model.architecture)
         _require(
             self.lora.lora_rank == 0 or self.init is not None,
-            "lora_rank is given without a model to adapt; name one with init (--init)",
-        )
-        if self.num_classes is not None:
-            _require_at_least(self, 1, "num_classes")
-        _require(
-            self.views in typing.get_args(ViewKind),
-            f"views is {self.views!r}, expected one of {', '.join(typing.get_args(ViewKind))}",
+            "lora_rank is given without a model to adapt; name one with init",
         )
         check_crop_ranges(self.crop_ranges)
-        _require(
-            self.encode in ("once", "always"),
-            f"encode is {self.encode!r}, expected 'once' or 'always'",
-        )
-        _require(
-            0 <= self.code_noise <= 1,
-            f"code_noise is {self.code_noise}, expected a number from 0 to 1",
-        )
-        _require(
-            0 <= self.condition_dropout < 1,
-            f"condition_dropout is {self.condition_dropout}, expected a number from 0 up to "
-            f"below 1",
-        )

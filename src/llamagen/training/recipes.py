@@ -1,4 +1,4 @@
-"""Recipes as YAML files, the ones that come with the package and your own."""
+"""Recipes as YAML files, those that come with the package and your own."""
 
 from __future__ import annotations
 
@@ -23,13 +23,6 @@ from llamagen.training.config import TokenizerTraining, TransformerTraining
 
 RecipeT = TypeVar("RecipeT", TokenizerTraining, TransformerTraining)
 
-_PRESETS: Mapping[type[Any], Mapping[str, Any]] = {
-    TokenizerTraining: TOKENIZER_PRESETS,
-    TransformerTraining: TRANSFORMER_PRESETS,
-}
-_PATHS = ("out", "codes", "validation_codes")
-_NESTED_PATHS = ("perceptual_weights", "text_features")
-
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number, as everybody expects; YAML 1.1 takes it for text."""
@@ -43,26 +36,23 @@ _Loader.add_implicit_resolver(
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in _packaged().iterdir()
-        if entry.name.endswith(".yaml")
-    )
+    """Return the names of the recipes that come with the package."""
+    names = [entry.name for entry in _packaged().iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
-    """Reads a recipe.
+    """Read a recipe.
 
     Args:
         cls: ``TokenizerTraining`` or ``TransformerTraining``.
-        source: a YAML file, or the name of a recipe that comes with the package. What the
-            file leaves out has its default. ``model`` is a preset's name, or fields of the model
-            with, if wanted, the ``preset`` that they change.
+        source: a YAML file, or the name of a recipe that comes with the package. Fields that the
+            file leaves out have their defaults. ``model`` is a preset's name, or fields of the
+            model, optionally with the ``preset`` that they change.
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: no such name, not YAML, an unknown field, or a value that does not fit.
+        InputError: no such name, not YAML, an unknown field, or an invalid value.
     """
     text, name = _read(str(source))
     try:
@@ -77,77 +67,57 @@ def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
 
 
 def recipe_from_dict(cls: type[RecipeT], values: Mapping[str, Any], source: str) -> RecipeT:
-    """The recipe with these fields, as read from YAML; ``source`` names them in errors."""
-    prepared = dict(values)
-    for name in _PATHS:
-        if prepared.get(name) is not None:
-            prepared[name] = Path(str(prepared[name]))
-    try:
-        prepared["model"] = _model_values(cls, prepared.get("model"))
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-    # Stage-specific defaults of the loop stand behind what the file says of it.
-    for name, default in _nested_defaults(cls).items():
-        given = prepared.get(name)
-        if isinstance(given, Mapping):
-            given = {key: _as_path(key, value) for key, value in given.items()}
-        if given is None:
-            given = {}
-        if not isinstance(given, Mapping):
-            raise InputError(f"{source}: {name} is {given!r}, expected fields below it")
-        prepared[name] = {**default, **given}
-    return config_from_dict(cls, prepared, source)
+    """Return the recipe with these fields, as read from YAML; ``source`` names them in errors."""
+    merged = dict(values)
+    defaults = cls()
+    for field in dataclasses.fields(cls):
+        default = getattr(defaults, field.name)
+        if not dataclasses.is_dataclass(default):
+            continue
+        given = merged.get(field.name)
+        if field.name == "model":
+            try:
+                default, given = _model(cls, given)
+            except InputError as error:
+                raise InputError(f"{source}: {error}") from error
+        if not isinstance(given, Mapping | None):
+            raise InputError(f"{source}: {field.name} is {given!r}, expected fields below it")
+        # A stage's own defaults of the loop stay where the file gives other fields only.
+        merged[field.name] = {**dataclasses.asdict(default), **(given or {})}
+    return config_from_dict(cls, merged, source)
 
 
 def recipe_to_dict(recipe: TokenizerTraining | TransformerTraining) -> dict[str, Any]:
-    """The recipe as values that YAML and JSON can hold."""
+    """Return the recipe as values that YAML and JSON can hold."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
     return plain
 
 
 def recipe_to_yaml(recipe: TokenizerTraining | TransformerTraining) -> str:
-    """The recipe as a YAML file that ``load_recipe`` reads."""
+    """Return the recipe as a YAML file that ``load_recipe`` reads."""
     return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, default_flow_style=None)
 
 
 def preset_model(cls: type[RecipeT], name: str) -> Any:
-    """The ``model`` of a recipe of type ``cls`` that is the preset called ``name``.
+    """Return the ``model`` of a recipe of type ``cls`` that is the preset called ``name``.
 
     Raises:
         InputError: there is no such preset.
     """
-    model_class = type(cls().model)
-    config = preset(_PRESETS[cls], name)
-    fields = {field.name for field in dataclasses.fields(model_class)}
-    values = {key: value for key, value in vars(config).items() if key in fields}
-    return model_class(**values)
+    if cls is TokenizerTraining:
+        return preset(TOKENIZER_PRESETS, name)
+    return preset(TRANSFORMER_PRESETS, name).architecture
 
 
-def _as_path(name: str, value: Any) -> Any:
-    return Path(str(value)) if name in _NESTED_PATHS and value is not None else value
-
-
-def _model_values(cls: type[RecipeT], given: Any) -> dict[str, Any]:
-    if given is None:
-        return {}
+def _model(cls: type[RecipeT], given: Any) -> tuple[Any, Any]:
+    """Return the defaults of a recipe's ``model``, and the fields that change them."""
     if isinstance(given, str):
         given = {"preset": given}
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping | None):
         raise InputError(f"model is {given!r}, expected a preset's name or fields")
-    fields = dict(given)
+    fields = dict(given or {})
     name = fields.pop("preset", None)
-    if name is None:
-        return fields
-    return {**dataclasses.asdict(preset_model(cls, str(name))), **fields}
-
-
-def _nested_defaults(cls: type[RecipeT]) -> dict[str, dict[str, Any]]:
-    recipe = cls()
-    return {
-        field.name: dataclasses.asdict(getattr(recipe, field.name))
-        for field in dataclasses.fields(recipe)
-        if dataclasses.is_dataclass(getattr(recipe, field.name))
-    }
+    return (cls().model if name is None else preset_model(cls, str(name))), fields
 
 
 def _packaged() -> Any:
@@ -155,7 +125,7 @@ def _packaged() -> Any:
 
 
 def _read(source: str) -> tuple[str, str]:
-    """Text of a recipe and a name for it."""
+    """Return the text of a recipe and a name for it."""
     if source in recipe_names():
         resource = _packaged() / f"{source}.yaml"
         return resource.read_text(encoding="utf-8"), f"recipe {source}"

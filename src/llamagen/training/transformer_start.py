@@ -15,6 +15,7 @@ from llamagen.config import (
     Grid,
     SmallTextEncoderConfig,
     TextConfig,
+    TransformerArchitecture,
     TransformerConfig,
     config_from_dict,
     config_to_dict,
@@ -35,7 +36,7 @@ from llamagen.training.conditioning import (
     LabelConditioning,
     TokenConditioning,
 )
-from llamagen.training.config import TransformerSize, TransformerTraining
+from llamagen.training.config import TransformerTraining
 from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, original_name
 from llamagen.training.next_code import TRANSFORMER, NextCodeModel, init_encoder_tensor
 from llamagen.training.parallel import initialise, seeded, set_tensor, shards_model
@@ -210,7 +211,7 @@ def find_start(
         text = _find_text(recipe, about, str(folder))
         sizes |= _text_sizes(text, recipe)
     if recipe.init is None:
-        config = recipe.model.config(condition=recipe.condition, **sizes)
+        config = TransformerConfig(**vars(recipe.model), condition=recipe.condition, **sizes)
         return Start(recipe=recipe, config=config, labels=labels, **text)
     if about is not None:
         source = config_from_dict(TransformerConfig, about["config"], str(folder))
@@ -334,7 +335,7 @@ def _with_dropout(source: TransformerConfig, recipe: TransformerTraining) -> Tra
 
 def _require_agreement(recipe: TransformerTraining, source: TransformerConfig) -> None:
     """Checks that the recipe asks for no other architecture than the model it starts from has."""
-    default = TransformerSize()
+    default = TransformerArchitecture()
     for field in dataclasses.fields(default):
         asked, usual = getattr(recipe.model, field.name), getattr(default, field.name)
         there = getattr(source, field.name)
