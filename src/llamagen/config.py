@@ -14,6 +14,7 @@ import math
 import numbers
 import typing
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import dacite
