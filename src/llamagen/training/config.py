@@ -79,8 +79,9 @@ class _Checked:
     """Base of a recipe's dataclasses."""
 
     def __post_init__(self) -> None:
-        choices = _choices(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are
+        cls: Any = type(self)
+        choices = _choices(cls)
+        for field in dataclasses.fields(cls):
             name, value = field.name, getattr(self, field.name)
             for each in value if isinstance(value, tuple) else (value,):
                 if name in choices:
