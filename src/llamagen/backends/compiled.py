@@ -60,11 +60,11 @@ class CompiledStep:
         return is_known and not model.training and _is_on_gpu(model)
 
     @classmethod
-    def of(cls, model: Transformer) -> CompiledStep:
+    def of(cls, model: Transformer, *, eager_steps: int = _EAGER_STEPS) -> CompiledStep:
         """The step of a model, made once: what is compiled stays."""
         step = _steps.get(model)
         if step is None:
-            step = _steps[model] = cls(model)
+            step = _steps[model] = cls(model, eager_steps=eager_steps)
         return step
 
     def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from llamagen.backends import StepTimes, reference_only
+from llamagen.backends import CompiledStep, StepTimes, reference_only
 from llamagen.config import SamplingConfig
 from llamagen.evaluation.speed.limits import MachineLimits, measure_limits
 from llamagen.evaluation.speed.timing import time_in_turn
@@ -73,6 +73,10 @@ def measure_decoding(
         on_run: called after every run.
     """
     models: dict[str, Transformer] = {p: _with_precision(model, p) for p in precisions}
+    for each in models.values():
+        if CompiledStep.supports(each):
+            # Compile in the warm-up runs, not after many steps.
+            CompiledStep.of(each, eager_steps=0)
     limits = {name: measure_limits(each.device, each.dtype) for name, each in models.items()}
     floats = next((name for name in precisions if not name.startswith("int")), None)
     count = model.config.num_codes
