@@ -32,7 +32,7 @@ def assert_equal_statistics(a, b):
     np.testing.assert_allclose(a.covariance / scale, b.covariance / scale, rtol=0, atol=1e-9)
 
 
-def test_statistics_are_those_of_numpy(features):
+def test_statistics_equal_numpy(features):
     found = FeatureStatistics.of(features)
     np.testing.assert_allclose(found.mean, features.mean(0), rtol=1e-12)
     covariance = np.cov(features, rowvar=False)
@@ -41,7 +41,7 @@ def test_statistics_are_those_of_numpy(features):
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_statistics_in_any_order_of_parts_and_merging(features, seed):
+def test_statistics_do_not_depend_on_order_and_merging(features, seed):
     rng = np.random.default_rng(seed)
     cuts = np.sort(rng.choice(len(features), 9, replace=False))
     parts = np.split(features[rng.permutation(len(features))], cuts)
@@ -54,7 +54,7 @@ def test_statistics_in_any_order_of_parts_and_merging(features, seed):
     assert_equal_statistics(whole, FeatureStatistics.of(features))
 
 
-def test_statistics_survive_saving(features):
+def test_statistics_round_trip(features):
     half = FeatureStatistics.of(features[:2000])
     again = FeatureStatistics.from_state(half.state_dict()).update(features[2000:])
     half.update(features[2000:])
@@ -71,7 +71,7 @@ def test_statistics_of_single_precision_are_computed_in_double(features):
     )
 
 
-def test_bad_features(features):
+def test_rejects_bad_features(features):
     with pytest.raises(ValueError, match="NaN or infinity"):
         FeatureStatistics.of(np.where(features > 150, np.nan, features))
     with pytest.raises(ValueError, match="width 3, expected 40"):
@@ -120,7 +120,7 @@ def _precision_recall_of_all_pairs(samples, reference, k):
 
 
 @pytest.mark.parametrize("block", [7, 64, 2048])
-def test_precision_recall_in_blocks(monkeypatch, block):
+def test_precision_recall_does_not_depend_on_blocks(monkeypatch, block):
     monkeypatch.setattr(manifold, "_BLOCK", block)
     rng = np.random.default_rng(3)
     samples, reference = rng.normal(0.5, 1.0, (90, 6)), rng.normal(0.0, 1.5, (130, 6))

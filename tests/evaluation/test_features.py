@@ -21,7 +21,7 @@ def images(tmp_path, monkeypatch):
     return CollectedImages.open(write_noise(tmp_path / "images", 10))
 
 
-def test_pieces_are_the_whole(images, tmp_path):
+def test_pieces_equal_one_pass(images, tmp_path):
     found = compute_features(CoarsePixels(), images, tmp_path / "f")
     pixels = torch.from_numpy(images.read(0, 10)).movedim(-1, 1)
     whole = CoarsePixels()(pixels)
@@ -30,7 +30,7 @@ def test_pieces_are_the_whole(images, tmp_path):
     np.testing.assert_allclose(found.probabilities, whole.probabilities.numpy(), rtol=1e-6)
 
 
-def test_goes_on_where_it_stopped(images, tmp_path):
+def test_resumes(images, tmp_path):
     network = CoarsePixels()
     first = compute_features(network, images, tmp_path / "f")
     assert network.seen == 10
@@ -45,7 +45,7 @@ def test_goes_on_where_it_stopped(images, tmp_path):
     np.testing.assert_array_equal(again.pool, first.pool)
 
 
-def test_other_networks_and_images_go_elsewhere(images, tmp_path):
+def test_other_networks_and_images_have_other_folders(images, tmp_path):
     other = CollectedImages.open(write_noise(tmp_path / "other", 10, seed=1))
     pairs = [
         (CoarsePixels(), images),
@@ -57,7 +57,7 @@ def test_other_networks_and_images_go_elsewhere(images, tmp_path):
     assert len(other) == len(images)
 
 
-def test_nan(images, tmp_path):
+def test_rejects_nan(images, tmp_path):
     class Broken(CoarsePixels):
         def __call__(self, pixels):
             found = super().__call__(pixels)
@@ -68,7 +68,7 @@ def test_nan(images, tmp_path):
     assert not list((tmp_path / "f").rglob("piece*"))
 
 
-def test_statistics_in_the_form_of_adm(images, tmp_path):
+def test_writes_statistics_for_adm(images, tmp_path):
     found = compute_features(CoarsePixels(), images, tmp_path / "f")
     write_statistics(tmp_path / "s.npz", found)
     with np.load(tmp_path / "s.npz") as arrays:
@@ -80,7 +80,7 @@ def test_statistics_in_the_form_of_adm(images, tmp_path):
     assert spatial.width == 4
 
 
-def test_a_reference_of_statistics_and_images(images, tmp_path):
+def test_reads_statistics_with_images(images, tmp_path):
     # As ADM's file: statistics of many images, and a few images for precision and recall.
     network = CoarsePixels("inception made up")
     statistics = FeatureStatistics.of(np.random.default_rng(0).normal(size=(50, 12)))
@@ -94,7 +94,7 @@ def test_a_reference_of_statistics_and_images(images, tmp_path):
         source.compute(CoarsePixels(), tmp_path / "f")
 
 
-def test_damaged_statistics(tmp_path):
+def test_rejects_damaged_statistics(tmp_path):
     good = {"mu": np.zeros(3), "sigma": np.eye(3)}
     np.savez(tmp_path / "nan.npz", **good | {"mu": np.full(3, np.nan)})
     with pytest.raises(InputError, match="hold NaN or infinity"):

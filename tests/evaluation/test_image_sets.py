@@ -12,7 +12,7 @@ from llamagen.support.errors import InputError
 from tests.evaluation.sets import CLASSES, noise, write_noise
 
 
-def test_a_folder(tmp_path, monkeypatch):
+def test_reads_a_folder_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "_PART", 4)
     images = CollectedImages.open(write_noise(tmp_path / "a", 10))
     assert (len(images), images.size) == (10, (16, 16))
@@ -23,7 +23,7 @@ def test_a_folder(tmp_path, monkeypatch):
     assert CollectedImages.open(tmp_path / "a", size=8).size == (8, 8)
 
 
-def test_an_identity_changes_with_the_images(tmp_path):
+def test_identity_changes_with_the_images(tmp_path):
     folder = write_noise(tmp_path / "a", 10)
     before = CollectedImages.open(folder).identity
     assert CollectedImages.open(folder).identity == before
@@ -35,7 +35,7 @@ def test_an_identity_changes_with_the_images(tmp_path):
     assert CollectedImages.open(folder).identity != before
 
 
-def test_captions(tmp_path):
+def test_reads_captions(tmp_path):
     write_noise(tmp_path, 2)
     table = tmp_path / "metadata.csv"
     table.write_text("file_name,text\ncat/000.png,a cat\ndog/001.png,\n")
@@ -45,7 +45,7 @@ def test_captions(tmp_path):
     assert images.name == str(table)
 
 
-def test_images_of_different_sizes(tmp_path):
+def test_rejects_images_of_different_sizes(tmp_path):
     folder = write_noise(tmp_path / "a", 3)
     Image.new("RGB", (20, 16)).save(folder / "cat" / "odd.png")
     with pytest.raises(
@@ -55,7 +55,7 @@ def test_images_of_different_sizes(tmp_path):
     assert CollectedImages.open(folder, size=16).read(0, 4).shape == (4, 16, 16, 3)
 
 
-def test_a_damaged_image_is_not_passed_over(tmp_path):
+def test_rejects_a_damaged_image(tmp_path):
     folder = write_noise(tmp_path / "a", 3)
     (folder / "cat" / "000.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"000.png cannot be read .* repair or remove it"):
@@ -63,14 +63,14 @@ def test_a_damaged_image_is_not_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_archives_of_numpy(tmp_path, save):
+def test_reads_archives_of_numpy(tmp_path, save):
     save(tmp_path / "a.npz", noise(8))
     images = ArchivedImages(tmp_path / "a.npz")
     assert (len(images), images.size) == (8, (16, 16))
     np.testing.assert_array_equal(images.read(5, 7), noise(8)[5:7])
 
 
-def test_archives_are_read_by_numpy(tmp_path, monkeypatch):
+def test_numpy_reads_our_archives(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "_PART", 3)
     images = CollectedImages.open(write_noise(tmp_path / "a", 8))
     write_images(tmp_path / "a.npz", images, images.labels)
@@ -80,7 +80,7 @@ def test_archives_are_read_by_numpy(tmp_path, monkeypatch):
     np.testing.assert_array_equal(ArchivedImages(tmp_path / "a.npz").read(0, 8), images.read(0, 8))
 
 
-def test_bad_archives(tmp_path):
+def test_rejects_bad_archives(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         ArchivedImages(tmp_path / "none.npz")
     np.savez(tmp_path / "other.npz", images=noise(3))

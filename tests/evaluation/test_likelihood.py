@@ -25,7 +25,7 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 4)
 
 
-def test_bits_are_those_of_the_loss(tmp_path):
+def test_bits_equal_the_loss(tmp_path):
     pipe = tiny_pipeline()
     images = CollectedImages.open(write_noise(tmp_path / "a", 10))
     found = measure_likelihood(pipe, images, tmp_path)
@@ -48,7 +48,7 @@ def test_bits_are_those_of_the_loss(tmp_path):
     np.testing.assert_allclose(found.map().mean(), found.bits_per_code)
 
 
-def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_resumes(tmp_path, monkeypatch):
     pipe = tiny_pipeline()
     images = CollectedImages.open(write_noise(tmp_path / "a", 10))
     whole = measure_likelihood(pipe, images, tmp_path / "l")
@@ -62,7 +62,7 @@ def test_goes_on_where_it_stopped(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.conditional, whole.conditional)
 
 
-def test_captions(tmp_path):
+def test_captions_need_no_padding(tmp_path):
     write_noise(tmp_path, 2)
     (tmp_path / "metadata.csv").write_text(
         "file_name,text\ncat/000.png,a cat\ndog/001.png,a much longer dog\n"
@@ -78,7 +78,7 @@ def test_captions(tmp_path):
     assert not np.allclose(both.conditional[0], both.unconditional[0])
 
 
-def test_images_that_do_not_fit(tmp_path):
+def test_rejects_images_that_do_not_fit(tmp_path):
     pipe = tiny_pipeline()
     folder = write_noise(tmp_path / "a", 4, side=32)
     with pytest.raises(InputError, match="32x32 pixels, but tiny draws 16x16; crop them with size"):

@@ -36,7 +36,7 @@ def test_ssim_of_equal_images_is_one(pairs):
     np.testing.assert_allclose(ssim(pairs[0], pairs[0]), 1.0)
 
 
-def test_shapes_must_agree(pairs):
+def test_rejects_different_shapes(pairs):
     for metric in (psnr, ssim):
         with pytest.raises(ValueError, match="cannot be compared"):
             metric(pairs[0], pairs[1][:, :10])

@@ -40,7 +40,7 @@ def pooled(array):
     return CoarsePixels()(torch.from_numpy(array).movedim(-1, 1)).pool.numpy()
 
 
-def test_classes(tmp_path, reference):
+def test_c2i_compares_samples_of_all_classes(tmp_path, reference):
     pipe = tiny_pipeline()
     plan = SamplePlan.of_classes(pipe, 30, seed=1, guidance_scale=2.0)
     npz = tmp_path / "samples.npz"
@@ -65,7 +65,7 @@ def test_classes(tmp_path, reference):
     assert len(report.pictures) == 2
 
 
-def test_numbers_of_another_network_do_not_look_like_the_papers(tmp_path, reference):
+def test_metrics_of_another_network_have_other_names(tmp_path, reference):
     pipe = tiny_pipeline()
     plan = SamplePlan.of_classes(pipe, 10)
     report = evaluate_classes(pipe, plan, reference, place(tmp_path, "mine"))
@@ -79,7 +79,7 @@ def test_numbers_of_another_network_do_not_look_like_the_papers(tmp_path, refere
     assert 0 <= report.metrics["classifier_accuracy"] <= 1
 
 
-def test_a_tokenizer_against_the_very_images(tmp_path):
+def test_tokenizer_is_compared_with_its_images(tmp_path):
     images = CollectedImages.open(write_noise(tmp_path / "real", 20))
     tokenizer = tiny_tokenizer()
     made = Reconstructions(tokenizer, images, tmp_path / "r")
@@ -109,7 +109,7 @@ def test_reconstructions_against_statistics_are_flagged(tmp_path):
     assert "precision" not in report.metrics
 
 
-def test_a_tokenizer_without_a_network(tmp_path):
+def test_tokenizer_needs_no_network(tmp_path):
     images = CollectedImages.open(write_noise(tmp_path / "real", 6))
     made = Reconstructions(tiny_tokenizer(), images, tmp_path / "r")
     report = evaluate_tokenizer(
@@ -131,7 +131,7 @@ def test_a_tokenizer_without_a_network(tmp_path):
         Reconstructions(tiny_tokenizer(), odd, tmp_path)
 
 
-def test_folders(tmp_path, reference):
+def test_folder_compares_two_sets(tmp_path, reference):
     folder = write_noise(tmp_path / "mine", 30, seed=2)
     images = CollectedImages.open(folder)
     report = evaluate_folder(images, reference, place(tmp_path))
@@ -147,7 +147,7 @@ def test_folders(tmp_path, reference):
     assert (itself.metrics["precision"], itself.metrics["recall"]) == (1.0, 1.0)
 
 
-def test_copies_are_found(tmp_path, reference):
+def test_copies_are_flagged(tmp_path, reference):
     folder = write_noise(tmp_path / "mine", 20, seed=2)
     (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "000.png").read_bytes())
     report = evaluate_folder(CollectedImages.open(folder), reference, place(tmp_path))
@@ -160,7 +160,7 @@ def test_another_size_is_flagged(tmp_path, reference):
     assert "images have 32x32 pixels, the reference 16x16" in report.warnings[0]
 
 
-def test_a_reference_of_another_network(tmp_path):
+def test_rejects_a_reference_of_another_network(tmp_path):
     np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
     images = CollectedImages.open(write_noise(tmp_path / "mine", 5))
     with pytest.raises(InputError, match=r"features of 7 numbers, but the network gives 12"):
@@ -177,7 +177,7 @@ class FakeClip:
         return torch.tensor([[1.0, 0.0]] * len(texts))
 
 
-def test_texts(tmp_path, reference):
+def test_t2i_has_fid_and_clip_score(tmp_path, reference):
     pipe, out = tiny_text_pipeline(), tmp_path / "out"
     plan = SamplePlan.of_prompts(pipe, [f"a picture of {number}" for number in range(8)])
     report = evaluate_texts(pipe, plan, out, place(tmp_path), reference, FakeClip())
@@ -190,7 +190,7 @@ def test_texts(tmp_path, reference):
     assert only_clip.warnings == []
 
 
-def test_likelihood(tmp_path):
+def test_likelihood_by_class_adds_up(tmp_path):
     images = CollectedImages.open(write_noise(tmp_path / "real", 12))
     report = evaluate_likelihood(tiny_pipeline(), images, tmp_path / "out")
     (table,) = report.tables
@@ -200,7 +200,7 @@ def test_likelihood(tmp_path):
     assert report.pictures[0].title == "Bits by position in the grid"
 
 
-def test_a_sweep(tmp_path, reference):
+def test_sweep_finds_the_best_pair(tmp_path, reference):
     pipe = tiny_pipeline()
     plan = SamplePlan.of_classes(pipe, 15, temperature=0.8)
     report = evaluate_sweep(
@@ -230,7 +230,7 @@ def test_a_sweep(tmp_path, reference):
     assert alone.metrics["fid"] == pytest.approx(values[4, 3.0])
 
 
-def test_a_report_is_written(tmp_path, reference):
+def test_report_is_written(tmp_path, reference):
     pipe = tiny_pipeline()
     plan = SamplePlan.of_classes(pipe, 10)
     report = evaluate_classes(pipe, plan, reference, place(tmp_path))

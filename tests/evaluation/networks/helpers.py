@@ -1,10 +1,13 @@
-"""What the tests of networks share."""
+"""Shared by the tests of networks."""
 
 from __future__ import annotations
 
+import io
+import os
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamagen.evaluation.networks import InceptionV3
 from llamagen.support.errors import InputError
@@ -28,3 +31,25 @@ def one_line(call, *arguments) -> str:
     assert "\n" not in text
     assert len(text) < 700
     return text
+
+
+class Malicious:
+    """Asks whoever unpickles it to run a command."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def saved(content: object, *, legacy: bool = False) -> bytes:
+    """The file of ``torch.save``."""
+    file = io.BytesIO()
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    return file.getvalue()
+
+
+def same(model: nn.Module, weights: dict[str, Tensor]) -> bool:
+    state = model.state_dict()
+    return set(state) == set(weights) and all(torch.equal(state[k], weights[k]) for k in weights)

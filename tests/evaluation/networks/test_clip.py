@@ -98,14 +98,14 @@ def test_images_are_prepared_as_in_transformers(size):
 
 
 @pytest.mark.parametrize(("width", "left"), [(30, 0), (33, 2), (35, 2), (37, 4), (40, 5)])
-def test_the_middle_of_a_wide_image(width, left):
+def test_takes_the_middle_of_a_wide_image(width, left):
     """Halves go to the even neighbour, as OpenAI's code does through torchvision."""
     ramp = np.broadcast_to(np.arange(width, dtype=np.uint8)[:, None], (SIDE, width, 3))
     square = np.asarray(clip._square(Image.fromarray(np.ascontiguousarray(ramp)), SIDE))
     assert square[0, :, 0].tolist() == list(range(left, left + SIDE))
 
 
-def test_every_image_and_caption_counts_for_itself(encoder):
+def test_features_do_not_depend_on_the_batch(encoder):
     batch = images(40, 50)
     torch.testing.assert_close(
         encoder.encode_images(batch)[1:2],
@@ -121,14 +121,14 @@ def test_every_image_and_caption_counts_for_itself(encoder):
     assert encoder.encode_texts([]).shape == (0, 8)
 
 
-def test_captions_have_a_prefix_unless_told_otherwise(encoder):
+def test_captions_have_a_prefix_by_default(encoder):
     assert CAPTION_PREFIX == "A photo depicts "
     found = encoder.encode_texts(["a llama"])
     assert torch.equal(found, encoder.encode_texts(["A photo depicts a llama"], prefix=""))
     assert not torch.allclose(found, encoder.encode_texts(["a llama"], prefix=""))
 
 
-def test_what_is_beyond_the_last_token_is_not_read(encoder):
+def test_truncates_long_captions(encoder):
     long = "a b c d e f g h i j k l m n o p q r s t u v w x y z"
     short = long[: 2 * (LENGTH - 2) - 1]
     assert torch.equal(
@@ -136,7 +136,7 @@ def test_what_is_beyond_the_last_token_is_not_read(encoder):
     )
 
 
-def test_autocast_changes_nothing(encoder):
+def test_autocast_has_no_effect(encoder):
     batch = images(40, 40, count=1)
     before = encoder.encode_images(batch), encoder.encode_texts(["a"])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -145,12 +145,12 @@ def test_autocast_changes_nothing(encoder):
         assert torch.equal(a, b)
 
 
-def test_images_are_bytes(encoder):
+def test_rejects_images_that_are_not_bytes(encoder):
     text = one_line(encoder.encode_images, torch.zeros(1, 3, 8, 8))
     assert "give uint8 of shape (B, 3, H, W)" in text
 
 
-def test_weights_are_told_apart(encoder, folder, tmp_path):
+def test_fingerprint_changes_with_the_weights(encoder, folder, tmp_path):
     again = ClipEncoder.from_pretrained(str(folder))
     assert again.fingerprint == encoder.fingerprint
     assert encoder.fingerprint.startswith("clip/")
@@ -159,7 +159,7 @@ def test_weights_are_told_apart(encoder, folder, tmp_path):
     assert again.name == str(folder)
 
 
-def test_what_cannot_be_loaded(tmp_path, monkeypatch):
+def test_rejects_other_sources(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, message in {
         str(tmp_path): "cannot be loaded",
@@ -171,7 +171,7 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     assert "family bert, expected clip" in one_line(ClipEncoder.from_pretrained, tmp_path)
 
 
-def test_files_that_are_damaged(tmp_path):
+def test_rejects_damaged_files(tmp_path):
     write_clip(tmp_path)
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()
@@ -189,7 +189,7 @@ def test_files_that_are_damaged(tmp_path):
     assert "lacks weights of CLIP, as text_projection.weight" in text
 
 
-def test_without_transformers(monkeypatch):
+def test_names_the_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     text = one_line(ClipEncoder.from_pretrained)
     assert "pip install 'llamagen[text]'" in text

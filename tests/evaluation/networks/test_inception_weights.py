@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
-import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from llamagen.evaluation.networks import InceptionV3, inception
 from llamagen.evaluation.networks.inception import WEIGHTS_FILE
 from llamagen.evaluation.networks.weights import PublicFile
 from llamagen.support.errors import InputError
-from tests.evaluation.networks.helpers import images, one_line, shapes
+from tests.evaluation.networks.helpers import Malicious, images, one_line, same, saved, shapes
 from tests.web import running
 
 # Its files
@@ -30,19 +28,8 @@ def constant(value: float = 0.01) -> dict[str, Tensor]:
     }
 
 
-def saved(content: object, *, legacy: bool = False) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
-    return file.getvalue()
-
-
-def same(model: InceptionV3, weights: dict[str, Tensor]) -> bool:
-    state = model.state_dict()
-    return set(state) == set(weights) and all(torch.equal(state[k], weights[k]) for k in weights)
-
-
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_there_and_back(tmp_path, legacy):
+def test_loads_pickles(tmp_path, legacy):
     weights = constant()
     path = tmp_path / "weights.pth"
     path.write_bytes(saved(weights, legacy=legacy))
@@ -59,7 +46,7 @@ def test_there_and_back(tmp_path, legacy):
     assert model.name.startswith("Inception-v3")
 
 
-def test_drawn_weights_there_and_back(network, tmp_path):
+def test_loads_safetensors(network, tmp_path):
     """As safetensors, which converters of public files write as well."""
     path = tmp_path / "weights.safetensors"
     state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
@@ -91,7 +78,7 @@ def test_drawn_weights_there_and_back(network, tmp_path):
         ({"fc.bias": torch.ones(1008, dtype=torch.int8)}, r"fc\.bias \(torch\.int8\) does not"),
     ],
 )
-def test_weights_of_another_network(tmp_path, change, message):
+def test_rejects_weights_of_another_network(tmp_path, change, message):
     whole = {**constant(), **change}
     path = tmp_path / "a.pth"
     path.write_bytes(saved({k: v for k, v in whole.items() if v is not None}))
@@ -102,17 +89,7 @@ def test_weights_of_another_network(tmp_path, change, message):
     assert f"give the path of {WEIGHTS_FILE.name} ({WEIGHTS_FILE.url})" in text
 
 
-class Malicious:
-    """Pickled, it asks whoever unpickles it to run a command."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def test_files_of_another_kind(tmp_path):
+def test_rejects_files_of_another_kind(tmp_path):
     path = tmp_path / "a.pth"
     witness = tmp_path / "it-ran"
     for content, message in (
@@ -131,7 +108,7 @@ def test_files_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_truncated_files(tmp_path, legacy):
+def test_rejects_truncated_files(tmp_path, legacy):
     path = tmp_path / "a.pth"
     content = saved(constant(), legacy=legacy)
     for length in (1, 9, 1000, len(content) // 2, len(content) - 1):
@@ -141,7 +118,7 @@ def test_truncated_files(tmp_path, legacy):
         assert "again" in text
 
 
-def test_what_is_missing(tmp_path, monkeypatch):
+def test_names_missing_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     for source in (tmp_path / "absent.pth", "absent.pth", "folder", "folder/sub/a.pth", ""):
@@ -154,11 +131,16 @@ def test_what_is_missing(tmp_path, monkeypatch):
 # Where they come from
 
 
-def test_the_checksum_is_the_one_that_is_known():
+def test_checksum_equals_the_known_one():
     assert WEIGHTS_FILE.sha256.startswith("6726825d")
     assert len(WEIGHTS_FILE.sha256) == 64
     assert WEIGHTS_FILE.url.startswith("https://")
     assert WEIGHTS_FILE.url.endswith("/" + WEIGHTS_FILE.name)
+
+
+def located(source: str | Path | None = None) -> bytes:
+    """The file that is loaded, without building the network."""
+    return inception._locate(source).read_bytes()
 
 
 @pytest.fixture
@@ -184,11 +166,11 @@ def cache(web, tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_they_are_downloaded_once(web, cache):
-    assert same(InceptionV3.from_weights(), constant())
+def test_downloads_once(web, cache):
+    assert located() == saved(constant())
     assert [path.name for path in cache.iterdir()] == [WEIGHTS_FILE.name]
     web.files.clear()
-    assert same(InceptionV3.from_weights(), constant())
+    assert located() == saved(constant())
     assert web.requests == [WEIGHTS_FILE.name]
     # Damaged later, the copy is named, and what to do with it.
     path = cache / WEIGHTS_FILE.name
@@ -199,11 +181,11 @@ def test_they_are_downloaded_once(web, cache):
     assert "without that file it is downloaded again" in text
 
 
-def test_other_programs_may_have_them(web, cache, tmp_path):
+def test_finds_the_file_of_torch_hub(web, cache, tmp_path):
     shared = tmp_path / "torch" / "hub" / "checkpoints" / WEIGHTS_FILE.name
     shared.parent.mkdir(parents=True)
     shared.write_bytes(web.files.pop(WEIGHTS_FILE.name))
-    assert same(InceptionV3.from_weights(), constant())
+    assert located() == saved(constant())
     assert web.requests == []
     assert not cache.exists()
     shared.write_bytes(b"")
@@ -220,7 +202,7 @@ def test_other_programs_may_have_them(web, cache, tmp_path):
         ("absent", "(Not Found)"),
     ],
 )
-def test_downloads_that_fail_leave_nothing(web, cache, fault, message):
+def test_failed_downloads_leave_no_file(web, cache, fault, message):
     name = WEIGHTS_FILE.name
     if fault == "changed":
         web.files[name] = web.files[name][:-1] + b"?"
@@ -235,7 +217,7 @@ def test_downloads_that_fail_leave_nothing(web, cache, fault, message):
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
+def test_rejects_an_unwritable_cache(cache, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLAMAGEN_CACHE", str(tmp_path / "file" / "cache"))
     text = one_line(InceptionV3.from_weights)
@@ -243,38 +225,37 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     assert "for the features of FID (LLAMAGEN_CACHE)" in text
 
 
-def test_a_file_under_the_public_name_is_the_public_file(web, cache, tmp_path):
+def test_public_name_demands_the_public_content(web, cache, tmp_path):
     path = tmp_path / "mine" / WEIGHTS_FILE.name
     path.parent.mkdir()
     path.write_bytes(web.files[WEIGHTS_FILE.name])
     for source in (path, path.parent, str(path)):
-        assert same(InceptionV3.from_weights(source), constant())
+        assert located(source) == saved(constant())
     path.write_bytes(saved(constant(0.5)))
     text = one_line(InceptionV3.from_weights, path)
     assert f"{path} is damaged or another file than its name says (SHA-256 " in text
     # Under another name it is what it is.
     other = path.rename(path.with_name("other.pth"))
-    assert same(InceptionV3.from_weights(other), constant(0.5))
+    assert located(other) == saved(constant(0.5))
 
 
-def test_other_addresses(web, cache):
+def test_downloads_from_other_addresses(web, cache):
     mirror = f"{web.url}/mirror/{WEIGHTS_FILE.name}"
     web.files[f"mirror/{WEIGHTS_FILE.name}"] = web.files.pop(WEIGHTS_FILE.name)
-    assert same(InceptionV3.from_weights(mirror), constant())
+    assert located(mirror) == saved(constant())
     # Which is the public file, so nothing more has to be downloaded.
-    assert same(InceptionV3.from_weights(), constant())
+    assert located() == saved(constant())
     for place, value in (("one", 0.3), ("two", 0.4)):
         web.files[f"{place}/own.pth"] = saved(constant(value))
         for _ in range(2):
-            model = InceptionV3.from_weights(f"{web.url}/{place}/own.pth")
-            assert same(model, constant(value))
+            assert located(f"{web.url}/{place}/own.pth") == saved(constant(value))
     assert len(web.requests) == 3
     assert f"cannot download {web.url}/no.pth" in one_line(
         InceptionV3.from_weights, f"{web.url}/no.pth"
     )
 
 
-def test_files_on_the_hub(tmp_path, monkeypatch):
+def test_finds_files_on_the_hub(tmp_path, monkeypatch):
     asked = []
 
     def download(repo: str, file: str) -> Path:
@@ -285,7 +266,7 @@ def test_files_on_the_hub(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(inception, "download_file", download)
-        assert same(InceptionV3.from_weights("some-one/networks/2015/a.pth"), constant())
+        assert located("some-one/networks/2015/a.pth") == saved(constant())
     assert asked == [("some-one/networks", "2015/a.pth")]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     text = one_line(InceptionV3.from_weights, "nobody/nothing/a.pth")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from llamagen.evaluation.networks.lpips import (
 )
 from llamagen.evaluation.networks.weights import PublicFile, cache_folder
 from llamagen.support.errors import InputError
-from tests.evaluation.networks.helpers import one_line
+from tests.evaluation.networks.helpers import Malicious, one_line, same, saved
 from tests.web import running
 
 CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
@@ -77,7 +76,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 # The measure
 
 
-def test_its_keys_are_those_of_the_two_public_files():
+def test_keys_equal_those_of_the_public_files():
     with torch.device("meta"):
         model = Lpips()
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -86,7 +85,7 @@ def test_its_keys_are_those_of_the_two_public_files():
 
 
 @torch.no_grad()
-def test_equal_images_are_at_distance_0_and_others_are_not():
+def test_only_equal_images_have_distance_zero():
     model = small()
     a, b = images(3, 3, 32, 40), images(3, 3, 32, 40, seed=1)
     assert model(a, a).tolist() == [0.0, 0.0, 0.0]
@@ -100,7 +99,7 @@ def test_equal_images_are_at_distance_0_and_others_are_not():
 
 
 @torch.no_grad()
-def test_the_distance_grows_with_the_noise():
+def test_distance_grows_with_noise():
     model = small()
     a, noise = images(4, 3, 48, 48), torch.randn(4, 3, 48, 48)
     distances = torch.stack([model(a + s * noise, a) for s in (0.0, 0.02, 0.1, 0.4)])
@@ -109,7 +108,7 @@ def test_the_distance_grows_with_the_noise():
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (19, 35)])
-def test_against_a_direct_computation(size):
+def test_matches_a_direct_computation(size):
     model = small(seed=3)
     weights = {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}
     a, b = images(2, 3, *size), images(2, 3, *size, seed=1)
@@ -150,7 +149,7 @@ def direct_features(weights: dict[str, np.ndarray], image: np.ndarray) -> list[n
     return taps
 
 
-def test_gradients_reach_the_images_and_nothing_else():
+def test_only_images_get_gradients():
     model = small()
     a = images(2, 3, 24, 24).requires_grad_()
     model(a, images(2, 3, 24, 24, seed=1)).mean().backward()
@@ -162,7 +161,7 @@ def test_gradients_reach_the_images_and_nothing_else():
     assert (model(a - 1e-3 * a.grad / a.grad.std(), b) < model(a, b)).all()
 
 
-def test_gradients_where_nothing_is_seen():
+def test_gradients_are_finite_at_zero_features():
     """Positions at which all features are 0 have no direction."""
     model = small()
     for name, weight in model.named_parameters():
@@ -185,7 +184,7 @@ def test_gradients_where_nothing_is_seen():
 
 
 @torch.no_grad()
-def test_training_does_not_change_it():
+def test_train_keeps_eval_mode():
     parent = nn.Module()
     parent.lpips = small()
     a, b = images(2, 3, 16, 16), images(2, 3, 16, 16, seed=1)
@@ -203,7 +202,7 @@ def test_training_does_not_change_it():
 
 
 @torch.no_grad()
-def test_under_autocast_it_is_nearly_the_same():
+def test_autocast_changes_distances_little():
     model = small()
     a, b = images(2, 3, 32, 32), images(2, 3, 32, 32, seed=1)
     exact = model(a, b)
@@ -214,7 +213,7 @@ def test_under_autocast_it_is_nearly_the_same():
     torch.testing.assert_close(rough, exact, rtol=0.05, atol=0)
 
 
-def test_what_cannot_be_compared():
+def test_rejects_small_or_different_images():
     model = small()
     text = one_line(model, torch.zeros(2, 3, 15, 16), torch.zeros(2, 3, 15, 16))
     assert "images of 16x15 pixels are too small" in text
@@ -235,11 +234,6 @@ def weights() -> dict[str, Tensor]:
     return drawn({**trunk_shapes(), **head_shapes()})
 
 
-def same(model: Lpips, weights: dict[str, Tensor]) -> bool:
-    state = model.state_dict()
-    return set(state) == set(weights) and all(torch.equal(state[k], weights[k]) for k in weights)
-
-
 def write_pair(folder: Path, weights: dict[str, Tensor], *, legacy: bool = False) -> None:
     trunk = {name: tensor for name, tensor in weights.items() if name.startswith("features")}
     heads = {name: tensor for name, tensor in weights.items() if name.startswith("lin")}
@@ -249,7 +243,7 @@ def write_pair(folder: Path, weights: dict[str, Tensor], *, legacy: bool = False
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_the_public_files(tmp_path, weights, legacy):
+def test_loads_the_public_files(tmp_path, weights, legacy):
     write_pair(tmp_path, weights, legacy=legacy)
     random_numbers = torch.get_rng_state()
     model = load_lpips(tmp_path)
@@ -268,7 +262,7 @@ def test_the_public_files(tmp_path, weights, legacy):
         assert (model(images(1, 3, 16, 16), images(1, 3, 16, 16, seed=1)) > 0).all()
 
 
-def test_one_file_with_everything(tmp_path, weights):
+def test_loads_one_file_with_all_weights(tmp_path, weights):
     write_pair(tmp_path / "pair", weights)
     path = tmp_path / "sub" / FILE_NAME
     save_lpips(load_lpips(tmp_path / "pair"), path)
@@ -281,7 +275,7 @@ def test_one_file_with_everything(tmp_path, weights):
     assert same(load_lpips(str(path)), weights)
 
 
-def test_other_forms(tmp_path):
+def test_loads_other_formats(tmp_path):
     shapes = {**trunk_shapes(), **head_shapes()}
     whole = constant(shapes)
     # All in one pickle, in half precision, under a name that says nothing.
@@ -297,7 +291,7 @@ def test_other_forms(tmp_path):
     assert same(load_lpips(tmp_path), whole)
 
 
-def test_what_is_missing(tmp_path):
+def test_names_missing_files(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"absent does not exist; give .* perceptual_weight 0"
     ):
@@ -329,7 +323,7 @@ def test_what_is_missing(tmp_path):
         ({"features.2.bias": "ones"}, r"features\.2\.bias .* is missing"),
     ],
 )
-def test_weights_of_another_network(tmp_path, change, message):
+def test_rejects_weights_of_another_network(tmp_path, change, message):
     whole = {**constant({**trunk_shapes(), **head_shapes()}), **change}
     torch.save({k: v for k, v in whole.items() if v is not None}, tmp_path / "a.pth")
     with pytest.raises(InputError, match=message):
@@ -337,7 +331,7 @@ def test_weights_of_another_network(tmp_path, change, message):
     assert str(tmp_path / "a.pth") in one_line(load_lpips, tmp_path / "a.pth")
 
 
-def test_files_of_another_kind(tmp_path):
+def test_rejects_files_of_another_kind(tmp_path):
     path = tmp_path / "a.pth"
     torch.save({"encoder.conv_in.weight": torch.ones(2)}, path)
     assert "lacks VGG16, it holds encoder.conv_in.weight; give" in one_line(load_lpips, path)
@@ -350,15 +344,12 @@ def test_files_of_another_kind(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_truncated_files(tmp_path, weights, form):
+def test_rejects_truncated_files(tmp_path, weights, form):
     path = tmp_path / "a"
     if form == "safetensors":
         content = saved_whole(tmp_path, weights)
     else:
-        file = io.BytesIO()
-        whole = constant({**trunk_shapes(), **head_shapes()})
-        torch.save(whole, file, _use_new_zipfile_serialization=form == "zip")
-        content = file.getvalue()
+        content = saved(constant({**trunk_shapes(), **head_shapes()}), legacy=form == "legacy")
     for length in (0, 1, 3, 9, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
         text = one_line(load_lpips, path)
@@ -376,19 +367,9 @@ def saved_whole(folder: Path, weights: dict[str, Tensor]) -> bytes:
     return path.read_bytes()
 
 
-class Malicious:
-    """Pickled, it asks whoever unpickles it to run a command."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", [TRUNK_FILE.name, HEADS_FILE.name])
-def test_code_in_a_file_does_not_run(tmp_path, name, legacy):
+def test_never_runs_code_in_a_file(tmp_path, name, legacy):
     write_pair(tmp_path, constant({**trunk_shapes(), **head_shapes()}))
     witness = tmp_path / "it-ran"
     content = {"lin0.model.1.weight": torch.ones(1), "features.0": Malicious(f"touch {witness}")}
@@ -398,7 +379,7 @@ def test_code_in_a_file_does_not_run(tmp_path, name, legacy):
     assert not witness.exists()
 
 
-def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch, weights):
+def test_full_disk_leaves_no_file(tmp_path, monkeypatch, weights):
     content = saved_whole(tmp_path, weights)
     model = load_lpips(tmp_path)
 
@@ -416,7 +397,7 @@ def test_a_disk_that_is_full_leaves_nothing(tmp_path, monkeypatch, weights):
 # Downloads
 
 
-def test_the_checksums_are_those_that_are_known():
+def test_checksums_equal_the_known_ones():
     # The name of the one says how its checksum begins.
     assert TRUNK_FILE.sha256.startswith("397923af")
     assert TRUNK_FILE.url.endswith(TRUNK_FILE.name)
@@ -447,7 +428,7 @@ def cache(web, tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_they_are_downloaded_once(web, cache):
+def test_downloads_once(web, cache):
     expected = constant({**trunk_shapes(), **head_shapes()})
     assert same(load_lpips(), expected)
     assert web.requests == [HEADS_FILE.name, TRUNK_FILE.name]
@@ -471,7 +452,7 @@ def test_they_are_downloaded_once(web, cache):
         ("absent", "HTTP Error 404: Not Found"),
     ],
 )
-def test_downloads_that_fail_leave_nothing(web, cache, name, fault, message):
+def test_failed_downloads_leave_no_file(web, cache, name, fault, message):
     if fault == "changed":
         content = web.files[name]
         # Weights like the others, but for one bit.
@@ -490,7 +471,7 @@ def test_downloads_that_fail_leave_nothing(web, cache, name, fault, message):
     assert list(cache.iterdir()) == []
 
 
-def test_without_a_network(cache, monkeypatch):
+def test_names_a_remedy_without_a_network(cache, monkeypatch):
     # Nobody listens on the port for discarding.
     away = [PublicFile(name="vgg.pth", url="http://127.0.0.1:9/vgg.pth", sha256="0" * 64)]
     monkeypatch.setattr(lpips, "_PUBLIC_FILES", tuple(away))
@@ -503,7 +484,7 @@ def test_without_a_network(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_a_server_that_does_not_answer(web, cache, monkeypatch):
+def test_names_a_timeout(web, cache, monkeypatch):
     def silent(*_, **__):
         raise TimeoutError("timed out")
 
@@ -511,7 +492,7 @@ def test_a_server_that_does_not_answer(web, cache, monkeypatch):
     assert "(timed out)" in one_line(load_lpips)
 
 
-def test_a_disk_that_is_full_while_downloading(cache, monkeypatch):
+def test_full_disk_while_downloading_leaves_no_file(cache, monkeypatch):
     class Full(io.BytesIO):
         def write(self, *_):
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -528,7 +509,7 @@ def test_a_disk_that_is_full_while_downloading(cache, monkeypatch):
     assert list(cache.iterdir()) == []
 
 
-def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
+def test_rejects_an_unwritable_cache(cache, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLAMAGEN_CACHE", str(tmp_path / "file" / "cache"))
     text = one_line(load_lpips)
@@ -536,7 +517,7 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path):
     assert "LLAMAGEN_CACHE" in text
 
 
-def test_where_the_cache_is(monkeypatch, tmp_path):
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("LLAMAGEN_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
