@@ -37,10 +37,8 @@ def test_resumes(images, tmp_path):
     (path,) = (tmp_path / "f").rglob("piece-00002.npz")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match=r"piece-00002.npz is damaged .* run the same command"):
-        compute_features(network, images, tmp_path / "f")
     again = compute_features(network, images, tmp_path / "f")
-    # Images 8 and 9 were looked at again, no others.
+    # Of images 8 and 9 only.
     assert network.seen == 12
     np.testing.assert_array_equal(again.pool, first.pool)
 

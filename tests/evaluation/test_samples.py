@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from llamagen.config import SamplingConfig, sampling_settings
-from llamagen.evaluation import pieces
+from llamagen.evaluation import pieces, samples
 from llamagen.evaluation.samples import SamplePlan, draw_samples
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.support.errors import InputError
@@ -77,7 +79,11 @@ def test_resumes(pipe, tmp_path, monkeypatch):
     again = draw_samples(pipe, wanted, tmp_path)
     assert calls == [4, 4]
     np.testing.assert_array_equal(again.read(0, 10), whole)
-    (tmp_path / "piece-00000.npz").write_bytes(b"cut off")
+    # Damaged pieces are made again; one that is damaged later is removed.
+    (tmp_path / "piece-00000.npz").write_bytes(b"truncated")
+    draw_samples(pipe, wanted, tmp_path)
+    assert calls == [4, 4, 4]
+    (tmp_path / "piece-00000.npz").write_bytes(b"truncated")
     with pytest.raises(InputError, match=r"piece-00000.npz is damaged .* run the same command"):
         again.read(0, 10)
     assert len(draw_samples(pipe, wanted, tmp_path).read(0, 10)) == 10
@@ -93,24 +99,38 @@ def _counting(decode, calls):
 
 def test_rejects_a_folder_of_other_samples(pipe, tmp_path):
     draw_samples(pipe, plan(pipe), tmp_path)
-    with pytest.raises(InputError, match=r"other settings .*sampling.* give another folder"):
+    with pytest.raises(InputError, match=r"other settings .*guidance_scale.* choose another"):
         draw_samples(pipe, plan(pipe, guidance_scale=2.0), tmp_path)
-    with pytest.raises(InputError, match=r"begun with other settings \(images, identity\)"):
+    with pytest.raises(InputError, match=r"begun with other settings \(images 10, now 11; id"):
         draw_samples(pipe, plan(pipe, 11), tmp_path)
     with pytest.raises(InputError, match=r"begun with other settings .*weights"):
         draw_samples(tiny_pipeline(seed=1), plan(pipe), tmp_path)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("")
-    with pytest.raises(InputError, match="not empty and holds no samples"):
+    with pytest.raises(InputError, match=r"not empty and holds no samples \(but notes"):
         draw_samples(pipe, plan(pipe), tmp_path / "other")
 
 
 def test_progress_counts_every_image_once(pipe, tmp_path, monkeypatch):
     counts = []
-
-    def make(self, make_piece, description):
-        make_piece(0, 10, counts.append)
-
-    monkeypatch.setattr(pieces.Pieces, "make", make)
+    monkeypatch.setattr(
+        samples, "make_pieces", lambda _pieces, make, _text: make(range(10), counts.append)
+    )
     draw_samples(pipe, plan(pipe), tmp_path, batch_size=3)
     assert counts == [3, 3, 3, 1]
+
+
+def test_resumes_folders_of_the_first_edition(pipe, tmp_path):
+    whole = draw_samples(pipe, plan(pipe), tmp_path).read(0, 10)
+    path = tmp_path / "settings.json"
+    settings = json.loads(path.read_text())
+    first = ("guidance_scale", "guidance_stop", "temperature", "top_k", "top_p")
+    assert set(settings.pop("sampling")) == set(first)
+    assert set(settings) == {
+        *("format", "version", "model", "weights", "dtype", "images", "identity")
+    }
+    settings = json.loads(path.read_text())
+    del settings["format"], settings["version"]
+    path.write_text(json.dumps(settings))
+    (tmp_path / "piece-00001.npz").unlink()
+    np.testing.assert_array_equal(draw_samples(pipe, plan(pipe), tmp_path).read(0, 10), whole)

@@ -6,21 +6,19 @@ Shapes: B images, D numbers of a pooled feature, S of a spatial one, K classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import hashlib
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import llamagen.support.storage as storage
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import FeatureStatistics
-from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.pieces import make_pieces, pieces_of
+from llamagen.support.artifact import Advance
 from llamagen.support.errors import InputError
-
-_ABOUT_NAME = "about.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,36 +96,39 @@ def compute_features(
         InputError: an image is damaged, or the network gave NaN or infinity.
         OSError: the disk is full.
     """
-    folder = feature_folder(root, network, images)
-    storage.require_writable(folder)
-    if not (folder / _ABOUT_NAME).is_file():
-        about = {
+    pieces = pieces_of(
+        feature_folder(root, network, images),
+        {
             "network": network.name,
             "network_fingerprint": network.fingerprint,
             "images": images.name,
             "images_identity": images.identity,
             "count": len(images),
-        }
-        storage.write_json(folder / _ABOUT_NAME, about)
+        },
+        len(images),
+        noun="features",
+        settings_name="about.json",
+        free=("network", "images"),
+    )
 
-    def compute(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
-        pixels = torch.from_numpy(np.array(images.read(first, last))).movedim(-1, 1)
+    def compute(items: range, advance: Advance) -> dict[str, Any]:
+        pixels = torch.from_numpy(np.array(images.read(items.start, items.stop))).movedim(-1, 1)
         outputs = []
         for part in pixels.split(batch_size):
             outputs.append(network(part.contiguous().to(device)))
             advance(len(part))
-        return _joined(outputs, f"images {first} to {last - 1} of {images.name}")
+        return {".npz": _joined(outputs, f"images {items[0]} to {items[-1]} of {images.name}")}
 
-    pieces = Pieces(folder, len(images))
-    pieces.make(compute, f"features of the {what}")
-    parts = [pieces.read(number) for number in range(len(pieces))]
+    make_pieces(pieces, compute, f"features of the {what}")
+    parts = [pieces.read_npz(piece) for piece in range(len(pieces))]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Features(whole["pool"], whole.get("spatial"), whole["probabilities"])
 
 
 def feature_folder(root: Path, network: FeatureNetwork, images: ImageSet) -> Path:
     """Return the folder in ``root`` for the features of these images by this network."""
-    return root / digest(network.fingerprint, images.identity)
+    both = hashlib.sha256(f"{network.fingerprint} {images.identity}".encode())
+    return root / both.hexdigest()[:16]
 
 
 def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:

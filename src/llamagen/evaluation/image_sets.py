@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,6 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.crops import center_crop
 from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.data.sources import open_images
-from llamagen.evaluation.pieces import digest
 from llamagen.support.errors import InputError
 
 _PART = 256
@@ -79,7 +79,7 @@ class CollectedImages(ImageSet):
         self._images, self._side = images, size
         # An image that is replaced under its old name is another one.
         paths = images.paths if isinstance(images, ImageFolder) else []
-        self.identity = digest(images.digest(), [path.stat().st_size for path in paths], size)
+        self.identity = _digest(images.digest(), [path.stat().st_size for path in paths], size)
         self.class_names = images.class_names
         if images.labels is not None:
             self.labels = np.array(images.labels)
@@ -148,7 +148,7 @@ class ArchivedImages(ImageSet):
         with _open_archive(path) as archive:
             checksum = archive.getinfo("arr_0.npy").CRC
         self._shape = shape
-        self.identity = digest(checksum, shape)
+        self.identity = _digest(checksum, shape)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -235,6 +235,11 @@ def _open_array(
             raise
         except (zipfile.BadZipFile, EOFError, OSError, ValueError) as error:
             raise InputError(f"{path} is damaged ({error}); get it again") from error
+
+
+def _digest(*parts: object) -> str:
+    text = " ".join(map(str, parts))
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def _pixels(array: np.ndarray) -> str:

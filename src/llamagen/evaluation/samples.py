@@ -6,8 +6,9 @@ Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,19 +16,17 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-import llamagen.support.storage as storage
 from llamagen.checkpoints.names import find_public
-from llamagen.config import SamplingConfig
+from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.pieces import make_pieces, pieces_of
 from llamagen.evaluation.published import SIZE, protocol_guidance
 from llamagen.generation import Progress
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.pipeline import Pipeline
-from llamagen.support import distributed
-from llamagen.support.errors import InputError
+from llamagen.support.artifact import Advance
 
-_SETTINGS_NAME = "settings.json"
+_FIRST_SETTINGS = ("guidance_scale", "guidance_stop", "temperature", "top_k", "top_p")
 
 LabelOrder = Literal["balanced", "random"]
 
@@ -135,10 +134,17 @@ class Samples(ImageSet):
     """The images of a plan, in a folder."""
 
     def __init__(self, folder: Path, plan: SamplePlan, about: dict[str, Any]) -> None:
-        """Of a folder that ``draw_samples`` has begun."""
+        """Name the folder; ``draw_samples`` fills it."""
         self.folder, self.plan, self.name = folder, plan, str(folder)
-        self.identity = digest(json.dumps([dataclasses.asdict(plan), about], sort_keys=True))
-        self.pieces = Pieces(folder, len(plan))
+        fields = {"prompts": plan.prompts, "seed": plan.seed, "size": plan.size}
+        text = json.dumps([fields, about], sort_keys=True)
+        self.identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.pieces = pieces_of(
+            folder,
+            {**about, "images": len(plan), "identity": self.identity},
+            len(plan),
+            noun="samples",
+        )
         if all(isinstance(prompt, int) for prompt in plan.prompts):
             self.labels = np.array(plan.prompts)
 
@@ -168,30 +174,40 @@ def draw_samples(
     about = {
         "model": pipeline.name,
         "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
-        "sampling": dataclasses.asdict(plan.sampling),
+        "sampling": _recorded(plan.sampling),
         **pipeline.precision,
     }
     samples = Samples(folder, plan, about)
-    with distributed.main_first():
-        _begin(folder, {**about, "images": len(plan), "identity": samples.identity})
 
-    def draw(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+    def draw(items: range, advance: Advance) -> dict[str, Any]:
         def on_row(progress: Progress) -> None:
             if progress.row == progress.rows:
                 advance(len(progress.codes))
 
         output = pipeline(
-            plan.prompts[first:last],
-            seed=range(plan.seed + first, plan.seed + last),
+            plan.prompts[items.start : items.stop],
+            seed=range(plan.seed + items.start, plan.seed + items.stop),
             batch_size=batch_size,
             callback=on_row,
             output_type="codes",
             **dataclasses.asdict(plan.sampling),
         )
-        return {"images": _to_pixels(pipeline, output.codes, plan.size)}
+        return {".npz": {"images": _to_pixels(pipeline, output.codes, plan.size)}}
 
-    samples.pieces.make(draw, "generating")
+    make_pieces(samples.pieces, draw, "generating")
     return samples
+
+
+def _recorded(sampling: SamplingConfig) -> dict[str, Any]:
+    """Settings that a folder records: those of the first edition, and others where they are set.
+
+    So a folder stays valid when a later version knows more settings.
+    """
+    return {
+        setting.name: getattr(sampling, setting.name)
+        for setting in sampling_settings()
+        if setting.name in _FIRST_SETTINGS or getattr(sampling, setting.name) != setting.default
+    }
 
 
 def _to_pixels(pipeline: Pipeline, codes: Tensor, size: int | None) -> np.ndarray:
@@ -203,21 +219,3 @@ def _to_pixels(pipeline: Pipeline, codes: Tensor, size: int | None) -> np.ndarra
             images = F.interpolate(images, size=(size, size), mode="bicubic")
         parts.append(images_to_uint8(images).movedim(1, -1).cpu().numpy())
     return np.concatenate(parts)
-
-
-def _begin(folder: Path, wanted: dict[str, Any]) -> None:
-    """Write the settings, or find the same ones in the folder."""
-    storage.require_writable(folder)
-    path = folder / _SETTINGS_NAME
-    if not path.is_file():
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):
-            raise InputError(f"{folder} is not empty and holds no samples; give another folder")
-        storage.write_json(path, wanted)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    if changed:
-        raise InputError(
-            f"the samples in {folder} were begun with other settings ({', '.join(changed)}); "
-            f"restore them, or give another folder"
-        )

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.pieces import make_pieces, named_pieces
 from llamagen.evaluation.protocols.common import precision_name, size_text
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.samples import model_size
@@ -24,6 +24,7 @@ from llamagen.generation.likelihood import code_log_likelihoods
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline import Pipeline
+from llamagen.support.artifact import Advance
 from llamagen.support.errors import InputError
 
 _ONLY_CODES = (
@@ -117,13 +118,17 @@ def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Like
         )
     conditions = _conditions(pipeline, images)
 
-    def measure(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
-        return _bits(pipeline, images.read(first, last), conditions[first:last], advance)
+    def measure(items: range, advance: Advance) -> dict[str, Any]:
+        pixels = images.read(items.start, items.stop)
+        return {".npz": _bits(pipeline, pixels, conditions[items.start : items.stop], advance)}
 
-    weights = [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()]
-    name = f"likelihood-{digest(weights, images.identity, pipeline.dtype)}"
-    pieces = Pieces(root / name, len(images))
-    pieces.make(measure, "likelihood")
+    settings = {
+        "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
+        "images": images.identity,
+        **pipeline.precision,
+    }
+    pieces = named_pieces(root, "likelihood", settings, len(images))
+    make_pieces(pieces, measure, "likelihood")
     return Likelihood(
         pieces.rows("conditional"), pieces.rows("unconditional"), math.prod(images.size)
     )
@@ -151,7 +156,7 @@ def _bits(
     pipeline: Pipeline,
     pixels: np.ndarray,
     conditions: list[str | int],
-    advance: Callable[[int], object],
+    advance: Advance,
 ) -> dict[str, np.ndarray]:
     """Bits (images, rows, columns) float32 of codes, with their condition and without."""
     tokenizer, grid = pipeline.tokenizer, pipeline.transformer.config.grid

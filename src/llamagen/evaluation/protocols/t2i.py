@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import clip_score
 from llamagen.evaluation.networks.clip import ClipEncoder
-from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.pieces import make_pieces, named_pieces
 from llamagen.evaluation.protocols.common import (
     SAMPLES_FOLDER,
     Workplace,
@@ -25,6 +25,7 @@ from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Report
 from llamagen.evaluation.samples import SamplePlan, Samples, draw_samples
 from llamagen.pipeline import Pipeline
+from llamagen.support.artifact import Advance
 
 _BATCH = 64
 
@@ -83,18 +84,19 @@ def _mean_clip_score(
 ) -> float:
     """CLIP score of all samples; every process scores a share."""
 
-    def scores(first: int, last: int, advance: Callable[[int], object]) -> dict[str, np.ndarray]:
+    def scores(items: range, advance: Advance) -> dict[str, Any]:
         found = []
-        for start in range(first, last, _BATCH):
-            stop = min(last, start + _BATCH)
+        for start in items[::_BATCH]:
+            stop = min(items.stop, start + _BATCH)
             pixels = torch.from_numpy(np.array(images.read(start, stop))).movedim(-1, 1)
             features = (clip.encode_images(pixels), clip.encode_texts(prompts[start:stop]))
             found.append(clip_score(*(each.cpu().numpy() for each in features)))
             advance(stop - start)
-        return {"score": np.concatenate(found)}
+        return {".npz": {"score": np.concatenate(found)}}
 
-    pieces = Pieces(folder / f"clip-{digest(clip.name, images.identity)}", len(images))
-    pieces.make(scores, "CLIP score")
+    settings = {"clip": clip.name, "images": images.identity}
+    pieces = named_pieces(folder, "clip", settings, len(images))
+    make_pieces(pieces, scores, "CLIP score")
     return float(pieces.rows("score").mean())
 
 

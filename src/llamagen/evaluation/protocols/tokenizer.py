@@ -13,13 +13,14 @@ from PIL import Image
 
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import codebook_use
-from llamagen.evaluation.pieces import Pieces, digest
+from llamagen.evaluation.pieces import make_pieces, named_pieces
 from llamagen.evaluation.protocols.common import Workplace, precision_name, size_text
 from llamagen.evaluation.published import RECONSTRUCTION
 from llamagen.evaluation.reconstruction import batch_limit, compare, encode_and_decode
 from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.support.artifact import Advance
 from llamagen.support.pictures import image_grid
 
 RECONSTRUCTIONS_FOLDER = "reconstructions"
@@ -73,11 +74,15 @@ class Reconstructions(ImageSet):
         self.tokenizer, self.originals = tokenizer, originals
         self.compared_size = compared_size
         self.name = f"reconstructions of {originals.name}"
-        self.identity = digest(
-            tokenizer.fingerprint(), tokenizer.dtype, originals.identity, compared_size
-        )
         self.labels, self.class_names = originals.labels, originals.class_names
-        self.pieces = Pieces(root / self.identity, len(originals))
+        settings = {
+            "tokenizer": tokenizer.fingerprint(),
+            "dtype": precision_name(tokenizer.dtype),
+            "images": originals.identity,
+            "compared_size": compared_size,
+        }
+        self.pieces = named_pieces(root, "reconstructions", settings, len(originals))
+        self.identity = self.pieces.identity
 
     def __len__(self) -> int:
         return len(self.originals)
@@ -89,19 +94,15 @@ class Reconstructions(ImageSet):
     def measured(self) -> Measured:
         """Return all measurements, once every process is done."""
         rows = {name: self.pieces.rows(name) for name in Measured._fields if name != "counts"}
-        counts = [self.pieces.read(number)["counts"] for number in range(len(self.pieces))]
+        counts = [self.pieces.read_npz(piece)["counts"] for piece in range(len(self.pieces))]
         return Measured(**rows, counts=np.sum(counts, axis=0))
 
     @torch.inference_mode()
     def compute(
-        self,
-        first: int,
-        last: int,
-        perceptual: Perceptual | None,
-        advance: Callable[[int], object],
+        self, items: range, perceptual: Perceptual | None, advance: Advance
     ) -> dict[str, np.ndarray]:
         """Reconstruct some images, and compare them with the originals."""
-        originals, size = self.originals.read(first, last), self.compared_size
+        originals, size = self.originals.read(items.start, items.stop), self.compared_size
         height, width = originals.shape[1:3]
         step = batch_limit(self.tokenizer, height, width)
         parts: dict[str, list[np.ndarray]] = {}
@@ -126,8 +127,9 @@ class Reconstructions(ImageSet):
 
 def reconstruct_all(reconstructions: Reconstructions, perceptual: Perceptual | None) -> None:
     """Compute reconstructions that are not in the folder yet; called in every process of a run."""
-    reconstructions.pieces.make(
-        lambda first, last, advance: reconstructions.compute(first, last, perceptual, advance),
+    make_pieces(
+        reconstructions.pieces,
+        lambda items, advance: {".npz": reconstructions.compute(items, perceptual, advance)},
         "reconstructing",
     )
 
