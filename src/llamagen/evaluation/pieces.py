@@ -25,7 +25,15 @@ _FORMAT = Format(
 def pieces_of(folder: Path, settings: Settings, count: int, **form: object) -> Artifact:
     """Return the results for ``count`` images in a folder; ``form`` are fields of ``Format``."""
     own = dataclasses.replace(_FORMAT, **form)  # type: ignore[arg-type]
-    return Artifact(folder, own, settings, items=count, piece_size=PIECE)
+    return Artifact(
+        folder,
+        own,
+        settings,
+        items=count,
+        piece_size=PIECE,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
 
 
 def named_pieces(root: Path, kind: str, settings: Settings, count: int) -> Artifact:
@@ -35,9 +43,7 @@ def named_pieces(root: Path, kind: str, settings: Settings, count: int) -> Artif
     return pieces
 
 
-def make_pieces(
-    pieces: Artifact, make_piece: MakePiece, description: str, missing: Settings | None = None
-) -> None:
+def make_pieces(pieces: Artifact, make_piece: MakePiece, description: str) -> None:
     """Make the pieces that are not there yet; called in every process of a run.
 
     Each process makes its share and returns once all are there. Progress is shown on a terminal,
@@ -47,16 +53,7 @@ def make_pieces(
         InputError: the folder was begun with other settings, or is in use.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
-    with (
-        pieces.begin(rank=rank, world_size=world_size, missing=missing),
-        pieces.progress_bar(
-            description,
-            "image",
-            rank=rank,
-            world_size=world_size,
-            shown=distributed.is_main(),
-        ) as bar,
-    ):
-        pieces.make(make_piece, bar.update, rank=rank, world_size=world_size)
+    is_shown = distributed.is_main()
+    with pieces.begin(), pieces.progress_bar(description, "image", shown=is_shown) as bar:
+        pieces.make(make_piece, bar.update)
     distributed.barrier()
