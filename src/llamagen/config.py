@@ -515,6 +515,12 @@ def sampling_settings() -> tuple[Setting, ...]:
     )
 
 
+# For Python's help() and the training commands' --help.
+SamplingConfig.__doc__ = f"{SamplingConfig.__doc__}\n    Attributes:\n" + "\n".join(
+    f"        {setting.name}: {setting.help}" for setting in sampling_settings()
+)
+
+
 TOKENIZER_PRESETS: dict[str, TokenizerConfig] = {
     "VQ-16": TokenizerConfig(),  # 71,883,403 parameters
     "VQ-8": TokenizerConfig(channel_multipliers=(1, 2, 2, 4)),  # 70,109,835

@@ -107,7 +107,7 @@ def test_heads_are_asked_for_where_nothing_tells_them():
     with pytest.raises(InputError, match="heads cannot be read from shapes") as error:
         infer_transformer_config(checkpoint("transformer", shapes))
     assert "3 layers of width 48" in str(error.value)
-    assert "--heads" in str(error.value)
+    assert "`heads`" in str(error.value)
     for wrong in (5, 7, 0, -2, 48):
         with pytest.raises(InputError, match=r"a\.pt"):
             infer_transformer_config(checkpoint("transformer", shapes), heads=wrong)
@@ -123,7 +123,7 @@ def test_heads_from_the_arguments():
     other = TransformerConfig(dim=48, layers=2, heads=6)
     with pytest.raises(InputError, match="heads cannot be read"):
         infer_transformer_config(checkpoint("transformer", shapes_of(other), gpt_model="GPT-B"))
-    with pytest.raises(InputError, match="trained with heads 12, not 6; leave --heads out"):
+    with pytest.raises(InputError, match="trained with heads 12, not 6; leave `heads` out"):
         infer_transformer_config(by_name, heads=6)
 
 

@@ -42,7 +42,7 @@ def test_parts_of_a_pipeline_folder(tmp_path):
 def test_what_contradicts_a_folder(tmp_path):
     transformer().save_pretrained(tmp_path / "t")
     assert load_transformer(tmp_path / "t", grid=(4, 4), heads=4).config.grid == (4, 4)
-    with pytest.raises(InputError, match="trained with grid 4x4, not 5x4; leave --grid out"):
+    with pytest.raises(InputError, match="trained with grid 4x4, not 5x4; leave `grid` out"):
         load_transformer(tmp_path / "t", grid=(5, 4))
     with pytest.raises(InputError, match="has 4 heads, not 8"):
         load_transformer(tmp_path / "t", heads=8)

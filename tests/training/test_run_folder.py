@@ -27,7 +27,7 @@ def out(finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr": 0.5}, "began with loop.lr 0.001, now it is 0.5; restore it, or give another --out"),
+        ({"lr": 0.5}, "began with loop.lr 0.001, now it is 0.5; restore it, or give another `out`"),
         ({"batch_size": 8}, "began with loop.batch_size 4, now it is 8"),
         ({"dropout": 0.5}, "began with model.dropout 0.1, now it is 0.5"),
         ({"precision": "bfloat16"}, "began with loop.precision float32, now it is bfloat16"),
@@ -90,7 +90,7 @@ def test_other_peoples_folder(digits, tmp_path):
 
 def test_a_file_in_the_way(digits, tmp_path):
     (tmp_path / "out").touch()
-    with pytest.raises(InputError, match="is a file; give --out a folder"):
+    with pytest.raises(InputError, match="is a file; give `out` a folder"):
         train_tokenizer(tokenizer_recipe(digits, tmp_path / "out"), quiet=True)
 
 

@@ -78,7 +78,7 @@ def infer_transformer_config(
     if grid is None:
         grid = TransformerConfig().grid
         _log.warning(
-            "%s does not say what grid it was trained on; assuming %s (give another with --grid)",
+            "%s does not say what grid it was trained on; assuming %s (give another with `grid`)",
             checkpoint.source,
             _shown(grid),
         )
@@ -123,7 +123,7 @@ def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
             return kv_heads
     raise InputError(
         f"{checkpoint.source}: {heads} heads do not fit a width of {dim} and an attention "
-        f"projection of {rows} rows; give the number of heads that it was trained with (--heads)"
+        f"projection of {rows} rows; give the number of heads that it was trained with (`heads`)"
     )
 
 
@@ -143,7 +143,7 @@ def _preset_heads(checkpoint: Checkpoint, dim: int, layers: int, ffn_dim: int) -
             return known.heads
     raise InputError(
         f"{checkpoint.source}: {layers} layers of width {dim} are no preset, and the number of "
-        f"heads cannot be read from shapes; give it with heads (llamagen convert --heads N)"
+        f"heads cannot be read from shapes; give it with `heads`"
     )
 
 
@@ -159,7 +159,7 @@ def _agreed(checkpoint: Checkpoint, name: str, given: Any, recorded: Any) -> Any
     if given is not None and recorded is not None and given != recorded:
         raise InputError(
             f"{checkpoint.source} was trained with {name} {_shown(recorded)}, not {_shown(given)}; "
-            f"leave --{name} out"
+            f"leave `{name}` out"
         )
     return recorded if given is None else given
 

@@ -163,7 +163,7 @@ def _require_same(
     if grid is not None and tuple(grid) != config.grid:
         raise InputError(
             f"{source} was trained with grid {config.grid[0]}x{config.grid[1]}, not "
-            f"{grid[0]}x{grid[1]}; leave --grid out"
+            f"{grid[0]}x{grid[1]}; leave `grid` out"
         )
     if heads is not None and heads != config.heads:
-        raise InputError(f"{source} has {config.heads} heads, not {heads}; leave --heads out")
+        raise InputError(f"{source} has {config.heads} heads, not {heads}; leave `heads` out")

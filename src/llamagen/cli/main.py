@@ -7,10 +7,13 @@ knows (a recipe file) off the arguments and returns the options to start from an
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib
 import os
+import re
 import sys
+import typing
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -56,6 +59,9 @@ _REMOVED = {
 }
 """Flags, and values of --quantization and --precisions, of earlier versions -> the remedy."""
 
+_OTHER_NAMES = {"num-images-per-prompt": "num-images"}
+"""Parameter of the library, with dashes -> the flag, where that is called something else."""
+
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
@@ -75,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         _run(command, words[len(command.split()) :])
     except InputError as error:
-        _fail(str(error), _USAGE_ERROR)
+        _fail(_with_flags(str(error), command), _USAGE_ERROR)
     except KeyboardInterrupt:
         _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:
@@ -140,6 +146,36 @@ def _find_command(words: list[str]) -> str | None:
     else:
         _report(f"there is no command {words[0]!r}; choose one of {', '.join(COMMANDS)}")
     return None
+
+
+def _with_flags(message: str, command: str) -> str:
+    """Return an error of the library, which names parameters as `this`, with --this for flags.
+
+    What is no flag of the command stays as it is.
+    """
+    flags = _flags(importlib.import_module(COMMANDS[command][0]).Options)
+
+    def replace(match: re.Match[str]) -> str:
+        name = match[1].replace("_", "-")
+        name = _OTHER_NAMES.get(name, name)
+        return f"--{name}" if name in flags else match[0]
+
+    return re.sub(r"`(\w+)`", replace, message)
+
+
+def _flags(options: type) -> set[str]:
+    """Names of a command's flags, without dashes in front."""
+    import tyro
+
+    found = set()
+    for name, hint in typing.get_type_hints(options, include_extras=True).items():
+        kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+        if dataclasses.is_dataclass(kind):
+            found |= _flags(typing.cast(type, kind))
+        elif tyro.conf.Positional not in notes:
+            given = [note.name for note in notes if getattr(note, "name", None)]
+            found.add(given[0] if given else name.replace("_", "-"))
+    return found
 
 
 def _overview() -> str:

@@ -220,7 +220,7 @@ class Columns:
         if image is None:
             raise InputError(
                 f"{name} has no column of images (it has {', '.join(names)}); name it with "
-                f"--image-column"
+                f"`image_column`"
             )
         typed = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
         label = find_column("label", config.label_column, [*typed, *LABEL_NAMES], names, name)

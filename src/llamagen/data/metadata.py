@@ -53,7 +53,7 @@ def open_table(
     if column is None:
         raise InputError(
             f"{table} has no column of file names (looked for {', '.join(FILE_NAMES)}; it has "
-            f"{', '.join(columns)}); name it with --image-column"
+            f"{', '.join(columns)}); name it with `image_column`"
         )
     paths = tuple(_file(table, number, row.get(column)) for number, row in enumerate(rows))
     label = find_column("label", config.label_column, LABEL_NAMES, columns, str(table))

@@ -241,7 +241,7 @@ class _Published:
         if not (0 <= array.min() and array.max() < self.codebook_size):
             raise InputError(
                 f"{path} has codes from {array.min()} to {array.max()}, but the tokenizer has "
-                f"{self.codebook_size} (0 to {self.codebook_size - 1}); give --tokenizer the one "
+                f"{self.codebook_size} (0 to {self.codebook_size - 1}); give `tokenizer` the one "
                 f"that made them"
             )
         return array.reshape(self.views, *self.grid)

@@ -133,7 +133,7 @@ class ImageStream:
         if self.parts % world_size:
             raise InputError(
                 f"{self.name} is streamed in {self.parts} parts, which {world_size} processes "
-                f"cannot share evenly; set --stream-parts to a multiple of {world_size} that "
+                f"cannot share evenly; set `stream_parts` to a multiple of {world_size} that "
                 f"divides the batch size (there are {len(self._files)} files)"
             )
         share = self.parts // world_size

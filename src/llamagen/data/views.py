@@ -61,7 +61,7 @@ class Views:
         if self.kind.endswith("-crop") and self.height != self.width:
             raise InputError(
                 f"{self.kind} views are square, but the images are {self.width}x{self.height}; "
-                f"use --views flip"
+                f"use `views` flip"
             )
 
     def __len__(self) -> int:

@@ -167,9 +167,7 @@ class Pipeline:
         found = checkpoints.resolve_pipeline(str(source))
         tokenizer = tokenizer or found.tokenizer
         if tokenizer is None:
-            raise InputError(
-                f"{source} has no image tokenizer; name one with tokenizer (--tokenizer)"
-            )
+            raise InputError(f"{source} has no image tokenizer; name one with `tokenizer`")
         transformer = checkpoints.load_transformer(
             found.transformer,
             grid=grid,
@@ -525,7 +523,7 @@ class Pipeline:
         if encoder is None:
             raise InputError(
                 f"{self.name} is conditioned on text features, and comes without a text encoder: "
-                f"name one with text_encoder (--text-encoder), or give prompt_embeds"
+                f"name one with `text_encoder`, or give prompt_embeds"
             )
         return text_conditions(encoder, each, **others)
 

@@ -163,7 +163,7 @@ def _begin(
 ) -> None:
     """Write the index and the settings, or find the same ones in the folder."""
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give --out a folder")
+        raise InputError(f"{out} is a file; give `out` a folder")
     storage.require_writable(out)
     given = {name: value for name, value in settings.items() if value is not None}
     about = {
@@ -187,7 +187,7 @@ def _begin(
     if others and _SETTINGS_NAME not in others:
         raise InputError(
             f"{out} is not empty and holds no images of a prompts' file (but {min(others)}); "
-            f"give --out an empty folder"
+            f"give `out` an empty folder"
         )
     for name, text in wanted.items():
         path = out / name
@@ -195,7 +195,7 @@ def _begin(
             what = "settings" if name == _SETTINGS_NAME else "prompts or seeds"
             raise InputError(
                 f"the images in {out} were begun with other {what} ({name}); restore them, or "
-                f"give another --out"
+                f"give another `out`"
             )
         if not path.is_file():
             storage.write_text(path, text)

@@ -78,6 +78,6 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.listen(2048)
     except (OSError, OverflowError) as error:
         raise InputError(
-            f"cannot listen on {host} port {port} ({error}); choose another with --host or --port"
+            f"cannot listen on {host} port {port} ({error}); choose another with `host` or `port`"
         ) from error
     return listener

@@ -42,10 +42,10 @@ def find_device(name: str | torch.device = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"device {name} is not there: this torch ({torch.__version__}) sees "
-            f"{torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"{torch.cuda.device_count()} CUDA devices; use `device` cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device mps is not there; use --device cpu")
+        raise InputError("device mps is not there; use `device` cpu")
     return device
 
 

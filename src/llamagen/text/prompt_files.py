@@ -116,5 +116,5 @@ def _field(path: Path, rows: list[dict[str, Any]], wanted: str | None) -> str:
         if known in by_lower:
             return by_lower[known]
     raise InputError(
-        f"{path} has no column of prompts (it has {', '.join(names)}); name it with --prompt-column"
+        f"{path} has no column of prompts (it has {', '.join(names)}); name it with `prompt_column`"
     )

@@ -300,7 +300,7 @@ class _errors_of_dcp:  # noqa: N801
                 raise cause from error
             raise InputError(
                 f"the checkpoint does not fit this run ({' '.join(str(cause).split())}); "
-                f"give another --out"
+                f"give another `out`"
             ) from error
 
 

@@ -134,7 +134,7 @@ class CaptionConditioning(Conditioning):
         if len(some) and not any(map(self._says_anything, captions_of_rows(store, some))):
             raise InputError(
                 f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
-                f"name the columns with --caption-columns and make the codes again"
+                f"name the columns with `caption_columns` and make the codes again"
             )
 
     def metrics(self, batch: Batch) -> dict[str, Tensor]:

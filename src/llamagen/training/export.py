@@ -73,7 +73,7 @@ def _export_pipeline(
 ) -> None:
     source = tokenizer or recipe.tokenizer or recipe.init
     if source is None:
-        raise InputError("no image tokenizer is known; name the one of this run (--tokenizer)")
+        raise InputError("no image tokenizer is known; name the one of this run (`tokenizer`)")
     start = start_of(recipe, checkpoint.about["model"], str(checkpoint.path))
     model = start.build_empty()
     _read(checkpoint, model.saved, _has_mean(recipe, weights, checkpoint))

@@ -178,7 +178,7 @@ class _Run:
             if checkpoint.step > config.steps:
                 raise InputError(
                     f"the run in {out} is at step {checkpoint.step} already; "
-                    f"give --steps a larger number than that, or another --out"
+                    f"give `steps` a larger number than that, or another `out`"
                 )
         self._place(config, new=checkpoint is None)
         self.ema = Ema(task.model, config.ema_decay) if config.ema_decay > 0 else None
@@ -311,8 +311,8 @@ class _Run:
             self.writer.wait()
             raise InputError(
                 f"the gradients of {self._skipped_in_a_row} steps in a row, up to {self.step}, "
-                f"were infinite or not a number; the last checkpoint is whole; lower --lr, raise "
-                f"--warmup-steps or use --precision float32"
+                f"were infinite or not a number; the last checkpoint is whole; lower `lr`, raise "
+                f"`warmup_steps` or use `precision` float32"
             )
 
     def log_metrics(self) -> None:

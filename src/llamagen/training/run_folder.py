@@ -96,7 +96,7 @@ def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Pa
         if recorded.get(name) != identity:
             raise InputError(
                 f"{name} is not what the run in {out} began with; restore it, "
-                f"or give another --out for a new run"
+                f"or give another `out` for a new run"
             )
 
 
@@ -109,24 +109,24 @@ def _recorded(recipe: RecipeT) -> RecipeT | None:
     """The recipe of the run in the folder, or None if the folder is free."""
     out = recipe.out
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give --out a folder")
+        raise InputError(f"{out} is a file; give `out` a folder")
     if not out.exists() or not any(out.iterdir()):
         return None
     path = out / RECIPE_NAME
     if not path.exists():
-        raise InputError(f"{out} is not empty and holds no run; give --out an empty folder")
+        raise InputError(f"{out} is not empty and holds no run; give `out` an empty folder")
     if not checkpoint.has_checkpoint(checkpoint_folder(out)):
         # Nothing to go on with, nothing to lose.
         return None
     if not recipe.loop.resume:
         raise InputError(
-            f"{out} holds a run already; delete it, give another --out, or let it go on (--resume)"
+            f"{out} holds a run already; delete it, give another `out`, or let it go on (`resume`)"
         )
     try:
         return load_recipe(type(recipe), path)
     except InputError as error:
         raise InputError(
-            f"{out} holds another kind of run ({error}); give another --out"
+            f"{out} holds another kind of run ({error}); give another `out`"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _check_same(recorded: RecipeT, recipe: RecipeT) -> None:
         if name not in may_change and before[name] != value:
             raise InputError(
                 f"the run in {recipe.out} began with {name} {before[name]}, now it is {value}; "
-                f"restore it, or give another --out for a new run"
+                f"restore it, or give another `out` for a new run"
             )
 
 

@@ -142,18 +142,18 @@ def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled
     """
     data, source = _named(recipe), recipe.source
     if source.streaming:
-        raise InputError("only image tokenizers train on streamed data; leave --streaming out")
+        raise InputError("only image tokenizers train on streamed data; leave `streaming` out")
     with distributed.main_first():
         found = open_images(data, source, labelled=labelled)
     if labelled and found.labels is None:
         raise InputError(
             f"the images in {data} have no classes; put the images of each class into a subfolder "
-            f"of its name, or name the column of the classes with --label-column"
+            f"of its name, or name the column of the classes with `label_column`"
         )
     if isinstance(recipe, TransformerTraining) and not labelled and found.captions is None:
         raise InputError(
             f"the images in {data} have no captions; add a metadata.csv with the columns file_name "
-            f"and text, or name the column of captions with --caption-columns"
+            f"and text, or name the column of captions with `caption_columns`"
         )
     if recipe.validation_data is None and source.validation_split is None:
         training, held_out = found.split(recipe.images.validation_fraction)
@@ -165,7 +165,7 @@ def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled
 def _named(recipe: TokenizerTraining | TransformerTraining) -> str:
     if recipe.data is None:
         raise InputError(
-            "no images were named; give --data a folder, Parquet or tar files, or hf:owner/name"
+            "no images were named; give `data` a folder, Parquet or tar files, or hf:owner/name"
         )
     return recipe.data
 
@@ -204,6 +204,6 @@ def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
         validation = InMemory(list(split.first_images(limit)), f"{data} {source.validation_split}")
     else:
         raise InputError(
-            "no part of streamed data can be held out; give --validation-split or --validation-data"
+            "no part of streamed data can be held out; give `validation_split` or `validation_data`"
         )
     return TokenizerImages(training, validation, validation)

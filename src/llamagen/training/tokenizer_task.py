@@ -84,7 +84,7 @@ def make_task(recipe: TokenizerTraining) -> TokenizerTask:
     if recipe.trained == "decoder" and recipe.init is None:
         raise InputError(
             "trained is decoder, but there is no tokenizer whose codes stay; name one with init "
-            "(--init)"
+            "(`init`)"
         )
     images = tokenizer_images(recipe)
     with distributed.main_first():

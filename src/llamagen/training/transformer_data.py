@@ -89,7 +89,7 @@ def _live(
 def _stored_codes(recipe: TransformerTraining, folder: Path, tokenizer: ImageTokenizer) -> Codes:
     """The codes in a store, and in the one for validation; by default a part is held out."""
     if recipe.data is not None:
-        raise InputError("give either images (--data) or a store of codes (--codes), not both")
+        raise InputError("give either images (`data`) or a store of codes (`codes`), not both")
     fingerprint = tokenizer.fingerprint()
     training = CodeStore.open(folder)
     training.check_tokenizer(fingerprint)

@@ -222,7 +222,7 @@ def find_start(
     if source.condition != recipe.condition:
         raise InputError(
             f"{recipe.init} is conditioned on {source.condition}, but the run on "
-            f"{recipe.condition}; start from another model, or change --condition"
+            f"{recipe.condition}; start from another model, or change `condition`"
         )
     if source.codebook_size != codebook_size:
         raise InputError(
@@ -282,7 +282,7 @@ def _find_text(
     if recipe.lora.lora_rank > 0:
         raise InputError(
             "LoRA adapts a transformer alone; name the text encoder that stays as it is with "
-            "--text-encoder, or train without LoRA"
+            "`text_encoder`, or train without LoRA"
         )
     if about is not None:
         known = config_from_dict(SmallTextEncoderConfig, about["small_text"], folder)
@@ -299,7 +299,7 @@ def _open_features(folder: Path, encoder: str | None) -> TextStore:
     if encoder is not None and encoder != store.text.encoder:
         raise InputError(
             f"the text features in {folder} were made by {store.text.encoder}, not by {encoder}; "
-            f"extract them again with that, or leave --text-encoder out"
+            f"extract them again with that, or leave `text_encoder` out"
         )
     return store
 

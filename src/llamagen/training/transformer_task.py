@@ -110,7 +110,7 @@ def _tokenizer_source(recipe: TransformerTraining) -> Source:
         return recipe.tokenizer
     found = None if recipe.init is None else resolve_pipeline(recipe.init).tokenizer
     if found is None:
-        raise InputError("no image tokenizer was named; give --tokenizer a folder or a name")
+        raise InputError("no image tokenizer was named; give `tokenizer` a folder or a name")
     return found
 
 
