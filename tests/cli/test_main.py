@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from llamagen.cli.main import COMMANDS
+from llamagen.cli.main import COMMANDS, _with_flags
 
 
 def test_overview(run):
@@ -68,3 +68,16 @@ def test_python_dash_m():
         [sys.executable, "-m", "llamagen", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("llamagen ")
+
+
+def test_parameters_in_errors_become_flags():
+    message = (
+        "give another `out` or `image_column`, with `num_images_per_prompt` or `prompt_embeds`"
+    )
+    assert _with_flags(message, "generate") == (
+        "give another --out or `image_column`, with --num-images or `prompt_embeds`"
+    )
+    # Of nested options too, but nothing that is given without a flag.
+    assert (
+        _with_flags("`image_column` of `images`", "extract-codes") == "--image-column of `images`"
+    )

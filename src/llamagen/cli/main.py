@@ -171,7 +171,7 @@ def _flags(options: type) -> set[str]:
     for name, hint in typing.get_type_hints(options, include_extras=True).items():
         kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
         if dataclasses.is_dataclass(kind):
-            found |= _flags(typing.cast(type, kind))
+            found |= _flags(typing.cast("type", kind))
         elif tyro.conf.Positional not in notes:
             given = [note.name for note in notes if getattr(note, "name", None)]
             found.add(given[0] if given else name.replace("_", "-"))
