@@ -15,7 +15,10 @@ from llamagen.training import config as training_config
 
 SOURCE = Path(llamagen.__file__).parent
 MODULES = [config, columns, training_config]
-MODULES += [importlib.import_module(module) for module, _ in COMMANDS.values()]
+MODULES += [
+    importlib.import_module(name)
+    for name in dict.fromkeys(target.split(":")[0] for target, _ in COMMANDS.values())
+]
 
 
 def attributes_read() -> set[str]:

@@ -13,9 +13,10 @@ from llamagen.cli.options import (
     EngineOptions,
     QuantizationOptions,
     SamplingOptions,
+    given_settings,
 )
 from llamagen.cli.saving import require_place, save_images
-from llamagen.config import sampling_settings
+from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _engine_options(options: Options) -> dict[str, Any] | None:
     from llamagen.vllm_plugin.export import ExportOptions
 
     export = ExportOptions(
-        guidance=options.recorded().get("guidance_scale") != 1,
+        guidance=SamplingConfig().replace(**given_settings(options)).guided,
         negative_prompts=options.negative_prompt is not None or options.like is not None,
     )
     return {**found, "export": export}

@@ -1,7 +1,8 @@
 """``llamagen``: finds the command, turns its options into a dataclass, runs it, reports errors.
 
 Every command is a module with two public names: a frozen dataclass ``Options``, whose fields are
-the flags, and ``run(options)``. A module may offer ``defaults(arguments)``, which takes what it
+the flags, and ``run(options)``. Several commands may share a module, each with a dataclass of its
+own. A module may offer ``defaults(arguments)``, which takes what it
 knows (a recipe file) off the arguments and returns the options to start from and the rest.
 """
 
@@ -15,16 +16,17 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
+from types import ModuleType
 from typing import NoReturn
 
 from llamagen.support.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("llamagen.cli.generate", "draw images of texts or classes"),
-    "edit complete": ("llamagen.cli.edit_complete", "keep the upper part of an image"),
-    "edit inpaint": ("llamagen.cli.edit_inpaint", "draw a marked part of an image anew"),
-    "edit outpaint": ("llamagen.cli.edit_outpaint", "extend an image down and to the right"),
-    "edit vary": ("llamagen.cli.edit_vary", "draw variations of an image"),
+    "edit complete": ("llamagen.cli.edit:Complete", "keep the upper part of an image"),
+    "edit inpaint": ("llamagen.cli.edit:Inpaint", "draw a marked part of an image anew"),
+    "edit outpaint": ("llamagen.cli.edit:Outpaint", "extend an image down and to the right"),
+    "edit vary": ("llamagen.cli.edit:Vary", "draw variations of an image"),
     "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
     "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
     "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),
@@ -51,7 +53,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "train on handwritten digits and draw some, in minutes",
     ),
 }
-"""Command -> the module that implements it and one line of help."""
+"""Command -> the module that implements it, with the name of its options if that is not
+``Options``, and one line of help."""
 
 _REMOVED = {
     "--row-lag": "it was approximate; leave it out, codes are then exact",
@@ -103,19 +106,26 @@ def _run(command: str, arguments: list[str]) -> None:
     if command != "bench":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _refuse_removed(arguments)
-    module = importlib.import_module(COMMANDS[command][0])
+    module, kind = _implementation(command)
     keywords = {}
     if hasattr(module, "defaults"):
         keywords["default"], arguments = module.defaults(arguments)
     options = tyro.cli(
-        module.Options,
+        kind,
         prog=f"llamagen {command}",
-        description=module.__doc__,
+        description=(module if kind.__name__ == "Options" else kind).__doc__,
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         **keywords,
     )
     module.run(options)
+
+
+def _implementation(command: str) -> tuple[ModuleType, type]:
+    """The module of a command, and the dataclass of its options."""
+    name, _, kind = COMMANDS[command][0].partition(":")
+    module = importlib.import_module(name)
+    return module, getattr(module, kind or "Options")
 
 
 def _refuse_removed(arguments: Sequence[str]) -> None:
@@ -153,7 +163,7 @@ def _with_flags(message: str, command: str) -> str:
 
     What is no flag of the command stays as it is.
     """
-    flags = _flags(importlib.import_module(COMMANDS[command][0]).Options)
+    flags = _flags(_implementation(command)[1])
 
     def replace(match: re.Match[str]) -> str:
         name = match[1].replace("_", "-")

@@ -1,9 +1,8 @@
-"""What the commands that edit an image share."""
+"""Edit an image: complete it, redraw a part of it, extend it, vary it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,19 +36,69 @@ class EditOptions(SamplingOptions, QuantizationOptions, DeviceOptions):
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
     """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
 
+    def edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        """Edit with the ``arguments`` that all edits have, and this one's own."""
+        raise NotImplementedError
 
-def edit_image(
-    options: EditOptions, edit: Callable[[Editor, dict[str, Any]], PipelineOutput]
-) -> None:
-    """Loads the model, edits, saves the images and prints where they are.
 
-    Args:
-        options: what was asked for.
-        edit: is given the editor, and the arguments that all edits have.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Complete(EditOptions):
+    """Keep the upper part of an image and draw the rest."""
 
-    Raises:
-        InputError: something that was asked for cannot be done.
-    """
+    keep_rows: int | None = None
+    """Rows of codes that are kept. Default: half of them."""
+
+    def edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        """See ``EditOptions``."""
+        return editor.complete(**arguments, keep_rows=self.keep_rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inpaint(EditOptions):
+    """Draw a marked part of an image anew."""
+
+    mask: Path
+    """An image of the same size, white where to draw; or, if any of it is transparent, transparent
+    there."""
+    keep_pixels: bool = True
+    """Leave what is not marked as it is, instead of what codes make of it."""
+    best_of: int = 4
+    """Candidates for each image, of which the best is returned: the others may not fit what is
+    below the marked part."""
+
+    def edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        """See ``EditOptions``."""
+        return editor.inpaint(**arguments, mask=self.mask, keep_pixels=self.keep_pixels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outpaint(EditOptions):
+    """Extend an image downwards and to the right."""
+
+    below: int = 0
+    """Rows of codes to draw below it."""
+    right: int = 0
+    """Columns of codes to draw on its right."""
+
+    def edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        """See ``EditOptions``."""
+        return editor.outpaint(**arguments, below=self.below, right=self.right)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vary(EditOptions):
+    """Draw variations of an image: codes here and there are kept, the others drawn."""
+
+    keep: float = 0.5
+    """Share of the codes that is kept, above 0 and below 1."""
+
+    def edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        """See ``EditOptions``."""
+        return editor.vary(**arguments, keep=self.keep)
+
+
+def run(options: EditOptions) -> None:
+    """Edit, save the images and print where they are."""
     wanted = [*options.prompts, *options.classes]
     if bool(options.prompts) == bool(options.classes):
         raise InputError("say what the image is of, with either --prompt or --class")
@@ -73,5 +122,5 @@ def edit_image(
         **options.ranking(),
         **settings,
     }
-    for path in save_images(edit(Editor(pipe), arguments), options.out):
+    for path in save_images(options.edit(Editor(pipe), arguments), options.out):
         print(path)
