@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     _require_serving()
     sources = _sources(options)
     key = _api_key(options)
-    vllm_options = options.vllm_options()
+    options.vllm_options()  # a bad combination is refused before a model is loaded
     from llamagen.serving.api import create_app
     from llamagen.serving.metrics import ServerMetrics
     from llamagen.serving.models import ServedModel
@@ -82,10 +82,7 @@ def run(options: Options) -> None:
     models = []
     for name, source in sources.items():
         pipeline = _load(source, options, device, dtype)
-        if vllm_options is None:
-            engine = _native_engine(name, pipeline, options, metrics)
-        else:
-            engine = _vllm_engine(source, pipeline, options, vllm_options)
+        engine = _engine(name, source, pipeline, options, metrics)
         in_flight = engine.max_images + options.max_queue
         models.append(ServedModel(name, pipeline, engine, metrics=metrics, max_in_flight=in_flight))
     app = create_app(models, metrics=metrics, settings=settings)
@@ -131,34 +128,28 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
     return pipeline
 
 
-def _native_engine(
-    name: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
+def _engine(
+    name: str, source: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
 ) -> Engine:
-    from llamagen.generation.engine import NativeEngine
+    """Start what generates the codes of a model."""
+    vllm_options = options.vllm_options()
+    if vllm_options is None:
+        from llamagen.generation.engine import NativeEngine
 
-    def observe(images: int, _: int, seconds: float) -> None:
-        metrics.stepped(name, images, seconds)
+        def observe(images: int, _: int, seconds: float) -> None:
+            metrics.stepped(name, images, seconds)
 
-    engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
-    engine.start()
-    return engine
-
-
-def _vllm_engine(
-    source: str, pipeline: Pipeline, options: Options, vllm_options: dict[str, Any]
-) -> Engine:
+        engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
+        engine.start()
+        return engine
     from llamagen.vllm_plugin.engine import VllmEngine
     from llamagen.vllm_plugin.export import ExportOptions
 
     if options.batch_size is not None:
-        vllm_options = {**vllm_options, "max_num_seqs": options.batch_size}
+        vllm_options["max_num_seqs"] = options.batch_size
     # The file, not the transformer: its weights are then linked to, and not written once more.
-    return VllmEngine(
-        source,
-        export=ExportOptions(negative_prompts=True),
-        dtype=pipeline.dtype,
-        **vllm_options,
-    )
+    export = ExportOptions(negative_prompts=True)
+    return VllmEngine(source, export=export, dtype=pipeline.dtype, **vllm_options)
 
 
 def _require_serving() -> None:
