@@ -186,8 +186,8 @@ class CodeStack(nn.Module):
         self.norm = RMSNorm(model.dim, eps=model.norm_eps)
         device = self.embedding.weight.device
         # Row 0 is for every condition position, row 1 + i for code i.
-        table = rope_table(model.grid, 1, model.head_dim, model.rope_base, device)
-        self.register_buffer("rope", table.clone(), persistent=False)
+        table = rope_table(model.grid, model.head_dim, model.rope_base, device)
+        self.register_buffer("rope", table.roll(1, dims=0), persistent=False)
         self.rope: Tensor
 
     def embed(self, ids: Tensor) -> Tensor:
