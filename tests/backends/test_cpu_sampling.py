@@ -10,7 +10,7 @@ import torch
 
 from llamagen.backends.cpu import sampling as cpu_sampling
 from llamagen.backends.cpu.sampling import CpuSampler
-from llamagen.config import MAX_TOP_K, SamplingConfig
+from llamagen.config import MAX_INTEGER, SamplingConfig
 from llamagen.generation.sampling import ReferenceSampler, Rows
 from tests.backends.variants import VARIANTS, kernels_of
 
@@ -18,7 +18,7 @@ CODES = 4096
 SETTINGS = [
     SamplingConfig(guidance_scale=scale, temperature=temperature, top_k=top_k, top_p=top_p)
     for scale, temperature, top_k, top_p in itertools.product(
-        (1.0, 0.0, 4.0), (1.0, 0.7, 0.0), (0, 1, 100, CODES, MAX_TOP_K), (1.0, 0.9, 0.3, 1e-6)
+        (1.0, 0.0, 4.0), (1.0, 0.7, 0.0), (0, 1, 100, CODES, MAX_INTEGER), (1.0, 0.9, 0.3, 1e-6)
     )
 ]
 

@@ -154,7 +154,7 @@ def test_sources_that_do_not_fit(fails, files, tmp_path):
     torch.save(tokenizer(codebook_size=32).state_dict(), two)
     assert "32 codes but the transformer predicts 64" in fails("convert", one, two, *out)
     torch.save(transformer().state_dict(), one)
-    assert "give it with heads" in fails("convert", one, two, *out)
+    assert "give it with --heads" in fails("convert", one, two, *out)
     assert not (tmp_path / "model").exists()
 
 

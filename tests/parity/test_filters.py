@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from llamagen.config import SamplingConfig
-from llamagen.generation import filter_logits
+from llamagen.generation.sampling import Filters
 
 
 def test_kept_codes(read_case):
@@ -14,6 +14,6 @@ def test_kept_codes(read_case):
     before = logits.clone()
     for settings in case.info["cases"]:
         sampling = SamplingConfig(top_k=settings["top_k"], top_p=settings["top_p"])
-        kept = filter_logits(logits, sampling).isfinite()
+        kept = Filters.of([sampling])(logits).isfinite()
         assert torch.equal(kept, case.tensor(settings["array"])), settings
     assert torch.equal(logits, before), "a filter edited its input"
