@@ -142,7 +142,7 @@ def test_another_plan_needs_overwrite(extract, tmp_path):
     refused = extract("--views", "flip")
     assert refused.status == 2
     assert "other views" in refused.err
-    assert "overwrite" in refused.err
+    assert "--overwrite" in refused.err
     assert extract("--views", "flip", "--overwrite").status == 0
     assert CodeStore.open(tmp_path / "codes").views == 2
 

@@ -3,12 +3,11 @@ import pytest
 from llamagen.data.captions import (
     Caption,
     CaptionTable,
-    caption_columns,
     captions_of,
     draw_caption,
     write_captions,
 )
-from llamagen.data.columns import SourceConfig
+from llamagen.data.columns import SourceConfig, caption_columns
 from llamagen.support.errors import InputError
 
 

@@ -235,7 +235,7 @@ def test_other_settings_are_refused_or_overwritten(tmp_path, change, words):
     with pytest.raises(InputError, match=f"table of squares in .* begun with {words}") as raised:
         made(tmp_path, settings=changed)
     assert "overwrite" not in str(raised.value)
-    with pytest.raises(InputError, match=r"or overwrite it \(overwrite\)"):
+    with pytest.raises(InputError, match=r"or `overwrite` it"):
         made(tmp_path, settings=changed, overwrite=False)
     with pytest.raises(InputError, match="several processes cannot overwrite"):
         made(tmp_path, settings=changed, overwrite=True, world_size=2)

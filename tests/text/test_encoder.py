@@ -19,15 +19,30 @@ def encoder():
     return tiny_text_encoder()
 
 
-def test_alone_or_among_others(encoder):
-    together = encoder.encode(CAPTIONS)
-    assert [len(each) for each in together] == [12, 6, 30, 2]  # one for the end of each
-    for caption, features in zip(CAPTIONS, together, strict=True):
-        torch.testing.assert_close(encoder.encode([caption])[0], features, atol=1e-5, rtol=1e-4)
-    for tokens_at_once in (1, 24):
-        for a, b in zip(
-            encoder.encode(CAPTIONS, tokens_at_once=tokens_at_once), together, strict=True
-        ):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_features_do_not_depend_on_other_captions(dtype, threads):
+    encoder = tiny_text_encoder(dim=192, heads=4, layers=3).to(dtype)
+    captions = [*CAPTIONS, "other", "words", "heart", "ab", "cd"]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = encoder.encode(captions)
+        backwards = encoder.encode(captions[::-1])[::-1]
+        alone = [encoder.encode([caption])[0] for caption in captions]
+    finally:
+        torch.set_num_threads(before)
+    assert [len(each) for each in together[:4]] == [12, 6, 30, 2]  # one for the end of each
+    for a, b, c in zip(together, backwards, alone, strict=True):
+        assert torch.equal(a, c)
+        assert torch.equal(b, c)
+
+
+def test_batches_agree_with_captions_alone(encoder):
+    alone = encoder.encode(CAPTIONS)
+    for tokens_at_once in (1, 24, 1000):
+        batched = encoder.encode(CAPTIONS, tokens_at_once=tokens_at_once)
+        for a, b in zip(batched, alone, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -49,12 +64,15 @@ def test_progress_counts_captions(encoder):
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 10, 16, 1000])
-def test_batches_of_like_lengths(tokens_at_once):
-    lengths = [3, 9, 2, 8, 1, 1, 7]
+def test_batches_of_one_length(tokens_at_once):
+    lengths = [3, 9, 2, 3, 1, 1, 3, 9]
     batches = list(length_batches(lengths, tokens_at_once))
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= tokens_at_once
+        assert len({lengths[i] for i in batch}) == 1
+        assert len(batch) == 1 or len(batch) * lengths[batch[0]] <= tokens_at_once
+    if tokens_at_once == 1000:
+        assert len(batches) == 4
 
 
 def test_captions_are_cleaned_unless_told_otherwise(encoder):

@@ -39,6 +39,16 @@ def test_coco(tmp_path):
     assert found[1].text == "a dog"
 
 
+@pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.tsv", "p.jsonl"])
+def test_separators_within_a_prompt_do_not_split_it(tmp_path, name):
+    text = "one\u2028two\u0085three\x0cfour"
+    lines = {"p.txt": text, "p.jsonl": json.dumps({"prompt": text}, ensure_ascii=False)}
+    path = write(
+        tmp_path, name, lines.get(name, f"prompt\n{text}") + "\nlast\n" * (name == "p.txt")
+    )
+    assert read_prompts(path)[0].text == text
+
+
 def test_other_tables(tmp_path):
     table = 'id,caption,other\n1,"a, b",x\n2,c,y\n'
     found = read_prompts(write(tmp_path, "t.csv", table))
@@ -53,7 +63,7 @@ def test_other_tables(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.txt", "\n", "no prompts in it"),
+        ("p.txt", "\n", "no rows in it"),
         ("p.csv", "a,b\n1,2\n", "no column of prompts .it has a, b."),
         ("p.csv", "prompt,b\n ,2\n", "prompt 1 of .* is empty"),
         ("p.csv", 'prompt\n"open', "cannot be read as .csv"),

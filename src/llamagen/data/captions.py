@@ -1,22 +1,21 @@
-"""The captions of images: none, one, or several of which one is drawn each time."""
+"""Captions of images: none, one, or several of which one is drawn each time."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 import llamagen.support.storage as storage
-from llamagen.data.columns import CAPTION_NAMES, SourceConfig, find_column
 from llamagen.support.errors import InputError
 
 _CONTENT_NAME = "captions.bin"
 _ENDS_NAME = "captions.npy"
-_AGAIN = "run llamagen extract-codes again with the same options"
+_AGAIN = "run llamagen extract-codes again"
 
 
 class Caption(NamedTuple):
@@ -31,32 +30,16 @@ Captions = tuple[Caption, ...]
 """All captions of an image; empty if it has none."""
 
 
-def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) -> dict[str, float]:
-    """The columns of captions there are, and the weight of each.
-
-    Raises:
-        InputError: one that was asked for is not there.
-    """
-    names = config.caption_columns
-    if not names:
-        found = find_column("caption", None, CAPTION_NAMES, columns, where)
-        return {} if found is None else {found: 1.0}
-    for name in names:
-        find_column("caption", name, CAPTION_NAMES, columns, where)
-    weights = config.caption_weights or (1.0,) * len(names)
-    return dict(zip(names, weights, strict=True))
-
-
 def captions_of(
     values: Mapping[str, Any], columns: Mapping[str, float], separator: str | None
 ) -> Captions:
-    """The captions of an image, from a row of a table.
+    """Return the captions of an image, from a row of a table.
 
     Args:
         values: the row.
-        columns: which of it are captions, with the weight of each. A column that says nothing
-            leaves its share to the others; several captions of one share its weight.
-        separator: what stands between several captions in one text.
+        columns: those of captions, with the weight of each. An empty column leaves its share to
+            the others; several captions of one share its weight.
+        separator: between several captions in one text.
     """
     parts = {name: _texts(values.get(name), separator) for name in columns}
     whole = sum(columns[name] for name, texts in parts.items() if texts)
@@ -70,7 +53,7 @@ def captions_of(
 
 
 def draw_caption(captions: Captions, number: float) -> str | None:
-    """The caption that a number from 0 up to below 1 falls on; None if there is none."""
+    """Return the caption that a number in [0, 1) falls on; None if there is none."""
     if not captions:
         return None
     for text, weight in captions:
@@ -84,7 +67,7 @@ class CaptionTable:
     """Captions of many images on the disk, read one image at a time."""
 
     def __init__(self, folder: Path, images: int) -> None:
-        """Opens what ``write_captions`` wrote into ``folder``.
+        """Open what ``write_captions`` wrote into ``folder``.
 
         Raises:
             FileNotFoundError: it is not there.
@@ -108,14 +91,14 @@ class CaptionTable:
         self._content = np.memmap(folder / _CONTENT_NAME, mode="r") if size else np.empty(0, "u1")
 
     def __getitem__(self, index: int) -> Captions:
-        """The captions of an image."""
+        """Return the captions of an image."""
         start = int(self._ends[index - 1]) if index else 0
         text = self._content[start : int(self._ends[index])].tobytes()
         return tuple(Caption(caption, weight) for caption, weight in json.loads(text))
 
 
 def write_captions(folder: Path, captions: Iterable[Captions]) -> None:
-    """Writes the captions of images, for ``CaptionTable``."""
+    """Write the captions of images, for ``CaptionTable``."""
     ends: list[int] = []
     end = 0
     with storage.atomic_file(folder / _CONTENT_NAME) as temporary, temporary.open("wb") as file:

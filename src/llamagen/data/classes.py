@@ -7,11 +7,11 @@ from typing import Any
 
 from llamagen.support.errors import InputError
 
-_MOST_CLASSES = 1_000_000
+_MAX_CLASSES = 1_000_000
 
 
-def in_order(names: set[str]) -> list[str]:
-    """Alphabetically; numbers by their size, although "10" sorts before "2" as text."""
+def sort_names(names: set[str]) -> list[str]:
+    """Sort names of classes: alphabetically, but numbers by their value."""
     if all(name.isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
@@ -20,18 +20,18 @@ def in_order(names: set[str]) -> list[str]:
 def classes_of(
     values: Sequence[Any], where: str, *, class_names: Sequence[str] | None = None
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Labels and class names for a column of labels.
+    """Return labels and class names for a column of labels.
 
-    Whole numbers are labels already, of classes named "0", "1" and so on; anything else is taken
-    for a class's name.
+    Integers are labels already, of classes named "0", "1" and so on; anything else is the name of
+    a class.
 
     Args:
         values: one per image.
-        where: where they stand, for messages.
+        where: their table, for messages.
         class_names: the classes there may be; by default those that occur.
 
     Returns:
-        A label per image, and the names of all classes.
+        A label of each image, and the names of all classes.
 
     Raises:
         InputError: a value is missing, a number is negative or too large, or a class is none of
@@ -43,7 +43,7 @@ def classes_of(
     if all(_is_number(value) for value in values):
         labels = [int(value) for value in values]
         count = max(labels, default=0) + 1 if class_names is None else len(class_names)
-        if count > _MOST_CLASSES:
+        if count > _MAX_CLASSES:
             raise InputError(f"{where} has the label {count - 1}; is it a label at all?")
         for row, label in enumerate(labels):
             if not 0 <= label < count:
@@ -53,7 +53,7 @@ def classes_of(
                 )
         return tuple(labels), tuple(class_names or map(str, range(count)))
     names = [str(value) for value in values]
-    classes = tuple(in_order(set(names)) if class_names is None else class_names)
+    classes = tuple(sort_names(set(names)) if class_names is None else class_names)
     index = {name: label for label, name in enumerate(classes)}
     for row, name in enumerate(names):
         if name not in index:

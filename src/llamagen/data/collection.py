@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Self
@@ -19,7 +20,7 @@ class ImageCollection(abc.ABC):
     """
 
     name: str
-    """Where the images come from, for messages."""
+    """Their source, for messages."""
     labels: tuple[int, ...] | None = None
     """Index into ``class_names`` per image; None for images without classes."""
     class_names: tuple[str, ...] = ()
@@ -31,11 +32,11 @@ class ImageCollection(abc.ABC):
 
     @abc.abstractmethod
     def key(self, index: int) -> str:
-        """A name of an image within the collection that is the same wherever the collection is."""
+        """Return a name of an image that is the same wherever the collection is."""
 
     @abc.abstractmethod
     def read(self, index: int) -> Image.Image:
-        """The image as RGB.
+        """Return the image as RGB.
 
         Raises:
             CorruptImageError: it cannot be read as an image.
@@ -43,13 +44,23 @@ class ImageCollection(abc.ABC):
         """
 
     @abc.abstractmethod
+    def _select(self, indices: Sequence[int]) -> None:
+        """Reduce this collection to some of its images; labels and captions follow."""
+
     def subset(self, indices: Sequence[int]) -> Self:
-        """Some of the images, in the order given."""
+        """Return some of the images, in the order given."""
+        part = copy.copy(self)
+        part._select(indices)
+        if self.labels is not None:
+            part.labels = tuple(self.labels[i] for i in indices)
+        if self.captions is not None:
+            part.captions = tuple(self.captions[i] for i in indices)
+        return part
 
     def split(self, fraction: float) -> tuple[Self, Self]:
-        """Holds a part of the images out: (the rest, the part).
+        """Hold a part of the images out; return the rest and the part.
 
-        Which ones depends on their keys only, so every stage of training holds out the same.
+        The choice depends on the images' keys only, so every stage of training holds out the same.
         At least one image is held out if ``fraction`` is above 0, and one is kept.
         """
         wanted = held_out_count(len(self), fraction)
@@ -58,12 +69,12 @@ class ImageCollection(abc.ABC):
         return self.subset(sorted(by_hash[wanted:])), self.subset(sorted(by_hash[:wanted]))
 
     def thinned(self, count: int) -> Self:
-        """At most ``count`` of the images, spread evenly over the list and so over the classes."""
+        """Return at most ``count`` images, spread evenly over the list and so over the classes."""
         kept = min(count, len(self))
         return self.subset([i * len(self) // kept for i in range(kept)])
 
     def digest(self) -> str:
-        """A short text that changes when an image is added, removed or renamed."""
+        """Return a short text that changes when an image is added, removed or renamed."""
         whole = hashlib.sha256()
         for key in self._keys():
             whole.update(key_bytes(key) + b"\0")
@@ -74,10 +85,10 @@ class ImageCollection(abc.ABC):
 
 
 def held_out_count(count: int, fraction: float) -> int:
-    """How many of ``count`` images a fraction of them is; neither none nor all."""
+    """Return how many of ``count`` images a fraction of them is; neither none nor all."""
     return min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
 
 
 def key_bytes(key: str) -> bytes:
-    """A key as bytes; names of files need not be valid text."""
+    """Return a key as bytes; names of files need not be valid text."""
     return key.encode("utf-8", "surrogateescape")

@@ -1,11 +1,14 @@
-"""Which column of a table holds the image, the label, the caption."""
+"""Columns of a table: those of images, labels and captions."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+from llamagen.data.captions import Captions, captions_of
+from llamagen.data.classes import classes_of
 from llamagen.support.errors import InputError
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
@@ -16,7 +19,7 @@ FILE_NAMES = ("file_name", "file", "filename", "path", "image")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Where images are in a data set that is more than a folder of classes."""
+    """Columns and part of a data set that is more than a folder of classes."""
 
     split: str = "train"
     """Split of a hub data set, or of a folder with Parquet or tar files, to train on or encode;
@@ -36,16 +39,16 @@ class SourceConfig:
     caption_weights: tuple[float, ...] = ()
     """How often a caption of each of those columns is drawn. Default: all alike."""
     caption_separator: str | None = None
-    """What stands between several captions in one value, as "|"."""
+    """Separator of several captions in one value, as "|"."""
     streaming: bool = False
     """Read a hub data set, Parquet or tar files as they come, without a copy of the whole on the
     disk first (tokenizer training only)."""
     shuffle_buffer: int = 1000
-    """Images that are shuffled among themselves where data is streamed; files are shuffled as
-    wholes."""
+    """Images of a block that is shuffled where data is streamed; the order of files is shuffled,
+    too."""
     stream_parts: int = 8
-    """Parts that the files of streamed data are dealt to, each with its own share of every batch.
-    Processes share the parts, so their number must divide this one."""
+    """Parts that the files of streamed data are divided into, each with its own share of every
+    batch. Processes share the parts, so their number must divide this one."""
 
     def __post_init__(self) -> None:
         for name in ("shuffle_buffer", "stream_parts"):
@@ -67,7 +70,7 @@ class SourceConfig:
 def find_column(
     kind: str, wanted: str | None, known: Sequence[str], columns: Sequence[str], where: str
 ) -> str | None:
-    """The column asked for, or the first of the known names that is there.
+    """Return the column asked for, or the first of the known names that is there.
 
     Raises:
         InputError: the column asked for is not there.
@@ -79,3 +82,67 @@ def find_column(
             f"{where} has no column {wanted!r} for the {kind}; it has {', '.join(columns)}"
         )
     return wanted
+
+
+def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) -> dict[str, float]:
+    """Return the columns of captions there are, and the weight of each.
+
+    Raises:
+        InputError: one that was asked for is not there.
+    """
+    names = config.caption_columns
+    if not names:
+        found = find_column("caption", None, CAPTION_NAMES, columns, where)
+        return {} if found is None else {found: 1.0}
+    for name in names:
+        find_column("caption", name, CAPTION_NAMES, columns, where)
+    weights = config.caption_weights or (1.0,) * len(names)
+    return dict(zip(names, weights, strict=True))
+
+
+class Annotations(NamedTuple):
+    """Labels and captions of the images of a table."""
+
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...]
+    captions: tuple[Captions, ...] | None
+
+
+def read_annotations(
+    values: Callable[[str], Sequence[Any]],
+    columns: Sequence[str],
+    config: SourceConfig,
+    where: str,
+    *,
+    labelled: bool = True,
+    known_labels: Sequence[str] = LABEL_NAMES,
+    class_names: Sequence[str] | None = None,
+) -> Annotations:
+    """Return the labels and captions of a table.
+
+    Args:
+        values: returns those of a column.
+        columns: their names.
+        config: which of them to take.
+        where: the table, for messages.
+        labelled: take classes, if there is a column of them.
+        known_labels: names that a column of labels may have, the likeliest first.
+        class_names: the classes there may be; by default those that occur.
+
+    Raises:
+        InputError: a column is not there, or a label is missing or out of range.
+    """
+    labels: tuple[int, ...] | None = None
+    names: tuple[str, ...] = ()
+    captions: tuple[Captions, ...] | None = None
+    label = find_column("label", config.label_column, known_labels, columns, where)
+    if labelled and label is not None:
+        labels, names = classes_of(values(label), where, class_names=class_names)
+    weights = caption_columns(config, columns, where)
+    if weights:
+        rows = zip(*(values(name) for name in weights), strict=True)
+        separator = config.caption_separator
+        captions = tuple(
+            captions_of(dict(zip(weights, row, strict=True)), weights, separator) for row in rows
+        )
+    return Annotations(labels, names, captions)

@@ -11,7 +11,7 @@ TEN_CROP_RANGES = (1.1, 1.05)
 
 
 def center_crop(image: Image.Image, size: int, *, width: int | None = None) -> Image.Image:
-    """Resizes the short side to ``size`` and crops the middle square, as ADM does.
+    """Resize the short side to ``size`` and crop the middle square, as ADM does.
 
     The image is halved with a box filter while its short side is at least twice ``size``, then
     scaled with a bicubic one (Dhariwal and Nichol 2105.05233, the crop behind ImageNet FIDs).
@@ -28,7 +28,7 @@ def center_crop(image: Image.Image, size: int, *, width: int | None = None) -> I
 
 
 def ten_crop(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
-    """Ten ``size`` squares of the centre crop at ``int(size * crop_range)``.
+    """Return ten ``size`` squares of the centre crop at ``int(size * crop_range)``.
 
     Those of ``five_crop``, then the same of the mirrored image.
     """
@@ -37,7 +37,7 @@ def ten_crop(image: Image.Image, size: int, crop_range: float) -> list[Image.Ima
 
 
 def five_crop(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
-    """Five ``size`` squares of the centre crop at ``int(size * crop_range)``.
+    """Return five ``size`` squares of the centre crop at ``int(size * crop_range)``.
 
     Top left, top right, bottom left, bottom right, middle.
     """
@@ -52,7 +52,7 @@ def random_crop(
     width: int | None = None,
     max_scale: float = 1.25,
 ) -> Image.Image:
-    """A random ``size`` square after the short side is resized to ``size`` .. ``max_scale`` size.
+    """Return a random square after the short side is resized to ``size`` .. ``max_scale`` size.
 
     The tokenizer's training crop: the published range is from size / 1.0 to size / 0.8. With a
     ``width``, the crop is ``size`` high and that wide.
@@ -66,7 +66,7 @@ def random_crop(
 
 
 def _cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resizes to the smallest size of the same shape that covers ``width`` x ``height``."""
+    """Resize to the smallest size of the same shape that covers ``width`` x ``height``."""
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)

@@ -5,36 +5,34 @@ Images are decoded by us, so that damaged ones are skipped and odd ones come out
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from llamagen.data.captions import caption_columns, captions_of
-from llamagen.data.classes import classes_of
 from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import (
     IMAGE_NAMES,
     LABEL_NAMES,
     SourceConfig,
     find_column,
+    read_annotations,
 )
 from llamagen.data.images import CorruptImageError, decode_image
 from llamagen.support.errors import InputError
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
-"""Ends of file names -> the library's name of the format."""
+"""Suffixes of files -> the library's name of the format."""
 HUB = "hf:"
-"""What the name of a data set on the hub begins with."""
+"""Prefix of the name of a data set on the hub."""
 
 
 def import_datasets() -> ModuleType:
-    """The library.
+    """Return the library.
 
     Raises:
         InputError: it is not installed.
@@ -50,7 +48,7 @@ def import_datasets() -> ModuleType:
 
 
 def load(source: str, split: str, config: SourceConfig) -> Any:
-    """What the library makes of a source: a ``Dataset``, or an ``IterableDataset`` to stream.
+    """Open a source as a ``Dataset``, or as an ``IterableDataset`` to stream.
 
     Args:
         source: "hf:owner/name" or "hf:owner/name@revision", a folder, a file, or a pattern such
@@ -102,56 +100,56 @@ class Table(ImageCollection):
         labelled: bool = True,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """Finds the columns.
+        """Find the columns.
 
         Raises:
             InputError: there is no column of images, or a label is missing or out of range.
         """
+        datasets = import_datasets()
         config = config or SourceConfig()
         self.name = name
-        columns = Columns.find(dataset.features, config, name)
-        if labelled and columns.label is not None:
-            values = dataset[columns.label][:]
-            names = columns.class_names or class_names
-            if names is not None and class_names is not None and tuple(names) != tuple(class_names):
-                raise InputError(
-                    f"the classes of {name} are not those of the training images; map them to the "
-                    f"same names first"
-                )
-            self.labels, self.class_names = classes_of(values, name, class_names=names)
-        if columns.captions:
-            rows = dataset.select_columns(list(columns.captions))
-            separator = config.caption_separator
-            self.captions = tuple(captions_of(row, columns.captions, separator) for row in rows)
-        self._dataset = undecoded(dataset, columns).select_columns([columns.image])
-        self._column = columns.image
+        self._column = image_column(dataset.features, config, name)
+        typed = {
+            c: f.names for c, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)
+        }
+        known = [*typed, *LABEL_NAMES]
+        columns = list(dataset.features)
+        label = find_column("label", config.label_column, known, columns, name)
+        names = typed.get(label or "") if labelled else None
+        if names and class_names is not None and tuple(names) != tuple(class_names):
+            raise InputError(
+                f"the classes of {name} are not those of the training images; map them to the "
+                f"same names first"
+            )
+        self.labels, self.class_names, self.captions = read_annotations(
+            lambda column: dataset[column][:],
+            columns,
+            config,
+            name,
+            labelled=labelled,
+            known_labels=known,
+            class_names=names or class_names,
+        )
+        self._dataset = undecoded(dataset, self._column).select_columns([self._column])
         self._rows = np.arange(len(dataset))
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def key(self, index: int) -> str:
-        """The number of the row."""
+        """Return the number of the row."""
         return f"{self._rows[index]:09d}"
 
     def read(self, index: int) -> Image.Image:
-        """Reads a row."""
+        """Read a row."""
         row = int(self._rows[index])
-        value = self._dataset[row][self._column]
-        return decode(value, Path(f"{self.name} row {row}"))
+        return decode(self._dataset[row][self._column], Path(f"{self.name} row {row}"))
 
-    def subset(self, indices: Sequence[int]) -> Self:
-        """Some of the rows."""
-        part = copy.copy(self)
-        part._rows = self._rows[list(indices)]
-        if self.labels is not None:
-            part.labels = tuple(self.labels[i] for i in indices)
-        if self.captions is not None:
-            part.captions = tuple(self.captions[i] for i in indices)
-        return part
+    def _select(self, indices: Sequence[int]) -> None:
+        self._rows = self._rows[list(indices)]
 
     def digest(self) -> str:
-        """Changes with the rows and the sizes of their images."""
+        """Return a short text that changes with the rows and the sizes of their images."""
         whole = hashlib.sha256(self._rows.tobytes())
         for chunk in self._dataset.data.column(self._column).chunks:
             whole.update(_sizes(chunk).tobytes())
@@ -162,26 +160,25 @@ class InMemory(ImageCollection):
     """A few undecoded images, as those that a streamed data set begins with."""
 
     def __init__(self, values: Sequence[Any], name: str) -> None:
-        self._values, self.name = tuple(values), name
+        self._values, self.name = list(values), name
 
     def __len__(self) -> int:
         return len(self._values)
 
     def key(self, index: int) -> str:
-        """The image's place."""
+        """Return the image's position."""
         return f"{index:09d}"
 
     def read(self, index: int) -> Image.Image:
-        """Decodes an image."""
+        """Decode an image."""
         return decode(self._values[index], Path(f"{self.name} row {index}"))
 
-    def subset(self, indices: Sequence[int]) -> Self:
-        """Some of the images."""
-        return type(self)([self._values[i] for i in indices], self.name)
+    def _select(self, indices: Sequence[int]) -> None:
+        self._values = [self._values[i] for i in indices]
 
 
 def _sizes(chunk: Any) -> np.ndarray:
-    """Bytes of each image of a chunk of a column."""
+    """Return the bytes of each image of a chunk of a column."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -190,53 +187,30 @@ def _sizes(chunk: Any) -> np.ndarray:
     return np.asarray(pc.fill_null(pc.binary_length(chunk), 0).to_numpy(zero_copy_only=False))
 
 
-class Columns:
-    """The columns of a data set that are read."""
+def image_column(features: Mapping[str, Any], config: SourceConfig, name: str) -> str:
+    """Return the column of images: the one asked for, or found by its type or its name.
 
-    def __init__(
-        self,
-        image: str,
-        label: str | None,
-        captions: dict[str, float],
-        class_names: Sequence[str] | None,
-    ) -> None:
-        self.image, self.label = image, label
-        self.captions = captions
-        """With the weight of each."""
-        self.class_names = class_names
-        """The classes' names, where the data set has them."""
-
-    @classmethod
-    def find(cls, features: Mapping[str, Any], config: SourceConfig, name: str) -> Columns:
-        """Finds them by their types, then by their names.
-
-        Raises:
-            InputError: there is no column of images, or not the one that was asked for.
-        """
-        datasets = import_datasets()
-        names = list(features)
-        images = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
-        image = find_column("image", config.image_column, [*images, *IMAGE_NAMES], names, name)
-        if image is None:
-            raise InputError(
-                f"{name} has no column of images (it has {', '.join(names)}); name it with "
-                f"`image_column`"
-            )
-        typed = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
-        label = find_column("label", config.label_column, [*typed, *LABEL_NAMES], names, name)
-        captions = caption_columns(config, names, name)
-        named = getattr(features[label], "names", None) if label is not None else None
-        return cls(image, label, captions, named)
+    Raises:
+        InputError: there is none.
+    """
+    datasets = import_datasets()
+    typed = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
+    names = list(features)
+    found = find_column("image", config.image_column, [*typed, *IMAGE_NAMES], names, name)
+    if found is None:
+        raise InputError(
+            f"{name} has no column of images (it has {', '.join(names)}); name it with `image_column`"
+        )
+    return found
 
 
-def undecoded(dataset: Any, columns: Columns) -> Any:
-    """The data set with its images as they are stored."""
-    feature = import_datasets().Image(decode=False)
-    return dataset.cast_column(columns.image, feature)
+def undecoded(dataset: Any, column: str) -> Any:
+    """Return the data set with the images of a column as they are stored."""
+    return dataset.cast_column(column, import_datasets().Image(decode=False))
 
 
 def decode(value: Any, path: Path) -> Image.Image:
-    """An undecoded image of the library's: bytes, or the path of a file.
+    """Decode an image of the library's: bytes, or the path of a file.
 
     Raises:
         CorruptImageError: it is missing, or no whole image.
@@ -248,14 +222,3 @@ def decode(value: Any, path: Path) -> Image.Image:
     if content is None:
         content = Path(value["path"]).read_bytes()
     return decode_image(content, path)
-
-
-def files_of(dataset: Any) -> list[Any]:
-    """An ``IterableDataset`` file by file."""
-    count = dataset.num_shards
-    return [dataset.shard(num_shards=count, index=index) for index in range(count)]
-
-
-def examples(file: Any, first: int) -> Iterator[dict[str, Any]]:
-    """The rows of one of ``files_of``, from one on."""
-    yield from file.skip(first)

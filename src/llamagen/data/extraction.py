@@ -148,7 +148,7 @@ class _Job:
         if self.tokenizer.dtype != torch.float32:
             raise InputError(
                 f"the tokenizer's weights are {self.tokenizer.dtype}, but it is known by those in "
-                f"float32; load it so, and name the precision of encoding (dtype)"
+                f"float32; load it so, and name the precision of encoding (`dtype`)"
             )
         config = self.tokenizer.config
         grid = config.grid_of(self.views.height, self.views.width)

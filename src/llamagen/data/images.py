@@ -1,4 +1,4 @@
-"""Images from folders: finding the files, reading any common format, naming unreadable ones."""
+"""Images from folders: finding the files, reading any common format, listing unreadable ones."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llamagen.data.captions import Captions
-from llamagen.data.classes import in_order
+from llamagen.data.classes import sort_names
 from llamagen.data.collection import ImageCollection
 from llamagen.support.errors import InputError
 
@@ -26,7 +26,7 @@ EXTENSIONS = frozenset(
         *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
     }
 )
-"""File names that are taken for images, in any case."""
+"""Of file names of images, in any case."""
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ DECODING_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""What Pillow's decoders raise on damaged files."""
+"""Raised by Pillow's decoders on damaged files."""
 
 _WHITE = (255, 255, 255, 255)
 
@@ -64,7 +64,7 @@ class CorruptImageError(InputError):
 
 
 def find_images(folder: Path | str) -> list[Path]:
-    """All image files under ``folder``, sorted; links are followed, hidden files are left out.
+    """Return all image files under ``folder``, sorted; links are followed, hidden files left out.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -93,14 +93,15 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # Sorted, since of several links to one folder the first counts.
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             path = Path(parent, name)
             if not name.startswith(".") and path.suffix.lower() in EXTENSIONS:
                 yield path
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ImageFolder(ImageCollection):
     """The images of a folder, sorted; each subfolder, if there are any, is a class."""
 
@@ -120,7 +121,7 @@ class ImageFolder(ImageCollection):
 
     @classmethod
     def scan(cls, folder: Path | str, *, class_names: Sequence[str] | None = None) -> Self:
-        """Finds the images in ``folder``.
+        """Find the images in ``folder``.
 
         If every image lies in some subfolder, the subfolders' names are the classes: in
         alphabetical order, or in numerical order if all are numbers. If none does, the images
@@ -139,52 +140,46 @@ class ImageFolder(ImageCollection):
         root = Path(folder)
         paths = find_images(root)
         parts = [path.relative_to(root).parts for path in paths]
-        names = [part[0] for part in parts if len(part) > 1]
-        if not names:
+        stray = [part[0] for part in parts if len(part) == 1]
+        if len(stray) == len(paths):
             return cls(root, tuple(paths))
-        if len(names) < len(paths):
-            stray = next(path for path, part in zip(paths, parts, strict=True) if len(part) == 1)
+        if stray:
             raise InputError(
-                f"{root} has images both in class folders and beside them, such as {stray.name}; "
+                f"{root} has images both in class folders and beside them, such as {stray[0]}; "
                 f"move each into the folder of its class"
             )
-        classes = tuple(in_order(set(names)) if class_names is None else class_names)
+        names = [part[0] for part in parts]
+        classes = tuple(sort_names(set(names)) if class_names is None else class_names)
         index = {name: label for label, name in enumerate(classes)}
-        for name in names:
-            if name not in index:
-                raise InputError(
-                    f"{root} has a class {name!r} that the training images do not have; "
-                    f"rename or remove the folder"
-                )
+        unknown = next((name for name in names if name not in index), None)
+        if unknown is not None:
+            raise InputError(
+                f"{root} has a class {unknown!r} that the training images do not have; "
+                f"rename or remove the folder"
+            )
         return cls(root, tuple(paths), tuple(index[name] for name in names), classes)
 
     @classmethod
     def scan_unlabelled(cls, folder: Path | str) -> Self:
-        """Finds the images in ``folder``, whatever its subfolders mean."""
+        """Find the images in ``folder``, whatever its subfolders mean."""
         return cls(Path(folder), tuple(find_images(folder)))
 
     def key(self, index: int) -> str:
-        """The path of a file within the folder, with forward slashes."""
+        """Return the path of a file within the folder, with forward slashes."""
         return self.paths[index].relative_to(self.root).as_posix()
 
     def read(self, index: int) -> Image.Image:
-        """Reads a file; see ``open_image``."""
+        """Read a file; see ``open_image``."""
         return open_image(self.paths[index])
 
-    def subset(self, indices: Sequence[int]) -> Self:
-        """Some of the files."""
-        return dataclasses.replace(
-            self,
-            paths=tuple(self.paths[i] for i in indices),
-            labels=None if self.labels is None else tuple(self.labels[i] for i in indices),
-            captions=None if self.captions is None else tuple(self.captions[i] for i in indices),
-        )
+    def _select(self, indices: Sequence[int]) -> None:
+        self.paths = tuple(self.paths[i] for i in indices)
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Reads an image file as RGB.
+    """Read an image file as RGB.
 
-    Turned upright as its EXIF tag says, transparency laid over white, 16-bit greys scaled to 8,
+    Upright as its EXIF tag says, transparency over white, 16-bit greys scaled to 8,
     the first frame of an animation.
 
     Raises:
@@ -198,7 +193,7 @@ def open_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(content: bytes, path: Path) -> Image.Image:
-    """Decodes the bytes of an image file, as ``open_image`` does.
+    """Decode the bytes of an image file, as ``open_image`` does.
 
     Raises:
         CorruptImageError: they are not a whole image; ``path`` says whose they are.
@@ -224,7 +219,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as ``open_image`` would read it from its file.
+    """Return an image as ``open_image`` would read it from its file.
 
     Raises:
         InputError: its mode has no defined white.
@@ -247,7 +242,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, or of 32 that use no more than 16; Pillow's own conversion clips them."""
+    """Scale greys of 16 bits, or of 32 that use at most 16, which Pillow would clip."""
     greys = np.asarray(image)
     if greys.min() < 0 or greys.max() > 65535:
         raise ValueError("grey levels beyond 16 bits; save it with 8 or 16 bits")
@@ -258,19 +253,18 @@ class SkippedFiles:
     """Counts, logs and lists the files that could not be read, each once."""
 
     def __init__(self, path: Path) -> None:
-        """``path`` is the text file that lists them; what it already lists is known."""
+        """``path`` is the text file that lists them; those it already lists are known."""
         self.path = path
-        text = ""
+        self._known: set[str] = set()
         if path.exists():
             text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        lines = text.splitlines()
-        self._known = {line.split("\t")[0] for line in lines}
+            self._known = {line.split("\t")[0] for line in text.split("\n") if line}
 
     def __len__(self) -> int:
         return len(self._known)
 
     def add(self, errors: Iterable[CorruptImageError]) -> None:
-        """Logs and lists those of ``errors`` that are new."""
+        """Log and list those of ``errors`` that are new."""
         for error in errors:
             name = str(error.path)
             if name in self._known:

@@ -1,4 +1,4 @@
-"""Codes that are made when they are asked for, instead of being stored.
+"""Codes that are made when they are read, instead of being stored.
 
 Shapes: N images, rows x columns codes.
 """
@@ -18,7 +18,8 @@ from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import Grid, TransformerConfig
 from llamagen.data.captions import Captions
 from llamagen.data.collection import ImageCollection
-from llamagen.data.images import CorruptImageError, SkippedFiles
+from llamagen.data.images import SkippedFiles
+from llamagen.data.loader import ReadableImages
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
@@ -44,10 +45,10 @@ class LiveCodes:
         """Reads nothing yet.
 
         Args:
-            tokenizer: by which the codes are known.
-            images: what is encoded.
+            tokenizer: identifies the codes.
+            images: to encode.
             views: of which each image has one encoded at a time.
-            skipped: where damaged files are listed.
+            skipped: lists damaged files.
             workers: threads that read images.
             encoder: the tokenizer in another precision, to encode with.
         """
@@ -56,8 +57,8 @@ class LiveCodes:
         self._views = views
         self._skipped = skipped
         self._threads = ThreadPoolExecutor(workers or _THREADS)
+        self._source = ReadableImages(images)
         self._read: dict[int, Image.Image] = {}
-        self._damaged: set[int] = set()
         self.folder = Path(images.name)
         self.views = len(views)
         self.grid: Grid = tokenizer.config.grid_of(views.height, views.width)
@@ -72,38 +73,41 @@ class LiveCodes:
 
     @property
     def damaged(self) -> int:
-        """Images that were found damaged so far."""
-        return len(self._damaged)
+        """Number of images that were found damaged so far."""
+        return len(self._source.damaged)
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
-        """The captions of some images; None for images without captions."""
+        """Return the captions of some images; None for images without captions."""
         captions = self._images.captions
         return None if captions is None else [captions[index] for index in indices]
 
     def skipped(self) -> list[tuple[str, str]]:
-        """None so far: damaged files are listed when they are met."""
+        """Return nothing: damaged files are listed when they are read."""
         return []
 
     def check_fits(self, config: TransformerConfig) -> None:
-        """Nothing: the transformer is made for them."""
+        """Check nothing: the transformer is made for these codes."""
         del config
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """These images, with the next that can be read in the place of each that cannot.
+        """Return these images, with the next that can be read in place of each that cannot.
 
         Raises:
             InputError: none can be read.
         """
-        wanted = indices.tolist()
-        unknown = [index for index in dict.fromkeys(wanted) if index not in self._damaged]
-        self._read = {}
-        for index, found in zip(unknown, self._threads.map(self._open, unknown), strict=True):
-            self._keep(index, found)
-        return np.array([self._next_readable(index) for index in wanted])
+        wanted = list(dict.fromkeys(indices.tolist()))
+        self._read, found = {}, {}
+        for index, result in zip(wanted, self._threads.map(self._source.read, wanted), strict=True):
+            found[index], image, errors = result
+            self._skipped.add(errors)
+            if image is None:
+                raise InputError(f"none of the {len(self)} images in {self.folder} can be read")
+            self._read[found[index]] = image
+        return np.array([found[index] for index in indices.tolist()])
 
     @torch.inference_mode()
     def rows(self, indices: np.ndarray, views: np.ndarray | int) -> np.ndarray:
-        """Codes (N, rows, columns) of a view of each image that ``readable`` has returned."""
+        """Return codes (N, rows, columns) of a view of each image that ``readable`` returned."""
         numbers = np.broadcast_to(np.asarray(views), len(indices))
         crops = [
             np.asarray(self._views.view(self._read[index], number))
@@ -113,29 +117,6 @@ class LiveCodes:
         codes = self._encoder.encode(uint8_to_images(pixels.to(self._encoder.device)))
         return codes.cpu().numpy()
 
-    def _next_readable(self, index: int) -> int:
-        for offset in range(len(self)):
-            number = (index + offset) % len(self)
-            if number not in self._read and number not in self._damaged:
-                self._keep(number, self._open(number))
-            if number in self._read:
-                return number
-        raise InputError(f"none of the {len(self)} images in {self.folder} can be read")
-
-    def _keep(self, index: int, found: Image.Image | CorruptImageError) -> None:
-        if isinstance(found, CorruptImageError):
-            self._damaged.add(index)
-            self._skipped.add([found])
-        else:
-            self._read[index] = found
-
-    def _open(self, index: int) -> Image.Image | CorruptImageError:
-        try:
-            return self._images.read(index)
-        except CorruptImageError as error:
-            error.key = self._images.key(index)
-            return error
-
 
 CodeSource = CodeStore | LiveCodes
-"""Where codes to train on come from."""
+"""A source of codes to train on."""

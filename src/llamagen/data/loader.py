@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -45,20 +46,20 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[ImageBatch]:
-    """The batches of the steps from ``first`` up to but not including ``last``.
+    """Yield the batches of the steps from ``first`` up to but not including ``last``.
 
-    In the place of an image that cannot be read stands the next in the list that can: a choice
-    that depends on nothing but the images, so it is the same after a restart.
+    An image that cannot be read is replaced by the next in the list that can: a choice that
+    depends on nothing but the images, so it is the same after a restart.
 
     Args:
-        images: what to read.
-        order: which images a step reads.
-        augmentation: what is done to each.
+        images: to read.
+        order: the images of each step.
+        augmentation: is applied to each.
         first: the first step.
         last: the step after the last.
         workers: processes that read for this one.
-        rank: of ``world_size`` processes that share every batch, which one this is. It gets
-            consecutive images; all parts together are what one process would get.
+        rank: number of this process. It gets consecutive images of every batch; all shares
+            together are the batch of a single process.
         world_size: number of processes that train.
 
     Raises:
@@ -79,10 +80,7 @@ def image_views(
     workers: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Every image that can be read, in order: pixels are (B, V, 3, H, W).
-
-    With ``indices`` only those images.
-    """
+    """Yield every image that can be read (or those of ``indices``): pixels (B, V, 3, H, W)."""
     chosen = range(len(images)) if indices is None else indices
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     yield from load_batches(_EveryImage(images, views), batches, workers)
@@ -90,12 +88,36 @@ def image_views(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One image of a batch, or why there is none."""
+    """One image of a batch, or the errors in its place."""
 
     pixels: np.ndarray | None
     """(H, W, 3) bytes, or (V, H, W, 3)."""
     index: int
     skipped: tuple[CorruptImageError, ...]
+
+
+class ReadableImages:
+    """Images of a collection, with the next that can be read in place of each that cannot."""
+
+    def __init__(self, images: ImageCollection) -> None:
+        self.images = images
+        self.damaged: set[int] = set()
+        """Those found so far: reading one again would cost time and change nothing."""
+
+    def read(self, wanted: int) -> tuple[int, Image.Image | None, tuple[CorruptImageError, ...]]:
+        """Return the index of an image, itself (None if none can be read), and new errors."""
+        errors: list[CorruptImageError] = []
+        for offset in range(len(self.images)):
+            index = (wanted + offset) % len(self.images)
+            if index in self.damaged:
+                continue
+            try:
+                return index, self.images.read(index), tuple(errors)
+            except CorruptImageError as error:
+                error.key = self.images.key(index)
+                self.damaged.add(index)
+                errors.append(error)
+        return wanted, None, tuple(errors)
 
 
 class _TrainingImages(Dataset[Sample]):
@@ -104,28 +126,16 @@ class _TrainingImages(Dataset[Sample]):
     def __init__(
         self, images: ImageCollection, order: DataOrder, augmentation: Augmentation
     ) -> None:
-        self.images = images
+        self.readable = ReadableImages(images)
         self.order = order
         self.augmentation = augmentation
-        self.corrupt: set[int] = set()
 
     def __getitem__(self, draw: Draw) -> Sample:
-        skipped = []
-        for offset in range(len(self.images)):
-            index = (draw.index + offset) % len(self.images)
-            # Reading an image again that was found damaged would cost time and change nothing.
-            if index in self.corrupt:
-                continue
-            try:
-                image = self.images.read(index)
-            except CorruptImageError as error:
-                error.key = self.images.key(index)
-                self.corrupt.add(index)
-                skipped.append(error)
-                continue
-            crop = self.augmentation(image, self.order.random(draw))
-            return Sample(np.asarray(crop), index, tuple(skipped))
-        return Sample(None, draw.index, tuple(skipped))
+        index, image, skipped = self.readable.read(draw.index)
+        if image is None:
+            return Sample(None, index, skipped)
+        crop = self.augmentation(image, self.order.random(draw))
+        return Sample(np.asarray(crop), index, skipped)
 
 
 class _EveryImage(Dataset[Sample]):
@@ -145,7 +155,7 @@ class _EveryImage(Dataset[Sample]):
 
 
 class _Steps:
-    """A process's draws of each step, made when they are needed."""
+    """Draws of a process for each step, made when they are needed."""
 
     def __init__(
         self, order: DataOrder, first: int, last: int, rank: int = 0, world_size: int = 1
@@ -162,23 +172,23 @@ class _Steps:
 
 
 def load_batches(dataset: Dataset[Sample], batches: Any, workers: int) -> Iterator[ImageBatch]:
-    """What a data set makes of the keys that ``batches`` lists, batch by batch."""
+    """Yield the samples of a data set for the keys that ``batches`` lists, batch by batch."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        # More than there are cores only get in each other's way.
+        # More than there are cores would only compete.
         num_workers=min(workers, os.cpu_count() or 1),
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_parent,
-        # Its own: the loader draws a seed for its workers, which must not be taken from the
-        # random numbers that the training uses.
+        # Its own: the loader draws a seed for its workers, which must not advance the generator
+        # that the training uses.
         generator=torch.Generator(),
     )
     yield from loader
 
 
 def _collate(samples: list[Sample]) -> ImageBatch:
-    """Channels first; files that could not be read are left out."""
+    """Stack images, channels first; files that could not be read are left out."""
     read = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.empty(0, dtype=torch.uint8)
     if read:
@@ -192,6 +202,6 @@ def _collate(samples: list[Sample]) -> ImageBatch:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Ctrl-C reaches every process of the terminal; the parent decides when its workers end."""
+    """Ignore Ctrl-C, which reaches every process of the terminal: the parent ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
 """The order in which training reads its data, as a pure function of seed and step.
 
 Nothing here has state: a run that stops after step n goes on with ``batch(n)``, on any number of
-worker processes, and needs to remember n only.
+worker processes.
 """
 
 from __future__ import annotations
@@ -18,53 +18,53 @@ _LAST_NUMBER = 2**64 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One reading of one sample."""
+    """One use of one sample."""
 
     epoch: int
-    """How often the whole data has been gone through before."""
+    """Number of times that all samples were used before."""
     index: int
-    """Which sample."""
+    """Of the sample."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOrder:
-    """Goes through ``count`` samples again and again, each time in another random order.
+    """Order of ``count`` samples, another random one each epoch.
 
-    Batches follow one another without regard to where one time through ends and the next begins,
-    so every batch is full and no sample is left out.
+    Batches follow one another across the ends of epochs, so every batch is full and no sample is
+    left out.
     """
 
     count: int
     batch_size: int
     seed: int
     group: int = 1
-    """So many batches in a row are put together by length, and come in random order."""
+    """Number of consecutive batches that are sorted by length, then put in random order."""
     lengths: Callable[[Sequence[int]], Sequence[int]] | None = None
-    """The lengths of some samples by their indices; without them ``group`` has no effect."""
+    """Return the lengths of samples by their indices; without it ``group`` has no effect."""
 
     def batch(self, step: int) -> list[Draw]:
-        """The samples of step ``step``, counted from 0."""
+        """Return the samples of step ``step``, counted from 0."""
         if self.lengths is None or self.group == 1:
             return self._draws(step * self.batch_size, self.batch_size)
         group, number = divmod(step, self.group)
         size = self.group * self.batch_size
         draws = self._draws(group * size, size)
         lengths = self.lengths([draw.index for draw in draws])
-        by_length = [draws[place] for place in np.argsort(lengths, kind="stable")]
+        by_length = [draws[i] for i in np.argsort(lengths, kind="stable")]
         # From the other end than the epochs' numbers.
         batches = _permutation(self.group, self.seed, _LAST_NUMBER - group)
-        first = int(batches[number]) * self.batch_size
-        return by_length[first : first + self.batch_size]
+        start = int(batches[number]) * self.batch_size
+        return by_length[start : start + self.batch_size]
 
-    def _draws(self, first: int, count: int) -> list[Draw]:
+    def _draws(self, start: int, count: int) -> list[Draw]:
         draws = []
-        for number in range(first, first + count):
+        for number in range(start, start + count):
             epoch, position = divmod(number, self.count)
             draws.append(Draw(epoch, int(_permutation(self.count, self.seed, epoch)[position])))
         return draws
 
     def random(self, draw: Draw) -> random.Random:
-        """Random numbers for what is done to a sample this time: its crop, its flip, its view."""
+        """Return the generator for a sample in an epoch: for its crop, its flip, its view."""
         return random.Random(f"{self.seed} {draw.epoch} {draw.index}")  # noqa: S311
 
 

@@ -1,4 +1,4 @@
-"""Processes that share a piece of work, started and watched by one."""
+"""Child processes that share work."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from llamagen.support.devices import keep_freed_memory
 def run_children(
     target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
 ) -> Generator[int, None, None]:
-    """Runs ``target`` in a process for each of ``arguments``; yields what they report.
+    """Run ``target`` in a process for each of ``arguments``; yield their reports.
 
-    Each is called with a connection first, through which it sends numbers, or the exception that
-    ended it. It should begin with ``become_child``.
+    Its first argument is a connection, through which it sends integers, or the exception that ended
+    it. It should begin with ``become_child``.
 
     If one fails or dies, the others are ended.
     """
@@ -72,7 +72,7 @@ def _check_end(child: SpawnProcess) -> None:
 
 
 def become_child(threads: int) -> None:
-    """Makes this process one that ends with its parent, and only when that wants it to."""
+    """Make this process end with its parent, and not at Ctrl-C."""
     # Ctrl-C reaches every process of the terminal; the parent ends its children.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -81,7 +81,7 @@ def become_child(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A process whose parent was killed would go on for hours, unseen."""
+    """End with the parent: otherwise a process whose parent was killed would go on for hours."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The published layout of codes, one .npy file per image: read into a store, written from one."""
+"""The published layout of codes, one .npy file per image: import into a store, and export."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 def export_published(store: CodeStore, root: Path | str, *, name: str | None = None) -> int:
-    """Writes a store in the published layout, one .npy per image.
+    """Write a store in the published layout, one .npy per image.
 
     ``<root>/<name>_codes/N.npy`` holds the codes of image N, int64 of shape (1, V, codes), or
     (1, codes) for a single view; ``<root>/<name>_labels/N.npy`` its label, of shape (1,). Files
@@ -73,7 +73,7 @@ def export_published(store: CodeStore, root: Path | str, *, name: str | None = N
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    """Writes an array, unless the file is there with the same content."""
+    """Write an array, unless the file is there with the same content."""
     if path.exists():
         try:
             found = np.load(path, allow_pickle=False)
@@ -95,7 +95,7 @@ def import_published(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Extraction:
-    """Makes a store of codes in the published layout (``export_published``).
+    """Make a store of codes in the published layout (``export_published``).
 
     Damaged files are skipped as damaged images are; an interrupted import goes on.
 
@@ -105,7 +105,7 @@ def import_published(
         root: folder with the two folders, or the one with codes.
         out: folder of the store.
         shard_size: images to a shard.
-        overwrite: delete a store of something else first.
+        overwrite: delete a store of other codes first.
         progress: show a bar, if there is a terminal.
 
     Raises:
@@ -165,14 +165,14 @@ class _Published:
 
     @classmethod
     def find(cls, root: Path, codebook_size: int) -> _Published:
-        """Looks for the folders, and at the first file that is whole for the shape of the codes."""
+        """Find the folders; the first file that is whole gives the shape of the codes."""
         codes = _published_folder(root)
         labels = codes.with_name(codes.name.removesuffix("_codes") + "_labels")
         stems = {path.stem for path in codes.glob("*.npy")}
-        strange = [stem for stem in stems if not stem.isdecimal()]
-        if strange:
+        unexpected = [stem for stem in stems if not stem.isdecimal()]
+        if unexpected:
             raise InputError(
-                f"{codes / min(strange)}.npy is not named by a number as the published codes are; "
+                f"{codes / min(unexpected)}.npy is not named by a number as published codes are; "
                 f"move it out of the folder"
             )
         numbers = tuple(sorted(map(int, stems)))
@@ -195,7 +195,7 @@ class _Published:
         )
 
     def digest(self) -> str:
-        """Changes if files are added or removed, or one of a sample has another content."""
+        """Return a text that changes with the list of files, and with the content of some."""
         whole = hashlib.sha256(json.dumps([self.numbers, self.labels is not None]).encode())
         sample = self.numbers[:: max(1, len(self.numbers) // 16)]
         for number in sample:
@@ -227,7 +227,7 @@ class _Published:
         )
 
     def _read_codes(self, path: Path) -> np.ndarray:
-        """The codes (V, rows, columns) in a file."""
+        """Return the codes (V, rows, columns) in a file."""
         array = _load_array(path)
         views, side = _published_shape(path, array.shape)
         if (views, (side, side)) != (self.views, self.grid):
@@ -248,7 +248,7 @@ class _Published:
 
 
 def _published_folder(root: Path) -> Path:
-    """The one folder of codes in or at ``root``."""
+    """Return the one folder of codes in or at ``root``."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; give the one with published codes")
     found = [root] if root.name.endswith("_codes") else sorted(root.glob("*_codes"))
@@ -263,7 +263,7 @@ def _published_folder(root: Path) -> Path:
 
 
 def _published_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Views, and codes along a side."""
+    """Return the number of views, and of codes along a side."""
     views = shape[1] if len(shape) == 3 else 1
     side = math.isqrt(shape[-1]) if shape else 0
     if len(shape) not in (2, 3) or shape[0] != 1 or min(views, side) < 1 or side**2 != shape[-1]:

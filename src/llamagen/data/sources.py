@@ -1,4 +1,4 @@
-"""Opening images by the name of their source, whatever kind it is."""
+"""Opening images by the name of their source, of any kind."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llamagen.data import datasets_library as library
 from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
 from llamagen.data.images import ImageFolder
-from llamagen.data.metadata import find_table, open_table
+from llamagen.data.tables import find_table, open_table
 from llamagen.support.errors import InputError
 
 
@@ -22,13 +22,13 @@ def open_images(
     labelled: bool = True,
     class_names: Sequence[str] | None = None,
 ) -> ImageCollection:
-    """The images of a source.
+    """Return the images of a source.
 
     Args:
         source: a folder of images, with a subfolder for each class or a table (metadata.csv or
             metadata.jsonl) or neither; such a table; Parquet or WebDataset tar files, as one
             file, a pattern or a folder; or a data set on the hub, "hf:owner/name".
-        config: its columns, and which part of it.
+        config: its columns, and the part of it.
         split: instead of that of ``config``.
         labelled: take classes, if there are any.
         class_names: the classes there may be, for images that belong to others (validation); by
@@ -56,7 +56,7 @@ def open_images(
 
 
 def is_library_source(source: str | Path) -> bool:
-    """Whether a source is one that the ``datasets`` library reads.
+    """Return whether the ``datasets`` library reads a source.
 
     Raises:
         FileNotFoundError: there is no such file.

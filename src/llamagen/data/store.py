@@ -402,7 +402,7 @@ class CodeStore:
             raise InputError(
                 f"the store {self.folder} has {len(self.class_names)} classes, and label {highest} "
                 f"({self.class_names[highest]!r}), but the transformer has {config.num_classes} "
-                f"classes (0 to {config.num_classes - 1}); raise num_classes or leave it out"
+                f"classes (0 to {config.num_classes - 1}); raise `num_classes` or leave it out"
             )
 
     def _info(self, shard: int) -> ShardInfo:
@@ -450,7 +450,7 @@ def finish_store(artifact: Artifact) -> CodeStore | None:
         file, reason = skipped[0]
         raise InputError(
             f"none of the {len(skipped)} files could be read: {file} ({reason}); repair them, "
-            f"and choose another folder (out)"
+            f"and choose another folder (`out`)"
         )
     if skipped:
         lines = [f"{file}\t{reason}\n" for file, reason in skipped]

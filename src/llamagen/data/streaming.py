@@ -1,9 +1,9 @@
-"""Training batches from data that is read as it comes: shuffled, shared and resumed exactly.
+"""Training batches from data that is streamed: shuffled, shared and resumed exactly.
 
-The files of the data are dealt to parts. A part goes through its files in an order of each
-epoch's own, shuffles the images of one block after another among themselves, and supplies the
-same share of every batch, so that batches do not depend on how many processes share the parts.
-Where a part stands is four numbers; going on from there reads no more than a block again.
+The files of the data are divided into parts. A part reads its files in another random order each
+epoch, shuffles one block of images after another, and supplies the same share of every batch, so
+that batches do not depend on how many processes share the parts. The position of a part is four
+numbers; to go on from there, no more than a block is read again.
 
 Shapes: B images, H x W pixels.
 """
@@ -13,10 +13,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-import queue
 import random
-import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,18 +32,18 @@ from llamagen.support.errors import InputError
 T = TypeVar("T")
 
 _AHEAD = 2
-"""Batches that are read while another is worked on."""
+"""Batches that are read while another is used."""
 _EMPTY_EPOCHS = 2
-"""Times through its files after which a part without a single image gives up."""
+"""Epochs without a single image after which a part gives up."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Where a part stands: an image of a block, and where the block begins."""
+    """Position of a part: an image of a block, and where the block begins."""
 
     epoch: int = 0
     file: int = 0
-    """Which of the part's files of this epoch, in their order."""
+    """One of the part's files of this epoch, in their order."""
     row: int = 0
     """Row of that file that the block begins with."""
     taken: int = 0
@@ -58,7 +57,7 @@ class _Streamed:
     value: Any
     name: str
     number: int
-    """Which sample of the training, counted over all steps."""
+    """Of the sample in the training, counted over all steps."""
 
 
 class ImageStream:
@@ -73,7 +72,7 @@ class ImageStream:
         seed: int,
         split: str | None = None,
     ) -> None:
-        """Opens the data set; nothing is read yet.
+        """Open the data set; nothing is read yet.
 
         Raises:
             InputError: it cannot be opened, or has no column of images.
@@ -83,13 +82,13 @@ class ImageStream:
         if features is None:
             dataset = dataset._resolve_features()
             features = dataset.features
-        columns = library.Columns.find(features, config, source)
         self.name = source
-        self._column = columns.image
+        self._column = library.image_column(features, config, source)
         self._features = sorted(features)
-        dataset = library.undecoded(dataset, columns)
-        keep = [name for name in ("__key__",) if name in features]
-        self._files = library.files_of(dataset.select_columns([columns.image, *keep]))
+        columns = [name for name in (self._column, "__key__") if name in features]
+        dataset = library.undecoded(dataset, self._column).select_columns(columns)
+        count = dataset.num_shards
+        self._files = [dataset.shard(num_shards=count, index=index) for index in range(count)]
         self._seed, self._batch_size = seed, batch_size
         limit = min(config.stream_parts, len(self._files))
         self.parts = next(n for n in range(limit, 0, -1) if batch_size % n == 0)
@@ -97,20 +96,20 @@ class ImageStream:
         self._positions = dict.fromkeys(range(self.parts), Position())
 
     def digest(self) -> str:
-        """A short text that changes with the number of files, their columns, and the division."""
+        """Return a text that changes with the number of files, their columns, and the parts."""
         return f"{len(self._files)} files in {self.parts} parts: {', '.join(self._features)}"
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
-        """Where the parts of this process stand after the last batch it was given."""
+        """Return the positions of this process's parts after the last batch it was given."""
         return {part: dataclasses.astuple(place) for part, place in self._positions.items()}
 
     def load_state_dict(self, state: Mapping[int, Sequence[int]]) -> None:
-        """Takes up what ``state_dict`` returned, in all processes together."""
+        """Restore what ``state_dict`` returned, in all processes together."""
         self._positions = {int(part): Position(*place) for part, place in state.items()}
 
     def first_images(self, count: int) -> Iterator[Any]:
-        """Undecoded images, in the data's own order."""
-        rows = itertools.chain.from_iterable(library.examples(f, 0) for f in self._files)
+        """Return undecoded images, in the data's own order."""
+        rows = itertools.chain.from_iterable(self._files)
         return (row[self._column] for row in itertools.islice(rows, count))
 
     def training_batches(
@@ -123,9 +122,9 @@ class ImageStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[ImageBatch]:
-        """The batches of some steps, as those of a collection.
+        """Yield the batches of some steps, as those of a collection.
 
-        In the place of an image that cannot be read stands another of its batch.
+        An image that cannot be read is replaced by another of its batch.
 
         Raises:
             InputError: the parts cannot be shared by so many processes, or there are no images.
@@ -145,17 +144,11 @@ class ImageStream:
             self._positions |= steps.positions.popleft()
             if len(batch.indices) == 0:
                 raise InputError(f"no image of a batch can be read: {batch.skipped[0]}")
-            holes = self._batch_size // world_size - len(batch.indices)
-            if holes:
-                again = [i % len(batch.indices) for i in range(holes)]
-                batch = batch._replace(
-                    pixels=batch.pixels[[*range(len(batch.indices)), *again]],
-                    indices=batch.indices[[*range(len(batch.indices)), *again]],
-                )
-            yield batch
+            rows = np.arange(self._batch_size // world_size) % len(batch.indices)
+            yield batch._replace(pixels=batch.pixels[rows], indices=batch.indices[rows])
 
     def read(self, own: Sequence[int], first: int, last: int) -> Iterator[_Read]:
-        """What some parts supply to each step, and where they then stand."""
+        """Yield the samples of some parts for each step, and their positions after it."""
         parts = {part: self._part(part, self._positions[part]) for part in own}
         share = self._batch_size // self.parts
         for step in range(first, last):
@@ -168,7 +161,7 @@ class ImageStream:
             yield samples, positions
 
     def _part(self, part: int, place: Position) -> Iterator[tuple[Any, str, Position]]:
-        """A part's images without end: undecoded, its name, and where the part then stands."""
+        """Yield a part's images without end: undecoded, the name, and the position after it."""
         empty = 0
         while empty < _EMPTY_EPOCHS:
             found = False
@@ -180,7 +173,7 @@ class ImageStream:
         raise InputError(f"{self.name} has no images in some of its files")
 
     def _epoch(self, part: int, place: Position) -> Iterator[tuple[Any, str, Position]]:
-        """The rest of an epoch, block by block."""
+        """Yield the rest of an epoch, block by block."""
         order = list(range(len(self._files)))
         random.Random(f"{self._seed} files {place.epoch}").shuffle(order)  # noqa: S311
         rows = self._rows(order[part :: self.parts], place)
@@ -197,10 +190,10 @@ class ImageStream:
             taken = 0
 
     def _rows(self, files: Sequence[int], place: Position) -> Iterator[tuple[Any, int, int]]:
-        """Rows of a part's files from a block's first on: the row, its file, its number."""
+        """Yield rows of a part's files from a position on: the row, its file, its number."""
         for file in range(place.file, len(files)):
             first = place.row if file == place.file else 0
-            for row, value in enumerate(library.examples(self._files[files[file]], first), first):
+            for row, value in enumerate(self._files[files[file]].skip(first), first):
                 yield value, file, row
 
 
@@ -208,12 +201,12 @@ _Read = tuple[list[_Streamed], dict[int, Position]]
 
 
 class _Steps:
-    """A process's images of each step; what is read ahead of the training is not forgotten."""
+    """Images of a process for each step, and the positions of what is read ahead."""
 
     def __init__(self, stream: ImageStream, own: Sequence[int], first: int, last: int) -> None:
         self._stream, self._own, self._first, self._last = stream, own, first, last
         self.positions: collections.deque[dict[int, Position]] = collections.deque()
-        """Where the parts stand after each batch, in their order."""
+        """Of the parts after each batch, in order."""
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -243,40 +236,13 @@ class _Augmented(Dataset[Sample]):
 
 
 def ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """The same items, up to ``count`` of them fetched by a thread before they are asked for."""
-    fetched: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(count)
-    stopping = threading.Event()
-
-    def put(item: tuple[T | None, BaseException | None]) -> None:
-        while not stopping.is_set():
-            try:
-                fetched.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def fetch() -> None:
-        end: BaseException = StopIteration()
-        try:
-            for item in items:
-                put((item, None))
-                if stopping.is_set():
-                    return
-        # Raised again where the item is asked for.
-        except BaseException as error:  # noqa: BLE001
-            end = error
-        put((None, end))
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
+    """Yield the same items, up to ``count`` of them fetched by a thread before they are used."""
+    end: Any = object()
+    pool = ThreadPoolExecutor(1)
     try:
-        while True:
-            item, end = fetched.get()
-            if isinstance(end, StopIteration):
-                return
-            if end is not None:
-                raise end
-            yield item  # type: ignore[misc]  # an item is None only beside an error
+        fetched = collections.deque(pool.submit(next, items, end) for _ in range(count))
+        while (item := fetched.popleft().result()) is not end:
+            fetched.append(pool.submit(next, items, end))
+            yield item
     finally:
-        stopping.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

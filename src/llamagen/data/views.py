@@ -1,4 +1,4 @@
-"""What is cut out of an image: random crops to train on, fixed views to encode."""
+"""Crops of an image: random ones to train on, fixed views to encode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ views for each enlargement; or those and their mirror images, ten for each."""
 
 
 def check_crop_ranges(ranges: tuple[float, ...]) -> None:
-    """Checks the enlargements that crops are cut from.
+    """Check the enlargements that crops are cut from.
 
     Raises:
         InputError: there are none, or one is below 1.
@@ -31,7 +31,7 @@ def check_crop_ranges(ranges: tuple[float, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """A random crop and flip: what a training image looks like this time."""
+    """Random crop and flip of a training image."""
 
     height: int
     width: int
@@ -41,7 +41,7 @@ class Augmentation:
     """Mirror every other image."""
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        """The crop, with random numbers from ``rng``."""
+        """Return a crop, random by ``rng``."""
         image = random_crop(image, self.height, rng, width=self.width, max_scale=self.max_scale)
         return ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image
 
@@ -54,7 +54,7 @@ class Views:
     width: int
     kind: ViewKind = "center"
     crop_ranges: tuple[float, ...] = TEN_CROP_RANGES
-    """How many times the size are the images that five or ten crops are cut from."""
+    """Enlargements, relative to the size, that five or ten crops are cut from."""
 
     def __post_init__(self) -> None:
         check_crop_ranges(self.crop_ranges)
@@ -71,7 +71,7 @@ class Views:
         return 2 if self.kind == "flip" else 1
 
     def __call__(self, image: Image.Image) -> list[Image.Image]:
-        """All views, always in the same order."""
+        """Return all views, always in the same order."""
         if self.kind.endswith("-crop"):
             crops = five_crop if self.kind == "five-crop" else ten_crop
             return [
@@ -83,7 +83,7 @@ class Views:
         return [crop] if self.kind == "center" else [crop, ImageOps.mirror(crop)]
 
     def view(self, image: Image.Image, number: int) -> Image.Image:
-        """The view of this number, without those before it."""
+        """Return one view; those before it are not made."""
         if not self.kind.endswith("-crop"):
             crop = center_crop(image, self.height, width=self.width)
             return ImageOps.mirror(crop) if number == 1 else crop

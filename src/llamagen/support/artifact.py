@@ -160,7 +160,7 @@ class Artifact:
                 or cannot be written to.
         """
         if self.folder.exists() and not self.folder.is_dir():
-            raise InputError(f"{self.folder} is a file; choose a folder (out)")
+            raise InputError(f"{self.folder} is a file; choose a folder (`out`)")
         storage.require_writable(self.folder)
         with folder_lock(self.folder, self.rank, self.world_size, timeout=timeout):
             path = self.folder / self.form.settings_name
@@ -171,10 +171,10 @@ class Artifact:
                 self._require_empty()
                 self._write_settings()
             if changes := self._changes(missing):
-                or_overwrite = "" if overwrite is None else ", or overwrite it (overwrite)"
+                or_overwrite = "" if overwrite is None else ", or `overwrite` it"
                 raise InputError(
                     f"the {self.form.noun} in {self.folder} was begun with {changes}; restore "
-                    f"that, choose another folder (out){or_overwrite}"
+                    f"that, choose another folder (`out`){or_overwrite}"
                 )
             self.settings = _read(path, self.form)
             yield
@@ -192,7 +192,7 @@ class Artifact:
         elif path.read_text(encoding="utf-8") != text:
             raise InputError(
                 f"the {self.form.noun} in {self.folder} was begun with {words} ({name}); restore "
-                f"them, or choose another folder (out)"
+                f"them, or choose another folder (`out`)"
             )
 
     def make(self, make_piece: MakePiece, advance: Advance | None = None) -> int:
@@ -389,7 +389,7 @@ class Artifact:
         if others and not (self.folder / self.form.settings_name).exists():
             raise InputError(
                 f"{self.folder} is not empty and holds no {self.form.noun} (but {min(others)}); "
-                f"choose an empty folder (out)"
+                f"choose an empty folder (`out`)"
             )
 
     def _write_settings(self) -> None:

@@ -1,8 +1,8 @@
-"""Captions from the web, made plain: the rules of DeepFloyd-IF, which the published models expect.
+"""Cleaning of captions from the web by the rules of DeepFloyd-IF, as the published models expect.
 
 The rules are a table, applied in order. They remove what does not describe a picture (addresses,
-file names, article numbers, advertising) and write the same signs the same way. What they do to
-ordinary captions can be surprising ("3x5 print" loses its size); the models were trained so.
+file names, article numbers, advertising) and normalise signs. Some change ordinary captions, too
+("3x5 print" loses its size); the models were trained so.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from llamagen.support.errors import InputError
 _DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _QUOTES = "\"'"
-_MANY_DASHES = 3
-"""A caption with more dashes and underscores than this was a file name: they become spaces."""
+_MAX_DASHES = 3
+"""In a caption with more of them, dashes and underscores become spaces: it was a file name."""
 
 
 class _Rule(NamedTuple):
-    """Everything that ``pattern`` matches becomes ``replacement``."""
+    """Replacement of everything that ``pattern`` matches."""
 
     pattern: re.Pattern[str]
     replacement: str = ""
@@ -34,7 +34,7 @@ def _rule(pattern: str, replacement: str = "") -> _Rule:
 
 
 def _address(scheme: str) -> _Rule:
-    """Web addresses: all of a bare domain's, but only the start of one with a scheme."""
+    """Return the rule for web addresses: of one with a scheme, only the start is removed."""
     start = rf"{scheme}:(?:/{{1,3}}|[a-z0-9%])"
     domain = rf"[a-z0-9.\-]+\.(?:{_DOMAINS})[\w/\-]*\b/?(?!@)"
     return _rule(rf"\b(?:{start}|{domain})")
@@ -112,7 +112,7 @@ _DASHES = re.compile("[-_]")
 
 
 def clean_caption(caption: str) -> str:
-    """A caption as the published text-conditional models were trained with: cleaned twice.
+    """Clean a caption as for the published text-conditional models, which means twice.
 
     Args:
         caption: any text.
@@ -131,7 +131,7 @@ def _clean_once(caption: str) -> str:
     text = urllib.parse.unquote_plus(caption).strip().lower()
     text = without_tags(_apply(_BEFORE_HTML, text))
     text = _apply(_SIGNS, text)
-    if len(_DASHES.findall(text)) > _MANY_DASHES:
+    if len(_DASHES.findall(text)) > _MAX_DASHES:
         text = _DASHES.sub(" ", text)
     text = html.unescape(html.unescape(fix_text(text))).strip()
     text = _apply(_WORDS, text).strip()
@@ -145,7 +145,7 @@ def _apply(rules: tuple[_Rule, ...], text: str) -> str:
 
 
 def _libraries() -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """What mends wrongly decoded text, and what leaves tags out."""
+    """Return functions that repair wrongly decoded text, and that remove tags."""
     try:
         from bs4 import BeautifulSoup
         from ftfy import fix_text

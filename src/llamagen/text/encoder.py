@@ -6,6 +6,7 @@ Shapes: B captions, L tokens of the longest, W width of a feature.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, loading, quietly
 
 TOKENS_AT_ONCE = 4096
-"""Tokens of a batch, padding included: enough for an encoder to be busy, little memory."""
+"""Tokens of a batch: enough to keep an encoder busy, in little memory."""
 _REMEDY = "give a folder or hub repository with an encoder of the T5 family and its tokenizer"
 _BYTE_TOKENS = 384
 """Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
@@ -32,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """Captions as an encoder reads them, shorter ones padded in front."""
+    """Tokens of captions, shorter ones padded in front."""
 
     ids: Tensor
     """(B, L) int64."""
@@ -41,10 +42,10 @@ class Tokens(NamedTuple):
 
 
 class TextEncoder(nn.Module):
-    """A T5 encoder with its tokenizer, and what is done to captions before."""
+    """A T5 encoder with its tokenizer and the preparation of captions."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TextConfig) -> None:
-        """Puts the parts together: ``from_pretrained`` and ``small`` make them.
+        """Combine the parts; ``from_pretrained`` and ``small`` make them.
 
         Args:
             model: ``transformers.T5EncoderModel``.
@@ -69,11 +70,11 @@ class TextEncoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
-        """Loads an encoder; of a whole T5 model, its encoder's weights only.
+        """Load an encoder; of a whole T5 model, its encoder's weights only.
 
         Args:
-            config: what to load, by default FLAN-T5-XL as in the published models.
-            device: where it goes.
+            config: encoder to load, by default FLAN-T5-XL as in the published models.
+            device: device of the weights.
             dtype: precision of the weights. Not float16, in which T5 overflows.
 
         Raises:
@@ -99,7 +100,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def small(cls, config: SmallTextEncoderConfig, *, clean: bool = True) -> Self:
-        """A new encoder that reads bytes, with random weights, to be trained with a transformer.
+        """Return a new encoder over bytes, with random weights, to train with a transformer.
 
         Raises:
             InputError: the packages that it takes are not installed.
@@ -123,7 +124,7 @@ class TextEncoder(nn.Module):
         return cls(model, transformers.ByT5Tokenizer(), text)
 
     def small_config(self, *, dropout: float) -> SmallTextEncoderConfig:
-        """The architecture, of an encoder that ``small`` made."""
+        """Return the architecture of an encoder that ``small`` made."""
         config = self.model.config
         return SmallTextEncoderConfig(
             dim=config.d_model,
@@ -141,11 +142,11 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device of the weights."""
         return next(self.parameters()).device
 
     def prepare(self, caption: str) -> str:
-        """A caption as it is encoded; it may be empty.
+        """Return a caption as it is encoded; it may be empty.
 
         Raises:
             InputError: it has control characters in it.
@@ -161,10 +162,10 @@ class TextEncoder(nn.Module):
         return clean_caption(caption) if self.config.clean else caption.strip()
 
     def require_text(self, caption: str) -> str:
-        """As ``prepare``, for a caption that has to say something.
+        """Return a caption as it is encoded; it must not be empty.
 
         Raises:
-            InputError: nothing is left of it, or it has control characters in it.
+            InputError: it is empty, or empty once it is cleaned, or has control characters in it.
         """
         prepared = self.prepare(caption)
         if not prepared:
@@ -173,12 +174,7 @@ class TextEncoder(nn.Module):
         return prepared
 
     def token_ids(self, prepared: Sequence[str], *, warn: bool = False) -> list[list[int]]:
-        """Tokens of captions that are prepared, cut after ``max_length`` of them.
-
-        Args:
-            prepared: captions.
-            warn: say which are cut.
-        """
+        """Return tokens of prepared captions, cut after ``max_length``; ``warn`` of those cut."""
         limit = self.config.max_length
         ids: list[list[int]] = self.tokenizer(
             list(prepared), truncation=True, max_length=limit, add_special_tokens=True
@@ -192,7 +188,7 @@ class TextEncoder(nn.Module):
         return ids
 
     def tokens(self, ids: Sequence[Sequence[int]]) -> Tokens:
-        """Tokens of several captions side by side."""
+        """Stack the tokens of several captions."""
         length = max(map(len, ids))
         pad = self.tokenizer.pad_token_id
         rows = [[pad] * (length - len(row)) + list(row) for row in ids]
@@ -200,7 +196,7 @@ class TextEncoder(nn.Module):
         return Tokens(torch.tensor(rows), torch.tensor(masks))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Tokens (B, L) and where they are no padding to features (B, L, W)."""
+        """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""
         # T5 knows distances only, so padding in front changes nothing.
         features: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return features
@@ -210,31 +206,35 @@ class TextEncoder(nn.Module):
         self,
         prepared: Sequence[str],
         *,
-        tokens_at_once: int = TOKENS_AT_ONCE,
+        tokens_at_once: int | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> list[Tensor]:
-        """Features of captions that are prepared, each (its tokens, W), on the CPU.
+        """Return features of prepared captions, each (its tokens, W), on the CPU.
 
-        Captions of like length are encoded together, so hardly anything is padding.
+        Only captions of one length are encoded together, so nothing is padded. By default a CPU
+        encodes each caption by itself: products of other shapes round differently, and so
+        features would depend on the captions beside them.
 
         Args:
             prepared: captions, in any order.
-            tokens_at_once: largest number of tokens of a batch.
-            progress: is told how many more are done.
+            tokens_at_once: largest number of tokens of a batch; None for exactness as above.
+            progress: is called with the number of captions newly done.
         """
+        if tokens_at_once is None:
+            tokens_at_once = 1 if self.device.type == "cpu" else TOKENS_AT_ONCE
         ids = self.token_ids(prepared)
         found: list[Tensor] = [torch.empty(0)] * len(ids)
         for batch in length_batches([len(row) for row in ids], tokens_at_once):
             tokens = self.tokens([ids[i] for i in batch])
             features = self(tokens.ids.to(self.device), tokens.mask.to(self.device)).cpu()
             for row, index in enumerate(batch):
-                found[index] = features[row, -len(ids[index]) :].clone()
+                found[index] = features[row].clone()
             if progress is not None:
                 progress(len(batch))
         return found
 
     def fingerprint(self) -> str:
-        """A short text that changes with the weights and with what is done to captions."""
+        """Return a short text that changes with the weights and the preparation of captions."""
         whole = hashlib.sha256(
             repr((self.config.max_length, self.config.clean, len(self.tokenizer))).encode()
         )
@@ -246,7 +246,7 @@ class TextEncoder(nn.Module):
         return whole.hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the encoder and its tokenizer as ``transformers`` reads them."""
+        """Write the encoder and its tokenizer as ``transformers`` reads them."""
         with storage.atomic_folder(Path(folder)) as temporary, quietly():
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
@@ -256,17 +256,16 @@ class TextEncoder(nn.Module):
 
 
 def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, the longest first, of at most so many tokens padded."""
+    """Yield indices in batches of one length, the longest first, of at most so many tokens."""
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    start = 0
-    while start < len(order):
-        count = max(1, tokens_at_once // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
+    for length, group in itertools.groupby(order, key=lambda index: lengths[index]):
+        same = list(group)
+        size = max(1, tokens_at_once // max(1, length))
+        yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
 def padded(features: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Features of several captions side by side, zeros in front of shorter ones.
+    """Stack features of several captions, with zeros in front of shorter ones.
 
     Args:
         features: each (its tokens, W).

@@ -218,7 +218,9 @@ def extract_text(
     """
     unique = list(dict.fromkeys(caption for caption in captions if caption.strip()))
     if not unique:
-        raise InputError("there are no captions to encode; name their column (caption_columns)")
+        raise InputError(
+            "there are no captions to encode; name their column with `caption_columns`"
+        )
     plan = TextPlan(
         text=encoder.config,
         fingerprint=encoder.fingerprint(),

@@ -1,4 +1,4 @@
-"""The ``transformers`` library: an optional dependency whose faults become one line."""
+"""The ``transformers`` library: an optional dependency whose errors become one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamagen.support.errors import InputError
 
 
 def import_transformers(who: str) -> Any:
-    """The library.
+    """Return the library.
 
     Raises:
         InputError: it is not installed; ``who`` needs it ("text encoders need").
@@ -30,7 +30,7 @@ def import_transformers(who: str) -> Any:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without a bar for the reading of a file that takes less than a second."""
+    """Show no progress bars, which would be for reading a file within a second."""
     import transformers
 
     bars = transformers.utils.logging
@@ -45,12 +45,12 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
-    """Loads a model within this context: without progress bars, errors as one line.
+    """Load a model within this context: without progress bars, errors as one line.
 
     Args:
         what: the model, as messages call it.
         source: folder or hub repository.
-        remedy: what to do about an error.
+        remedy: of an error, for its message.
 
     Raises:
         InputError: it cannot be loaded.
