@@ -58,7 +58,7 @@ def test_streamed_training_goes_on_exactly(parquet, tmp_path, workers):
 def test_streaming_says_what_it_needs(parquet, digits, tokenizer_folder, tmp_path):
     plain = dataclasses.replace(STREAMED, validation_split=None)
     for data, source, message in (
-        (parquet, plain, "give --validation-split or --validation-data"),
+        (parquet, plain, "give `validation_split` or `validation_data`"),
         (digits, STREAMED, "cannot be streamed"),
     ):
         with pytest.raises(InputError, match=message):

@@ -199,7 +199,8 @@ def image_column(features: Mapping[str, Any], config: SourceConfig, name: str) -
     found = find_column("image", config.image_column, [*typed, *IMAGE_NAMES], names, name)
     if found is None:
         raise InputError(
-            f"{name} has no column of images (it has {', '.join(names)}); name it with `image_column`"
+            f"{name} has no column of images (it has {', '.join(names)}); name it with "
+            f"`image_column`"
         )
     return found
 

@@ -54,6 +54,7 @@ def _prompt_column(path: Path, names: list[str], wanted: str | None) -> str:
     if column is None:
         missing = "no column of prompts" if wanted is None else f"no column {wanted!r}"
         raise InputError(
-            f"{path} has {missing} (it has {', '.join(names)}); name one of them with `prompt_column`"
+            f"{path} has {missing} (it has {', '.join(names)}); name one of them with "
+            f"`prompt_column`"
         )
     return column
