@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,11 +61,11 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
             InputError: a side of the images is not a multiple of the downsampling.
         """
         self.config.grid_of(images.shape[-2], images.shape[-1])
-        return _per_image(lambda x: self.quant_conv(self.encoder(self._laid_out(x))), images)
+        return self.quant_conv(self.encoder(self._laid_out(images)))
 
     def decode_latents(self, vectors: Tensor) -> Tensor:
         """Codebook vectors (B, E, h, w) to images (B, 3, H, W), about in [-1, 1]."""
-        return _per_image(lambda x: self.decoder(self.post_quant_conv(self._laid_out(x))), vectors)
+        return self.decoder(self.post_quant_conv(self._laid_out(vectors)))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -112,14 +111,3 @@ def images_to_uint8(images: Tensor) -> Tensor:
 def uint8_to_images(pixels: Tensor) -> Tensor:
     """Convert bytes (..., 3, H, W) to float32 images in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
-
-
-def _per_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return ``function(x)``; on a CPU without gradients, computed for each image by itself.
-
-    There torch's order of summation depends on the batch size, so that an image's pixels would
-    depend on what is decoded beside it.
-    """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or len(x) <= 1:
-        return function(x)
-    return torch.cat([function(image.clone()) for image in x.split(1)])
