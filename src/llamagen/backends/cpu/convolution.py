@@ -20,10 +20,6 @@ _DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 _PANEL = 32
 
-_MIN_PIXELS = 16 * 16
-"""Of an image's map; below, transforming the weights takes as long as it saves. Not of all images:
-an image must not depend on how many are decoded at once."""
-
 
 def accelerate(tokenizer: ImageTokenizer) -> ImageTokenizer:
     """Let the kernels compute ``tokenizer`` where they can, and return it.
@@ -83,7 +79,6 @@ class CpuOperations(TorchOperations):
             or (residual is not None and residual.shape != shape)
             or inputs % _LANES
             or outputs % _PANEL
-            or shape[2] * shape[3] < _MIN_PIXELS
             or (x.dtype == torch.bfloat16 and kernels.has_tiles)
         ):
             return super().convolve(x, weight, bias, residual=residual, upsample=upsample, out=out)

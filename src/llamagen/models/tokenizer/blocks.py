@@ -10,7 +10,8 @@ import itertools
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen.models.tokenizer.layers import Conv3x3, NormSiLU
+from llamagen.models.tokenizer.layers import Conv2d, Conv3x3, NormSiLU
+from llamagen.models.tokenizer.operations import per_image
 
 
 class ResidualBlock(nn.Module):
@@ -24,7 +25,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = Conv3x3(out_channels, out_channels)
         same = in_channels == out_channels
-        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+        self.nin_shortcut = nn.Identity() if same else Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H, W)."""
@@ -46,11 +47,18 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
-        h = self.norm(x)
-        # (B, C, H, W) -> (B, 1 head, HW, C)
-        q, k, v = (proj(h).flatten(2).mT.unsqueeze(1) for proj in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(out.squeeze(1).mT.reshape(x.shape))
+        return x + per_image(self._attend, x)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        h = self.norm(x).movedim(1, -1).flatten(1, 2)  # (B, HW, C)
+        q, k, v = (_project(h, proj).unsqueeze(1) for proj in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return _project(out, self.proj_out).mT.unflatten(-1, x.shape[2:])
+
+
+def _project(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """1x1 convolution of pixels (B, HW, C)."""
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 class Downsample(nn.Module):
@@ -58,7 +66,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to (B, C, H / 2, W / 2)."""

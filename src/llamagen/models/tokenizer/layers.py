@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from llamagen.models.tokenizer.operations import Operations, TorchOperations
+from llamagen.models.tokenizer.operations import Operations, TorchOperations, per_image
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution of which each image is independent of the batch on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, ...)."""
+        return per_image(super().forward, x)
 
 
 class NormSiLU(nn.GroupNorm):

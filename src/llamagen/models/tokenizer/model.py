@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamagen.config import TokenizerConfig
 from llamagen.models.pretrained import PretrainedModel
 from llamagen.models.tokenizer.autoencoder import Decoder, Encoder
-from llamagen.models.tokenizer.layers import Conv3x3, NormSiLU
-from llamagen.models.tokenizer.operations import Operations
+from llamagen.models.tokenizer.layers import Conv2d, Conv3x3, NormSiLU
+from llamagen.models.tokenizer.operations import Operations, per_image
 from llamagen.models.tokenizer.quantizer import Quantized, VectorQuantizer
 from llamagen.support.errors import InputError
+
+_LARGE_MAP = 2**21
+"""Numbers in a feature map. From here on maps do not fit into caches, and a CPU takes no longer for
+one image at a time than for a batch.
+"""
 
 
 class TokenizerOutput(NamedTuple):
@@ -38,8 +44,8 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         self.quantize = VectorQuantizer(
             config.codebook_size, config.codebook_dim, l2_norm=config.codebook_l2_norm
         )
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quant_conv = Conv2d(config.z_channels, config.codebook_dim, 1)
+        self.post_quant_conv = Conv2d(config.codebook_dim, config.z_channels, 1)
 
     def set_operations(self, operations: Operations) -> None:
         """Let ``operations`` compute the layers from now on, in place of torch."""
@@ -61,11 +67,13 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
             InputError: a side of the images is not a multiple of the downsampling.
         """
         self.config.grid_of(images.shape[-2], images.shape[-1])
-        return self.quant_conv(self.encoder(self._laid_out(images)))
+        pixels = images.shape[-2] * images.shape[-1]
+        return self._compute(lambda x: self.quant_conv(self.encoder(x)), images, pixels)
 
     def decode_latents(self, vectors: Tensor) -> Tensor:
         """Codebook vectors (B, E, h, w) to images (B, 3, H, W), about in [-1, 1]."""
-        return self.decoder(self.post_quant_conv(self._laid_out(vectors)))
+        pixels = vectors.shape[-2] * vectors.shape[-1] * self.config.downsampling**2
+        return self._compute(lambda x: self.decoder(self.post_quant_conv(x)), vectors, pixels)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -93,6 +101,14 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
                 f"{size} codes (0 to {size - 1}); use the tokenizer that made them"
             )
         return self.decode_latents(self.quantize.lookup(codes.to(self.device)))
+
+    def _compute(self, function: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
+        """Return ``function(x)``, by one way or the other: batches are exact on a CPU, so this is
+        a matter of speed and memory only.
+        """
+        x = self._laid_out(x)
+        large = pixels * self.config.base_channels >= _LARGE_MAP
+        return per_image(function, x) if large else function(x)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """Into the weights' dtype, channels last: oneDNN and cuDNN convolve that layout faster

@@ -6,11 +6,37 @@ and W height and width of a feature map.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_ALIGNMENT = 64
+"""Bytes, as torch allocates."""
+
+
+def per_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``function(x)``; on a CPU without gradients, computed for each image by itself.
+
+    Torch's order of summation there depends on the batch size, and may depend on alignment and
+    strides. This makes an image independent of the others in its batch.
+    """
+    batched = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if batched or len(x) == 0:
+        return function(x)
+    images = x.split(1)
+    if x.data_ptr() % _ALIGNMENT or x.stride(0) * x.itemsize % _ALIGNMENT:
+        images = tuple(image.clone() for image in images)
+    results = [function(image) for image in images]
+    first = results[0]
+    if len(results) == 1:
+        return first
+    # With the strides of one image: cat would choose others where a side or the channels are 1.
+    strides = (first.numel(), *first.stride()[1:])
+    out = first.new_empty_strided((len(x), *first.shape[1:]), strides)
+    return torch.cat(results, out=out)
 
 
 class Operations(Protocol):
@@ -74,8 +100,10 @@ class TorchOperations:
     ) -> Tensor:
         """See ``Operations``."""
         del in_place
-        normed = F.group_norm(x, groups, weight, bias, eps)
-        return F.silu(normed, inplace=not torch.is_grad_enabled())
+        inplace = not torch.is_grad_enabled()
+        return per_image(
+            lambda image: F.silu(F.group_norm(image, groups, weight, bias, eps), inplace=inplace), x
+        )
 
     def convolve(
         self,
@@ -91,7 +119,7 @@ class TorchOperations:
         del out
         if upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        y = F.conv2d(x, weight, bias, padding=1)
+        y = per_image(lambda image: F.conv2d(image, weight, bias, padding=1), x)
         if residual is None:
             return y
         if torch.is_grad_enabled() or residual.dtype != y.dtype:

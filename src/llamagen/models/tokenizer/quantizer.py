@@ -5,11 +5,14 @@ Shapes: B images, E codebook dimension, K codebook size, h x w grid, N = B h w v
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from llamagen.models.tokenizer.operations import per_image
 
 _MAX_DISTANCES = 2**25
 """Distances held at once while searching (128 MiB in float32); larger searches go in slices."""
@@ -70,9 +73,10 @@ class VectorQuantizer(nn.Module):
         in bfloat16 nearby codes become indistinguishable.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            z = self.compared(latents)
+            z = per_image(self.compared, latents)
             codebook = self.codebook()
-            codes = self._nearest(z.detach().movedim(1, -1), codebook.detach())
+            nearest = functools.partial(self._nearest, codebook=codebook.detach())
+            codes = per_image(nearest, z.detach().movedim(1, -1))
             vectors = F.embedding(codes, codebook).movedim(-1, 1)
             return Quantized(vectors, z, codes)
 
