@@ -83,7 +83,7 @@ def test_processes_of_its_own(extract, tmp_path):
     assert len(CodeStore.open(tmp_path / "codes")) == 6
 
 
-def test_the_published_layout_there_and_back(extract, run, model_folder, tmp_path):
+def test_published_layout_round_trip(extract, run, model_folder, tmp_path):
     result = extract("--views", "flip", "--export-published", tmp_path / "published")
     assert result.status == 0, result.err
     assert result.out.splitlines()[-1] == str(tmp_path / "published")
@@ -117,14 +117,14 @@ def test_the_published_layout_there_and_back(extract, run, model_folder, tmp_pat
         (["--from-published", "there"], "not both"),
     ],
 )
-def test_bad_settings(fails, photos, model_folder, tmp_path, arguments, message):
+def test_rejects_settings(fails, photos, model_folder, tmp_path, arguments, message):
     out = tmp_path / "codes"
     options = ["-t", model_folder, "--size", 16, "--out", out, *arguments]
     assert message in fails("extract-codes", photos, *options)
     assert not out.exists()
 
 
-def test_bad_folders(fails, photos, model_folder, tmp_path):
+def test_rejects_folders(fails, photos, model_folder, tmp_path):
     options = ("-t", model_folder, "--size", 16)
     out = ("--out", tmp_path / "codes")
     assert "no images were named" in fails("extract-codes", *options, *out)
@@ -150,7 +150,7 @@ def test_another_plan_needs_overwrite(extract, tmp_path):
 @pytest.mark.parametrize(
     "arguments", [["--processes", "2"], ["--from-published", "a"], ["--export-published", "a"]]
 )
-def test_what_torchrun_cannot_do(fails, photos, monkeypatch, arguments):
+def test_rejects_options_under_torchrun(fails, photos, monkeypatch, arguments):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     images = [] if "--from-published" in arguments else [photos]

@@ -25,15 +25,15 @@ from llamagen.support.errors import InputError
         ({}, ()),
     ],
 )
-def test_all_captions_of_a_row(row, expected):
+def test_captions_of_a_row(row, expected):
     assert captions_of(row, {"text": 3.0, "aliases": 1.0}, "|") == expected
 
 
-def test_without_a_separator_nothing_is_split():
+def test_splits_only_at_a_separator():
     assert captions_of({"text": "a|b"}, {"text": 1.0}, None) == (("a|b", 1.0),)
 
 
-def test_drawn_as_often_as_they_weigh():
+def test_draws_by_weight():
     captions = (Caption("long", 0.7), Caption("short", 0.3))
     drawn = [draw_caption(captions, number / 1000) for number in range(1000)]
     assert drawn.count("short") == pytest.approx(300, abs=1)
@@ -42,7 +42,7 @@ def test_drawn_as_often_as_they_weigh():
     assert draw_caption((Caption("a", 0.333),), 0.9999) == "a"
 
 
-def test_columns():
+def test_finds_caption_columns():
     columns = ["file_name", "text", "long", "short"]
     assert caption_columns(SourceConfig(), columns, "t") == {"text": 1.0}
     assert caption_columns(SourceConfig(), ["file_name"], "t") == {}
@@ -62,14 +62,14 @@ class TestTable:
         (Caption("", 1.0),),
     )
 
-    def test_there_and_back(self, tmp_path):
+    def test_round_trip(self, tmp_path):
         write_captions(tmp_path, self.CAPTIONS)
         table = CaptionTable(tmp_path, 3)
         assert [table[index] for index in (2, 0, 1)] == [self.CAPTIONS[i] for i in (2, 0, 1)]
         write_captions(tmp_path, [])
         CaptionTable(tmp_path, 0)
 
-    def test_damaged(self, tmp_path):
+    def test_rejects_damaged_files(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"captions\.bin is missing"):
             CaptionTable(tmp_path, 3)
         write_captions(tmp_path, self.CAPTIONS)

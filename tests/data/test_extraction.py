@@ -78,7 +78,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("kind", ["center", "flip", "five-crop", "ten-crop"])
 @pytest.mark.parametrize("batch_size", [None, 3])
-def test_equals_encoding_one_by_one(tokenizer, images, tmp_path, kind, batch_size):
+def test_matches_encoding_one_by_one(tokenizer, images, tmp_path, kind, batch_size):
     views = Views(height=SIZE, width=SIZE, kind=kind)
     done = extract_store(
         tokenizer, images, views, tmp_path / "codes", shard_size=4, batch_size=batch_size
@@ -101,13 +101,13 @@ def test_crops_of_one_range(tokenizer, images, tmp_path):
 
 
 @pytest.mark.parametrize("ranges", [(), (0.9,), (1.1, float("nan"))])
-def test_crop_ranges_that_make_no_sense(ranges):
+def test_rejects_crop_ranges(ranges):
     with pytest.raises(InputError, match="crop_ranges"):
         Views(height=SIZE, width=SIZE, crop_ranges=ranges)
 
 
 @pytest.mark.slow
-def test_compiled(tokenizer, images, tmp_path):
+def test_compiled_matches_eager(tokenizer, images, tmp_path):
     done = extract_store(tokenizer, images, VIEWS, tmp_path / "codes", compiled=True, batch_size=4)
     # Sums in another order: only a tie between two codes may be decided otherwise.
     agreement = np.mean(done.store.shard(0) == encoded(tokenizer, images, VIEWS))
@@ -116,14 +116,14 @@ def test_compiled(tokenizer, images, tmp_path):
     assert tokenizer.encoder._compiled_call_impl is None
 
 
-def test_images_that_are_not_square(tokenizer, images, tmp_path):
+def test_encodes_oblong_images(tokenizer, images, tmp_path):
     views = Views(height=16, width=24)
     done = extract_store(tokenizer, images, views, tmp_path / "codes").store
     assert done.grid == (4, 6)
     np.testing.assert_array_equal(done.shard(0), encoded(tokenizer, images, views))
 
 
-def test_in_bfloat16(tokenizer, images, tmp_path):
+def test_encodes_in_bfloat16(tokenizer, images, tmp_path):
     low = torch.bfloat16
     done = extract_store(tokenizer, images, VIEWS, tmp_path / "a", batch_size=1, dtype=low).store
     assert done.manifest.plan.precision == "bfloat16"
@@ -136,20 +136,20 @@ def test_in_bfloat16(tokenizer, images, tmp_path):
         extract_store(tokenizer.to(low), images, VIEWS, tmp_path / "b")
 
 
-def test_workers_change_nothing(tokenizer, images, tmp_path):
+def test_same_files_with_workers(tokenizer, images, tmp_path):
     for name, workers in {"a": 0, "b": 2}.items():
         extract_store(tokenizer, images, VIEWS, tmp_path / name, workers=workers)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def test_the_tokenizer_stays_as_it_is(tokenizer, images, tmp_path):
+def test_leaves_the_tokenizer_unchanged(tokenizer, images, tmp_path):
     tokenizer.train()
     extract_store(tokenizer, images, VIEWS, tmp_path / "codes")
     assert tokenizer.training
     assert all(parameter.requires_grad for parameter in tokenizer.parameters())
 
 
-def test_finished_work_is_not_done_again(tokenizer, images, tmp_path, monkeypatch):
+def test_keeps_finished_shards(tokenizer, images, tmp_path, monkeypatch):
     out = tmp_path / "codes"
     extract_store(tokenizer, images, VIEWS, out, shard_size=4)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
@@ -160,7 +160,7 @@ def test_finished_work_is_not_done_again(tokenizer, images, tmp_path, monkeypatc
     assert {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")} == before
 
 
-def test_only_what_is_damaged_is_made_again(tokenizer, images, tmp_path):
+def test_remakes_only_damaged_shards(tokenizer, images, tmp_path):
     out = tmp_path / "codes"
     extract_store(tokenizer, images, VIEWS, out, shard_size=2)
     before = contents(out)
@@ -193,7 +193,7 @@ extract_store(
 """
 
 
-def test_sigkill_at_a_random_moment(tokenizer, tmp_path):
+def test_resumes_after_sigkill(tokenizer, tmp_path):
     images = image_tree(tmp_path / "images", count=60)
     extract_store(tokenizer, images, VIEWS, tmp_path / "whole", shard_size=3)
     out = tmp_path / "codes"
@@ -221,7 +221,7 @@ def test_sigkill_at_a_random_moment(tokenizer, tmp_path):
     assert contents(out) == contents(tmp_path / "whole"), f"seed {seed}"
 
 
-def test_processes_that_know_nothing_of_each_other(tokenizer, images, tmp_path):
+def test_ranks_share_the_shards(tokenizer, images, tmp_path):
     """As torchrun starts them, one after another here."""
     extract_store(tokenizer, images, VIEWS, tmp_path / "one", shard_size=2, batch_size=4)
     out = tmp_path / "three"
@@ -236,7 +236,7 @@ def test_processes_that_know_nothing_of_each_other(tokenizer, images, tmp_path):
     assert contents(out) == contents(tmp_path / "one")
 
 
-def test_two_processes_give_the_same_bytes_as_one(tokenizer, images, tmp_path):
+def test_two_processes_match_one(tokenizer, images, tmp_path):
     (images.paths[4]).write_bytes(b"broken")
     options = {"shard_size": 2, "batch_size": 2}
     extract_store(tokenizer, images, VIEWS, tmp_path / "one", **options)
@@ -273,7 +273,7 @@ def _child(connection, behave):
         pytest.param(_run_out_of_disk, OSError, "No space left", marks=pytest.mark.slow),
     ],
 )
-def test_a_process_that_fails_ends_the_others(monkeypatch, behave, error, words):
+def test_failing_process_ends_the_others(monkeypatch, behave, error, words):
     # The processes import this module.
     monkeypatch.syspath_prepend(ROOT)
     start = time.monotonic()
@@ -283,7 +283,7 @@ def test_a_process_that_fails_ends_the_others(monkeypatch, behave, error, words)
     assert multiprocessing.active_children() == []
 
 
-def test_corrupt_images_are_listed(tokenizer, images, tmp_path, caplog):
+def test_lists_corrupt_images(tokenizer, images, tmp_path, caplog):
     (images.root / "cat" / "0.png").write_bytes(b"")
     (images.root / "dog" / "7.png").write_bytes(images.paths[-1].read_bytes()[:100])
     out = tmp_path / "codes"
@@ -302,7 +302,7 @@ def test_corrupt_images_are_listed(tokenizer, images, tmp_path, caplog):
     )
 
 
-def test_a_shard_of_nothing_but_corrupt_images(tokenizer, images, tmp_path):
+def test_shard_of_corrupt_images_only(tokenizer, images, tmp_path):
     for path in images.paths[2:4]:
         path.write_bytes(b"")
     done = extract_store(tokenizer, images, VIEWS, tmp_path / "codes", shard_size=2).store
@@ -352,7 +352,7 @@ def other_precision(tokenizer, images, out):
         (other_precision, r"another precision \(precision float32, now bfloat16\)"),
     ],
 )
-def test_another_plan_is_refused(tokenizer, images, tmp_path, other, words):
+def test_rejects_other_settings(tokenizer, images, tmp_path, other, words):
     out = tmp_path / "codes"
     extract_store(tokenizer, images, VIEWS, out)
     before = contents(out)
@@ -361,7 +361,7 @@ def test_another_plan_is_refused(tokenizer, images, tmp_path, other, words):
     assert contents(out) == before
 
 
-def test_overwriting(tokenizer, images, tmp_path):
+def test_overwrites_only_the_store(tokenizer, images, tmp_path):
     out = tmp_path / "codes"
     extract_store(tokenizer, images, VIEWS, out, shard_size=1)
     (out / "notes.txt").write_text("mine")
@@ -376,7 +376,7 @@ def test_overwriting(tokenizer, images, tmp_path):
         extract_store(tokenizer, images, VIEWS, out, overwrite=True, rank=0, world_size=2)
 
 
-def test_folders_that_hold_something_else(tokenizer, images, tmp_path):
+def test_rejects_foreign_folders(tokenizer, images, tmp_path):
     with pytest.raises(InputError, match=r"not empty and holds no store of codes \(but cat\)"):
         extract_store(tokenizer, images, VIEWS, images.root, overwrite=True)
     with pytest.raises(InputError, match="is a file"):
@@ -390,7 +390,7 @@ def test_folders_that_hold_something_else(tokenizer, images, tmp_path):
     assert not (out / ".shard-00000.npy.abc.tmp").exists()
 
 
-def test_arguments_that_do_not_fit(tokenizer, images, tmp_path):
+def test_rejects_arguments(tokenizer, images, tmp_path):
     out = tmp_path / "codes"
     for views, options, words in [
         (Views(height=15, width=16), {}, "downsampling 4"),
@@ -404,7 +404,7 @@ def test_arguments_that_do_not_fit(tokenizer, images, tmp_path):
     assert not out.exists()
 
 
-def test_the_batch_size_stays_that_of_the_first_run(tokenizer, images, tmp_path, monkeypatch):
+def test_keeps_the_batch_size_of_the_first_run(tokenizer, images, tmp_path, monkeypatch):
     """What fits into memory differs from run to run, and with it may the rounding."""
     out = tmp_path / "codes"
     extract_store(tokenizer, images, VIEWS, out, shard_size=4, batch_size=3)
@@ -422,7 +422,7 @@ def test_the_batch_size_stays_that_of_the_first_run(tokenizer, images, tmp_path,
 
 
 @pytest.mark.parametrize("full_at", ["shard-00002.npy", "shard-00002.json", "manifest.json"])
-def test_a_full_disk(tokenizer, images, tmp_path, monkeypatch, full_at):
+def test_resumes_after_a_full_disk(tokenizer, images, tmp_path, monkeypatch, full_at):
     extract_store(tokenizer, images, VIEWS, tmp_path / "whole", shard_size=2)
     out = tmp_path / "codes"
 

@@ -24,7 +24,7 @@ except InputError as error:
 """
 
 
-def test_hub(tmp_path):
+def test_reads_data_sets_of_a_hub(tmp_path):
     folder = write_parquet(tmp_path / "set", scans(6), files=2)
     write_parquet(folder, scans(8)[6:], split="validation")
     files = {f"data/{path.name}": path.read_bytes() for path in folder.iterdir()}

@@ -49,15 +49,15 @@ class TestFindImages:
         (root / "loop").symlink_to(root)
         assert find_images(root) == [root / "cat" / "x.png"]
 
-    def test_missing(self, tmp_path):
+    def test_rejects_missing_folders(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder"):
             find_images(tmp_path / "nowhere")
 
-    def test_empty(self, tmp_path):
+    def test_rejects_empty_folders(self, tmp_path):
         with pytest.raises(InputError, match="there are no images in"):
             find_images(tmp_path)
 
-    def test_file(self, tmp_path):
+    def test_rejects_files(self, tmp_path):
         path = save(tmp_path / "x.png", left_red())
         with pytest.raises(InputError, match="is not a folder"):
             find_images(path)
@@ -76,20 +76,20 @@ class TestImageFolder:
             save(tmp_path / str(number) / "x.png", left_red())
         assert ImageFolder.scan(tmp_path).class_names == tuple(map(str, range(11)))
 
-    def test_flat(self, tmp_path):
+    def test_flat_folder_has_no_classes(self, tmp_path):
         save(tmp_path / "x.png", left_red())
         folder = ImageFolder.scan(tmp_path)
         assert folder.labels is None
         assert folder.class_names == ()
 
-    def test_mixed(self, tmp_path):
+    def test_rejects_images_beside_class_folders(self, tmp_path):
         save(tmp_path / "x.png", left_red())
         save(tmp_path / "cat" / "y.png", left_red())
         with pytest.raises(InputError, match=r"beside them, such as x\.png"):
             ImageFolder.scan(tmp_path)
         assert len(ImageFolder.scan_unlabelled(tmp_path)) == 2
 
-    def test_unknown_validation_class(self, tmp_path):
+    def test_rejects_unknown_validation_classes(self, tmp_path):
         save(tmp_path / "bird" / "x.png", left_red())
         with pytest.raises(InputError, match="class 'bird' that the training images do not have"):
             ImageFolder.scan(tmp_path, class_names=("cat", "dog"))
@@ -106,7 +106,7 @@ class TestImageFolder:
             p.relative_to(tmp_path / "a") for p in held_out.paths
         ]
 
-    def test_split_keeps_and_holds_out_at_least_one(self, tmp_path):
+    def test_split_leaves_neither_part_empty(self, tmp_path):
         folder = ImageFolder.scan(write_digits(tmp_path, per_class=1, classes=2))
         assert [len(part) for part in folder.split(0.01)] == [1, 1]
         assert [len(part) for part in folder.split(0.99)] == [1, 1]
@@ -118,7 +118,7 @@ class TestImageFolder:
         assert len(folder.thinned(1000)) == len(folder)
         assert len(folder.split(0.0)[1].thinned(5)) == 0
 
-    def test_digest(self, tmp_path):
+    def test_digest_changes_with_the_files(self, tmp_path):
         folder = write_digits(tmp_path / "a")
         before = ImageFolder.scan(folder).digest()
         assert ImageFolder.scan(folder.rename(tmp_path / "moved")).digest() == before
@@ -127,19 +127,19 @@ class TestImageFolder:
 
 
 class TestOpenImage:
-    def test_grey_16_bits_is_scaled(self, tmp_path):
+    def test_scales_16_bit_grey(self, tmp_path):
         greys = np.array([[0, 257, 32896], [65535, 128 * 257, 65278]], np.uint16)
         path = save(tmp_path / "x.png", Image.fromarray(greys))
         expected = [[0, 1, 128], [255, 128, 254]]
         np.testing.assert_array_equal(np.asarray(open_image(path))[..., 0], expected)
 
-    def test_floating_point_is_refused(self, tmp_path):
+    def test_rejects_floating_point(self, tmp_path):
         path = save(tmp_path / "x.tiff", Image.fromarray(np.ones((2, 2), np.float32)))
         with pytest.raises(CorruptImageError, match="floating-point"):
             open_image(path)
 
     @pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "YCbCr"])
-    def test_modes(self, tmp_path, mode):
+    def test_converts_modes_to_rgb(self, tmp_path, mode):
         suffix = {"CMYK": ".jpg", "YCbCr": ".jpg"}.get(mode, ".png")
         options = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
         image = left_red((16, 16), mode)
@@ -149,7 +149,7 @@ class TestOpenImage:
         expected = np.asarray(image.convert("RGB")).astype(int)
         assert np.abs(np.asarray(opened).astype(int) - expected).max() <= 4
 
-    def test_transparency_lies_over_white(self, tmp_path):
+    def test_composites_transparency_over_white(self, tmp_path):
         image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
         image.putpixel((1, 0), (255, 0, 0, 255))
         opened = open_image(save(tmp_path / "x.png", image))
@@ -176,7 +176,7 @@ class TestOpenImage:
         assert opened.getpixel((0, 0)) == RED
         assert opened.getpixel((0, 5)) == WHITE
 
-    def test_broken_exif_does_not_matter(self, tmp_path):
+    def test_ignores_broken_exif(self, tmp_path):
         path = save(tmp_path / "x.jpg", left_red((16, 16)), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
         assert open_image(path).size == (16, 16)
 
@@ -188,7 +188,7 @@ class TestOpenImage:
             (b"\x89PNG\r\n\x1a\n" + bytes(40), "."),
         ],
     )
-    def test_not_an_image(self, tmp_path, content, reason):
+    def test_rejects_other_content(self, tmp_path, content, reason):
         path = tmp_path / "x.png"
         path.write_bytes(content)
         with pytest.raises(CorruptImageError, match=reason) as caught:
@@ -197,7 +197,7 @@ class TestOpenImage:
 
     @pytest.mark.parametrize("suffix", ["png", "jpeg", "gif", "webp", "tiff", "bmp"])
     @pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-    def test_truncated(self, tmp_path, suffix, share):
+    def test_rejects_truncated_files(self, tmp_path, suffix, share):
         buffer = io.BytesIO()
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
         Image.fromarray(noise).save(buffer, suffix)
@@ -206,7 +206,7 @@ class TestOpenImage:
         with pytest.raises(CorruptImageError):
             open_image(path)
 
-    def test_missing_is_no_corruption(self, tmp_path):
+    def test_missing_file_is_not_corrupt(self, tmp_path):
         with pytest.raises(FileNotFoundError):
             open_image(tmp_path / "x.png")
 

@@ -17,7 +17,7 @@ def live(images, views, folder):
 
 
 @pytest.mark.parametrize("kind", ["center", "flip", "five-crop", "ten-crop"])
-def test_as_in_a_store(tmp_path, kind):
+def test_matches_a_store(tmp_path, kind):
     images = image_tree(tmp_path / "images")
     views = Views(height=16, width=16, kind=kind)
     store = extract_store(tiny_tokenizer(), images, views, tmp_path / "codes").store
@@ -33,7 +33,7 @@ def test_as_in_a_store(tmp_path, kind):
     np.testing.assert_array_equal(codes.rows(rows, drawn), store.rows(rows, drawn))
 
 
-def test_damaged_images_are_listed_and_the_next_ones_taken(tmp_path):
+def test_replaces_and_lists_damaged_images(tmp_path):
     images = image_tree(tmp_path / "images")
     for index in (4, 5):
         images.paths[index].write_bytes(b"damaged")
@@ -49,7 +49,7 @@ def test_damaged_images_are_listed_and_the_next_ones_taken(tmp_path):
         live(images, Views(height=16, width=16), tmp_path).readable(np.array([0]))
 
 
-def test_identity(tmp_path):
+def test_identity_changes_with_the_views(tmp_path):
     images = image_tree(tmp_path / "images")
     one = live(images, Views(height=16, width=16), tmp_path)
     again = live(ImageFolder.scan(tmp_path / "images"), Views(height=16, width=16), tmp_path)

@@ -40,24 +40,24 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_workers_change_nothing(paths, workers):
+def test_same_batches_with_workers(paths, workers):
     paths[3].write_bytes(b"")
     assert_same(batches(paths, workers=workers), batches(paths))
 
 
-def test_any_step_can_be_the_first(paths):
+def test_starts_at_any_step(paths):
     assert_same(batches(paths, first=4), batches(paths)[4:])
     assert batches(paths, first=6) == []
 
 
-def test_global_random_numbers_are_left_alone(paths):
+def test_leaves_the_global_generator_unchanged(paths):
     torch.manual_seed(0)
     before = torch.get_rng_state()
     batches(paths)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_bytes_and_augmentation(paths):
+def test_augments_each_time(paths):
     first = batches(paths[:1], last=4)
     assert first[0].pixels.dtype == torch.uint8
     assert first[0].pixels.shape == (4, 3, 8, 8)
@@ -65,7 +65,7 @@ def test_bytes_and_augmentation(paths):
     assert len(torch.unique(views, dim=0)) > 4, "the same image looks different each time"
 
 
-def test_the_next_good_file_stands_in_for_a_corrupt_one(paths):
+def test_replaces_a_corrupt_file_by_the_next(paths):
     for index in (3, 4, 14):
         paths[index].write_bytes(b"broken")
     damaged = batches(paths, last=8)
@@ -79,14 +79,14 @@ def test_the_next_good_file_stands_in_for_a_corrupt_one(paths):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_but_corrupt_files(paths, workers):
+def test_rejects_corrupt_files_only(paths, workers):
     for path in paths:
         path.write_bytes(b"broken")
     with pytest.raises(InputError, match="none of the 15 images can be read"):
         batches(paths, workers=workers)
 
 
-def test_views_in_order_without_corrupt_files(paths):
+def test_views_skip_corrupt_files(paths):
     paths[2].write_bytes(b"broken")
     found = list(
         image_views(collection(paths), Views(height=8, width=8, kind="flip"), batch_size=4)
@@ -98,7 +98,7 @@ def test_views_in_order_without_corrupt_files(paths):
     assert torch.equal(pixels[:, 0], pixels[:, 1].flip(-1))
 
 
-def test_a_batch_of_corrupt_files_only(paths):
+def test_views_of_a_corrupt_batch_are_empty(paths):
     for path in paths[:4]:
         path.write_bytes(b"broken")
     first, *_ = image_views(collection(paths), Views(height=8, width=8), batch_size=4)
@@ -122,7 +122,7 @@ def test_five_crops_are_the_unmirrored_ten():
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_ten_crops_are_square():
+def test_rejects_oblong_ten_crops():
     with pytest.raises(InputError, match="ten-crop views are square"):
         Views(height=32, width=48, kind="ten-crop")
 

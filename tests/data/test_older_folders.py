@@ -37,7 +37,7 @@ def same_but_for_the_version(a, b):
     return one == other
 
 
-def test_store_of_codes(tmp_path):
+def test_reads_store_of_codes(tmp_path):
     store = CodeStore.open(FOLDERS / "codes")
     images = captioned_images(tmp_path)
     expected = encoded(tiny_tokenizer(), images, VIEWS)
@@ -49,7 +49,7 @@ def test_store_of_codes(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [(), ("shard-00001.json",), ("shard-00000.npy", "captions.bin")])
-def test_extraction_goes_on(tmp_path, lost):
+def test_resumes_extraction(tmp_path, lost):
     folder = shutil.copytree(FOLDERS / "codes", tmp_path / "codes")
     for name in ("manifest.json", *lost):
         (folder / name).unlink()
@@ -59,7 +59,7 @@ def test_extraction_goes_on(tmp_path, lost):
     assert same_but_for_the_version(folder, FOLDERS / "codes")
 
 
-def test_store_of_text_features(tmp_path):
+def test_reads_and_resumes_text_features(tmp_path):
     encoder = tiny_text_encoder()
     wanted = encoder.encode(CAPTIONS)
 

@@ -14,7 +14,7 @@ def draws(order, steps):
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 5), (3, 8), (1, 4)])
-def test_every_sample_once_an_epoch(count, batch_size):
+def test_reads_every_sample_once_an_epoch(count, batch_size):
     order = DataOrder(count=count, batch_size=batch_size, seed=1)
     drawn = draws(order, 20)
     assert len(drawn) == 20 * batch_size
@@ -25,7 +25,7 @@ def test_every_sample_once_an_epoch(count, batch_size):
         assert {d.index for d in drawn if d.epoch == epoch} == set(range(count))
 
 
-def test_a_function_of_seed_and_step():
+def test_depends_on_seed_and_step_only():
     order = DataOrder(count=100, batch_size=8, seed=1)
     later = [order.batch(step) for step in (30, 2)]
     again = DataOrder(count=100, batch_size=8, seed=1)
@@ -47,7 +47,7 @@ def test_known_order():
     assert order.random(Draw(0, 4)).randrange(1000) == KNOWN_NUMBER
 
 
-def test_random_numbers_belong_to_a_draw():
+def test_each_draw_has_its_own_generator():
     order = DataOrder(count=6, batch_size=6, seed=3)
     numbers = {
         order.random(Draw(epoch, index)).random() for epoch in range(3) for index in range(6)
@@ -55,7 +55,7 @@ def test_random_numbers_belong_to_a_draw():
     assert len(numbers) == 18
 
 
-def test_batches_of_like_lengths():
+def test_groups_samples_by_length():
     count, batch, group = 50, 4, 3
     lengths = [(index * 37) % 101 for index in range(count)]
     plain = DataOrder(count=count, batch_size=batch, seed=5)

@@ -33,7 +33,7 @@ def same_images(collection, items):
 
 
 class TestLabels:
-    def test_numbers_are_labels_themselves(self):
+    def test_integers_are_labels(self):
         assert classes_of([2, 0, 2], "here") == ((2, 0, 2), ("0", "1", "2"))
         assert classes_of(["2", "0"], "here") == ((2, 0), ("0", "1", "2"))
 
@@ -52,7 +52,7 @@ class TestLabels:
             ([10**9], None, "is it a label at all"),
         ],
     )
-    def test_bad_labels_are_named(self, values, names, message):
+    def test_rejects_labels(self, values, names, message):
         with pytest.raises(InputError, match=message):
             classes_of(values, "here", class_names=names)
 
@@ -87,11 +87,11 @@ class TestMetadata:
         assert same_images(images, scans(6))
         assert open_images(tmp_path / f"metadata.{kind}").digest() == images.digest()
 
-    def test_unlabelled(self, tmp_path):
+    def test_ignores_labels_on_request(self, tmp_path):
         self.folder(tmp_path, "csv")
         assert open_images(tmp_path, labelled=False).labels is None
 
-    def test_columns_by_name(self, tmp_path):
+    def test_takes_columns_by_name(self, tmp_path):
         columns = ("picture", "kind", "alt")
         rows = self.folder(tmp_path, "jsonl", columns=columns)
         with pytest.raises(InputError, match=r"no column of file names .*picture, kind, alt"):
@@ -112,12 +112,12 @@ class TestMetadata:
             ("", "names no file"),
         ],
     )
-    def test_bad_rows_are_named(self, tmp_path, name, message):
+    def test_rejects_rows(self, tmp_path, name, message):
         self.folder(tmp_path, "csv", rows=[(name, "zero", "")])
         with pytest.raises(InputError, match=message):
             open_images(tmp_path)
 
-    def test_damaged_tables(self, tmp_path):
+    def test_rejects_damaged_tables(self, tmp_path):
         table = tmp_path / "metadata.jsonl"
         table.write_text('{"file_name": \n')
         with pytest.raises(InputError, match=r"cannot be read as \.jsonl"):
@@ -169,7 +169,7 @@ class TestLibrary:
         with pytest.raises(InputError, match=r"cannot be read as a data set .*test"):
             open_images(folder, split="test")
 
-    def test_is_a_collection_like_a_folder(self, tmp_path):
+    def test_splits_and_pickles(self, tmp_path):
         items = scans(20)
         images = open_images(write_parquet(tmp_path / "set", items))
         rest, held_out = images.split(0.25)
@@ -190,7 +190,7 @@ class TestLibrary:
         assert open_images(write_parquet(tmp_path / "c", items[:7])).digest() != first
         assert open_images(write_parquet(tmp_path / "d", scans(9)[1:])).digest() != first
 
-    def test_damaged_and_missing_images_are_skipped_by_name(self, tmp_path):
+    def test_names_damaged_and_missing_images(self, tmp_path):
         good = scans(3)
         items = [good[0], (good[1][0][:60], 1), (None, 2), (b"", 0)]
         images = open_images(write_parquet(tmp_path / "set", items))
@@ -201,7 +201,7 @@ class TestLibrary:
         with pytest.raises(CorruptImageError, match="row 3"):
             images.read(3)
 
-    def test_images_that_are_files_elsewhere(self, tmp_path):
+    def test_reads_images_by_path(self, tmp_path):
         datasets = pytest.importorskip("datasets")
         path = tmp_path / "a.png"
         path.write_bytes(scans(1)[0][0])
@@ -212,13 +212,13 @@ class TestLibrary:
         assert images.read(0).size == (16, 16)
         assert images.digest() != ""
 
-    def test_missing_columns_are_named(self, tmp_path):
+    def test_rejects_missing_columns(self, tmp_path):
         datasets = pytest.importorskip("datasets")
         table = datasets.Dataset.from_dict({"number": [1, 2]})
         with pytest.raises(InputError, match=r"no column of images \(it has number\)"):
             Table(table, "here")
 
-    def test_what_is_no_source(self, tmp_path):
+    def test_rejects_other_sources(self, tmp_path):
         (tmp_path / "notes.txt").write_text("no images")
         with pytest.raises(InputError, match="is no source of images"):
             open_images(tmp_path / "notes.txt")
@@ -231,11 +231,11 @@ class TestLibrary:
         with pytest.raises(InputError, match="cannot be read as a data set"):
             open_images(tmp_path / "bad")
 
-    def test_a_folder_stays_a_folder(self, tmp_path):
+    def test_opens_folders(self, tmp_path):
         digits = write_digits(tmp_path / "digits", per_class=1)
         assert isinstance(open_images(digits), ImageFolder)
 
-    def test_without_the_library(self, tmp_path, monkeypatch):
+    def test_says_how_to_install_the_library(self, tmp_path, monkeypatch):
         folder = write_parquet(tmp_path / "set", scans(1))
         monkeypatch.setitem(__import__("sys").modules, "datasets", None)
         with pytest.raises(InputError, match=r"pip install 'llamagen\[data\]'"):

@@ -71,12 +71,12 @@ def test_rows_of_any_shard(whole, images):
 
 
 @pytest.mark.parametrize(("indices", "views"), [([11], 0), ([-1], 0), ([0], 2), ([0], -1)])
-def test_rows_that_are_not_there(whole, indices, views):
+def test_rejects_rows_out_of_range(whole, indices, views):
     with pytest.raises(IndexError, match="the store has"):
         CodeStore.open(whole).rows(np.array(indices), views)
 
 
-def test_what_belongs_to_the_images(whole, images):
+def test_labels_captions_and_keys(whole, images):
     store = CodeStore.open(whole)
     assert store.labels.tolist() == list(images.labels)
     assert store.class_names == ("cat", "dog", "owl")
@@ -89,7 +89,7 @@ def test_what_belongs_to_the_images(whole, images):
         store.keys([11])
 
 
-def test_shards_are_mapped_not_read(whole, monkeypatch):
+def test_maps_only_the_shards_it_reads(whole, monkeypatch):
     """Opening reads headers; drawing rows maps the shards that they are in, and no others."""
     loaded = []
     load = np.load
@@ -111,7 +111,7 @@ def test_shards_are_mapped_not_read(whole, monkeypatch):
     assert not shard.flags.writeable
 
 
-def test_another_process_maps_for_itself(whole):
+def test_pickles_without_content(whole):
     store = CodeStore.open(whole)
     rows = store.rows(np.arange(11))
     content = pickle.dumps(store)
@@ -119,26 +119,26 @@ def test_another_process_maps_for_itself(whole):
     np.testing.assert_array_equal(pickle.loads(content).rows(np.arange(11)), rows)
 
 
-def test_no_store(tmp_path, folder):
+def test_rejects_missing_and_incomplete_stores(tmp_path, folder):
     fails_to_open(tmp_path / "none", "extract-codes", error=FileNotFoundError)
     (folder / "manifest.json").unlink()
     fails_to_open(folder, "not complete", "again")
 
 
 @pytest.mark.parametrize("name", ["shard-00001.npy", "shard-00001.json"])
-def test_a_missing_shard(folder, name):
+def test_rejects_missing_files(folder, name):
     (folder / name).unlink()
     fails_to_open(folder, name, "missing", "extract-codes again", error=FileNotFoundError)
 
 
 @pytest.mark.parametrize("kept", [0, 20, 128, -1])
-def test_a_truncated_shard(folder, kept):
+def test_rejects_truncated_shards(folder, kept):
     path = folder / "shard-00002.npy"
     path.write_bytes(path.read_bytes()[:kept])
     fails_to_open(folder, path.name, "delete it")
 
 
-def test_a_header_that_is_none(folder):
+def test_rejects_damaged_headers(folder):
     path = folder / "shard-00000.npy"
     path.write_bytes(b"\x93NUMPY\x01\x00" + struct.pack("<H", 8) + b"garbage\n")
     fails_to_open(folder, path.name, "damaged")
@@ -153,12 +153,12 @@ def test_a_header_that_is_none(folder):
         np.zeros((4, 2, 4, 4), np.uint16, order="F"),
     ],
 )
-def test_a_shard_of_another_store(folder, array):
+def test_rejects_other_arrays(folder, array):
     np.save(folder / "shard-00000.npy", array)
     fails_to_open(folder, "shard-00000.npy", "uint16 (4, 2, 4, 4)", "delete it")
 
 
-def test_a_sidecar_of_another_store(folder):
+def test_rejects_sidecars_of_other_stores(folder):
     change(folder / "shard-00001.json", plan="0123456789abcdef")
     fails_to_open(folder, "shard-00001.json", "another store")
 
@@ -166,12 +166,12 @@ def test_a_sidecar_of_another_store(folder):
 @pytest.mark.parametrize(
     "values", [{"labels": [0, 1, "a", 2]}, {"keys": 3}, {"skipped": [["one"]]}, {"labels": [0]}]
 )
-def test_a_damaged_sidecar(folder, values):
+def test_rejects_damaged_sidecars(folder, values):
     change(folder / "shard-00001.json", **values)
     fails_to_open(folder, "shard-00001.json", "delete it")
 
 
-def test_a_manifest_of_another_version(folder):
+def test_rejects_other_versions(folder):
     change(folder / "manifest.json", version=1)
     fails_to_open(
         folder, "manifest.json", "version 1", "reads 2", "extract-codes into another folder"
@@ -181,25 +181,25 @@ def test_a_manifest_of_another_version(folder):
 @pytest.mark.parametrize(
     "values", [{"format": "other"}, {"images": 12}, {"shards": [11]}, {"plan": {}}, {"extra": 1}]
 )
-def test_a_damaged_manifest(folder, values):
+def test_rejects_damaged_manifests(folder, values):
     change(folder / "manifest.json", **values)
     fails_to_open(folder, "manifest.json")
 
 
 @pytest.mark.parametrize("label", [3, -1])
-def test_a_label_outside_the_range(folder, label):
+def test_rejects_labels_out_of_range(folder, label):
     change(folder / "shard-00001.json", labels=[0, 1, label, 0])
     fails_to_open(folder, "shard-00001.json", str(label), "3 classes (0 to 2)")
 
 
-def test_the_tokenizer(whole):
+def test_checks_the_tokenizer(whole):
     store = CodeStore.open(whole)
     store.check_tokenizer(tiny_tokenizer().fingerprint())
     with pytest.raises(InputError, match=r"another image tokenizer .* extract the codes again"):
         store.check_tokenizer(tiny_tokenizer(seed=1).fingerprint())
 
 
-def test_the_transformer(whole, images, tmp_path):
+def test_checks_the_transformer(whole, images, tmp_path):
     store = CodeStore.open(whole)
     fitting = {"codebook_size": 64, "grid": (4, 4), "num_classes": 3}
     store.check_fits(TransformerConfig(**fitting))
@@ -220,7 +220,7 @@ def test_the_transformer(whole, images, tmp_path):
         store.check_fits(TransformerConfig(**fitting))
 
 
-def test_codebooks_beyond_16_bits(images, tmp_path):
+def test_stores_codes_beyond_16_bits(images, tmp_path):
     tokenizer = tiny_tokenizer(codebook_size=2**16 + 8, codebook_dim=2)
     views = Views(height=8, width=8)
     store = extract_store(tokenizer, images, views, tmp_path / "codes", batch_size=1).store
@@ -232,7 +232,7 @@ def test_codebooks_beyond_16_bits(images, tmp_path):
 # The published layout.
 
 
-def test_there_and_back(whole, tmp_path):
+def test_published_layout_round_trip(whole, tmp_path):
     store = CodeStore.open(whole)
     assert export_published(store, tmp_path) == 11
     codes, labels = tmp_path / "imagenet16_codes", tmp_path / "imagenet16_labels"
@@ -259,7 +259,7 @@ def test_there_and_back(whole, tmp_path):
         again.check_tokenizer(tiny_tokenizer().fingerprint())
 
 
-def test_a_single_view_without_labels(images, tmp_path):
+def test_publishes_a_single_view_without_labels(images, tmp_path):
     unlabelled = type(images).scan_unlabelled(images.root)
     views = Views(height=SIZE, width=SIZE)
     store = extract_store(tiny_tokenizer(), unlabelled, views, tmp_path / "codes").store
@@ -271,7 +271,7 @@ def test_a_single_view_without_labels(images, tmp_path):
     np.testing.assert_array_equal(again.rows(np.arange(11)), store.rows(np.arange(11)))
 
 
-def test_an_interrupted_export_goes_on(whole, tmp_path):
+def test_resumes_export(whole, tmp_path):
     store = CodeStore.open(whole)
     export_published(store, tmp_path)
     kept, lost = (tmp_path / "imagenet16_codes" / f"{i}.npy" for i in (0, 5))
@@ -285,7 +285,7 @@ def test_an_interrupted_export_goes_on(whole, tmp_path):
         export_published(store, tmp_path)
 
 
-def test_an_interrupted_import_goes_on(whole, tmp_path, monkeypatch):
+def test_resumes_import(whole, tmp_path, monkeypatch):
     export_published(CodeStore.open(whole), tmp_path)
     reference = import_published(tiny_tokenizer(), tmp_path, tmp_path / "a", shard_size=4)
     write = artifact.write_npy
@@ -305,7 +305,7 @@ def test_an_interrupted_import_goes_on(whole, tmp_path, monkeypatch):
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_published_files_that_cannot_be_used(whole, tmp_path):
+def test_rejects_published_files(whole, tmp_path):
     export_published(CodeStore.open(whole), tmp_path)
     codes = tmp_path / "imagenet16_codes"
 

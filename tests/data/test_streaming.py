@@ -39,7 +39,7 @@ def contents(found):
     return [image.numpy().tobytes() for batch in found for image in batch.pixels]
 
 
-def test_every_image_is_read_once_an_epoch(folder):
+def test_reads_every_image_once_an_epoch(folder):
     # 5 files in 4 parts: the parts' epochs differ in length, but each goes through all it has.
     one = SourceConfig(streaming=True, shuffle_buffer=12, stream_parts=1)
     for config, size in ((one, 6), (one, 4)):
@@ -80,12 +80,12 @@ def test_processes_share_batches_without_overlap(folder, world_size):
         assert torch.equal(joined, batch.pixels)
 
 
-def test_workers_change_nothing(folder):
+def test_same_batches_with_workers(folder):
     assert contents(batches(stream(folder), workers=2)) == contents(batches(stream(folder)))
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5, 8])
-def test_goes_on_exactly_on_another_number_of_processes(folder, stop):
+def test_resumes_exactly_with_other_processes(folder, stop):
     whole = contents(batches(stream(folder)))
     state = {}
     for rank in range(2):
@@ -101,14 +101,14 @@ def test_goes_on_exactly_on_another_number_of_processes(folder, stop):
     assert contents(batches(again, first=stop)) == whole[8 * stop :]
 
 
-def test_parts_that_cannot_be_shared(folder):
+def test_rejects_parts_that_cannot_be_shared(folder):
     with pytest.raises(InputError, match="4 parts, which 3 processes cannot share evenly"):
         batches(stream(folder), world_size=3)
     assert stream(folder, batch_size=6).parts == 3
     assert stream(folder, dataclasses.replace(CONFIG, stream_parts=64), batch_size=64).parts == 4
 
 
-def test_damaged_images_are_replaced_and_named(tmp_path):
+def test_replaces_and_names_damaged_images(tmp_path):
     good = scans(8)
     items = [(c[:50] if i % 3 == 1 else c, label) for i, (c, label) in enumerate(good)]
     folder = str(write_parquet(tmp_path / "set", items))
@@ -121,7 +121,7 @@ def test_damaged_images_are_replaced_and_named(tmp_path):
         batches(stream(nothing, batch_size=4), last=1)
 
 
-def test_tars_are_named_by_their_keys(tmp_path):
+def test_names_samples_of_tars_by_key(tmp_path):
     items = [(b"no image", 0), *scans(7)]
     folder = str(write_tars(tmp_path / "set", items, files=2))
     found = batches(stream(folder, batch_size=4), last=2)
@@ -134,10 +134,10 @@ def test_first_images(folder):
 
 
 class TestAhead:
-    def test_same_items(self):
+    def test_yields_the_same_items(self):
         assert list(ahead(iter(range(20)), 3)) == list(range(20))
 
-    def test_errors_arrive_in_their_place(self):
+    def test_raises_errors_in_order(self):
         def items():
             yield 1
             raise OSError("the network is gone")

@@ -46,7 +46,7 @@ def test_batches_agree_with_captions_alone(encoder):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_padding_stands_in_front(encoder):
+def test_pads_in_front(encoder):
     tokens = encoder.tokens(encoder.token_ids(CAPTIONS))
     assert tokens.mask.sum(1).tolist() == [12, 6, 30, 2]
     assert not tokens.mask[3, :28].any()
@@ -75,7 +75,7 @@ def test_batches_of_one_length(tokens_at_once):
         assert len(batches) == 4
 
 
-def test_captions_are_cleaned_unless_told_otherwise(encoder):
+def test_cleans_captions_by_default(encoder):
     assert encoder.prepare(" A <b>Red</b> HEART ") == "a red heart"
     assert tiny_text_encoder(clean=False).prepare(" A Red HEART ") == "A Red HEART"
 
@@ -90,12 +90,12 @@ def test_captions_are_cleaned_unless_told_otherwise(encoder):
         ("bell \x07", "U\\+0007"),
     ],
 )
-def test_prompts_that_say_nothing(encoder, prompt, message):
+def test_rejects_empty_prompts(encoder, prompt, message):
     with pytest.raises(InputError, match=message):
         encoder.require_text(prompt)
 
 
-def test_long_prompts_are_cut_and_said_to_be(encoder, caplog):
+def test_warns_of_cut_prompts(encoder, caplog):
     prompt = encoder.require_text("llama " * 1700)
     with caplog.at_level(logging.WARNING):
         assert len(encoder.token_ids([prompt], warn=True)[0]) == 30
@@ -106,7 +106,7 @@ def test_long_prompts_are_cut_and_said_to_be(encoder, caplog):
         assert len(caplog.records) == 1
 
 
-def test_there_and_back(encoder, tmp_path):
+def test_round_trip(encoder, tmp_path):
     encoder.save_pretrained(tmp_path / "encoder")
     config = TextConfig(encoder=str(tmp_path / "encoder"), max_length=30)
     loaded = TextEncoder.from_pretrained(config, dtype=torch.float32)
@@ -121,7 +121,7 @@ def test_there_and_back(encoder, tmp_path):
     assert tiny_text_encoder(clean=False).fingerprint() != encoder.fingerprint()
 
 
-def test_only_the_encoder_of_a_whole_model(tmp_path):
+def test_loads_the_encoder_of_a_whole_model(tmp_path):
     config = transformers.T5Config(
         vocab_size=384, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
     )
@@ -135,7 +135,7 @@ def test_only_the_encoder_of_a_whole_model(tmp_path):
     torch.testing.assert_close(loaded(*tokens), expected)
 
 
-def test_encoders_that_cannot_be_used(tmp_path, monkeypatch):
+def test_rejects_other_encoders(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, message in {
         str(tmp_path): "cannot be loaded",
@@ -150,14 +150,14 @@ def test_encoders_that_cannot_be_used(tmp_path, monkeypatch):
         TextEncoder.from_pretrained(TextConfig(encoder=str(tmp_path)))
 
 
-def test_sizes_that_make_no_sense():
+def test_rejects_sizes():
     with pytest.raises(InputError, match="heads 3 must divide"):
         SmallTextEncoderConfig(dim=16, heads=3)
     with pytest.raises(InputError, match="max_length"):
         TextConfig(max_length=0)
 
 
-def test_damaged_weights(tmp_path):
+def test_rejects_damaged_weights(tmp_path):
     tiny_text_encoder().save_pretrained(tmp_path / "e")
     weights = tmp_path / "e" / "model.safetensors"
     content = weights.read_bytes()

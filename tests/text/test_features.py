@@ -28,7 +28,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_features_at_their_true_lengths(encoder, whole):
+def test_stores_true_lengths(encoder, whole):
     store = whole.store
     assert (len(store), whole.captions) == (13, 13)
     manifest = store.manifest
@@ -44,14 +44,14 @@ def test_features_at_their_true_lengths(encoder, whole):
     assert store.features([]) == []
 
 
-def test_opened_again(whole, encoder):
+def test_opens_again(whole, encoder):
     opened = TextStore.open(whole.store.folder)
     assert opened.identity == whole.store.identity
     assert opened.text.max_length == 30
     assert torch.equal(opened.features(["heart 3"])[0], whole.store.features(["heart 3"])[0])
 
 
-def test_goes_on_and_mends(encoder, whole, tmp_path):
+def test_resumes_and_repairs(encoder, whole, tmp_path):
     folder = whole.store.folder
     before = contents(folder)
     for path in (folder / "shard-00001.npy", folder / "shard-00002.json"):
@@ -66,7 +66,7 @@ def test_goes_on_and_mends(encoder, whole, tmp_path):
     assert extract_text(encoder, captions, folder, shard_size=5).captions == 0
 
 
-def test_processes_share_the_work(encoder, whole, tmp_path):
+def test_ranks_share_the_shards(encoder, whole, tmp_path):
     captions = [*CAPTIONS, *ODD]
     for rank in (1, 0):
         done = extract_text(
@@ -76,7 +76,7 @@ def test_processes_share_the_work(encoder, whole, tmp_path):
     assert contents(tmp_path / "b") == contents(whole.store.folder)
 
 
-def test_what_is_refused(encoder, whole, tmp_path):
+def test_rejects_other_settings_and_folders(encoder, whole, tmp_path):
     folder = whole.store.folder
     with pytest.raises(InputError, match="another text encoder"):
         extract_text(tiny_text_encoder(seed=1), CAPTIONS, folder, shard_size=5)
@@ -105,7 +105,7 @@ def test_what_is_refused(encoder, whole, tmp_path):
         ("manifest.json", None, "not complete"),
     ],
 )
-def test_damaged_stores(whole, file, change, message):
+def test_rejects_damaged_stores(whole, file, change, message):
     path = whole.store.folder / file
     if change is None:
         path.unlink()

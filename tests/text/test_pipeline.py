@@ -19,7 +19,7 @@ def pipe():
     return tiny_text_pipeline()
 
 
-def test_prompts_of_different_lengths_in_one_batch(pipe):
+def test_batch_matches_single_prompts(pipe):
     prompts = ["llama", "a red heart with an arrow", "x"]
     together = pipe(prompts, num_images_per_prompt=2, seed=0, guidance_scale=3.0)
     assert len(together.images) == 6
@@ -29,7 +29,7 @@ def test_prompts_of_different_lengths_in_one_batch(pipe):
         assert torch.equal(alone.codes, together.codes[2 * index : 2 * index + 2])
 
 
-def test_the_text_matters(pipe):
+def test_codes_depend_on_the_prompt(pipe):
     assert not torch.equal(pipe("llama", seed=0).codes, pipe("heart", seed=0).codes)
 
 
@@ -52,7 +52,7 @@ def test_negative_prompts(pipe):
 
 
 @pytest.mark.parametrize("moved", [False, True])
-def test_the_encoder_travels_with_the_pipeline(pipe, tmp_path, moved):
+def test_saves_the_encoder(pipe, tmp_path, moved):
     folder = tmp_path / "model"
     pipe.save_pretrained(folder)
     assert (folder / "text_encoder" / "model.safetensors").is_file()
@@ -64,7 +64,7 @@ def test_the_encoder_travels_with_the_pipeline(pipe, tmp_path, moved):
     assert torch.equal(loaded("llama", seed=3).codes, pipe("llama", seed=3).codes)
 
 
-def test_an_encoder_on_the_hub_is_only_named(tmp_path):
+def test_saves_the_name_of_a_hub_encoder(tmp_path):
     transformer = tiny_transformer(condition="text")
     config = TextConfig(encoder="owner/encoder", max_length=6, clean=False)
     pipe = Pipeline(tiny_tokenizer(), transformer, text_encoder=config)
@@ -76,7 +76,7 @@ def test_an_encoder_on_the_hub_is_only_named(tmp_path):
     assert len(loaded(prompt_embeds=torch.randn(1, 3, 16), seed=0).images) == 1
 
 
-def test_another_encoder(tmp_path):
+def test_rejects_encoders_of_another_width(tmp_path):
     tiny_text_encoder(dim=32).save_pretrained(tmp_path / "wide")
     pipe = tiny_text_pipeline()
     pipe.save_pretrained(tmp_path / "model")
@@ -85,7 +85,7 @@ def test_another_encoder(tmp_path):
         other("llama")
 
 
-def test_bad_prompts(pipe):
+def test_rejects_prompts(pipe):
     for prompt, message in {"": "is empty", "a\x01": "control character"}.items():
         with pytest.raises(InputError, match=message):
             pipe(["llama", prompt])

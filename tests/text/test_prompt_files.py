@@ -14,19 +14,19 @@ def write(folder, name, text):
     return path
 
 
-def test_lines(tmp_path):
+def test_reads_lines(tmp_path):
     found = read_prompts(write(tmp_path, "p.txt", "a red heart\n\n  llama \n"))
     assert [prompt.text for prompt in found] == ["a red heart", "llama"]
     assert found[0].about == {}
 
 
-def test_partiprompts(tmp_path):
+def test_reads_partiprompts(tmp_path):
     found = read_prompts(write(tmp_path, "parti.tsv", PARTI))
     assert [prompt.text for prompt in found] == ["bond", "the sky"]
     assert found[0].about == {"Category": "Abstract", "Challenge": "Basic", "Note": 'one "word'}
 
 
-def test_coco(tmp_path):
+def test_reads_coco(tmp_path):
     values = {
         "images": [],
         "annotations": [
@@ -40,7 +40,7 @@ def test_coco(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.csv", "p.tsv", "p.jsonl"])
-def test_separators_within_a_prompt_do_not_split_it(tmp_path, name):
+def test_splits_at_newlines_only(tmp_path, name):
     text = "one\u2028two\u0085three\x0cfour"
     lines = {"p.txt": text, "p.jsonl": json.dumps({"prompt": text}, ensure_ascii=False)}
     path = write(
@@ -49,7 +49,7 @@ def test_separators_within_a_prompt_do_not_split_it(tmp_path, name):
     assert read_prompts(path)[0].text == text
 
 
-def test_other_tables(tmp_path):
+def test_reads_other_tables(tmp_path):
     table = 'id,caption,other\n1,"a, b",x\n2,c,y\n'
     found = read_prompts(write(tmp_path, "t.csv", table))
     assert [prompt.text for prompt in found] == ["a, b", "c"]
@@ -73,13 +73,13 @@ def test_other_tables(tmp_path):
         ("p.xml", "<a/>", "should end in .txt"),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path, name, text, message):
+def test_rejects_files(tmp_path, name, text, message):
     with pytest.raises(InputError, match=message) as caught:
         read_prompts(write(tmp_path, name, text))
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_there(tmp_path):
+def test_rejects_missing_files_and_columns(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_prompts(tmp_path / "none.txt")
     with pytest.raises(InputError, match="no column 'x'"):

@@ -23,7 +23,7 @@ class Caption(NamedTuple):
 
     text: str
     weight: float
-    """How often it is drawn among those of its image; they add up to 1."""
+    """Probability among the captions of its image."""
 
 
 Captions = tuple[Caption, ...]

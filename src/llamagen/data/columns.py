@@ -37,7 +37,7 @@ class SourceConfig:
     """Columns of captions, of which one is drawn each time. Default: text, caption or txt if there
     is one."""
     caption_weights: tuple[float, ...] = ()
-    """How often a caption of each of those columns is drawn. Default: all alike."""
+    """Relative frequency of a caption of each of those columns. Default: all alike."""
     caption_separator: str | None = None
     """Separator of several captions in one value, as "|"."""
     streaming: bool = False

@@ -157,7 +157,7 @@ class Table(ImageCollection):
 
 
 class InMemory(ImageCollection):
-    """A few undecoded images, as those that a streamed data set begins with."""
+    """A few undecoded images, such as the first of a streamed data set."""
 
     def __init__(self, values: Sequence[Any], name: str) -> None:
         self._values, self.name = list(values), name

@@ -48,10 +48,10 @@ _WHITE = (255, 255, 255, 255)
 
 
 class CorruptImageError(InputError):
-    """A file that cannot be read as an image: empty, truncated, or something else altogether."""
+    """A file that cannot be read as an image: empty, truncated, or another kind of file."""
 
     key: str = ""
-    """The image's key in its collection, where it was read from one by a loader."""
+    """Of the image in its collection, set by loaders."""
 
     def __init__(self, path: Path, reason: str) -> None:
         # Both go to the base class, so that the exception survives the way out of a worker process.
@@ -78,7 +78,7 @@ def find_images(folder: Path | str) -> list[Path]:
     found = sorted(_walk(folder))
     if not found:
         raise InputError(
-            f"there are no images in {folder} (looked for {' '.join(sorted(EXTENSIONS))}); "
+            f"there are no images in {folder} (searched for {' '.join(sorted(EXTENSIONS))}); "
             f"give another folder"
         )
     return found
@@ -113,7 +113,7 @@ class ImageFolder(ImageCollection):
 
     @property
     def name(self) -> str:  # type: ignore[override]  # a value of each, not of the class
-        """The folder."""
+        """Path of the folder."""
         return str(self.root)
 
     def __len__(self) -> int:

@@ -42,7 +42,7 @@ class LiveCodes:
         workers: int = 0,
         encoder: ImageTokenizer | None = None,
     ) -> None:
-        """Reads nothing yet.
+        """Create the source; nothing is read yet.
 
         Args:
             tokenizer: identifies the codes.

@@ -1,4 +1,4 @@
-"""The order in which training reads its data, as a pure function of seed and step.
+"""Order in which training reads its data: a pure function of seed and step.
 
 Nothing here has state: a run that stops after step n goes on with ``batch(n)``, on any number of
 worker processes.

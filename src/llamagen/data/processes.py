@@ -64,7 +64,7 @@ def _check_end(child: SpawnProcess) -> None:
         number = child.exitcode or 0
         cause = f"signal {signal.Signals(-number).name}" if number < 0 else f"status {number}"
         if number == -signal.SIGKILL:
-            cause += ", most often for want of memory"
+            cause += ", most often out of memory"
         raise ChildProcessError(
             f"a process of the extraction ended ({cause}); run the same command again, "
             f"it goes on where it stopped"

@@ -44,7 +44,7 @@ def export_published(store: CodeStore, root: Path | str, *, name: str | None = N
     Args:
         store: any store; without labels, no folder of labels is made.
         root: folder above both.
-        name: first part of both folders' names; the published training looks for the default,
+        name: first part of both folders' names; the published training expects the default,
             imagenet and the height of the images.
 
     Returns:
@@ -54,10 +54,10 @@ def export_published(store: CodeStore, root: Path | str, *, name: str | None = N
         InputError: a folder cannot be written to, or holds the codes of something else.
     """
     name = name or f"imagenet{store.manifest.plan.views.height}"
-    codes = storage.require_writable(Path(root) / f"{name}_codes")
+    codes, label_folder = (Path(root) / f"{name}_{kind}" for kind in ("codes", "labels"))
     labels = store.labels
-    if labels is not None:
-        storage.require_writable(Path(root) / f"{name}_labels")
+    for folder in (codes,) if labels is None else (codes, label_folder):
+        storage.require_writable(folder)
     shape = (1, -1) if store.views == 1 else (1, store.views, store.grid[0] * store.grid[1])
     index = 0
     with tqdm(total=len(store), desc="exporting", unit="image", disable=None) as bar:
@@ -65,25 +65,10 @@ def export_published(store: CodeStore, root: Path | str, *, name: str | None = N
             for row in store.shard(shard):
                 _write_array(codes / f"{index}.npy", row.reshape(shape).astype(np.int64))
                 if labels is not None:
-                    path = Path(root) / f"{name}_labels" / f"{index}.npy"
-                    _write_array(path, labels[index : index + 1])
+                    _write_array(label_folder / f"{index}.npy", labels[index : index + 1])
                 index += 1
                 bar.update()
     return index
-
-
-def _write_array(path: Path, array: np.ndarray) -> None:
-    """Write an array, unless the file is there with the same content."""
-    if path.exists():
-        try:
-            found = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError):
-            found = None
-        if found is None or not np.array_equal(found, array):
-            raise InputError(f"{path} is there with other content; give an empty folder")
-        return
-    with storage.atomic_file(path) as temporary:
-        write_npy(temporary, array)
 
 
 def import_published(
@@ -112,21 +97,20 @@ def import_published(
         FileNotFoundError: there are no such folders, or a label is missing.
         InputError: the files do not hold codes of this tokenizer, or ``out`` something else.
     """
-    source = _Published.find(Path(root), tokenizer.config.codebook_size)
     config = tokenizer.config
-    rows, columns = source.grid
+    source = _find(Path(root))
     plan = StorePlan(
         tokenizer_fingerprint=tokenizer.fingerprint(),
         tokenizer_config=config,
-        grid=source.grid,
+        grid=(source.side, source.side),
         codebook_size=config.codebook_size,
         dtype=code_dtype(config.codebook_size),
         precision="unknown",
         views=StoreViews(
             kind="published",
             count=source.views,
-            height=rows * config.downsampling,
-            width=columns * config.downsampling,
+            height=source.side * config.downsampling,
+            width=source.side * config.downsampling,
         ),
         source_digest=source.digest(),
         source_images=len(source.numbers),
@@ -139,7 +123,7 @@ def import_published(
     artifact = store_artifact(out, config_to_dict(plan))
 
     def make(items: range, advance: Advance) -> Mapping[str, Any]:
-        return source.read(plan, items, advance)
+        return _read_shard(source, plan, items, advance)
 
     with (
         artifact.begin(overwrite=overwrite),
@@ -152,103 +136,27 @@ def import_published(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Published:
+class _Source:
     """Two folders in the published layout."""
 
     codes: Path
     labels: Path | None
-    numbers: tuple[int, ...]
+    numbers: list[int]
     """Of the files, sorted."""
     views: int
-    grid: tuple[int, int]
-    codebook_size: int
-
-    @classmethod
-    def find(cls, root: Path, codebook_size: int) -> _Published:
-        """Find the folders; the first file that is whole gives the shape of the codes."""
-        codes = _published_folder(root)
-        labels = codes.with_name(codes.name.removesuffix("_codes") + "_labels")
-        stems = {path.stem for path in codes.glob("*.npy")}
-        unexpected = [stem for stem in stems if not stem.isdecimal()]
-        if unexpected:
-            raise InputError(
-                f"{codes / min(unexpected)}.npy is not named by a number as published codes are; "
-                f"move it out of the folder"
-            )
-        numbers = tuple(sorted(map(int, stems)))
-        for number in numbers:
-            try:
-                shape = _load_array(codes / f"{number}.npy").shape
-            except _DamagedFileError:
-                continue
-            views, side = _published_shape(codes / f"{number}.npy", shape)
-            return cls(
-                codes=codes,
-                labels=labels if labels.is_dir() else None,
-                numbers=numbers,
-                views=views,
-                grid=(side, side),
-                codebook_size=codebook_size,
-            )
-        raise InputError(
-            f"none of the {len(numbers)} .npy files in {codes} can be read; give another folder"
-        )
+    side: int
+    """Codes along a side."""
 
     def digest(self) -> str:
         """Return a text that changes with the list of files, and with the content of some."""
         whole = hashlib.sha256(json.dumps([self.numbers, self.labels is not None]).encode())
-        sample = self.numbers[:: max(1, len(self.numbers) // 16)]
-        for number in sample:
+        for number in self.numbers[:: max(1, len(self.numbers) // 16)]:
             whole.update((self.codes / f"{number}.npy").read_bytes())
         return whole.hexdigest()[:16]
 
-    def read(self, plan: StorePlan, items: range, advance: Advance) -> Mapping[str, Any]:
-        """Return the content of the shard with these files."""
-        codes, keys, labels, skipped = [], [], [], []
-        for number in self.numbers[items.start : items.stop]:
-            path = self.codes / f"{number}.npy"
-            try:
-                codes.append(self._read_codes(path))
-            except _DamagedFileError as error:
-                _log.warning("skipped: %s cannot be read (%s)", path, error)
-                skipped.append((path.name, str(error)))
-            else:
-                keys.append(path.name)
-                if self.labels is not None:
-                    labels.append(_read_label(self.labels / path.name))
-            advance(1)
-        return shard_content(
-            plan,
-            np.stack(codes) if codes else np.empty((0, self.views, *self.grid), dtype=np.int64),
-            keys=keys,
-            labels=None if self.labels is None else labels,
-            captions=None,
-            skipped=skipped,
-        )
 
-    def _read_codes(self, path: Path) -> np.ndarray:
-        """Return the codes (V, rows, columns) in a file."""
-        array = _load_array(path)
-        views, side = _published_shape(path, array.shape)
-        if (views, (side, side)) != (self.views, self.grid):
-            raise InputError(
-                f"{path} has {views} views of {side * side} codes, but the files before it have "
-                f"{self.views} of {self.grid[0] * self.grid[1]}; keep only files of one extraction "
-                f"in the folder"
-            )
-        if not np.issubdtype(array.dtype, np.integer):
-            raise InputError(f"{path} holds {array.dtype}, expected integers; give another folder")
-        if not (0 <= array.min() and array.max() < self.codebook_size):
-            raise InputError(
-                f"{path} has codes from {array.min()} to {array.max()}, but the tokenizer has "
-                f"{self.codebook_size} (0 to {self.codebook_size - 1}); give `tokenizer` the one "
-                f"that made them"
-            )
-        return array.reshape(self.views, *self.grid)
-
-
-def _published_folder(root: Path) -> Path:
-    """Return the one folder of codes in or at ``root``."""
+def _find(root: Path) -> _Source:
+    """Find the folders; the first file that is whole gives the shape of the codes."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; give the one with published codes")
     found = [root] if root.name.endswith("_codes") else sorted(root.glob("*_codes"))
@@ -259,11 +167,87 @@ def _published_folder(root: Path) -> Path:
     if len(found) > 1:
         names = " and ".join(folder.name for folder in found)
         raise InputError(f"{root} has {names}; give one of them")
-    return found[0]
+    codes = found[0]
+    stems = [path.stem for path in codes.glob("*.npy")]
+    unexpected = [stem for stem in stems if not stem.isdecimal()]
+    if unexpected:
+        raise InputError(
+            f"{codes / min(unexpected)}.npy is not named by a number as published codes are; "
+            f"move it out of the folder"
+        )
+    numbers = sorted(map(int, stems))
+    labels = codes.with_name(codes.name.removesuffix("_codes") + "_labels")
+    for number in numbers:
+        try:
+            path = codes / f"{number}.npy"
+            views, side = _shape(path, _load_array(path))
+        except _DamagedFileError:
+            continue
+        return _Source(
+            codes=codes,
+            labels=labels if labels.is_dir() else None,
+            numbers=numbers,
+            views=views,
+            side=side,
+        )
+    raise InputError(
+        f"none of the {len(numbers)} .npy files in {codes} can be read; give another folder"
+    )
 
 
-def _published_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return the number of views, and of codes along a side."""
+def _read_shard(
+    source: _Source, plan: StorePlan, items: range, advance: Advance
+) -> Mapping[str, Any]:
+    codes = np.empty((len(items), source.views, *plan.grid), dtype=plan.dtype)
+    keys: list[str] = []
+    labels: list[int] = []
+    skipped = []
+    for number in source.numbers[items.start : items.stop]:
+        path = source.codes / f"{number}.npy"
+        try:
+            codes[len(keys)] = _read_codes(path, plan)
+        except _DamagedFileError as error:
+            _log.warning("skipped: %s cannot be read (%s)", path, error)
+            skipped.append((path.name, str(error)))
+        else:
+            if source.labels is not None:
+                labels.append(_read_label(source.labels / path.name))
+            keys.append(path.name)
+        advance(1)
+    return shard_content(
+        plan,
+        codes[: len(keys)],
+        keys=keys,
+        labels=None if source.labels is None else labels,
+        captions=None,
+        skipped=skipped,
+    )
+
+
+def _read_codes(path: Path, plan: StorePlan) -> np.ndarray:
+    """Return the codes (V, rows, columns) in a file."""
+    array = _load_array(path)
+    views, side = _shape(path, array)
+    if (views, side) != (plan.views.count, plan.grid[0]):
+        raise InputError(
+            f"{path} has {views} views of {side**2} codes, but the files before it have "
+            f"{plan.views.count} of {plan.grid[0] ** 2}; keep only files of one extraction in the "
+            f"folder"
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{path} holds {array.dtype}, expected integers; give another folder")
+    if not (0 <= array.min() and array.max() < plan.codebook_size):
+        raise InputError(
+            f"{path} has codes from {array.min()} to {array.max()}, but the tokenizer has "
+            f"{plan.codebook_size} (0 to {plan.codebook_size - 1}); give `tokenizer` the one that "
+            f"made them"
+        )
+    return array.reshape(views, *plan.grid)
+
+
+def _shape(path: Path, array: np.ndarray) -> tuple[int, int]:
+    """Return the number of views in a file, and of codes along a side."""
+    shape = array.shape
     views = shape[1] if len(shape) == 3 else 1
     side = math.isqrt(shape[-1]) if shape else 0
     if len(shape) not in (2, 3) or shape[0] != 1 or min(views, side) < 1 or side**2 != shape[-1]:
@@ -286,7 +270,7 @@ def _read_label(path: Path) -> int:
         raise InputError(f"{path} is damaged ({error}); restore it") from error
     if label.size != 1 or not np.issubdtype(label.dtype, np.integer) or label.min() < 0:
         raise InputError(f"{path} holds {label.dtype} {label.shape}, expected one label from 0 on")
-    return int(label.reshape(()))
+    return int(label.item())
 
 
 class _DamagedFileError(Exception):
@@ -299,6 +283,19 @@ def _load_array(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        reason = " ".join(str(error).split()) or "damaged"
-        raise _DamagedFileError(reason) from error
+        raise _DamagedFileError(" ".join(str(error).split()) or "damaged") from error
     return array
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """Write an array, unless the file is there with the same content."""
+    if not path.exists():
+        with storage.atomic_file(path) as temporary:
+            write_npy(temporary, array)
+        return
+    try:
+        same = np.array_equal(_load_array(path), array)
+    except _DamagedFileError:
+        same = False
+    if not same:
+        raise InputError(f"{path} is there with other content; give an empty folder")

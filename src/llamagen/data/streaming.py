@@ -52,7 +52,7 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class _Streamed:
-    """An image on its way to be decoded."""
+    """An undecoded image."""
 
     value: Any
     name: str
@@ -101,11 +101,11 @@ class ImageStream:
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
         """Return the positions of this process's parts after the last batch it was given."""
-        return {part: dataclasses.astuple(place) for part, place in self._positions.items()}
+        return {part: dataclasses.astuple(at) for part, at in self._positions.items()}
 
     def load_state_dict(self, state: Mapping[int, Sequence[int]]) -> None:
         """Restore what ``state_dict`` returned, in all processes together."""
-        self._positions = {int(part): Position(*place) for part, place in state.items()}
+        self._positions = {int(part): Position(*at) for part, at in state.items()}
 
     def first_images(self, count: int) -> Iterator[Any]:
         """Return undecoded images, in the data's own order."""
@@ -160,27 +160,27 @@ class ImageStream:
                     samples.append(_Streamed(value, name, number))
             yield samples, positions
 
-    def _part(self, part: int, place: Position) -> Iterator[tuple[Any, str, Position]]:
+    def _part(self, part: int, position: Position) -> Iterator[tuple[Any, str, Position]]:
         """Yield a part's images without end: undecoded, the name, and the position after it."""
         empty = 0
         while empty < _EMPTY_EPOCHS:
             found = False
-            for value, name, after in self._epoch(part, place):
+            for value, name, after in self._epoch(part, position):
                 found = True
                 yield value, name, after
             empty = 0 if found else empty + 1
-            place = Position(epoch=place.epoch + 1)
+            position = Position(epoch=position.epoch + 1)
         raise InputError(f"{self.name} has no images in some of its files")
 
-    def _epoch(self, part: int, place: Position) -> Iterator[tuple[Any, str, Position]]:
+    def _epoch(self, part: int, position: Position) -> Iterator[tuple[Any, str, Position]]:
         """Yield the rest of an epoch, block by block."""
         order = list(range(len(self._files)))
-        random.Random(f"{self._seed} files {place.epoch}").shuffle(order)  # noqa: S311
-        rows = self._rows(order[part :: self.parts], place)
-        taken = place.taken
+        random.Random(f"{self._seed} files {position.epoch}").shuffle(order)  # noqa: S311
+        rows = self._rows(order[part :: self.parts], position)
+        taken = position.taken
         while block := list(itertools.islice(rows, self._block)):
             _, file, row = block[0]
-            start = Position(place.epoch, file, row)
+            start = Position(position.epoch, file, row)
             shuffling = random.Random(f"{self._seed} {part} {start}")  # noqa: S311
             shuffling.shuffle(block)
             for count in range(taken, len(block)):
@@ -189,10 +189,10 @@ class ImageStream:
                 yield value[self._column], name, dataclasses.replace(start, taken=count + 1)
             taken = 0
 
-    def _rows(self, files: Sequence[int], place: Position) -> Iterator[tuple[Any, int, int]]:
+    def _rows(self, files: Sequence[int], position: Position) -> Iterator[tuple[Any, int, int]]:
         """Yield rows of a part's files from a position on: the row, its file, its number."""
-        for file in range(place.file, len(files)):
-            first = place.row if file == place.file else 0
+        for file in range(position.file, len(files)):
+            first = position.row if file == position.file else 0
             for row, value in enumerate(self._files[files[file]].skip(first), first):
                 yield value, file, row
 

@@ -76,7 +76,7 @@ def open_table(
     column = find_column("file name", config.image_column, FILE_NAMES, columns, where)
     if column is None:
         raise InputError(
-            f"{table} has no column of file names (looked for {', '.join(FILE_NAMES)}; it has "
+            f"{table} has no column of file names (searched for {', '.join(FILE_NAMES)}; it has "
             f"{', '.join(columns)}); name it with `image_column`"
         )
     paths = tuple(_image_path(table, number, row.get(column)) for number, row in enumerate(rows))

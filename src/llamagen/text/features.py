@@ -113,7 +113,7 @@ class TextStore:
         self.identity = artifact.identity
         """Changes with the captions and their encoder."""
         self._artifact = artifact
-        self._keys, self._places = index["key"], index["place"]
+        self._keys, self._positions = index["key"], index["place"]
         self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     @classmethod
@@ -161,11 +161,11 @@ class TextStore:
         wanted = np.array([_key(caption) for caption in captions], dtype=np.uint64)
         near = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         for row in np.flatnonzero(self._keys[near] == wanted):
-            found[row] = self._caption(int(self._places[near[row]]))
+            found[row] = self._caption(int(self._positions[near[row]]))
         return found
 
-    def _caption(self, place: int) -> Tensor:
-        shard, row = divmod(place, self._artifact.piece_size)
+    def _caption(self, position: int) -> Tensor:
+        shard, row = divmod(position, self._artifact.piece_size)
         if shard not in self._shards:
             array = np.load(self._artifact.path(shard, ".npy"), mmap_mode="r")
             self._shards[shard] = array, _ends(self._artifact, shard)
@@ -254,12 +254,12 @@ def _encode(
     advance: Callable[[int], object],
 ) -> Mapping[str, Any]:
     prepared = [encoder.prepare(text) for text in texts]
-    kept = [i for i, text in enumerate(prepared) if text]
+    filled = [i for i, text in enumerate(prepared) if text]
     encoded = encoder.encode(
-        [prepared[i] for i in kept], tokens_at_once=tokens_at_once, progress=advance
+        [prepared[i] for i in filled], tokens_at_once=tokens_at_once, progress=advance
     )
     lengths = np.zeros(len(texts), dtype=np.int64)
-    lengths[kept] = [len(each) for each in encoded]
+    lengths[filled] = [len(each) for each in encoded]
     whole = torch.cat([torch.empty(0, encoder.width), *encoded]).to(torch.bfloat16)
     return {
         ".npy": whole.view(torch.int16).numpy(),
