@@ -266,6 +266,8 @@ class TransformerTask(Task):
         else:
             # The encoder that made them need not be here.
             embeds, mask = padded(features.features([str(prompt) for prompt in prompts]))
+            # A caption without features still takes one position, of zeros.
+            mask[:, -1] = True
             images = pipeline(prompt_embeds=embeds, prompt_attention_mask=mask, seed=0).images
         scale = max(1, _SHEET_SIDE // images[0].width)
         save_png(image_grid(images, columns=columns, captions=names, scale=scale), path)
