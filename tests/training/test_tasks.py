@@ -191,8 +191,8 @@ class TestTransformer:
         ("changes", "message"),
         [
             ({"images": ImageConfig(size=18)}, "multiples of the tokenizer's downsampling 4"),
-            ({"tokenizer": None}, "no image tokenizer was named; give --tokenizer"),
-            ({"data": None}, "no images were named; give --data"),
+            ({"tokenizer": None}, "no image tokenizer was named; give `tokenizer`"),
+            ({"data": None}, "no images were named; give `data`"),
         ],
     )
     def test_bad_recipes(self, digits, tokenizer_folder, tmp_path, changes, message):
