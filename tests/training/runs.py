@@ -110,30 +110,3 @@ def assert_same_state(a: Any, b: Any) -> None:
         assert torch.equal(a, b)
     else:
         assert a == b
-
-
-class MemoryCodes:
-    """Codes in memory, for a task that is made without the rest."""
-
-    folder = Path("made up")
-    identity = "made up"
-
-    def __init__(self, codes: Any, labels: Any = None, class_names: Any = (), captions: Any = None):
-        self.codes, self.labels, self.class_names = codes, labels, class_names
-        self.views, self.grid = codes.shape[1], codes.shape[2:]
-        self._captions = captions
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def rows(self, indices: Any, views: Any) -> Any:
-        return self.codes[indices, views]
-
-    def readable(self, indices: Any) -> Any:
-        return indices
-
-    def captions(self, indices: Any) -> Any:
-        return [self._captions[i] for i in indices]
-
-    def skipped(self) -> list[Any]:
-        return []

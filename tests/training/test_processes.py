@@ -101,6 +101,16 @@ def test_transformer_of_two_processes_is_that_of_one(digits, tokenizer_folder, t
     assert_same_losses(tmp_path / "1", tmp_path / "2")
 
 
+def test_sharded_bfloat16_is_near_that_of_one_process(digits, tokenizer_folder, tmp_path):
+    """Sharded weights are gathered in bfloat16; angles and residual stream stay float32."""
+    for processes, parallel in ((1, "ddp"), (2, "fsdp")):
+        flags = ["--precision", "bfloat16", "--parallel", parallel]
+        out = tmp_path / str(processes)
+        run(processes, *transformer_command(digits, tokenizer_folder, out, *flags))
+    losses = [[line["loss"] for line in records(tmp_path / name)] for name in ("1", "2")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_text_encoder_of_two_processes_is_that_of_one(digits, tokenizer_folder, tmp_path, parallel):
     images = shutil.copytree(digits, tmp_path / "images")

@@ -120,6 +120,15 @@ def test_a_checkpoint_becomes_whole_when_the_run_ends_early(make_run, tmp_path, 
     assert latest_checkpoint(kept.parent).path == kept
 
 
+def test_continues_from_the_checkpoint_before_a_damaged_one(make_run, tmp_path, caplog):
+    make_run(tmp_path / "whole")
+    make_run(tmp_path / "parts")
+    (tmp_path / "parts" / "checkpoints" / "step-0000004" / "state.pt").write_bytes(b"")
+    make_run(tmp_path / "parts")
+    assert "step-0000004 is damaged" in caplog.text
+    assert_same_state(state(tmp_path / "parts", 4), state(tmp_path / "whole", 4))
+
+
 def test_finished_run(make_run, tmp_path):
     first = make_run(tmp_path / "run")
     again = make_run(tmp_path / "run")

@@ -12,6 +12,7 @@ from PIL import Image
 from llamagen.config import SamplingConfig, TransformerConfig
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder
+from llamagen.data.live_codes import MemoryCodes
 from llamagen.data.views import Views
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
@@ -26,13 +27,12 @@ from llamagen.training.config import (
 from llamagen.training.loop import fit
 from llamagen.training.losses import tokenizer_terms
 from llamagen.training.tokenizer_task import init_codebook
-from llamagen.training.transformer_data import Codes
+from llamagen.training.transformer_data import CodeSplits
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask
 from tests.images import write_digits
 from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import (
-    MemoryCodes,
     assert_same_state,
     records,
     state,
@@ -266,8 +266,8 @@ class TestTransformer:
         assert not (tmp_path / "out" / "codes").exists()
         task = transformer_task.make_task(recipe)
         codes = task._codes
-        assert len(codes.trained) + len(codes.validated) == 24
-        assert not set(codes.trained) & set(codes.validated)
+        assert len(codes.train_rows) + len(codes.val_rows) == 24
+        assert not set(codes.train_rows) & set(codes.val_rows)
 
     def test_a_store_of_another_tokenizer(self, digits, tokenizer_folder, tmp_path):
         views = Views(height=16, width=16)
@@ -318,7 +318,7 @@ def make_transformer_task(recipe, store):
     names = store.class_names or tuple(map(str, range(50)))
     rows = np.arange(len(store))
     start = find_start(recipe, codebook_size=64, grid=store.grid, class_names=names)
-    return TransformerTask(start, tiny_tokenizer(), Codes(store, rows, store, rows))
+    return TransformerTask(start, tiny_tokenizer(), CodeSplits(store, rows, store, rows))
 
 
 def test_steps_without_gradients_are_skipped(digits, tokenizer_folder, tmp_path, monkeypatch):

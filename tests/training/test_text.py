@@ -11,6 +11,7 @@ from llamagen.config import TransformerConfig
 from llamagen.data.captions import Caption
 from llamagen.data.columns import SourceConfig
 from llamagen.data.extraction import extract_store
+from llamagen.data.live_codes import MemoryCodes
 from llamagen.data.sources import open_images
 from llamagen.data.views import Views
 from llamagen.models.tokenizer import ImageTokenizer
@@ -23,11 +24,11 @@ from llamagen.training.config import ImageConfig, LoraConfig, TextTraining
 from llamagen.training.dry_run import dry_run
 from llamagen.training.export import export_run
 from llamagen.training.loop import fit
-from llamagen.training.transformer_data import Codes
+from llamagen.training.transformer_data import CodeSplits
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask, make_task
 from tests.tiny_models import tiny_text_encoder, tiny_tokenizer
-from tests.training.runs import MemoryCodes, assert_same_state, state, transformer_recipe
+from tests.training.runs import assert_same_state, state, transformer_recipe
 
 SMALL = TextTraining(text_dim=16, text_layers=1, text_heads=2, text_length=30)
 WORDS = ("nought", "one", "two")
@@ -91,7 +92,7 @@ def test_draws_what_it_is_told(tmp_path):
     """Four sequences, known by their captions only: each prompt gives its own."""
     rng = np.random.default_rng(0)
     captions = [((Caption(text, 1.0),)) for text in ("red heart", "blue heart", "cat", "red cat")]
-    store = MemoryCodes(rng.integers(0, 64, (4, 1, 4, 4)), captions=captions)
+    store = MemoryCodes(rng.integers(0, 64, (4, 1, 4, 4)), texts=captions)
     recipe = text_recipe(
         None, "", tmp_path, condition_dropout=0.1, sample_images=1,
         text=dataclasses.replace(SMALL, text_dropout=0.0, text_dim=32),
@@ -110,9 +111,7 @@ def test_draws_what_it_is_told(tmp_path):
 
 
 def test_images_without_captions_weigh_nothing(tmp_path):
-    store = MemoryCodes(
-        np.arange(64).reshape(4, 1, 4, 4), captions=[(Caption("a", 1.0),), (), (), ()]
-    )
+    store = MemoryCodes(np.arange(64).reshape(4, 1, 4, 4), texts=[(Caption("a", 1.0),), (), (), ()])
     task = make_text_task(text_recipe(None, "", tmp_path), store)
     task.prepare()
     torch.nn.init.normal_(task.module.transformer.output.weight)
@@ -121,21 +120,21 @@ def test_images_without_captions_weigh_nothing(tmp_path):
     def loss(rows):
         batch = task._conditioning.batch(store, np.array(rows), None)
         codes = torch.from_numpy(store.rows(np.array(rows), 0).reshape(len(rows), -1))
-        batch |= {"codes": codes, "shown": codes[:, :-1]}
-        return task._conditioning.loss(task.module, batch, None)
+        batch |= {"codes": codes, "input": codes[:, :-1]}
+        return task._loss(task.module, batch)
 
     torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0]))
     assert loss([1, 2]).item() == 0
     some = task._conditioning.batch(store, np.array([0, 1, 2, 3]), None)
     assert task._conditioning.metrics(some)["without_caption"].item() == 0.75
-    empty = MemoryCodes(store.codes, captions=[()] * 4)
-    with pytest.raises(InputError, match="of 4 images in made up, none"):
+    empty = MemoryCodes(store.codes, texts=[()] * 4)
+    with pytest.raises(InputError, match="of 4 images in memory, none"):
         make_text_task(text_recipe(None, "", tmp_path), empty)
 
 
 def test_captions_are_drawn_by_their_weights(tmp_path):
     store = MemoryCodes(
-        np.zeros((1, 1, 4, 4)), captions=[(Caption("long", 0.7), Caption("short", 0.3))]
+        np.zeros((1, 1, 4, 4)), texts=[(Caption("long", 0.7), Caption("short", 0.3))]
     )
     task = make_text_task(text_recipe(None, "", tmp_path, batch_size=400), store)
     batch = next(task.batches(0, 1))
@@ -234,9 +233,9 @@ class TestStoredFeatures:
             rows = [row for row, text in enumerate(told) if "two" in text]
             batch = task._conditioning.batch(task._codes.training, np.array(rows), None)
             codes = torch.from_numpy(store.rows(np.array(rows), 0).astype(np.int64)).flatten(1)
-            batch |= {"codes": codes, "shown": codes[:, :-1]}
+            batch |= {"codes": codes, "input": codes[:, :-1]}
             task.module.eval()
-            losses.append(task._conditioning.loss(task.module, batch, None))
+            losses.append(task._loss(task.module, batch))
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-2)
 
     def test_what_does_not_fit(self, captioned, tokenizer_folder, features, tmp_path):
@@ -301,14 +300,14 @@ def test_dry_run(captioned, tokenizer_folder, tmp_path, capsys):
 def make_text_task(recipe, store):
     rows = np.arange(len(store))
     start = find_start(recipe, codebook_size=64, grid=store.grid, class_names=())
-    return TransformerTask(start, tiny_tokenizer(), Codes(store, rows, store, rows))
+    return TransformerTask(start, tiny_tokenizer(), CodeSplits(store, rows, store, rows))
 
 
 def test_captions_of_like_lengths_share_a_batch(tmp_path):
     lengths = [3, 20, 4, 19, 5, 21, 2, 18]
     store = MemoryCodes(
         np.zeros((8, 1, 4, 4), dtype=np.int64),
-        captions=[(Caption("x" * length, 1.0),) for length in lengths],
+        texts=[(Caption("x" * length, 1.0),) for length in lengths],
     )
     recipe = text_recipe(None, "", tmp_path, batch_size=4)
     recipe = dataclasses.replace(
@@ -322,24 +321,24 @@ def test_captions_of_like_lengths_share_a_batch(tmp_path):
 
 def test_code_noise(tmp_path):
     store = MemoryCodes(
-        np.full((50, 1, 10, 10), 7), captions=[(Caption("a", 1.0),) for _ in range(50)]
+        np.full((50, 1, 10, 10), 7), texts=[(Caption("a", 1.0),) for _ in range(50)]
     )
     recipe = text_recipe(None, "", tmp_path, batch_size=50, code_noise=0.8)
     task = make_text_task(recipe, store)
     (batch,) = task.batches(0, 1)
     assert (batch["codes"] == 7).all()
-    assert batch["shown"].shape == (50, 99)
-    noisy = (batch["shown"] != 7).float().mean(1)
+    assert batch["input"].shape == (50, 99)
+    noisy = (batch["input"] != 7).float().mean(1)
     # Each image has its own part, from none to the largest.
     assert noisy.min() < 0.2
     assert 0.6 < noisy.max() < 0.9
     assert noisy.mean() == pytest.approx(0.4, abs=0.08)
-    assert batch["shown"].max() < task.module.transformer.config.codebook_size
+    assert batch["input"].max() < task.module.transformer.config.codebook_size
     (again,) = task.batches(0, 1)
-    assert torch.equal(batch["shown"], again["shown"])
+    assert torch.equal(batch["input"], again["input"])
     plain = make_text_task(dataclasses.replace(recipe, code_noise=0.0), store)
     (batch,) = plain.batches(0, 1)
-    assert torch.equal(batch["shown"], batch["codes"][:, :-1])
+    assert torch.equal(batch["input"], batch["codes"][:, :-1])
 
 
 def test_captions_learn_which_codes_an_image_has(tmp_path):
@@ -347,7 +346,7 @@ def test_captions_learn_which_codes_an_image_has(tmp_path):
     captions = [(Caption(f"number {index}", 1.0),) for index in range(4)]
     codes = np.stack([np.full((1, 4, 4), 10 * index) for index in range(4)])
     codes[:, :, 0] += 1
-    store = MemoryCodes(codes, captions=captions)
+    store = MemoryCodes(codes, texts=captions)
 
     def trained(weight):
         recipe = text_recipe(None, "", tmp_path, batch_size=4)
@@ -373,6 +372,7 @@ def test_captions_learn_which_codes_an_image_has(tmp_path):
     assert float(losses.metrics["code_set_loss"]) == pytest.approx(np.log(2), abs=0.2)
     # What is exported and validated knows nothing of it.
     task.module.eval()
-    assert task.validate().keys() == {"loss", "bits_per_code"}
+    with torch.no_grad():
+        assert task.validate().keys() == {"loss", "bits_per_code"}
     assert "code_head" not in "".join(task.module.transformer.state_dict())
     assert trained(0.0).module.code_head is None

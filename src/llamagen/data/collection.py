@@ -63,15 +63,12 @@ class ImageCollection(abc.ABC):
         The choice depends on the images' keys only, so every stage of training holds out the same.
         At least one image is held out if ``fraction`` is above 0, and one is kept.
         """
-        wanted = held_out_count(len(self), fraction)
-        digests = [hashlib.sha256(key_bytes(key)).digest() for key in self._keys()]
-        by_hash = sorted(range(len(self)), key=digests.__getitem__)
-        return self.subset(sorted(by_hash[wanted:])), self.subset(sorted(by_hash[:wanted]))
+        rest, part = split_keys(list(self._keys()), fraction)
+        return self.subset(rest), self.subset(part)
 
     def thinned(self, count: int) -> Self:
         """Return at most ``count`` images, spread evenly over the list and so over the classes."""
-        kept = min(count, len(self))
-        return self.subset([i * len(self) // kept for i in range(kept)])
+        return self.subset(spread(len(self), count))
 
     def digest(self) -> str:
         """Return a short text that changes when an image is added, removed or renamed."""
@@ -82,6 +79,20 @@ class ImageCollection(abc.ABC):
 
     def _keys(self) -> Iterator[str]:
         return map(self.key, range(len(self)))
+
+
+def split_keys(keys: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
+    """Return the indices of the keys that are not held out, and of those that are."""
+    wanted = held_out_count(len(keys), fraction)
+    digests = [hashlib.sha256(key_bytes(key)).digest() for key in keys]
+    by_hash = sorted(range(len(keys)), key=digests.__getitem__)
+    return sorted(by_hash[wanted:]), sorted(by_hash[:wanted])
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Return at most ``limit`` indices, spread evenly over ``count``."""
+    kept = min(limit, count)
+    return [i * count // kept for i in range(kept)]
 
 
 def held_out_count(count: int, fraction: float) -> int:

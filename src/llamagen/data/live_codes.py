@@ -5,6 +5,7 @@ Shapes: N images, rows x columns codes.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -118,5 +119,51 @@ class LiveCodes:
         return codes.cpu().numpy()
 
 
-CodeSource = CodeStore | LiveCodes
+@dataclasses.dataclass(frozen=True)
+class MemoryCodes:
+    """As ``CodeStore``, of codes in memory."""
+
+    codes: np.ndarray
+    """(N, views, rows, columns) integers."""
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    texts: Sequence[Captions] | None = None
+    folder: Path = Path("memory")
+    identity: str = "memory"
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    @property
+    def views(self) -> int:
+        """Views of each image."""
+        return self.codes.shape[1]
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of an image's codes."""
+        return self.codes.shape[2], self.codes.shape[3]
+
+    def rows(self, indices: np.ndarray, views: np.ndarray | int) -> np.ndarray:
+        """See ``CodeStore.rows``."""
+        return self.codes[indices, views]
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """Return these images."""
+        return indices
+
+    def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
+        """See ``CodeStore.captions``."""
+        return None if self.texts is None else [self.texts[index] for index in indices]
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Return nothing."""
+        return []
+
+    def check_fits(self, config: TransformerConfig) -> None:
+        """Check nothing."""
+        del config
+
+
+CodeSource = CodeStore | LiveCodes | MemoryCodes
 """A source of codes to train on."""

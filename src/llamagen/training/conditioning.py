@@ -1,6 +1,6 @@
-"""What stands in front of the codes in training: labels, or captions.
+"""The condition in front of the codes in training: labels, or captions.
 
-Shapes: B images, L tokens of the longest caption, T codes of an image.
+Shapes: B images, L tokens of the longest caption, W width of a text feature.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llamagen.data.captions import Captions, draw_caption
 from llamagen.data.live_codes import CodeSource
@@ -20,56 +20,38 @@ from llamagen.text.encoder import TextEncoder, padded
 from llamagen.text.features import TextStore
 from llamagen.training.task import Batch
 
-_LOOKED_AT = 1000
-"""Images that are looked at before a training starts, about."""
-_REMEMBERED = 1 << 18
-"""Captions whose tokens are remembered, at most."""
+_CHECKED_IMAGES = 1000
+"""About how many images are checked before a training starts."""
+_MAX_CACHED = 1 << 18
+"""Maximum number of captions whose tokens are cached."""
 
 
 class Conditioning(abc.ABC):
-    """How images of a store are told to a model."""
+    """How the images of a store become conditions of the model."""
 
     @abc.abstractmethod
     def batch(
-        self,
-        store: CodeSource,
-        rows: np.ndarray,
-        numbers: Sequence[random.Random] | None,
+        self, store: CodeSource, rows: np.ndarray, rngs: Sequence[random.Random] | None
     ) -> Batch:
-        """The conditions of some images, with one row for each.
+        """Return the "condition" of some images, and what goes with it, one row for each.
 
         Args:
             store: has the images.
-            rows: which.
-            numbers: random numbers of each image; None takes what is likeliest.
+            rows: of the store.
+            rngs: a random generator for each image; with None the likeliest caption is taken.
         """
 
-    def loss(self, model: nn.Module, batch: Batch, drop: Tensor | None) -> Tensor:
-        """Return what ``NextCodeModel.forward`` computes of a batch.
-
-        Rows where ``drop`` (B,) get no condition.
-        """
-        loss: Tensor = model(
-            batch["shown"],
-            self._condition(batch),
-            batch["codes"],
-            condition_mask=batch.get("mask"),
-            drop_condition=drop,
-            weights=batch.get("weights"),
-        )
-        return loss
-
-    def _condition(self, batch: Batch) -> Tensor:
-        """What the model is given."""
+    def model_input(self, batch: Batch) -> Tensor:
+        """Return the condition of a batch on its device as the model takes it."""
         return batch["condition"]
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
-        """About how long the conditions of some images are, to put like ones together."""
+        """Return approximate lengths of some conditions, to batch similar ones together."""
         del store
         return [1] * len(rows)
 
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
-        """Looks at some of these images.
+        """Check some of these images.
 
         Raises:
             InputError: none of them has a condition.
@@ -77,7 +59,7 @@ class Conditioning(abc.ABC):
         del store, rows
 
     def metrics(self, batch: Batch) -> dict[str, Tensor]:
-        """Further scalars to be logged of a batch."""
+        """Return further scalars of a batch to be logged."""
         del batch
         return {}
 
@@ -86,67 +68,60 @@ class LabelConditioning(Conditioning):
     """The class of each image."""
 
     def batch(
-        self,
-        store: CodeSource,
-        rows: np.ndarray,
-        numbers: Sequence[random.Random] | None,
+        self, store: CodeSource, rows: np.ndarray, rngs: Sequence[random.Random] | None
     ) -> Batch:
-        """Labels (B,)."""
-        del numbers
+        """Return labels (B,)."""
+        del rngs
         assert store.labels is not None
         return {"condition": torch.from_numpy(store.labels[rows].astype(np.int64))}
 
 
 class CaptionConditioning(Conditioning):
-    """A caption of each image, drawn anew each time. Images without any weigh nothing."""
+    """A caption of each image, a random one each time. Images without any have weight 0."""
 
     def batch(
-        self,
-        store: CodeSource,
-        rows: np.ndarray,
-        numbers: Sequence[random.Random] | None,
+        self, store: CodeSource, rows: np.ndarray, rngs: Sequence[random.Random] | None
     ) -> Batch:
-        """Texts (B, L) or (B, L, W), where they are no padding (B, L), and weights (B,)."""
+        """Return texts (B, L) or (B, L, W), a mask (B, L) of their tokens, and weights (B,)."""
         captions = captions_of_rows(store, rows)
-        if numbers is None:
-            chosen = [max(each, key=lambda c: c.weight).text if each else "" for each in captions]
+        if rngs is None:
+            chosen = [likeliest(each) for each in captions]
         else:
             chosen = [
-                draw_caption(each, number.random()) or ""
-                for each, number in zip(captions, numbers, strict=True)
+                draw_caption(each, rng.random()) or ""
+                for each, rng in zip(captions, rngs, strict=True)
             ]
-        texts, mask, there = self._texts(chosen)
-        weights = torch.tensor([float(bool(a and b)) for a, b in zip(captions, there, strict=True)])
-        return {"condition": texts, "mask": mask, "weights": weights}
+        texts, mask, usable = self._texts(chosen)
+        weights = [float(bool(a and b)) for a, b in zip(captions, usable, strict=True)]
+        return {"condition": texts, "mask": mask, "weights": torch.tensor(weights)}
 
     @abc.abstractmethod
     def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
-        """Tokens or features of captions, their mask, and which of them say anything."""
+        """Return tokens or features of captions, their mask, and which of them are usable."""
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
-        """Letters of the likeliest captions: a look at them costs nothing."""
-        captions = captions_of_rows(store, rows)
-        return [len(max(each, key=lambda c: c.weight).text) if each else 0 for each in captions]
+        """Return the characters of the likeliest captions, which costs no tokenisation."""
+        return [len(likeliest(each)) for each in captions_of_rows(store, rows)]
 
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""
-        some = rows[:: max(1, len(rows) // _LOOKED_AT)]
-        if len(some) and not any(map(self._says_anything, captions_of_rows(store, some))):
+        some = rows[:: max(1, len(rows) // _CHECKED_IMAGES)]
+        if len(some) and not any(map(self._is_usable, captions_of_rows(store, some))):
             raise InputError(
                 f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
                 f"name the columns with `caption_columns` and make the codes again"
             )
 
     def metrics(self, batch: Batch) -> dict[str, Tensor]:
-        """The share of images that had no caption, and so no weight."""
+        """Return the fraction of images without a caption, and so without weight."""
         return {"without_caption": 1.0 - batch["weights"].mean()}
 
-    def _says_anything(self, captions: Captions) -> bool:
+    def _is_usable(self, captions: Captions) -> bool:
         return bool(captions)
 
 
 class TokenConditioning(CaptionConditioning):
-    """Captions as tokens, for a model that has its text encoder in it, or for one that has not."""
+    """Captions as tokens, for a text encoder in the model or for a frozen one."""
 
     def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
         """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
@@ -154,11 +129,8 @@ class TokenConditioning(CaptionConditioning):
         self._frozen = frozen
         self._tokens: dict[str, list[int]] = {}
 
-    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
-        tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
-        return tokens.ids, tokens.mask, [True] * len(captions)
-
-    def _condition(self, batch: Batch) -> Tensor:
+    def model_input(self, batch: Batch) -> Tensor:
+        """See ``Conditioning``."""
         tokens = batch["condition"]
         if not self._frozen:
             return tokens
@@ -166,10 +138,14 @@ class TokenConditioning(CaptionConditioning):
             features: Tensor = self._encoder.to(tokens.device)(tokens, batch["mask"])
         return features
 
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
+        return tokens.ids, tokens.mask, [True] * len(captions)
+
     def _token_ids(self, caption: str) -> list[int]:
-        # Cleaning takes longer than everything else here, and captions come again every epoch.
+        # Cleaning takes longer than everything else here, and captions recur every epoch.
         if caption not in self._tokens:
-            if len(self._tokens) == _REMEMBERED:
+            if len(self._tokens) == _MAX_CACHED:
                 self._tokens.clear()
             prepared = self._encoder.prepare(caption)
             self._tokens[caption] = self._encoder.token_ids([prepared])[0]
@@ -177,25 +153,29 @@ class TokenConditioning(CaptionConditioning):
 
 
 class FeatureConditioning(CaptionConditioning):
-    """Captions as features that were made before. Those that are not there weigh nothing."""
+    """Captions as stored features. Those that are not in the store have weight 0."""
 
     def __init__(self, features: TextStore) -> None:
-        """Features are looked up in a store."""
         self._features = features
 
     def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         found = self._features.features(captions)
-        # At least one position, where nothing is: a sequence begins with its condition.
+        # At least one position, even without a feature: a sequence starts with its condition.
         texts, mask = padded(found, max([1, *(len(each) for each in found)]))
         mask[:, -1] = True
         return texts, mask, [len(each) > 0 for each in found]
 
-    def _says_anything(self, captions: Captions) -> bool:
+    def _is_usable(self, captions: Captions) -> bool:
         return any(len(f) for f in self._features.features([each.text for each in captions]))
 
 
+def likeliest(captions: Captions) -> str:
+    """Return the text of the caption with the largest weight; "" if there is none."""
+    return max(captions, key=lambda caption: caption.weight).text if captions else ""
+
+
 def captions_of_rows(store: CodeSource, rows: np.ndarray) -> list[Captions]:
-    """The captions of some images of a store.
+    """Return the captions of some images of a store.
 
     Raises:
         InputError: its images have none.

@@ -1,7 +1,7 @@
-"""What a recipe would do: its size, its memory, its data, and two steps to see that it runs.
+"""A recipe tried without writing anything: its size, its data, and two measured steps.
 
-Nothing is written but a temporary folder, and no image is encoded: the transformer's two steps
-are taken on random codes.
+No image is encoded and nothing is downloaded: the transformer's steps are taken on random codes,
+and random weights of the same size stand in for published ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import resource
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +23,15 @@ import llamagen.checkpoints as checkpoints
 from llamagen.checkpoints.names import find_public
 from llamagen.config import (
     TOKENIZER_PRESETS,
-    Grid,
     TextConfig,
     TokenizerConfig,
     TransformerConfig,
     preset,
 )
-from llamagen.data.captions import Caption, Captions
+from llamagen.data.captions import Caption
 from llamagen.data.collection import ImageCollection
 from llamagen.data.images import ImageFolder
+from llamagen.data.live_codes import MemoryCodes
 from llamagen.data.order import DataOrder
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
@@ -51,85 +51,97 @@ from llamagen.training.sources import (
 )
 from llamagen.training.task import Task
 from llamagen.training.tokenizer_task import TokenizerTask
-from llamagen.training.transformer_data import Codes
-from llamagen.training.transformer_start import Start, find_start
+from llamagen.training.transformer_data import CodeSplits
+from llamagen.training.transformer_start import Start, TextSide, find_start
 from llamagen.training.transformer_task import TransformerTask
 
 _STEPS = 2
-_PUBLISHED_ENCODER = TextConfig()
 _CAPTION_TOKENS = 24
-"""Tokens of a caption that is made up."""
 _GB = 1e9
 
 
+class _Data(NamedTuple):
+    text: str
+    images: int | None = None
+    """Number of images, where it is known."""
+
+
 def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
-    """Prints what ``recipe`` amounts to, then takes two steps where it is. All processes call it.
+    """Print what ``recipe`` amounts to, then take two of its steps. All processes call it.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         InputError: the recipe does not fit its data, its processes, or the memory here.
     """
     with distributed.process_group(recipe.loop.device), tempfile.TemporaryDirectory() as folder:
-        complete = _checked(recipe)
-        # Every process its own folder: they may not share a disk.
-        small: Any = dataclasses.replace(
-            complete, out=Path(folder), loop=dataclasses.replace(complete.loop, trackers=())
+        require_shares(recipe.loop)
+        own: Any = recipe
+        own = open_run(own)
+        loop, device = own.loop, find_device(own.loop.device)
+        # A folder for each process: they need not share a disk.
+        own = dataclasses.replace(
+            own, out=Path(folder), loop=dataclasses.replace(loop, trackers=())
         )
-        if isinstance(recipe, TokenizerTraining):
-            data, make = _tokenizer(complete, small)
-        else:
-            data, make = _transformer(complete, small)
-        # First without memory: the model may not fit.
+        is_tokenizer = isinstance(recipe, TokenizerTraining)
+        data, make = _tokenizer(own) if is_tokenizer else _transformer(own)
+        # Without memory first: the model may not fit.
         with torch.device("meta"):
-            needed = _report(complete, data, make())
-        _require_memory(needed, complete.loop)
-        seconds = try_steps(make(), small.loop, Path(folder), steps=_STEPS)
-        _say(_speed(seconds, complete.loop, find_device(complete.loop.device)))
+            _report(make(), data, loop, device)
+        seconds = try_steps(make(), own.loop, Path(folder), steps=_STEPS)[-1]
+        _say(
+            f"{_STEPS} steps taken: {seconds:.2f} s a step ({loop.batch_size / seconds:.3g} "
+            f"images/s), {seconds * loop.steps / 86400:.2g} days for all of them; "
+            f"peak memory {_peak_memory(device) / _GB:.2f} GB"
+        )
 
 
-def _checked(recipe: TokenizerTraining | TransformerTraining) -> Any:
-    """The recipe with its precision decided."""
-    require_shares(recipe.loop)
-    if isinstance(recipe, TokenizerTraining):
-        return open_run(recipe)
-    return open_run(recipe)
-
-
-class _Data(NamedTuple):
-    """What a recipe would train on."""
-
-    text: str
-    images: int | None = None
-    """How many, if there is an end to them."""
-
-
-def _tokenizer(recipe: TokenizerTraining, small: Any) -> tuple[_Data, Callable[[], Task]]:
-    if recipe.data is None:
-        data, images = _Data("none named; two steps on noise"), _noise(small)
-    elif recipe.source.streaming:
-        images = tokenizer_images(small)
+def _tokenizer(recipe: TokenizerTraining) -> tuple[_Data, Callable[[], Task]]:
+    size, seed = recipe.loop.batch_size, recipe.loop.seed
+    few: ImageCollection
+    if recipe.source.streaming and recipe.data is not None:
+        images = tokenizer_images(recipe)
         data = _Data(f"streamed, {images.training.digest()}")
     else:
-        found = find_run_images(recipe, labelled=False)
-        data = _counted(found)
-        few = found.training.thinned(_STEPS * recipe.loop.batch_size)
-        images = _few_images(small, few)
-    config = recipe.model
-    if recipe.init is not None:
-        config = _tokenizer_config(recipe.init)
+        if recipe.data is None:
+            data, few = _Data("none named; two steps on noise"), _noise(recipe)
+        else:
+            found = find_run_images(recipe, labelled=False)
+            data, few = _counted(found), found.training.thinned(_STEPS * size)
+        order = DataOrder(count=len(few), batch_size=size, seed=seed)
+        images = TokenizerImages(Shuffled(few, order), few.subset([]), few)
+    config = recipe.model if recipe.init is None else _tokenizer_config(recipe.init)
     # Without LPIPS, which would be downloaded.
-    return data, lambda: TokenizerTask(small, images, ImageTokenizer(config))
+    return data, lambda: TokenizerTask(recipe, images, ImageTokenizer(config))
 
 
-def _few_images(recipe: TokenizerTraining, images: ImageCollection) -> TokenizerImages:
-    order = DataOrder(count=len(images), batch_size=recipe.loop.batch_size, seed=recipe.loop.seed)
-    return TokenizerImages(Shuffled(images, order), images.subset([]), images)
+def _transformer(recipe: TransformerTraining) -> tuple[_Data, Callable[[], Task]]:
+    data, classes = _transformer_data(recipe)
+    tokenizer = _tokenizer_config(recipe.tokenizer) if recipe.tokenizer else TokenizerConfig()
+    grid, size = tokenizer.grid_of(*recipe.images.shape), tokenizer.codebook_size
+    start = _start(recipe, codebook_size=size, grid=grid, class_names=classes)
+    count = recipe.loop.batch_size
+    codes = MemoryCodes(
+        np.random.default_rng(0).integers(0, size, (count, 1, *grid)),
+        labels=np.arange(count) % len(classes),
+        texts=[(Caption("a caption of about usual length", 1.0),)] * count,
+    )
+    rows = np.arange(count)
+    # It decodes nothing, so it need not be of the right size.
+    stand_in = ImageTokenizer(
+        TokenizerConfig(
+            codebook_size=size, codebook_dim=1, base_channels=1, norm_groups=1, z_channels=1,
+            channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1,
+        )
+    )  # fmt: skip
+    return (
+        data._replace(text=f"{data.text}; two steps on random codes"),
+        lambda: TransformerTask(start, stand_in, CodeSplits(codes, rows, codes, rows[:0])),
+    )
 
 
-def _transformer(recipe: TransformerTraining, small: Any) -> tuple[_Data, Callable[[], Task]]:
-    tokenizer = TokenizerConfig()
-    if recipe.tokenizer is not None:
-        tokenizer = _tokenizer_config(recipe.tokenizer)
+def _transformer_data(recipe: TransformerTraining) -> tuple[_Data, tuple[str, ...]]:
+    """Return the data of a transformer, and the names of its classes."""
+    data = _Data("none named")
     names: tuple[str, ...] = ()
     if recipe.codes is not None:
         from llamagen.data.store import CodeStore
@@ -139,116 +151,56 @@ def _transformer(recipe: TransformerTraining, small: Any) -> tuple[_Data, Callab
     elif recipe.data is not None:
         found = find_run_images(recipe, labelled=recipe.condition == "class")
         data, names = _counted(found), found.training.class_names
-    else:
-        data = _Data("none named")
-    classes = names or tuple(map(str, range(recipe.num_classes or 1000)))
-    grid = tokenizer.grid_of(*recipe.images.shape)
-    small = _without_download(small)
-    stand_in_text = small.text.text_encoder == _PUBLISHED_ENCODER.encoder
-    stand_in_text = stand_in_text and small.text.text_features is None
-    if stand_in_text:
-        without = dataclasses.replace(small.text, text_encoder=None)
-        small = dataclasses.replace(small, text=without)
-    start = find_start(small, codebook_size=tokenizer.codebook_size, grid=grid, class_names=classes)
-    if stand_in_text and small.condition == "text":
-        start = _with_random_features(start)
-    store_of_noise: Any = _RandomCodes(recipe.loop.batch_size, grid, tokenizer, len(classes))
-    rows = np.arange(len(store_of_noise))
-    codes = Codes(store_of_noise, rows, store_of_noise, rows[:0])
-    stand_in = ImageTokenizer(_smallest(tokenizer))
-    data = data._replace(text=f"{data.text}; two steps on random codes")
-    return data, lambda: TransformerTask(start, stand_in, codes)
+    return data, names or tuple(map(str, range(recipe.num_classes or 1000)))
+
+
+def _start(recipe: TransformerTraining, **sizes: Any) -> Start:
+    """Return the start of a transformer, with nothing in it that would be downloaded."""
+    public = None if recipe.init is None else find_public(recipe.init)
+    if public is not None and recipe.lora.lora_rank == 0:
+        model = preset_model(TransformerTraining, public.preset)
+        recipe = dataclasses.replace(recipe, init=None, model=model)
+    published = TextConfig()
+    text = recipe.text
+    if text.text_encoder != published.encoder or text.text_features is not None:
+        return find_start(recipe, **sizes)
+    text = dataclasses.replace(text, text_encoder=None)
+    start = find_start(dataclasses.replace(recipe, text=text), **sizes)
+    if recipe.condition == "class":
+        return start
+    config = dataclasses.replace(start.config, text_dim=TransformerConfig().text_dim)
+    features: Any = _RandomFeatures(config.text_dim)
+    return dataclasses.replace(start, text=TextSide(features=features), config=config)
+
+
+@dataclasses.dataclass
+class _RandomFeatures:
+    """A store of text features that has some of every caption."""
+
+    width: int
+    identity: str = "random"
+
+    def features(self, captions: list[str]) -> list[torch.Tensor]:
+        return [torch.randn(_CAPTION_TOKENS, self.width) for _ in captions]
 
 
 def _tokenizer_config(source: str) -> TokenizerConfig:
-    """A tokenizer's architecture; that of a published one is known without its weights."""
+    """Return a tokenizer's architecture; that of a published one is known without its weights."""
     public = find_public(source)
     if public is not None:
         return preset(TOKENIZER_PRESETS, public.preset)
     return checkpoints.load_tokenizer(source, device="meta").config
 
 
-def _without_download(recipe: TransformerTraining) -> TransformerTraining:
-    """The recipe with random weights of the same size in the place of published ones."""
-    public = None if recipe.init is None else find_public(recipe.init)
-    if public is None or recipe.lora.lora_rank > 0:
-        return recipe
-    size = preset_model(TransformerTraining, public.preset)
-    return dataclasses.replace(recipe, init=None, model=size)
-
-
-def _with_random_features(start: Start) -> Start:
-    """The start with features of no text, as wide as those of the published encoder."""
-    features: Any = _RandomFeatures()
-    width = TransformerConfig(condition="text").text_dim
-    config = dataclasses.replace(start.config, text_dim=width)
-    return dataclasses.replace(start, small_text=None, features=features, config=config)
-
-
-class _RandomFeatures:
-    """A store of text features that has one of every caption."""
-
-    text = _PUBLISHED_ENCODER
-    identity = "random"
-
-    def features(self, captions: Sequence[str]) -> list[torch.Tensor]:
-        width = TransformerConfig(condition="text").text_dim
-        return [torch.randn(_CAPTION_TOKENS, width) for _ in captions]
-
-
-def _smallest(config: TokenizerConfig) -> TokenizerConfig:
-    """A tokenizer that is never asked for pictures, but has the right number of codes."""
-    return TokenizerConfig(
-        codebook_size=config.codebook_size, codebook_dim=1, base_channels=1, norm_groups=1,
-        channel_multipliers=(1,), encoder_blocks=1, decoder_blocks=1, z_channels=1,
-    )  # fmt: skip
-
-
-@dataclasses.dataclass
-class _RandomCodes:
-    """A store of codes of no images."""
-
-    count: int
-    grid: Grid
-    tokenizer: TokenizerConfig
-    num_classes: int
-    folder: Path = Path("random")
-    identity: str = "random"
-    views: int = 1
-    class_names: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return self.count
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.arange(self.count) % self.num_classes
-
-    def rows(self, indices: np.ndarray, views: np.ndarray) -> np.ndarray:
-        random = np.random.default_rng(0)
-        shape = (len(indices), *self.grid)
-        return random.integers(0, self.tokenizer.codebook_size, shape) + 0 * int(np.max(views))
-
-    def readable(self, indices: np.ndarray) -> np.ndarray:
-        return indices
-
-    def captions(self, indices: np.ndarray) -> list[Captions]:
-        return [(Caption("a caption of about usual length", 1.0),) for _ in indices]
-
-    def skipped(self) -> list[tuple[str, str]]:
-        return []
-
-
-def _noise(recipe: TokenizerTraining) -> TokenizerImages:
-    """A folder of a few random images."""
+def _noise(recipe: TokenizerTraining) -> ImageFolder:
+    """Return a folder of two random images."""
     folder = recipe.out / "noise"
     folder.mkdir()
-    height, width = recipe.images.shape
-    random = np.random.default_rng(0)
-    for number in range(2):
-        pixels = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return _few_images(recipe, ImageFolder.scan_unlabelled(folder))
+    rng = np.random.default_rng(0)
+    for index in range(2):
+        pixels = rng.integers(0, 256, (*recipe.images.shape, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+    return ImageFolder.scan_unlabelled(folder)
 
 
 def _counted(images: Images) -> _Data:
@@ -256,94 +208,61 @@ def _counted(images: Images) -> _Data:
     return _Data(f"{count} images, and {len(images.validation)} for validation", count)
 
 
-def _report(recipe: TokenizerTraining | TransformerTraining, data: _Data, task: Task) -> float:
-    """Prints everything but the steps; returns the bytes that a process needs for what it keeps."""
-    loop, processes = recipe.loop, distributed.world_size()
-    kept, parts = _kept_bytes(task, loop, processes)
+def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> None:
+    """Print everything but the steps.
+
+    Raises:
+        InputError: weights, gradients and optimiser alone do not fit into the memory.
+    """
+    processes = distributed.world_size()
+    models = [task.model, *([] if task.adversary is None else [task.adversary])]
+    total = sum(_bytes(model) for model in models)
+    trained = sum(_bytes(model, trained=True) for model in models)
+    mean = _bytes(task.model, trained=True) if loop.ema_decay > 0 else 0
+    checkpoint = total + 2 * trained + mean
+    shards = (loop.shard_processes or processes) if loop.parallel == "fsdp" else 1
+    needed = (checkpoint + trained) / shards
     epochs = ""
     if data.images is not None:
         epochs = f", {loop.steps * loop.batch_size / data.images:.1f} times through the data"
-    lines = [
-        ("parameters", f"{_count(task.model):,} ({_count(task.model, trained=True):,} trained)"),
-        ("data", data.text),
-        ("steps", f"{loop.steps:,} of {loop.batch_size} images{epochs}"),
-        ("processes", f"{processes}, each {loop.part_size(processes)} images at a time"),
-        ("precision", loop.precision),
-        ("memory per process", ", ".join(f"{name} {size / _GB:.2f} GB" for name, size in parts)),
-    ]
+    parameters = _bytes(task.model) // 4, _bytes(task.model, trained=True) // 4
+    lines = {"parameters": "{:,} ({:,} trained)".format(*parameters)}
     if task.adversary is not None:
-        lines.insert(1, ("discriminator", f"{_count(task.adversary):,} parameters"))
+        lines["discriminator"] = f"{_bytes(task.adversary) // 4:,} parameters"
+    lines |= {
+        "data": data.text,
+        "steps": f"{loop.steps:,} of {loop.batch_size} images{epochs}",
+        "processes": f"{processes}, each {loop.part_size(processes)} images at a time",
+        "precision": loop.precision,
+        "checkpoint": f"{checkpoint / _GB:.2f} GB on disk, {loop.keep_checkpoints} kept",
+        "memory per process": f"{needed / _GB:.2f} GB and activations",
+    }
     flops = task.flops_per_image()
     if flops is not None:
-        lines.append(("computation", f"{flops * loop.batch_size / 1e12:.3g} TFLOP a step"))
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
+        lines["computation"] = f"{flops * loop.batch_size / 1e12:.3g} TFLOP a step"
+    width = max(map(len, lines))
+    for name, text in lines.items():
         _say(f"{name:<{width}}  {text}")
-    return kept
-
-
-def _kept_bytes(
-    task: Task, loop: LoopConfig, processes: int
-) -> tuple[float, list[tuple[str, float]]]:
-    """Of what a process holds between steps, all in float32; activations come on top."""
-    models = [task.model, *([task.adversary] if task.adversary is not None else [])]
-    shards = 1
-    if loop.parallel == "fsdp":
-        shards = loop.shard_processes or processes
-    weights = sum(4.0 * _count(model) for model in models) / shards
-    trained = sum(4.0 * _count(model, trained=True) for model in models) / shards
-    parts = [("weights", weights), ("gradients", trained), ("optimiser", 2 * trained)]
-    if loop.ema_decay > 0:
-        parts.append(("running mean", 4.0 * _count(task.model, trained=True) / shards))
-    if isinstance(task, TransformerTask):
-        config = task.start.config
-        parts.append(("activations (about)", _activation_bytes(config, loop, processes)))
-    return sum(size for _, size in parts), parts
-
-
-def _activation_bytes(config: TransformerConfig, loop: LoopConfig, processes: int) -> float:
-    """What the backward pass needs of a part of a batch: counted by tensors, not measured."""
-    rows = loop.part_size(processes) * (config.condition_length + config.num_codes - 1)
-    size = 2 if loop.precision == "bfloat16" else 4
-    # Per position and block: the shortcuts and norms in float32, then q, k, v, the attention's
-    # output, two dropout masks, and the feed-forward layer's three wide tensors.
-    block = config.dim * (4 * 4 + size * 5 + 2) + config.ffn_dim * size * 4
-    kept = 4 * config.dim if loop.activation_checkpointing == "blocks" else block
-    return float(rows * (config.layers * kept + block))
-
-
-def _require_memory(needed: float, loop: LoopConfig) -> None:
-    device = find_device(loop.device)
-    if device.type == "cuda":
-        there = float(torch.cuda.mem_get_info(device)[0])
-    else:
-        there = float(psutil.virtual_memory().available)
-    if needed > there:
+    is_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    if needed > free:
         raise InputError(
-            f"the run needs about {needed / _GB:.1f} GB on {device}, which has "
-            f"{there / _GB:.1f} GB free; more processes with parallel fsdp, a smaller batch_size "
-            f"a process, or activation_checkpointing blocks need less"
+            f"the run needs at least {needed / _GB:.1f} GB on {device}, which has "
+            f"{free / _GB:.1f} GB free; shard it over more processes with `parallel` fsdp"
         )
 
 
-def _speed(seconds: list[float], loop: LoopConfig, device: torch.device) -> str:
-    """What the steps took; the first one prepares and says little."""
+def _bytes(model: torch.nn.Module, *, trained: bool = False) -> int:
+    """Return the bytes of a model's weights, which are float32 in training."""
+    return sum(4 * p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        # Kilobytes, but bytes on macOS.
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    last = seconds[-1]
-    days = last * loop.steps / 86400
-    return (
-        f"{len(seconds)} steps taken: {last:.2f} s a step ({loop.batch_size / last:.3g} images/s), "
-        f"{days:.2g} days for all of them; peak memory {peak / _GB:.2f} GB"
-    )
-
-
-def _count(model: torch.nn.Module, *, trained: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+        return torch.cuda.max_memory_allocated(device)
+    # Kilobytes, but bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _say(text: str) -> None:

@@ -80,7 +80,11 @@ def place(
         device.type, (processes // shards, shards), mesh_dim_names=("replicate", "shard")
     )
     half = torch.bfloat16 if config.precision == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    # Autocast decides the precision of each operation. Casting what blocks are called with would
+    # round the angles of the rotary embedding.
+    policy = MixedPrecisionPolicy(
+        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     # The root explicitly too: by default it keeps its gathered weights after a forward pass, which
     # would be stale once the mean weights of an EMA have been put in their place.
     for module in (*units, model):

@@ -1,4 +1,4 @@
-"""The images of a run: found, named, and divided into training and validation."""
+"""The images of a run, divided into training and validation."""
 
 from __future__ import annotations
 
@@ -24,17 +24,9 @@ class Images(NamedTuple):
     validation: ImageCollection
     """May be empty."""
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """What must stay the same when a run goes on."""
-        return {
-            "the set of training images": self.training.digest(),
-            "the set of validation images": self.validation.digest(),
-        }
-
 
 class TrainingSource(Protocol):
-    """Where a run's batches of images come from."""
+    """A source of batches of images."""
 
     def training_batches(
         self,
@@ -46,71 +38,53 @@ class TrainingSource(Protocol):
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[ImageBatch]:
-        """The batches of the steps from ``first`` up to but not including ``last``."""
+        """Yield the batches of the steps from ``first`` up to but not including ``last``."""
 
     def digest(self) -> str:
-        """A short text that changes when the images do."""
+        """Return a short text that changes when the images do."""
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
-        """Where this process stands, beyond the number of the step."""
+        """Return the position of this process, beyond the number of the step."""
 
     def load_state_dict(self, state: Mapping[int, Any]) -> None:
-        """Takes up what the processes' ``state_dict`` returned."""
+        """Continue from what the processes' ``state_dict`` returned."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """Images that can be indexed, in a random order that needs no state."""
+    """Images that can be indexed, in a random order that is a function of the step."""
 
     images: ImageCollection
     order: DataOrder
 
-    def training_batches(
-        self,
-        augmentation: Augmentation,
-        *,
-        first: int,
-        last: int,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Iterator[ImageBatch]:
-        """See ``llamagen.data.loader.training_batches``."""
-        return training_batches(
-            self.images,
-            self.order,
-            augmentation,
-            first=first,
-            last=last,
-            workers=workers,
-            rank=rank,
-            world_size=world_size,
-        )
+    def training_batches(self, augmentation: Augmentation, **part: Any) -> Iterator[ImageBatch]:
+        """See ``TrainingSource`` and ``llamagen.data.loader.training_batches``."""
+        return training_batches(self.images, self.order, augmentation, **part)
 
     def digest(self) -> str:
-        """The images' own."""
+        """Return that of the images."""
         return self.images.digest()
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
-        """Nothing: the step's number says it all."""
+        """Return nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[int, Any]) -> None:
-        """Takes up nothing."""
+        """Do nothing."""
 
 
 class TokenizerImages(NamedTuple):
-    """What an image tokenizer is trained and validated on."""
+    """Images that an image tokenizer is trained and validated on."""
 
     training: TrainingSource
     validation: ImageCollection
     """May be empty."""
     shown: ImageCollection
-    """What sheets show."""
+    """Images for sheets of samples."""
 
     @property
     def identity(self) -> dict[str, str]:
-        """What must stay the same when a run goes on."""
+        """What must stay the same when a run continues."""
         return {
             "the set of training images": self.training.digest(),
             "the set of validation images": self.validation.digest(),
@@ -118,7 +92,7 @@ class TokenizerImages(NamedTuple):
 
 
 def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
-    """Finds the images of a tokenizer's run. To be called in every process.
+    """Find the images of a tokenizer's run. To be called in every process.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -126,15 +100,14 @@ def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
     """
     if recipe.source.streaming:
         return _streamed(recipe)
-    images = find_run_images(recipe, labelled=False)
-    loop = recipe.loop
+    images, loop = find_run_images(recipe, labelled=False), recipe.loop
     order = DataOrder(count=len(images.training), batch_size=loop.batch_size, seed=loop.seed)
     shown = images.validation if len(images.validation) else images.training
     return TokenizerImages(Shuffled(images.training, order), images.validation, shown)
 
 
 def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled: bool) -> Images:
-    """Finds the images of a run. To be called in every process.
+    """Find the images of a run. To be called in every process.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -158,7 +131,8 @@ def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled
     if recipe.validation_data is None and source.validation_split is None:
         training, held_out = found.split(recipe.images.validation_fraction)
     else:
-        training, held_out = found, _validation(recipe, source, labelled, found)
+        names = found.class_names if labelled else None
+        training, held_out = found, _validation(recipe, source, labelled, names)
     return Images(training, held_out.thinned(recipe.images.max_validation_images))
 
 
@@ -174,14 +148,11 @@ def _validation(
     recipe: TokenizerTraining | TransformerTraining,
     source: SourceConfig,
     labelled: bool,
-    training: ImageCollection | None,
+    class_names: tuple[str, ...] | None,
 ) -> ImageCollection:
-    data = recipe.validation_data or _named(recipe)
-    names = training.class_names if labelled and training is not None else None
+    data, split = recipe.validation_data or _named(recipe), source.validation_split
     with distributed.main_first():
-        return open_images(
-            data, source, split=source.validation_split, labelled=labelled, class_names=names
-        )
+        return open_images(data, source, split=split, labelled=labelled, class_names=class_names)
 
 
 def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
@@ -197,8 +168,8 @@ def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
     training = ImageStream(data, source, batch_size=size, seed=seed)
     limit = recipe.images.max_validation_images
     if recipe.validation_data is not None:
-        whole = dataclasses.replace(source, streaming=False)
-        validation = _validation(recipe, whole, False, None).thinned(limit)
+        indexed = dataclasses.replace(source, streaming=False)
+        validation = _validation(recipe, indexed, False, None).thinned(limit)
     elif source.validation_split is not None:
         split = ImageStream(data, source, batch_size=size, seed=seed, split=source.validation_split)
         validation = InMemory(list(split.first_images(limit)), f"{data} {source.validation_split}")

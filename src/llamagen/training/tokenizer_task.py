@@ -29,7 +29,7 @@ from llamagen.support import distributed
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import arrays_to_pil, image_grid, save_png
 from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
-from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
+from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.config import TokenizerTraining
 from llamagen.training.discriminators import make_discriminator
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
@@ -102,11 +102,11 @@ def _start(recipe: TokenizerTraining) -> ImageTokenizer:
     """The model before its first step."""
     if recipe.init is None:
         return ImageTokenizer(recipe.model)
-    folder = checkpoint_folder(recipe.out)
-    if has_checkpoint(folder):
+    checkpoint = latest_checkpoint(checkpoint_folder(recipe.out))
+    if checkpoint is not None:
         # The model that the run started from may be gone by now.
-        values = read_checkpoint(folder).about["model"]["config"]
-        return ImageTokenizer(config_from_dict(TokenizerConfig, values, str(folder)))
+        values = checkpoint.about["model"]["config"]
+        return ImageTokenizer(config_from_dict(TokenizerConfig, values, str(checkpoint.path)))
     with distributed.main_first():
         return load_tokenizer(recipe.init, dtype=torch.float32)
 

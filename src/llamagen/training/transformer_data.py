@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from llamagen.data.collection import ImageCollection
+from llamagen.data.collection import ImageCollection, split_keys, spread
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
@@ -27,27 +26,27 @@ CODES_FOLDER = "codes"
 """The codes of the images, in the run's folder."""
 
 
-class Codes(NamedTuple):
-    """What a transformer is trained on."""
+class CodeSplits(NamedTuple):
+    """Codes that a transformer is trained and validated on."""
 
     training: CodeSource
-    trained: np.ndarray
-    """Rows of ``training`` that are trained on."""
+    train_rows: np.ndarray
+    """Rows of ``training``."""
     validation: CodeSource
     """May be the same store."""
-    validated: np.ndarray
-    """Rows of ``validation`` that are validated on; may be empty."""
+    val_rows: np.ndarray
+    """Rows of ``validation``; may be empty."""
 
 
-def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Codes:
-    """The codes that the recipe names, or those of its images, which are made if need be.
+def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSplits:
+    """Return the codes that the recipe names, or make those of its images if need be.
 
-    The run's folder is begun. To be called in every process.
+    Creates the run's folder. To be called in every process.
 
     Raises:
         FileNotFoundError: a folder does not exist.
-        InputError: there are no such codes or images, they have no classes, or they are another
-            tokenizer's.
+        InputError: there are no such codes or images, they have no classes, or the codes belong to
+            another tokenizer.
     """
     if recipe.codes is not None:
         return _stored_codes(recipe, recipe.codes, tokenizer)
@@ -56,23 +55,20 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Codes:
     tokenizer.config.grid_of(height, width)
     start_run(recipe)
     views = Views(height=height, width=width, kind=recipe.views, crop_ranges=recipe.crop_ranges)
-    training: CodeSource
-    if recipe.encode == "always":
-        training = _live(recipe, tokenizer, images.training, views)
-    else:
-        training = _extracted(recipe, tokenizer, images.training, views, "training")
+    make = _live if recipe.encode == "always" else _extracted
+    training = make(recipe, tokenizer, images.training, views)
     rows = np.arange(len(training))
     if len(images.validation) == 0:
-        return Codes(training, rows, training, rows[:0])
-    plain = Views(height=height, width=width)
-    validation = _extracted(recipe, tokenizer, images.validation, plain, "validation")
-    return Codes(training, rows, validation, np.arange(len(validation)))
+        return CodeSplits(training, rows, training, rows[:0])
+    center = Views(height=height, width=width)
+    validation = _extracted(recipe, tokenizer, images.validation, center, name="validation")
+    return CodeSplits(training, rows, validation, np.arange(len(validation)))
 
 
 def _live(
     recipe: TransformerTraining, tokenizer: ImageTokenizer, images: ImageCollection, views: Views
-) -> LiveCodes:
-    """Codes that are made when they are read, in the run's precision."""
+) -> CodeSource:
+    """Return codes that are made when they are read, in the run's precision."""
     encoder = None
     if recipe.loop.precision == "bfloat16":
         encoder = copy.deepcopy(tokenizer).to(torch.bfloat16).eval()
@@ -86,53 +82,14 @@ def _live(
     )
 
 
-def _stored_codes(recipe: TransformerTraining, folder: Path, tokenizer: ImageTokenizer) -> Codes:
-    """The codes in a store, and in the one for validation; by default a part is held out."""
-    if recipe.data is not None:
-        raise InputError("give either images (`data`) or a store of codes (`codes`), not both")
-    fingerprint = tokenizer.fingerprint()
-    training = CodeStore.open(folder)
-    training.check_tokenizer(fingerprint)
-    if recipe.validation_codes is None:
-        validation = training
-        held_out = _held_out(training, recipe.images.validation_fraction)
-        trained = np.setdiff1d(np.arange(len(training)), held_out, assume_unique=True)
-    else:
-        validation = CodeStore.open(recipe.validation_codes)
-        validation.check_tokenizer(fingerprint)
-        held_out, trained = np.arange(len(validation)), np.arange(len(training))
-    # Read now, so that damaged ones leave no run behind.
-    for store in (training, validation):
-        _ = store.labels, store.captions([0])
-    start_run(recipe)
-    return Codes(
-        training, trained, validation, _thinned(held_out, recipe.images.max_validation_images)
-    )
-
-
-def _held_out(store: CodeStore, fraction: float) -> np.ndarray:
-    """Rows of a store that are not trained on: a choice that depends on their keys only."""
-    count = min(len(store) - 1, max(1, round(fraction * len(store)))) if fraction > 0 else 0
-    keys = store.keys(range(len(store)))
-    digests = [hashlib.sha256(key.encode(errors="surrogateescape")).digest() for key in keys]
-    chosen = sorted(range(len(store)), key=lambda row: digests[row])[:count]
-    return np.array(sorted(chosen), dtype=np.int64)
-
-
-def _thinned(rows: np.ndarray, limit: int) -> np.ndarray:
-    """At most ``limit`` of the rows, evenly spread over all of them."""
-    kept = min(limit, len(rows))
-    return rows[np.arange(kept) * len(rows) // max(kept, 1)]
-
-
 def _extracted(
     recipe: TransformerTraining,
     tokenizer: ImageTokenizer,
     images: ImageCollection,
     views: Views,
-    name: str,
-) -> CodeStore:
-    """The codes of images, in the run's folder; every process makes its share of them."""
+    name: str = "training",
+) -> CodeSource:
+    """Return the codes of images, in the run's folder; every process makes its share of them."""
     extraction = extract_store(
         tokenizer,
         images,
@@ -147,3 +104,31 @@ def _extracted(
     )
     distributed.barrier()
     return extraction.store or CodeStore.open(recipe.out / CODES_FOLDER / name)
+
+
+def _stored_codes(
+    recipe: TransformerTraining, folder: Path, tokenizer: ImageTokenizer
+) -> CodeSplits:
+    """Return the codes in a store, and in the one for validation; by default some are held out."""
+    if recipe.data is not None:
+        raise InputError("give either images (`data`) or a store of codes (`codes`), not both")
+    training = CodeStore.open(folder)
+    validation = training
+    if recipe.validation_codes is None:
+        keys = training.keys(range(len(training)))
+        train_rows, val_rows = split_keys(keys, recipe.images.validation_fraction)
+    else:
+        validation = CodeStore.open(recipe.validation_codes)
+        train_rows, val_rows = list(range(len(training))), list(range(len(validation)))
+    for store in (training, validation):
+        store.check_tokenizer(tokenizer.fingerprint())
+        # Read now, so that damaged ones leave no run behind.
+        _ = store.labels, store.captions([0])
+    start_run(recipe)
+    chosen = spread(len(val_rows), recipe.images.max_validation_images)
+    return CodeSplits(
+        training,
+        np.array(train_rows, dtype=np.int64),
+        validation,
+        np.array([val_rows[index] for index in chosen], dtype=np.int64),
+    )

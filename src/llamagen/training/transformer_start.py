@@ -1,4 +1,4 @@
-"""What a transformer is before its first step: new, or another model's weights, LoRA or not."""
+"""The transformer before its first step: new or another model's weights, with LoRA or not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.text.encoder import TextEncoder
 from llamagen.text.features import TextStore
-from llamagen.training.checkpoint import has_checkpoint, read_checkpoint
+from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.conditioning import (
     Conditioning,
     FeatureConditioning,
@@ -47,26 +47,50 @@ _DROPOUT = ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextSide:
+    """Text encoder of a run: small and trained along, or frozen, or replaced by its features."""
+
+    small: SmallTextEncoderConfig | None = None
+    config: TextConfig | None = None
+    """Of an encoder that is not trained."""
+    encoder: TextEncoder | None = None
+    features: TextStore | None = None
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Fields of ``TransformerConfig``."""
+        if self.small is not None:
+            return {"text_dim": self.small.dim, "text_length": self.small.max_length}
+        source = self.features or self.encoder
+        assert source is not None
+        assert self.config is not None
+        return {"text_dim": source.width, "text_length": self.config.max_length}
+
+    def loaded(self, features: Path | None) -> TextSide:
+        """Return it with its encoder, or with the store of ``features``, as training needs it."""
+        if self.config is None:
+            return self
+        if features is not None:
+            return dataclasses.replace(self, features=TextStore.open(features))
+        with distributed.main_first():
+            return dataclasses.replace(self, encoder=TextEncoder.from_pretrained(self.config))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
     """How the model of a run is built and filled."""
 
     recipe: TransformerTraining
     config: TransformerConfig
-    source_labels: Labels | None = None
-    """Classes of the model that it starts from, if there is one."""
-    labels: Labels | None
+    labels: Labels | None = None
     """None if it is conditioned on text."""
-    small_text: SmallTextEncoderConfig | None = None
-    """The text encoder that is trained along, if one is."""
-    text: TextConfig | None = None
-    """Where the text encoder is that stays as it is, if there is one."""
-    frozen_text: TextEncoder | None = None
-    """That encoder, where training needs it."""
-    features: TextStore | None = None
-    """What it has made of the captions before, where training needs that instead."""
+    source_labels: Labels | None = None
+    """Classes of the model to start from, if there is one."""
+    text: TextSide = TextSide()
+    """Empty if it is conditioned on classes."""
 
     def build(self) -> NextCodeModel:
-        """The model, with weights of no meaning, or without memory if it is to be sharded."""
+        """Return the model with arbitrary weights, or on "meta" if it is to be sharded."""
         loop = self.recipe.loop
         if shards_model(loop):
             with torch.device("meta"):
@@ -77,24 +101,24 @@ class Start:
         return model
 
     def build_empty(self) -> NextCodeModel:
-        """The model on the CPU, without any values: for weights that are read from elsewhere."""
+        """Return the model on the CPU, for weights that are read from elsewhere."""
         with torch.device("meta"):
             model = self._new()
         return model.to_empty(device="cpu")
 
     def conditioning(self, model: NextCodeModel) -> Conditioning:
-        """How images are told to ``model``."""
+        """Return how images become conditions of ``model``."""
         if model.encoder is not None:
             return TokenConditioning(model.encoder, frozen=False)
-        if self.frozen_text is not None:
-            return TokenConditioning(self.frozen_text, frozen=True)
-        if self.features is not None:
-            return FeatureConditioning(self.features)
+        if self.text.encoder is not None:
+            return TokenConditioning(self.text.encoder, frozen=True)
+        if self.text.features is not None:
+            return FeatureConditioning(self.text.features)
         return LabelConditioning()
 
     def fill(self, model: NextCodeModel) -> None:
-        """Gives the model, or this process's part of it, its first weights."""
-        transformer, small = model.transformer, self.small_text
+        """Give the model, or this process's part of it, its first weights."""
+        transformer, small = model.transformer, self.text.small
 
         def init_tensor(name: str, tensor: Tensor, generator: torch.Generator) -> None:
             if small is not None and init_encoder_tensor(name, tensor, generator, small):
@@ -107,7 +131,7 @@ class Start:
             self._copy_source(self.recipe.init, model)
 
     def whole(self, state: Mapping[str, Tensor]) -> NextCodeModel:
-        """The model with this state; low-rank matrices are merged into it."""
+        """Return the model with this state; low-rank matrices are merged into it."""
         if self.recipe.lora.lora_rank > 0:
             state = merged_state(state, self.recipe.lora)
         with torch.device("meta"):
@@ -116,42 +140,38 @@ class Start:
         return model.eval()
 
     def pipeline(self, tokenizer: ImageTokenizer, model: NextCodeModel) -> Pipeline:
-        """What draws images with ``model``."""
-        text = model.encoder or self.frozen_text or self.text
+        """Return a pipeline with ``model``."""
         return Pipeline(
             tokenizer,
             model.transformer,
             labels=self.labels,
             name=self.recipe.out.name,
             sampling=self.recipe.sampling,
-            text_encoder=text,
+            text_encoder=model.encoder or self.text.encoder or self.text.config,
         )
 
     def describe(self) -> dict[str, Any]:
-        """What a checkpoint says of the model."""
+        """Return what a checkpoint says of the model; ``start_of`` reads it."""
         values: dict[str, Any] = {
             "kind": Transformer.kind,
             "config": config_to_dict(self.config),
             "classes": list(self.labels.names) if self.labels is not None else [],
         }
-        if self.small_text is not None:
-            values["small_text"] = config_to_dict(self.small_text)
-        if self.text is not None:
-            values["text"] = config_to_dict(self.text)
+        if self.text.small is not None:
+            values["small_text"] = config_to_dict(self.text.small)
+        if self.text.config is not None:
+            values["text"] = config_to_dict(self.text.config)
         return values
 
     def _new(self, *, lora: bool = True) -> NextCodeModel:
         transformer = Transformer(self.config)
         if lora and self.recipe.lora.lora_rank > 0:
             add_lora(transformer, self.recipe.lora)
-        if self.small_text is None:
+        if self.text.small is None:
             return NextCodeModel(transformer)
-        clean = self.recipe.text.clean_captions
-        return NextCodeModel(
-            transformer,
-            TextEncoder.small(self.small_text, clean=clean),
-            code_sets=self.recipe.text.code_set_weight > 0,
-        )
+        encoder = TextEncoder.small(self.text.small, clean=self.recipe.text.clean_captions)
+        code_sets = self.recipe.text.code_set_weight > 0
+        return NextCodeModel(transformer, encoder, code_sets=code_sets)
 
     def _copy_source(self, source: str, model: NextCodeModel) -> None:
         found = checkpoints.resolve_pipeline(source)
@@ -161,9 +181,10 @@ class Start:
         parameters = {_transformer_name(name): value for name, value in model.named_parameters()}
         for name, tensor in state.items():
             set_tensor(parameters[name], tensor)
-        if model.encoder is not None and _has_own_encoder(found):
-            assert found.text is not None
-            encoder = TextEncoder.from_pretrained(found.text, dtype=torch.float32)
+        own = None if model.encoder is None else _own_encoder(found)
+        if own is not None:
+            assert model.encoder is not None
+            encoder = TextEncoder.from_pretrained(own, dtype=torch.float32)
             trained = dict(model.encoder.named_parameters())
             for name, tensor in encoder.named_parameters():
                 set_tensor(trained[name], tensor)
@@ -173,7 +194,7 @@ class Start:
         return self.source_labels is None or self.source_labels.names != self.labels.names
 
     def _new_class_table(self, model: NextCodeModel, old: Tensor) -> Tensor:
-        """Random rows for the classes; "no class", which guidance rests on, stays what it was."""
+        """Return random rows for the classes; that of "no class", which guidance needs, stays."""
         table = torch.empty(self.config.num_classes + 1, self.config.dim)
         generator = seeded(self.recipe.loop.seed, _CLASS_TABLE)
         model.transformer.init_tensor(_CLASS_TABLE, table, generator)
@@ -184,50 +205,120 @@ class Start:
 def find_start(
     recipe: TransformerTraining, *, codebook_size: int, grid: Grid, class_names: tuple[str, ...]
 ) -> Start:
-    """How to begin, or what was begun with if the run's folder holds a checkpoint.
+    """Return how to start, or what a run started with if its folder holds a checkpoint.
+
+    To be called in every process.
 
     Args:
         recipe: the run.
         codebook_size: number of codes.
         grid: rows and columns of an image's codes.
-        class_names: of the data; without meaning for a text-conditional model.
+        class_names: of the data; unused by a text-conditional model.
 
     Raises:
         FileNotFoundError: the model to start from does not exist.
         InputError: it is damaged, or recipe, codes and model do not fit together.
     """
-    sizes: dict[str, Any] = {"codebook_size": codebook_size, "grid": grid}
-    folder = checkpoint_folder(recipe.out)
-    about: dict[str, Any] | None = None
-    if has_checkpoint(folder):
+    checkpoint = latest_checkpoint(checkpoint_folder(recipe.out))
+    if checkpoint is not None:
         # The model that the run started from may be gone by now.
-        about = read_checkpoint(folder).about["model"]
-    text: dict[str, Any] = {}
+        start = start_of(recipe, checkpoint.about["model"], str(checkpoint.path))
+        return dataclasses.replace(start, text=start.text.loaded(recipe.text.text_features))
+    found = None if recipe.init is None else checkpoints.resolve_pipeline(recipe.init)
+    text, labels = TextSide(), None
+    sizes: dict[str, Any] = {"codebook_size": codebook_size, "grid": grid}
     if recipe.condition == "class":
         labels = Labels(class_names)
         sizes["num_classes"] = len(class_names)
     else:
-        labels = None
-        text = _find_text(recipe, about, str(folder))
-        sizes |= _text_sizes(text, recipe)
-    if recipe.init is None:
+        text = _find_text(recipe, found)
+        sizes |= text.sizes
+    if found is None:
         config = TransformerConfig(**vars(recipe.model), condition=recipe.condition, **sizes)
-        return Start(recipe=recipe, config=config, labels=labels, **text)
-    if about is not None:
-        source = config_from_dict(TransformerConfig, about["config"], str(folder))
-        return Start(recipe=recipe, config=_with_dropout(source, recipe), labels=labels, **text)
-    found = checkpoints.resolve_pipeline(recipe.init)
+        return Start(recipe=recipe, config=config, labels=labels, text=text)
     source = checkpoints.load_transformer(found.transformer, device="meta").config
+    _check_source(recipe, source, sizes)
+    # Dropout is no part of a model: it is the recipe's.
+    dropout: dict[str, Any] = {name: getattr(recipe.model, name) for name in _DROPOUT}
+    config = dataclasses.replace(source, **dropout, **sizes)
+    return Start(recipe=recipe, config=config, labels=labels, source_labels=found.labels, text=text)
+
+
+def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str) -> Start:
+    """Return how the model of a checkpoint is built, from what the checkpoint says of it.
+
+    Raises:
+        InputError: that is damaged; ``source`` names the checkpoint.
+    """
+    small, config = about.get("small_text"), about.get("text")
+    return Start(
+        recipe=recipe,
+        config=config_from_dict(TransformerConfig, about["config"], source),
+        labels=Labels(tuple(about["classes"])) if recipe.condition == "class" else None,
+        text=TextSide(
+            small=small and config_from_dict(SmallTextEncoderConfig, small, source),
+            config=config and config_from_dict(TextConfig, config, source),
+        ),
+    )
+
+
+def _find_text(recipe: TransformerTraining, found: checkpoints.PipelineSource | None) -> TextSide:
+    """Return the text encoder of a new run, perhaps that of the model it starts from."""
+    asked = recipe.text
+    if asked.text_features is not None:
+        store = TextStore.open(asked.text_features)
+        if asked.text_encoder not in (None, store.text.encoder):
+            raise InputError(
+                f"the text features in {asked.text_features} were made by {store.text.encoder}, "
+                f"not by {asked.text_encoder}; extract them again with that, or leave "
+                f"`text_encoder` out"
+            )
+        return TextSide(config=store.text, features=store)
+    own = None if found is None else _own_encoder(found)
+    name = asked.text_encoder
+    if name is None and own is None and found is not None and found.text is not None:
+        name = found.text.encoder
+    if name is not None:
+        config = TextConfig(encoder=name, max_length=asked.text_length, clean=asked.clean_captions)
+        return TextSide(config=config).loaded(None)
+    if recipe.lora.lora_rank > 0:
+        raise InputError(
+            "LoRA adapts a transformer alone; name the text encoder that stays as it is with "
+            "`text_encoder`, or train without LoRA"
+        )
+    if own is None:
+        return TextSide(small=asked.small)
+    encoder = TextEncoder.from_pretrained(own, dtype=torch.float32)
+    return TextSide(small=encoder.small_config(dropout=asked.text_dropout))
+
+
+def _own_encoder(found: checkpoints.PipelineSource) -> TextConfig | None:
+    """Return the text encoder in a pipeline's own folder, if it has one."""
+    if found.folder is None or found.text is None:
+        return None
+    is_own = Path(found.text.encoder) == found.folder / checkpoints.TEXT_ENCODER_FOLDER
+    return found.text if is_own else None
+
+
+def _transformer_name(name: str) -> str:
+    """Return a weight's name in a transformer on its own, without low-rank matrices."""
+    return original_name(name.removeprefix(TRANSFORMER))
+
+
+def _check_source(
+    recipe: TransformerTraining, source: TransformerConfig, sizes: Mapping[str, Any]
+) -> None:
+    """Check that the model to start from has the condition, codes and architecture of the run."""
     refuse_quantized(source, "be trained")
     if source.condition != recipe.condition:
         raise InputError(
             f"{recipe.init} is conditioned on {source.condition}, but the run on "
             f"{recipe.condition}; start from another model, or change `condition`"
         )
-    if source.codebook_size != codebook_size:
+    if source.codebook_size != sizes["codebook_size"]:
         raise InputError(
             f"{recipe.init} predicts {source.codebook_size} codes but the tokenizer has "
-            f"{codebook_size}; use the tokenizer that it was trained with"
+            f"{sizes['codebook_size']}; use the tokenizer that it was trained with"
         )
     for name in ("text_dim", "text_length"):
         if name in sizes and sizes[name] != getattr(source, name):
@@ -235,112 +326,12 @@ def find_start(
                 f"{recipe.init} has {name} {getattr(source, name)}, but the text encoder "
                 f"{sizes[name]}; use the one that it was trained with"
             )
-    _require_agreement(recipe, source)
-    config = dataclasses.replace(_with_dropout(source, recipe), **sizes)
-    return Start(recipe=recipe, config=config, source_labels=found.labels, labels=labels, **text)
-
-
-def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str) -> Start:
-    """How the model of a checkpoint is built, from what the checkpoint says of it.
-
-    Raises:
-        InputError: that is damaged; ``source`` names the checkpoint.
-    """
-    text: dict[str, Any] = {}
-    if "small_text" in about:
-        text["small_text"] = config_from_dict(SmallTextEncoderConfig, about["small_text"], source)
-    if "text" in about:
-        text["text"] = config_from_dict(TextConfig, about["text"], source)
-    return Start(
-        recipe=recipe,
-        config=config_from_dict(TransformerConfig, about["config"], source),
-        labels=Labels(tuple(about["classes"])) if recipe.condition == "class" else None,
-        **text,
-    )
-
-
-def _find_text(
-    recipe: TransformerTraining, about: Mapping[str, Any] | None, folder: str
-) -> dict[str, Any]:
-    """The text encoder of a run, frozen or small, as ``Start`` has it."""
-    asked = recipe.text
-    if asked.text_features is not None:
-        store = _open_features(asked.text_features, asked.text_encoder)
-        return {"text": store.text, "features": store}
-    found = None
-    if recipe.init is not None and asked.text_encoder is None and about is None:
-        found = checkpoints.resolve_pipeline(recipe.init)
-    name = asked.text_encoder
-    if name is None and about is not None and "text" in about:
-        name = about["text"]["encoder"]
-    if name is None and found is not None and found.text is not None:
-        name = None if _has_own_encoder(found) else found.text.encoder
-    if name is not None:
-        text = TextConfig(encoder=name, max_length=asked.text_length, clean=asked.clean_captions)
-        with distributed.main_first():
-            return {"text": text, "frozen_text": TextEncoder.from_pretrained(text)}
-    if recipe.lora.lora_rank > 0:
-        raise InputError(
-            "LoRA adapts a transformer alone; name the text encoder that stays as it is with "
-            "`text_encoder`, or train without LoRA"
-        )
-    if about is not None:
-        known = config_from_dict(SmallTextEncoderConfig, about["small_text"], folder)
-        return {"small_text": known}
-    if found is not None and _has_own_encoder(found):
-        assert found.text is not None
-        encoder = TextEncoder.from_pretrained(found.text, dtype=torch.float32)
-        return {"small_text": encoder.small_config(dropout=asked.text_dropout)}
-    return {"small_text": asked.small}
-
-
-def _open_features(folder: Path, encoder: str | None) -> TextStore:
-    store = TextStore.open(folder)
-    if encoder is not None and encoder != store.text.encoder:
-        raise InputError(
-            f"the text features in {folder} were made by {store.text.encoder}, not by {encoder}; "
-            f"extract them again with that, or leave `text_encoder` out"
-        )
-    return store
-
-
-def _text_sizes(text: dict[str, Any], recipe: TransformerTraining) -> dict[str, Any]:
-    frozen, small = text.get("frozen_text"), text.get("small_text")
-    features: TextStore | None = text.get("features")
-    if features is not None:
-        return {"text_dim": features.width, "text_length": features.text.max_length}
-    if frozen is not None:
-        return {"text_dim": frozen.width, "text_length": recipe.text.text_length}
-    assert small is not None
-    return {"text_dim": small.dim, "text_length": small.max_length}
-
-
-def _has_own_encoder(found: checkpoints.PipelineSource) -> bool:
-    """Whether a pipeline has a text encoder in its own folder."""
-    if found.folder is None or found.text is None:
-        return False
-    return Path(found.text.encoder) == found.folder / checkpoints.TEXT_ENCODER_FOLDER
-
-
-def _transformer_name(name: str) -> str:
-    """A weight's name in a transformer on its own, without low-rank matrices."""
-    return original_name(name.removeprefix(TRANSFORMER))
-
-
-def _with_dropout(source: TransformerConfig, recipe: TransformerTraining) -> TransformerConfig:
-    """The source's architecture with the recipe's regularisation, which is no part of a model."""
-    dropout: dict[str, Any] = {name: getattr(recipe.model, name) for name in _DROPOUT}
-    return dataclasses.replace(source, **dropout)
-
-
-def _require_agreement(recipe: TransformerTraining, source: TransformerConfig) -> None:
-    """Checks that the recipe asks for no other architecture than the model it starts from has."""
     default = TransformerArchitecture()
     for field in dataclasses.fields(default):
         asked, usual = getattr(recipe.model, field.name), getattr(default, field.name)
-        there = getattr(source, field.name)
-        if field.name not in _DROPOUT and asked not in (usual, there):
+        actual = getattr(source, field.name)
+        if field.name not in _DROPOUT and asked not in (usual, actual):
             raise InputError(
-                f"the recipe's model has {field.name} {asked}, but {recipe.init} has {there}; "
+                f"the recipe's model has {field.name} {asked}, but {recipe.init} has {actual}; "
                 f"leave it out"
             )

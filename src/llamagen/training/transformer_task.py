@@ -1,6 +1,6 @@
 """Training of the transformer, on classes or captions (paper section 3.2).
 
-Shapes: B images, T codes of an image, V views of an image.
+Shapes: B images, T codes of an image.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import image_grid, save_png
 from llamagen.text.encoder import padded
+from llamagen.training.conditioning import likeliest
 from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
@@ -38,7 +39,7 @@ from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
 from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.throughput import training_flops
-from llamagen.training.transformer_data import Codes, find_codes
+from llamagen.training.transformer_data import CodeSplits, find_codes
 from llamagen.training.transformer_start import Start, find_start
 
 PIPELINE_FOLDER = "pipeline"
@@ -48,13 +49,13 @@ ADAPTER_FOLDER = "adapter"
 
 _SHEET_CLASSES = 10
 _SHEET_TEXT = 24
-"""Letters of a caption that are shown below an image."""
+"""Characters of a caption that are shown below an image."""
 _SHEET_SIDE = 64
 """Smaller images are enlarged to about this many pixels on a sheet."""
 
 
 def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> TrainingResult:
-    """Trains a transformer, or goes on with it if the run's folder holds a checkpoint.
+    """Train a transformer, or continue the run in the recipe's folder.
 
     Images are encoded once, at the start, and the codes stay in the run's folder; or each time
     they are read, or not at all if the recipe names a store of codes.
@@ -70,7 +71,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
         FileNotFoundError: a folder does not exist.
         InputError: recipe, images, tokenizer and the run's folder do not fit together.
         TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the ones before are whole.
+        OSError: a checkpoint could not be written; the earlier ones are intact.
     """
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
@@ -79,14 +80,14 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
 
 
 def make_task(recipe: TransformerTraining) -> TransformerTask:
-    """The task that a recipe describes, with its data read and its model built.
+    """Return the task of a recipe, with its data read and its model built.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         InputError: recipe, images and tokenizer do not fit together.
     """
     with distributed.main_first():
-        # float32: the codes are made once and learnt many times.
+        # float32: the codes are made once and used many times.
         tokenizer = load_tokenizer(
             _tokenizer_source(recipe),
             device=find_device(recipe.loop.device),
@@ -115,7 +116,7 @@ def _tokenizer_source(recipe: TransformerTraining) -> Source:
 
 
 def _class_names(num_classes: int | None, codes: CodeSource) -> tuple[str, ...]:
-    """One name per class of the model: those of the data, then numbers for the rest."""
+    """Return a name for each class of the model: those of the data, then numbers for the rest."""
     if codes.labels is None:
         raise InputError(
             f"the codes in {codes.folder} have no labels; make them from images in class folders"
@@ -131,12 +132,12 @@ def _class_names(num_classes: int | None, codes: CodeSource) -> tuple[str, ...]:
 
 
 class TransformerTask(Task):
-    """Predict each code from the class or caption and the codes before it."""
+    """Predict each code from the class or caption and the previous codes."""
 
     name = "transformer"
     module: NextCodeModel
 
-    def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: Codes) -> None:
+    def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: CodeSplits) -> None:
         """A task with a new model, which has its weights after ``prepare``."""
         recipe = start.recipe
         self.recipe = recipe
@@ -144,7 +145,7 @@ class TransformerTask(Task):
         self.module = start.build()
         self.model = self.module.saved
         self._conditioning = start.conditioning(self.module)
-        self._conditioning.check(codes.training, codes.trained)
+        self._conditioning.check(codes.training, codes.train_rows)
         self.panels = {
             "loss in bits per code": ("bits_per_code",),
             "norm of the gradients": ("grad_norm",),
@@ -153,87 +154,98 @@ class TransformerTask(Task):
         self.data = {
             "the image tokenizer": tokenizer.fingerprint(),
             "the training codes": codes.training.identity,
-            "the number of training images": str(len(codes.trained)),
+            "the number of training images": str(len(codes.train_rows)),
         }
-        if start.features is not None:
-            self.data["the text features"] = start.features.identity
+        if start.text.features is not None:
+            self.data["the text features"] = start.text.features.identity
         self._tokenizer = tokenizer
         self._codes = codes
         self._skipped = self._list_skipped()
         self._order = DataOrder(
-            count=len(codes.trained),
+            count=len(codes.train_rows),
             batch_size=recipe.loop.batch_size,
             seed=recipe.loop.seed,
             group=recipe.text.length_group if recipe.condition == "text" else 1,
             lengths=lambda indices: self._conditioning.lengths(
-                codes.training, codes.trained[np.array(indices)]
+                codes.training, codes.train_rows[np.array(indices)]
             ),
         )
 
     def prepare(self) -> None:
-        """Gives the model its first weights."""
+        """Give the model its first weights."""
         self.start.fill(self.module)
 
     def describe(self) -> dict[str, Any]:
-        """The architecture, the classes or the text encoder."""
+        """Return the architecture, the classes or the text encoder."""
         return self.start.describe()
 
     def blocks(self) -> list[nn.Module]:
-        """The transformer's blocks."""
+        """Return the transformer's blocks."""
         return list(self.module.transformer.layers)
 
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A model with this state; low-rank matrices are merged into it."""
+        """Return a model with this state; low-rank matrices are merged into it."""
         return self.start.whole(state)
 
     def flops_per_image(self) -> float:
-        """Of the matrix products and the attention, forward and backward."""
+        """Return those of the matrix products and the attention, forward and backward."""
         return training_flops(self.start.config)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Codes of one view per image, conditions, and which of them become "no condition"."""
+        """Yield codes of one view per image, conditions, and which of them are dropped."""
         store, dropout = self._codes.training, self.recipe.condition_dropout
         for step in range(first, last):
-            draws = distributed.share(self._order.batch(step))
-            # By image: it does not matter which process, or part of a batch, an image is in.
-            numbers = [self._order.random(draw) for draw in draws]
-            views = np.array([number.randrange(store.views) for number in numbers])
-            rows = self._codes.trained[np.array([draw.index for draw in draws])]
+            samples = distributed.share(self._order.batch(step))
+            # One for each image: its process and its part of the batch make no difference.
+            rngs = [self._order.random(sample) for sample in samples]
+            views = np.array([rng.randrange(store.views) for rng in rngs])
+            rows = self._codes.train_rows[np.array([sample.index for sample in samples])]
             rows = store.readable(rows)
-            drop = torch.tensor([number.random() < dropout for number in numbers])
-            condition = self._conditioning.batch(store, rows, numbers)
+            drop = torch.tensor([rng.random() < dropout for rng in rngs])
+            condition = self._conditioning.batch(store, rows, rngs)
             codes = _codes(store, rows, views)
-            shown = self._shown(codes, numbers)
-            yield {"codes": codes, "shown": shown, **condition, "drop": drop}
+            yield {**condition, "codes": codes, "input": self._noisy(codes, rngs), "drop": drop}
 
-    def _shown(self, codes: Tensor, numbers: Sequence[random.Random]) -> Tensor:
-        """All codes (B, T) but the last of each image, some of them exchanged for random ones."""
-        shown = codes[:, :-1]
+    def _noisy(self, codes: Tensor, rngs: Sequence[random.Random]) -> Tensor:
+        """Return all codes (B, T) but the last of each image, some replaced by random ones."""
+        given = codes[:, :-1]
         if self.recipe.code_noise == 0:
-            return shown
-        generators = [np.random.Generator(np.random.Philox(n.getrandbits(64))) for n in numbers]
-        length, size = shown.shape[1], self.start.config.codebook_size
+            return given
+        generators = [np.random.Generator(np.random.Philox(rng.getrandbits(64))) for rng in rngs]
+        length, size = given.shape[1], self.start.config.codebook_size
         noisy = [g.random(length) < g.random() * self.recipe.code_noise for g in generators]
         others = [g.integers(size, size=length) for g in generators]
         return torch.where(
-            torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(others)), shown
+            torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(others)), given
         )
 
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
     ) -> Losses:
-        """Cross-entropy over all codes, some conditions replaced by "no condition"."""
+        """Return the cross-entropy of all codes, and the loss of the code sets if it is used."""
         del step, adversary
-        loss, *further = self._conditioning.loss(model, batch, batch["drop"]).reshape(-1)
+        loss, *auxiliary = self._loss(model, batch).reshape(-1)
         metrics = {"bits_per_code": bits(loss.detach()), **self._conditioning.metrics(batch)}
-        for each in further:
+        for each in auxiliary:
             metrics["code_set_loss"] = each.detach()
             loss = loss + self.recipe.text.code_set_weight * each
         return Losses(total=loss, metrics=metrics)
 
+    def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the output of ``NextCodeModel.forward``."""
+        loss: Tensor = model(
+            batch["input"],
+            self._conditioning.model_input(batch),
+            batch["codes"],
+            condition_mask=batch.get("mask"),
+            drop_condition=batch.get("drop"),
+            weights=batch.get("weights"),
+        )
+        return loss
+
     def validate(self) -> dict[str, float]:
-        """Loss on the held-out images, all with their labels or likeliest captions."""
-        rows, store = self._codes.validated, self._codes.validation
+        """Return the loss on the held-out images, with their labels or likeliest captions."""
+        rows, store = self._codes.val_rows, self._codes.validation
         if len(rows) == 0:
             return {}
         loop = self.recipe.loop
@@ -243,24 +255,22 @@ class TransformerTask(Task):
             part = rows[start : start + size]
             own = part[list(distributed.share(range(len(part))))]
             # A sharded model is called by all processes or by none.
-            looked_at = own if len(own) else rows[:1]
-            batch = {
-                "codes": (codes := _codes(store, looked_at, 0)),
-                "shown": codes[:, :-1],
-                **self._conditioning.batch(store, looked_at, None),
-            }
+            used = own if len(own) else rows[:1]
+            codes = _codes(store, used, 0)
+            batch = {"codes": codes, "input": codes[:, :-1]}
+            batch |= self._conditioning.batch(store, used, None)
             batch = {name: rows.to(find_device(loop.device)) for name, rows in batch.items()}
-            total += float(self._conditioning.loss(self.module, batch, None)) * len(own)
+            total += float(self._loss(self.module, batch)) * len(own)
         loss = torch.tensor(distributed.summed({"loss": total})["loss"] / len(rows))
         return {"loss": float(loss), "bits_per_code": float(bits(loss))}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Images of a few classes, one class per column, or of held-out captions.
+        """Draw images of a few classes, one class per column, or of held-out captions.
 
         With the same seeds every time.
         """
         prompts, names, columns = self._prompts()
-        pipeline, features = self._pipeline_of(model), self.start.features
+        pipeline, features = self._pipeline_of(model), self.start.text.features
         if features is None:
             images = pipeline(prompts, seed=0).images
         else:
@@ -273,7 +283,7 @@ class TransformerTask(Task):
         save_png(image_grid(images, columns=columns, captions=names, scale=scale), path)
 
     def _prompts(self) -> tuple[list[str | int], list[str], int]:
-        """What a sheet shows, what is written below each image, and in how many columns."""
+        """Return the prompts of a sheet, the text below each image, and the number of columns."""
         labels, count = self.start.labels, self.recipe.sample_images
         if labels is not None:
             columns = min(_SHEET_CLASSES, len(labels), count)
@@ -281,16 +291,16 @@ class TransformerTask(Task):
             shown = [classes[i % columns] for i in range(count)]
             return list(shown), [labels.name(label) for label in shown], columns
         codes = self._codes
-        store, rows = codes.validation, codes.validated
+        store, rows = codes.validation, codes.val_rows
         if len(rows) == 0:
-            store, rows = codes.training, codes.trained
+            store, rows = codes.training, codes.train_rows
         found = store.captions(rows[np.arange(min(count, len(rows))) * len(rows) // count])
         assert found is not None
-        texts = [max(each, key=lambda c: c.weight).text for each in found if each]
+        texts = [likeliest(each) for each in found if each]
         return list(texts), [_shortened(text) for text in texts], min(_SHEET_CLASSES, len(texts))
 
     def export(self, model: nn.Module, out: Path) -> Path:
-        """Writes the pipeline's folder: tokenizer, transformer and labels; the adapter's as well.
+        """Write the pipeline's folder: tokenizer, transformer and labels; the adapter's as well.
 
         With LoRA the pipeline has the merged weights.
         """
@@ -306,12 +316,12 @@ class TransformerTask(Task):
         return out / PIPELINE_FOLDER
 
     def skipped(self) -> int:
-        """Files that could not be read so far."""
+        """Return how many files could not be read so far."""
         training = self._codes.training
         return self._skipped + (training.damaged if isinstance(training, LiveCodes) else 0)
 
     def _list_skipped(self) -> int:
-        """Lists the files that have no codes since they could not be read."""
+        """List the files that have no codes since they could not be read."""
         stores = {store.folder: store for store in (self._codes.training, self._codes.validation)}
         errors = [
             CorruptImageError(Path(key), reason)
@@ -328,7 +338,7 @@ class TransformerTask(Task):
 
 
 def _codes(store: CodeSource, rows: np.ndarray, views: np.ndarray | int) -> Tensor:
-    """Codes (B, T) of the given rows and views."""
+    """Return codes (B, T) of the given rows and views."""
     codes = store.rows(rows, views).reshape(len(rows), -1)
     return torch.from_numpy(codes.astype(np.int64))
 
