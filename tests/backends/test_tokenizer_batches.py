@@ -17,6 +17,7 @@ from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import TokenizerConfig
 from llamagen.models.tokenizer import ImageTokenizer, model
 from llamagen.models.tokenizer.operations import per_image
+from tests.backends.variants import processor_flags
 
 # Channels with and without kernels, an odd codebook dimension, vectors compared as they are.
 CONFIGS = (
@@ -42,7 +43,7 @@ LIMITS = (
     {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16", "LLAMAGEN_KERNELS": "off"},
     {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "LLAMAGEN_KERNELS": "off"},
 )
-"""Processors as the libraries see them; what this one has not is left out by them."""
+"""Limits of the instruction sets that the libraries use."""
 
 
 @functools.cache
@@ -98,6 +99,9 @@ def _latents(tested: ImageTokenizer, codes: torch.Tensor) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("limits", LIMITS, ids=lambda limits: " ".join(limits.values()))
 def test_image_does_not_depend_on_its_batch_on_other_processors(limits):
+    # A limit above what the processor has: torch alone believes it, and crashes.
+    if limits.get("ATEN_CPU_CAPABILITY") == "avx512" and "avx512vl" not in processor_flags():
+        pytest.skip("this processor has no AVX-512")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(
         [*command, "-k", "test_image_does_not_depend_on_its_batch"],

@@ -29,7 +29,8 @@ VARIANTS = tuple(_VARIANTS)
 
 
 @functools.cache
-def _flags() -> set[str]:
+def processor_flags() -> set[str]:
+    """Return the instruction sets of this processor, as Linux names them."""
     info = Path("/proc/cpuinfo")
     if platform.machine() != "x86_64" or not info.is_file():
         return set()
@@ -50,8 +51,8 @@ def present(found):
 def kernels_of(name: str) -> Kernels:
     """The kernels compiled for a kind of processor; skips the test where they cannot be had."""
     flags, needed, features = _VARIANTS[name]
-    if not needed <= _flags():
-        pytest.skip(f"this processor has no {', '.join(sorted(needed - _flags()))}")
+    if not needed <= processor_flags():
+        pytest.skip(f"this processor has no {', '.join(sorted(needed - processor_flags()))}")
     kernels = Kernels(present(build.compiled_library(*flags)))
     assert features is None or kernels.features == features
     return kernels

@@ -142,7 +142,7 @@ def test_bad_input(fails, digits, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--precision float16", "precision float16 cannot be trained with"),
+        ("--precision float16", "invalid choice 'float16'"),
         ("--steps 0", "steps is 0, expected at least 1"),
         ("--lr fast", "fast"),
     ],

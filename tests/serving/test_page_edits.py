@@ -213,9 +213,8 @@ def test_what_is_no_image(page, tmp_path):
 
 
 def test_a_model_that_does_not_edit(server, visit):
-    pipe = tiny_pipeline()
-    with running({"classes": pipe}, settings=ServerSettings(ui=True)) as plain:
-        pipe.engine = "vllm"
+    with running({"classes": tiny_pipeline()}, settings=ServerSettings(ui=True)) as plain:
+        plain.models["classes"].engine.can_edit = False
         page = visit(plain.url)
         for name in ("edit", "blend", "best_of"):
             assert not page.shown(name)
