@@ -149,6 +149,62 @@ def check_sampling_setting() -> None:
     assert pipe("dog", toy_even=1e9).metadata[0]["toy_even"] == 1e9
 
 
+def test_add_a_quantizer(copy):
+    copy.add(
+        "models/tokenizer/quantizers/toy.py",
+        "import torch\n\n"
+        "from llamagen.models.tokenizer.quantizers.base import Quantized, Quantizer\n\n\n"
+        "class ToyQuantizer(Quantizer):\n"
+        '    """The signs of latents are the bits of their codes (2310.05737)."""\n\n'
+        "    def __init__(self, config):\n"
+        "        super().__init__()\n"
+        "        self.dim = config.codebook_dim\n"
+        "        assert config.codebook_size == 2**self.dim\n\n"
+        "    def compared(self, latents):\n"
+        "        return latents.float()\n\n"
+        "    def forward(self, latents):\n"
+        "        latents = self.compared(latents)\n"
+        "        bits = (latents > 0).long()\n"
+        "        codes = sum(bits[:, i] << i for i in range(self.dim))\n"
+        "        return Quantized(2.0 * bits - 1.0, latents, codes)\n\n"
+        "    def lookup(self, codes):\n"
+        "        bits = [(codes >> i) & 1 for i in range(self.dim)]\n"
+        "        return 2.0 * torch.stack(bits, dim=1).float() - 1.0\n\n"
+        "    def losses(self, quantized, *, entropy=False):\n"
+        "        vectors, latents, _ = quantized\n"
+        '        return {"commitment": (latents - vectors.detach()).square().mean()}\n',
+    )
+    copy.replace(
+        "config.py", '{"vq": "VectorQuantizer"}', '{"vq": "VectorQuantizer", "toy": "ToyQuantizer"}'
+    )
+    assert copy.changed == files_named("A quantiser")
+    copy.check("check_quantizer")
+
+
+def check_quantizer() -> None:
+    import tempfile
+
+    import torch
+
+    from llamagen.models.tokenizer import ImageTokenizer
+    from llamagen.training.config import TokenizerLossConfig
+    from llamagen.training.losses import tokenizer_terms, total_loss
+    from tests.tiny_models import tiny_tokenizer
+
+    toy = tiny_tokenizer(quantizer="toy", codebook_dim=6)
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    output = toy(images)
+    terms = tokenizer_terms(output, images, toy.quantize, TokenizerLossConfig(entropy_weight=0.1))
+    assert list(terms) == ["reconstruction", "commitment"]
+    total_loss(terms).backward()
+    codes = toy.encode(images)
+    assert torch.equal(codes, output.quantized.codes)
+    assert torch.equal(toy.quantize.lookup(codes), output.quantized.vectors)
+    with tempfile.TemporaryDirectory() as folder:
+        toy.save_pretrained(folder)
+        assert torch.equal(ImageTokenizer.from_pretrained(folder).encode(images), codes)
+
+
 def test_add_an_option_of_the_transformer(copy):
     copy.replace(
         "config.py",
@@ -249,7 +305,7 @@ def check_backend() -> None:
 def test_add_a_schedule(copy):
     copy.add(
         "generation/schedules/toy.py",
-        "from llamagen.generation.schedules import Pass\n\n\n"
+        "from llamagen.generation.schedules.base import Pass\n\n\n"
         "class ToySchedule:\n"
         '    """One by one, and each code is fed twice."""\n\n'
         "    needs_codes = False\n"
@@ -271,22 +327,14 @@ def test_add_a_schedule(copy):
         "        self.final += 1\n"
         "        return 0 if is_first else 1\n",
     )
+    name = "generation/schedules/__init__.py"
     copy.insert(
-        "generation/request.py",
-        before="    window: int | None = None",
-        text="    toy: bool = False\n",
+        name, before="__all__", text="from llamagen.generation.schedules.toy import ToySchedule\n\n"
     )
     copy.insert(
-        "generation/batch.py",
-        before="from llamagen.generation.seeds import",
-        text="from llamagen.generation.schedules.toy import ToySchedule\n",
-    )
-    copy.replace(
-        "generation/batch.py",
-        "        if self._should_look_ahead(request, sequences):\n",
-        "        if request.toy:\n"
-        "            schedule = ToySchedule()\n"
-        "        elif self._should_look_ahead(request, sequences):\n",
+        name,
+        before="    known = request.known_codes",
+        text="    if request.window == 5:\n        return ToySchedule()\n",
     )
     assert copy.changed == files_named("A schedule")
     copy.check("check_schedule")
@@ -297,7 +345,7 @@ def check_schedule() -> None:
     from tests.tiny_models import tiny_transformer
 
     model = tiny_transformer()
-    assert codes(model, toy=True) == codes(model)
+    assert codes(model, window=5) == codes(model)
     assert ToySchedule.passes == 2 * 15
 
 
@@ -309,6 +357,7 @@ def test_add_an_engine(copy):
         '    """All codes of an image are its seed."""\n\n'
         '    name = "toy"\n'
         "    can_edit = False\n"
+        "    copies_model = False\n"
         "    max_images = 1\n"
         "    alive = True\n\n"
         "    def __init__(self, model):\n"
@@ -327,25 +376,15 @@ def test_add_an_engine(copy):
         "    def shutdown(self):\n"
         "        pass\n",
     )
-    edit_pipeline_for_engine(copy)
+    name = "pipeline/pipeline.py"
+    copy.insert(
+        name,
+        before="from llamagen.generation.memory import",
+        text="from llamagen.generation.toy import ToyEngine\n",
+    )
+    copy.replace(name, "in (NativeEngine, VllmEngine)", "in (NativeEngine, VllmEngine, ToyEngine)")
     assert copy.changed == files_named("An engine")
     copy.check("check_engine")
-
-
-def edit_pipeline_for_engine(copy: Copy) -> None:
-    name = "pipeline/pipeline.py"
-    copy.replace(name, 'Literal["native", "vllm"]', 'Literal["native", "vllm", "toy"]')
-    copy.replace(name, 'not in ("native", "vllm")', 'not in ("native", "vllm", "toy")')
-    copy.replace(
-        name,
-        '            if self.engine == "native":\n'
-        "                self._code_engine = NativeEngine(self.transformer)\n",
-        '            if self.engine == "toy":\n'
-        "                from llamagen.generation.toy import ToyEngine\n\n"
-        "                self._code_engine = ToyEngine(self.transformer)\n"
-        '            elif self.engine == "native":\n'
-        "                self._code_engine = NativeEngine(self.transformer)\n",
-    )
 
 
 def check_engine() -> None:

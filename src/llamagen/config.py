@@ -66,9 +66,20 @@ def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as values that JSON can hold (tuples become lists)."""
+    """Return the configuration as values that JSON can hold (tuples become lists)."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    for field in dataclasses.fields(config):
+        if field.metadata.get("added") and getattr(config, field.name) == field.default:
+            del plain[field.name]
     return plain
+
+
+def _added(default: Any) -> Any:
+    """Return a field that came later: written only where it is not at its default.
+
+    So fingerprints and plans of folders that were written before it stay the same.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -88,10 +99,16 @@ def _require_fraction(config: Any, *names: str) -> None:
         _require(0.0 <= value < 1.0, f"{name} is {value}, expected a number from 0 up to below 1")
 
 
+QUANTIZERS = {"vq": "VectorQuantizer"}
+"""Quantisers of image tokenizers: the module in ``models.tokenizer.quantizers``, and its class."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """Architecture of the image tokenizer (paper section 3.1; the defaults are VQ-16)."""
 
+    quantizer: str = _added("vq")
+    """Makes codes of latents: vq, the nearest vector of a trained codebook."""
     codebook_size: int = 16384
     """Number of codes."""
     codebook_dim: int = 8
@@ -120,6 +137,10 @@ class TokenizerConfig:
             *("decoder_blocks", "z_channels", "norm_groups"),
         )
         _require_fraction(self, "dropout")
+        _require(
+            self.quantizer in QUANTIZERS,
+            f"quantizer is {self.quantizer!r}, expected one of {', '.join(QUANTIZERS)}",
+        )
         _require(len(self.channel_multipliers) >= 1, "channel_multipliers is empty")
         for multiplier in self.channel_multipliers:
             channels = self.base_channels * multiplier

@@ -23,16 +23,10 @@ from llamagen.backends import StepTimes, fastest_step
 from llamagen.config import Grid
 from llamagen.generation.request import UNKNOWN, GenerationRequest
 from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
-from llamagen.generation.schedules import Pass, Schedule
-from llamagen.generation.schedules.jacobi import JacobiSchedule
-from llamagen.generation.schedules.raster import RasterSchedule
+from llamagen.generation.schedules import MAX_TOKENS, Pass, Schedule, new_schedule
 from llamagen.generation.seeds import check_seed, uniform_draws
 from llamagen.models.transformer import NO_CELL, Tokens, Transformer
 from llamagen.support.errors import InputError, NotFiniteError
-
-_MAX_TOKENS = 32
-"""Tokens of a pass up to which its time, with AMX, grows much more slowly than their number."""
-
 
 NOT_FINITE = -1
 """Stands for a code whose logits were not finite."""
@@ -175,7 +169,7 @@ class Batch:
         running = [image for image in self.images if not image.is_finished]
         if not running:
             return
-        budget = max(1, _MAX_TOKENS // max(1, len(self._sequences)))
+        budget = max(1, MAX_TOKENS // max(1, len(self._sequences)))
         passes = {image: image.schedule.next_pass(budget) for image in running}
         self._drop_unguided(passes)
         sequences: list[int] = []
@@ -255,26 +249,14 @@ class Batch:
         self._known[row] = UNKNOWN
         self._not_finite[row] = 0
         self._uniforms[row] = uniform_draws([request.seed], self.total)[0].to(self.model.device)
-        flags = None
         if known is not None:
-            flat = known.flatten().to(torch.int64)
-            flags = (flat != UNKNOWN).tolist()
-            own = flat.to(self.model.device)
+            own = known.flatten().to(self.model.device, torch.int64)
             self._known[row] = own
             self._codes[row] = own.clamp(min=0)
-        schedule: Schedule
-        if self._should_look_ahead(request, sequences):
-            schedule = JacobiSchedule(self.total, request.window)
-        else:
-            schedule = RasterSchedule(self.total, flags)
+        schedule = new_schedule(
+            request, self.total, is_wide=self._step.is_wide, sequences=sequences
+        )
         return GenerationState(request, schedule, row, self.total)
-
-    def _should_look_ahead(self, request: GenerationRequest, sequences: int) -> bool:
-        if request.window is not None:
-            return request.window > 1
-        # Found faster for few images on CPUs with AMX, where sixteen rows of a pass cost what one
-        # costs; slower on CPUs without (docs/speed.md). What is known is fed at once as it is.
-        return request.known_codes is None and self._step.is_wide and 4 * sequences <= _MAX_TOKENS
 
     def _conditions(self, image: GenerationState) -> dict[tuple[GenerationState, _Role], Tensor]:
         """Conditions of an image's sequences: labels () or features (C, text_dim)."""

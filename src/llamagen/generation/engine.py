@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -78,6 +78,10 @@ class Engine(Protocol):
     """Rows and columns of an image's codes."""
     can_edit: bool
     """Whether requests may have known codes, a blend or a window."""
+    copies_model: bool
+    """Whether it computes with weights of its own, in processes that it starts."""
+
+    def __init__(self, model: Transformer, **options: Any) -> None: ...
 
     @property
     def max_images(self) -> int:
@@ -166,6 +170,7 @@ class NativeEngine:
 
     name = "native"
     can_edit = True
+    copies_model = False
 
     def __init__(
         self,

@@ -1,5 +1,5 @@
 """Condition in, images out: the pipeline, editing, ranking and saving."""
 
-from llamagen.pipeline.pipeline import EngineName, Pipeline, PipelineOutput
+from llamagen.pipeline.pipeline import Pipeline, PipelineOutput
 
-__all__ = ["EngineName", "Pipeline", "PipelineOutput"]
+__all__ = ["Pipeline", "PipelineOutput"]

@@ -110,10 +110,13 @@ class Editor:
         """Edits with ``pipeline``'s models.
 
         Raises:
-            InputError: vLLM draws its codes, which cannot keep any.
+            InputError: its engine cannot keep codes.
         """
         if not pipeline.can_edit:
-            raise InputError("vLLM cannot keep codes of an image; edit with engine 'native'")
+            raise InputError(
+                f"engine {pipeline.engine!r} cannot keep codes of an image; edit with engine "
+                f"'native'"
+            )
         self.pipeline = pipeline
 
     @property

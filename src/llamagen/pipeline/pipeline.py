@@ -38,12 +38,13 @@ from llamagen.support.devices import copy_to_host, find_device, find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import arrays_to_pil
+from llamagen.vllm_plugin.engine import VllmEngine
 
 if TYPE_CHECKING:
     from llamagen.text.encoder import TextEncoder
 
-EngineName = Literal["native", "vllm"]
-"""The engine that generates codes: this package's own, or vLLM."""
+ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NativeEngine, VllmEngine)}
+"""The engines that can generate codes, by name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ class Pipeline:
         name: str = "custom",
         sampling: SamplingConfig | None = None,
         text_encoder: TextEncoder | TextConfig | None = None,
-        engine: EngineName = "native",
+        engine: str = "native",
         engine_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Put the parts together.
@@ -93,15 +94,15 @@ class Pipeline:
             sampling: settings for calls that give none.
             text_encoder: of a text-conditional model, or what it is loaded from when it is first
                 needed; without it such a model takes ``prompt_embeds`` only.
-            engine: what draws the codes. vLLM starts when the first image is asked for.
+            engine: what draws the codes: "native", this package, or "vllm", which starts when the
+                first image is asked for.
             engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
 
         Raises:
             InputError: the parts do not fit together, or there is no such engine.
         """
-        if engine not in ("native", "vllm"):
-            raise InputError(f"engine is {engine!r}, expected 'native' or 'vllm'")
-        if engine == "native" and engine_options:
+        self._engine_class = _engine_class(engine)
+        if engine_options and not self._engine_class.copies_model:
             raise InputError("engine_options go with engine 'vllm'")
         codes, predicted = tokenizer.config.codebook_size, transformer.config.codebook_size
         if codes != predicted:
@@ -139,7 +140,7 @@ class Pipeline:
         grid: Grid | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        engine: EngineName = "native",
+        engine: str = "native",
         engine_options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Load a pipeline.
@@ -171,7 +172,7 @@ class Pipeline:
         transformer = checkpoints.load_transformer(
             found.transformer,
             grid=grid,
-            device="cpu" if engine == "vllm" else where,
+            device="cpu" if _engine_class(engine).copies_model else where,
             dtype=precision,
         )
         text = found.text
@@ -197,19 +198,13 @@ class Pipeline:
     @property
     def can_edit(self) -> bool:
         """Whether the engine takes known codes, blends and windows."""
-        return self.engine == "native"
+        return self._engine_class.can_edit
 
     @property
     def code_engine(self) -> Engine:
         """The engine that generates codes; started when it is first needed."""
         if self._code_engine is None:
-            if self.engine == "native":
-                self._code_engine = NativeEngine(self.transformer)
-            else:
-                from llamagen.vllm_plugin.engine import VllmEngine
-
-                options = {"dtype": self.dtype, **self._engine_options}
-                self._code_engine = VllmEngine(self.transformer, **options)
+            self._code_engine = self._engine_class(self.transformer, **self._engine_options)
         return self._code_engine
 
     @property
@@ -275,8 +270,11 @@ class Pipeline:
         Raises:
             InputError: there is no such quantisation, or vLLM generates the codes.
         """
-        if self.engine != "native":
-            raise InputError("vLLM quantises by itself; quantization goes with engine 'native'")
+        if self._engine_class.copies_model:
+            raise InputError(
+                f"engine {self.engine!r} quantises by itself; quantization goes with engine "
+                f"'native'"
+            )
         if quantization not in (None, "int8"):
             raise InputError(f"quantization is {quantization!r}, expected 'int8' or none")
         if quantization not in (None, self.transformer.config.quantization):
@@ -319,7 +317,7 @@ class Pipeline:
         precision = self.dtype if dtype is None else find_dtype(dtype, where)
         self.close()
         self.tokenizer.to(where, precision)
-        self.transformer.to("cpu" if self.engine == "vllm" else where, precision)
+        self.transformer.to("cpu" if self._engine_class.copies_model else where, precision)
         if isinstance(self._text, nn.Module):
             self._text.to(where, None if precision == torch.float16 else precision)
         return self
@@ -628,6 +626,13 @@ class Pipeline:
                 f"{(images // best_of, rows, columns)}"
             )
         return list(known.repeat_interleave(best_of, dim=0))
+
+
+def _engine_class(name: str) -> type[Engine]:
+    """Return the engine called ``name``; raise InputError if there is none."""
+    if name not in ENGINES:
+        raise InputError(f"engine is {name!r}, expected one of {', '.join(ENGINES)}")
+    return ENGINES[name]
 
 
 def _moved(callback: ProgressCallback, first: int) -> ProgressCallback:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamagen.models.tokenizer import TokenizerOutput, VectorQuantizer
+from llamagen.models.tokenizer import Quantizer, TokenizerOutput
 from llamagen.training.config import TokenizerLossConfig
 
 _CHUNK_LOGITS = 1 << 23
@@ -41,23 +41,22 @@ def total_loss(terms: Mapping[str, Term]) -> Tensor:
 def tokenizer_terms(
     output: TokenizerOutput,
     images: Tensor,
-    quantizer: VectorQuantizer,
+    quantizer: Quantizer,
     config: TokenizerLossConfig,
 ) -> dict[str, Term]:
     """The tokenizer's loss on ``images`` (B, 3, H, W), computed in float32."""
     distance = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
     entropy = config.entropy_weight > 0
-    quantized = quantizer.losses(output.quantized, entropy=entropy)
-    weight = config.codebook_weight
-    terms = {
-        "reconstruction": Term(
-            distance(output.reconstruction.float(), images), config.reconstruction_weight
-        ),
-        "codebook": Term(quantized.codebook, weight),
-        "commitment": Term(quantized.commitment, weight * config.commitment_weight),
+    losses = quantizer.losses(output.quantized, entropy=entropy)
+    reconstruction = distance(output.reconstruction.float(), images)
+    terms = {"reconstruction": Term(reconstruction, config.reconstruction_weight)}
+    weights = {
+        "codebook": 1.0,
+        "commitment": config.commitment_weight,
+        "entropy": config.entropy_weight,
     }
-    if entropy:
-        terms["entropy"] = Term(quantized.entropy, weight * config.entropy_weight)
+    for name, value in losses.items():
+        terms[name] = Term(value, config.codebook_weight * weights[name])
     return terms
 
 

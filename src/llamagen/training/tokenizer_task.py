@@ -257,11 +257,8 @@ class TokenizerTask(Task):
             drawn = torch.randperm(len(latents), generator=generator)[: len(dead)]
             dead = dead[: len(drawn)]
             # Their moments in the optimiser have long faded: they had no gradients.
-            with torch.no_grad():
-                codebook = self.model.quantize.embedding.weight
-                codebook[dead.to(codebook.device)] = distributed.broadcast(
-                    latents[drawn.to(latents.device)]
-                ).to(codebook.dtype)
+            moved = distributed.broadcast(latents[drawn.to(latents.device)])
+            self.model.quantize.replace_codes(dead, moved)
             self._usage.mark_used(dead)
             self._revived += len(dead)
 
@@ -373,12 +370,11 @@ class TokenizerTask(Task):
         return torch.cat(latents)
 
 
-@torch.no_grad()
 def init_codebook(tokenizer: ImageTokenizer, latents: Tensor) -> None:
     """Makes latents (N, E), N at least K, the codebook: K of them, drawn at random.
 
     A code that starts far from all latents is never the nearest, and so never learns.
     """
-    codebook = tokenizer.quantize.embedding.weight
-    drawn = torch.randperm(len(latents))[: len(codebook)]
-    codebook.copy_(latents[drawn.to(latents.device)])
+    size = tokenizer.config.codebook_size
+    drawn = torch.randperm(len(latents))[:size]
+    tokenizer.quantize.replace_codes(torch.arange(size), latents[drawn.to(latents.device)])

@@ -59,6 +59,7 @@ class VllmEngine:
 
     name = "vllm"
     can_edit = False
+    copies_model = True
 
     def __init__(
         self,
@@ -76,7 +77,8 @@ class VllmEngine:
             source: an exported folder, a transformer, or whatever a pipeline can be loaded from.
             export: what the engine shall be able to do; by default what an exported folder says,
                 and guidance without negative prompts for everything else.
-            dtype: precision; by default bfloat16 where the device is fast at it.
+            dtype: precision; by default a transformer's own, else bfloat16 where the device is
+                fast at it.
             tensor_parallel_size: devices that share each layer.
             data_parallel_size: copies of the model, among which requests are spread.
             options: of vLLM's ``AsyncEngineArgs``, as max_num_seqs, enforce_eager,
@@ -95,6 +97,8 @@ class VllmEngine:
         try:
             folder = self._open.enter_context(temporary_export(source, export))
             device = find_device("auto")
+            if dtype is None and isinstance(source, Transformer):
+                dtype = source.dtype
             precision = find_dtype(dtype, device)
             self._prompts = Prompts(folder, precision)
             _check_options(self._prompts.config, tensor_parallel_size, options)

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from llamagen.config import TOKENIZER_PRESETS, TokenizerConfig
-from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, quantizer, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer.quantizers import vq
 from llamagen.support.errors import InputError
 from tests.tiny_models import tiny_tokenizer
 
@@ -45,7 +46,7 @@ def test_nearest_codes_in_slices_are_the_same(monkeypatch):
     model = tiny_tokenizer()
     images = torch.rand(4, 3, 16, 16) * 2 - 1
     whole = model.encode(images)
-    monkeypatch.setattr(quantizer, "_MAX_DISTANCES", 64 * 3)
+    monkeypatch.setattr(vq, "_MAX_DISTANCES", 64 * 3)
     assert torch.equal(model.encode(images), whole)
 
 
@@ -74,7 +75,7 @@ def test_the_gradient_passes_straight_through():
     reconstruction.square().mean().backward(retain_graph=True)
     assert model.encoder.conv_in.weight.grad.any()
     assert model.quantize.embedding.weight.grad is None
-    losses.codebook.backward(retain_graph=True)
+    losses["codebook"].backward(retain_graph=True)
     assert model.quantize.embedding.weight.grad.any()
 
 

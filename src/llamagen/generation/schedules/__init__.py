@@ -1,56 +1,37 @@
 """Schedules: what each forward pass of an image feeds, and which codes it samples.
 
-A schedule is one file here. The batch asks the schedule of each image for its next pass, so images
-with different schedules and progress share a batch.
+A schedule is one file here, and its choice in ``new_schedule``. The batch asks the schedule of each
+image for its next pass, so images with different schedules and progress share a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from llamagen.generation.request import UNKNOWN, GenerationRequest
+from llamagen.generation.schedules.base import Pass, Schedule
+from llamagen.generation.schedules.jacobi import JacobiSchedule
+from llamagen.generation.schedules.raster import RasterSchedule
+
+__all__ = ["MAX_TOKENS", "Pass", "Schedule", "new_schedule"]
+
+MAX_TOKENS = 32
+"""Tokens of a pass up to which its time, with AMX, grows much more slowly than their number."""
 
 
-class Pass(NamedTuple):
-    """One forward pass of an image. Cells are numbered in raster order."""
+def new_schedule(
+    request: GenerationRequest, total: int, *, is_wide: bool, sequences: int
+) -> Schedule:
+    """Return the schedule of an image that starts.
 
-    feed: Sequence[int]
-    """Cells whose codes are fed, behind what the cache holds. None in the first pass, which reads
-    the condition."""
-    sample: Sequence[int]
-    """Cells whose codes are sampled."""
-    predicted_by: Sequence[int]
-    """For each cell that is sampled, the fed token whose logits predict it: an index into ``feed``,
-    or 0 in the first pass for the last token of the condition."""
-    codes: Sequence[int] | None = None
-    """The codes that are fed, where they are guesses; by default those of the cells."""
-
-
-class Schedule(Protocol):
-    """The progress of one image."""
-
-    needs_codes: bool
-    """Whether ``accept`` looks at the codes, which makes the host wait for the device."""
-
-    @property
-    def final(self) -> int:
-        """Number of codes that are final: those of the first cells in raster order."""
-        ...
-
-    def first_pass(self) -> Pass:
-        """The pass that reads the condition."""
-        ...
-
-    def next_pass(self, max_tokens: int) -> Pass:
-        """The next pass, of an image that is not finished.
-
-        Args:
-            max_tokens: tokens of this image up to which a pass costs little more time.
-        """
-        ...
-
-    def accept(self, codes: Sequence[int]) -> int:
-        """Take the codes that the pass sampled; return how many of the fed tokens are final.
-
-        ``codes`` is empty unless ``needs_codes``. Tokens that are not final are fed again.
-        """
-        ...
+    Args:
+        request: the image.
+        total: its codes.
+        is_wide: see ``backends.Step``.
+        sequences: of the whole batch, the image's included.
+    """
+    known = request.known_codes
+    # Found faster for few images on CPUs with AMX, where sixteen rows of a pass cost what one
+    # costs; slower on CPUs without (docs/speed.md). What is known is fed at once as it is.
+    few = known is None and is_wide and 4 * sequences <= MAX_TOKENS
+    if few if request.window is None else request.window > 1:
+        return JacobiSchedule(total, request.window)
+    return RasterSchedule(total, None if known is None else (known != UNKNOWN).flatten().tolist())

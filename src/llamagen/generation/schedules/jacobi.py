@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamagen.generation.schedules import Pass
+from llamagen.generation.schedules.base import Pass
 
 _WINDOW_PER_CODE = 4.0
 """Positions of a window for each code that a pass has lately made final."""

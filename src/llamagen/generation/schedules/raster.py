@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamagen.generation.schedules import Pass
+from llamagen.generation.schedules.base import Pass
 
 _MAX_KNOWN = 64
 """Known codes fed in one pass."""

@@ -1,4 +1,4 @@
-"""The image tokenizer: a VQ autoencoder between images and grids of codes."""
+"""The image tokenizer: an autoencoder between images and grids of codes."""
 
 from llamagen.models.tokenizer.model import (
     ImageTokenizer,
@@ -6,14 +6,13 @@ from llamagen.models.tokenizer.model import (
     images_to_uint8,
     uint8_to_images,
 )
-from llamagen.models.tokenizer.quantizer import Quantized, QuantizerLosses, VectorQuantizer
+from llamagen.models.tokenizer.quantizers import Quantized, Quantizer
 
 __all__ = [
     "ImageTokenizer",
     "Quantized",
-    "QuantizerLosses",
+    "Quantizer",
     "TokenizerOutput",
-    "VectorQuantizer",
     "images_to_uint8",
     "uint8_to_images",
 ]

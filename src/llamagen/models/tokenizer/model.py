@@ -13,7 +13,7 @@ from llamagen.models.pretrained import PretrainedModel
 from llamagen.models.tokenizer.autoencoder import Decoder, Encoder
 from llamagen.models.tokenizer.layers import Conv2d, Conv3x3, NormSiLU
 from llamagen.models.tokenizer.operations import Operations, per_image
-from llamagen.models.tokenizer.quantizer import Quantized, VectorQuantizer
+from llamagen.models.tokenizer.quantizers import Quantized, new_quantizer
 from llamagen.support.errors import InputError
 
 _LARGE_MAP = 2**21
@@ -31,7 +31,7 @@ class TokenizerOutput(NamedTuple):
 
 
 class ImageTokenizer(PretrainedModel[TokenizerConfig]):
-    """VQ autoencoder. Its state-dict keys are those of the public checkpoints."""
+    """Autoencoder around a quantiser. Its state-dict keys are those of the public checkpoints."""
 
     config_class = TokenizerConfig
     kind = "image tokenizer"
@@ -41,11 +41,9 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(
-            config.codebook_size, config.codebook_dim, l2_norm=config.codebook_l2_norm
-        )
-        self.quant_conv = Conv2d(config.z_channels, config.codebook_dim, 1)
-        self.post_quant_conv = Conv2d(config.codebook_dim, config.z_channels, 1)
+        self.quantize = new_quantizer(config)
+        self.quant_conv = Conv2d(config.z_channels, self.quantize.dim, 1)
+        self.post_quant_conv = Conv2d(self.quantize.dim, config.z_channels, 1)
 
     def set_operations(self, operations: Operations) -> None:
         """Let ``operations`` compute the layers from now on, in place of torch."""
@@ -82,8 +80,8 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         Raises:
             InputError: a side of the images is not a multiple of the downsampling.
         """
-        codes: Tensor = self.quantize(self.encode_latents(images)).codes
-        return codes
+        quantized: Quantized = self.quantize(self.encode_latents(images))
+        return quantized.codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
