@@ -54,4 +54,5 @@ class Quantizer(nn.Module, abc.ABC):
         Raises:
             InputError: the quantiser's codes stand where they are.
         """
+        del codes, latents
         raise InputError("this quantizer has no trained codebook; its codes cannot be moved")
