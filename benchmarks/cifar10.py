@@ -39,7 +39,7 @@ from cifar10_classifier import SIDE, About, Classifier, Judged, Training
 from common import evenly, machine, print_table, record
 
 from llamagen import Pipeline
-from llamagen.data.collection import ImageCollection
+from llamagen.data.images import ImageCollection
 from llamagen.evaluation.metrics import (
     FeatureStatistics,
     codebook_use,

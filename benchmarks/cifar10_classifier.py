@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from llamagen.data.collection import ImageCollection
+from llamagen.data.images import ImageCollection
 from llamagen.support.devices import find_dtype, keep_freed_memory
 from llamagen.support.errors import InputError
 from llamagen.support.storage import atomic_file

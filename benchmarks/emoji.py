@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen import Pipeline
-from llamagen.data.crops import center_crop
 from llamagen.data.images import open_image
+from llamagen.data.views import center_crop
 from llamagen.evaluation.metrics import psnr
 from llamagen.models.tokenizer import images_to_uint8, uint8_to_images
 from llamagen.support.pictures import image_grid, save_png

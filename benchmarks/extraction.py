@@ -26,10 +26,9 @@ from common import median_and_spread, print_table, record
 from PIL import Image
 
 from llamagen.config import TOKENIZER_PRESETS, TokenizerConfig, preset
-from llamagen.data.crops import center_crop
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder, open_image
-from llamagen.data.views import Views
+from llamagen.data.views import Views, center_crop
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.devices import DTYPES, find_device, find_dtype, keep_freed_memory
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamagen.checkpoints.infer import infer_tokenizer_config, infer_transformer_config
+from llamagen.checkpoints.load import infer_tokenizer_config, infer_transformer_config
 from llamagen.checkpoints.published import Checkpoint
 from llamagen.config import (
     TOKENIZER_PRESETS,

@@ -22,9 +22,8 @@ import llamagen.support.storage as storage
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data import extraction
 from llamagen.data.captions import Caption
-from llamagen.data.extraction import extract_store
+from llamagen.data.extraction import extract_store, run_children
 from llamagen.data.images import ImageFolder, open_image
-from llamagen.data.processes import run_children
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views
 from llamagen.models.tokenizer import uint8_to_images

@@ -3,11 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llamagen.data.crops import center_crop, random_crop, ten_crop
 from llamagen.data.images import ImageFolder
-from llamagen.data.loader import image_views, training_batches
-from llamagen.data.order import DataOrder
-from llamagen.data.views import Augmentation, Views
+from llamagen.data.loader import DataOrder, image_views, training_batches
+from llamagen.data.views import Augmentation, Views, center_crop, random_crop, ten_crop
 from llamagen.support.errors import InputError
 from tests.images import write_digits
 

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from llamagen.data.order import DataOrder, Draw
+from llamagen.data.loader import DataOrder, Draw
 
 KNOWN_ORDER = [1, 5, 2, 4, 3, 0]
 KNOWN_NUMBER = 136

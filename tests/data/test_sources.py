@@ -11,7 +11,7 @@ from PIL import Image
 
 from llamagen.data import SourceConfig, open_images
 from llamagen.data.captions import Caption
-from llamagen.data.classes import classes_of
+from llamagen.data.columns import classes_of
 from llamagen.data.datasets_library import Table
 from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.support.errors import InputError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from llamagen.data.crops import center_crop, ten_crop
+from llamagen.data.views import center_crop, ten_crop
 
 
 def test_center_crop(read_case):

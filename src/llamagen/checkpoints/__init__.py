@@ -14,10 +14,11 @@ from llamagen.checkpoints.names import (
     PublicModel,
     demo_sampling,
     find_public,
+    find_shipped,
     nearest_names,
+    shipped_models,
 )
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
-from llamagen.checkpoints.shipped import find_shipped, shipped_models
 from llamagen.checkpoints.sources import PipelineSource, Source, resolve_pipeline
 
 __all__ = [

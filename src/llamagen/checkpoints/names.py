@@ -4,10 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Literal
 
-from llamagen.checkpoints.shipped import shipped_models
+from llamagen.checkpoints.index import is_pipeline_folder
 from llamagen.config import Grid, SamplingConfig, TextConfig
+
+_FOLDER = Path(__file__).parent.parent / "assets" / "models"
+
+
+def shipped_models() -> list[str]:
+    """Their names."""
+    if not _FOLDER.is_dir():
+        return []
+    return sorted(path.name for path in _FOLDER.iterdir() if is_pipeline_folder(path))
+
+
+def find_shipped(name: str) -> Path | None:
+    """The folder of the shipped model called ``name``, in any case; None if there is none."""
+    wanted = name.lower()
+    return _FOLDER / wanted if wanted in shipped_models() else None
+
 
 Kind = Literal["image tokenizer", "transformer"]
 

@@ -14,8 +14,7 @@ import tyro
 
 from llamagen.cli.options import DeviceOptions
 from llamagen.data.columns import SourceConfig
-from llamagen.data.crops import TEN_CROP_RANGES
-from llamagen.data.views import ViewKind
+from llamagen.data.views import TEN_CROP_RANGES, ViewKind
 from llamagen.support.errors import InputError
 from llamagen.support.launch import Launch, own_device
 

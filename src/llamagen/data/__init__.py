@@ -1,8 +1,7 @@
 """Images from folders, tables and data sets, and the codes that a tokenizer makes of them."""
 
-from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
-from llamagen.data.images import CorruptImageError, ImageFolder, open_image
+from llamagen.data.images import CorruptImageError, ImageCollection, ImageFolder, open_image
 from llamagen.data.sources import open_images
 
 __all__ = [

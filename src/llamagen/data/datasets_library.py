@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import (
     IMAGE_NAMES,
     LABEL_NAMES,
@@ -22,7 +21,7 @@ from llamagen.data.columns import (
     find_column,
     read_annotations,
 )
-from llamagen.data.images import CorruptImageError, decode_image
+from llamagen.data.images import CorruptImageError, ImageCollection, decode_image
 from llamagen.support.errors import InputError
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}

@@ -18,8 +18,7 @@ from PIL import Image
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import Grid, TransformerConfig
 from llamagen.data.captions import Captions
-from llamagen.data.collection import ImageCollection
-from llamagen.data.images import SkippedFiles
+from llamagen.data.images import ImageCollection, SkippedFiles
 from llamagen.data.loader import ReadableImages
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views

@@ -16,11 +16,10 @@ from typing import IO, Any
 import numpy as np
 
 import llamagen.support.storage as storage
-from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
-from llamagen.data.crops import center_crop
-from llamagen.data.images import CorruptImageError, ImageFolder
+from llamagen.data.images import CorruptImageError, ImageCollection, ImageFolder
 from llamagen.data.sources import open_images
+from llamagen.data.views import center_crop
 from llamagen.support.errors import InputError
 
 _PART = 256

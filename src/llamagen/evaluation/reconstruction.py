@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen.backends.cpu.convolution import accelerate
-from llamagen.data.crops import center_crop
+from llamagen.data.views import center_crop
 from llamagen.evaluation.metrics import psnr, ssim
 from llamagen.evaluation.metrics.ssim import WINDOW
 from llamagen.generation.memory import decoding_batch_size

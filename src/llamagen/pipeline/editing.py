@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.data.crops import center_crop
 from llamagen.data.images import DECODING_ERRORS, open_image, to_rgb
+from llamagen.data.views import center_crop
 from llamagen.generation.request import UNKNOWN
 from llamagen.generation.seeds import derived_seed, one_seed_each, uniform_draws
 from llamagen.models.tokenizer import uint8_to_images

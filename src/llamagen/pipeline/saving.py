@@ -1,10 +1,12 @@
-"""Many images into a folder: goes on where it was interrupted, shared by several processes."""
+"""Folders of many images: generation resumes after an interruption and several processes share it.
+
+A folder is an artifact (``llamagen.support.artifact``) whose images are files of their own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,23 +15,26 @@ from typing import Any
 import torch
 from PIL import Image
 
-import llamagen.support.storage as storage
 from llamagen.config import sampling_settings
 from llamagen.pipeline.pipeline import Pipeline
-from llamagen.support.errors import InputError
+from llamagen.support.artifact import Artifact, Format
 from llamagen.support.pictures import save_png
 
 INDEX_NAME = "index.jsonl"
-"""One line per image: its file, prompt and seed, and what the prompts' file says of it."""
+"""One line per image: its file, prompt and seed, and the other fields of its prompt."""
 
-_SETTINGS_NAME = "settings.json"
-
-_log = logging.getLogger(__name__)
+_FORMAT = Format(
+    name="llamagen-images",
+    version=1,
+    noun="images of a file of prompts",
+    settings_name="settings.json",
+    has_header=False,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planned:
-    """An image that is to be drawn."""
+    """An image to generate."""
 
     file: str
     """Its name in the folder."""
@@ -71,52 +76,71 @@ def draw_into_folder(
     """Generate the images that are not in the folder yet.
 
     Args:
-        pipeline: draws them.
-        planned: all of them, of all processes.
+        pipeline: generates them.
+        planned: all images, of all processes.
         out: the folder; new, empty, or begun with the same prompts and settings.
-        batch_size: images drawn at once.
-        window: codes of each image that a pass looks at, as in ``Pipeline``; no matter of the
-            folder, since it changes no image.
-        rank: this process draws every ``world_size``-th batch, from this one on.
-        world_size: processes that draw into the folder.
-        progress: is told how many more are there. A GPU draws the next batch while one is fetched
-            and saved; a CPU, which would be slower at it, saves what is drawn before it goes on.
-        settings: what ``Pipeline.__call__`` takes, as guidance_scale or negative_prompt.
+        batch_size: images generated at once.
+        window: as in ``Pipeline``; it changes no image, so it may differ when work goes on.
+        rank: this process generates every ``world_size``-th batch, from this one on.
+        world_size: processes that share the folder.
+        progress: is called with the number of images newly done. A GPU generates the next batch
+            while one is fetched and saved; a CPU, which would be slower at it, saves first.
+        settings: arguments of ``Pipeline.__call__``, such as guidance_scale or negative_prompt.
 
     Returns:
-        How many this call has drawn.
+        The number of images that this call generated.
 
     Raises:
-        InputError: the folder holds something else, or a prompt or setting is refused.
+        InputError: the folder holds something else or is in use, or a prompt or setting is refused.
         OSError: the disk is full, or the folder cannot be written to.
     """
-    # All of them before the first is drawn: a prompts' file that is mended is another one.
+    # Before the first is generated: a corrected file of prompts would need another folder.
     pipeline.check_prompts([image.prompt for image in planned])
     sampling = {setting.name for setting in sampling_settings()} & settings.keys()
     pipeline.sampling.replace(**{name: settings[name] for name in sampling})
-    _begin(pipeline, planned, out, settings)
+    artifact = Artifact(
+        out,
+        _FORMAT,
+        {
+            "model": pipeline.name,
+            "sampling": dataclasses.asdict(pipeline.sampling)
+            | {name: value for name, value in settings.items() if value is not None},
+            **pipeline.precision,
+        },
+        rank=rank,
+        world_size=world_size,
+    )
     drawn = 0
     behind = _batches_behind(pipeline.device)
     saving: list[tuple[int, Future[None]]] = []
 
     def wait_for_first() -> None:
-        there, saved = saving.pop(0)
+        done, saved = saving.pop(0)
         saved.result()
         if progress is not None:
-            progress(there)
+            progress(done)
 
-    # What is being saved when something fails is there in the end.
-    with ThreadPoolExecutor(1, thread_name_prefix="llamagen-saver") as saver:
+    # On an error, leaving the block waits for the batch that is being saved.
+    with artifact.begin(), ThreadPoolExecutor(1, thread_name_prefix="llamagen-saver") as saver:
+        artifact.same_text(INDEX_NAME, _index(planned), "other prompts or seeds")
         for batch in batches(planned, batch_size, rank, world_size):
-            left = [image for image in batch if not (out / image.file).is_file()]
-            fetch, about = _launch(pipeline, left, window=window, **settings)
-            saving.append((len(batch), saver.submit(_save, left, out, fetch, about)))
-            drawn += len(left)
+            missing = [image for image in batch if not (out / image.file).is_file()]
+            fetch, metadata = _launch(pipeline, missing, window=window, **settings)
+            saving.append((len(batch), saver.submit(_save, missing, out, fetch, metadata)))
+            drawn += len(missing)
             if len(saving) > behind:
                 wait_for_first()
         while saving:
             wait_for_first()
     return drawn
+
+
+def _index(planned: Sequence[Planned]) -> str:
+    lines = (
+        {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed}
+        for image in planned
+    )
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def batches(
@@ -156,46 +180,3 @@ def _save(
 ) -> None:
     for image, picture, about in zip(left, fetch(), metadata, strict=True):
         save_png(picture, out / image.file, metadata=about)
-
-
-def _begin(
-    pipeline: Pipeline, planned: Sequence[Planned], out: Path, settings: Mapping[str, Any]
-) -> None:
-    """Write the index and the settings, or find the same ones in the folder."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give `out` a folder")
-    storage.require_writable(out)
-    given = {name: value for name, value in settings.items() if value is not None}
-    about = {
-        "model": pipeline.name,
-        "sampling": {**dataclasses.asdict(pipeline.sampling), **given},
-        **pipeline.precision,
-    }
-    index = "".join(
-        json.dumps(
-            {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed},
-            ensure_ascii=False,
-        )
-        + "\n"
-        for image in planned
-    )
-    wanted = {
-        _SETTINGS_NAME: json.dumps(about, indent=2, ensure_ascii=False) + "\n",
-        INDEX_NAME: index,
-    }
-    others = [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]
-    if others and _SETTINGS_NAME not in others:
-        raise InputError(
-            f"{out} is not empty and holds no images of a prompts' file (but {min(others)}); "
-            f"give `out` an empty folder"
-        )
-    for name, text in wanted.items():
-        path = out / name
-        if path.is_file() and path.read_text(encoding="utf-8") != text:
-            what = "settings" if name == _SETTINGS_NAME else "prompts or seeds"
-            raise InputError(
-                f"the images in {out} were begun with other {what} ({name}); restore them, or "
-                f"give another `out`"
-            )
-        if not path.is_file():
-            storage.write_text(path, text)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llamagen.data.columns import CAPTION_NAMES
-from llamagen.data.tables import read_table
+from llamagen.data.sources import read_table
 from llamagen.support.errors import InputError
 
 

@@ -23,8 +23,7 @@ from llamagen.config import (
     TransformerConfig,
 )
 from llamagen.data.columns import SourceConfig
-from llamagen.data.crops import TEN_CROP_RANGES
-from llamagen.data.views import ViewKind, check_crop_ranges
+from llamagen.data.views import TEN_CROP_RANGES, ViewKind, check_crop_ranges
 from llamagen.support.errors import InputError
 
 TransformerSize = TransformerArchitecture

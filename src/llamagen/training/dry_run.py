@@ -29,10 +29,9 @@ from llamagen.config import (
     preset,
 )
 from llamagen.data.captions import Caption
-from llamagen.data.collection import ImageCollection
-from llamagen.data.images import ImageFolder
+from llamagen.data.images import ImageCollection, ImageFolder
 from llamagen.data.live_codes import MemoryCodes
-from llamagen.data.order import DataOrder
+from llamagen.data.loader import DataOrder
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
 from llamagen.support.devices import find_device

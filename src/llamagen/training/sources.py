@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from llamagen.data.collection import ImageCollection
 from llamagen.data.columns import SourceConfig
-from llamagen.data.loader import ImageBatch, training_batches
-from llamagen.data.order import DataOrder
+from llamagen.data.images import ImageCollection
+from llamagen.data.loader import DataOrder, ImageBatch, training_batches
 from llamagen.data.sources import is_library_source, open_images
 from llamagen.data.views import Augmentation
 from llamagen.support import distributed

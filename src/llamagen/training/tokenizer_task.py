@@ -18,8 +18,7 @@ import llamagen.support.storage as storage
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
-from llamagen.data.collection import ImageCollection
-from llamagen.data.images import SkippedFiles
+from llamagen.data.images import ImageCollection, SkippedFiles
 from llamagen.data.loader import ImageBatch, image_views
 from llamagen.data.views import Augmentation, Views
 from llamagen.evaluation.metrics import psnr, ssim

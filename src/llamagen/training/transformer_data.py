@@ -9,9 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from llamagen.data.collection import ImageCollection, split_keys, spread
 from llamagen.data.extraction import extract_store
-from llamagen.data.images import SkippedFiles
+from llamagen.data.images import ImageCollection, SkippedFiles, split_keys, spread
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Views

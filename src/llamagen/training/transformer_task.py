@@ -19,7 +19,7 @@ from llamagen.checkpoints import load_tokenizer, resolve_pipeline
 from llamagen.checkpoints.sources import Source
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
-from llamagen.data.order import DataOrder
+from llamagen.data.loader import DataOrder
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen.checkpoints.hub import download_file
+from llamagen.checkpoints.sources import download_file
 from llamagen.evaluation.networks.inputs import require_images
 from llamagen.evaluation.networks.weights import (
     PublicFile,

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
-from llamagen.data.order import DataOrder
+from llamagen.data.loader import DataOrder
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.networks.classifier import (
     Classifier,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
-from llamagen.checkpoints.pickles import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
+from llamagen.checkpoints.published import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
 from llamagen.models.pretrained import check_shapes, read_safetensors
 from llamagen.support.errors import InputError
 
