@@ -108,9 +108,11 @@ static size_t own_room(const Model *m, int rows, int positions) {
   int padded = (rows + LANES - 1) / LANES * LANES;
   size_t tiles = aligned((size_t)2 * MOST_PIECES * OUTPUTS * padded * 4);
   size_t longest = m->hidden > m->width ? m->hidden : m->width;
-  size_t scores = (size_t)(positions + LANES) * 4;
-  size_t weights = (size_t)MOST_PIECES * OUTPUTS * (longest * 4 + 2 * padded * 4);
-  return tiles + aligned(scores > weights ? scores : weights);
+  // Scores of attention, weights as floats, or sums of whole numbers in tiles.
+  size_t scores = (size_t)(positions + LANES) * 4, weights = OUTPUTS * longest * 4;
+  size_t sums = (size_t)MOST_PIECES * OUTPUTS * 2 * padded * 4;
+  if (weights > scores) scores = weights;
+  return tiles + aligned(sums > scores ? sums : scores);
 }
 
 // Bytes of scratch that a step needs for `rows` tokens of sequences of up to `positions` positions.

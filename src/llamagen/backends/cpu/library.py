@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
 
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+FLOAT32, BFLOAT16, INT8 = range(3)
 
 MAX_CODES = 1 << 20
 """Codes of a codebook, of which sampling has a fixed amount of memory for sums."""
@@ -34,7 +34,6 @@ class Matrix(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("factors", ctypes.c_void_p),
         ("kind", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
         ("inputs", ctypes.c_int32),

@@ -12,7 +12,7 @@
 
 #include "tiles.h"
 
-enum { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
+enum { F32 = 0, BF16 = 1, I8 = 2 };
 
 #define OUTPUTS 16  // of one piece of work
 #define BLOCK 32    // inputs of a row that lie side by side
@@ -26,16 +26,12 @@ enum { F32 = 0, BF16 = 1, I8 = 2, I4 = 3 };
 #define MOST_ROWS 2
 #endif
 
-// A weight is a number times, where they are whole numbers, the scale of its output; in I4 also
-// times a small whole number that GROUP inputs share, so that the product fits eight bits.
-#define GROUP 32
 // Products of whole numbers of 16 and 8 bits that one of sixteen 32-bit lanes can sum.
 #define STRETCH 8192
 
 typedef struct {
-  const void *data;       // (outputs, inputs); for I4 two numbers a byte, the first in the low half
-  const float *scales;    // (outputs,)
-  const uint8_t *factors; // I4: (outputs, inputs / GROUP), from 1 to 15
+  const void *data;     // (outputs, inputs)
+  const float *scales;  // (outputs,) of int8 weights
   int32_t kind, outputs, inputs;
 } Matrix;
 
@@ -113,30 +109,17 @@ INLINE void put_two(const Layout *l, Activations a, int lane, int index, v16 x, 
 
 // Bytes of so many weights.
 INLINE size_t weight_bytes(int kind, size_t count) {
-  return kind == F32 ? count * 4 : kind == BF16 ? count * 2 : kind == I8 ? count : count / 2;
+  return kind == F32 ? count * 4 : kind == BF16 ? count * 2 : count;
 }
 
 INLINE const char *weight_row(const Matrix *m, int kind, int output) {
   return (const char *)m->data + weight_bytes(kind, (size_t)output * m->inputs);
 }
 
-INLINE int factor_of(const Matrix *m, int output, int input) {
-  return m->factors[(size_t)output * (m->inputs / GROUP) + input / GROUP];
-}
-
-// 4-bit numbers stand for -8..7, offset by 8.
-INLINE v16 load_i4(const uint8_t *p) {
-  v16 x;
-  for (int i = 0; i < LANES; i++) x[i] = (float)((i & 1 ? p[i / 2] >> 4 : p[i / 2] & 15) - 8);
-  return x;
-}
-
 // Sixteen weights without the scale of their output.
-INLINE v16 load_weights(const Matrix *m, int kind, const void *row, int output, int index) {
+INLINE v16 load_weights(int kind, const void *row, int index) {
   if (kind == BF16) return load_bf16((const bf16 *)row + index);
   if (kind == I8) return load_i8((const int8_t *)row + index);
-  if (kind == I4)
-    return load_i4((const uint8_t *)row + index / 2) * (float)factor_of(m, output, index);
   return load_f32((const float *)row + index);
 }
 
@@ -148,17 +131,8 @@ INLINE __m512i add_words(__m512i total, __m512i a, __m512i b) {
 }
 
 // Thirty-two whole numbers of sixteen bits.
-INLINE __m512i load_words(const Matrix *m, int kind, const void *row, int output, int index) {
-  if (kind == I8) {
-    const __m256i *at = (const __m256i *)((const int8_t *)row + index);
-    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(at));
-  }
-  const __m128i *at = (const __m128i *)((const uint8_t *)row + index / 2);
-  __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(at));
-  __m512i even = _mm512_and_si512(bytes, _mm512_set1_epi32(15));
-  __m512i odd = _mm512_and_si512(_mm512_slli_epi32(bytes, 12), _mm512_set1_epi32(15 << 16));
-  __m512i numbers = _mm512_sub_epi16(_mm512_or_si512(even, odd), _mm512_set1_epi16(8));
-  return _mm512_mullo_epi16(numbers, _mm512_set1_epi16((int16_t)factor_of(m, output, index)));
+INLINE __m512i load_words(const int8_t *p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 }
 #endif
 
@@ -168,9 +142,8 @@ enum { FLOATS, PAIRED, WHOLE };
 // tile (rows, OUTPUTS). If `fetch`, what lies `ahead` bytes behind the weights is fetched meanwhile.
 // Weights stay in registers and activations pass by: the other way round, compilers read these
 // again for each output, and reading takes longer than multiplying.
-INLINE void dots(const Matrix *m, int kind, int numbers, int some, int rows, const char *weights,
-                 const void *x, int output, float *tile, int fetch, ptrdiff_t ahead) {
-  int inputs = m->inputs;
+INLINE void dots(int inputs, int kind, int numbers, int some, int rows, const char *weights,
+                 const void *x, float *tile, int fetch, ptrdiff_t ahead) {
   size_t bytes = weight_bytes(kind, inputs);
   v16 total[SUMS];
   UNROLL for (int i = 0; i < some * rows; i++) total[i] = splat(0);
@@ -185,7 +158,7 @@ INLINE void dots(const Matrix *m, int kind, int numbers, int some, int rows, con
         __m512i w[SUMS];
         UNROLL for (int n = 0; n < some; n++) {
           const char *row = weights + n * bytes;
-          w[n] = load_words(m, kind, row, output + n, k);
+          w[n] = load_words((const int8_t *)row + k);
           if (fetch) __builtin_prefetch(row + weight_bytes(kind, k) + ahead, 0, 2);
         }
         UNROLL for (int r = 0; r < rows; r++) {
@@ -222,7 +195,7 @@ INLINE void dots(const Matrix *m, int kind, int numbers, int some, int rows, con
         v16 w[SUMS];
         UNROLL for (int n = 0; n < some; n++) {
           const char *row = weights + n * bytes;
-          w[n] = load_weights(m, kind, row, output + n, block + k);
+          w[n] = load_weights(kind, row, block + k);
           if (fetch) __builtin_prefetch(row + weight_bytes(kind, block + k) + ahead, 0, 2);
         }
         UNROLL for (int r = 0; r < rows; r++) {
@@ -237,56 +210,36 @@ INLINE void dots(const Matrix *m, int kind, int numbers, int some, int rows, con
     memcpy(tile + r * OUTPUTS, found + r * some, some * sizeof(float));
 }
 
-INLINE void dots_of_group(const Matrix *m, int kind, int numbers, int rows, const char *weights,
-                          const void *x, int output, float *tile, ptrdiff_t ahead) {
+INLINE void dots_of_group(int inputs, int kind, int numbers, int rows, const char *weights,
+                          const void *x, float *tile, ptrdiff_t ahead) {
   int some = SUMS / (rows > 1 ? rows : 2);  // more weights than eight would not stay in registers
   for (int n = 0; n < OUTPUTS; n += some) {
-    const char *own = weights + n * weight_bytes(kind, m->inputs);
+    const char *own = weights + n * weight_bytes(kind, inputs);
     if (ahead)
-      dots(m, kind, numbers, some, rows, own, x, output + n, tile + n, 1, ahead);
+      dots(inputs, kind, numbers, some, rows, own, x, tile + n, 1, ahead);
     else
-      dots(m, kind, numbers, some, rows, own, x, output + n, tile + n, 0, 0);
+      dots(inputs, kind, numbers, some, rows, own, x, tile + n, 0, 0);
   }
 }
 
 // Sixteen outputs of all rows: tile (rows, OUTPUTS). `ahead` is what is read next, or NULL.
-INLINE void dot_products(const Matrix *m, const Layout *l, int kind, int numbers,
-                         const char *weights, const void *x, int output, float *tile,
-                         const char *ahead) {
+INLINE void dot_products(int inputs, const Layout *l, int kind, int numbers, const char *weights,
+                         const void *x, float *tile, const char *ahead) {
   ptrdiff_t distance = ahead ? ahead - weights : 0;
-  size_t bytes = (size_t)m->inputs * (numbers == FLOATS ? 4 : 2);
+  size_t bytes = (size_t)inputs * (numbers == FLOATS ? 4 : 2);
   for (int row = 0, size; row < l->rows; row += size) {
     const char *own = (const char *)x + row * bytes;
     float *into = tile + row * OUTPUTS;
     size = group_size(l->rows, row);
     switch (size) {
-      case 1: dots_of_group(m, kind, numbers, 1, weights, own, output, into, distance); break;
-      case 2: dots_of_group(m, kind, numbers, 2, weights, own, output, into, distance); break;
+      case 1: dots_of_group(inputs, kind, numbers, 1, weights, own, into, distance); break;
+      case 2: dots_of_group(inputs, kind, numbers, 2, weights, own, into, distance); break;
 #if MOST_ROWS == 8
-      case 4: dots_of_group(m, kind, numbers, 4, weights, own, output, into, distance); break;
-      default: dots_of_group(m, kind, numbers, 8, weights, own, output, into, distance); break;
+      case 4: dots_of_group(inputs, kind, numbers, 4, weights, own, into, distance); break;
+      default: dots_of_group(inputs, kind, numbers, 8, weights, own, into, distance); break;
 #endif
     }
     distance = 0;  // once is enough
-  }
-}
-
-// Sixteen rows of 4-bit weights as 8-bit ones.
-static void widen_i4(const Matrix *m, int output, int8_t *into) {
-  int inputs = m->inputs;
-  for (int n = 0; n < OUTPUTS; n++) {
-    const uint8_t *row = (const uint8_t *)weight_row(m, I4, output + n);
-    for (int k = 0; k < inputs; k += GROUP) {
-      int8_t factor = (int8_t)factor_of(m, output + n, k);
-      u8x16 bytes;
-      memcpy(&bytes, row + k / 2, sizeof bytes);
-      i8x16 even = ((i8x16)(bytes & 15) - 8) * factor, odd = ((i8x16)(bytes >> 4) - 8) * factor;
-      i8x16 first = MIX(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-      i8x16 second = MIX(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-      int8_t *to = into + (size_t)n * inputs + k;
-      memcpy(to, &first, sizeof first);
-      memcpy(to + LANES, &second, sizeof second);
-    }
   }
 }
 
@@ -296,7 +249,7 @@ static void widen(const Matrix *m, int output, float *into) {
   for (int n = 0; n < OUTPUTS; n++) {
     const char *row = weight_row(m, m->kind, output + n);
     for (int k = 0; k < inputs; k += LANES)
-      store_f32(into + (size_t)n * inputs + k, load_weights(m, m->kind, row, output + n, k));
+      store_f32(into + (size_t)n * inputs + k, load_weights(m->kind, row, k));
   }
 }
 
@@ -486,13 +439,6 @@ static __attribute__((noinline)) void tiled_product(const Matrix *m, const Layou
   int columns = 2 * l->padded;
   int32_t *sums = room;
   const char *weights = weight_row(m, m->kind, output);
-  if (m->kind == I4) {
-    int8_t *wide = (int8_t *)(sums + pieces * OUTPUTS * columns);
-    for (int i = 0; i < pieces * OUTPUTS; i += OUTPUTS)
-      widen_i4(m, output + i, wide + (size_t)i * m->inputs);
-    weights = (const char *)wide;
-    ahead = NULL;
-  }
   tile_products(1, columns, pieces, weights, m->inputs, x.whole, (char *)sums, ahead);
   for (int n = 0; n < pieces * OUTPUTS; n++)
     for (int lane = 0; lane < l->padded; lane += LANES) {
@@ -511,27 +457,20 @@ static __attribute__((noinline)) void plain_product(const Matrix *m, const Layou
                                                     const char *ahead) {
   const char *weights = weight_row(m, m->kind, output);
   int kind = m->kind;
+  int inputs = m->inputs;
   if (l->whole) {
-    // Widening once pays where there is more than one pass over the weights.
-    if (kind == I4 && l->rows > MOST_ROWS) {
-      widen_i4(m, output, room);
-      dot_products(m, l, I8, WHOLE, room, x.whole, output, tile, NULL);
-    } else if (kind == I4) {
-      dot_products(m, l, I4, WHOLE, weights, x.whole, output, tile, ahead);
-    } else {
-      dot_products(m, l, I8, WHOLE, weights, x.whole, output, tile, ahead);
-    }
+    dot_products(inputs, l, I8, WHOLE, weights, x.whole, tile, ahead);
   } else if (l->pairs) {
-    dot_products(m, l, BF16, PAIRED, weights, x.data, output, tile, ahead);
+    dot_products(inputs, l, BF16, PAIRED, weights, x.data, tile, ahead);
   } else if (kind == F32) {
-    dot_products(m, l, F32, FLOATS, weights, x.data, output, tile, ahead);
+    dot_products(inputs, l, F32, FLOATS, weights, x.data, tile, ahead);
   } else if (kind == BF16 && l->rows <= MOST_ROWS) {
-    dot_products(m, l, BF16, FLOATS, weights, x.data, output, tile, ahead);
+    dot_products(inputs, l, BF16, FLOATS, weights, x.data, tile, ahead);
   } else {
     widen(m, output, room);
-    dot_products(m, l, F32, FLOATS, room, x.data, output, tile, NULL);
+    dot_products(inputs, l, F32, FLOATS, room, x.data, tile, NULL);
   }
-  if (kind == I8 || kind == I4)
+  if (kind == I8)
     for (int row = 0; row < l->rows; row++) {
       float *at = tile + row * OUTPUTS, scale = l->whole ? x.scales[row] : 1.0f;
       store_f32(at, load_f32(at) * scale * load_f32(m->scales + output));

@@ -36,17 +36,14 @@ typedef uint32_t u16x32 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
-typedef uint8_t u8x16 __attribute__((vector_size(16)));
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t bf16;
 
 #if defined(__clang__)
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (i32x16){__VA_ARGS__})
-#define MIX(x, y, ...) __builtin_shuffle(x, y, (i8x16){__VA_ARGS__})
 #define PICK(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
 #endif
 
