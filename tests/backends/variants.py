@@ -14,11 +14,11 @@ from llamagen.backends.cpu import Kernels, build
 # Name -> flags of the compiler, what the processor must have, and what must then be compiled.
 _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "native": ((), set(), None),
-    "tiles": (("-DEMULATED_TILES",), set(), None),
-    "avx512 with bfloat16": (
+    "amx": (("-DEMULATE_AMX",), set(), None),
+    "avx512_bf16": (
         ("-mno-amx-tile",),
         {"avx512_bf16", "avx512_vnni"},
-        {"pairs", "words", "threads"},
+        {"avx512_bf16", "vnni", "threads"},
     ),
     "avx512": (("-march=skylake-avx512",), {"avx512bw"}, {"threads"}),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}, {"threads"}),

@@ -102,10 +102,9 @@ def _perceptual(options: Options, device: torch.device) -> Perceptual | None:
     if options.lpips == "no":
         return None
     from llamagen.evaluation.networks.lpips import FILE_NAME, load_lpips
-    from llamagen.evaluation.networks.weights import cache_folder
-    from llamagen.support import distributed
+    from llamagen.support import distributed, storage
 
-    here = options.lpips_weights is not None or (cache_folder() / FILE_NAME).is_file()
+    here = options.lpips_weights is not None or (storage.cache_folder() / FILE_NAME).is_file()
     if options.lpips == "auto" and not here:
         return None
     with distributed.main_first():

@@ -123,6 +123,18 @@ def _write(path: Path | str, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what outlives a process: ``LLAMAGEN_CACHE``, else the user's cache.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    own = os.environ.get("LLAMAGEN_CACHE")
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
+
+
 def require_writable(folder: Path | str) -> Path:
     """Makes ``folder`` if need be and proves that files can be written there.
 

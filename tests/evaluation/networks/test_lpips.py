@@ -21,8 +21,9 @@ from llamagen.evaluation.networks.lpips import (
     load_lpips,
     save_lpips,
 )
-from llamagen.evaluation.networks.weights import PublicFile, cache_folder
+from llamagen.evaluation.networks.weights import PublicFile
 from llamagen.support.errors import InputError
+from llamagen.support.storage import cache_folder
 from tests.evaluation.networks.helpers import Malicious, one_line, same, saved
 from tests.web import running
 

@@ -1,27 +1,27 @@
-// Attention of one new position per sequence to those before it, each as far as it has come.
+// Attention of one token to the positions of its sequence up to its own.
 
 #ifndef LLAMAGEN_ATTENTION_H
 #define LLAMAGEN_ATTENTION_H
 
 #include <math.h>
 
-#include "products.h"
+#include "matmul.h"
 
-#define WIDEST_HEAD 256
+#define MAX_HEAD_DIM 256
 // A processor's own prefetching ends with a page of 4 KB; keys and values go on.
-#define AHEAD 4096
+#define PREFETCH_DISTANCE 4096
 
-// Fetches what will be read AHEAD bytes behind `at` of a stretch of memory; where the stretch
-// ends, `then` follows, if anything does.
-INLINE void fetch_ahead(const char *from, size_t at, size_t size, size_t end, const char *then) {
-  at += AHEAD;
-  const char *source = at < end ? from + at : then ? then + (at - end) : NULL;
+// Prefetches `size` bytes at PREFETCH_DISTANCE behind offset `at` of memory that ends at `end`;
+// there `next` follows, if anything does.
+INLINE void prefetch_ahead(const char *from, size_t at, size_t size, size_t end, const char *next) {
+  at += PREFETCH_DISTANCE;
+  const char *source = at < end ? from + at : next ? next + (at - end) : NULL;
   if (source)
     for (size_t i = 0; i < size; i += 64) __builtin_prefetch(source + i, 0, 2);
 }
 
-// Turns the interleaved pairs of x (size,) by cosines and sines (size / 2, 2).
-INLINE void turn(float *x, const float *rope, int size) {
+// Rotates the interleaved pairs of x (size,) by cosines and sines (size / 2, 2).
+INLINE void apply_rotary(float *x, const float *rope, int size) {
   const v16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
   int i = 0;
   for (; i + LANES <= size; i += LANES) {
@@ -38,106 +38,104 @@ INLINE void turn(float *x, const float *rope, int size) {
   }
 }
 
-// Keys or values of one head of a sequence, position after position.
+// Stored keys or values of one head of a sequence, position after position.
 typedef struct {
   char *data;     // (positions, size)
-  float *scales;  // (positions,) of whole numbers of eight bits; NULL where they are floats
-} Kept;
+  float *scales;  // (positions,) of int8; NULL where they are floats
+} KVHead;
 
-// Bytes of a number that is kept.
-INLINE int kept_bytes(int half, int whole) { return whole ? 1 : half ? 2 : 4; }
+INLINE int kv_bytes(int is_bf16, int is_int8) { return is_int8 ? 1 : is_bf16 ? 2 : 4; }
 
-// A position's key or value joins those that are kept.
-INLINE void keep(Kept kept, int half, int place, const float *x, int size) {
-  size_t at = (size_t)place * size;
-  if (kept.scales) {
-    float most = most_of(x, size), factor = 127.0f / most;
-    kept.scales[place] = most * (1.0f / 127.0f);
-    for (int i = 0; i < size; i++) ((int8_t *)kept.data)[at + i] = (int8_t)rintf(x[i] * factor);
-  } else if (half) {
-    for (int i = 0; i < size; i++) ((bf16 *)kept.data)[at + i] = bf16_of(x[i]);
+// Stores the key or value of a position.
+INLINE void store_kv(KVHead kv, int is_bf16, int position, const float *x, int size) {
+  size_t at = (size_t)position * size;
+  if (kv.scales) {
+    float max = absmax(x, size), factor = 127.0f / max;
+    kv.scales[position] = max * (1.0f / 127.0f);
+    for (int i = 0; i < size; i++) ((int8_t *)kv.data)[at + i] = (int8_t)rintf(x[i] * factor);
+  } else if (is_bf16) {
+    for (int i = 0; i < size; i++) ((bf16 *)kv.data)[at + i] = f32_to_bf16(x[i]);
   } else {
-    memcpy((float *)kept.data + at, x, size * sizeof(float));
+    memcpy((float *)kv.data + at, x, size * sizeof(float));
   }
 }
 
-// The scores of sixteen positions from `keys` on, in the lanes of a vector.
-INLINE v16 score_sixteen(const void *keys, int half, int pairs, const float *query,
-                         const bf16 *rounded, int size, int count) {
-  int whole = size / (pairs ? 32 : LANES) * (pairs ? 32 : LANES);
-  (void)rounded;
+// The scores of up to sixteen positions from `keys` on, in the lanes of a vector.
+INLINE v16 score_block(const void *keys, int is_bf16, int dot, const float *query,
+                       const bf16 *query_bf16, int size, int count) {
+  int step = dot == DOT_BF16 ? 32 : LANES, whole = size / step * step;
+  (void)query_bf16;
   v16 part[LANES];
   float rest[LANES] = {0};
   UNROLL for (int j = 0; j < LANES; j++) {
     part[j] = splat(0);
     if (j >= count) continue;
     size_t at = (size_t)j * size;
-    if (pairs) {
-#if PAIRS
+    if (dot == DOT_BF16) {
+#if HAS_AVX512_BF16
       const bf16 *key = (const bf16 *)keys + at;
-      UNROLL_FEW for (int i = 0; i < whole; i += 32)
-        part[j] = add_pairs(part[j], load_pairs(key + i), load_pairs(rounded + i));
-      for (int i = whole; i < size; i++) rest[j] += f32_of(key[i]) * f32_of(rounded[i]);
+      UNROLL4 for (int i = 0; i < whole; i += 32)
+        part[j] = dot_bf16(part[j], load_bf16x32(key + i), load_bf16x32(query_bf16 + i));
+      for (int i = whole; i < size; i++) rest[j] += bf16_to_f32(key[i]) * bf16_to_f32(query_bf16[i]);
 #endif
-    } else if (half) {
+    } else if (is_bf16) {
       const bf16 *key = (const bf16 *)keys + at;
-      UNROLL_FEW for (int i = 0; i < whole; i += LANES)
+      UNROLL4 for (int i = 0; i < whole; i += LANES)
         part[j] += load_bf16(key + i) * load_f32(query + i);
-      for (int i = whole; i < size; i++) rest[j] += f32_of(key[i]) * query[i];
+      for (int i = whole; i < size; i++) rest[j] += bf16_to_f32(key[i]) * query[i];
     } else {
       const float *key = (const float *)keys + at;
-      UNROLL_FEW for (int i = 0; i < whole; i += LANES)
+      UNROLL4 for (int i = 0; i < whole; i += LANES)
         part[j] += load_f32(key + i) * load_f32(query + i);
       for (int i = whole; i < size; i++) rest[j] += key[i] * query[i];
     }
   }
-  v16 found = sums(part, LANES);
+  v16 found = reduce_sums(part, LANES);
   return whole == size ? found : found + load_f32(rest);
 }
 
-// Scores of positions first..last of keys (positions, size), into scores[0..last - first].
-// `then` is what is read next.
-INLINE void score_all(const void *keys, int half, int pairs, const float *query, int size, int first,
-                      int last, float scale, float *scores, const char *then) {
-  bf16 rounded[WIDEST_HEAD];
-  if (pairs)
-    for (int i = 0; i < size; i++) rounded[i] = bf16_of(query[i]);
-  size_t position = (size_t)size * (half ? 2 : 4);
-  const char *own = (const char *)keys + first * position;
-  int start = first;
-  for (; start + LANES <= last + 1; start += LANES, own += LANES * position) {
-    fetch_ahead(keys, start * position, LANES * position, (last + 1) * position, then);
-    v16 found = score_sixteen(own, half, pairs, query, rounded, size, LANES);
-    store_f32(scores + start - first, found * scale);
+// The scores of `count` positions of keys (count, size). `next` is read next.
+INLINE void score_positions(const void *keys, int is_bf16, int dot, const float *query, int size,
+                            int count, float scale, float *scores, const char *next) {
+  bf16 query_bf16[MAX_HEAD_DIM];
+  if (dot == DOT_BF16)
+    for (int i = 0; i < size; i++) query_bf16[i] = f32_to_bf16(query[i]);
+  size_t position = (size_t)size * (is_bf16 ? 2 : 4), end = count * position;
+  const char *own = keys;
+  int start = 0;
+  for (; start + LANES <= count; start += LANES, own += LANES * position) {
+    prefetch_ahead(keys, start * position, LANES * position, end, next);
+    v16 found = score_block(own, is_bf16, dot, query, query_bf16, size, LANES);
+    store_f32(scores + start, found * scale);
   }
-  if (start <= last) {
-    fetch_ahead(keys, start * position, LANES * position, (last + 1) * position, then);
-    v16 found = score_sixteen(own, half, pairs, query, rounded, size, last + 1 - start);
-    store_f32(scores + start - first, found * scale);
+  if (start < count) {
+    prefetch_ahead(keys, start * position, LANES * position, end, next);
+    v16 found = score_block(own, is_bf16, dot, query, query_bf16, size, count - start);
+    store_f32(scores + start, found * scale);
   }
 }
 
-// Softmax over count scores; what follows up to a multiple of sixteen is overwritten.
+// Softmax over count scores; those behind, up to a multiple of sixteen, are overwritten.
 INLINE void softmax(float *scores, int count) {
   for (int i = count; i % LANES; i++) scores[i] = -INFINITY;
-  v16 most = splat(-INFINITY);
-  for (int i = 0; i < count; i += LANES) most = larger(load_f32(scores + i), most);
-  float top = largest(most);
+  v16 maxima = splat(-INFINITY);
+  for (int i = 0; i < count; i += LANES) maxima = max_f32(load_f32(scores + i), maxima);
+  float max = reduce_max(maxima);
   v16 total = splat(0);
   for (int i = 0; i < count; i += LANES) {
-    v16 e = exponential(load_f32(scores + i) - top);
+    v16 e = exp_f32(load_f32(scores + i) - max);
     store_f32(scores + i, e);
     total += e;
   }
-  float factor = 1.0f / sum(total);
+  float factor = 1.0f / reduce_sum(total);
   for (int i = 0; i < count; i += LANES) store_f32(scores + i, load_f32(scores + i) * factor);
 }
 
-// Thirty-two numbers in two vectors. Of bfloat16 one has the even ones and one the odd ones, which
-// is less work; gather_values() puts them back into order.
-INLINE void load_two(const void *p, int half, v16 *x, v16 *y) {
-  if (half) {
-    u16x32 both;
+// Thirty-two numbers in two vectors. Of bfloat16 one has the even ones and one the odd ones, which is
+// less work; weighted_sum() restores their order.
+INLINE void load_two_vectors(const void *p, int is_bf16, v16 *x, v16 *y) {
+  if (is_bf16) {
+    u32x16 both;
     memcpy(&both, p, sizeof both);
     *x = (v16)(both << 16);
     *y = (v16)(both & 0xffff0000u);
@@ -147,100 +145,100 @@ INLINE void load_two(const void *p, int half, v16 *x, v16 *y) {
   }
 }
 
-// The sum of values (positions, size) of positions first..last, weighted. `then` is what is read
-// next.
-INLINE void gather_values(const void *values, int half, const float *weights, int size, int first,
-                          int last, float *out, const char *then) {
-  int count = last - first + 1, index = 0;
-  size_t item = half ? 2 : 4, position = size * item, end = (last + 1) * position;
+// The weighted sum of values (count, size). `next` is read next.
+INLINE void weighted_sum(const void *values, int is_bf16, const float *weights, int size, int count,
+                         float *out, const char *next) {
+  int index = 0;
+  size_t item = is_bf16 ? 2 : 4, position = size * item, end = count * position;
   // Four vectors of the head at a time stay in registers over all positions.
   for (; index + 4 * LANES <= size; index += 4 * LANES) {
     v16 total[4] = {splat(0), splat(0), splat(0), splat(0)};
-    const char *own = (const char *)values + first * position + index * item;
+    const char *own = (const char *)values + index * item;
     for (int j = 0; j < count; j++, own += position) {
-      fetch_ahead(values, own - (const char *)values, 4 * LANES * item, end, then);
+      prefetch_ahead(values, own - (const char *)values, 4 * LANES * item, end, next);
       v16 weight = splat(weights[j]), x[4];
-      load_two(own, half, &x[0], &x[1]);
-      load_two(own + 2 * LANES * item, half, &x[2], &x[3]);
+      load_two_vectors(own, is_bf16, &x[0], &x[1]);
+      load_two_vectors(own + 2 * LANES * item, is_bf16, &x[2], &x[3]);
       UNROLL for (int i = 0; i < 4; i++) total[i] += weight * x[i];
     }
     UNROLL for (int i = 0; i < 4; i++)
       for (int k = 0; k < LANES; k++) {
-        int place = half ? i / 2 * 2 * LANES + 2 * k + (i & 1) : i * LANES + k;
-        out[index + place] = total[i][k];
+        int to = is_bf16 ? i / 2 * 2 * LANES + 2 * k + (i & 1) : i * LANES + k;
+        out[index + to] = total[i][k];
       }
   }
   for (; index + LANES <= size; index += LANES) {
     v16 total = splat(0);
     for (int j = 0; j < count; j++) {
-      size_t at = (size_t)(first + j) * size + index;
-      total += splat(weights[j]) * (half ? load_bf16((const bf16 *)values + at)
-                                         : load_f32((const float *)values + at));
+      size_t at = (size_t)j * size + index;
+      total += splat(weights[j]) * (is_bf16 ? load_bf16((const bf16 *)values + at)
+                                            : load_f32((const float *)values + at));
     }
     store_f32(out + index, total);
   }
   for (; index < size; index++) {
     float total = 0;
     for (int j = 0; j < count; j++) {
-      size_t at = (size_t)(first + j) * size + index;
-      total += weights[j] * (half ? f32_of(((const bf16 *)values)[at]) : ((const float *)values)[at]);
+      size_t at = (size_t)j * size + index;
+      float value = is_bf16 ? bf16_to_f32(((const bf16 *)values)[at]) : ((const float *)values)[at];
+      total += weights[j] * value;
     }
     out[index] = total;
   }
 }
 
-#if WORDS
-// Products with whole numbers that are kept take heads of whole vectors.
-INLINE int has_whole_heads(int size) { return size % 64 == 0; }
+#if HAS_AVX512_VNNI
+// Integer products take heads of multiples of a vector's int8.
+INLINE int vnni_takes_head(int size) { return size % 64 == 0; }
 
-// The scores of sixteen positions from `keys` on; behind the `count`th, it is read again: nothing
-// may be read behind the memory's end.
-INLINE v16 score_sixteen_whole(const int8_t *keys, const int16_t *query, int size, int count) {
+// The scores of up to sixteen positions from `keys` on. The last one stands in for those that are
+// missing: nothing may be read behind the end of the memory.
+INLINE v16 score_block_vnni(const int8_t *keys, const int16_t *query, int size, int count) {
   v16 part[LANES];
   UNROLL for (int j = 0; j < LANES; j++) {
     const int8_t *key = keys + (size_t)(j < count ? j : count - 1) * size;
     __m512i sum = _mm512_setzero_si512();
-    UNROLL_FEW for (int i = 0; i < size; i += 32)
-      sum = add_words(sum, _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(key + i))),
-                      _mm512_loadu_si512(query + i));
+    UNROLL4 for (int i = 0; i < size; i += 32)
+      sum = dot_int16(sum, load_int8x32(key + i), _mm512_loadu_si512(query + i));
     part[j] = (v16)_mm512_cvtepi32_ps(sum);
   }
-  return sums(part, LANES);
+  return reduce_sums(part, LANES);
 }
 
 // Sixteen scales; those behind the `count`th are 0.
-INLINE v16 some_scales(const float *scales, int count) {
+INLINE v16 load_scales(const float *scales, int count) {
   return (v16)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), scales);
 }
 
-// As score_all, of whole numbers: those of the query have sixteen bits.
-INLINE void score_whole(Kept keys, const float *query, int size, int first, int last, float scale,
-                        float *scores, const char *then) {
-  int16_t whole[WIDEST_HEAD];
-  float most = most_of(query, size), factor = 32512.0f / most;
-  for (int i = 0; i < size; i++) whole[i] = (int16_t)rintf(query[i] * factor);
-  scale *= most * (1.0f / 32512.0f);
-  size_t end = (size_t)(last + 1) * size;
-  for (int start = first; start <= last; start += LANES) {
+// As score_positions, of int8 keys and a query that is quantised to int16.
+INLINE void score_positions_vnni(KVHead keys, const float *query, int size, int count, float scale,
+                                 float *scores, const char *next) {
+  int16_t quantized[MAX_HEAD_DIM];
+  float max = absmax(query, size), factor = INT16_LIMIT / max;
+  for (int i = 0; i < size; i++) quantized[i] = (int16_t)rintf(query[i] * factor);
+  scale *= max * (1.0f / INT16_LIMIT);
+  size_t end = (size_t)count * size;
+  for (int start = 0; start < count; start += LANES) {
     const int8_t *own = (const int8_t *)keys.data + (size_t)start * size;
-    int count = last + 1 - start;
-    fetch_ahead(keys.data, (size_t)start * size, LANES * size, end, then);
+    int rest = count - start;
+    prefetch_ahead(keys.data, (size_t)start * size, LANES * size, end, next);
     v16 found, factors;
-    if (count >= LANES) {
-      found = score_sixteen_whole(own, whole, size, LANES);
+    if (rest >= LANES) {
+      found = score_block_vnni(own, quantized, size, LANES);
       factors = load_f32(keys.scales + start);
     } else {
-      found = score_sixteen_whole(own, whole, size, count);
-      factors = some_scales(keys.scales + start, count);
+      found = score_block_vnni(own, quantized, size, rest);
+      factors = load_scales(keys.scales + start, rest);
     }
-    store_f32(scores + start - first, found * factors * scale);
+    store_f32(scores + start, found * factors * scale);
   }
 }
 
-// Adds the values of four positions from `values` on, in their 64 numbers, times weights of eight
-// bits, twice. Behind the `count`th, whose weights are 0, it is read again.
-INLINE void gather_four(const int8_t *values, int size, int count, __m512i high, __m512i low,
-                        __m512i *upper, __m512i *lower) {
+// Adds 64 numbers of the values of four positions from `values` on, times weights of 16 bits whose
+// upper and lower bytes are multiplied separately. The last position stands in for those behind the
+// `count`th, whose weights are 0.
+INLINE void add_four_values_vnni(const int8_t *values, int size, int count, __m512i high,
+                                 __m512i low, __m512i *upper, __m512i *lower) {
   __m512i x[4];
   UNROLL for (int i = 0; i < 4; i++)
     x[i] = _mm512_loadu_si512(values + (size_t)(i < count ? i : count - 1) * size);
@@ -254,135 +252,134 @@ INLINE void gather_four(const int8_t *values, int size, int count, __m512i high,
   }
 }
 
-// As gather_values, of whole numbers: weights, times the values' scales, have sixteen bits, in two
-// times eight. Weights are overwritten.
-INLINE void gather_whole(Kept values, float *weights, int size, int first, int last, float *out,
-                         const char *then) {
-  int count = last - first + 1;
-  v16 top = splat(LEAST);
+// As weighted_sum, of int8 values: weights times the scales of the values are quantised to 16 bits.
+// Weights are overwritten.
+INLINE void weighted_sum_vnni(KVHead values, float *weights, int size, int count, float *out,
+                              const char *next) {
+  v16 maxima = splat(MIN_ABSMAX);
   for (int i = 0; i < count; i += LANES) {
-    const float *scales = values.scales + first + i;
+    const float *scales = values.scales + i;
     int rest = count - i;
-    v16 own = load_f32(weights + i) * (rest < LANES ? some_scales(scales, rest) : load_f32(scales));
+    v16 own = load_f32(weights + i) * (rest < LANES ? load_scales(scales, rest) : load_f32(scales));
     store_f32(weights + i, own);
-    top = larger(top, own);
+    maxima = max_f32(maxima, own);
   }
-  float most = largest(top), factor = 65280.0f / most;
-  size_t end = (size_t)(last + 1) * size;
+  float max = reduce_max(maxima), factor = 65280.0f / max;
+  size_t end = (size_t)count * size;
   for (int index = 0; index < size; index += 64) {
     __m512i upper[4], lower[4];
     UNROLL for (int i = 0; i < 4; i++) upper[i] = lower[i] = _mm512_setzero_si512();
     for (int start = 0; start < count; start += LANES) {
-      __m512i numbers = _mm512_cvtps_epi32((__m512)(load_f32(weights + start) * factor));
+      __m512i integers = _mm512_cvtps_epi32((__m512)(load_f32(weights + start) * factor));
       uint32_t uppers[4], lowers[4];
-      _mm_storeu_si128((__m128i *)uppers, _mm512_cvtepi32_epi8(_mm512_srli_epi32(numbers, 8)));
-      _mm_storeu_si128((__m128i *)lowers, _mm512_cvtepi32_epi8(numbers));
-      size_t at = (size_t)(first + start) * size;
+      _mm_storeu_si128((__m128i *)uppers, _mm512_cvtepi32_epi8(_mm512_srli_epi32(integers, 8)));
+      _mm_storeu_si128((__m128i *)lowers, _mm512_cvtepi32_epi8(integers));
+      size_t at = (size_t)start * size;
       const int8_t *own = (const int8_t *)values.data + at + index;
-      if (index == 0) fetch_ahead(values.data, at, LANES * size, end, then);
+      if (index == 0) prefetch_ahead(values.data, at, LANES * size, end, next);
       UNROLL for (int four = 0; four < 4; four++, own += 4 * size) {
         int rest = count - start - 4 * four;
         if (rest <= 0) break;
         __m512i high = _mm512_set1_epi32((int)uppers[four]);
         __m512i low = _mm512_set1_epi32((int)lowers[four]);
-        if (rest >= 4) gather_four(own, size, 4, high, low, upper, lower);
-        else gather_four(own, size, rest, high, low, upper, lower);
+        if (rest >= 4) add_four_values_vnni(own, size, 4, high, low, upper, lower);
+        else add_four_values_vnni(own, size, rest, high, low, upper, lower);
       }
     }
-    // Numbers lie side by side in quarters of a vector.
+    // Numbers that belong together are in the same quarters of the four vectors.
     UNROLL for (int i = 0; i < 4; i++) {
       v16 both = (v16)_mm512_cvtepi32_ps(upper[i]) * 256.0f + (v16)_mm512_cvtepi32_ps(lower[i]);
       float found[LANES];
-      store_f32(found, both * (most * (1.0f / 65280.0f)));
+      store_f32(found, both * (max * (1.0f / 65280.0f)));
       for (int lane = 0; lane < 4; lane++)
         memcpy(out + index + lane * LANES + i * 4, found + lane * 4, 4 * sizeof(float));
     }
   }
 }
 #else
-INLINE int has_whole_heads(int size) {
+INLINE int vnni_takes_head(int size) {
   (void)size;
   return 0;
 }
 #endif
 
-// Whole numbers that are kept, with floats.
-INLINE void score_scaled(Kept keys, const float *query, int size, int first, int last, float scale,
-                         float *scores) {
-  for (int j = first; j <= last; j++) {
+// Int8 keys and values, multiplied as floats.
+INLINE void score_positions_int8(KVHead keys, const float *query, int size, int count, float scale,
+                                 float *scores) {
+  for (int j = 0; j < count; j++) {
     const int8_t *key = (const int8_t *)keys.data + (size_t)j * size;
     v16 total = splat(0);
     int i = 0;
-    for (; i + LANES <= size; i += LANES) total += load_i8(key + i) * load_f32(query + i);
-    float found = sum(total);
+    for (; i + LANES <= size; i += LANES) total += load_int8(key + i) * load_f32(query + i);
+    float found = reduce_sum(total);
     for (; i < size; i++) found += key[i] * query[i];
-    scores[j - first] = found * keys.scales[j] * scale;
+    scores[j] = found * keys.scales[j] * scale;
   }
 }
 
-INLINE void gather_scaled(Kept values, const float *weights, int size, int first, int last,
-                          float *out) {
+INLINE void weighted_sum_int8(KVHead values, const float *weights, int size, int count, float *out) {
   for (int i = 0; i < size; i++) out[i] = 0;
-  for (int j = first; j <= last; j++) {
+  for (int j = 0; j < count; j++) {
     const int8_t *value = (const int8_t *)values.data + (size_t)j * size;
-    float weight = weights[j - first] * values.scales[j];
+    float weight = weights[j] * values.scales[j];
     int i = 0;
     for (; i + LANES <= size; i += LANES)
-      store_f32(out + i, load_f32(out + i) + load_i8(value + i) * weight);
+      store_f32(out + i, load_f32(out + i) + load_int8(value + i) * weight);
     for (; i < size; i++) out[i] += value[i] * weight;
   }
 }
 
-// One query's attention to positions of a head.
+// One query's attention to the positions of a head.
 typedef struct {
-  Kept keys, values;
+  KVHead keys, values;
   const float *query;  // (size,)
   int size;
-  int first, last;     // positions attended to
-  float *scores;       // room for those, up to a multiple of sixteen
-  float *out;          // (size,)
-  const char *then;    // what is read next
+  int count;         // positions attended to, from the first one on
+  float *scores;     // (count,) scratch, up to a multiple of sixteen
+  float *out;        // (size,)
+  const char *next;  // what is read next
 } Attention;
 
-INLINE void attend_floats(const Attention *a, int half, int pairs, int size) {
+INLINE void attend_floats(const Attention *a, int is_bf16, int dot, int size) {
   const char *keys = a->keys.data, *values = a->values.data;
-  score_all(keys, half, pairs, a->query, size, a->first, a->last, 1.0f / sqrtf(size), a->scores,
-            values);
-  softmax(a->scores, a->last - a->first + 1);
-  gather_values(values, half, a->scores, size, a->first, a->last, a->out, a->then);
+  score_positions(keys, is_bf16, dot, a->query, size, a->count, 1.0f / sqrtf(size), a->scores,
+                  values);
+  softmax(a->scores, a->count);
+  weighted_sum(values, is_bf16, a->scores, size, a->count, a->out, a->next);
 }
 
-INLINE void attend_whole(const Attention *a, int size) {
+INLINE void attend_int8(const Attention *a, int size) {
   float scale = 1.0f / sqrtf(size);
-  int count = a->last - a->first + 1;
-#if WORDS
-  if (has_whole_heads(size)) {
-    score_whole(a->keys, a->query, size, a->first, a->last, scale, a->scores, a->values.data);
-    softmax(a->scores, count);
-    gather_whole(a->values, a->scores, size, a->first, a->last, a->out, a->then);
+#if HAS_AVX512_VNNI
+  if (vnni_takes_head(size)) {
+    score_positions_vnni(a->keys, a->query, size, a->count, scale, a->scores, a->values.data);
+    softmax(a->scores, a->count);
+    weighted_sum_vnni(a->values, a->scores, size, a->count, a->out, a->next);
     return;
   }
 #endif
-  score_scaled(a->keys, a->query, size, a->first, a->last, scale, a->scores);
-  softmax(a->scores, count);
-  gather_scaled(a->values, a->scores, size, a->first, a->last, a->out);
+  score_positions_int8(a->keys, a->query, size, a->count, scale, a->scores);
+  softmax(a->scores, a->count);
+  weighted_sum_int8(a->values, a->scores, size, a->count, a->out);
 }
 
-// Each way is a function of its own: in one, they take a compiler three times as long. Heads of 64
-// are those of every preset but the largest.
-#define WAY(name, work) \
+// Each variant is a function of its own: in one, they take a compiler three times as long. Heads of
+// 64 are those of every preset but the largest.
+#define VARIANT(name, work) \
   static __attribute__((noinline)) void name(const Attention *a) { work; }
-WAY(attend_whole_64, attend_whole(a, 64))
-WAY(attend_whole_any, attend_whole(a, a->size))
-WAY(attend_half_64, attend_floats(a, 1, PAIRS, 64))
-WAY(attend_half_any, attend_floats(a, 1, PAIRS, a->size))
-WAY(attend_full_any, attend_floats(a, 0, 0, a->size))
-#undef WAY
+#define BF16_DOT (HAS_AVX512_BF16 ? DOT_BF16 : DOT_F32)
+VARIANT(attend_int8_64, attend_int8(a, 64))
+VARIANT(attend_int8_any, attend_int8(a, a->size))
+VARIANT(attend_bf16_64, attend_floats(a, 1, BF16_DOT, 64))
+VARIANT(attend_bf16_any, attend_floats(a, 1, BF16_DOT, a->size))
+VARIANT(attend_f32_any, attend_floats(a, 0, DOT_F32, a->size))
+#undef BF16_DOT
+#undef VARIANT
 
-static void attend_query(const Attention *a, int half) {
-  if (a->keys.scales) (a->size == 64 ? attend_whole_64 : attend_whole_any)(a);
-  else if (half) (a->size == 64 ? attend_half_64 : attend_half_any)(a);
-  else attend_full_any(a);
+static void attend_query(const Attention *a, int is_bf16) {
+  if (a->keys.scales) (a->size == 64 ? attend_int8_64 : attend_int8_any)(a);
+  else if (is_bf16) (a->size == 64 ? attend_bf16_64 : attend_bf16_any)(a);
+  else attend_f32_any(a);
 }
 
 #endif

@@ -7,7 +7,9 @@ with torch's operations, more slowly. ``LLAMAGEN_KERNEL_FLAGS`` has more flags f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import functools
 import hashlib
 import logging
 import os
@@ -18,8 +20,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from llamagen.support import storage
+
 _SOURCES = Path(__file__).parent
-_DECODE = _SOURCES / "decode.c"
+_STEP = _SOURCES / "step.c"
 _FLAGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 # The first set that a compiler takes: clang on macOS has no OpenMP, and old ones for ARM want
 # -mcpu.
@@ -28,59 +32,97 @@ _VARIANTS = [["-march=native", "-fopenmp"], ["-mcpu=native", "-fopenmp"], ["-mar
 _logger = logging.getLogger(__name__)
 
 
-def compiled_library(*flags: str, source: Path = _DECODE) -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they cannot be had; why is logged.
+def compiled_library(*flags: str, source: Path = _STEP) -> ctypes.CDLL | None:
+    """Return the compiled kernels, or None where they cannot be had; the reason is logged.
 
     Args:
         flags: more of them for the compiler, behind its own.
-        source: what is compiled; it may include the headers that lie beside this file.
+        source: what is compiled; it may include the headers beside this file.
     """
     if os.environ.get("LLAMAGEN_KERNELS", "").lower() in ("off", "0", "false"):
         return None
     flags = (*shlex.split(os.environ.get("LLAMAGEN_KERNEL_FLAGS", "")), *flags)
+    try:
+        return _load(source, flags)
+    except (OSError, subprocess.SubprocessError, _NoCompilerError) as error:
+        _warn_once(f"computing without compiled kernels, which is slower: {_reason(error)}")
+        return None
+
+
+class _NoCompilerError(Exception):
+    """There is no compiler for C."""
+
+
+def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Load the library from the cache, where it is stored after compiling it."""
+    name = f"{source.stem}-{_fingerprint(source, flags)}"
+    problem: Exception | None = None
+    try:
+        folder = storage.cache_folder() / "kernels"
+        stored = _intact_library(folder, name)
+        if stored is not None:
+            return ctypes.CDLL(str(stored))
+    except (OSError, RuntimeError) as error:
+        problem = error
+    with tempfile.TemporaryDirectory() as temporary:
+        compiled = _compile(source, flags, Path(temporary))
+        if problem is None:
+            try:
+                return ctypes.CDLL(str(_store(compiled, folder, name)))
+            except OSError as error:
+                problem = error
+        library = ctypes.CDLL(str(compiled))
+    _warn_once(
+        f"compiled kernels cannot be kept, so that each start compiles them: {problem}; "
+        f"LLAMAGEN_CACHE names another folder"
+    )
+    return library
+
+
+def _intact_library(folder: Path, name: str) -> Path | None:
+    """The library of this name whose content has the checksum in its file's name.
+
+    Loading a file that a crash, a full disk or a copy has damaged would end the process.
+    """
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if path.stem == f"{name}-{_checksum(path)}":
+            return path
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return None
+
+
+def _store(library: Path, folder: Path, name: str) -> Path:
+    # Several processes may do this at once; the last one's file stays.
+    path = folder / f"{name}-{_checksum(library)}.so"
+    with storage.atomic_file(path) as temporary:
+        shutil.copyfile(library, temporary)
+    return path
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
+
+
+def _compile(source: Path, flags: tuple[str, ...], folder: Path) -> Path:
+    """Compile the shared library into a folder."""
     compiler = _compiler()
     if compiler is None:
-        _logger.warning(
-            "decoding without its kernels, which is slower: there is no compiler for C here; "
-            "install gcc or clang, or name one in CC"
+        raise _NoCompilerError(
+            "there is no compiler for C here; install gcc or clang, or name one in CC"
         )
-        return None
-    try:
-        return ctypes.CDLL(str(_compiled(compiler, source, flags)))
-    except (OSError, subprocess.SubprocessError) as error:
-        _logger.warning("decoding without its kernels, which is slower: %s", _reason(error))
-        return None
-
-
-def cache_folder() -> Path:
-    """What outlives a process: ``LLAMAGEN_CACHE``, else ``llamagen`` in the user's cache."""
-    own = os.environ.get("LLAMAGEN_CACHE")
-    if own:
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
-
-
-def _compiled(compiler: str, source: Path, flags: tuple[str, ...]) -> Path:
-    """The shared library, compiled now if it was not before."""
-    path = cache_folder() / "kernels" / f"{source.stem}-{_fingerprint(compiler, source, flags)}.so"
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        for number, variant in enumerate(_VARIANTS, start=1):
-            command = [compiler, *_FLAGS, *variant, *flags, f"-I{_SOURCES}", "-o", str(made)]
-            command += [str(source), "-lm"]
-            done = subprocess.run(  # noqa: S603  the compiler that the user has or names
-                command, capture_output=True, text=True, timeout=120, check=False
-            )
-            if done.returncode == 0:
-                break
-            if number == len(_VARIANTS):
-                raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-        # Several processes may do this at once; the last one's file stays.
-        made.replace(path)
-    return path
+    library = folder / "kernels.so"
+    for number, variant in enumerate(_VARIANTS, start=1):
+        command = [compiler, *_FLAGS, *variant, *flags, f"-I{_SOURCES}", "-o", str(library)]
+        command += [str(source), "-lm"]
+        done = subprocess.run(  # noqa: S603  the compiler that the user has or names
+            command, capture_output=True, text=True, timeout=600, check=False
+        )
+        if done.returncode == 0:
+            return library
+        if number == len(_VARIANTS):
+            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+    raise AssertionError
 
 
 def _compiler() -> str | None:
@@ -88,11 +130,15 @@ def _compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def _fingerprint(compiler: str, source: Path, flags: tuple[str, ...]) -> str:
-    """Changes with the sources, the compiler and the processor: homes are shared by machines."""
+def _fingerprint(source: Path, flags: tuple[str, ...]) -> str:
+    """Changes with the sources, the flags and the processor: homes are shared by machines.
+
+    Not with the compiler that is found: what one has compiled serves where there is none.
+    """
     digest = hashlib.sha256()
     for read in (*sorted(_SOURCES.glob("*.h")), source):
         digest.update(read.read_bytes())
+    compiler = os.environ.get("CC", "")
     digest.update(f"{compiler} {_FLAGS} {_VARIANTS} {flags} {platform.machine()}".encode())
     digest.update(_processor().encode())
     return digest.hexdigest()[:16]
@@ -112,3 +158,8 @@ def _reason(error: Exception) -> str:
         lines = [line for line in error.stderr.splitlines() if "error" in line]
         return f"{error.cmd[0]} does not compile them ({lines[0] if lines else error.returncode})"
     return str(error)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning(message)

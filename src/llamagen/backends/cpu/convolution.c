@@ -131,7 +131,7 @@ INLINE v16 widened(const bf16 *from) {
 }
 
 INLINE void store_narrowed(bf16 *to, v16 x) {
-#if PAIRS
+#if HAS_AVX512_BF16
   __m256bh y = _mm512_cvtneps_pbh((__m512)x);
   memcpy(to, &y, sizeof y);
 #else
@@ -557,7 +557,7 @@ INLINE void find_affine(const Normalization *n, int half, int image, const float
   int per_group = n->channels / n->groups, chunks = chunks_of(n);
   size_t start = (size_t)image * n->pixels * n->channels;
 #define NUMBER(from, at) \
-  (half ? f32_of(((const bf16 *)(from))[at]) : ((const float *)(from))[at])
+  (half ? bf16_to_f32(((const bf16 *)(from))[at]) : ((const float *)(from))[at])
   for (int group = 0; group < n->groups; group++) {
     double total = 0, squares = 0, count = (double)n->pixels * per_group;
     for (int channel = group * per_group; channel < (group + 1) * per_group; channel++) {
@@ -588,7 +588,7 @@ INLINE v16 silu(v16 x, int half) {
   v16 rest = (v16)_mm512_reduce_ps((__m512)power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   v16 whole = power - rest;
 #else
-  power = larger(-larger(-power, splat(-126.0f)), splat(-126.0f));
+  power = max_f32(-max_f32(-power, splat(-126.0f)), splat(-126.0f));
   // Adding and taking away 1.5 * 2^23 leaves the nearest whole number.
   const v16 shift = splat(12582912.0f);
   v16 whole = (power + shift) - shift, rest = power - whole;

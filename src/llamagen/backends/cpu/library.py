@@ -1,6 +1,6 @@
 """The compiled kernels as Python sees them: structures, and functions with types.
 
-The structures mirror those of ``products.h``, ``decode.c`` and ``sampling.h``, field by field.
+The structures mirror those of ``matmul.h``, ``step.c`` and ``sampling.h``, field by field.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ INPUTS = 32
 
 
 class Matrix(ctypes.Structure):
-    """Weights (outputs, inputs) where they lie."""
+    """Weights (outputs, inputs) where they are."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("scales", ctypes.c_void_p),
-        ("kind", ctypes.c_int32),
+        ("type", ctypes.c_int32),
         ("outputs", ctypes.c_int32),
         ("inputs", ctypes.c_int32),
     )
@@ -65,7 +65,7 @@ class Model(ctypes.Structure):
         ("kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32),
         ("codes", ctypes.c_int32),
-        ("half", ctypes.c_int32),
+        ("is_bf16", ctypes.c_int32),
         ("eps", ctypes.c_float),
         ("layer", ctypes.POINTER(Layer)),
         ("norm", ctypes.c_void_p),
@@ -123,25 +123,23 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.decode_scratch.restype = ctypes.c_size_t
+        library.step_scratch.restype = ctypes.c_size_t
         library.sampling_scratch.restype = ctypes.c_size_t
 
     @property
     def features(self) -> frozenset[str]:
-        """What this processor has of "pairs" (products of bfloat16), "tiles" (AMX), "words"
-        (products of whole numbers of 16 bits) and "threads".
-        """
-        found = int(self._library.decode_features())
-        names = ("pairs", "tiles", "words", "threads")
+        """Which of "avx512_bf16", "amx", "vnni" and "threads" the kernels use."""
+        found = int(self._library.cpu_features())
+        names = ("avx512_bf16", "amx", "vnni", "threads")
         return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
 
     def scratch_bytes(self, model: Model, rows: int, positions: int, threads: int) -> int:
         """Bytes of ``Step.scratch`` for ``rows`` tokens that attend to up to ``positions``."""
-        return int(self._library.decode_scratch(ctypes.byref(model), rows, positions, threads))
+        return int(self._library.step_scratch(ctypes.byref(model), rows, positions, threads))
 
-    def decode_step(self, model: Model, step: Step) -> None:
+    def run_step(self, model: Model, step: Step) -> None:
         """Compute the logits, and store the keys and values of what is fed."""
-        self._library.decode_step(ctypes.byref(model), ctypes.byref(step))
+        self._library.run_step(ctypes.byref(model), ctypes.byref(step))
 
     def sampling_scratch_bytes(self, codes: int, threads: int) -> int:
         """Bytes of scratch that sampling takes."""

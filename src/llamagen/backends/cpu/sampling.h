@@ -10,7 +10,7 @@
 #include "vectors.h"
 
 #define MAX_CODES (1 << 20)
-#define GREEDY_TEMPERATURE 1e-6f  // below it the largest logit is taken
+#define GREEDY_TEMPERATURE 1e-6f  // below it the reduce_max logit is taken
 #define BUCKETS 2048              // of a histogram over the upper bits of floats that are not negative
 #define CDF_BLOCK 256
 
@@ -59,10 +59,10 @@ INLINE float min_at_least(const float *x, int count, float threshold) {
     i32x16 smaller = (own >= threshold) & (own < smallest);
     smallest = (v16)((smaller & (i32x16)own) | (~smaller & (i32x16)smallest));
   }
-  return -largest(-smallest);
+  return -reduce_max(-smallest);
 }
 
-// The k-th largest of count numbers, 1 <= k <= count, whose largest is `max`: bisects the interval
+// The k-th reduce_max of count numbers, 1 <= k <= count, whose reduce_max is `max`: bisects the interval
 // of floats that it is in until exactly k numbers lie above.
 static float kth_largest(const float *x, int count, int k, float max) {
   uint32_t low = ordered_bits(-INFINITY), high = ordered_bits(max) + 1;
@@ -127,7 +127,7 @@ INLINE double sum_f64(const float *x, int count) {
   return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
-// Probabilities (count,), not normalised; the largest is 1. Returns 0 if a logit was not finite.
+// Probabilities (count,), not normalised; the reduce_max is 1. Returns 0 if a logit was not finite.
 static int softmax_filtered(const SamplingRow *row, int count, float *x, Candidate *candidates) {
   const float *c = row->conditional, *u = row->unconditional;
   v16 not_finite = splat(0), maxima = splat(-INFINITY);
@@ -139,8 +139,8 @@ static int softmax_filtered(const SamplingRow *row, int count, float *x, Candida
     maxima = (v16)((larger & (i32x16)own) | (~larger & (i32x16)maxima));
     store_f32(x + i, own);
   }
-  if (sum(not_finite) != 0) return 0;
-  float max = largest(maxima), temperature = row->temperature;
+  if (reduce_sum(not_finite) != 0) return 0;
+  float max = reduce_max(maxima), temperature = row->temperature;
   // Logits that the temperature makes infinite are far enough apart, too.
   if (temperature < GREEDY_TEMPERATURE || !isfinite(max / temperature)) {
     int first = 0;
@@ -158,7 +158,7 @@ static int softmax_filtered(const SamplingRow *row, int count, float *x, Candida
   for (int i = 0; i < count; i += LANES) {
     v16 own = load_f32(x + i);
     i32x16 kept = own >= threshold;
-    store_f32(x + i, (v16)(kept & (i32x16)exponential(own - max)));
+    store_f32(x + i, (v16)(kept & (i32x16)exp_f32(own - max)));
   }
   if (row->top_p < 1) apply_top_p(x, count, sum_f64(x, count), row->top_p, candidates);
   if (row->min_p > 0) apply_min_p(x, count, row->min_p);

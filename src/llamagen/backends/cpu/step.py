@@ -27,7 +27,7 @@ from llamagen.models.transformer.tokens import Tokens
 from llamagen.support.errors import InputError
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16)
-_WEIGHT_KINDS = {
+_WEIGHT_TYPES = {
     torch.float32: library.FLOAT32,
     torch.bfloat16: library.BFLOAT16,
     torch.int8: library.INT8,
@@ -76,7 +76,7 @@ class CpuStep:
         self._references: list[object] = []  # to what the structures point to
         self._model = self._model_struct(model)
         self._addresses = self._embedding_addresses(model)
-        self.is_wide = "tiles" in kernels.features and model.dtype == torch.bfloat16
+        self.is_wide = "amx" in kernels.features and model.dtype == torch.bfloat16
         """See ``Step``."""
         self._step = library.Step()
         if times is not None:
@@ -174,7 +174,7 @@ class CpuStep:
             step.logits = self._logits.data_ptr()
         step.rows, step.sequences, step.outputs, step.threads = count, running, outputs, threads
         step.wanted = None if every else self._wanted.ctypes.data
-        self._kernels.decode_step(self._model, step)
+        self._kernels.run_step(self._model, step)
         del embedded  # which had to live until now
         return self._logits[:outputs]
 
@@ -301,7 +301,7 @@ class CpuStep:
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             codes=config.codebook_size,
-            half=model.dtype == torch.bfloat16,
+            is_bf16=model.dtype == torch.bfloat16,
             eps=config.norm_eps,
             layer=layers,
             norm=self._norm(model.norm),
@@ -321,7 +321,7 @@ class CpuStep:
         return library.Matrix(
             data=library.address(weight, weight.dtype, (outputs, inputs)),
             scales=None if scales is None else library.address(scales, torch.float32, (outputs,)),
-            kind=_WEIGHT_KINDS[weight.dtype],
+            type=_WEIGHT_TYPES[weight.dtype],
             outputs=outputs,
             inputs=inputs,
         )

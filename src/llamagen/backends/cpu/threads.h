@@ -1,4 +1,4 @@
-// Threads that walk through the phases of a step together.
+// A team of threads that goes through the phases of a step together.
 
 #ifndef LLAMAGEN_THREADS_H
 #define LLAMAGEN_THREADS_H
@@ -8,21 +8,21 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#define RELAX() _mm_pause()
+#define CPU_RELAX() _mm_pause()
 #elif defined(__aarch64__)
-#define RELAX() __asm__ volatile("yield")
+#define CPU_RELAX() __asm__ volatile("yield")
 #else
-#define RELAX()
+#define CPU_RELAX()
 #endif
 
-// Waiting for longer than this, something else has the other thread's processor: let it run.
-#define PATIENCE 4000
+// A thread that has spun for longer yields: something else runs on another thread's processor.
+#define MAX_SPINS 4000
 
 typedef struct {
   int threads;
   _Alignas(64) atomic_int arrived;
   _Alignas(64) atomic_int phase;
-  _Alignas(64) atomic_int next;  // the next piece of work of this phase
+  _Alignas(64) atomic_int next;  // the next chunk of work of this phase
 } Team;
 
 static void team_init(Team *team, int threads) {
@@ -32,8 +32,8 @@ static void team_init(Team *team, int threads) {
   atomic_init(&team->next, 0);
 }
 
-// Ends a phase: returns once all threads have come.
-static void team_meet(Team *team) {
+// Ends a phase: returns once all threads have arrived.
+static void team_barrier(Team *team) {
   if (team->threads == 1) {
     atomic_store_explicit(&team->next, 0, memory_order_relaxed);
     return;
@@ -45,16 +45,16 @@ static void team_meet(Team *team) {
     atomic_store_explicit(&team->phase, phase + 1, memory_order_release);
     return;
   }
-  for (int waited = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; waited++) {
-    if (waited < PATIENCE)
-      RELAX();
+  for (int spins = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; spins++) {
+    if (spins < MAX_SPINS)
+      CPU_RELAX();
     else
       sched_yield();
   }
 }
 
-// Pieces are taken as threads get to them, so a thread that was held up does less.
-static int team_next(Team *team) {
+// Threads take chunks one by one, so a thread that was held up does less.
+static int team_next_chunk(Team *team) {
   return atomic_fetch_add_explicit(&team->next, 1, memory_order_relaxed);
 }
 

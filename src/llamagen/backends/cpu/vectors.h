@@ -1,6 +1,6 @@
-// Sixteen floats at a time, in the compiler's own vector types, so that one source serves every
-// processor. Where a processor multiplies pairs of bfloat16 (PAIRS) or of whole numbers of sixteen
-// bits (WORDS), products use that instead.
+// Vectors of sixteen floats, in the compiler's own vector types, so that one source serves every
+// processor. Where a processor has dot products of bfloat16 (AVX512_BF16) or of integers
+// (AVX512_VNNI), matrix products use those instead.
 
 #ifndef LLAMAGEN_VECTORS_H
 #define LLAMAGEN_VECTORS_H
@@ -14,25 +14,25 @@
 #endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define PAIRS 1
+#define HAS_AVX512_BF16 1
 #else
-#define PAIRS 0
+#define HAS_AVX512_BF16 0
 #endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define WORDS 1
+#define HAS_AVX512_VNNI 1
 #else
-#define WORDS 0
+#define HAS_AVX512_VNNI 0
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
-// Loops over a few registers, which stay registers only once the loop is gone.
+// For loops over arrays of vectors, which are kept in registers only if the loop is unrolled.
 #define UNROLL _Pragma("GCC unroll 32")
-#define UNROLL_FEW _Pragma("GCC unroll 4")
+#define UNROLL4 _Pragma("GCC unroll 4")
 
-typedef float v16 __attribute__((vector_size(64)));
-typedef uint32_t u16x32 __attribute__((vector_size(64)));
+typedef float v16 __attribute__((vector_size(64)));  // the f32x16 that all is computed in
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
 typedef int8_t i8x16 __attribute__((vector_size(16)));
@@ -41,10 +41,10 @@ typedef uint16_t bf16;
 
 #if defined(__clang__)
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#define PICK(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#define SHUFFLE2(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (i32x16){__VA_ARGS__})
-#define PICK(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
+#define SHUFFLE2(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
 #endif
 
 INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
@@ -60,18 +60,18 @@ INLINE void store_f32(float *p, v16 x) { memcpy(p, &x, sizeof x); }
 INLINE v16 load_bf16(const bf16 *p) {
   u16x16 x;
   memcpy(&x, p, sizeof x);
-  return (v16)(__builtin_convertvector(x, u16x32) << 16);
+  return (v16)(__builtin_convertvector(x, u32x16) << 16);
 }
 
-INLINE v16 load_i8(const int8_t *p) {
+INLINE v16 load_int8(const int8_t *p) {
   i8x16 x;
   memcpy(&x, p, sizeof x);
   return __builtin_convertvector(x, v16);
 }
 
 // Rounds to nearest, ties to even, as torch does.
-INLINE u16x32 round_bf16(v16 x) {
-  u16x32 bits = (u16x32)x;
+INLINE u32x16 round_bf16(v16 x) {
+  u32x16 bits = (u32x16)x;
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
@@ -80,20 +80,20 @@ INLINE void store_bf16(bf16 *p, v16 x) {
   memcpy(p, &rounded, sizeof rounded);
 }
 
-INLINE float f32_of(bf16 x) {
+INLINE float bf16_to_f32(bf16 x) {
   uint32_t bits = (uint32_t)x << 16;
   float y;
   memcpy(&y, &bits, sizeof y);
   return y;
 }
 
-INLINE bf16 bf16_of(float x) {
+INLINE bf16 f32_to_bf16(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-INLINE float sum(v16 x) {
+INLINE float reduce_sum(v16 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);
 #else
@@ -105,7 +105,7 @@ INLINE float sum(v16 x) {
 #endif
 }
 
-INLINE float largest(v16 x) {
+INLINE float reduce_max(v16 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)x);
 #else
@@ -117,27 +117,27 @@ INLINE float largest(v16 x) {
 #endif
 }
 
-INLINE v16 size_of(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
+INLINE v16 abs_f32(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
 
-INLINE v16 larger(v16 x, v16 y) {
-  i32x16 more = x > y;
-  return (v16)((more & (i32x16)x) | (~more & (i32x16)y));
+INLINE v16 max_f32(v16 x, v16 y) {
+  i32x16 larger = x > y;
+  return (v16)((larger & (i32x16)x) | (~larger & (i32x16)y));
 }
 
-#define LEAST 1e-30f  // that can be divided by
+#define MIN_ABSMAX 1e-30f  // so that it can be divided by
 
-// The largest size of numbers, and no less than LEAST.
-INLINE float most_of(const float *x, int size) {
-  v16 top = splat(LEAST);
+// The largest absolute value, at least MIN_ABSMAX.
+INLINE float absmax(const float *x, int size) {
+  v16 maxima = splat(MIN_ABSMAX);
   int i = 0;
-  for (; i + LANES <= size; i += LANES) top = larger(top, size_of(load_f32(x + i)));
-  float most = largest(top);
-  for (; i < size; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
-  return most;
+  for (; i + LANES <= size; i += LANES) maxima = max_f32(maxima, abs_f32(load_f32(x + i)));
+  float max = reduce_max(maxima);
+  for (; i < size; i++) max = fabsf(x[i]) > max ? fabsf(x[i]) : max;
+  return max;
 }
 
 // The sums of up to sixteen vectors, as one vector; each is summed in the same order.
-INLINE v16 sums(const v16 *x, int count) {
+INLINE v16 reduce_sums(const v16 *x, int count) {
 #if defined(__AVX512F__)
   __m512 a[8], b[4];
   UNROLL for (int i = 0; i < 8; i++) {
@@ -157,16 +157,16 @@ INLINE v16 sums(const v16 *x, int count) {
                             _mm512_shuffle_f32x4(low, high, 0xdd));
 #else
   float part[LANES] = {0};
-  for (int i = 0; i < count; i++) part[i] = sum(x[i]);
+  for (int i = 0; i < count; i++) part[i] = reduce_sum(x[i]);
   return load_f32(part);
 #endif
 }
 
-// Transposes the four blocks that each 2 `step` rows and columns consist of.
+// Transposes the four blocks of each 2 `step` rows and columns.
 #define EXCHANGE(step, low, high)                            \
   UNROLL for (int i = 0; i < LANES; i++) if (!(i & step)) {  \
     v16 a = x[i], b = x[i + step];                           \
-    x[i] = PICK(a, b, low), x[i + step] = PICK(a, b, high);  \
+    x[i] = SHUFFLE2(a, b, low), x[i + step] = SHUFFLE2(a, b, high);  \
   }
 #define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
@@ -177,7 +177,7 @@ INLINE v16 sums(const v16 *x, int count) {
 #define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
 #define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 
-// Swaps rows and columns of sixteen vectors.
+// Transposes the 16x16 matrix of sixteen vectors.
 INLINE void transpose(v16 *x) {
   EXCHANGE(8, LOW8, HIGH8)
   EXCHANGE(4, LOW4, HIGH4)
@@ -194,17 +194,17 @@ INLINE void transpose(v16 *x) {
 #undef LOW1
 #undef HIGH1
 
-// e^x with a relative error below 2e-7; 0 below -87, and not a number stays not a number.
-INLINE v16 exponential(v16 x) {
+// e^x with a relative error below 2e-7; 0 below -87, and NaN stays NaN.
+INLINE v16 exp_f32(v16 x) {
   const v16 low = splat(-87.0f), high = splat(88.0f);
   i32x16 tiny = x < low;
   x = (v16)((tiny & (i32x16)low) | (~tiny & (i32x16)x));
   i32x16 huge = x > high;
   x = (v16)((huge & (i32x16)high) | (~huge & (i32x16)x));
-  // Adding and taking away 1.5 * 2^23 leaves the nearest whole number.
+  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
   const v16 shift = splat(12582912.0f);
-  v16 whole = (x * 1.44269504f + shift) - shift;
-  v16 rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  v16 exponent = (x * 1.44269504f + shift) - shift;
+  v16 rest = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
   v16 y = splat(1.0f / 5040);
   y = y * rest + 1.0f / 720;
   y = y * rest + 1.0f / 120;
@@ -213,17 +213,20 @@ INLINE v16 exponential(v16 x) {
   y = y * rest + 0.5f;
   y = y * rest + 1.0f;
   y = y * rest + 1.0f;
-  i32x16 power = (__builtin_convertvector(whole, i32x16) + 127) << 23;
+  i32x16 power = (__builtin_convertvector(exponent, i32x16) + 127) << 23;
   y = y * (v16)power;
   return (v16)(~tiny & (i32x16)y);
 }
 
-#if PAIRS
-typedef __m512bh p32;  // 32 bfloat16, in pairs
+#if HAS_AVX512_BF16
+typedef __m512bh bf16x32;
 
-INLINE p32 load_pairs(const bf16 *p) { return (p32)_mm512_loadu_si512(p); }
+INLINE bf16x32 load_bf16x32(const bf16 *p) { return (bf16x32)_mm512_loadu_si512(p); }
 
-INLINE v16 add_pairs(v16 total, p32 a, p32 b) { return (v16)_mm512_dpbf16_ps((__m512)total, a, b); }
+// Adds the products of pairs of bfloat16 to sixteen sums.
+INLINE v16 dot_bf16(v16 total, bf16x32 a, bf16x32 b) {
+  return (v16)_mm512_dpbf16_ps((__m512)total, a, b);
+}
 #endif
 
 #endif

@@ -29,12 +29,12 @@ from llamagen.evaluation.networks.inputs import require_images
 from llamagen.evaluation.networks.weights import (
     PublicFile,
     build,
-    cache_folder,
     cached,
     read_weights,
     require_checksum,
 )
 from llamagen.models.pretrained import is_repo_id
+from llamagen.support import storage
 from llamagen.support.errors import InputError
 
 WEIGHTS_FILE = PublicFile(
@@ -198,7 +198,7 @@ class InceptionV3(nn.Module):
         Args:
             source: a .pth or .safetensors file, a folder with the public file, an address
                 (https://...) or a file on the hub ("owner/name/file"). Without it the public file
-                is taken from the cache (``weights.cache_folder``), from torch.hub's, or
+                is taken from the cache (``storage.cache_folder``), from torch.hub's, or
                 downloaded. Under its own name only the known content is accepted.
             device: where the network goes.
 
@@ -417,7 +417,7 @@ def _locate(source: str | Path | None) -> Path:
     """Return the file that ``source`` means, downloaded if it is not here."""
     if source is None:
         shared = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE.name)
-        if shared.is_file() and not (cache_folder() / WEIGHTS_FILE.name).is_file():
+        if shared.is_file() and not (storage.cache_folder() / WEIGHTS_FILE.name).is_file():
             return _checked(shared)
         return cached(WEIGHTS_FILE, purpose=_PURPOSE, remedy=_REMEDY)
     text = str(source)

@@ -23,7 +23,6 @@ import llamagen.support.storage as storage
 from llamagen.evaluation.networks.weights import (
     PublicFile,
     build,
-    cache_folder,
     download,
     read_weights,
     writable_cache,
@@ -180,7 +179,7 @@ def load_lpips(source: Path | None = None) -> Lpips:
 
     Args:
         source: a file with all weights (``save_lpips``), or a folder with that file or with the
-            two public ones. Without it they are taken from the cache (``weights.cache_folder``),
+            two public ones. Without it they are taken from the cache (``storage.cache_folder``),
             or downloaded into it. Several processes at once each download for themselves, so let
             one of them go first.
 
@@ -190,7 +189,7 @@ def load_lpips(source: Path | None = None) -> Lpips:
     """
     if source is not None:
         return _from_files(_local_files(Path(source).expanduser()))
-    cached = cache_folder() / FILE_NAME
+    cached = storage.cache_folder() / FILE_NAME
     if cached.is_file():
         try:
             return _from_files([cached])

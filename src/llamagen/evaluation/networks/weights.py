@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import http.client
-import os
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -38,14 +37,6 @@ class PublicFile:
     """Of its content; None if that is not known."""
 
 
-def cache_folder() -> Path:
-    """Return the folder of downloads."""
-    own = os.environ.get("LLAMAGEN_CACHE")
-    if own:
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
-
-
 def writable_cache(purpose: str) -> Path:
     """Return the folder of downloads, created if it does not exist.
 
@@ -56,7 +47,7 @@ def writable_cache(purpose: str) -> Path:
         InputError: it cannot be created or written to.
     """
     try:
-        return storage.require_writable(cache_folder())
+        return storage.require_writable(storage.cache_folder())
     except InputError as error:
         raise InputError(f"{error} for {purpose} (LLAMAGEN_CACHE)") from error
 
@@ -75,7 +66,7 @@ def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
         InputError: the download failed, or the cache holds another file under this name.
         OSError: the disk is full.
     """
-    path = cache_folder() / file.name
+    path = storage.cache_folder() / file.name
     if path.is_file():
         require_checksum(path, file.sha256, remedy="without that file it is downloaded again")
         return path
