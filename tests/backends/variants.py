@@ -11,6 +11,11 @@ import pytest
 
 from llamagen.backends.cpu import Kernels, build
 
+_EMULATED_AVX512 = (
+    *(f"-I{Path(__file__).parent / 'emulated'}", "-DEMULATE_AVX512", "-march=x86-64-v3", "-O1"),
+    *(f"-D__AVX512{part}__" for part in ("F", "BW", "VL", "VNNI", "BF16")),
+)
+
 # Name -> flags of the compiler, what the processor must have, and what must then be compiled.
 _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "native": ((), set(), None),
@@ -18,6 +23,11 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "avx512_bf16": (
         ("-mno-amx-tile",),
         {"avx512_bf16", "avx512_vnni"},
+        {"avx512_bf16", "vnni", "threads"},
+    ),
+    "emulated avx512_bf16": (
+        _EMULATED_AVX512,
+        {"avx2", "fma"},
         {"avx512_bf16", "vnni", "threads"},
     ),
     "avx512": (("-march=skylake-avx512",), {"avx512bw"}, {"threads"}),
