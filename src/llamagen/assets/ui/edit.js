@@ -6,6 +6,14 @@ const input = byId("image");
 const kind = byId("edit-kind");
 const canvas = byId("canvas");
 const OPTIONS = { inpaint: [], complete: ["keep_rows"], outpaint: ["below", "right"], vary: ["keep"] };
+// Keys that move the cursor by rows and columns; the space bar paints where it is.
+const MOVES = {
+  ArrowUp: [-1, 0],
+  ArrowDown: [1, 0],
+  ArrowLeft: [0, -1],
+  ArrowRight: [0, 1],
+  " ": [0, 0],
+};
 
 let card = null;
 // As it was chosen; null while nothing is edited.
@@ -138,7 +146,7 @@ function redraw() {
 }
 
 function color() {
-  return getComputedStyle(canvas).getPropertyValue("--accent");
+  return getComputedStyle(canvas).color;
 }
 
 function clear() {
@@ -210,31 +218,21 @@ canvas.addEventListener("pointerdown", (event) => {
   stroke(last, last);
 });
 canvas.addEventListener("pointermove", (event) => {
-  if (last === null) return;
-  const next = place(event);
-  stroke(last, next);
-  last = next;
+  if (canvas.hasPointerCapture(event.pointerId)) stroke(last, (last = place(event)));
 });
-for (const name of ["pointerup", "pointercancel"]) {
-  canvas.addEventListener(name, () => (last = null));
-}
 canvas.addEventListener("keydown", (event) => {
   if (kind.value !== "inpaint") return;
-  const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-  const move = moves[event.key];
-  if (!move && event.key !== " ") return;
+  const move = MOVES[event.key];
+  if (!move) return;
   event.preventDefault();
-  if (move) {
-    cursor.row = Math.min(card.rows - 1, Math.max(0, cursor.row + move[0]));
-    cursor.column = Math.min(card.columns - 1, Math.max(0, cursor.column + move[1]));
-    redraw();
-  } else {
-    const middle = [
-      ((cursor.column + 0.5) * canvas.width) / card.columns,
-      ((cursor.row + 0.5) * canvas.height) / card.rows,
-    ];
-    stroke(middle, middle);
-  }
+  cursor.row = Math.min(card.rows - 1, Math.max(0, cursor.row + move[0]));
+  cursor.column = Math.min(card.columns - 1, Math.max(0, cursor.column + move[1]));
+  const middle = [
+    ((cursor.column + 0.5) * canvas.width) / card.columns,
+    ((cursor.row + 0.5) * canvas.height) / card.rows,
+  ];
+  if (event.key === " ") stroke(middle, middle);
+  else redraw();
 });
 for (const name of ["focus", "blur"]) canvas.addEventListener(name, redraw);
 

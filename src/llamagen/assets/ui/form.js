@@ -107,7 +107,6 @@ function settingField({ name, type, help, minimum, exclusive_minimum, maximum, c
     input.min = exclusive_minimum ? Number.MIN_VALUE : (minimum ?? "");
     input.max = maximum ?? "";
     input.step = type === "int" ? 1 : "any";
-    input.inputMode = type === "int" ? "numeric" : "decimal";
   }
   caption.after(input);
   return field;
@@ -136,15 +135,12 @@ function choose(id) {
   if (card === before) return;
   model.value = id;
   const ofClasses = card.kind === "class";
-  byId("class-field").hidden = !ofClasses;
+  byId("class-field").hidden = byId("ideas").hidden = !ofClasses;
   byId("text-field").hidden = byId("negative-field").hidden = ofClasses;
   byId("class").required = ofClasses;
   byId("text").required = !ofClasses;
-  if (ofClasses) showClasses(card.classes);
-  byId("ideas").hidden = !ofClasses;
+  showClasses(card.classes ?? []);
   count.max = card.max_images;
-  if (ofClasses) blend.setAttribute("list", "classes");
-  else blend.removeAttribute("list");
   setModel(card);
   byId("sampling").replaceChildren(...card.declared_settings.map(settingField));
   byId("about").textContent = `${card.id} · ${card.size.replace("x", " × ")} px`;
@@ -156,30 +152,19 @@ function showClasses(names) {
   byId("class").value = "";
   byId("class-hint").textContent =
     `One of ${names.length.toLocaleString("en")} classes, or its number.`;
-  byId("ideas").replaceChildren(...some(names).map(idea));
+  const mixed = [...names].sort(() => Math.random() - 0.5);
+  byId("ideas").replaceChildren(...mixed.slice(0, IDEAS).map(idea));
 }
 
 function idea(name) {
-  const item = document.createElement("li");
-  const button = document.createElement("button");
-  button.type = "button";
-  button.className = "plain";
-  button.textContent = name;
+  const [item, button] = ["li", "button"].map((tag) => document.createElement(tag));
+  Object.assign(button, { type: "button", textContent: name });
   button.addEventListener("click", () => {
     prompt().value = name;
     form.requestSubmit();
   });
   item.append(button);
   return item;
-}
-
-function some(names) {
-  const left = [...names];
-  const taken = [];
-  while (left.length && taken.length < IDEAS) {
-    taken.push(...left.splice(Math.floor(Math.random() * left.length), 1));
-  }
-  return taken;
 }
 
 function reset() {

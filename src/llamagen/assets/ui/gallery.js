@@ -49,7 +49,7 @@ export function addRun(request, card) {
 
 function slot(request, card, run, index) {
   const [width, height] = size(request, card);
-  const shown = newCard(request.prompt, width, height, request.n);
+  const shown = newCard({ prompt: request.prompt, width, height }, request.n);
   const self = { card: shown, done: false, show };
   const image = shown.querySelector("img");
 
@@ -69,8 +69,8 @@ function slot(request, card, run, index) {
 
   function complete(event) {
     const { model, prompt, negative_prompt: negative, blend, blend_share, best_of } = request;
-    const settings = {};
-    for (const name of Object.keys(card.settings)) settings[name] = request[name] ?? card.settings[name];
+    const settings = { ...card.settings };
+    for (const name in settings) settings[name] = request[name] ?? settings[name];
     const made = picture({
       id: `${run}-${String(index).padStart(4, "0")}`,
       ...{ run, index, model, prompt, negative, seed: event.seed, width, height, settings },
@@ -123,7 +123,6 @@ function arrange() {
   const first = pictures.filter(({ entry }) => entry.run === run);
   const rest = pictures.slice(first.length);
   if (!current) latest.replaceChildren(...first.map((each) => cardOf(each, first.length)));
-  latest.classList.toggle("single", latest.children.length === 1);
   earlier.replaceChildren(...rest.map(thumbnailOf));
   byId("earlier-part").hidden = rest.length === 0;
   byId("empty").hidden = latest.children.length > 0;
@@ -131,22 +130,27 @@ function arrange() {
 
 function cardOf(made, beside) {
   if (!made.card) {
-    const { prompt, width, height } = made.entry;
-    made.card = newCard(prompt, width, height, beside);
+    made.card = newCard(made.entry, beside);
     made.card.querySelector("img").hidden = false;
     finishCard(made);
   }
   return made.card;
 }
 
-function newCard(prompt, width, height, beside) {
+function newCard(entry, beside) {
   const card = byId("card").content.firstElementChild.cloneNode(true);
-  const wish = beside <= 2 ? ALONE : beside === 3 ? 256 : 192;
-  card.style.setProperty("--side", `${side(width, wish)}px`);
-  card.style.setProperty("--shape", `${width} / ${height}`);
-  card.classList.toggle("pixels", width <= PIXEL_ART);
-  card.querySelector(".prompt").textContent = prompt;
+  fit(card, entry, beside <= 2 ? ALONE : beside === 3 ? 256 : 192);
+  card.querySelector(".prompt").textContent = entry.prompt;
   return card;
+}
+
+// Sets size and sharpness of what shows an image: at most so wide, small ones by a whole factor.
+function fit(element, { width, height }, most) {
+  const isSmall = width <= PIXEL_ART;
+  const side = isSmall ? Math.max(1, Math.floor(most / width)) * width : Math.min(width, most);
+  element.style.setProperty("--side", `${side}px`);
+  element.style.setProperty("--shape", `${width} / ${height}`);
+  element.classList.toggle("pixels", isSmall);
 }
 
 function finishCard(made) {
@@ -156,15 +160,14 @@ function finishCard(made) {
   card.querySelector(".seed").textContent = `seed ${entry.seed}`;
   image.alt = title(entry);
   image.src = url;
-  open.disabled = false;
-  open.addEventListener("click", () => view(made));
+  Object.assign(open, { disabled: false, onclick: () => view(made) });
   const [download, again, edit] = card.querySelectorAll(".actions > *");
   setDownload(download, made);
-  download.setAttribute("aria-label", `Download ${title(entry)}`);
-  again.setAttribute("aria-label", `Again: ${entry.prompt}, with another seed`);
-  again.addEventListener("click", () => actions.again(entry));
-  edit.setAttribute("aria-label", `Edit ${title(entry)}`);
-  edit.addEventListener("click", () => actions.edit(entry));
+  download.ariaLabel = `Download ${title(entry)}`;
+  again.ariaLabel = `Again: ${entry.prompt}, with another seed`;
+  again.onclick = () => actions.again(entry);
+  edit.ariaLabel = `Edit ${title(entry)}`;
+  edit.onclick = () => actions.edit(entry);
   card.querySelector(".actions").hidden = false;
 }
 
@@ -172,13 +175,9 @@ function thumbnailOf(made) {
   if (!made.thumbnail) {
     const { entry, url } = made;
     const item = byId("thumbnail").content.firstElementChild.cloneNode(true);
-    item.style.setProperty("--side", `${side(entry.width, THUMBNAIL)}px`);
-    item.style.setProperty("--shape", `${entry.width} / ${entry.height}`);
-    item.classList.toggle("pixels", entry.width <= PIXEL_ART);
-    item.querySelector("img").src = url;
-    item.querySelector("img").alt = title(entry);
-    item.querySelector("button").title = title(entry);
-    item.querySelector("button").addEventListener("click", () => view(made));
+    fit(item, entry, THUMBNAIL);
+    Object.assign(item.querySelector("img"), { src: url, alt: title(entry) });
+    Object.assign(item.querySelector("button"), { title: title(entry), onclick: () => view(made) });
     made.thumbnail = item;
   }
   return made.thumbnail;
@@ -187,12 +186,8 @@ function thumbnailOf(made) {
 function view(made) {
   const { entry, url } = made;
   viewed = made;
-  const image = byId("viewer-image");
-  image.src = url;
-  image.alt = title(entry);
-  image.style.setProperty("--side", `${side(entry.width, ALONE)}px`);
-  image.style.setProperty("--shape", `${entry.width} / ${entry.height}`);
-  image.classList.toggle("pixels", entry.width <= PIXEL_ART);
+  Object.assign(byId("viewer-image"), { src: url, alt: title(entry) });
+  fit(byId("viewer-image"), entry, ALONE);
   byId("viewer-title").textContent = entry.prompt;
   const facts = [
     ["Avoiding", entry.negative],
@@ -212,8 +207,8 @@ function view(made) {
 }
 
 function fact([name, value]) {
-  const pair = document.createElement("div");
-  const [term, description] = [document.createElement("dt"), document.createElement("dd")];
+  const [pair, term, description] = ["div", "dt", "dd"].map((tag) => document.createElement(tag));
+  pair.className = "title";
   term.textContent = name;
   description.textContent = value;
   pair.append(term, description);
@@ -233,46 +228,40 @@ function title(entry) {
   return `${entry.prompt}, seed ${entry.seed}`;
 }
 
-function side(width, wish) {
-  if (width > PIXEL_ART) return Math.min(width, wish);
-  return Math.max(1, Math.floor(wish / width)) * width;
-}
-
 function bytes(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 }
 
-byId("viewer-close").addEventListener("click", () => viewer.close());
 viewer.addEventListener("click", (event) => {
   // What lies around the picture belongs to the dialog itself.
   if (event.target === viewer) viewer.close();
 });
-byId("viewer-again").addEventListener("click", () => {
-  viewer.close();
-  actions.again(viewed.entry);
-});
-byId("viewer-use").addEventListener("click", () => {
-  viewer.close();
-  actions.use(viewed.entry);
-});
-byId("viewer-edit").addEventListener("click", () => {
-  viewer.close();
-  actions.edit(viewed.entry);
-});
-byId("viewer-remove").addEventListener("click", () => {
-  viewer.close();
-  forget(viewed.entry.id);
-  discard(viewed);
-  pictures = pictures.filter((each) => each !== viewed);
-  arrange();
-  byId("results").focus();
-});
+// Every button of the viewer closes it first.
+for (const [name, act] of Object.entries({
+  close() {},
+  again: ({ entry }) => actions.again(entry),
+  use: ({ entry }) => actions.use(entry),
+  edit: ({ entry }) => actions.edit(entry),
+  remove({ entry }) {
+    forget(entry.id);
+    removeWhere((each) => each === viewed);
+  },
+})) {
+  byId(`viewer-${name}`).addEventListener("click", () => {
+    viewer.close();
+    act(viewed);
+  });
+}
 byId("clear").addEventListener("click", () => {
   const many = pictures.length === 1 ? "the image" : `all ${pictures.length} images`;
   if (!confirm(`Remove ${many} from this browser?`)) return;
   forgetAll();
-  pictures.forEach(discard);
-  pictures = [];
+  removeWhere(() => true);
+});
+
+function removeWhere(isGone) {
+  pictures.filter(isGone).forEach(discard);
+  pictures = pictures.filter((each) => !isGone(each));
   arrange();
   byId("results").focus();
-});
+}

@@ -1,12 +1,7 @@
 // The server's API: its models, and images while they are drawn.
 
 const KEY = "llamagen-key";
-let key = "";
-try {
-  key = sessionStorage.getItem(KEY) ?? "";
-} catch {
-  // The browser keeps nothing; then the key lasts as long as the page.
-}
+const kept = storage();
 
 // A request that was refused or failed; its message is for people.
 export class ServerError extends Error {
@@ -17,15 +12,19 @@ export class ServerError extends Error {
 }
 
 export function hasKey() {
-  return key !== "";
+  return Boolean(kept[KEY]);
 }
 
 export function setKey(value) {
-  key = value;
+  kept[KEY] = value;
+}
+
+function storage() {
   try {
-    sessionStorage.setItem(KEY, value);
+    return sessionStorage;
   } catch {
-    // As above.
+    // The browser keeps nothing; then the key lasts as long as the page.
+    return {};
   }
 }
 
@@ -53,28 +52,26 @@ function formOf(request) {
 
 async function ask(path, options = {}) {
   const headers = { ...options.headers };
-  if (key) headers.Authorization = `Bearer ${key}`;
-  let response;
-  try {
-    response = await fetch(path, { ...options, headers, cache: "no-store" });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError("the server does not answer");
-  }
-  if (!response.ok) throw await refusal(response);
-  return response;
+  if (hasKey()) headers.Authorization = `Bearer ${kept[KEY]}`;
+  const answer = fetch(path, { ...options, headers, cache: "no-store" });
+  const response = await connected(answer, "the server does not answer");
+  if (response.ok) return response;
+  // Without JSON it is no answer of the API itself, but of something on the way to it.
+  const said = await response.json().catch(() => null);
+  const wait = response.headers.get("Retry-After");
+  throw new ServerError(
+    (said?.error?.message ?? `the server answered ${response.status}`) +
+      (wait ? ` (in ${wait} s)` : ""),
+    response.status,
+  );
 }
 
-async function refusal(response) {
-  let message = `the server answered ${response.status}`;
+async function connected(work, failure) {
   try {
-    message = (await response.json()).error.message;
-  } catch {
-    // No answer of the API itself, but of something on the way to it.
+    return await work;
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new ServerError(failure);
   }
-  const wait = response.headers.get("Retry-After");
-  if (wait) message += ` (in ${wait} s)`;
-  return new ServerError(message, response.status);
 }
 
 async function* events(response) {
@@ -82,33 +79,21 @@ async function* events(response) {
   let text = "";
   try {
     while (true) {
-      const { value, done } = await next(reader);
+      const broken = "the connection to the server broke off";
+      const { value, done } = await connected(reader.read(), broken);
       if (done) return;
       const blocks = (text + value).split("\n\n");
       text = blocks.pop();
       for (const block of blocks) {
-        const event = parse(block);
-        if (event?.error) throw new ServerError(event.error.message);
-        if (event) yield event;
+        const data = block.match(/^data:(.*)$/m);
+        if (!data) continue;
+        const event = JSON.parse(data[1]);
+        if (event.error) throw new ServerError(event.error.message);
+        yield event;
       }
     }
   } finally {
     // Whoever stops reading wants nothing more drawn.
     reader.cancel().catch(() => {});
   }
-}
-
-async function next(reader) {
-  try {
-    return await reader.read();
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError("the connection to the server broke off");
-  }
-}
-
-function parse(block) {
-  const lines = block.split("\n").filter((line) => line.startsWith("data:"));
-  if (lines.length === 0) return null;
-  return JSON.parse(lines.map((line) => line.slice("data:".length)).join("\n"));
 }
