@@ -1,9 +1,9 @@
-"""``llamagen``: finds the command, turns its options into a dataclass, runs it, reports errors.
+"""The ``llamagen`` program: its commands, their options as dataclasses, and its errors.
 
 Every command is a module with two public names: a frozen dataclass ``Options``, whose fields are
 the flags, and ``run(options)``. Several commands may share a module, each with a dataclass of its
-own. A module may offer ``defaults(arguments)``, which takes what it
-knows (a recipe file) off the arguments and returns the options to start from and the rest.
+own. A module may offer ``defaults(arguments)``, which takes what it knows (a recipe file) off the
+arguments and returns the options to start from and the rest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib
+import importlib.metadata
 import os
 import re
 import sys
@@ -43,15 +44,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export-vllm": ("llamagen.cli.export_vllm", "write a folder that vllm serve accepts"),
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
-    "bench": (
-        "llamagen.cli.bench",
-        "measure how fast this machine decodes",
-    ),
+    "bench": ("llamagen.cli.bench", "measure how fast this machine decodes"),
     "demo": ("llamagen.cli.demo", "draw a sheet with the models that come with the package"),
-    "demo-train": (
-        "llamagen.cli.demo_train",
-        "train on handwritten digits and draw some, in minutes",
-    ),
+    "demo-train": ("llamagen.cli.demo_train", "train on handwritten digits and draw some"),
 }
 """Command -> the module that implements it, with the name of its options if that is not
 ``Options``, and one line of help."""
@@ -62,18 +57,18 @@ _REMOVED = {
 }
 """Flags, and values of --quantization and --precisions, of earlier versions -> the remedy."""
 
-_OTHER_NAMES = {"num-images-per-prompt": "num-images"}
-"""Parameter of the library, with dashes -> the flag, where that is called something else."""
+_OPTION_OF = {"num_images_per_prompt": "count"}
+"""Parameter of the library -> the option of commands, where that is called something else."""
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Runs one command and exits: 0 if it worked, 2 on bad input, 1 on a fault of the machine."""
+    """Run one command and exit: 0 if it worked, 2 on bad input, 1 on a fault of the machine."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words and words[0] in ("-V", "--version"):
-        print(_version())
+        print(f"llamagen {importlib.metadata.version('llamagen')}")
         sys.exit(0)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -88,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         _fail("interrupted", _INTERRUPTED)
     except BrokenPipeError:
-        # Whoever read the output has gone; nothing is left to say, at exit neither.
+        # The reader of the output has gone; a flush at exit would fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -99,10 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _run(command: str, arguments: list[str]) -> None:
     import tyro
 
-    # Threads that wait for one another shall sleep, not spin. When another program wants the
-    # processors too, spinning makes steps of many small operations tens of times slower. Read
-    # once, when torch is first imported; whoever has set it knows better. What bench compares with
-    # is slower by it, and shall be at its best.
+    # Threads that wait for one another sleep instead of spinning: spinning makes steps of many
+    # small operations tens of times slower when another program wants the processors too. It is
+    # read once, when torch is first imported. The reference that bench measures is faster without.
     if command != "bench":
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _refuse_removed(arguments)
@@ -122,7 +116,7 @@ def _run(command: str, arguments: list[str]) -> None:
 
 
 def _implementation(command: str) -> tuple[ModuleType, type]:
-    """The module of a command, and the dataclass of its options."""
+    """Return the module of a command, and the dataclass of its options."""
     name, _, kind = COMMANDS[command][0].partition(":")
     module = importlib.import_module(name)
     return module, getattr(module, kind or "Options")
@@ -143,15 +137,15 @@ def _refuse_removed(arguments: Sequence[str]) -> None:
 
 
 def _find_command(words: list[str]) -> str | None:
-    """The command that ``words`` start with; None after saying why there is none."""
+    """Return the command that ``words`` start with; None after saying why there is none."""
     for length in (2, 1):
         if " ".join(words[:length]) in COMMANDS:
             return " ".join(words[:length])
     family = [name for name in COMMANDS if name.split()[0] == words[0]]
+    if family and words[1:2] in (["-h"], ["--help"]):
+        print("\n".join(f"llamagen {name}: {COMMANDS[name][1]}" for name in family))
+        sys.exit(0)
     if family:
-        if words[1:2] in (["-h"], ["--help"]):
-            print("\n".join(f"llamagen {name}: {COMMANDS[name][1]}" for name in family))
-            sys.exit(0)
         _report(f"{words[0]} needs one more word: {' or '.join(family)}")
     else:
         _report(f"there is no command {words[0]!r}; choose one of {', '.join(COMMANDS)}")
@@ -166,25 +160,24 @@ def _with_flags(message: str, command: str) -> str:
     flags = _flags(_implementation(command)[1])
 
     def replace(match: re.Match[str]) -> str:
-        name = match[1].replace("_", "-")
-        name = _OTHER_NAMES.get(name, name)
-        return f"--{name}" if name in flags else match[0]
+        name = _OPTION_OF.get(match[1], match[1])
+        return f"--{flags[name]}" if name in flags else match[0]
 
     return re.sub(r"`(\w+)`", replace, message)
 
 
-def _flags(options: type) -> set[str]:
-    """Names of a command's flags, without dashes in front."""
+def _flags(options: type) -> dict[str, str]:
+    """Return the flag of each field of a command's options, without dashes in front."""
     import tyro
 
-    found = set()
+    found: dict[str, str] = {}
     for name, hint in typing.get_type_hints(options, include_extras=True).items():
         kind, *notes = typing.get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
         if dataclasses.is_dataclass(kind):
             found |= _flags(typing.cast("type", kind))
         elif tyro.conf.Positional not in notes:
             given = [note.name for note in notes if getattr(note, "name", None)]
-            found.add(given[0] if given else name.replace("_", "-"))
+            found[name] = given[0] if given else name.replace("_", "-")
     return found
 
 
@@ -193,27 +186,18 @@ def _overview() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
-            "usage: llamagen COMMAND [OPTIONS]",
-            "",
-            "Train, sample and evaluate autoregressive image models.",
-            "",
+            "usage: llamagen COMMAND [OPTIONS]\n",
+            "Train, sample and evaluate autoregressive image models.\n",
             "commands:",
             *lines,
-            "",
-            "llamagen COMMAND --help lists a command's options and their defaults.",
+            "\nllamagen COMMAND --help lists a command's options and their defaults.",
             "llamagen --version prints the version.",
         ]
     )
 
 
-def _version() -> str:
-    from importlib.metadata import version
-
-    return f"llamagen {version('llamagen')}"
-
-
 def _describe(error: OSError) -> str:
-    """One line about a fault of files or memory."""
+    """Return one line about a fault of files or memory."""
     if error.errno is None:
         return str(error)
     where = f"{error.filename}: " if error.filename else ""

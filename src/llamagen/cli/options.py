@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -14,12 +16,23 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.pipeline import Pipeline
+    from llamagen.pipeline import Pipeline, PipelineOutput
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Ranking = Literal["likelihood", "condition"]
 """As ``llamagen.pipeline.ranking`` has it, which imports torch."""
+
+_STEM_LENGTH = 50
+"""Letters of a prompt that a file is named by."""
+
+
+def require_at_least(minimum: int, options: object, *names: str) -> None:
+    """Raise InputError if one of these options is below ``minimum``."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise InputError(f"`{name}` is {value}, expected at least {minimum}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +45,7 @@ class DeviceOptions:
     """Precision of the weights; auto takes bfloat16 where the device is fast at it."""
 
     def resolve(self) -> tuple[torch.device, torch.dtype]:
-        """The device and precision meant.
-
-        Raises:
-            InputError: this machine has no such device.
-        """
+        """Return device and precision; raise InputError if this machine has no such device."""
         from llamagen.support.devices import find_device, find_dtype
 
         device = find_device(self.device)
@@ -55,11 +64,7 @@ class QuantizationOptions:
     images at once. auto is the weights' precision."""
 
     def quantize(self, pipeline: Pipeline) -> None:
-        """Quantises a pipeline's transformer and its cache, if that is wanted.
-
-        Raises:
-            InputError: it is quantised differently already, or its sizes do not fit.
-        """
+        """Quantise a pipeline's transformer and its cache, if that is wanted."""
         weights = None if self.quantization == "none" else self.quantization
         kept = None if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
         if weights is not None or kept is not None:
@@ -118,19 +123,69 @@ class SamplingOptions(SettingOptions):
     """How the best is chosen: likelihood, the most likely codes, which tend to be plain; or
     condition, those that the prompt or class makes more likely."""
 
-    def recorded(self) -> dict[str, Any]:
-        """Return the given settings that the metadata of images record too, by name.
-
-        Raises:
-            InputError: one lies outside its range.
-        """
-        blend = {"blend": self.blend, "blend_share": self.blend_share}
-        given = {name: value for name, value in blend.items() if value is not None}
+    def sampling_arguments(self) -> dict[str, Any]:
+        """Return those given, as arguments of a pipeline; raise InputError if one is no setting."""
+        names = ("negative_prompt", "blend", "blend_share", "best_of", "rank_by")
+        values = {name: getattr(self, name) for name in names}
+        given = {name: value for name, value in values.items() if value is not None}
         return {**given_settings(self), **given}
 
-    def ranking(self) -> dict[str, Any]:
-        """Return the settings of the choice among candidates."""
-        return {"best_of": self.best_of, "rank_by": self.rank_by}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageOptions(SamplingOptions, QuantizationOptions, DeviceOptions):
+    """What the commands that make images share."""
+
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt", aliases=["-p"])] = ()
+    """What the image is of, for text-conditional models; one text or several."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
+    """What the image is of, for class-conditional models: classes by name or number."""
+    count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
+    """Images of each prompt or class."""
+    seed: int | None = None
+    """Seed of the first image; the next get the next numbers. Default: random; 0 for a file of
+    prompts."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
+    """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
+
+    @property
+    def _sheet_only(self) -> bool:
+        return self.out.suffix.lower() == ".png"
+
+    def require_out(self) -> None:
+        """Check, before any image is made, that they can be saved.
+
+        Raises:
+            InputError: ``out`` is a file of another kind.
+            OSError: it cannot be written to.
+        """
+        import llamagen.support.storage as storage
+
+        if not self._sheet_only and self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} is a file; give --out a folder or a name ending in .png")
+        storage.require_writable(self.out.parent if self._sheet_only else self.out)
+
+    def save(self, output: PipelineOutput, *, columns: int | None = None) -> None:
+        """Save images, with a sheet if they are several, and print where; or the sheet alone."""
+        from llamagen.support.pictures import image_grid, save_png
+
+        alone = len(output.images) == 1
+        if not self._sheet_only:
+            for image, metadata in zip(output.images, output.metadata, strict=True):
+                path = self.out / f"{_file_stem(metadata)}.png"
+                save_png(image, path, metadata=metadata)
+                print(path)
+        if self._sheet_only or not alone:
+            path = self.out if self._sheet_only else self.out / "sheet.png"
+            sheet = output.images[0] if alone else image_grid(output.images, columns=columns)
+            save_png(sheet, path, metadata=output.metadata[0] if alone else None)
+            print(path)
+
+
+def _file_stem(metadata: dict[str, Any]) -> str:
+    text = str(metadata.get("class", metadata.get("prompt", "image")))
+    name = re.sub(r"[^\w]+", "-", text).strip("-").lower()
+    # File names of 255 bytes are the longest almost anywhere, of which a letter may take four.
+    return f"{name[:_STEM_LENGTH].strip('-') or 'image'}-{metadata['seed']}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,24 +203,20 @@ class EngineOptions:
     and image tokenizer need some too."""
 
     def vllm_options(self) -> dict[str, Any] | None:
-        """What vLLM is started with, once it is told to be quiet; None for our own engine.
+        """Return what vLLM is started with, once it is told to be quiet; None for other engines.
 
         Raises:
-            InputError: our own engine was given options of vLLM's.
+            InputError: another engine was given options of vLLM's.
         """
-        options: dict[str, Any] = {
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "data_parallel_size": self.data_parallel_size,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-        }
-        unset = EngineOptions()
-        given = {name: value for name, value in options.items() if value != getattr(unset, name)}
-        if self.engine == "vllm":
-            from llamagen.vllm_plugin.library import keep_vllm_quiet
+        from llamagen.pipeline.pipeline import ENGINES
+        from llamagen.vllm_plugin.library import keep_vllm_quiet
 
+        names = ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
+        values = {name: getattr(self, name) for name in names}
+        given = {n: value for n, value in values.items() if value != getattr(EngineOptions, n)}
+        if ENGINES[self.engine].copies_model:
             keep_vllm_quiet()
             return given
         if given:
-            flag = next(iter(given)).replace("_", "-")
-            raise InputError(f"--{flag} goes with --engine vllm")
+            raise InputError(f"`{next(iter(given))}` goes with --engine vllm")
         return None
