@@ -74,7 +74,7 @@ def test_bad_settings(fails, model_folder, photos, tmp_path, arguments, message)
     out = tmp_path / "out"
     line = fails("reconstruct", photos, "-t", model_folder, "--out", out, *arguments)
     assert message in line
-    assert not out.exists() or not any(out.iterdir())
+    assert list(out.rglob("*")) == []
 
 
 def test_no_images(fails, model_folder, tmp_path):

@@ -47,7 +47,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Converts what ``options`` name and prints what was made."""
+    """Convert the sources and print what was made."""
     import llamagen.support.storage as storage
 
     if not 1 <= len(options.sources) <= 2:
@@ -58,17 +58,20 @@ def run(options: Options) -> None:
     out = options.out.expanduser().absolute()
     _require_place(out, overwrite=options.overwrite)
     found = _pipeline_source(options)
-    parts = _load(options if found is None else _of_pipeline(options, found))
+    if found is not None:
+        sources = (str(found.transformer), str(found.tokenizer))
+        options = dataclasses.replace(options, sources=sources)
+    parts = _load(options)
     with storage.atomic_folder(out) as folder:
         _save(parts, folder, options, found)
     for source, model in parts.values():
-        print(f"{source}: {_described(model)}")
+        print(f"{source}: {_summary(model)}")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{options.out}: {size / 2**20:,.1f} MiB")
 
 
 def _require_place(out: Path, *, overwrite: bool) -> None:
-    """Checks, before the long work, that the folder can be written."""
+    """Check, before the long work, that the folder can be written."""
     import llamagen.support.storage as storage
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -81,7 +84,7 @@ def _require_place(out: Path, *, overwrite: bool) -> None:
 
 
 def _pipeline_source(options: Options) -> PipelineSource | None:
-    """What the only source has, if it is a whole pipeline on this machine."""
+    """Return the parts of the only source, if it is a whole pipeline on this machine."""
     from llamagen.checkpoints import find_shipped, is_pipeline_folder, resolve_pipeline
 
     source = options.sources[0]
@@ -90,23 +93,20 @@ def _pipeline_source(options: Options) -> PipelineSource | None:
         return None
     if (options.grid or options.heads) is not None:
         raise InputError(f"--grid and --heads describe a checkpoint file; {source} is a pipeline")
-    return resolve_pipeline(folder)
-
-
-def _of_pipeline(options: Options, found: PipelineSource) -> Options:
-    """The same for the models of a pipeline."""
+    found = resolve_pipeline(folder)
     if found.tokenizer is None:
         raise InputError(
-            f"{options.sources[0]} has no image tokenizer; give its transformer, and one beside it"
+            f"{source} has no image tokenizer; give its transformer, and one beside it"
         )
-    sources = (str(found.transformer), str(found.tokenizer))
-    return dataclasses.replace(options, sources=sources)
+    return found
 
 
 def _load(options: Options) -> Parts:
     import torch
 
     from llamagen.checkpoints import load_model
+    from llamagen.models.transformer import Transformer
+    from llamagen.models.transformer.quantization import quantize
 
     dtype = None if options.dtype == "keep" else getattr(torch, options.dtype)
     parts: Parts = {}
@@ -118,24 +118,16 @@ def _load(options: Options) -> Parts:
                 f"({model.kind}); a pipeline has one transformer and one image tokenizer"
             )
         parts[model.kind] = (source, model)
-    if "transformer" not in parts and (options.grid or options.heads) is not None:
-        raise InputError("--grid and --heads describe a transformer, but none was given")
-    if options.quantization != "none":
-        _quantize(parts)
+        if isinstance(model, Transformer) and options.quantization != "none":
+            quantize(model)
+    if Transformer.kind not in parts:
+        if (options.grid or options.heads) is not None:
+            raise InputError("--grid and --heads describe a transformer, but none was given")
+        if options.quantization != "none":
+            raise InputError("--quantization is for a transformer, but none was given")
     if len(parts) == 1 and (options.labels or options.name) is not None:
         raise InputError("--labels and --name belong to a pipeline; give both of its models")
     return parts
-
-
-def _quantize(parts: Parts) -> None:
-    from llamagen.models.transformer import Transformer
-    from llamagen.models.transformer.quantization import quantize
-
-    if Transformer.kind not in parts:
-        raise InputError("--quantization is for a transformer, but none was given")
-    _, model = parts[Transformer.kind]
-    assert isinstance(model, Transformer)
-    quantize(model)
 
 
 def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | None) -> None:
@@ -152,11 +144,12 @@ def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | 
     _, tokenizer = parts[ImageTokenizer.kind]
     assert isinstance(transformer, Transformer)
     assert isinstance(tokenizer, ImageTokenizer)
-    public = find_public(source)
-    name = options.out.resolve().name if public is None else public.name
     labels = _labels(transformer, options.labels)
     sampling, text = demo_sampling(transformer.config.condition), None
-    if found is not None:
+    if found is None:
+        public = find_public(source)
+        name = options.out.resolve().name if public is None else public.name
+    else:
         name, sampling, text = found.name, found.sampling, found.text
         labels = labels if options.labels is not None else found.labels
     pipeline = Pipeline(
@@ -184,15 +177,15 @@ def _labels(transformer: Transformer, path: Path | None) -> Labels | None:
     return imagenet if len(imagenet) == config.num_classes else None
 
 
-def _described(model: ImageTokenizer | Transformer) -> str:
+def _summary(model: ImageTokenizer | Transformer) -> str:
     from llamagen.models.transformer import Transformer
 
     text = f"{model.kind}, {model.parameter_count():,} parameters in {str(model.dtype)[6:]}, "
-    if isinstance(model, Transformer):
-        rows, columns = model.config.grid
-        if model.config.quantization is not None:
-            text += f"matrices in {model.config.quantization}, "
-        what = "text" if model.config.condition == "text" else f"{model.config.num_classes} classes"
-        return f"{text}grid {rows}x{columns}, {what}"
-    config = model.config
-    return f"{text}{config.codebook_size} codes, downsampling {config.downsampling}"
+    if not isinstance(model, Transformer):
+        config = model.config
+        return f"{text}{config.codebook_size} codes, downsampling {config.downsampling}"
+    rows, columns = model.config.grid
+    if model.config.quantization is not None:
+        text += f"matrices in {model.config.quantization}, "
+    what = "text" if model.config.condition == "text" else f"{model.config.num_classes} classes"
+    return f"{text}grid {rows}x{columns}, {what}"

@@ -24,7 +24,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Draws the sheet and says where it is."""
+    """Draw the sheet and print where it is."""
     from llamagen.pipeline.demo import run_demo
 
     result = run_demo(options.out, device=options.device, seed=options.seed)

@@ -27,7 +27,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Exports, and says where the model is."""
+    """Export, and print where the model is."""
     from llamagen.training.export import export_run
 
     print(

@@ -25,17 +25,10 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Exports, and says where the model is."""
+    """Export, and print where the model is."""
     from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
 
-    print(
-        export_for_vllm(
-            options.model,
-            options.out,
-            ExportOptions(
-                guidance=options.guidance,
-                negative_prompts=options.negative_prompts,
-                grid=options.grid,
-            ),
-        )
+    export = ExportOptions(
+        guidance=options.guidance, negative_prompts=options.negative_prompts, grid=options.grid
     )
+    print(export_for_vllm(options.model, options.out, export))

@@ -12,18 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions
+from llamagen.cli.options import DeviceOptions, require_at_least
 from llamagen.data.columns import SourceConfig
 from llamagen.data.views import TEN_CROP_RANGES, ViewKind
 from llamagen.support.errors import InputError
 from llamagen.support.launch import Launch, own_device
 
 if TYPE_CHECKING:
-    import torch
-
     from llamagen.data.extraction import Extraction
-    from llamagen.data.store import CodeStore
-    from llamagen.models.tokenizer import ImageTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,18 +65,17 @@ class Options(DeviceOptions):
 
 
 def run(options: Options) -> None:
-    """Extracts or imports, exports if asked to, and reports."""
+    """Extract or import, export if asked to, and report."""
     _check(options)
-    if options.from_published is not None:
-        extraction = _import(options.from_published, options)
-    elif options.images is not None:
-        extraction = _extract(options.images, options)
-    else:
-        extraction = None
-    if extraction is not None:
-        _report(extraction, options.out)
+    if options.images is not None or options.from_published is not None:
+        _report(_extract(options), options.out)
     if options.export_published is not None:
-        _export(None if extraction is None else extraction.store, options)
+        from llamagen.data.published_codes import export_published
+        from llamagen.data.store import CodeStore
+
+        count = export_published(CodeStore.open(options.out), options.export_published)
+        print(f"{count} images exported in the published layout")
+        print(options.export_published)
 
 
 def _check(options: Options) -> None:
@@ -90,12 +85,8 @@ def _check(options: Options) -> None:
         raise InputError("no images were named; give a folder, files, or hf:owner/name")
     if options.source.streaming:
         raise InputError("codes are extracted from whole data sets; leave --streaming out")
-    for name in ("size", "width", "shard_size", "batch_size", "processes"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least 1")
-    if options.workers is not None and options.workers < 0:
-        raise InputError(f"--workers is {options.workers}, expected at least 0")
+    require_at_least(1, options, "size", "width", "shard_size", "batch_size", "processes")
+    require_at_least(0, options, "workers")
     if Launch.current().world_size > 1:
         if options.processes > 1:
             raise InputError("torchrun starts the processes already; leave --processes out")
@@ -106,24 +97,39 @@ def _check(options: Options) -> None:
             )
 
 
-def _extract(source: str, options: Options) -> Extraction:
+def _extract(options: Options) -> Extraction:
+    """Encode the images, or import codes in the published layout."""
     from llamagen.data.sources import open_images
     from llamagen.data.views import Views
 
     height, width = options.size, options.width or options.size
     views = Views(height=height, width=width, kind=options.views, crop_ranges=options.crop_ranges)
-    images = open_images(source, options.source)
+    images = None if options.images is None else open_images(options.images, options.source)
 
+    import torch
+
+    from llamagen.checkpoints import load_tokenizer
     from llamagen.data.extraction import extract_store
+    from llamagen.data.published_codes import import_published
     from llamagen.support.devices import keep_freed_memory
 
     device, dtype = options.resolve()
     launch = Launch.current()
     device = own_device(device, launch)
+    # float32 whatever it encodes with: a tokenizer is known by these weights.
+    tokenizer = load_tokenizer(options.tokenizer, device=device, dtype=torch.float32)
+    if images is None:
+        assert options.from_published is not None
+        return import_published(
+            tokenizer,
+            options.from_published,
+            options.out,
+            shard_size=options.shard_size,
+            overwrite=options.overwrite,
+        )
     workers = options.workers
     if workers is None:
         workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
-    tokenizer = _tokenizer(options, device)
     keep_freed_memory()
     return extract_store(
         tokenizer,
@@ -141,39 +147,6 @@ def _extract(source: str, options: Options) -> Extraction:
         overwrite=options.overwrite,
         progress=launch.rank == 0,
     )
-
-
-def _import(folder: Path, options: Options) -> Extraction:
-    from llamagen.data.published_codes import import_published
-
-    device, _ = options.resolve()
-    return import_published(
-        _tokenizer(options, device),
-        folder,
-        options.out,
-        shard_size=options.shard_size,
-        overwrite=options.overwrite,
-    )
-
-
-def _export(store: CodeStore | None, options: Options) -> None:
-    """Exports ``store``, or the one that is in the output folder."""
-    from llamagen.data.published_codes import export_published
-    from llamagen.data.store import CodeStore
-
-    assert options.export_published is not None
-    count = export_published(store or CodeStore.open(options.out), options.export_published)
-    print(f"{count} images exported in the published layout")
-    print(options.export_published)
-
-
-def _tokenizer(options: Options, device: torch.device) -> ImageTokenizer:
-    import torch
-
-    from llamagen.checkpoints import load_tokenizer
-
-    # float32 whatever it encodes with: a tokenizer is known by these weights.
-    return load_tokenizer(options.tokenizer, device=device, dtype=torch.float32)
 
 
 def _report(extraction: Extraction, out: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions
+from llamagen.cli.options import DeviceOptions, require_at_least
 from llamagen.config import TextConfig
 from llamagen.data.columns import SourceConfig
 from llamagen.support.errors import InputError
@@ -46,11 +46,8 @@ class Options(DeviceOptions):
 
 
 def run(options: Options) -> None:
-    """Extracts, and reports."""
-    for name in ("shard_size", "tokens_at_once"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} is {getattr(options, name)}, expected at least 1")
+    """Extract, and report."""
+    require_at_least(1, options, "shard_size", "tokens_at_once")
     if options.source.streaming:
         raise InputError("features are extracted from whole data sets; leave --streaming out")
     texts = list(_captions(options))

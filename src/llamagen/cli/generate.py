@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llamagen.cli.options import EngineOptions, ImageOptions, given_settings, require_at_least
 from llamagen.config import SamplingConfig, sampling_settings
@@ -13,6 +13,7 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+    from llamagen.generation.engine import Progress
     from llamagen.pipeline import Pipeline
 
 _BATCH = 16
@@ -76,13 +77,17 @@ def run(options: Options) -> None:
 
     rows = len(wanted) * options.count * pipe.transformer.config.grid[0]
     with tqdm(total=rows, desc="drawing", unit="row", disable=None) as bar:
+
+        def show(progress: Progress) -> None:
+            bar.update(progress.codes.shape[0])
+
         output = pipe(
             wanted,
             num_images_per_prompt=options.count,
             seed=options.seed,
             batch_size=options.batch_size,
             window=options.window,
-            callback=lambda progress: bar.update(progress.codes.shape[0]),
+            callback=show,
             **arguments,
         )
     options.save(output, columns=options.columns)

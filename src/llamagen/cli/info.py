@@ -29,11 +29,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the description.
-
-    Raises:
-        InputError: there is no such model, or nothing of it to be measured.
-    """
+    """Print the description."""
     source = options.source
     is_image = source is not None and Path(source).suffix.lower() == ".png"
     if options.measure and (source is None or is_image):
@@ -61,28 +57,23 @@ def run(options: Options) -> None:
 
 
 def _overview() -> str:
-    from llamagen.checkpoints import PUBLIC_MODELS, shipped_models
-    from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS
-
+    known = _known()
     lines = ["transformer presets (layers, heads, dim):"]
-    lines += [
-        f"  {name:<5} {c.layers:>3} {c.heads:>3} {c.dim:>5}"
-        for name, c in TRANSFORMER_PRESETS.items()
-    ]
+    for name, c in known["transformer_presets"].items():
+        lines.append(f"  {name:<5} {c['layers']:>3} {c['heads']:>3} {c['dim']:>5}")
     lines += ["", "image tokenizer presets (downsampling, codes):"]
-    lines += [
-        f"  {name:<5} {c.downsampling:>3} {c.codebook_size:>6}"
-        for name, c in TOKENIZER_PRESETS.items()
-    ]
+    for name, c in known["tokenizer_presets"].items():
+        lines.append(f"  {name:<5} {_downsampling(c):>3} {c['codebook_size']:>6}")
     lines += ["", "models that come with the package (names for --model):"]
-    lines += [f"  {name}" for name in shipped_models()]
+    lines += [f"  {name}" for name in known["shipped_models"]]
     lines += ["", "published models (names for --model and --tokenizer):"]
-    lines += [f"  {m.name:<12} {m.kind:<16} {m.repo}/{m.file}" for m in PUBLIC_MODELS]
+    for m in known["published_models"]:
+        lines.append(f"  {m['name']:<12} {m['kind']:<16} {m['repo']}/{m['file']}")
     return "\n".join(lines)
 
 
 def _known() -> dict[str, Any]:
-    """What the overview says, as data."""
+    """Return all presets and models that have names, as data."""
     from llamagen.checkpoints import PUBLIC_MODELS, shipped_models
     from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, config_to_dict
 
@@ -92,6 +83,10 @@ def _known() -> dict[str, Any]:
         "shipped_models": shipped_models(),
         "published_models": [config_to_dict(model) for model in PUBLIC_MODELS],
     }
+
+
+def _downsampling(config: dict[str, Any]) -> int:
+    return 2 ** (len(config["channel_multipliers"]) - 1)
 
 
 def _paragraphs(summary: ModelSummary) -> list[str]:
@@ -118,7 +113,7 @@ def _paragraphs(summary: ModelSummary) -> list[str]:
 
 
 def _parts_table(summary: ModelSummary) -> str:
-    """Parameters, disk and memory of each part and, of several, in all."""
+    """Return parameters, disk and memory of each part and, of several, in all."""
     from llamagen.evaluation.speed import table
 
     def row(name: str, parameters: int | None, disk: int | None, memory: Any) -> list[str]:
@@ -137,7 +132,7 @@ def _architecture(part: PartSummary, summary: ModelSummary) -> str:
     config = part.config
     rows: dict[str, Any] = {}
     if part.kind == "image tokenizer":
-        rows["downsampling"] = 2 ** (len(config["channel_multipliers"]) - 1)
+        rows["downsampling"] = _downsampling(config)
         rows["codebook"] = f"{config['codebook_size']} x {config['codebook_dim']}"
     else:
         sizes = ("layers", "heads", "dim")

@@ -211,8 +211,11 @@ class EngineOptions:
         from llamagen.pipeline.pipeline import ENGINES
         from llamagen.vllm_plugin.library import keep_vllm_quiet
 
-        names = ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
-        values = {name: getattr(self, name) for name in names}
+        values = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+        }
         given = {n: value for n, value in values.items() if value != getattr(EngineOptions, n)}
         if ENGINES[self.engine].copies_model:
             keep_vllm_quiet()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions
+from llamagen.cli.options import DeviceOptions, require_at_least
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _SHEET_SIDE = 256
 """Images on the sheet are shrunk to this many pixels."""
+
+_METRICS = ("psnr", "ssim", "ssim_published")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,52 +45,80 @@ class Options(DeviceOptions):
 
 
 def run(options: Options) -> None:
-    """Reconstructs, saves and reports."""
-    if options.max_side < 1 or options.sheet < 1:
-        raise InputError("--max-side and --sheet must be at least 1")
+    """Reconstruct, save and report."""
+    require_at_least(1, options, "max_side", "sheet")
     import llamagen.support.storage as storage
 
     paths = _find(options.images)
     storage.require_writable(options.out)
 
+    from tqdm import tqdm
+
     from llamagen.checkpoints import load_tokenizer
     from llamagen.evaluation.reconstruction import prepare, reconstruct
+    from llamagen.support.pictures import save_png
 
     # float32 unless asked otherwise: this command measures the tokenizer, not the precision.
     exact = "float32" if options.dtype == "auto" else options.dtype
     device, dtype = dataclasses.replace(options, dtype=exact).resolve()
     tokenizer = load_tokenizer(options.tokenizer, device=device, dtype=dtype)
-    downsampling = tokenizer.config.downsampling
-    skipped: list[str] = []
-
-    def prepared() -> Iterator[tuple[Path, Image.Image]]:
-        for path, image in _readable(paths, skipped):
-            yield (
-                path,
-                prepare(
-                    image,
-                    downsampling=downsampling,
-                    size=options.size,
-                    max_side=options.max_side,
-                ),
-            )
-
+    config = tokenizer.config
     # A size that does not fit is found before the first image is read.
     if options.size is not None:
-        tokenizer.config.grid_of(options.size, options.size)
-    done = _save_all(reconstruct(tokenizer, prepared()), paths, options)
-    if not done.rows:
+        config.grid_of(options.size, options.size)
+    skipped: list[str] = []
+    prepared = (
+        (
+            path,
+            prepare(
+                image,
+                downsampling=config.downsampling,
+                size=options.size,
+                max_side=options.max_side,
+            ),
+        )
+        for path, image in _readable(paths, skipped)
+    )
+    names = _output_names(paths)
+    rows: list[dict[str, Any]] = []
+    pairs: list[Reconstruction] = []
+    codes: set[int] = set()
+    for item in tqdm(
+        reconstruct(tokenizer, prepared), total=len(paths), unit="image", disable=None
+    ):
+        save_png(item.image, options.out / names[item.path])
+        codes.update(item.codes.flatten().tolist())
+        rows.append(
+            {
+                "image": str(item.path),
+                "reconstruction": names[item.path],
+                "width": item.image.width,
+                "height": item.image.height,
+                **{name: getattr(item, name) for name in _METRICS},
+            }
+        )
+        if len(pairs) < options.sheet:
+            pairs.append(item)
+    if not rows:
         raise InputError(f"none of the {len(paths)} image files could be read: {skipped[0]}")
-    _report(done, skipped, tokenizer.config.codebook_size, options)
-
-
-@dataclasses.dataclass
-class _Done:
-    """What is kept of the reconstructions: numbers of all, pictures of the first few."""
-
-    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    pairs: list[tuple[Image.Image, Image.Image, str]] = dataclasses.field(default_factory=list)
-    codes: set[int] = dataclasses.field(default_factory=set)
+    means = {name: statistics.fmean(row[name] for row in rows) for name in _METRICS}
+    report = {
+        "tokenizer": options.tokenizer,
+        "images": len(rows),
+        "skipped": skipped,
+        **means,
+        "codebook_usage": len(codes) / config.codebook_size,
+        "per_image": rows,
+    }
+    storage.write_json(options.out / "metrics.json", report)
+    save_png(_sheet(pairs), options.out / "sheet.png")
+    print(
+        f"{len(rows)} images: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f} "
+        f"(computed as published: {means['ssim_published']:.4f}), "
+        f"{len(codes)} of {config.codebook_size} codes used"
+        + (f"; {len(skipped)} files skipped" if skipped else "")
+    )
+    print(options.out / "sheet.png")
 
 
 def _find(inputs: Sequence[Path]) -> list[Path]:
@@ -98,17 +128,14 @@ def _find(inputs: Sequence[Path]) -> list[Path]:
         raise InputError("no images were named; give files or a folder")
     paths: list[Path] = []
     for path in inputs:
-        if path.is_dir():
-            paths += find_images(path)
-        elif path.is_file():
-            paths.append(path)
-        else:
+        if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; give image files or a folder")
+        paths += find_images(path) if path.is_dir() else [path]
     return paths
 
 
 def _readable(paths: list[Path], skipped: list[str]) -> Iterator[tuple[Path, Image.Image]]:
-    """Images that can be read; the others are named in ``skipped`` and on stderr."""
+    """Yield images that can be read; name the others in ``skipped`` and on stderr."""
     from llamagen.data.images import CorruptImageError, open_image
 
     for path in paths:
@@ -119,38 +146,8 @@ def _readable(paths: list[Path], skipped: list[str]) -> Iterator[tuple[Path, Ima
             print(f"llamagen: skipped: {error}", file=sys.stderr)
 
 
-def _save_all(
-    reconstructions: Iterator[Reconstruction], paths: list[Path], options: Options
-) -> _Done:
-    from tqdm import tqdm
-
-    from llamagen.support.pictures import save_png
-
-    done = _Done()
-    names = _output_names(paths)
-    for item in tqdm(reconstructions, total=len(paths), unit="image", disable=None):
-        name = names[item.path]
-        save_png(item.image, options.out / name)
-        done.codes.update(item.codes.flatten().tolist())
-        done.rows.append(
-            {
-                "image": str(item.path),
-                "reconstruction": name,
-                "width": item.image.width,
-                "height": item.image.height,
-                "psnr": item.psnr,
-                "ssim": item.ssim,
-                "ssim_published": item.ssim_published,
-            }
-        )
-        if len(done.pairs) < options.sheet:
-            caption = f"{item.psnr:.1f} dB, {item.ssim:.3f}"
-            done.pairs.append((item.original, item.image, caption))
-    return done
-
-
 def _output_names(paths: list[Path]) -> dict[Path, str]:
-    """A file name for each image; images of the same name in different folders get numbers."""
+    """Return a file name for each image; those of the same name get numbers."""
     names: dict[Path, str] = {}
     used: set[str] = {"sheet.png"}
     for path in paths:
@@ -162,55 +159,20 @@ def _output_names(paths: list[Path]) -> dict[Path, str]:
     return names
 
 
-def _report(done: _Done, skipped: list[str], codebook_size: int, options: Options) -> None:
-    import llamagen.support.storage as storage
-    from llamagen.support.pictures import save_png
-
-    means = {
-        name: statistics.fmean(row[name] for row in done.rows)
-        for name in ("psnr", "ssim", "ssim_published")
-    }
-    storage.write_json(
-        options.out / "metrics.json",
-        {
-            "tokenizer": options.tokenizer,
-            "images": len(done.rows),
-            "skipped": skipped,
-            **means,
-            "codebook_usage": len(done.codes) / codebook_size,
-            "per_image": done.rows,
-        },
-    )
-    save_png(_sheet(done), options.out / "sheet.png")
-    print(
-        f"{len(done.rows)} images: PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f} "
-        f"(computed as published: {means['ssim_published']:.4f}), "
-        f"{len(done.codes)} of {codebook_size} codes used"
-        + (f"; {len(skipped)} files skipped" if skipped else "")
-    )
-    print(options.out / "sheet.png")
-
-
-def _sheet(done: _Done) -> Image.Image:
+def _sheet(pairs: Sequence[Reconstruction]) -> Image.Image:
     from PIL import Image
 
     from llamagen.support.pictures import image_grid
 
+    side = min(_SHEET_SIDE, max(max(pair.original.size) for pair in pairs))
     pictures, captions = [], []
-    for before, after, caption in done.pairs:
-        pair = []
-        for image in (before, after):
-            image = image.copy()
-            image.thumbnail((_SHEET_SIDE, _SHEET_SIDE))
-            tile = Image.new("RGB", (_tile(done), _tile(done)), (255, 255, 255))
-            tile.paste(image, ((tile.width - image.width) // 2, (tile.height - image.height) // 2))
-            pair.append(tile)
-        pictures += pair
-        captions += ["original", caption]
-    columns = 2 if len(done.pairs) < 3 else 4 if len(done.pairs) < 9 else 8
+    for pair in pairs:
+        for image in (pair.original, pair.image):
+            small = image.copy()
+            small.thumbnail((side, side))
+            tile = Image.new("RGB", (side, side), "white")
+            tile.paste(small, ((side - small.width) // 2, (side - small.height) // 2))
+            pictures.append(tile)
+        captions += ["original", f"{pair.psnr:.1f} dB, {pair.ssim:.3f}"]
+    columns = 2 if len(pairs) < 3 else 4 if len(pairs) < 9 else 8
     return image_grid(pictures, columns=columns, captions=captions)
-
-
-def _tile(done: _Done) -> int:
-    """Side of a tile that every image of the sheet fits into."""
-    return min(_SHEET_SIDE, max(max(before.size) for before, _, _ in done.pairs))

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import DeviceOptions, EngineOptions, QuantizationOptions
+from llamagen.cli.options import (
+    DeviceOptions,
+    EngineOptions,
+    QuantizationOptions,
+    require_at_least,
+)
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,20 +61,20 @@ class Options(EngineOptions, QuantizationOptions, DeviceOptions):
 
 
 def run(options: Options) -> None:
-    """Loads the models, then serves until it is told to end."""
-    _require_serving()
+    """Load the models, then serve until told to end."""
+    for name in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"serving needs {name}; install it with pip install 'llamagen[serve]'")
     sources = _sources(options)
     key = _api_key(options)
-    options.vllm_options()  # a bad combination is refused before a model is loaded
+    require_at_least(1, options, "max_queue", "max_images")
+    vllm_options = options.vllm_options()
     from llamagen.serving.api import create_app
     from llamagen.serving.metrics import ServerMetrics
     from llamagen.serving.models import ServedModel
     from llamagen.serving.server import serve
     from llamagen.serving.settings import ServerSettings
 
-    for name, value in (("max-queue", options.max_queue), ("max-images", options.max_images)):
-        if value < 1:
-            raise InputError(f"--{name} is {value}, expected at least 1")
     settings = ServerSettings(
         api_key=key,
         max_queue=options.max_queue,
@@ -82,7 +88,7 @@ def run(options: Options) -> None:
     models = []
     for name, source in sources.items():
         pipeline = _load(source, options, device, dtype)
-        engine = _engine(name, source, pipeline, options, metrics)
+        engine = _engine(name, source, pipeline, options.batch_size, vllm_options, metrics)
         in_flight = engine.max_images + options.max_queue
         models.append(ServedModel(name, pipeline, engine, metrics=metrics, max_in_flight=in_flight))
     app = create_app(models, metrics=metrics, settings=settings)
@@ -90,7 +96,7 @@ def run(options: Options) -> None:
 
 
 def _sources(options: Options) -> dict[str, str]:
-    """Name -> what to load."""
+    """Return what to load, by name."""
     if not options.models:
         raise InputError("no model was named; give --model, for example --model emoji")
     sources: dict[str, str] = {}
@@ -123,42 +129,33 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
         engine=options.engine,
     )
     options.quantize(pipeline)
-    # Loaded now: the first request shall not wait for it, nor find that it cannot be loaded.
+    # Loaded now, so that the first request neither waits for it nor finds that it is damaged.
     _ = pipeline.text_encoder
     return pipeline
 
 
 def _engine(
-    name: str, source: str, pipeline: Pipeline, options: Options, metrics: ServerMetrics
+    name: str,
+    source: str,
+    pipeline: Pipeline,
+    batch_size: int | None,
+    vllm_options: dict[str, Any] | None,
+    metrics: ServerMetrics,
 ) -> Engine:
     """Start what generates the codes of a model."""
-    vllm_options = options.vllm_options()
     if vllm_options is None:
         from llamagen.generation.engine import NativeEngine
 
         def observe(images: int, _: int, seconds: float) -> None:
             metrics.stepped(name, images, seconds)
 
-        engine = NativeEngine(pipeline.transformer, max_images=options.batch_size, observer=observe)
+        engine = NativeEngine(pipeline.transformer, max_images=batch_size, observer=observe)
         engine.start()
         return engine
     from llamagen.vllm_plugin.engine import VllmEngine
     from llamagen.vllm_plugin.export import ExportOptions
 
-    if options.batch_size is not None:
-        vllm_options["max_num_seqs"] = options.batch_size
+    limit = {} if batch_size is None else {"max_num_seqs": batch_size}
     # The file, not the transformer: its weights are then linked to, and not written once more.
     export = ExportOptions(negative_prompts=True)
-    return VllmEngine(source, export=export, dtype=pipeline.dtype, **vllm_options)
-
-
-def _require_serving() -> None:
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"serving needs {error.name}; install it with pip install 'llamagen[serve]'"
-        ) from error
+    return VllmEngine(source, export=export, dtype=pipeline.dtype, **vllm_options, **limit)
