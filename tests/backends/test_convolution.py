@@ -11,8 +11,7 @@ from llamagen.backends.cpu import convolution
 from llamagen.backends.cpu.convolution import CpuOperations, accelerate
 from llamagen.config import TokenizerConfig
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.models.tokenizer.layers import Conv3x3
-from llamagen.models.tokenizer.operations import TorchOperations
+from llamagen.models.tokenizer.layers import Conv3x3, TorchOperations
 from tests.backends.variants import present
 from tests.tiny_models import tiny_pipeline, tiny_tokenizer
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import TokenizerConfig
 from llamagen.models.tokenizer import ImageTokenizer, model
-from llamagen.models.tokenizer.operations import per_image
+from llamagen.models.tokenizer.layers import per_image
 from tests.backends.variants import processor_flags
 
 # Channels with and without kernels, an odd codebook dimension, vectors compared as they are.

@@ -156,8 +156,10 @@ def test_blend_with_guidance_needs_three_sequences():
     batch = Batch(tiny_transformer(), 2)
     blend = image(0, 0, 0, blend=torch.tensor(1))
     plain, guided = image(0, 0, 1), image(0, 0, 0)
-    assert batch.capacity_for([blend, guided]) == 1
-    assert batch.capacity_for([blend, plain, plain]) == 2
+    assert batch.has_capacity([blend])
+    assert not batch.has_capacity([blend, guided])
+    assert batch.has_capacity([blend, plain])
+    assert not batch.has_capacity([blend, plain, plain])
     with pytest.raises(InputError, match="needs 3 sequences"):
         Batch(tiny_transformer(), 1).check(blend)
 
@@ -166,11 +168,12 @@ def test_cleared_batch_has_its_whole_capacity_after_a_failed_start(monkeypatch):
     model = tiny_transformer()
     batch = Batch(model, 2)
 
-    def fail(tokens):
+    def fail(*_):
         raise RuntimeError("a fault")
 
+    fail.is_wide = False
     with monkeypatch.context() as patched:
-        patched.setattr(batch, "_run", fail)
+        patched.setattr(batch, "_step", fail)
         with pytest.raises(RuntimeError, match="a fault"):
             batch.add([image(0, 0, 0), image(1, 1, 1)])
     batch.clear()

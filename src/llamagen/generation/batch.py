@@ -99,29 +99,25 @@ class Batch:
         """By number in the cache."""
         device = model.device
         self._codes = torch.zeros(max_images, self.total, dtype=torch.int64, device=device)
-        self._known = torch.full((max_images, self.total), UNKNOWN, dtype=torch.int64)
-        self._known = self._known.to(device)
+        self._known = torch.full_like(self._codes, UNKNOWN)
         self._uniforms = torch.zeros(max_images, self.total, dtype=torch.float32, device=device)
         self._not_finite = torch.zeros(max_images, dtype=torch.int32, device=device)
         """Of each image, codes whose logits were not finite."""
         self._free_rows = list(reversed(range(max_images)))
-        self._sampler: tuple[list[tuple[GenerationState, int]], Sampler] | None = None
+        """Rows of these tensors that are no image's."""
+        self._sampler: tuple[list[GenerationState], Sampler] | None = None
 
     @property
     def sequences(self) -> int:
         """R, the sequences that a step computes."""
         return len(self._sequences)
 
-    def capacity_for(self, waiting: Sequence[GenerationRequest]) -> int:
-        """How many of those that wait can join, from the first one on."""
-        running = sum(image.request.sequences for image in self.images)
-        free = self._cache.max_sequences - running
-        limit = self.max_images - len(self.images)
-        for count, request in enumerate(waiting[:limit]):
-            free -= request.sequences
-            if free < 0:
-                return count
-        return min(limit, len(waiting))
+    def has_capacity(self, requests: Sequence[GenerationRequest]) -> bool:
+        """Whether all of some requests can join now."""
+        used = sum(image.request.sequences for image in self.images)
+        used += sum(request.sequences for request in requests)
+        images = len(self.images) + len(requests)
+        return images <= self.max_images and used <= self._cache.max_sequences
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InputError if the model cannot take a request, or it can never join."""
@@ -141,26 +137,24 @@ class Batch:
         """
         for request in requests:
             self.check(request)
-        assert self.capacity_for(requests) == len(requests), f"no capacity for {len(requests)}"
-        sequences = len(self._sequences) + sum(request.sequences for request in requests)
-        joined = [self._join(request, sequences) for request in requests]
-        if not joined:
+        assert self.has_capacity(requests), f"no capacity for {len(requests)}"
+        if not requests:
             return []
-        started: dict[tuple[GenerationState, _Role], Tensor] = {}
-        for image in joined:
-            started |= self._conditions(image)
-        first = self._cache.sequences
-        self._cache.add(len(started))
-        self._sequences += started
-        conditions = list(started.values())
-        lengths = [1 if condition.ndim == 0 else len(condition) for condition in conditions]
-        tokens = self._condition_tokens(conditions, lengths, first)
-        logits = self._run(tokens)
-        self._cache.lengths[first:] = lengths
+        sequences = self.sequences + sum(request.sequences for request in requests)
+        joined = [self._join(request, sequences) for request in requests]
+        started = [
+            (image, role, condition)
+            for image in joined
+            for role, condition in self._conditions(image.request).items()
+        ]
+        first = self._cache.add(len(started)).start
+        self._sequences += [(image, role) for image, role, _ in started]
+        tokens = self._condition_tokens([condition for *_, condition in started], first)
+        logits = self._step(tokens, self._cache, self.grid)
+        self._cache.lengths[first:] = (tokens.positions[tokens.wanted] + 1).tolist()
         self.images += joined
-        rows = {key: row for row, key in enumerate(started)}
         passes = {image: image.schedule.first_pass() for image in joined}
-        self._sample(logits, passes, {key: {0: row} for key, row in rows.items()})
+        self._sample(logits, passes, {key: row for row, key in enumerate(self._sequences[first:])})
         return joined
 
     @torch.inference_mode()
@@ -169,37 +163,29 @@ class Batch:
         running = [image for image in self.images if not image.is_finished]
         if not running:
             return
-        budget = max(1, MAX_TOKENS // max(1, len(self._sequences)))
+        budget = max(1, MAX_TOKENS // max(1, self.sequences))
         passes = {image: image.schedule.next_pass(budget) for image in running}
         self._drop_unguided(passes)
         sequences: list[int] = []
         positions: list[int] = []
         cells: list[int] = []
-        wanted: list[int] = []
         images: list[int] = []
-        rows: dict[tuple[GenerationState, _Role], dict[int, int]] = {}
+        wanted: list[int] = []
+        first_rows: dict[tuple[GenerationState, _Role], int] = {}
         guesses: list[tuple[int, Sequence[int]]] = []
-        count = 0
-        for number, key in enumerate(self._sequences):
-            image = key[0]
+        for number, (image, role) in enumerate(self._sequences):
             if image not in passes:
                 continue
             feed, _, predicted_by, codes = passes[image]
-            length = self._cache.lengths[number]
+            start, length = len(cells), self._cache.lengths[number]
+            if codes is not None:
+                guesses.append((start, codes))
+            first_rows[image, role] = len(wanted)
+            wanted += [start + token for token in predicted_by]
             sequences += [number] * len(feed)
             positions += range(length, length + len(feed))
             cells += feed
             images += [image.row] * len(feed)
-            if codes is not None:
-                guesses.append((count, codes))
-            # The rows of the logits that predict codes.
-            own: dict[int, int] = {}
-            for token in predicted_by:
-                if token not in own:
-                    own[token] = len(wanted)
-                    wanted.append(count + token)
-            rows[key] = own
-            count += len(feed)
         tokens = Tokens(
             ids=self._fed_codes(images, cells, guesses),
             sequences=np.array(sequences, dtype=np.int32),
@@ -207,8 +193,8 @@ class Batch:
             cells=np.array(cells, dtype=np.int32),
             wanted=np.array(wanted, dtype=np.int64),
         )
-        logits = self._run(tokens)
-        accepted = self._sample(logits, passes, rows)
+        logits = self._step(tokens, self._cache, self.grid)
+        accepted = self._sample(logits, passes, first_rows)
         for number, (image, _) in enumerate(self._sequences):
             self._cache.lengths[number] += accepted.get(image, 0)
 
@@ -258,23 +244,21 @@ class Batch:
         )
         return GenerationState(request, schedule, row, self.total)
 
-    def _conditions(self, image: GenerationState) -> dict[tuple[GenerationState, _Role], Tensor]:
+    def _conditions(self, request: GenerationRequest) -> dict[_Role, Tensor]:
         """Conditions of an image's sequences: labels () or features (C, text_dim)."""
-        request, device = image.request, self.model.device
-        found = {(image, _Role.CONDITIONAL): request.condition.to(device)}
+        found = {_Role.CONDITIONAL: request.condition}
         if request.sampling.guided:
             negative = request.negative
             if negative is None:
-                embedding = self.model.cls_embedding
-                negative = embedding.unconditional(request.condition.unsqueeze(0).to(device))[0]
-            found[image, _Role.UNCONDITIONAL] = negative.to(device)
+                own = request.condition.unsqueeze(0).to(self.model.device)
+                negative = self.model.cls_embedding.unconditional(own)[0]
+            found[_Role.UNCONDITIONAL] = negative
         if request.blend is not None:
-            found[image, _Role.BLEND] = request.blend.to(device)
-        return found
+            found[_Role.BLEND] = request.blend
+        return {role: condition.to(self.model.device) for role, condition in found.items()}
 
-    def _condition_tokens(
-        self, conditions: Sequence[Tensor], lengths: Sequence[int], first: int
-    ) -> Tokens:
+    def _condition_tokens(self, conditions: Sequence[Tensor], first: int) -> Tokens:
+        lengths = [1 if condition.ndim == 0 else len(condition) for condition in conditions]
         numbers = np.arange(first, first + len(conditions), dtype=np.int32)
         ids, features = torch.zeros(0, dtype=torch.int64), None
         if self.model.config.condition == "class":
@@ -290,35 +274,37 @@ class Batch:
             features=features,
         )
 
-    def _run(self, tokens: Tokens) -> Tensor:
-        return self._step(tokens, self._cache, self.grid)
-
     def _fed_codes(
         self, images: list[int], cells: list[int], guesses: list[tuple[int, Sequence[int]]]
     ) -> Tensor:
         """The codes (N,) of cells of images."""
-        device = self._codes.device
-        index = torch.tensor([images, cells], dtype=torch.int64).to(device, non_blocking=True)
-        codes = self._codes[index[0], index[1]]
+        codes = self._codes[self._index(images, cells)]
         for start, own in guesses:
-            codes[start : start + len(own)] = torch.tensor(own, device=device)
+            codes[start : start + len(own)] = torch.tensor(own, device=codes.device)
         return codes
+
+    def _index(self, images: list[int], cells: list[int]) -> tuple[Tensor, Tensor]:
+        index = torch.tensor([images, cells], dtype=torch.int64)
+        rows, columns = index.to(self._codes.device, non_blocking=True)
+        return rows, columns
 
     def _sample(
         self,
         logits: Tensor,
         passes: dict[GenerationState, Pass],
-        rows: dict[tuple[GenerationState, _Role], dict[int, int]],
+        first_rows: dict[tuple[GenerationState, _Role], int],
     ) -> dict[GenerationState, int]:
-        """Sample what a pass predicts; return the tokens of each image that are final."""
-        sampling = [(image, len(one.sample)) for image, one in passes.items() if one.sample]
+        """Sample what a pass predicts; return the tokens of each image that are final.
+
+        ``first_rows`` says where in ``logits`` the rows of each sequence begin, one per code.
+        """
         sampled: list[int] = []
-        if sampling:
+        if any(one.sample for one in passes.values()):
             began = time.perf_counter()
-            codes = self._sample_rows(logits, passes, rows, sampling)
+            codes = self._sample_rows(logits, passes, first_rows)
             if self._times is not None:
                 self._times.sampling += time.perf_counter() - began
-            if any(image.schedule.needs_codes for image, _ in sampling):
+            if any(image.schedule.needs_codes for image in passes):
                 sampled = codes.tolist()
         accepted, start = {}, 0
         for image, one in passes.items():
@@ -334,40 +320,35 @@ class Batch:
         self,
         logits: Tensor,
         passes: dict[GenerationState, Pass],
-        rows: dict[tuple[GenerationState, _Role], dict[int, int]],
-        sampling: list[tuple[GenerationState, int]],
+        first_rows: dict[tuple[GenerationState, _Role], int],
     ) -> Tensor:
-        conditional, unconditional, scales = [], [], []
+        conditional: list[int] = []
+        unconditional: list[int] = []
+        scales: list[float] = []
+        blended: list[int] = []
+        blends: list[int] = []
+        shares: list[float] = []
         images: list[int] = []
         cells: list[int] = []
-        blended, blends, shares = [], [], []
-        for image, count in sampling:
-            one, request = passes[image], image.request
-            own = rows[image, _Role.CONDITIONAL]
-            other = rows.get((image, _Role.UNCONDITIONAL))
-            mixed = rows.get((image, _Role.BLEND))
-            for cell, token in zip(one.sample, one.predicted_by, strict=True):
+        for image, one in passes.items():
+            request, count = image.request, len(one.sample)
+            own = first_rows[image, _Role.CONDITIONAL]
+            other = first_rows.get((image, _Role.UNCONDITIONAL))
+            mixed = first_rows.get((image, _Role.BLEND))
+            for number, cell in enumerate(one.sample):
                 scale = guidance_scale_at(request.sampling, cell, self.total)
-                conditional.append(own[token])
-                unconditional.append(-1 if other is None or scale == 1.0 else other[token])
                 scales.append(scale)
-                if mixed is not None:
-                    blended.append(own[token])
-                    blends.append(mixed[token])
-                    shares.append(request.blend_share)
+                unconditional.append(-1 if other is None or scale == 1.0 else other + number)
+            conditional += range(own, own + count)
+            if mixed is not None:
+                blended += range(own, own + count)
+                blends += range(mixed, mixed + count)
+                shares += [request.blend_share] * count
             images += [image.row] * count
             cells += one.sample
-        mixed_logits = logits
-        if blends:
-            mixed_logits = _blend(logits, blended, blends, shares)
-        if self._sampler is None or self._sampler[0] != sampling:
-            settings = [image.request.sampling for image, count in sampling for _ in range(count)]
-            size = self.model.config.codebook_size
-            self._sampler = (sampling, fastest_sampler(settings, size, self.model.device))
-        index = torch.tensor([images, cells], dtype=torch.int64)
-        index = index.to(logits.device, non_blocking=True)
-        where = (index[0], index[1])
-        codes, finite = self._sampler[1](
+        mixed_logits = _blend(logits, blended, blends, shares) if blends else logits
+        where = self._index(images, cells)
+        codes, finite = self._sampler_of(passes)(
             mixed_logits,
             logits,
             Rows(
@@ -380,11 +361,20 @@ class Batch:
         known = self._known[where]
         codes = torch.where(known == UNKNOWN, codes, known)
         self._codes[where] = codes
-        if any(image.schedule.needs_codes for image, _ in sampling):
-            # What guesses lead to is of no importance: see ``_sample``.
+        if any(image.schedule.needs_codes for image in passes):
+            # Guesses may lead to anything: ``_sample`` counts only codes that are final.
             return codes.where(finite, NOT_FINITE)
-        self._not_finite.index_add_(0, index[0], (~finite).to(torch.int32))
+        self._not_finite.index_add_(0, where[0], (~finite).to(torch.int32))
         return codes
+
+    def _sampler_of(self, passes: dict[GenerationState, Pass]) -> Sampler:
+        """Return the sampler of a pass: that of the pass before, if it has the same rows."""
+        rows = [image for image, one in passes.items() for _ in one.sample]
+        if self._sampler is None or self._sampler[0] != rows:
+            settings = [image.request.sampling for image in rows]
+            size = self.model.config.codebook_size
+            self._sampler = (rows, fastest_sampler(settings, size, self.model.device))
+        return self._sampler[1]
 
     def _drop_unguided(self, passes: dict[GenerationState, Pass]) -> None:
         """End unconditional sequences that no code needs any more."""

@@ -1,9 +1,8 @@
-"""What generates codes: the engines' interface, and our own engine.
+"""The engines' interface, and our own engine.
 
-Our own generates in the caller's thread, or for servers in one of its own that owns a running
-batch: between two steps it admits what waits, takes out what is finished or no longer wanted, and
-publishes finished rows. Scaling beyond one machine's device is vLLM's business
-(``llamagen.vllm_plugin``).
+It generates in the caller's thread, or for servers in one of its own that owns a running batch:
+between two steps it admits what waits, takes out what is finished or no longer wanted, and
+publishes finished rows. Scaling beyond one device is vLLM's business (``llamagen.vllm_plugin``).
 """
 
 from __future__ import annotations
@@ -52,13 +51,8 @@ class Progress:
 
 def refuse_edits(request: GenerationRequest, engine: str) -> None:
     """Raise InputError for what only our own engine does; ``engine`` is the other one's name."""
-    asked = {
-        "known_codes": request.known_codes,
-        "blend": request.blend,
-        "window": request.window,
-    }
-    for name, value in asked.items():
-        if value is not None:
+    for name in ("known_codes", "blend", "window"):
+        if getattr(request, name) is not None:
             raise InputError(
                 f"{engine} samples all codes one by one, without blending; {name} goes with engine "
                 f"'native'"
@@ -73,7 +67,7 @@ class Engine(Protocol):
     """Generates codes of requests, many images at a time."""
 
     name: str
-    """As users choose it: "native" or "vllm"."""
+    """The name by which users choose it."""
     grid: Grid
     """Rows and columns of an image's codes."""
     can_edit: bool
@@ -159,10 +153,17 @@ class _Handle:
     """A request that someone waits for."""
 
     request: GenerationRequest
-    client: Hashable
     loop: asyncio.AbstractEventLoop
     updates: asyncio.Queue[list[int] | Exception] = field(default_factory=asyncio.Queue)
     cancelled: bool = False
+
+    def send(self, update: list[int] | Exception) -> None:
+        """Publish an update, from any thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.updates.put_nowait, update)
+        except RuntimeError:
+            # The client's event loop has ended: nobody is left to be told.
+            self.cancelled = True
 
 
 class NativeEngine:
@@ -300,7 +301,7 @@ class NativeEngine:
     ) -> AsyncGenerator[list[int], None]:
         """See ``Engine``."""
         self.check(request)
-        handle = _Handle(request, client, asyncio.get_running_loop())
+        handle = _Handle(request, asyncio.get_running_loop())
         with self._changed:
             if self._closing:
                 raise EngineError("the engine is closed")
@@ -324,11 +325,7 @@ class NativeEngine:
 
     async def close(self) -> None:
         """See ``Engine``."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:
         """See ``Engine``."""
@@ -355,13 +352,26 @@ class NativeEngine:
                     break
                 admitted = self._next_handles(self._batch)
             try:
-                self._admit(self._batch, admitted)
-                self._advance(self._batch)
+                if admitted:
+                    joined = self._batch.add([handle.request for handle in admitted])
+                    self._running |= dict(zip(joined, admitted, strict=True))
+                    self._publish(self._batch)
+                if self._running:
+                    self._advance(self._batch)
             # Whatever it was: those who wait are told, and the engine goes on.
             except Exception as error:  # noqa: BLE001
                 _log.exception("a step of the engine failed")
-                self._fail_all(self._batch, admitted, error)
-        self._fail_closed()
+                for handle in {*admitted, *self._running.values()}:
+                    failure = EngineError("the image could not be generated")
+                    failure.__cause__ = error
+                    handle.send(failure)
+                self._running = {}
+                self._batch.clear()
+        with self._changed:
+            waiting = [handle for handles in self._waiting.values() for handle in handles]
+            self._waiting = {}
+        for handle in [*waiting, *self._running.values()]:
+            handle.send(EngineError("the engine is closed"))
 
     def _next_handles(self, batch: Batch) -> list[_Handle]:
         """Requests to admit: one of each client in turn, as far as there is capacity."""
@@ -371,9 +381,8 @@ class NativeEngine:
         chosen: list[_Handle] = []
         while self._waiting:
             client, handles = next(iter(self._waiting.items()))
-            wanted = [] if handles[0].cancelled else [handles[0]]
-            joining = [*chosen, *wanted]
-            if batch.capacity_for([handle.request for handle in joining]) < len(joining):
+            joining = chosen if handles[0].cancelled else [*chosen, handles[0]]
+            if not batch.has_capacity([handle.request for handle in joining]):
                 break
             chosen = joining
             handles.popleft()
@@ -383,15 +392,7 @@ class NativeEngine:
                 self._waiting[client] = handles
         return chosen
 
-    def _admit(self, batch: Batch, handles: list[_Handle]) -> None:
-        if handles:
-            joined = batch.add([handle.request for handle in handles])
-            self._running |= dict(zip(joined, handles, strict=True))
-            self._publish(batch)
-
     def _advance(self, batch: Batch) -> None:
-        if not self._running:
-            return
         start, images, sequences = time.perf_counter(), len(self._running), batch.sequences
         batch.step()
         self._publish(batch)
@@ -405,25 +406,10 @@ class NativeEngine:
             finished = image.final // columns
             if finished > image.published_rows:
                 image.published_rows = finished
-                _send(handle, _update(batch, image, finished * columns))
+                handle.send(_update(batch, image, finished * columns))
             if image.is_finished:
                 batch.remove(image)
                 del self._running[image]
-
-    def _fail_all(self, batch: Batch, admitted: list[_Handle], error: Exception) -> None:
-        for handle in {*admitted, *self._running.values()}:
-            failure = EngineError("the image could not be generated")
-            failure.__cause__ = error
-            _send(handle, failure)
-        self._running = {}
-        batch.clear()
-
-    def _fail_closed(self) -> None:
-        with self._changed:
-            left = [handle for handles in self._waiting.values() for handle in handles]
-            self._waiting = {}
-        for handle in [*left, *self._running.values()]:
-            _send(handle, EngineError("the engine is closed"))
 
 
 def _condition_length(requests: Sequence[GenerationRequest]) -> int:
@@ -446,11 +432,3 @@ def _update(batch: Batch, image: GenerationState, count: int) -> list[int] | Exc
             return error
     codes: list[int] = batch.codes_of([image], count)[0, :count].tolist()
     return codes
-
-
-def _send(handle: _Handle, update: list[int] | Exception) -> None:
-    try:
-        handle.loop.call_soon_threadsafe(handle.updates.put_nowait, update)
-    except RuntimeError:
-        # The client's event loop has ended: nobody is left to be told.
-        handle.cancelled = True

@@ -38,24 +38,18 @@ def generate_codes(
     on_row: RowCallback | None = None,
     times: StepTimes | None = None,
 ) -> Tensor:
-    """Generate one image's codes per row of ``condition``.
-
-    The codes of an image depend on its own condition, seed and settings only (up to
-    floating-point ties), not on what else is in the batch.
+    """Generate one image's codes per row of ``condition``; see ``GenerationRequest``.
 
     Args:
         model: in eval mode, on the device and in the precision to compute in.
         condition: labels (B,) or text features (B, C, text_dim), real features last.
         seeds: one per image.
-        sampling: how codes are sampled; by default ``SamplingConfig()``.
+        sampling: of all images.
         condition_mask: (B, C) bool, False where text features are padding.
-        unconditional: like ``condition``, what guidance leads away from; by default the model's
-            own "no class" or "no text".
-        unconditional_mask: (B, C) bool, False where ``unconditional`` is padding; by default
-            ``condition_mask``.
-        known: (B, rows, columns) codes that stay as they are, -1 where one is to be sampled. Of
-            an image whose first codes are those that its seed samples, the rest are too.
-        window: codes that a forward pass looks at; see ``GenerationRequest``.
+        unconditional: negative conditions, like ``condition``.
+        unconditional_mask: likewise; by default ``condition_mask``.
+        known: (B, rows, columns) known codes.
+        window: of all images.
         grid: rows and columns; by default the model's.
         on_row: called after each finished row of the grid.
         times: where the time goes is added to it.
@@ -69,16 +63,9 @@ def generate_codes(
     """
     model.cls_embedding.check(condition)
     images = len(condition)
-    if len(seeds) != images:
-        raise InputError(f"{len(seeds)} seeds for {images} images; give one seed per image")
-    if known is not None and len(known) != images:
-        raise InputError(
-            f"known codes have shape {tuple(known.shape)}, expected those of {images} images"
-        )
-    if unconditional is not None and len(unconditional) != images:
-        raise InputError(
-            f"{len(unconditional)} negative conditions for {images} images; give one per image"
-        )
+    for name, given in (("seeds", seeds), ("negatives", unconditional), ("known codes", known)):
+        if given is not None and len(given) != images:
+            raise InputError(f"{len(given)} {name} for {images} images; give one per image")
     conditions = without_padding(condition, condition_mask)
     negatives: Sequence[Tensor | None] = [None] * images
     if unconditional is not None:
@@ -86,17 +73,18 @@ def generate_codes(
         negatives = without_padding(unconditional, mask)
     requests = [
         GenerationRequest(
-            condition=conditions[image],
-            seed=seeds[image],
+            condition=own,
+            seed=seed,
             sampling=sampling or SamplingConfig(),
-            negative=negatives[image],
-            known_codes=None if known is None else known[image],
+            negative=negative,
+            known_codes=known_codes,
             window=window,
         )
-        for image in range(images)
+        for own, seed, negative, known_codes in zip(
+            conditions, seeds, negatives, [None] * images if known is None else known, strict=True
+        )
     ]
-    engine = NativeEngine(model, grid=grid)
-    return engine.generate(
+    return NativeEngine(model, grid=grid).generate(
         requests,
         batch_size=max(1, images),
         on_progress=None if on_row is None else lambda at: on_row(at.row, at.codes),

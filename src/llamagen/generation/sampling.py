@@ -180,24 +180,16 @@ def code_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
     return Filters.of([sampling])(logits).softmax(-1)
 
 
+@dataclass(slots=True)
 class Rows:
-    """Which logits decide each code that a step samples, and how guidance mixes them."""
+    """Logits that decide each of D codes, and how guidance mixes them."""
 
-    __slots__ = ("conditional", "scales", "unconditional")
-
-    def __init__(
-        self, conditional: np.ndarray, unconditional: np.ndarray, scales: np.ndarray
-    ) -> None:
-        """Describe D codes.
-
-        Args:
-            conditional: (D,) int64, rows of the conditional logits.
-            unconditional: (D,) int64, rows of the unconditional logits; -1 without guidance.
-            scales: (D,) float32.
-        """
-        self.conditional = conditional
-        self.unconditional = unconditional
-        self.scales = scales
+    conditional: np.ndarray
+    """(D,) int64, rows of the conditional logits."""
+    unconditional: np.ndarray
+    """(D,) int64, rows of the unconditional logits; -1 without guidance."""
+    scales: np.ndarray
+    """(D,) float32."""
 
 
 class Sampler(Protocol):

@@ -1,4 +1,4 @@
-"""What both models share: plain folders of ``config.json`` and ``model.safetensors``.
+"""The base of both models: plain folders of ``config.json`` and ``model.safetensors``.
 
 ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` are those of huggingface_hub's mixin,
 so a folder works from a disk and from the hub alike. Loading builds the module without memory
@@ -67,10 +67,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def fingerprint(self) -> str:
-        """A short text that two models share only if they have the same weights.
-
-        Codes mean the same to two image tokenizers with one fingerprint.
-        """
+        """Return a short text that two models share only if they have the same weights."""
         whole = hashlib.sha256(json.dumps(config_to_dict(self.config)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             whole.update(name.encode())
@@ -88,7 +85,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Builds the model of ``config`` around existing weights.
+        """Build the model of ``config`` around existing weights.
 
         Args:
             config: the architecture.
@@ -106,17 +103,14 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         expected = model.state_dict()
         needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         check_shapes(needed, shapes, source=source, kind=cls.kind)
-        parameters = dict(model.named_parameters())
+        parameters = {name for name, _ in model.named_parameters()}
         for name, read in tensors:
-            tensor = read()
-            if name not in parameters:
-                # What a quantised layer keeps has a type of its own, whatever the model's is.
-                kept, usual = expected[name].dtype, "quantised weights"
-            elif tensor.is_floating_point():
-                kept, usual = dtype or tensor.dtype, "weights"
-            else:
-                kept, usual = None, "floating-point numbers"
-            if kept is None or tensor.is_floating_point() != kept.is_floating_point:
+            tensor, is_parameter = read(), name in parameters
+            # What a quantised layer keeps has a type of its own, whatever the model's is.
+            kept = (dtype or tensor.dtype) if is_parameter else expected[name].dtype
+            wants_floats = is_parameter or kept.is_floating_point
+            if tensor.is_floating_point() != wants_floats:
+                usual = "floating-point numbers" if is_parameter else "quantised weights"
                 raise InputError(
                     f"{source}: {name} holds {tensor.dtype}, expected {usual}; weights that were "
                     f"quantised by other software cannot be loaded"
@@ -124,8 +118,10 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             # A copy of its own, one tensor at a time. Weights left in the file's mapping would
             # change or vanish with the file, and lie unaligned in small pages: preset B in
             # bfloat16 then decodes 4 to 8 % slower.
-            own = torch.empty(tensor.shape, dtype=kept, device=device)
-            _replace_tensor(model, name, own.copy_(tensor.detach()))
+            own = torch.empty(tensor.shape, dtype=kept, device=device).copy_(tensor.detach())
+            module_name, _, leaf = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            setattr(module, leaf, nn.Parameter(own) if is_parameter else own)
         return model.eval()
 
     def save_pretrained(
@@ -136,7 +132,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         push_to_hub: bool = False,
         **options: Any,
     ) -> str | None:
-        """Writes the model's folder; an older model in it is replaced once the new one is complete.
+        """Write the model's folder; an older model in it is replaced once the new one is complete.
 
         Args:
             save_directory: the folder; other files in it stay.
@@ -167,8 +163,15 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             values[_REQUIRES] = self.requires
         # contiguous: safetensors refuses the strides that channels-last weights have.
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        with _save_errors(save_directory / WEIGHTS_NAME):
-            save_file(state, save_directory / WEIGHTS_NAME, metadata={"format": "pt"})
+        path = save_directory / WEIGHTS_NAME
+        try:
+            save_file(state, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            # The machine failed: the disk is full, or cannot be written to.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         storage.write_json(save_directory / CONFIG_NAME, values)
 
     @classmethod
@@ -184,7 +187,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         local_files_only: bool = False,
         token: str | bool | None = None,
     ) -> Self:
-        """Loads a model from a folder, or from a hub repository that holds such a folder.
+        """Load a model from a folder, or from a hub repository that holds such a folder.
 
         Args:
             pretrained_model_name_or_path: the folder or "owner/name".
@@ -231,7 +234,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Loads the model in ``folder``.
+        """Load the model in ``folder``.
 
         Raises:
             FileNotFoundError: the folder or one of its two files is missing.
@@ -242,11 +245,10 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         path = folder / WEIGHTS_NAME
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; copy or download the folder again")
-        shapes = safetensors_shapes(path)
         return cls.from_tensors(
             config,
             read_safetensors(path),
-            shapes=shapes,
+            shapes=safetensors_shapes(path),
             source=str(path),
             device=device,
             dtype=dtype,
@@ -254,12 +256,17 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
 
     @classmethod
     def read_config(cls, folder: Path | str) -> ConfigT:
-        """The configuration in ``folder``, without the weights."""
+        """Return the configuration in ``folder``, without the weights."""
         path = Path(folder) / CONFIG_NAME
         if not Path(folder).is_dir():
             raise FileNotFoundError(f"{folder} is not a folder with an {cls.kind}")
         values = read_json(path)
-        _check_version(values.pop(_REQUIRES, "0"), path)
+        needed, here = values.pop(_REQUIRES, "0"), importlib.metadata.version("llamagen")
+        if _release(needed) > _release(here):
+            raise InputError(
+                f"{path} needs llamagen {needed} or later, and this is {here}; update it with "
+                f"`pip install -U llamagen`"
+            )
         kind = values.pop("kind", None)
         if kind != cls.kind:
             raise InputError(
@@ -270,26 +277,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         return config
 
 
-def _check_version(needed: str, path: Path) -> None:
-    """Checks that a folder was not written by a llamagen that knows more than this one."""
-    here = importlib.metadata.version("llamagen")
-    if _release(needed) > _release(here):
-        raise InputError(
-            f"{path} needs llamagen {needed} or later, and this is {here}; update it with "
-            f"`pip install -U llamagen`"
-        )
-
-
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
-
-
-def _replace_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts ``tensor`` in the place of the parameter or buffer called ``name``."""
-    module_name, _, leaf = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    is_parameter = leaf in dict(module.named_parameters(recurse=False))
-    setattr(module, leaf, nn.Parameter(tensor) if is_parameter else tensor)
 
 
 def check_shapes(
@@ -299,7 +288,7 @@ def check_shapes(
     source: str,
     kind: str,
 ) -> None:
-    """Checks that weights are exactly those a model needs.
+    """Check that weights are exactly those a model needs.
 
     Raises:
         InputError: names the first tensor that is missing, superfluous or of another shape.
@@ -334,7 +323,7 @@ class _NoInitialValues(TorchFunctionMode):
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a safetensors file, from its header.
+    """Return name and shape of every tensor in a safetensors file, from its header.
 
     Raises:
         InputError: the file is truncated or not a safetensors file.
@@ -349,7 +338,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """The tensors of a safetensors file, read on demand."""
+    """Yield the tensors of a safetensors file, read on demand."""
 
     # Opened anew for each tensor: pages of a mapping stay in memory until it is closed.
     def read(name: str) -> Tensor:
@@ -359,19 +348,6 @@ def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
 
     for name in safetensors_shapes(path):
         yield name, lambda name=name: read(name)  # type: ignore[misc]
-
-
-@contextmanager
-def _save_errors(path: Path) -> Iterator[None]:
-    """Turns what safetensors raises when the machine fails into the OSError that it was."""
-    try:
-        yield
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        code = int(number[1])
-        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def is_repo_id(text: str) -> bool:
@@ -389,7 +365,7 @@ _HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]
 
 @contextmanager
 def hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
-    """Turns what goes wrong with a download from ``repo`` into one line with a remedy.
+    """Turn errors of a download from ``repo`` into one line with a remedy.
 
     Faults of this machine, such as a full disk, stay the OSError that they are.
 
@@ -397,36 +373,33 @@ def hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
         InputError: no such repository or file, no access to it, no network and no copy.
     """
     wanted = repo if file is None else f"{file} of {repo}"
+    if constants.HF_HUB_OFFLINE:
+        reason = "HF_HUB_OFFLINE is set; unset it, or download it first"
+    else:
+        reason = (
+            f"{constants.ENDPOINT} did not answer as a hub does; check the network, a proxy and "
+            f"HF_ENDPOINT"
+        )
+    missing = f"{wanted} is not on this machine, neither as a file nor as a download, and {reason}"
+    # The first that fits: some derive from others.
+    messages: dict[type[Exception], str] = {
+        errors.GatedRepoError: f"the hub gives {repo} only to those who accept its terms: do so at "
+        f"{constants.ENDPOINT}/{repo}, and log in with `hf auth login`",
+        errors.RepositoryNotFoundError: f"there is no repository {repo} on the hub "
+        f"({constants.ENDPOINT}), and no such folder here; check the name, and log in with "
+        f"`hf auth login` if it is private",
+        errors.RevisionNotFoundError: f"{repo} on the hub has no such revision; check its name",
+        errors.LocalEntryNotFoundError: missing,
+        errors.OfflineModeIsEnabled: missing,
+        errors.EntryNotFoundError: f"the hub does not have {wanted}; it may have been renamed "
+        f"there",
+    }
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"the hub gives {repo} only to those who accept its terms: do so at "
-            f"{constants.ENDPOINT}/{repo}, and log in with `hf auth login`"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"there is no repository {repo} on the hub ({constants.ENDPOINT}), and no such folder "
-            f"here; check the name, and log in with `hf auth login` if it is private"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"{repo} on the hub has no such revision; check its name") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        if constants.HF_HUB_OFFLINE:
-            reason = "HF_HUB_OFFLINE is set; unset it, or download it first"
-        else:
-            reason = (
-                f"{constants.ENDPOINT} did not answer as a hub does; check the network, a proxy "
-                f"and HF_ENDPOINT"
-            )
-        raise InputError(
-            f"{wanted} is not on this machine, neither as a file nor as a download, and {reason}"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise InputError(
-            f"the hub does not have {wanted}; it may have been renamed there"
-        ) from error
-    except (_HTTP_ERROR, OSError) as error:
+    except (_HTTP_ERROR, errors.EntryNotFoundError, OSError) as error:
+        for kind, message in messages.items():
+            if isinstance(error, kind):
+                raise InputError(message) from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -1,9 +1,9 @@
-"""Changes to an image that is given: what is kept of it, and what is drawn anew.
+"""Edits of a given image: parts of it are kept, the rest is sampled.
 
-The image becomes codes; those that are kept stay, the others are drawn in raster order by the
-model that draws whole images. So a code is drawn to fit what is kept above it and on its left, and
-knows nothing of what is kept below: where that matters, several candidates are drawn and the one
-whose codes are the likeliest as a whole is taken.
+The image becomes codes; those that are kept stay, the others are sampled in raster order by the
+model that draws whole images. So a code fits what is kept above it and on its left, and knows
+nothing of what is kept below: where that matters, several candidates are sampled and the one whose
+codes are the likeliest as a whole is taken.
 
 Shapes: N images, rows x columns codes of the model's grid.
 """
@@ -11,9 +11,10 @@ Shapes: N images, rows x columns codes of the model's grid.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,12 +43,12 @@ _KEPT_CODES = 1
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A place of the model's grid on the codes of an image, which may be larger."""
+    """A position of the model's grid on the codes of an image, which may be larger."""
 
     rows: slice
     columns: slice
     number: int | None = None
-    """Of the places where codes are drawn, from 0; None if it is the image's only one."""
+    """Of the windows in which codes are sampled, from 0; None if it is the image's only one."""
 
     def of(self, codes: Tensor) -> Tensor:
         """Return this part of ``codes`` (..., rows, columns), as a view."""
@@ -55,27 +56,27 @@ class Window:
 
     def seed(self, seed: int) -> int:
         """Return the seed that an image of this seed has here."""
-        # Numbers of their own: at the same place of the grid the same would come again.
+        # With the same random numbers, every window would repeat the one before.
         return seed if self.number is None else derived_seed(seed, self.number)
 
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """A plan of an edit: the codes that stay, and where the others are sampled."""
+    """Plan of an edit: the codes that stay, and where the others are sampled."""
 
     metadata: Mapping[str, Any]
     """Its entry in the images' metadata."""
     codes: Tensor
-    """(rows, columns) of the whole result, ``UNKNOWN`` where one is to be drawn."""
+    """(rows, columns) of the whole result, ``UNKNOWN`` where one is to be sampled."""
     windows: tuple[Window, ...]
-    """Where codes are drawn, one place after another."""
+    """Where codes are sampled, one after another."""
     share: float | None = None
-    """Of ``codes``, how many are kept; the images' seeds choose which. None keeps all."""
+    """Share of ``codes`` that is kept; the images' seeds choose which. None keeps all."""
     pixels: tuple[Image.Image, Image.Image] | None = None
-    """An image of which pixels are kept, and a mask that is white where they are not."""
+    """An image whose pixels are kept, and a mask that is white where they are not."""
 
     def known(self, seeds: Sequence[int]) -> Tensor:
-        """(images, rows, columns) codes of images with these seeds, before the first is drawn."""
+        """Return the known codes (images, rows, columns) of images with these seeds."""
         known = self.codes.expand(len(seeds), -1, -1)
         if self.share is None:
             return known.clone()
@@ -85,7 +86,7 @@ class Edit:
         return torch.where(kept.view(known.shape), known, UNKNOWN)
 
     def finish(self, image: Image.Image) -> Image.Image:
-        """The result, given the image that its codes make."""
+        """Return the result, given the image that its codes decode to."""
         if self.pixels is None:
             return image
         own, drawn = self.pixels
@@ -107,7 +108,7 @@ class Editor:
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Edits with ``pipeline``'s models.
+        """Edit with ``pipeline``'s models.
 
         Raises:
             InputError: its engine cannot keep codes.
@@ -127,7 +128,7 @@ class Editor:
         return columns * scale, rows * scale
 
     def prepare(self, image: ImageSource) -> Image.Image:
-        """The image as the model takes it: RGB, upright, resized and cropped to ``size``.
+        """Return the image as the model takes it: RGB, upright, resized and cropped to ``size``.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -137,12 +138,7 @@ class Editor:
         return center_crop(_opened(image), height, width=width)
 
     def encode(self, image: ImageSource) -> Tensor:
-        """The codes (rows, columns) of an image, prepared, on the CPU.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: it is no image that can be read.
-        """
+        """Return the codes (rows, columns) of an image, on the CPU; see ``prepare``."""
         tokenizer = self.pipeline.tokenizer
         pixels = torch.from_numpy(np.array(self.prepare(image))).movedim(-1, 0)
         images = uint8_to_images(pixels.unsqueeze(0).to(tokenizer.device))
@@ -156,10 +152,10 @@ class Editor:
         keep_rows: int | None = None,
         **settings: Any,
     ) -> PipelineOutput:
-        """Keep the upper part of an image and draw the rest.
+        """Keep the upper part of an image and sample the rest.
 
         Args:
-            image: of which the top is kept.
+            image: whose top is kept.
             prompt: as ``Pipeline`` takes it.
             keep_rows: rows of codes that are kept; half of them by default.
             settings: of ``Pipeline.__call__``.
@@ -168,8 +164,7 @@ class Editor:
             FileNotFoundError: there is no such file.
             InputError: nothing or everything would be kept, or a setting is refused.
         """
-        edit = self.completion(image, keep_rows=keep_rows)
-        return _edited(self.pipeline(prompt, known_codes=edit.codes, **settings), edit)
+        return self._draw(self.completion(image, keep_rows=keep_rows), prompt, **settings)
 
     def completion(self, image: ImageSource, *, keep_rows: int | None = None) -> Edit:
         """Return the plan of ``complete``; raises the same errors."""
@@ -193,19 +188,19 @@ class Editor:
         keep_pixels: bool = True,
         **settings: Any,
     ) -> PipelineOutput:
-        """Draw a marked part of an image anew.
+        """Sample a marked part of an image anew.
 
-        A code is drawn anew if any pixel of its square is marked. What is drawn fits what is above
-        it and on its left; that it goes on well below is left to the choice among candidates.
+        A code is sampled if any pixel of its square is marked. It fits what is above it and on its
+        left; how well that continues below is left to the choice among candidates.
 
         Args:
-            image: of which the rest is kept.
+            image: whose rest is kept.
             mask: of the image's size, or of the model's: white where to draw; or, if any of it is
                 transparent, transparent there.
             prompt: as ``Pipeline`` takes it.
             best_of: candidates for each image, of which the likeliest is taken.
-            keep_pixels: unmarked pixels stay those of the image, instead of what its codes make
-                of them.
+            keep_pixels: unmarked pixels stay those of the image, instead of those that its codes
+                decode to.
             settings: of ``Pipeline.__call__``.
 
         Raises:
@@ -214,8 +209,7 @@ class Editor:
                 refused.
         """
         edit = self.inpainting(image, mask, keep_pixels=keep_pixels)
-        output = self.pipeline(prompt, known_codes=edit.codes, best_of=best_of, **settings)
-        return _edited(output, edit)
+        return self._draw(edit, prompt, best_of=best_of, **settings)
 
     def inpainting(
         self, image: ImageSource, mask: ImageSource, *, keep_pixels: bool = True
@@ -248,62 +242,26 @@ class Editor:
         *,
         below: int = 0,
         right: int = 0,
-        seed: int | Sequence[int] | None = None,
-        num_images_per_prompt: int = 1,
-        best_of: int = 1,
         **settings: Any,
     ) -> PipelineOutput:
         """Extend an image downwards and to the right.
 
-        The model's grid slides over the larger one, half of it at a time, and what is in it
-        already is kept: codes stand at places that the model was trained with, and it sees half
-        an image of what is above and on the left. Upwards and to the left it cannot draw.
+        The model's grid slides over the larger one, half of it at a time, and codes in it that are
+        there already are kept: so codes stand at positions that the model was trained with, and it
+        sees half an image of what is above and on the left. Upwards and to the left it cannot draw.
 
         Args:
-            image: the upper left part of what is made.
+            image: the upper left part of the result.
             prompt: as ``Pipeline`` takes it.
-            below: rows of codes that are drawn below it.
-            right: columns of codes that are drawn on its right.
-            seed: as ``Pipeline`` takes it.
-            num_images_per_prompt: as ``Pipeline`` takes it.
-            best_of: candidates at each place of the grid.
-            settings: of ``Pipeline.__call__``.
+            below: rows of codes that are sampled below it.
+            right: columns of codes that are sampled on its right.
+            settings: of ``Pipeline.__call__``; ``best_of`` candidates at each position of the grid.
 
         Raises:
             FileNotFoundError: there is no such file.
             InputError: nothing is to be drawn, or a setting is refused.
         """
-        edit = self.outpainting(image, below=below, right=right)
-        pipeline = self.pipeline
-        output_type = settings.pop("output_type", "pil")
-        images = len(pipeline.conditions(prompt)) * num_images_per_prompt
-        check_best_of(best_of)
-        seeds = one_seed_each(seed, images * best_of)
-        canvas = edit.known(seeds[::best_of])
-        output = None
-        for window in edit.windows:
-            output = pipeline(
-                prompt,
-                known_codes=window.of(canvas),
-                seed=[window.seed(each) for each in seeds],
-                num_images_per_prompt=num_images_per_prompt,
-                best_of=best_of,
-                output_type="codes",
-                **settings,
-            )
-            window.of(canvas).copy_(output.codes)
-        assert output is not None
-        metadata = tuple(
-            {**about, "seed": first}
-            for about, first in zip(output.metadata, seeds[::best_of], strict=True)
-        )
-        output = PipelineOutput(
-            images=[] if output_type == "codes" else pipeline.decode(canvas),
-            codes=canvas,
-            seeds=seeds[::best_of],
-            metadata=metadata,
-        )
-        return _edited(output, edit)
+        return self._draw(self.outpainting(image, below=below, right=right), prompt, **settings)
 
     def outpainting(self, image: ImageSource, *, below: int = 0, right: int = 0) -> Edit:
         """Return the plan of ``outpaint``; raises the same errors."""
@@ -315,11 +273,11 @@ class Editor:
         rows, columns = self.pipeline.transformer.config.grid
         codes = torch.full((rows + below, columns + right), UNKNOWN)
         codes[:rows, :columns] = self.encode(image)
-        # The first place is that of the image itself, where nothing is left to be drawn.
-        places = _places((rows, columns), (rows + below, columns + right))[1:]
+        places = itertools.product(_starts(rows, rows + below), _starts(columns, columns + right))
+        # The first window is the image itself, where nothing is left to be sampled.
         windows = tuple(
             Window(slice(top, top + rows), slice(left, left + columns), number)
-            for number, (top, left) in enumerate(places)
+            for number, (top, left) in enumerate(list(places)[1:])
         )
         return Edit({"kind": "outpaint", "below": below, "right": right}, codes, windows)
 
@@ -329,9 +287,6 @@ class Editor:
         prompt: Prompts | None = None,
         *,
         keep: float = 0.5,
-        seed: int | Sequence[int] | None = None,
-        num_images_per_prompt: int = 1,
-        best_of: int = 1,
         **settings: Any,
     ) -> PipelineOutput:
         """Keep codes of an image here and there and sample the others.
@@ -340,29 +295,15 @@ class Editor:
             image: to be varied.
             prompt: as ``Pipeline`` takes it.
             keep: share of the codes that is kept, above 0 and below 1; the more, the closer to
-                the image. Each image's seed chooses which.
-            seed: as ``Pipeline`` takes it.
-            num_images_per_prompt: as ``Pipeline`` takes it.
-            best_of: candidates for each image, all with the same codes kept.
+                the image. Each image's seed chooses which; its ``best_of`` candidates keep the
+                same.
             settings: of ``Pipeline.__call__``.
 
         Raises:
             FileNotFoundError: there is no such file.
             InputError: the share is none, or a setting is refused.
         """
-        edit = self.variation(image, keep=keep)
-        images = len(self.pipeline.conditions(prompt)) * num_images_per_prompt
-        check_best_of(best_of)
-        seeds = one_seed_each(seed, images * best_of)
-        output = self.pipeline(
-            prompt,
-            known_codes=edit.known(seeds[::best_of]),
-            seed=seeds,
-            num_images_per_prompt=num_images_per_prompt,
-            best_of=best_of,
-            **settings,
-        )
-        return _edited(output, edit)
+        return self._draw(self.variation(image, keep=keep), prompt, **settings)
 
     def variation(self, image: ImageSource, *, keep: float = 0.5) -> Edit:
         """Return the plan of ``vary``; raises the same errors."""
@@ -371,12 +312,58 @@ class Editor:
         about = {"kind": "vary", "keep": keep}
         return Edit(about, self.encode(image), (self._only_window(),), share=keep)
 
+    def _draw(
+        self,
+        edit: Edit,
+        prompt: Prompts | None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_images_per_prompt: int = 1,
+        best_of: int = 1,
+        output_type: Literal["pil", "codes"] = "pil",
+        **settings: Any,
+    ) -> PipelineOutput:
+        """Sample the codes that a plan leaves open, window by window."""
+        check_best_of(best_of)
+        prompts = settings.get("prompt_embeds", prompt)
+        count = 1 if prompts is None or isinstance(prompts, str | int) else len(prompts)
+        # None at all: refused below, with the pipeline's own words.
+        seeds = one_seed_each(seed, max(1, count * num_images_per_prompt) * best_of)
+        canvas = edit.known(seeds[::best_of])
+        is_whole = len(edit.windows) == 1 and edit.windows[0].number is None
+        for window in edit.windows:
+            output = self.pipeline(
+                prompt,
+                known_codes=window.of(canvas),
+                seed=[window.seed(each) for each in seeds],
+                num_images_per_prompt=num_images_per_prompt,
+                best_of=best_of,
+                output_type=output_type if is_whole else "codes",
+                **settings,
+            )
+            window.of(canvas).copy_(output.codes)
+        if not is_whole:
+            output = PipelineOutput(
+                images=[] if output_type == "codes" else self.pipeline.decode(canvas),
+                codes=canvas,
+                seeds=seeds[::best_of],
+                metadata=tuple(
+                    {**about, "seed": first}
+                    for about, first in zip(output.metadata, seeds[::best_of], strict=True)
+                ),
+            )
+        return dataclasses.replace(
+            output,
+            images=[edit.finish(image) for image in output.images],
+            metadata=tuple({**about, "edit": dict(edit.metadata)} for about in output.metadata),
+        )
+
     def _only_window(self) -> Window:
         rows, columns = self.pipeline.transformer.config.grid
         return Window(slice(0, rows), slice(0, columns))
 
     def _marked(self, mask: ImageSource, size: tuple[int, int]) -> np.ndarray:
-        """Which pixels of the prepared image are to be drawn anew, (height, width) bool."""
+        """Pixels of the prepared image that are to be drawn anew, (height, width) bool."""
         if not isinstance(mask, Image.Image):
             # As it is: what is transparent matters here.
             mask = _opened_as_it_is(mask)
@@ -410,21 +397,6 @@ def _opened_as_it_is(path: Path | str) -> Image.Image:
         raise InputError(f"{path} is not a readable image ({error})") from error
 
 
-def _places(window: tuple[int, int], canvas: tuple[int, int]) -> list[tuple[int, int]]:
-    """Rows and columns at which a window starts that slides over a canvas, in raster order."""
-
-    def starts(part: int, whole: int) -> list[int]:
-        step = max(1, part // 2)
-        return [*range(0, whole - part, step), whole - part]
-
-    tops, lefts = (starts(part, whole) for part, whole in zip(window, canvas, strict=True))
-    return [(top, left) for top in tops for left in lefts]
-
-
-def _edited(output: PipelineOutput, edit: Edit) -> PipelineOutput:
-    """Return the output with the pixels that stay, and the edit in the metadata."""
-    return dataclasses.replace(
-        output,
-        images=[edit.finish(image) for image in output.images],
-        metadata=tuple({**about, "edit": dict(edit.metadata)} for about in output.metadata),
-    )
+def _starts(window: int, canvas: int) -> list[int]:
+    """Positions at which a window starts that slides along a canvas, by half of it at a time."""
+    return [*range(0, canvas - window, max(1, window // 2)), canvas - window]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
+from llamagen.models.tokenizer.layers import TorchOperations
 from llamagen.models.tokenizer.model import ImageTokenizer
-from llamagen.models.tokenizer.operations import TorchOperations
 
 _SOURCE = Path(__file__).with_name("convolution.c")
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -43,7 +43,7 @@ class CpuOperations(TorchOperations):
         eps: float,
         in_place: bool = False,
     ) -> Tensor:
-        """See ``Operations``."""
+        """See ``TorchOperations``."""
         kernels = _kernels_for(x, weight, bias)
         channels = x.shape[1]
         if kernels is None or channels % _LANES or not weight.shape == bias.shape == (channels,):
@@ -68,7 +68,7 @@ class CpuOperations(TorchOperations):
         upsample: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """See ``Operations``."""
+        """See ``TorchOperations``."""
         scale = 2 if upsample else 1
         outputs, inputs = weight.shape[:2]
         shape = (x.shape[0], outputs, scale * x.shape[2], scale * x.shape[3])

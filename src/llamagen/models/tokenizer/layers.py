@@ -1,13 +1,91 @@
-"""The layers whose operations a backend can replace.
+"""The layers that take nearly all of a tokenizer's time, whose operations a backend can replace.
 
 Shapes: B images, C channels, H and W height and width of a feature map.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamagen.models.tokenizer.operations import Operations, TorchOperations, per_image
+_ALIGNMENT = 64
+"""Bytes, as torch allocates."""
+
+
+def per_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return ``function(x)``; on a CPU without gradients, computed for each image by itself.
+
+    Torch's order of summation there depends on the batch size, and may depend on alignment and
+    strides. This makes an image independent of the others in its batch.
+    """
+    batched = x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if batched or len(x) == 0:
+        return function(x)
+    images = x.split(1)
+    if x.data_ptr() % _ALIGNMENT or x.stride(0) * x.itemsize % _ALIGNMENT:
+        images = tuple(image.clone() for image in images)
+    results = [function(image) for image in images]
+    first = results[0]
+    if len(results) == 1:
+        return first
+    # With the strides of one image: cat would choose others where a side or the channels are 1.
+    strides = (first.numel(), *first.stride()[1:])
+    out = first.new_empty_strided((len(x), *first.shape[1:]), strides)
+    return torch.cat(results, out=out)
+
+
+class TorchOperations:
+    """The reference, on every device and with gradients. ``backends`` has faster subclasses."""
+
+    def norm_silu(
+        self,
+        x: Tensor,
+        groups: int,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        eps: float,
+        in_place: bool = False,
+    ) -> Tensor:
+        """Return SiLU(GroupNorm(x)) of ``x`` (B, C, H, W), which ``in_place`` may overwrite."""
+        del in_place
+        inplace = not torch.is_grad_enabled()
+        return per_image(
+            lambda image: F.silu(F.group_norm(image, groups, weight, bias, eps), inplace=inplace), x
+        )
+
+    def convolve(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        residual: Tensor | None = None,
+        upsample: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Return a 3x3 convolution with zero padding: (B, C_in, H, W) to (B, C_out, H, W).
+
+        Args:
+            x: the input.
+            weight: (C_out, C_in, 3, 3).
+            bias: (C_out,).
+            residual: (B, C_out, H, W), added to the result.
+            upsample: double H and W of ``x`` before, by nearest neighbour.
+            out: a tensor that is not needed any more, whose memory the result may take.
+        """
+        del out
+        if upsample:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        y = per_image(lambda image: F.conv2d(image, weight, bias, padding=1), x)
+        if residual is None:
+            return y
+        if torch.is_grad_enabled() or residual.dtype != y.dtype:
+            return residual + y
+        return y.add_(residual)
 
 
 class Conv2d(nn.Conv2d):
@@ -21,13 +99,13 @@ class Conv2d(nn.Conv2d):
 class NormSiLU(nn.GroupNorm):
     """Group normalisation and SiLU: (B, C, H, W) to the same shape."""
 
-    operations: Operations = TorchOperations()
+    operations = TorchOperations()
 
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
-        """See ``Operations.norm_silu``."""
+        """See ``TorchOperations.norm_silu``."""
         return self.operations.norm_silu(
             x, self.num_groups, self.weight, self.bias, eps=self.eps, in_place=in_place
         )
@@ -36,7 +114,7 @@ class NormSiLU(nn.GroupNorm):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the resolution, or doubles it first."""
 
-    operations: Operations = TorchOperations()
+    operations = TorchOperations()
     bias: nn.Parameter
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -50,7 +128,7 @@ class Conv3x3(nn.Conv2d):
         upsample: bool = False,
         out: Tensor | None = None,
     ) -> Tensor:
-        """See ``Operations.convolve``."""
+        """See ``TorchOperations.convolve``."""
         return self.operations.convolve(
             x, self.weight, self.bias, residual=residual, upsample=upsample, out=out
         )

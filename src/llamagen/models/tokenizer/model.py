@@ -11,8 +11,13 @@ from torch import Tensor
 from llamagen.config import TokenizerConfig
 from llamagen.models.pretrained import PretrainedModel
 from llamagen.models.tokenizer.autoencoder import Decoder, Encoder
-from llamagen.models.tokenizer.layers import Conv2d, Conv3x3, NormSiLU
-from llamagen.models.tokenizer.operations import Operations, per_image
+from llamagen.models.tokenizer.layers import (
+    Conv2d,
+    Conv3x3,
+    NormSiLU,
+    TorchOperations,
+    per_image,
+)
 from llamagen.models.tokenizer.quantizers import Quantized, new_quantizer
 from llamagen.support.errors import InputError
 
@@ -45,7 +50,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         self.quant_conv = Conv2d(config.z_channels, self.quantize.dim, 1)
         self.post_quant_conv = Conv2d(self.quantize.dim, config.z_channels, 1)
 
-    def set_operations(self, operations: Operations) -> None:
+    def set_operations(self, operations: TorchOperations) -> None:
         """Let ``operations`` compute the layers from now on, in place of torch."""
         for module in self.modules():
             if isinstance(module, Conv3x3 | NormSiLU):
@@ -101,9 +106,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         return self.decode_latents(self.quantize.lookup(codes.to(self.device)))
 
     def _compute(self, function: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
-        """Return ``function(x)``, by one way or the other: batches are exact on a CPU, so this is
-        a matter of speed and memory only.
-        """
+        """Return ``function(x)``; image by image only for speed and memory's sake."""
         x = self._laid_out(x)
         large = pixels * self.config.base_channels >= _LARGE_MAP
         return per_image(function, x) if large else function(x)

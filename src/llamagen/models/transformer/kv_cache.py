@@ -49,23 +49,18 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype,
     ) -> KVCache:
-        """A cache for up to ``sequences`` sequences of ``positions`` positions each.
-
-        ``dtype`` is the model's, or int8.
-        """
+        """Return a cache for ``sequences`` of ``positions``; ``dtype`` is the model's, or int8."""
         shape = (sequences, config.num_kv_heads, positions, config.head_dim)
 
         def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
             # Zeros: what attention masks out must still be finite.
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
 
-        scales = dtype == torch.int8
-        return cls(
-            keys=allocate(shape, dtype),
-            values=allocate(shape, dtype),
-            key_scales=allocate(shape[:-1], torch.float32) if scales else [],
-            value_scales=allocate(shape[:-1], torch.float32) if scales else [],
-        )
+        cache = cls(allocate(shape, dtype), allocate(shape, dtype))
+        if dtype == torch.int8:
+            cache.key_scales = allocate(shape[:-1], torch.float32)
+            cache.value_scales = allocate(shape[:-1], torch.float32)
+        return cache
 
     @property
     def sequences(self) -> int:
@@ -81,11 +76,6 @@ class KVCache:
     def positions(self) -> int:
         """L, positions there is room for in each sequence."""
         return self.keys[0].shape[2]
-
-    @property
-    def is_int8(self) -> bool:
-        """Whether keys and values are integers with scales."""
-        return bool(self.key_scales)
 
     def add(self, count: int) -> range:
         """Start ``count`` sequences behind those in use; return their numbers."""
@@ -114,18 +104,30 @@ class KVCache:
         ``index`` is the sequences (R, 1) and the positions (R, T), int64.
         """
         where = (index[0], slice(None), index[1])
-        _write(self.keys, self.key_scales, layer, where, keys)
-        _write(self.values, self.value_scales, layer, where, values)
+        for stored, scales, new in (
+            (self.keys, self.key_scales, keys),
+            (self.values, self.value_scales, values),
+        ):
+            if not scales:
+                stored[layer][where] = new
+                continue
+            floats = new.float()
+            largest = floats.abs().amax(-1).clamp(min=_SMALLEST_SCALE)
+            integers = (floats * (_INT8_MAX / largest).unsqueeze(-1)).round().to(torch.int8)
+            stored[layer][where] = integers
+            scales[layer][where] = largest * (1.0 / _INT8_MAX)
 
     def read(
         self, layer: int, sequences: slice | Tensor, positions: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """Return the first ``positions`` keys and values (R, K, positions, E) of a layer."""
         where = (sequences, slice(None), slice(positions))
-        return (
-            _read(self.keys, self.key_scales, layer, where, dtype),
-            _read(self.values, self.value_scales, layer, where, dtype),
-        )
+
+        def part(stored: list[Tensor], scales: list[Tensor]) -> Tensor:
+            own = stored[layer][where]
+            return (own * scales[layer][where].unsqueeze(-1)).to(dtype) if scales else own
+
+        return part(self.keys, self.key_scales), part(self.values, self.value_scales)
 
     @staticmethod
     def bytes_per_sequence(config: TransformerConfig, positions: int, dtype: torch.dtype) -> int:
@@ -134,31 +136,3 @@ class KVCache:
         if dtype == torch.int8:
             per_head += torch.float32.itemsize
         return 2 * config.layers * config.num_kv_heads * positions * per_head
-
-
-def _write(
-    stored: list[Tensor],
-    scales: list[Tensor],
-    layer: int,
-    where: tuple[Tensor | slice, ...],
-    new: Tensor,
-) -> None:
-    if not scales:
-        stored[layer][where] = new
-        return
-    floats = new.float()
-    largest = floats.abs().amax(-1).clamp(min=_SMALLEST_SCALE)
-    integers = (floats * (_INT8_MAX / largest).unsqueeze(-1)).round().to(torch.int8)
-    stored[layer][where] = integers
-    scales[layer][where] = largest * (1.0 / _INT8_MAX)
-
-
-def _read(
-    stored: list[Tensor],
-    scales: list[Tensor],
-    layer: int,
-    where: tuple[Tensor | slice, ...],
-    dtype: torch.dtype,
-) -> Tensor:
-    own = stored[layer][where]
-    return (own * scales[layer][where].unsqueeze(-1)).to(dtype) if scales else own

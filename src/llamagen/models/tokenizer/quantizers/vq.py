@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import TokenizerConfig
-from llamagen.models.tokenizer.operations import per_image
+from llamagen.models.tokenizer.layers import per_image
 from llamagen.models.tokenizer.quantizers.base import Quantized, Quantizer
 
 _MAX_DISTANCES = 2**25
