@@ -39,16 +39,16 @@ class TestMetricsLog:
         path = tmp_path / "metrics.jsonl"
         log = MetricsLog(path, last_step=0)
         for step in (1, 2, 3):
-            log.add(step, "train", {"loss": float(step)})
+            log.metrics(step, "train", {"loss": float(step)})
         again = MetricsLog(path, last_step=2)
-        again.add(3, "train", {"loss": 30.0})
+        again.metrics(3, "train", {"loss": 30.0})
         assert [record["loss"] for record in read_metrics(path)] == [1.0, 2.0, 30.0]
         assert again.latest("train") == {"loss": 30.0}
         assert again.latest("validation") == {}
 
     def test_half_a_line(self, tmp_path):
         path = tmp_path / "metrics.jsonl"
-        MetricsLog(path, last_step=0).add(1, "train", {"loss": 1.0})
+        MetricsLog(path, last_step=0).metrics(1, "train", {"loss": 1.0})
         with path.open("a") as file:
             file.write('{"step": 2, "spl')
         assert len(MetricsLog(path, last_step=2).records) == 1

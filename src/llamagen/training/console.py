@@ -1,19 +1,19 @@
-"""What a run tells the person watching: a progress bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
-_ORDER = ("loss", "bits_per_code", "psnr", "codebook_usage", "grad_norm", "lr", "images_per_second")
-"""What a line shows, if it is there; metrics.jsonl has everything."""
+from llamagen.training.trackers import Tracker
+
+_SHOWN = ("loss", "bits_per_code", "psnr", "codebook_usage", "grad_norm", "lr", "images_per_second")
+"""Metrics of a line, in this order; metrics.jsonl has all."""
 
 
-class Console:
+class Console(Tracker):
     """Progress of one run."""
 
     def __init__(self, *, steps: int, first: int, description: str, quiet: bool) -> None:
@@ -29,24 +29,17 @@ class Console:
             disable=True if quiet else None,
         )
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.close()
-
     def stepped(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self._bar.update()
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Shows the numbers of a log line."""
-        shown = [f"{_words(name)} {_short(values[name])}" for name in _ORDER if name in values]
+        """Show the metrics of a log line."""
+        shown = [
+            f"{name.replace('_per_second', '/s').replace('_', ' ')} {values[name]:.4g}"
+            for name in _SHOWN
+            if name in values
+        ]
         if split == "train" and not self._bar.disable:
             self._bar.set_postfix_str(", ".join(shown[:2] + shown[-1:]), refresh=False)
             return
@@ -54,16 +47,12 @@ class Console:
         self.line(f"step {step}/{self._steps}  {label}{'  '.join(shown)}")
 
     def line(self, text: str) -> None:
-        """A line of its own."""
+        """Print a line of its own."""
         if not self._quiet:
-            # Above the bar, where there is one.
+            # Above the bar, if there is one.
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-
-def _words(name: str) -> str:
-    return {"images_per_second": "images/s"}.get(name, name.replace("_", " "))
-
-
-def _short(value: float) -> str:
-    return f"{value:.4g}"
+    def close(self) -> None:
+        """See ``Tracker``."""
+        self._bar.close()

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go beside its folder: TensorBoard, Weights & Biases."""
+"""Destinations of a run's metrics and pictures besides its folder: TensorBoard, wandb."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ _WANDB_ID_NAME = "wandb-id.txt"
 
 
 class Tracker(abc.ABC):
-    """Takes what a run logs."""
+    """A destination of what a run logs."""
 
     @abc.abstractmethod
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl."""
+        """Log the metrics of a split (train or validation)."""
 
-    @abc.abstractmethod
-    def picture(self, step: int, name: str, path: Path) -> None:
-        """A PNG file that was drawn."""
+    def picture(self, step: int, name: str, path: Path) -> None:  # noqa: B027
+        """Log a PNG file."""
 
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Writes out what is left."""
+    def close(self) -> None:  # noqa: B027
+        """Flush and close."""
 
 
 def open_trackers(names: Sequence[str], out: Path, about: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers called ``names``, for the run in ``out``.
+    """Return the trackers called ``names``, for the run in ``out``.
 
     Args:
         names: "tensorboard", "wandb".
@@ -83,7 +81,7 @@ class _Wandb(Tracker):
                 "tracker wandb needs a package that is not installed; pip install wandb"
             ) from error
         self._wandb = wandb
-        # The run goes on under one name there too.
+        # A run that continues has one identity there too.
         id_path = out / _WANDB_ID_NAME
         if not id_path.exists():
             storage.write_text(id_path, wandb.util.generate_id() + "\n")
@@ -97,7 +95,7 @@ class _Wandb(Tracker):
         )
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        # Not the step of its own, which may not fall back: a resumed run goes through some again.
+        # Not wandb's own step, which may not decrease: a resumed run repeats some.
         self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
 
     def picture(self, step: int, name: str, path: Path) -> None:
