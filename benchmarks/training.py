@@ -30,9 +30,9 @@ from llamagen.evaluation.speed import measure_limits
 from llamagen.models.transformer import Transformer, training_ops
 from llamagen.support.devices import keep_freed_memory
 from llamagen.training.config import LoopConfig
+from llamagen.training.metrics import peak_flops, training_flops
 from llamagen.training.next_code import NextCodeModel
 from llamagen.training.optimizer import make_optimizer
-from llamagen.training.throughput import peak_flops, training_flops
 
 Step = Callable[[], float]
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llamagen.support.errors import InputError
 from llamagen.training.adversarial import (
     adaptive_weight,
     discriminator_loss,
@@ -70,15 +69,6 @@ def test_half_precision_is_averaged_in_float32(kind):
     ):
         assert loss.dtype == torch.float32
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_an_unknown_loss():
-    for call in (
-        lambda: discriminator_loss("wasserstein", REAL, FAKE),
-        lambda: generator_loss("wasserstein", FAKE),
-    ):
-        with pytest.raises(InputError, match="'wasserstein'; choose one of hinge, vanilla, non-"):
-            call()
 
 
 def test_adaptive_weight_of_quadratics():

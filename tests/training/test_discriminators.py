@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from llamagen.support.errors import InputError
-from llamagen.training.adversarial import discriminator_loss
-from llamagen.training.discriminators import (
+from llamagen.training.adversarial import (
     PatchDiscriminator,
     StyleDiscriminator,
-    _append_spread,
+    _append_deviation,
+    discriminator_loss,
     make_discriminator,
 )
 
@@ -125,9 +125,9 @@ def test_smoothing_keeps_flat_regions():
 @pytest.mark.parametrize(
     ("batch", "group"), [(1, 1), (2, 2), (3, 3), (4, 4), (5, 1), (6, 3), (8, 4)]
 )
-def test_spread_of_groups(batch, group):
+def test_deviation_of_groups(batch, group):
     x = torch.randn(batch, 5, 3, 4)
-    out = _append_spread(x)
+    out = _append_deviation(x)
     assert out.shape == (batch, 6, 3, 4)
     assert torch.equal(out[:, :5], x)
     # Group i: the images i, i + B / G, i + 2 B / G, ...
@@ -138,9 +138,9 @@ def test_spread_of_groups(batch, group):
         torch.testing.assert_close(out[i, 5], deviation.mean().expand(3, 4))
 
 
-def test_spread_of_equal_images():
+def test_deviation_of_equal_images():
     x = torch.ones(4, 2, 3, 3, dtype=torch.bfloat16, requires_grad=True)
-    out = _append_spread(x)
+    out = _append_deviation(x)
     assert out.dtype == torch.bfloat16
     assert float(out[0, 2, 0, 0].detach()) == pytest.approx(1e-4, rel=0.01)
     out.sum().backward()
@@ -174,9 +174,7 @@ def test_they_learn_to_tell_smooth_from_rough(name):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_what_cannot_be_made():
-    with pytest.raises(InputError, match=r"'mlp'; choose one of patchgan, stylegan$"):
-        make_discriminator("mlp", height=32, width=32)
+def test_rejects_sizes_it_cannot_judge():
     with pytest.raises(InputError, match=r"images of 32x16 pixels .* at least 24; .* stylegan"):
         make_discriminator("patchgan", height=16, width=32)
     with pytest.raises(InputError, match=r"images of 8x32 pixels are too small .* at least 16"):

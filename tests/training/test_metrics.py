@@ -2,11 +2,10 @@ import pytest
 import torch
 
 from llamagen.support.errors import InputError
-from llamagen.training.curves import draw_curves
-from llamagen.training.ema import Ema
 from llamagen.training.losses import Term, bits, mean_psnr, total_loss
-from llamagen.training.metrics import Meter, MetricsLog, read_metrics
-from llamagen.training.usage import CodebookUsage
+from llamagen.training.metrics import CodebookUsage, Meter
+from llamagen.training.optimizer import Ema
+from llamagen.training.trackers import MetricsLog, draw_curves, read_metrics
 
 
 def scalars(**values):

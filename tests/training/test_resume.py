@@ -19,7 +19,7 @@ from llamagen.training import (
     train_transformer,
 )
 from llamagen.training.checkpoint import latest_checkpoint
-from llamagen.training.console import Console
+from llamagen.training.trackers import Console
 from tests.training.runs import (
     assert_same_state,
     records,
@@ -71,7 +71,7 @@ def test_stopped_by_a_signal(make_run, tmp_path, monkeypatch):
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr("llamagen.training.loop.Console", Interrupting)
+        patch.setattr("llamagen.training.trackers.Console", Interrupting)
         with pytest.raises(TrainingInterrupted, match=r"stopped after step 3 of 6; .* goes on"):
             make_run(tmp_path / "parts", steps=6)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -91,7 +91,7 @@ def test_crash_between_checkpoints(make_run, tmp_path, monkeypatch):
                 raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:
-        patch.setattr("llamagen.training.loop.Console", Crashing)
+        patch.setattr("llamagen.training.trackers.Console", Crashing)
         with pytest.raises(RuntimeError, match="power cut"):
             make_run(tmp_path / "parts", steps=6)
     # Step 4 was taken but not saved, and there is a line of step 3 after the checkpoint of 2.

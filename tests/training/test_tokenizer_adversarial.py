@@ -18,9 +18,9 @@ from llamagen.training.config import (
     TokenizerTraining,
 )
 from llamagen.training.losses import total_loss
+from llamagen.training.metrics import CodebookUsage
 from llamagen.training.recipes import load_recipe, recipe_to_yaml
 from llamagen.training.tokenizer_task import TokenizerTask, make_task
-from llamagen.training.usage import CodebookUsage
 from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import assert_same_state, records, state, tokenizer_recipe
 

@@ -10,8 +10,8 @@ from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer
-from llamagen.training.throughput import peak_flops, training_flops
-from llamagen.training.trackers import open_trackers
+from llamagen.training.metrics import peak_flops, training_flops
+from llamagen.training.trackers import TRACKERS
 from tests.training.runs import tokenizer_recipe, transformer_recipe
 
 
@@ -75,7 +75,7 @@ def test_missing_packages_are_named(name, tmp_path, monkeypatch):
     module = {"wandb": "wandb", "tensorboard": "torch.utils.tensorboard.writer"}[name]
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(InputError, match=f"tracker {name} needs a package .* pip install"):
-        open_trackers([name], tmp_path, {})
+        TRACKERS[name](tmp_path, {})
 
 
 def test_flops_are_six_per_weight_and_position_and_the_attention():

@@ -37,7 +37,7 @@ from llamagen.support import distributed
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
-from llamagen.training.loop import try_steps
+from llamagen.training.loop import time_steps
 from llamagen.training.parallel import require_shares
 from llamagen.training.recipes import preset_model
 from llamagen.training.run_folder import open_run
@@ -86,7 +86,7 @@ def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
         # Without memory first: the model may not fit.
         with torch.device("meta"):
             _report(make(), data, loop, device)
-        seconds = try_steps(make(), own.loop, Path(folder), steps=_STEPS)[-1]
+        seconds = time_steps(make(), own.loop, Path(folder), steps=_STEPS)
         _say(
             f"{_STEPS} steps taken: {seconds:.2f} s a step ({loop.batch_size / seconds:.3g} "
             f"images/s), {seconds * loop.steps / 86400:.2g} days for all of them; "

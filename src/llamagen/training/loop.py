@@ -1,9 +1,8 @@
 """The training loop of both models.
 
 What differs between them is a ``Task``. Every random number of a step comes from the run's seed
-and the step's number, so a run that is interrupted goes on exactly as it would have, and what
-happens between steps (validation, samples) cannot change it. Longer than most files: it is one
-loop, and reads from top to bottom.
+and the step's number, so an interrupted run continues exactly, and what happens between steps
+(validation, samples) cannot change it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import dataclasses
 import hashlib
 import logging
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 from llamagen.support import distributed
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
-from llamagen.training import curves, metrics
+from llamagen.training import trackers
 from llamagen.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from llamagen.training.config import LoopConfig
-from llamagen.training.console import Console
-from llamagen.training.ema import Ema
+from llamagen.training.metrics import Meter, peak_flops
 from llamagen.training.optimizer import (
+    Ema,
     learning_rate,
     make_optimizer,
     optimizer_tensors,
@@ -46,21 +47,22 @@ from llamagen.training.parallel import (
     whole_state,
 )
 from llamagen.training.run_folder import check_same_data, checkpoint_folder
-from llamagen.training.signals import StopRequest
 from llamagen.training.task import Batch, Task
-from llamagen.training.throughput import peak_flops
-from llamagen.training.trackers import open_trackers
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_OPTIMIZERS = {"model": "optimizer", "adversary": "adversary_optimizer"}
+_NORMS = {"model": "grad_norm", "adversary": "discriminator_grad_norm"}
 
 _log = logging.getLogger(__name__)
 
 
 class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after the run was saved; the message says how to go on."""
+    """Ctrl-C or SIGTERM, after the run was saved; the message says how to continue."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """What a run ended with."""
+    """Result of a finished run."""
 
     out: Path
     """The run's folder."""
@@ -83,83 +85,76 @@ def fit(
     out: Path,
     *,
     quiet: bool = False,
-    run: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Trains ``task`` until the configured step, from the beginning or from a checkpoint.
+    """Train ``task`` until the configured step, from the beginning or from a checkpoint.
 
-    To be called in every process of the run, within ``distributed.process_group``.
+    All processes of the run call it, within ``distributed.process_group``.
 
     Args:
         task: what to train.
         config: how.
         out: the run's folder.
         quiet: no progress on the terminal.
-        run: what trackers are told of the run.
+        recipe: description of the run for trackers.
 
     Raises:
         InputError: the data has changed since the run began, the run is past the wanted steps,
             the batch cannot be split over the processes, the gradients stay infinite or not a
             number, or another process was lost.
         TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the ones before are whole.
+        OSError: a checkpoint could not be written; the earlier ones are intact.
     """
     require_shares(config)
     with own_random_numbers(config.device), _lost_processes(out):
-        training = _Run(task, config, out, quiet=quiet, about=run or {})
-        with training.closing(), StopRequest() as stop:
-            batches = task.batches(training.step, config.steps)
-            while training.step < config.steps:
-                training.take_step(batches)
-                stopping = distributed.any_of(stop.requested)
-                if training.due(config.log_every):
-                    training.log_metrics()
-                if training.due(config.validate_every):
-                    training.validate()
-                if training.due(config.sample_every):
-                    training.draw_samples()
-                if training.due(config.save_every) or stopping:
-                    training.save()
-                if stopping and training.step < config.steps:
-                    training.finish()
+        run = _Run(task, config, out, quiet=quiet, recipe=recipe or {})
+        with run.closing(), _stop_signals() as signals:
+            batches = task.batches(run.step, config.steps)
+            while run.step < config.steps:
+                run.take_step(batches)
+                stopping = distributed.any_of(bool(signals))
+                if run.due(config.log_every):
+                    run.log_metrics()
+                if run.due(config.validate_every):
+                    run.validate()
+                if run.due(config.sample_every):
+                    run.draw_samples()
+                if run.due(config.save_every) or stopping:
+                    run.save()
+                if stopping and run.step < config.steps:
+                    run.writer.wait()
                     raise TrainingInterrupted(
-                        f"stopped after step {training.step} of {config.steps}; everything is "
+                        f"stopped after step {run.step} of {config.steps}; everything is "
                         f"saved in {out}, and the same command goes on from there"
                     )
-            training.finish()
-        return training.result()
+            run.writer.wait()
+        return run.result()
 
 
-def try_steps(task: Task, config: LoopConfig, out: Path, *, steps: int) -> list[float]:
-    """Takes the first steps of a run and keeps nothing of it.
+def time_steps(task: Task, config: LoopConfig, out: Path, *, steps: int) -> float:
+    """Take the first steps of a run and keep nothing of it; return the seconds of the last one.
 
-    Args:
-        task: what to train; its model is changed.
-        config: how.
-        out: an empty folder for temporary files.
-        steps: how many.
-
-    Returns:
-        Seconds that each step took.
+    ``task``'s model is changed; ``out`` is an empty folder for temporary files.
     """
     require_shares(config)
-    seconds = []
+    seconds = 0.0
     with own_random_numbers(config.device):
-        training = _Run(task, config, out, quiet=True, about={})
-        with training.closing():
+        run = _Run(task, config, out, quiet=True, recipe={})
+        with run.closing():
             batches = task.batches(0, steps)
             for _ in range(steps):
                 start = time.perf_counter()
-                training.take_step(batches)
-                # The gradients' norm has been read: nothing is left to wait for on a GPU.
-                seconds.append(time.perf_counter() - start)
+                # Reads the gradients' norm: nothing is left to wait for on a GPU.
+                run.take_step(batches)
+                seconds = time.perf_counter() - start
     return seconds
 
 
 class _Run:
-    """A task on its way: everything that changes from step to step."""
+    """A task in training: everything that changes from step to step."""
 
     def __init__(
-        self, task: Task, config: LoopConfig, out: Path, *, quiet: bool, about: Mapping[str, Any]
+        self, task: Task, config: LoopConfig, out: Path, *, quiet: bool, recipe: Mapping[str, Any]
     ) -> None:
         self.task, self.config, self.out = task, config, out
         self.device = find_device(config.device)
@@ -167,7 +162,7 @@ class _Run:
         self.seconds = 0.0
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self.meter = metrics.Meter()
+        self.meter = Meter()
         self._exported: Path | None = None
         self._clock = time.perf_counter()
         self._step_seconds = 0.0
@@ -180,79 +175,75 @@ class _Run:
                     f"the run in {out} is at step {checkpoint.step} already; "
                     f"give `steps` a larger number than that, or another `out`"
                 )
-        self._place(config, new=checkpoint is None)
+        self._place(new=checkpoint is None)
         self.ema = Ema(task.model, config.ema_decay) if config.ema_decay > 0 else None
-        self.optimizers = self._make_optimizers()
         if checkpoint is not None:
             self._restore(checkpoint)
         self.writer = CheckpointWriter(
             checkpoint_folder(out), keep=config.keep_checkpoints, keep_every=config.keep_every
         )
         main = distributed.is_main()
-        self.log = metrics.MetricsLog(
-            out / metrics.FILE_NAME if main else None, last_step=self.step
+        self.log = trackers.MetricsLog(
+            out / trackers.METRICS_NAME if main else None, last_step=self.step
         )
-        self.trackers = open_trackers(config.trackers if main else (), out, about)
-        self.console = Console(
+        optional = config.trackers if main else ()
+        others = [trackers.TRACKERS[name](out, recipe) for name in optional]
+        self.console = trackers.Console(
             steps=config.steps,
             first=self.step,
             description=f"training {task.name}",
             quiet=quiet or not main,
         )
+        self.trackers = [self.log, self.console, *others]
         if checkpoint is not None:
             self.console.line(f"going on after step {self.step} of the run in {out}")
 
-    def _place(self, config: LoopConfig, *, new: bool) -> None:
-        """Puts the models where they are trained; the first weights are there afterwards."""
-        task = self.task
+    def _place(self, *, new: bool) -> None:
+        """Move the models to their devices, with their first weights if the run is new."""
+        task, config = self.task, self.config
         if config.compile:
             for block in task.blocks():
                 block.compile()
         place(task.module.train(), config, self.device, units=task.blocks())
         if new:
             task.prepare()
-        self.called = callable_form(task.module, self.device)
-        self.called_adversary = None
+        self.models: dict[str, nn.Module] = {"model": task.model}
+        self.called = [callable_form(task.module, self.device)]
+        rates = {"model": config.lr, "adversary": task.adversary_lr}
         if task.adversary is not None:
-            task.adversary.to(self.device).train()
-            self.called_adversary = callable_form(task.adversary, self.device)
-
-    def _make_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        made: dict[str, torch.optim.Optimizer] = {}
-        made["optimizer"] = make_optimizer(self.task.model, self.config, lr=self.config.lr)
-        if self.task.adversary is not None:
-            lr = self.task.adversary_lr
-            made["adversary_optimizer"] = make_optimizer(self.task.adversary, self.config, lr=lr)
-        return made
+            self.models["adversary"] = task.adversary.to(self.device).train()
+            self.called.append(callable_form(task.adversary, self.device))
+        self.optimizers = {
+            name: make_optimizer(model, config, lr=rates[name])
+            for name, model in self.models.items()
+        }
 
     @contextlib.contextmanager
     def closing(self) -> Iterator[None]:
-        """Closes what is open in the end, however it ends."""
-        with self.console:
-            try:
-                yield
-            finally:
-                self.writer.close()
-                for tracker in self.trackers:
-                    tracker.close()
+        """Close writer and trackers when the block ends, with an error or without."""
+        try:
+            yield
+        finally:
+            self.writer.close()
+            for tracker in self.trackers:
+                tracker.close()
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many steps, and at the end, happens now."""
+        """Return whether an action that is due every so many steps, and at the end, is due."""
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def take_step(self, batches: Iterator[Batch]) -> None:
-        """Fetches a batch and updates the weights with it."""
+        """Fetch a batch and update the weights with it."""
         start = time.perf_counter()
         batch = {name: rows.to(self.device) for name, rows in next(batches).items()}
         _seed_step(self.config.seed, self.step)
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, learning_rate(self.config, self.step))
         seen = self._backward(batch)
+        max_norm = self.config.clip_norm or math.inf
         norms = {
-            f"{name}grad_norm": number(
-                nn.utils.clip_grad_norm_(model.parameters(), self.config.clip_norm or math.inf)
-            )
-            for name, model in self._trained().items()
+            _NORMS[name]: number(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            for name, model in self.models.items()
         }
         self.step += 1
         if all(map(math.isfinite, norms.values())):
@@ -273,27 +264,20 @@ class _Run:
         self._steps_timed += 1
         self.console.stepped()
 
-    def _trained(self) -> dict[str, nn.Module]:
-        """The models by the prefix of their metrics."""
-        trained = {"": self.task.model}
-        if self.task.adversary is not None:
-            trained["discriminator_"] = self.task.adversary
-        return trained
-
     def _backward(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """Adds up the gradients of a batch; returns the metrics of its parts."""
+        """Accumulate the gradients of a batch; return the metrics of its parts."""
         parts = self.config.gradient_accumulation
         chunks = {name: rows.chunk(parts) for name, rows in batch.items()}
-        called = [self.called, *([self.called_adversary] if self.called_adversary else [])]
+        model, *adversaries = self.called
         seen = []
         for index in range(parts):
-            with gradients_stay_here(*called, when=index + 1 < parts):
+            with gradients_stay_here(*self.called, when=index + 1 < parts):
                 with autocast(self.device, self.config):
                     losses = self.task.losses(
-                        self.called,
+                        model,
                         {name: rows[index] for name, rows in chunks.items()},
                         step=self.step,
-                        adversary=self.called_adversary,
+                        adversary=adversaries[0] if adversaries else None,
                     )
                 (losses.total / parts).backward()
                 if losses.adversary is not None:
@@ -302,7 +286,7 @@ class _Run:
         return seen
 
     def _skip_step(self, norms: Mapping[str, float]) -> None:
-        """Leaves the weights as they are, since there are no gradients to change them with."""
+        """Count a step whose gradients are not finite; the weights stay as they are."""
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         named = ", ".join(f"{name} {norm}" for name, norm in norms.items())
@@ -316,7 +300,7 @@ class _Run:
             )
 
     def log_metrics(self) -> None:
-        """Logs the means since the last time."""
+        """Log the means since the last time."""
         self.writer.check()
         values = self.meter.means()
         values |= self.task.statistics()
@@ -327,7 +311,7 @@ class _Run:
         self._record("train", values)
 
     def _speed(self) -> dict[str, float]:
-        """What was computed per second since the last time, by all processes together."""
+        """Return the throughput since the last time, of all processes together."""
         seconds = max(self._step_seconds, 1e-9)
         images = self._steps_timed * self.config.batch_size / seconds
         self._step_seconds, self._steps_timed = 0.0, 0
@@ -336,38 +320,39 @@ class _Run:
             f"{name}_per_second": images * count
             for name, count in self.task.units_per_image.items()
         }
-        work = self.task.flops_per_image()
+        flops = self.task.flops_per_image()
         peak = peak_flops(self.device, self.config.precision)
-        if work is not None and peak is not None:
-            values["mfu"] = images * work / (peak * distributed.world_size())
+        if flops is not None and peak is not None:
+            values["mfu"] = images * flops / (peak * distributed.world_size())
         return values
 
     def _record(self, split: str, values: dict[str, float]) -> None:
-        self.log.add(self.step, split, values)
-        self.console.metrics(self.step, split, values)
         for tracker in self.trackers:
             tracker.metrics(self.step, split, values)
 
     @contextlib.contextmanager
     def _evaluated(self) -> Iterator[None]:
-        """Within this context the task's model has the weights that are looked at and exported."""
-        release_gathered(self.task.module)
+        """Run a block in eval mode, without gradients, with the mean weights if there are any."""
+        module = self.task.module
+        release_gathered(module)
         with contextlib.ExitStack() as stack:
             if self.ema is not None:
                 stack.enter_context(self.ema.in_place())
-            stack.enter_context(_evaluating(self.task.module))
+            stack.callback(module.train, module.training)
+            module.eval()
+            stack.enter_context(torch.no_grad())
             yield
-            release_gathered(self.task.module)
+            release_gathered(module)
 
     def validate(self) -> None:
-        """Logs the metrics on held-out images."""
+        """Log the metrics on held-out images."""
         with self._evaluated(), autocast(self.device, self.config):
             values = self.task.validate()
         if values:
             self._record("validation", values)
 
     def draw_samples(self) -> None:
-        """Writes this step's sheet of samples."""
+        """Write this step's sheet of samples."""
         path = self.out / "samples" / f"step-{self.step:07d}.png"
         with self._evaluated(), self._whole_model(self.device) as model:
             if model is not None:
@@ -377,7 +362,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _whole_model(self, device: torch.device) -> Iterator[nn.Module | None]:
-        """All of the model, in the main process; None in the others, which wait for it."""
+        """Yield the unsharded model in the main process, None in the others, which wait for it."""
         if shards_model(self.config):
             state = whole_state(self.task.model)
             model = self.task.whole_model(state).to(device) if distributed.is_main() else None
@@ -389,7 +374,7 @@ class _Run:
             distributed.barrier()
 
     def save(self) -> None:
-        """Begins to write a checkpoint; writes the model's folder and the curves."""
+        """Begin to write a checkpoint; write the model's folder and the curves."""
         self.seconds += time.perf_counter() - self._clock
         self._clock = time.perf_counter()
         self.writer.save(
@@ -407,20 +392,20 @@ class _Run:
         if self.config.export or self.step == self.config.steps:
             self._export()
         if distributed.is_main():
-            self._draw_curves()
+            try:
+                path = self.out / trackers.CURVES_NAME
+                trackers.draw_curves(self.log.records, self.task.panels, path)
+            except InputError as error:
+                # The numbers are in metrics.jsonl: not worth ending a run for.
+                _log.warning("no curves: %s", error)
 
     def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that is large, by its place in a checkpoint."""
-        tensors = {"model": self.task.model.state_dict()}
+        """Return models, mean weights and optimisers by their names in a checkpoint."""
+        tensors = {name: model.state_dict() for name, model in self.models.items()}
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
-        if self.task.adversary is not None:
-            tensors["adversary"] = self.task.adversary.state_dict()
-        models = {"optimizer": self.task.model, "adversary_optimizer": self.task.adversary}
         for name, optimizer in self.optimizers.items():
-            model = models[name]
-            assert model is not None
-            tensors[name] = optimizer_tensors(model, optimizer)
+            tensors[_OPTIMIZERS[name]] = optimizer_tensors(self.models[name], optimizer)
         return tensors
 
     def _export(self) -> None:
@@ -428,15 +413,8 @@ class _Run:
             if model is not None:
                 self._exported = self.task.export(model, self.out)
 
-    def _draw_curves(self) -> None:
-        try:
-            curves.draw_curves(self.log.records, self.task.panels, self.out / curves.FILE_NAME)
-        except InputError as error:
-            # The numbers are in metrics.jsonl; a picture is not worth ending a run for.
-            _log.warning("no curves: %s", error)
-
     def _restore(self, checkpoint: Checkpoint) -> None:
-        # In place: what the models and optimisers hold are these very tensors.
+        # In place: models and optimisers hold these very tensors.
         checkpoint.read_tensors(self._tensors())
         state = checkpoint.read_state()
         self.step = checkpoint.step
@@ -446,12 +424,8 @@ class _Run:
         self.meter.load_state_dict(state["meter"], self.device)
         self.task.load_state_dict(state["task"])
 
-    def finish(self) -> None:
-        """Waits until the last checkpoint is whole."""
-        self.writer.wait()
-
     def result(self) -> TrainingResult:
-        """What there is now that the last step is done."""
+        """Return the result of the finished run."""
         if not distributed.gathered(self._exported)[0]:
             # The run had ended before; its model's folder may have been moved away since.
             self._export()
@@ -469,8 +443,33 @@ class _Run:
 
 
 @contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that the first Ctrl-C or SIGTERM is appended to; a second one acts as usual."""
+    received: list[int] = []
+    previous: dict[int, Any] = {}
+
+    def restore() -> None:
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+        previous.clear()
+
+    def receive(number: int, _frame: object) -> None:
+        received.append(number)
+        restore()
+
+    # Python allows handlers in the main thread only.
+    if threading.current_thread() is threading.main_thread():
+        for each in _SIGNALS:
+            previous[each] = signal.signal(each, receive)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
 def _lost_processes(out: Path) -> Iterator[None]:
-    """Says in one line what it means when another process of the run is gone."""
+    """Turn the errors of a lost process into one line."""
     try:
         yield
     except RuntimeError as error:
@@ -485,7 +484,7 @@ def _lost_processes(out: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_random_numbers(device: str, seed: int = 0) -> Iterator[None]:
-    """Starts torch's generators from ``seed``; afterwards they are the caller's again."""
+    """Seed torch's generators for a block; restore the caller's state afterwards."""
     where = find_device(device)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -493,26 +492,14 @@ def own_random_numbers(device: str, seed: int = 0) -> Iterator[None]:
 
 
 def _seed_step(seed: int, step: int) -> None:
-    # Hashed: the CPU's generator looks at 32 bits of a seed only, and steps must not share them
-    # with the seeds of other runs. Processes have different images, so different dropout.
+    # Hashed: the CPU's generator uses 32 bits of a seed only, and steps must not share them with
+    # the seeds of other runs. Processes have different images, so different dropout.
     own = f" {distributed.rank()}" if distributed.rank() else ""
     digest = hashlib.sha256(f"{seed} {step}{own}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def autocast(device: torch.device, config: LoopConfig) -> torch.autocast:
-    """The precision of a run's forward passes."""
+    """Return the precision of a run's forward passes, as a context."""
     enabled = config.precision == "bfloat16"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients; afterwards in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

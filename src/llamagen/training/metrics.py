@@ -1,20 +1,30 @@
-"""Metrics of a run: their means between two log lines, and metrics.jsonl."""
+"""Numbers measured in training: means between two log lines, codebook usage, FLOPs."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import llamagen.support.storage as storage
+from llamagen.config import TransformerConfig
 from llamagen.support import distributed
-from llamagen.training.trackers import Tracker
 
-FILE_NAME = "metrics.jsonl"
+_PEAK_BFLOAT16 = {
+    # Dense, without sparsity, in FLOP/s, from NVIDIA's data sheets. The first name that occurs in
+    # the device's counts.
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
 
 class Meter:
@@ -59,47 +69,65 @@ class Meter:
         self._counts = dict(state["counts"])
 
 
-class MetricsLog(Tracker):
-    """One JSON object per line: ``step``, ``split`` (train or validation) and metrics."""
+class CodebookUsage:
+    """Fraction of the codes that occurred among about the last ``window`` codes, over processes."""
 
-    def __init__(self, path: Path | None, *, last_step: int) -> None:
-        """Lines after ``last_step`` are dropped: the run repeats those steps.
+    def __init__(self, codebook_size: int, *, window: int) -> None:
+        self.window = window
+        self._seen = 0
+        # When each code last occurred: one number per code instead of the window itself.
+        self._last = torch.full((codebook_size,), -window - 1, dtype=torch.int64)
 
-        Without a path they are in memory only.
-        """
-        self.path = path
-        self.records: list[dict[str, Any]] = []
-        if path is None:
-            return
-        self.records = [r for r in read_metrics(path) if r["step"] <= last_step]
-        lines = "".join(json.dumps(record) + "\n" for record in self.records)
-        storage.write_text(path, lines)
+    def add(self, codes: Tensor) -> None:
+        """Count a batch of codes, of any shape, as many in every process."""
+        self._last = self._last.to(codes.device)
+        self._seen += codes.numel() * distributed.world_size()
+        self._last[codes.flatten()] = self._seen
 
-    def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """Append a line."""
-        record = {"step": step, "split": split, **values}
-        self.records.append(record)
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    def share(self) -> float:
+        """Return the fraction, from 0 to 1."""
+        return float(self._used().float().mean())
 
-    def latest(self, split: str) -> dict[str, float]:
-        """Return the last metrics of ``split``; empty if there are none."""
-        for record in reversed(self.records):
-            if record["split"] == split:
-                return {k: v for k, v in record.items() if k not in ("step", "split")}
-        return {}
+    def unused(self) -> Tensor:
+        """Return the codes that did not occur; none before a whole window has been seen."""
+        if self._seen < self.window:
+            return self._last.new_empty(0)
+        return (~self._used()).nonzero().flatten()
+
+    def mark_used(self, codes: Tensor) -> None:
+        """Count codes (N,) as if they occurred now."""
+        self._last[codes.to(self._last.device)] = self._seen
+
+    def _used(self) -> Tensor:
+        return distributed.maximum(self._last) > self._seen - self.window
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all processes."""
+        return {"seen": self._seen, "last": distributed.maximum(self._last)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state_dict`` returned."""
+        self._seen, self._last = state["seen"], state["last"]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return all complete lines of a metrics file; the last may be cut off by a crash."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+def training_flops(config: TransformerConfig) -> float:
+    """Return the floating-point operations of one training step for one image.
+
+    Six for each weight of a matrix product and each position (two forward, four backward), and
+    the attention's own products over all pairs of positions, causal or not: what the model needs
+    (Chowdhery et al. 2204.02311, appendix B), without what is recomputed to save memory.
+    """
+    positions = config.condition_length + config.num_codes - 1
+    width = config.head_dim * (config.heads + 2 * config.num_kv_heads)
+    block = config.dim * width + config.dim * config.dim + 3 * config.dim * config.ffn_dim
+    weights = config.layers * block + config.dim * config.codebook_size
+    attention = 12.0 * config.layers * config.dim * positions**2
+    return 6.0 * weights * positions + attention
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return a device's peak FLOP/s at a precision; None if that is not known."""
+    if device.type != "cuda" or precision != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in _PEAK_BFLOAT16.items() if known in name), None)

@@ -1,8 +1,10 @@
-"""The optimiser and its learning rate."""
+"""The optimiser, its learning rate, and a running mean of the weights."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,17 +15,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from llamagen.training.config import LoopConfig
+from llamagen.training.parallel import local
 
 
 def make_optimizer(model: nn.Module, config: LoopConfig, *, lr: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on tensors of two or more dimensions; Adam where decay is 0.
+    """Return AdamW for the weights of ``model`` that take gradients.
 
-    Biases and the scales of norms have one dimension: pulling them to 0 would only distort.
-
-    Args:
-        model: its weights that take gradients are trained.
-        config: everything but the learning rate.
-        lr: the learning rate that ``set_learning_rate`` scales.
+    Only tensors of two or more dimensions decay: biases and scales of norms have one. ``lr`` is
+    the learning rate that ``set_learning_rate`` scales; all else is from ``config``.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -34,16 +33,13 @@ def make_optimizer(model: nn.Module, config: LoopConfig, *, lr: float) -> torch.
         [{**group, "full_lr": lr} for group in groups if group["params"]],
         lr=lr,
         betas=config.betas,
-        # One kernel for all tensors: for small models the many small ones cost more than the sums.
+        # One kernel for all tensors: small models spend more on launches than on arithmetic.
         fused=trained[0].device.type in ("cpu", "cuda"),
     )
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
-    """The part of the full learning rate that step ``step``, from 0, is taken with.
-
-    A function of the step alone.
-    """
+    """Return the fraction of the full learning rate in step ``step``, from 0."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     if config.schedule == "constant":
@@ -52,17 +48,59 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, part: float) -> None:
-    """Gives all weights this part of their full learning rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
+    """Set the learning rate of all weights to this fraction of the full one."""
     for group in optimizer.param_groups:
-        group["lr"] = group["full_lr"] * part
+        group["lr"] = group["full_lr"] * fraction
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's own tensors by the names of the weights; before the first step, zeros.
-
-    Learning rates and the like are not in it: they are the recipe's.
-    """
+    """Return the optimiser's tensors by the names of the weights; before the first step, zeros."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
+    # The rest, learning rates and the like, is the recipe's.
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+class Ema:
+    """Exponential moving average of a model's weights (Polyak averaging), sharded as they are."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self._weights = {
+            name: weight for name, weight in model.named_parameters() if weight.requires_grad
+        }
+        self._means = {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Update the mean with the weights after ``step`` steps.
+
+        Early on the decay is smaller, so that the random first weights are soon forgotten.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(_locals(self._means), _locals(self._weights), 1.0 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Swap the mean weights into the model, and back when the block ends."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, mean in zip(_locals(self._weights), _locals(self._means), strict=True):
+            held = weight.clone()
+            weight.copy_(mean)
+            mean.copy_(held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the mean weights by their names; reading a checkpoint fills them in place."""
+        return dict(self._means)
+
+
+def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    return [local(tensor) for tensor in tensors.values()]

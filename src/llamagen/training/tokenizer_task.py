@@ -27,18 +27,22 @@ from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_
 from llamagen.support import distributed
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import arrays_to_pil, image_grid, save_png
-from llamagen.training.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from llamagen.training.adversarial import (
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    make_discriminator,
+)
 from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.config import TokenizerTraining
-from llamagen.training.discriminators import make_discriminator
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_loss
+from llamagen.training.metrics import CodebookUsage
 from llamagen.training.parallel import seeded
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
 from llamagen.training.sources import TokenizerImages, tokenizer_images
 from llamagen.training.task import Batch, Losses, Task
-from llamagen.training.usage import CodebookUsage
 
 MODEL_FOLDER = "tokenizer"
 """The exported model, in the run's folder."""
@@ -69,7 +73,7 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
         task = make_task(recipe)
-        return fit(task, recipe.loop, recipe.out, quiet=quiet, run=recipe_to_dict(recipe))
+        return fit(task, recipe.loop, recipe.out, quiet=quiet, recipe=recipe_to_dict(recipe))
 
 
 def make_task(recipe: TokenizerTraining) -> TokenizerTask:

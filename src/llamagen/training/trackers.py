@@ -1,22 +1,31 @@
-"""Destinations of a run's metrics and pictures besides its folder: TensorBoard, wandb."""
+"""Destinations of a run's metrics and pictures: its folder, the terminal, TensorBoard, wandb."""
 
 from __future__ import annotations
 
 import abc
+import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import InputError
 
+METRICS_NAME = "metrics.jsonl"
+CURVES_NAME = "curves.png"
 TENSORBOARD_FOLDER = "tensorboard"
-"""TensorBoard's files, in the run's folder."""
 
 _WANDB_ID_NAME = "wandb-id.txt"
+_SHOWN = ("loss", "bits_per_code", "psnr", "codebook_usage", "grad_norm", "lr", "images_per_second")
+"""Metrics of a line on the terminal, in this order."""
+_COLUMNS = 2
+_PANEL = (5.6, 3.4)
+"""Width and height of a panel of curves in inches."""
 
 
 class Tracker(abc.ABC):
@@ -33,23 +42,97 @@ class Tracker(abc.ABC):
         """Flush and close."""
 
 
-def open_trackers(names: Sequence[str], out: Path, about: Mapping[str, Any]) -> list[Tracker]:
-    """Return the trackers called ``names``, for the run in ``out``.
+class MetricsLog(Tracker):
+    """metrics.jsonl: one JSON object per line, with ``step``, ``split`` and metrics."""
 
-    Args:
-        names: "tensorboard", "wandb".
-        out: the run's folder.
-        about: the recipe, as plain values.
+    def __init__(self, path: Path | None, *, last_step: int) -> None:
+        """Drop the lines after ``last_step``: a resumed run repeats those steps.
 
-    Raises:
-        InputError: the package of one is not installed.
-    """
-    kinds = {"tensorboard": _TensorBoard, "wandb": _Wandb}
-    return [kinds[name](out, about) for name in names]
+        Without a path the lines are in memory only.
+        """
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        if path is not None:
+            self.records = [r for r in read_metrics(path) if r["step"] <= last_step]
+            storage.write_text(path, "".join(json.dumps(r) + "\n" for r in self.records))
+
+    def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Append a line."""
+        record = {"step": step, "split": split, **values}
+        self.records.append(record)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def latest(self, split: str) -> dict[str, float]:
+        """Return the last metrics of ``split``; empty if there are none."""
+        for record in reversed(self.records):
+            if record["split"] == split:
+                return {k: v for k, v in record.items() if k not in ("step", "split")}
+        return {}
 
 
-class _TensorBoard(Tracker):
-    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return all complete lines of a metrics file; the last may be cut off by a crash."""
+    records: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+class Console(Tracker):
+    """Progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, *, steps: int, first: int, description: str, quiet: bool) -> None:
+        self._steps = steps
+        self._quiet = quiet
+        self._bar = tqdm(
+            total=steps,
+            initial=first,
+            desc=description,
+            unit="step",
+            dynamic_ncols=True,
+            # None: no bar where stderr is not a terminal.
+            disable=True if quiet else None,
+        )
+
+    def stepped(self) -> None:
+        """Count one more step."""
+        self._bar.update()
+
+    def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """Show the most important metrics."""
+        shown = [
+            f"{name.replace('_per_second', '/s').replace('_', ' ')} {values[name]:.4g}"
+            for name in _SHOWN
+            if name in values
+        ]
+        if split == "train" and not self._bar.disable:
+            self._bar.set_postfix_str(", ".join(shown[:2] + shown[-1:]), refresh=False)
+            return
+        label = "" if split == "train" else f"{split}: "
+        self.line(f"step {step}/{self._steps}  {label}{'  '.join(shown)}")
+
+    def line(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if not self._quiet:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """See ``Tracker``."""
+        self._bar.close()
+
+
+class TensorBoard(Tracker):
+    """TensorBoard's files, in the run's folder."""
+
+    def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
+        del recipe
         try:
             from torch.utils.tensorboard.writer import SummaryWriter
         except ImportError as error:
@@ -57,23 +140,27 @@ class _TensorBoard(Tracker):
                 "tracker tensorboard needs a package that is not installed; "
                 "pip install 'llamagen[train]'"
             ) from error
-        del about
         self._writer = SummaryWriter(str(out / TENSORBOARD_FOLDER))
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """See ``Tracker``."""
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
+        """See ``Tracker``."""
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
+        """See ``Tracker``."""
         self._writer.close()
 
 
-class _Wandb(Tracker):
-    def __init__(self, out: Path, about: Mapping[str, Any]) -> None:
+class Wandb(Tracker):
+    """A run of Weights & Biases, the same one when training is resumed."""
+
+    def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -81,7 +168,6 @@ class _Wandb(Tracker):
                 "tracker wandb needs a package that is not installed; pip install wandb"
             ) from error
         self._wandb = wandb
-        # A run that continues has one identity there too.
         id_path = out / _WANDB_ID_NAME
         if not id_path.exists():
             storage.write_text(id_path, wandb.util.generate_id() + "\n")
@@ -91,15 +177,67 @@ class _Wandb(Tracker):
             id=id_path.read_text(encoding="utf-8").strip(),
             resume="allow",
             dir=str(out),
-            config=dict(about),
+            config=dict(recipe),
         )
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
+        """See ``Tracker``."""
         # Not wandb's own step, which may not decrease: a resumed run repeats some.
         self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
 
     def picture(self, step: int, name: str, path: Path) -> None:
+        """See ``Tracker``."""
         self._run.log({"step": step, name: self._wandb.Image(str(path))})
 
     def close(self) -> None:
+        """See ``Tracker``."""
         self._run.finish()
+
+
+TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+"""Optional trackers. Each is called with the run's folder and its recipe as plain values, and
+raises InputError if its package is not installed."""
+
+
+def draw_curves(
+    records: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], path: Path
+) -> None:
+    """Draw metrics over steps into a PNG.
+
+    Args:
+        records: lines of metrics.jsonl.
+        panels: title -> names of its metrics; a metric has a line for each split that has it.
+        path: of the picture.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            "curves need matplotlib; install it with pip install 'llamagen[train]'"
+        ) from error
+    rows = -(-len(panels) // _COLUMNS)
+    # Not pyplot, which has global state and chooses a window system.
+    figure = Figure(figsize=(_COLUMNS * _PANEL[0], rows * _PANEL[1]), layout="constrained")
+    for number, (title, names) in enumerate(panels.items(), start=1):
+        axis = figure.add_subplot(rows, _COLUMNS, number, title=title, xlabel="step")
+        axis.grid(visible=True, alpha=0.3)
+        for name in names:
+            for split in ("train", "validation"):
+                own = [r for r in records if r["split"] == split and name in r]
+                if own:
+                    held_out = split != "train"
+                    axis.plot(
+                        [record["step"] for record in own],
+                        [record[name] for record in own],
+                        label=name.replace("_", " ") + (f" ({split})" if held_out else ""),
+                        marker="o" if held_out else None,
+                        markersize=3,
+                    )
+        if axis.lines:
+            axis.legend(fontsize="small")
+    with storage.atomic_file(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

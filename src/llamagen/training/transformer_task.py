@@ -34,11 +34,11 @@ from llamagen.training.config import TransformerTraining
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
+from llamagen.training.metrics import training_flops
 from llamagen.training.next_code import NextCodeModel
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
 from llamagen.training.task import Batch, Losses, Task
-from llamagen.training.throughput import training_flops
 from llamagen.training.transformer_data import CodeSplits, find_codes
 from llamagen.training.transformer_start import Start, find_start
 
@@ -76,7 +76,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
         task = make_task(recipe)
-        return fit(task, recipe.loop, recipe.out, quiet=quiet, run=recipe_to_dict(recipe))
+        return fit(task, recipe.loop, recipe.out, quiet=quiet, recipe=recipe_to_dict(recipe))
 
 
 def make_task(recipe: TransformerTraining) -> TransformerTask:
