@@ -29,7 +29,7 @@ Grid = tuple[int, int]
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
-    """Builds the dataclass ``cls`` from plain values, as read from JSON or YAML.
+    """Build the dataclass ``cls`` from plain values, as read from JSON or YAML.
 
     ``source`` names where the values come from, for the error message.
 
@@ -53,10 +53,10 @@ def _path(value: Any) -> Path:
 
 
 def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
-    """Fields of a configuration that are not at their defaults, except those ``implemented``.
+    """Return the fields that are not at their defaults, except those ``implemented``.
 
-    What computes with a configuration in its own way names the fields that it knows, and refuses
-    a configuration that has any other: so a new field is never silently ignored.
+    A backend names the fields that it implements, and refuses a configuration with any other: so a
+    new field is never silently ignored.
     """
     return [
         field.name
@@ -156,7 +156,7 @@ class TokenizerConfig:
         return 2 ** (len(self.channel_multipliers) - 1)
 
     def grid_of(self, height: int, width: int) -> Grid:
-        """The grid of codes of an image of ``height`` x ``width`` pixels.
+        """Return the grid of codes of an image of ``height`` x ``width`` pixels.
 
         Raises:
             InputError: a side is not a positive multiple of the downsampling.
@@ -171,7 +171,7 @@ class TokenizerConfig:
 
 
 def swiglu_hidden_dim(dim: int, *, multiplier: float | None = None, multiple_of: int = 256) -> int:
-    """Hidden size of the SwiGLU layer: 8/3 of ``dim`` (times ``multiplier``), rounded up."""
+    """Return the SwiGLU layer's hidden size: 8/3 of ``dim`` (times ``multiplier``), rounded up."""
     hidden = int(2 * (4 * dim) / 3)
     if multiplier is not None:
         hidden = int(multiplier * hidden)
@@ -258,7 +258,7 @@ class TransformerConfig(TransformerArchitecture):
     grid: Grid = (16, 16)
     """Rows and columns of codes that the model was trained on."""
     condition: Literal["class", "text"] = "class"
-    """What images are conditioned on: a class label or text features."""
+    """Kind of condition: a class label or text features."""
     num_classes: int = 1000
     """Number of classes, without "no class" (condition "class")."""
     text_length: int = 120
@@ -308,7 +308,7 @@ class TransformerConfig(TransformerArchitecture):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How prompts become text features (paper section 3.2)."""
+    """Encoding of prompts as text features (paper section 3.2)."""
 
     encoder: str = "google/flan-t5-xl"
     """An encoder of the T5 family: hub repository or folder; empty for one that is in the
@@ -439,7 +439,7 @@ MAX_INTEGER = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How codes are sampled from the transformer's logits (paper sections 3.3 and 4.2).
+    """Settings of sampling codes from the transformer's logits (paper sections 3.3 and 4.2).
 
     The order is fixed: guidance, temperature, top-k, top-p, min-p, draw.
 
@@ -509,7 +509,7 @@ class SamplingConfig:
         return (self.guidance_scale != 1.0 or starts_guided) and self.guidance_stop != 0
 
     def replace(self, **values: Any) -> SamplingConfig:
-        """A copy with other values; those that are None are left as they are.
+        """Return a copy with other values; those that are None are left as they are.
 
         Raises:
             InputError: there is no such setting, or a value lies outside its range.
@@ -523,7 +523,7 @@ class SamplingConfig:
 
 @functools.cache
 def sampling_settings() -> tuple[Setting, ...]:
-    """The declarations of all fields of ``SamplingConfig``, in their order."""
+    """Return the declarations of all fields of ``SamplingConfig``, in their order."""
     types = typing.get_type_hints(SamplingConfig)
     return tuple(
         dataclasses.replace(
@@ -560,7 +560,7 @@ TRANSFORMER_PRESETS: dict[str, TransformerConfig] = {  # parameters with 1000 cl
 
 
 def preset(presets: Mapping[str, ConfigT], name: str) -> ConfigT:
-    """Looks a preset up by name, ignoring case.
+    """Return the preset of a name, ignoring case.
 
     Raises:
         InputError: there is no such preset; the message lists those there are.

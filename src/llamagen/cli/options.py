@@ -209,7 +209,7 @@ class EngineOptions:
             InputError: another engine was given options of vLLM's.
         """
         from llamagen.pipeline.pipeline import ENGINES
-        from llamagen.vllm_plugin.library import keep_vllm_quiet
+        from llamagen.vllm_plugin import keep_vllm_quiet
 
         values = {
             "tensor_parallel_size": self.tensor_parallel_size,

@@ -33,7 +33,7 @@ NOT_FINITE = -1
 
 
 class _Role(enum.IntEnum):
-    """What a sequence of an image is conditioned on."""
+    """Condition of one of an image's sequences."""
 
     CONDITIONAL = 0
     UNCONDITIONAL = 1
@@ -159,7 +159,7 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """One forward pass of every image that is not finished."""
+        """Run one forward pass of every image that is not finished."""
         running = [image for image in self.images if not image.is_finished]
         if not running:
             return
@@ -199,7 +199,7 @@ class Batch:
             self._cache.lengths[number] += accepted.get(image, 0)
 
     def codes_of(self, images: Sequence[GenerationState], count: int) -> Tensor:
-        """Codes (N, T) int64 of images, on the model's device; all but the first ``count`` zero."""
+        """Return codes (N, T) int64 of images, on the model's device; zero from ``count`` on."""
         codes = self._codes[[image.row for image in images]]
         codes[:, count:] = 0
         return codes
@@ -222,7 +222,7 @@ class Batch:
         self._free_rows.append(image.row)
 
     def clear(self) -> None:
-        """Take all images out, whatever state a failed step has left."""
+        """Take all images out, in whatever state a failed step has left them."""
         self._free_rows = list(reversed(range(self.max_images)))
         self.images, self._sequences = [], []
         self._sampler = None

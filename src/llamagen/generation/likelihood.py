@@ -1,11 +1,11 @@
-"""How likely a model finds codes.
+"""Likelihoods of codes under a model.
 
 Shapes: B images, T codes of an image, C condition length, V codes of the codebook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ def code_log_likelihoods(
     *,
     conditional: bool = True,
 ) -> Tensor:
-    """Log-probabilities of codes, each given those before it; without guidance and filters.
+    """Return log-probabilities of codes, each given those before it; without guidance and filters.
 
     Args:
         model: in eval mode.
@@ -37,11 +37,19 @@ def code_log_likelihoods(
         (B, rows, columns) float32 nats on the model's device.
     """
     each = list(conditions)
+    by_shape: dict[torch.Size, list[int]] = {}
+    for index, condition in enumerate(each):
+        by_shape.setdefault(condition.shape, []).append(index)
     grid = (codes.shape[1], codes.shape[2])
     flat = codes.flatten(1).to(model.device)
     batch = max(1, _MAX_LOGITS // (flat.shape[1] * model.config.codebook_size))
     found = torch.empty(flat.shape, dtype=torch.float32, device=model.device)
-    for members in _equal_shapes(each, batch):
+    # Conditions of one shape go together, so that none needs padding.
+    for members in (
+        alike[start : start + batch]
+        for alike in by_shape.values()
+        for start in range(0, len(alike), batch)
+    ):
         own = flat[members]
         logits = model(
             own[:, :-1],
@@ -52,13 +60,3 @@ def code_log_likelihoods(
         nats = F.cross_entropy(logits.float().flatten(0, 1), own.flatten(), reduction="none")
         found[members] = -nats.view(len(members), -1)
     return found.view(codes.shape)
-
-
-def _equal_shapes(tensors: Sequence[Tensor], batch: int) -> Iterator[list[int]]:
-    """Indices of tensors in batches whose tensors have one shape, so that none needs padding."""
-    by_shape: dict[torch.Size, list[int]] = {}
-    for index, tensor in enumerate(tensors):
-        by_shape.setdefault(tensor.shape, []).append(index)
-    for members in by_shape.values():
-        for start in range(0, len(members), batch):
-            yield members[start : start + batch]

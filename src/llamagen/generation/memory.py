@@ -1,4 +1,4 @@
-"""How many images fit into memory at once."""
+"""Estimates of the images that fit into memory at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHARE = 0.5
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on ``device``."""
+    """Return the bytes that can still be allocated on ``device``."""
     if device.type == "cuda":
         # What torch holds but does not use counts as free.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,13 +29,13 @@ def free_memory(device: torch.device) -> int:
 def sampling_batch_size(
     model: Transformer, *, sequences: int, condition_length: int | None = None, window: int = 1
 ) -> int:
-    """Images whose codes can be generated at once, from 1 to ``MAX_BATCH``.
+    """Return how many images can be generated at once, from 1 to ``MAX_BATCH``.
 
     Args:
         model: in the precision and on the device to compute with.
         sequences: of each image.
         condition_length: positions of the condition; by default the model's maximum.
-        window: codes of each image that a pass looks at.
+        window: codes of each image that a pass predicts.
     """
     config = model.config
     length = config.condition_length if condition_length is None else condition_length
@@ -49,7 +49,7 @@ def sampling_batch_size(
 def decoding_batch_size(
     config: TokenizerConfig, grid: Grid, *, device: torch.device, dtype: torch.dtype
 ) -> int:
-    """Images whose codes can be turned into pixels (or back) at once, from 1 to ``MAX_BATCH``."""
+    """Return how many images can be decoded (or encoded) at once, from 1 to ``MAX_BATCH``."""
     pixels = grid[0] * grid[1] * config.downsampling**2
     # The widest maps are those of full resolution and those that were just upsampled to it;
     # about six of them are alive at once (input, normed, two convolutions, residual, workspace).

@@ -1,4 +1,4 @@
-"""One image to be generated: everything that decides its codes, in one value.
+"""One image to be generated, in one value: everything that decides its codes.
 
 Pipeline, editing, server, evaluation and engines make these and pass them on unopened.
 
@@ -28,8 +28,8 @@ class GenerationRequest:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How codes are sampled."""
     negative: Tensor | None = None
-    """What guidance leads away from, like ``condition`` (text features may have another length);
-    by default the model's own "no class" or "no text"."""
+    """The condition that guidance leads away from (text features may have another length); by
+    default the model's own "no class" or "no text"."""
     blend: Tensor | None = None
     """A second condition, like ``condition``, whose logits are mixed with those of the first:
     probabilities are in proportion to p1^(1 - share) p2^share."""
@@ -38,7 +38,7 @@ class GenerationRequest:
     known_codes: Tensor | None = None
     """(T,) or (rows, columns) int64 codes that stay, ``UNKNOWN`` where one is to be sampled."""
     window: int | None = None
-    """Codes that a forward pass looks at (``schedules.jacobi``), which changes no code: 1 samples
+    """Codes that a forward pass predicts (``schedules.jacobi``), which changes no code: 1 samples
     them one by one; by default more where that is faster."""
 
     @property

@@ -30,7 +30,7 @@ Value = float | Tensor
 
 
 def guidance_scale_at(sampling: SamplingConfig, index: int, total: int) -> float:
-    """Guidance scale of code ``index`` (counted in the order of sampling) of ``total``.
+    """Return the guidance scale of code ``index`` (counted in the order of sampling) of ``total``.
 
     1 means that the conditional logits are used as they are. Linear as in RandAR (2412.01827),
     power-cosine as in RAR (2411.00776).
@@ -49,7 +49,7 @@ def guidance_scale_at(sampling: SamplingConfig, index: int, total: int) -> float
 
 
 def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: Value) -> Tensor:
-    """Classifier-free guidance on logits (D, V): uncond + scale * (cond - uncond)."""
+    """Apply classifier-free guidance to logits (D, V): uncond + scale * (cond - uncond)."""
     return unconditional + scale * (conditional - unconditional)
 
 
@@ -116,7 +116,7 @@ def sample_from(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Filters:
-    """What happens between guided logits and a draw, for rows with settings of their own."""
+    """Filters of guided logits, for rows with settings of their own."""
 
     greedy: Tensor | None
     """(D,) bool, True where the largest logit is taken; None if there is no such row."""
@@ -127,7 +127,7 @@ class Filters:
 
     @classmethod
     def of(cls, rows: Sequence[SamplingConfig], device: torch.device | str = "cpu") -> Filters:
-        """The filters of some rows, in their order, ready to be used on ``device``."""
+        """Return the filters of some rows, in their order, to be used on ``device``."""
         greedy = [row.temperature < GREEDY_TEMPERATURE for row in rows]
         divisors = [
             1.0 if is_greedy else row.temperature
@@ -174,7 +174,7 @@ def sample_codes(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
 
 
 def code_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Probabilities (..., V) with which ``sample_codes`` samples, from guided logits (..., V)."""
+    """Return the probabilities (..., V) with which guided logits (..., V) are sampled."""
     if sampling.temperature < GREEDY_TEMPERATURE:
         return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
     return Filters.of([sampling])(logits).softmax(-1)
@@ -253,7 +253,7 @@ def _column(values: Sequence[Any], device: torch.device | str) -> Any:
 def fastest_sampler(
     settings: Sequence[SamplingConfig], codebook_size: int, device: torch.device
 ) -> Sampler:
-    """The fastest sampler for rows with these settings, whose logits are on ``device``."""
+    """Return the fastest sampler for rows with these settings, whose logits are on ``device``."""
     if CpuSampler.supports(settings, codebook_size, device) and not use_reference():
         return CpuSampler(settings)
     return ReferenceSampler(settings, device)

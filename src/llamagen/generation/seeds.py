@@ -15,7 +15,7 @@ MAX_SEED = 2**63 - 1
 
 
 def check_seed(seed: int) -> int:
-    """Returns ``seed``.
+    """Return ``seed``.
 
     Raises:
         InputError: it lies outside 0 to 2^63 - 1.
@@ -26,7 +26,7 @@ def check_seed(seed: int) -> int:
 
 
 def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    """A seed for each of ``count`` images.
+    """Return a seed for each of ``count`` images.
 
     Args:
         seed: of the first, the next get the next numbers; or one of each; random if None.
@@ -46,14 +46,14 @@ def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ..
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """One of many seeds that belong to ``seed``, whose random numbers have nothing in common."""
+    """Return one of many seeds that belong to ``seed``, with independent random numbers."""
     # From stream 2^63, which no draws are taken from.
     stream = np.random.Philox(counter=(1 << 255) + number, key=check_seed(seed))
     return int(stream.random_raw()) >> 1
 
 
 def uniform_draws(seeds: Sequence[int], count: int, *, stream: int = 0) -> Tensor:
-    """(images, count) float32 numbers in [0, 1): row i is a stream of ``seeds[i]``.
+    """Return (images, count) float32 numbers in [0, 1): row i is a stream of ``seeds[i]``.
 
     Every seed has 2^64 independent streams, told apart by ``stream``.
 

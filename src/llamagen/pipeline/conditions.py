@@ -46,7 +46,7 @@ class Condition:
         known_codes: Tensor | None = None,
         window: int | None = None,
     ) -> GenerationRequest:
-        """The request for one image of this condition."""
+        """Return the request for one image of this condition."""
         return GenerationRequest(
             condition=self.condition,
             seed=seed,
@@ -59,70 +59,58 @@ class Condition:
         )
 
 
-def class_conditions(
-    labels: Labels,
-    prompts: Sequence[str | int],
-    *,
-    negative: Sequence[str | int] | None = None,
-    blend: Sequence[str | int] | None = None,
-    blend_share: float = 0.5,
-) -> list[Condition]:
-    """Return the conditions of classes.
+Reader = Callable[[str | int], tuple[Tensor, dict[str, Any]]]
+"""Returns the condition of a prompt, and its metadata, the prompt's name first."""
 
-    Args:
-        labels: the classes there are.
-        prompts: classes by name or index.
-        negative: for each, the class that guidance leads away from.
-        blend: for each, the class that it is blended with.
-        blend_share: how much that counts.
 
-    Raises:
-        InputError: there is no such class.
-    """
+def class_reader(labels: Labels) -> Reader:
+    """Return a reader of names and indices of classes, which raises InputError for others."""
 
     def read(name: str | int) -> tuple[Tensor, dict[str, Any]]:
         index = labels.find(name)
         return tensor(index), {"class": labels.name(index), "class_index": index}
 
-    def name_of(text: str | int) -> str:
-        return labels.name(labels.find(text))
-
-    return _conditions(read, name_of, prompts, negative, blend, blend_share)
+    return read
 
 
-def text_conditions(
-    encoder: TextEncoder,
+def text_reader(encoder: TextEncoder, texts: Sequence[str | int]) -> Reader:
+    """Return a reader of these texts.
+
+    Raises:
+        InputError: a text says nothing, or has control characters in it.
+    """
+    # Each text once, and whatever is wrong with one before the first is encoded.
+    prepared = {text: encoder.require_text(text) for text in map(str, texts)}
+    encoder.token_ids(list(prepared.values()), warn=True)
+    features = dict(zip(prepared, encoder.encode(list(prepared.values())), strict=True))
+    return lambda text: (features[str(text)], {"prompt": str(text)})
+
+
+def read_conditions(
+    read: Reader,
     prompts: Sequence[str | int],
     *,
     negative: Sequence[str | int] | None = None,
     blend: Sequence[str | int] | None = None,
     blend_share: float = 0.5,
 ) -> list[Condition]:
-    """Return the conditions of texts.
-
-    Args:
-        encoder: reads the texts.
-        prompts: texts.
-        negative: for each, the text that guidance leads away from.
-        blend: for each, the text that it is blended with.
-        blend_share: how much that counts.
+    """Return the conditions of prompts, each with its negative one and the one it is blended with.
 
     Raises:
-        InputError: a text says nothing, or has control characters in it.
+        InputError: ``read`` refuses one of them.
     """
-    # Each text once, and whatever is wrong with one before the first is encoded.
-    texts = list(map(str, [*prompts, *(negative or ()), *(blend or ())]))
-    prepared = {text: encoder.require_text(text) for text in texts}
-    encoder.token_ids(list(prepared.values()), warn=True)
-    features = dict(zip(prepared, encoder.encode(list(prepared.values())), strict=True))
-    return _conditions(
-        lambda text: (features[str(text)], {"prompt": str(text)}),
-        str,
-        prompts,
-        negative,
-        blend,
-        blend_share,
-    )
+    found = []
+    for number, prompt in enumerate(prompts):
+        condition, metadata = read(prompt)
+        own_negative, own_blend = None, None
+        if negative is not None:
+            own_negative, about = read(negative[number])
+            metadata["negative_prompt"] = next(iter(about.values()))
+        if blend is not None:
+            own_blend, about = read(blend[number])
+            metadata |= {"blend": next(iter(about.values())), "blend_share": blend_share}
+        found.append(Condition(condition, own_negative, own_blend, blend_share, metadata))
+    return found
 
 
 def embedded_conditions(embeds: Tensor, mask: Tensor | None) -> list[Condition]:
@@ -147,25 +135,3 @@ def one_each(others: Prompts | None, prompts: int, what: str) -> list[str | int]
     if len(others) != prompts:
         raise InputError(f"{len(others)} {what} for {prompts} prompts; give one, or one per prompt")
     return list(others)
-
-
-def _conditions(
-    read: Callable[[str | int], tuple[Tensor, dict[str, Any]]],
-    name_of: Callable[[str | int], str],
-    prompts: Sequence[str | int],
-    negative: Sequence[str | int] | None,
-    blend: Sequence[str | int] | None,
-    blend_share: float,
-) -> list[Condition]:
-    found = []
-    for number, prompt in enumerate(prompts):
-        condition, metadata = read(prompt)
-        own_negative, own_blend = None, None
-        if negative is not None:
-            own_negative = read(negative[number])[0]
-            metadata["negative_prompt"] = name_of(negative[number])
-        if blend is not None:
-            own_blend = read(blend[number])[0]
-            metadata |= {"blend": name_of(blend[number]), "blend_share": blend_share}
-        found.append(Condition(condition, own_negative, own_blend, blend_share, metadata))
-    return found

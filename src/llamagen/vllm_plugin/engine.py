@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from llamagen.checkpoints.sources import Source
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid
 from llamagen.generation.engine import Progress, ProgressCallback, refuse_edits
 from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import check_seed
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError, NotFiniteError
+from llamagen.vllm_plugin import require_vllm
 from llamagen.vllm_plugin.export import ExportOptions, temporary_export
-from llamagen.vllm_plugin.library import require_vllm
 from llamagen.vllm_plugin.prompts import Prompts
 from llamagen.vllm_plugin.settings import sampling_params
 
@@ -71,12 +71,12 @@ class VllmEngine:
         data_parallel_size: int = 1,
         **options: Any,
     ) -> None:
-        """Starts vLLM; returns when it is ready.
+        """Start vLLM; return when it is ready.
 
         Args:
             source: an exported folder, a transformer, or whatever a pipeline can be loaded from.
-            export: what the engine shall be able to do; by default what an exported folder says,
-                and guidance without negative prompts for everything else.
+            export: capabilities of the engine; by default those of an exported folder, and guidance
+                without negative prompts for everything else.
             dtype: precision; by default a transformer's own, else bfloat16 where the device is
                 fast at it.
             tensor_parallel_size: devices that share each layer.
@@ -139,19 +139,9 @@ class VllmEngine:
         """See ``Engine``."""
 
     @property
-    def guidance(self) -> bool:
-        """Whether requests may be guided."""
-        return self._prompts.config.streams == 2
-
-    @property
     def alive(self) -> bool:
         """Whether vLLM's processes still work; they do not come back."""
         return self._finish.alive and not self._engine.errored
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        """The model's own settings."""
-        return self._prompts.config.default_sampling
 
     def check(self, request: GenerationRequest) -> None:
         """See ``Engine``."""
@@ -271,7 +261,7 @@ class VllmEngine:
 
 
 class _Batch:
-    """Images that grow at their own pace, and who is told of rows that all have."""
+    """Images that grow at their own pace, and the callback for rows that all have."""
 
     def __init__(
         self, codes: Tensor, grid: Grid, first: int, on_progress: ProgressCallback | None
@@ -281,7 +271,7 @@ class _Batch:
         self._rows = [0] * len(codes)
 
     def putter(self, image: int) -> Callable[[list[int]], None]:
-        """What takes all codes of an image so far, whole rows of them."""
+        """Return a function that takes all codes of an image so far, whole rows of them."""
         rows, columns = self._grid
 
         def put(codes: list[int]) -> None:
@@ -307,7 +297,7 @@ def _close(engine: Any, resources: ExitStack) -> None:
 def _check_options(
     config: LlamaGenConfig, tensor_parallel_size: int, options: Mapping[str, Any]
 ) -> None:
-    """Raises InputError for what vLLM offers and images with guidance cannot be drawn with."""
+    """Raise InputError for options of vLLM that do not go with this model."""
     heads = config.model.heads
     if tensor_parallel_size < 1 or heads % tensor_parallel_size:
         raise InputError(
@@ -323,7 +313,7 @@ def _check_options(
 
 
 def _limit_memory(arguments: dict[str, Any], config: LlamaGenConfig, dtype: torch.dtype) -> None:
-    """Gives vLLM's cache on a CPU as much as its images can fill, and a part of what is free.
+    """Give vLLM's cache on a CPU as much as its images can fill, and a part of what is free.
 
     By itself vLLM takes nearly all memory of the machine, and does not start if some is in use.
     """

@@ -22,10 +22,11 @@ from llamagen.config import (
     Grid,
     SamplingConfig,
     TransformerConfig,
+    config_to_dict,
     non_default_fields,
     read_json,
 )
-from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import refuse_quantized
 from llamagen.support.errors import InputError
@@ -48,7 +49,7 @@ GENERATION_NAME = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What an engine shall be able to do."""
+    """Capabilities of an engine."""
 
     guidance: bool = True
     """Serve requests with guidance. Without it a request costs half as much and has none."""
@@ -64,17 +65,14 @@ class ExportOptions:
 def export_for_vllm(
     source: Source | Transformer, out: Path | str, options: ExportOptions | None = None
 ) -> Path:
-    """Writes a folder that vLLM loads wherever this package is installed beside it.
+    """Write a folder that vLLM loads wherever this package is installed beside it; return it.
 
     An older folder of this kind is replaced once the new one is complete.
 
     Args:
         source: a transformer, or whatever a pipeline can be loaded from.
         out: the folder.
-        options: what the engine shall be able to do.
-
-    Returns:
-        The folder.
+        options: capabilities of the engine.
 
     Raises:
         FileNotFoundError: a file of the source is missing.
@@ -94,14 +92,10 @@ def export_for_vllm(
 def temporary_export(
     source: Source | Transformer, options: ExportOptions | None = None
 ) -> Iterator[Path]:
-    """A folder as ``export_for_vllm`` writes, for as long as an engine runs on this machine.
+    """Yield a folder as ``export_for_vllm`` writes it; raises the same errors.
 
     Weights that lie in a model folder are linked to, not copied. A folder that was exported is
     yielded itself, if ``options`` are None.
-
-    Raises:
-        FileNotFoundError: a file of the source is missing.
-        InputError: the source is no transformer, or damaged.
     """
     if options is None and not isinstance(source, Transformer) and is_exported(Path(source)):
         yield Path(source)
@@ -119,7 +113,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(folder: Path | str) -> LlamaGenConfig:
-    """The configuration of an exported folder.
+    """Return the configuration of an exported folder.
 
     Raises:
         InputError: it is none, or damaged.
@@ -184,10 +178,7 @@ def _weights(path: Path, folder: Path, *, link: bool) -> None:
 
 
 def _stored_dtype(path: Path) -> str:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        dtype = file.get_tensor("norm.weight").dtype
+    (dtype,) = (read().dtype for name, read in read_safetensors(path) if name == "norm.weight")
     return str(dtype).removeprefix("torch.")
 
 
@@ -198,7 +189,6 @@ def _describe(
     sampling: SamplingConfig,
     dtype: str,
 ) -> None:
-    from llamagen.config import config_to_dict
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 
     if options.grid is not None:

@@ -30,7 +30,7 @@ attention on GPUs takes them."""
 
 
 class LlamaGenConfig(PretrainedConfig):
-    """What is in the ``config.json`` of an exported folder.
+    """The ``config.json`` of an exported folder.
 
     The names that vLLM asks for (``hidden_size``, ``num_attention_heads``, ...) describe the
     sequence with its streams, and follow from the rest.
@@ -46,7 +46,7 @@ class LlamaGenConfig(PretrainedConfig):
         sampling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Takes the exported values.
+        """Check the exported values.
 
         Args:
             transformer: the ``TransformerConfig``, as a dictionary.

@@ -32,6 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from llamagen.models.transformer.rope import apply_rope, rope_table
 from llamagen.support.errors import InputError
@@ -40,6 +41,15 @@ from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sequence import IntermediateTensors
+
+_RENAMED = {
+    "attention.wqkv": "attention.qkv_proj",
+    "attention.wo": "attention.o_proj",
+    "feed_forward.w1": "feed_forward.gate_up_proj",
+    "feed_forward.w3": "feed_forward.gate_up_proj",
+    "feed_forward.w2": "feed_forward.down_proj",
+}
+"""Weights of ``Transformer`` that have another name here."""
 
 _MASKED = 4096.0
 """Queries times keys of padding, before the scale: far below what exp can tell from zero."""
@@ -91,7 +101,7 @@ class CodeAttention(nn.Module):
         qkv, _ = self.qkv_proj(x)
         heads = qkv.unflatten(-1, (-1, self.head_dim))  # (T S, H + 2K, E)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k = self._turn(q, rope), self._turn(k, rope)  # (T, S H, E), (T, S K, E)
+        q, k = self._rotate(q, rope), self._rotate(k, rope)  # (T, S H, E), (T, S K, E)
         v = v.reshape(-1, self.streams * self.kv_heads, self.head_dim)
         q, k, v = (F.pad(part, (0, self.padding)) for part in (q, k, v))
         if masked is not None:
@@ -104,8 +114,8 @@ class CodeAttention(nn.Module):
         out, _ = self.o_proj(out.flatten(1))
         return out
 
-    def _turn(self, part: Tensor, rope: Tensor) -> Tensor:
-        """(T S, heads, E) to (T, S heads, E), turned by each position's place."""
+    def _rotate(self, part: Tensor, rope: Tensor) -> Tensor:
+        """(T S, heads, E) to (T, S heads, E), rotated by each position's cell."""
         together = part.reshape(-1, self.streams * part.shape[1], self.head_dim)
         return apply_rope(together.unsqueeze(0), rope)[0]
 
@@ -140,7 +150,7 @@ class FeedForward(nn.Module):
 
 
 class CodeBlock(nn.Module):
-    """Attention, then feed-forward, each behind a norm and around a shortcut."""
+    """Attention, then feed-forward, each pre-normed with a residual connection."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -151,13 +161,13 @@ class CodeBlock(nn.Module):
         self.feed_forward = FeedForward(vllm_config, f"{prefix}.feed_forward")
 
     def forward(
-        self, x: Tensor, shortcut: Tensor, rope: Tensor, masked: Tensor | None
+        self, x: Tensor, residual: Tensor, rope: Tensor, masked: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """What the block before added and what it added to, (T S, D) each; the same of this one."""
-        x, shortcut = self.attention_norm(x, shortcut)
+        """The last block's output and its residual, (T S, D) each, to those of this block."""
+        x, residual = self.attention_norm(x, residual)
         x = self.attention(x, rope, masked)
-        x, shortcut = self.ffn_norm(x, shortcut)
-        return self.feed_forward(x), shortcut
+        x, residual = self.ffn_norm(x, residual)
+        return self.feed_forward(x), residual
 
 
 @support_torch_compile(
@@ -212,22 +222,22 @@ class CodeStack(nn.Module):
         if positions.ndim == 2:
             # vLLM has three kinds of positions for models that count themselves; one is enough.
             positions = positions[0]
-        shortcut = inputs_embeds.reshape(-1, self.dim)
+        residual = inputs_embeds.reshape(-1, self.dim)
         rope = self.rope[positions.clamp(0, self.rope.shape[0] - 1)]
         masked = None
         if self.masks_padding:
             # Padding is embedded as zeros; see prompts.
-            padding = (shortcut == 0).all(-1).view(-1, self.streams, 1)
-            masked = padding.to(shortcut.dtype)
-        x = torch.zeros_like(shortcut)
+            padding = (residual == 0).all(-1).view(-1, self.streams, 1)
+            masked = padding.to(residual.dtype)
+        x = torch.zeros_like(residual)
         for layer in self.layers:
-            x, shortcut = layer(x, shortcut, rope, masked)
-        x, _ = self.norm(x, shortcut)
+            x, residual = layer(x, residual, rope, masked)
+        x, _ = self.norm(x, residual)
         return x.view(-1, self.streams * self.dim)
 
 
 class LlamaGenForImageCodes(nn.Module):
-    """What vLLM is told of: ids or embeddings to hidden states, hidden states to logits."""
+    """The model that vLLM runs: ids or embeddings to hidden states, hidden states to logits."""
 
     supports_mrope: ClassVar[Literal[True]] = True
 
@@ -276,7 +286,7 @@ class LlamaGenForImageCodes(nn.Module):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[object]
     ) -> tuple[Tensor, int]:
-        """Positions of a text prompt, and what comes on top of the place of later codes.
+        """Return positions of a text prompt, and the offset of later codes' positions.
 
         A condition stands at 0 wherever it stands in the prompt, code i at 1 + i: images do not
         depend on the prompt's length.
@@ -298,14 +308,14 @@ class LlamaGenForImageCodes(nn.Module):
         return positions.expand(3, -1), 1 - length
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Takes the weights of a ``Transformer`` by their names; returns those it has filled."""
+        """Load the weights of a ``Transformer`` by their names; return those that were filled."""
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
         tables: dict[str, Tensor] = {}
 
         def fill(name: str, tensor: Tensor, part: str | int | None = None) -> None:
             parameter = parameters[name]
-            load = getattr(parameter, "weight_loader", _copy)
+            load = getattr(parameter, "weight_loader", default_weight_loader)
             load(parameter, tensor, *(() if part is None else (part,)))
             loaded.add(name)
 
@@ -314,20 +324,17 @@ class LlamaGenForImageCodes(nn.Module):
                 continue  # texts are projected before they come here
             if name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight"):
                 tables[name] = tensor
-            elif name.endswith("attention.wqkv.weight"):
-                target = f"model.{name.replace('wqkv', 'qkv_proj')}"
+                continue
+            target = name if name == "output.weight" else f"model.{name}"
+            for ours, theirs in _RENAMED.items():
+                target = target.replace(ours, theirs)
+            if name.endswith("attention.wqkv.weight"):
                 for part, rows in zip("qkv", tensor.split(self._qkv_sizes()), strict=True):
                     fill(target, rows, part)
-            elif name.endswith(("feed_forward.w1.weight", "feed_forward.w3.weight")):
-                target = f"model.{name[: -len('w1.weight')]}gate_up_proj.weight"
+            elif target.endswith("gate_up_proj.weight"):
                 fill(target, tensor, 0 if name.endswith("w1.weight") else 1)
-            elif name == "output.weight":
-                fill(name, tensor)
             else:
-                renamed = name.replace("attention.wo", "attention.o_proj")
-                fill(
-                    f"model.{renamed.replace('feed_forward.w2', 'feed_forward.down_proj')}", tensor
-                )
+                fill(target, tensor)
         codes = tables["tok_embeddings.weight"]
         # A text has no embedding of its own here; its id has a row all the same.
         front = tables.get(
@@ -343,12 +350,8 @@ class LlamaGenForImageCodes(nn.Module):
 
 
 def _refuse_what_does_not_work(vllm_config: VllmConfig) -> None:
-    """Raises InputError for what vLLM would run, but not draw the right codes with."""
+    """Raise InputError for options with which vLLM would run, but sample other codes."""
     if vllm_config.speculative_config is not None:
         raise InputError("speculative decoding does not go with guidance; leave it out")
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise InputError("pipeline parallelism is not supported; use tensor_parallel_size instead")
-
-
-def _copy(parameter: Tensor, tensor: Tensor) -> None:
-    parameter.data.copy_(tensor)

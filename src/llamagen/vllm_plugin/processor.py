@@ -22,7 +22,7 @@ from llamagen.config import SamplingConfig
 from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 from llamagen.vllm_plugin.sampling import CodeSampling, Request
-from llamagen.vllm_plugin.settings import is_addressed, read_settings
+from llamagen.vllm_plugin.settings import check_guidance, is_addressed, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +37,9 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """Refuses settings that no model of this kind can be asked for.
+        """Raise InputError for settings that no model of this kind can have.
 
         vLLM asks before it takes a request, and for whatever model it serves.
-
-        Raises:
-            InputError: a setting is unknown, or not a value it can have.
         """
         if is_addressed(sampling_params.extra_args):
             read_settings(sampling_params, SamplingConfig())
@@ -50,7 +47,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
     def __init__(
         self, vllm_config: VllmConfig, device_or_slots: Any, is_pin_memory: bool | None = None
     ) -> None:
-        """Called by V1 with its device, by V2 with its table of slots."""
+        """Start without requests; V1 gives its device, V2 its table of slots."""
         config = vllm_config.model_config.hf_config
         self._config = config if isinstance(config, LlamaGenConfig) else None
         self._rows: dict[int, tuple[Request | None, int, list[int]]] = {}
@@ -71,7 +68,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         return self._config is None
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """Follows the rows of the batch."""
+        """Follow the rows of the batch."""
         if batch_update is None or self._config is None:
             return
         rows = self._rows
@@ -90,7 +87,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
     # V2
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        """Puts a request into a slot."""
+        """Put a request into a slot."""
         if self._config is None:
             return False
         self._slots[req_idx] = self._request(sampling_params)
@@ -99,7 +96,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
     # Both
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Logits (rows, ids) of both streams to those that leave each row one id.
+        """Turn logits (rows, ids) of both streams into those that leave each row one id.
 
         Args:
             logits: float32; overwritten.
@@ -109,7 +106,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
             return logits
         if ctx is not None:
             return self._sample(logits, *self._by_slot(ctx))
-        # Rows that nobody asked for stand in a batch that vLLM makes up to measure memory.
+        # Rows without a request are in batches that vLLM makes up to measure memory.
         rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
         return self._sample(
             logits,
@@ -134,7 +131,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
     def _request(
         self, params: SamplingParams, prompt: Sequence[int] | None = None
     ) -> Request | None:
-        """What a request asks for; None, and a line in the log, if it cannot be served.
+        """Return a request; None, and a line in the log, if it cannot be served.
 
         By now vLLM has taken it: an exception would end the engine.
         """
@@ -142,11 +139,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         assert config is not None
         try:
             sampling, seed = read_settings(params, config.default_sampling)
-            if sampling.guided and config.streams == 1:
-                raise InputError(
-                    f"guidance_scale is {sampling.guidance_scale}, but this engine runs without "
-                    f"guidance; export the model with guidance"
-                )
+            check_guidance(config, sampling)
             if prompt is not None:
                 _check_prompt(config, prompt)
         except InputError as error:
@@ -156,7 +149,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
 
 
 def _check_prompt(config: LlamaGenConfig, prompt: Sequence[int]) -> None:
-    """Refuses ids that are no label with codes behind it."""
+    """Raise InputError unless a prompt is a label with codes behind it."""
     if config.is_text:
         raise InputError("the prompt is made of ids, but this model takes prompt_embeds")
     label, codes = prompt[0], prompt[1:]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Prompts:
     """Makes the prompts of one exported model."""
 
     def __init__(self, folder: Path | str, dtype: torch.dtype) -> None:
-        """Reads the weights of the condition.
+        """Read the weights of the condition.
 
         Args:
             folder: the exported model.
@@ -55,12 +56,12 @@ class Prompts:
 
     @torch.inference_mode()
     def of(self, condition: Tensor, unconditional: Tensor | None = None) -> dict[str, Any]:
-        """The prompt of one image.
+        """Return the prompt of one image.
 
         Args:
             condition: a label () or text features (C, text_dim) without padding.
-            unconditional: likewise, what guidance leads away from; by default the model's own "no
-                class" or "no text".
+            unconditional: likewise, of the other stream; by default the model's own "no class" or
+                "no text".
 
         Raises:
             InputError: the condition does not fit the model, or the engine takes no other one for
@@ -69,7 +70,7 @@ class Prompts:
         self._check(condition)
         if unconditional is not None:
             self._check(unconditional)
-            # Without guidance nothing leads away from it.
+            # Without guidance it has no effect.
             if self.config.streams == 1:
                 unconditional = None
             elif not self.config.negative_prompts:
@@ -91,14 +92,15 @@ class Prompts:
         if self.config.streams == 1:
             return embedded
         if unconditional is None:
-            other = self._condition(self._condition.unconditional(own))[0]
-        else:
-            other = self._condition(unconditional.cpu().unsqueeze(0))[0]
+            unconditional = self._condition.unconditional(own)[0]
+        other = self._condition(unconditional.cpu().unsqueeze(0))[0]
+        # Zeros in front are the padding that the model masks.
         length = max(len(embedded), len(other))
-        return torch.cat([_in_front(embedded, length), _in_front(other, length)], dim=-1)
+        padded = [F.pad(each, (0, 0, length - len(each), 0)) for each in (embedded, other)]
+        return torch.cat(padded, dim=-1)
 
     def _check(self, condition: Tensor) -> None:
-        """Refuses what is not a condition of one image."""
+        """Raise InputError unless this is a condition of one image."""
         wanted = 2 if self.config.is_text else 0
         if condition.ndim != wanted:
             what = "text features (length, width)" if wanted else "one label"
@@ -108,8 +110,3 @@ class Prompts:
         self._condition.check(condition.unsqueeze(0))
         if wanted and condition.shape[0] == 0:
             raise InputError("the text features are empty; give at least one")
-
-
-def _in_front(embedded: Tensor, length: int) -> Tensor:
-    """(C, D) filled up to (length, D): the padding that the model knows by its zeros."""
-    return torch.cat([embedded.new_zeros(length - len(embedded), embedded.shape[1]), embedded])

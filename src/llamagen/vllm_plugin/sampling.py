@@ -20,7 +20,7 @@ from llamagen.generation.seeds import uniform_draws
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What decides the codes of one image, apart from its logits."""
+    """Settings and random numbers of one image."""
 
     sampling: SamplingConfig
     uniforms: tuple[float, ...]
@@ -28,21 +28,14 @@ class Request:
 
     @classmethod
     def of(cls, sampling: SamplingConfig, seed: int, codes: int) -> Request:
-        """The request for an image of ``codes`` codes."""
+        """Return the request for an image of ``codes`` codes."""
         return cls(sampling, tuple(uniform_draws([seed], codes)[0].tolist()))
-
-    def scale(self, index: int) -> float:
-        """Guidance scale of the code with this index; 1 where it is not guided."""
-        if not self.sampling.guided:
-            return 1.0
-        return guidance_scale_at(self.sampling, index, len(self.uniforms))
 
 
 class CodeSampling:
     """Samples for batches whose requests come, go and change rows.
 
-    Nothing about a request is remembered but the settings of the last batch, which usually is the
-    next one too.
+    Only the settings of the last batch are kept, which usually are those of the next one too.
     """
 
     def __init__(self, *, codebook_size: int, first_code: int) -> None:
@@ -76,7 +69,8 @@ class CodeSampling:
         for row, (request, index) in enumerate(zip(requests, indices, strict=True)):
             if request is not None and 0 <= index < len(request.uniforms):
                 settings[row], uniforms[row] = request.sampling, request.uniforms[index]
-                scales[row], served[row] = request.scale(index), True
+                scales[row] = guidance_scale_at(request.sampling, index, len(request.uniforms))
+                served[row] = True
         if self._sampler is None or settings != self._settings:
             self._settings = settings
             self._sampler = fastest_sampler(settings, self.codebook_size, logits.device)

@@ -25,7 +25,7 @@ class Schedule(Protocol):
     """The progress of one image."""
 
     needs_codes: bool
-    """Whether ``accept`` looks at the codes, which makes the host wait for the device."""
+    """Whether ``accept`` reads the codes, which makes the host wait for the device."""
 
     @property
     def final(self) -> int:
@@ -33,11 +33,11 @@ class Schedule(Protocol):
         ...
 
     def first_pass(self) -> Pass:
-        """The pass that reads the condition."""
+        """Return the pass that reads the condition."""
         ...
 
     def next_pass(self, max_tokens: int) -> Pass:
-        """The next pass, of an image that is not finished.
+        """Return the next pass, of an image that is not finished.
 
         Args:
             max_tokens: tokens of this image up to which a pass costs little more time.

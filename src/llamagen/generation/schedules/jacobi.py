@@ -29,7 +29,7 @@ _MIN_CODES_PER_PASS = 1.25
 
 
 class JacobiSchedule:
-    """Looks at a window of codes in each pass; as many become final as hold."""
+    """Predicts a window of codes in each pass; as many become final as hold."""
 
     needs_codes = True
 
@@ -38,7 +38,7 @@ class JacobiSchedule:
 
         Args:
             total: codes of the image.
-            window: codes that a pass looks at, at least 1; by default it grows where drafts hold
+            window: codes that a pass predicts, at least 1; by default it grows where drafts hold
                 and ends where they do not.
         """
         self._total = total
@@ -49,7 +49,7 @@ class JacobiSchedule:
         self._last = 0
         """The last final code."""
         self._repeated = 0
-        """The code that stands for guesses that there are not."""
+        """The code that stands for drafts that are missing."""
         self._codes_per_pass = 2.0
         self._windows = 0
 

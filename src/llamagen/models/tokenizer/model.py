@@ -64,7 +64,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         return TokenizerOutput(self.decode_latents(straight_through), quantized)
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to latents before quantisation (B, E, h, w).
+        """Return images (B, 3, H, W) in [-1, 1] as latents before quantisation (B, E, h, w).
 
         Raises:
             InputError: a side of the images is not a multiple of the downsampling.
@@ -74,13 +74,13 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         return self._compute(lambda x: self.quant_conv(self.encoder(x)), images, pixels)
 
     def decode_latents(self, vectors: Tensor) -> Tensor:
-        """Codebook vectors (B, E, h, w) to images (B, 3, H, W), about in [-1, 1]."""
+        """Decode latents of codes (B, E, h, w) to images (B, 3, H, W), about in [-1, 1]."""
         pixels = vectors.shape[-2] * vectors.shape[-1] * self.config.downsampling**2
         return self._compute(lambda x: self.decoder(self.post_quant_conv(x)), vectors, pixels)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to codes (B, H / f, W / f), f the downsampling.
+        """Encode images (B, 3, H, W) in [-1, 1] to codes (B, H / f, W / f), f the downsampling.
 
         Raises:
             InputError: a side of the images is not a multiple of the downsampling.
@@ -90,7 +90,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, h, w) to images (B, 3, h * f, w * f), about in [-1, 1] but not clamped.
+        """Decode codes (B, h, w) to images (B, 3, h * f, w * f), about in [-1, 1] but not clamped.
 
         Codes may lie on the CPU whatever the device: then nothing waits for the device.
 
@@ -112,9 +112,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         return per_image(function, x) if large else function(x)
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """Into the weights' dtype, channels last: oneDNN and cuDNN convolve that layout faster
-        (VQ-16 on a CPU: 1.3x in float32).
-        """
+        """In the weights' dtype and channels last, which oneDNN and cuDNN convolve faster."""
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.quant_conv.weight.dtype)
         return x.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Conditions: what stands in front of the codes and says what the image shows.
+"""Conditions: the class or text that stands in front of the codes.
 
 Shapes: B batch, C condition length, D model width.
 """
@@ -28,11 +28,11 @@ class ClassCondition(nn.Module):
         return self.embedding_table(labels).unsqueeze(1)
 
     def unconditional(self, labels: Tensor) -> Tensor:
-        """The input that means "no class", one per row of ``labels``: (B,)."""
+        """Return the input that means "no class", one per row of ``labels``: (B,)."""
         return torch.full_like(labels, self.num_classes)
 
     def check(self, labels: Tensor) -> None:
-        """Raises InputError unless ``labels`` is (B,) with integers from 0 to num_classes."""
+        """Raise InputError unless ``labels`` is (B,) with integers from 0 to num_classes."""
         if labels.ndim != 1 or labels.is_floating_point():
             raise InputError(
                 f"class labels have shape {tuple(labels.shape)} and type {labels.dtype}, "
@@ -61,17 +61,17 @@ class TextCondition(nn.Module):
 
         Rows where ``drop`` (B,) is True get "no text" instead.
         """
-        features = features.to(self.uncond_embedding.dtype)
         if drop is not None:
+            features = features.to(self.uncond_embedding.dtype)
             features = torch.where(drop[:, None, None], self.unconditional(features), features)
-        return self.cap_proj(features)
+        return self.project(features)
 
     def project(self, features: Tensor) -> Tensor:
         """Text features (..., text_dim) to embeddings (..., D)."""
         return self.cap_proj(features.to(self.uncond_embedding.dtype))
 
     def unconditional(self, features: Tensor) -> Tensor:
-        """The input that means "no text", shaped like ``features`` (B, C, text_dim).
+        """Return the input that means "no text", shaped like ``features`` (B, C, text_dim).
 
         Features stand at the end of the condition, so C below text_length takes the last C.
         """
@@ -79,7 +79,7 @@ class TextCondition(nn.Module):
         return self.uncond_embedding[-length:].expand(features.shape)
 
     def check(self, features: Tensor) -> None:
-        """Raises InputError unless ``features`` is (B, C, text_dim) with C <= text_length."""
+        """Raise InputError unless ``features`` is (B, C, text_dim) with C <= text_length."""
         length, width = self.uncond_embedding.shape
         if features.ndim != 3 or features.shape[-1] != width or features.shape[1] > length:
             raise InputError(

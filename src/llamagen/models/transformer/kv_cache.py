@@ -131,7 +131,7 @@ class KVCache:
 
     @staticmethod
     def bytes_per_sequence(config: TransformerConfig, positions: int, dtype: torch.dtype) -> int:
-        """Memory that one sequence takes."""
+        """Return the memory that one sequence takes."""
         per_head = config.head_dim * dtype.itemsize
         if dtype == torch.int8:
             per_head += torch.float32.itemsize

@@ -83,7 +83,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Normal with standard deviation 0.02 for every matrix, zero for the output head."""
+        """Draw every matrix with standard deviation 0.02; the output head is zero."""
         for name, parameter in self.named_parameters():
             self.init_tensor(name, parameter)
 
@@ -151,13 +151,13 @@ class Transformer(PretrainedModel[TransformerConfig]):
         return self._run(x, rope, mask, cache=None)[:, length - 1 :]
 
     def new_cache(self, sequences: int, positions: int) -> KVCache:
-        """An empty cache, where this model is."""
+        """Return an empty cache, where this model is."""
         return KVCache.empty(
             self.config, sequences, positions, device=self.device, dtype=self.cache_dtype
         )
 
     def embed(self, tokens: Tokens) -> Tensor:
-        """Embeddings (N, D) of a step's tokens."""
+        """Return the embeddings (N, D) of a step's tokens."""
         if tokens.features is not None:
             return cast("TextCondition", self.cls_embedding).project(tokens.features)
         is_condition = tokens.cells == NO_CELL
@@ -222,7 +222,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         return self.norm(x)
 
     def rope_table(self, grid: Grid) -> Tensor:
-        """Cosines and sines of a grid's cells; see ``rope.rope_table``."""
+        """Return cosines and sines of a grid's cells; see ``rope.rope_table``."""
         return rope_table(grid, self.config.head_dim, self.config.rope_base, self.device)
 
 
@@ -247,7 +247,7 @@ class _Rectangle:
         width = int(counts.max())
         columns = np.minimum(np.arange(width), counts[:, None] - 1)
         gather = starts[:, None] + columns  # (R, T)
-        # Where each token has gone.
+        # Index of each token in the rectangle.
         rows = np.repeat(np.arange(len(numbers)), counts)
         places = rows * width + np.arange(len(tokens)) - starts[rows]
 

@@ -7,7 +7,7 @@ is computed stay in the model's precision. A weight is an integer times a scale 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,23 +16,13 @@ from torch import Tensor, nn
 from llamagen.config import TransformerConfig
 from llamagen.support.errors import InputError
 
-_BLOCK_LINEARS = (
+_MATRICES = (
     "attention.wqkv",
     "attention.wo",
     "feed_forward.w1",
     "feed_forward.w3",
     "feed_forward.w2",
 )
-
-
-class Quantizable(Protocol):
-    """A transformer, as far as quantisation needs to know it."""
-
-    config: TransformerConfig
-    layers: nn.ModuleList
-
-    def get_submodule(self, target: str) -> nn.Module: ...  # noqa: D102
-    def set_submodule(self, target: str, module: nn.Module) -> None: ...  # noqa: D102
 
 
 class QuantizedLinear(nn.Module):
@@ -80,27 +70,27 @@ class QuantizedLinear(nn.Module):
         return self
 
 
-@torch.no_grad()
-def quantize(model: Quantizable) -> None:
-    """Replace the matrices of a model by int8 ones, in place.
+def quantize(model: Any) -> None:
+    """Replace the matrices of a ``Transformer`` by int8 ones, in place.
 
     Raises:
         InputError: the model is quantised already.
     """
     refuse_quantized(model.config, "be quantised again")
-    for name in _linear_names(model):
-        linear = cast("nn.Linear", model.get_submodule(name))
-        quantized = QuantizedLinear(linear.in_features, linear.out_features)
-        quantized.fill(linear.weight)
-        model.set_submodule(name, quantized.to(linear.weight.device))
+    make_quantized(model, fill=True)
     model.config = dataclasses.replace(model.config, quantization="int8")
 
 
-def make_quantized(model: Quantizable) -> None:
-    """Give a model that is being built empty quantised layers, for weights to come."""
-    for name in _linear_names(model):
-        linear = cast("nn.Linear", model.get_submodule(name))
-        model.set_submodule(name, QuantizedLinear(linear.in_features, linear.out_features))
+def make_quantized(model: Any, *, fill: bool = False) -> None:
+    """Give a ``Transformer`` quantised layers: those of its weights, or empty ones."""
+    blocks = [f"layers.{layer}.{name}" for layer in range(len(model.layers)) for name in _MATRICES]
+    for name in [*blocks, "output"]:
+        linear = model.get_submodule(name)
+        quantized = QuantizedLinear(linear.in_features, linear.out_features)
+        if fill:
+            quantized.fill(linear.weight)
+            quantized.to(linear.weight.device)
+        model.set_submodule(name, quantized)
 
 
 def refuse_quantized(config: TransformerConfig, action: str) -> None:
@@ -110,8 +100,3 @@ def refuse_quantized(config: TransformerConfig, action: str) -> None:
             f"a transformer in {config.quantization} cannot {action}; use the one that it was "
             f"made from"
         )
-
-
-def _linear_names(model: Quantizable) -> list[str]:
-    layers = range(len(model.layers))
-    return [*(f"layers.{layer}.{name}" for layer in layers for name in _BLOCK_LINEARS), "output"]

@@ -15,7 +15,7 @@ from llamagen.config import Grid
 
 @functools.lru_cache(maxsize=32)
 def rope_table(grid: Grid, head_dim: int, base: float, device: torch.device) -> Tensor:
-    """Cosines and sines of every cell: (rows * columns + 1, E / 2, 2), float32.
+    """Return cosines and sines of every cell: (rows * columns + 1, E / 2, 2), float32.
 
     With half = E / 2, the cell (r, c) rotates by the angles [r f, c f], where
     f_i = base^(-2 i / half) for i < half / 2 (rotary embedding: Su et al. 2104.09864).

@@ -1,4 +1,4 @@
-"""What one step of a transformer reads: tokens, each with a cell of the grid and a position.
+"""Input of one step of a transformer: tokens, each with a cell of the grid and a position.
 
 Shapes: N tokens of a step, M of them whose logits are wanted.
 """

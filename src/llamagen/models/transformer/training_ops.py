@@ -52,7 +52,7 @@ class Dropout(nn.Dropout):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm of ``x`` (..., D) float32, times ``weight`` (D,).
+    """Return the root-mean-square norm of ``x`` (..., D) float32, times ``weight`` (D,).
 
     Rounded once, to the precision of autocast where it is on: what follows is a product.
     """
@@ -88,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
 def rotated_heads(
     projected: Tensor, rope: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, T, E), keys and values (B, K, T, E), the first two rotated by ``rope``.
+    """Return queries (B, H, T, E), keys and values (B, K, T, E), the first two rotated.
 
     Args:
         projected: (B, T, (H + 2K) E).
@@ -162,7 +162,7 @@ def should_use_causal_attention(q: Tensor, k: Tensor) -> bool:
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Attention of each position to itself and those before it: all (B, H, T, E).
+    """Return attention of each position to itself and those before it: all (B, H, T, E).
 
     Matrix products over a few heads at a time, so that their scores stay in caches. Beyond
     ``_MAX_STORED_LENGTH`` positions they are recomputed in the backward pass, and no more than one

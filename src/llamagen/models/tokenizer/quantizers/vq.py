@@ -31,7 +31,7 @@ class VectorQuantizer(Quantizer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Uniform in +-1/K, then normalised if distances are, so that no code starts favoured."""
+        """Draw from +-1/K, then normalise if distances are, so that no code starts favoured."""
         size, weight = self.embedding.num_embeddings, self.embedding.weight
         nn.init.uniform_(weight, -1.0 / size, 1.0 / size)
         # Without memory there is nothing to normalise, and torch would import its compiler for it.
