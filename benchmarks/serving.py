@@ -32,6 +32,7 @@ from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import ServedModel
+from llamagen.serving.schemas import ImageRequest
 from llamagen.support.devices import find_device, find_dtype
 
 
@@ -74,7 +75,7 @@ async def one(model: ServedModel, prompt: str, seed: int) -> tuple[float, float,
     """Seconds of a request of one image, until its first row, and between the two."""
     start = time.perf_counter()
     settings = mixed(seed)
-    job = await model.job(prompt, None, images=1, seed=seed, settings=settings)
+    job = await model.job(ImageRequest(prompt=prompt, seed=seed, **settings))
     first = None
     async for update in model.updates(job):
         first = first or time.perf_counter()

@@ -425,15 +425,17 @@ def test_a_blend_that_has_no_room(pipelines):
         assert answer.status_code == 200
 
 
-def test_a_fault_of_ranking(pipelines):
+def test_a_fault_of_ranking(pipelines, monkeypatch):
+    def fail(*_):
+        raise RuntimeError
+
     with running({"classes": pipelines["classes"]}) as server:
-        ranker = server.models["classes"]._ranker
-        model, ranker._model = ranker._model, None
+        monkeypatch.setattr("llamagen.serving.models.score_images", fail)
         body = {"prompt": "dog", "best_of": 2}
         answer = httpx.post(f"{server.url}/v1/images/generations", json=body)
         assert answer.status_code == 500
         assert answer.json()["error"]["message"] == "the images could not be drawn"
-        ranker._model = model
+        monkeypatch.undo()
         answer = httpx.post(f"{server.url}/v1/images/generations", json=body)
         assert answer.status_code == 200
         assert server.models["classes"]._in_flight == 0

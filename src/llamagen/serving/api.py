@@ -30,7 +30,7 @@ def create_app(
     metrics: ServerMetrics,
     settings: ServerSettings | None = None,
 ) -> FastAPI:
-    """The server's application, ready for uvicorn or any other ASGI server.
+    """Return the server's application, ready for uvicorn or any other ASGI server.
 
     ``app.state.gate.draining`` can be set to refuse what is new.
 
@@ -68,20 +68,17 @@ def create_app(
 
 
 def _describe_errors_as_they_are(app: FastAPI) -> None:
-    """Takes FastAPI's own answer to bad requests, a 422, out of the API's description: ours is a
-    400 in OpenAI's form.
-    """
-    described = app.openapi
+    """Replace FastAPI's 422 for bad requests in the API's description by our 400."""
+    describe = app.openapi
 
     def without_422() -> dict[str, Any]:
-        schema = described()
-        for path in schema["paths"].values():
-            for operation in path.values():
-                if operation["responses"].pop("422", None):
-                    bad = {"application/json": {"schema": {"$ref": _ERROR_SCHEMA}}}
-                    operation["responses"].setdefault(
-                        "400", {"description": "Bad request", "content": bad}
-                    )
+        schema = describe()
+        for operation in (each for path in schema["paths"].values() for each in path.values()):
+            if operation["responses"].pop("422", None):
+                bad = {"application/json": {"schema": {"$ref": _ERROR_SCHEMA}}}
+                operation["responses"].setdefault(
+                    "400", {"description": "Bad request", "content": bad}
+                )
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
         return schema
@@ -100,25 +97,27 @@ def _add_other_routes(app: FastAPI, served: Served) -> None:
         """One of them."""
         return _card(served.model(name), served.settings)
 
-    @app.get("/health", response_model=Health, responses={503: {"model": Health}}, tags=["server"])
+    probe: dict[str, Any] = {
+        "response_model": Health,
+        "responses": {503: {"model": Health}},
+        "tags": ["server"],
+    }
+
+    @app.get("/health", **probe)
     async def health() -> Any:
         """Whether the process answers, and its engines can draw; if not, it must start anew."""
-        if not served.alive:
-            return JSONResponse({"status": "failed"}, 503)
-        return Health(status="ok")
+        return Health(status="ok") if served.alive else JSONResponse({"status": "failed"}, 503)
 
-    @app.get("/ready", response_model=Health, responses={503: {"model": Health}}, tags=["server"])
+    @app.get("/ready", **probe)
     async def ready() -> Any:
         """Whether requests should be sent here; not while the server is about to end."""
         if app.state.gate.draining:
             return JSONResponse({"status": "draining"}, 503)
-        if not served.alive:
-            return JSONResponse({"status": "failed"}, 503)
-        return Health(status="ok")
+        return await health()
 
     @app.get("/metrics", response_class=Response, tags=["server"])
     async def metrics() -> Response:
-        """What Prometheus reads."""
+        """For Prometheus."""
         return Response(served.metrics.page(), media_type="text/plain; version=0.0.4")
 
 
@@ -130,8 +129,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def not_valid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        where = [str(part) for part in first["loc"][1:]]
-        param = ".".join(where) or None
+        param = ".".join(str(part) for part in first["loc"][1:]) or None
         message = f"{param}: {first['msg']}" if param else str(first["msg"])
         if first["type"] == "extra_forbidden":
             message = f"{param} is no parameter of this API; leave it out"
@@ -161,26 +159,21 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
     pipeline = model.pipeline
     own = dataclasses.asdict(pipeline.sampling)
+    declared = [
+        {**dataclasses.asdict(each), "type": each.type.__name__, "default": own[each.name]}
+        for each in sampling_settings()
+    ]
     return ModelCard(
         id=model.name,
         created=model.created,
         kind=pipeline.transformer.config.condition,
-        size=model.size,
+        size=model.size_of(model.grid),
         rows=model.grid[0],
         columns=model.grid[1],
         codes=pipeline.transformer.config.codebook_size,
         max_images=min(settings.max_images, model.max_in_flight),
-        edits=model.edits,
+        edits=model.engine.can_edit,
         classes=None if pipeline.labels is None else list(pipeline.labels.names),
         settings=own,
-        declared_settings=[
-            SettingCard.model_validate(
-                {
-                    **dataclasses.asdict(setting),
-                    "type": setting.type.__name__,
-                    "default": own[setting.name],
-                }
-            )
-            for setting in sampling_settings()
-        ],
+        declared_settings=[SettingCard.model_validate(each) for each in declared],
     )

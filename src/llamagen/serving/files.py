@@ -1,17 +1,16 @@
-"""Images that are fetched by URL. They live in memory, under names nobody can guess, for a time."""
+"""Images that are fetched by URL: in memory, under names nobody can guess, for a time."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """An image's file."""
+    """File of an image."""
 
     content: bytes
     media_type: str
@@ -24,7 +23,7 @@ class FileStore:
     def __init__(
         self, *, lifetime: float, memory: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Starts empty.
+        """Start empty.
 
         Args:
             lifetime: seconds that a file is kept.
@@ -34,31 +33,26 @@ class FileStore:
         self._lifetime = lifetime
         self._memory = memory
         self._clock = clock
-        self._files: OrderedDict[str, StoredFile] = OrderedDict()
-        self._size = 0
+        self._files: dict[str, StoredFile] = {}
+        """The oldest first."""
 
     def add(self, content: bytes, media_type: str) -> str:
-        """Keeps a file; returns its name."""
+        """Keep a file; return its name."""
         self._forget_expired()
         name = secrets.token_urlsafe(24)
         self._files[name] = StoredFile(content, media_type, self._clock() + self._lifetime)
-        self._size += len(content)
-        while self._size > self._memory and len(self._files) > 1:
-            self._drop(next(iter(self._files)))
+        size = sum(len(file.content) for file in self._files.values())
+        for old in list(self._files)[:-1]:
+            if size <= self._memory:
+                break
+            size -= len(self._files.pop(old).content)
         return name
 
     def get(self, name: str) -> StoredFile | None:
-        """The file of this name; None if there is none any more."""
+        """Return the file of this name; None if there is none any more."""
         self._forget_expired()
         return self._files.get(name)
 
     def _forget_expired(self) -> None:
         now = self._clock()
-        while self._files:
-            name, oldest = next(iter(self._files.items()))
-            if oldest.expires > now:
-                break
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        self._size -= len(self._files.pop(name).content)
+        self._files = {name: file for name, file in self._files.items() if file.expires > now}

@@ -1,13 +1,13 @@
-"""What stands in front of the API: key, size of the body, number of requests, draining."""
+"""Checks before the API: key, size of the body, number of requests, draining."""
 
 from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llamagen.serving.settings import ServerSettings
@@ -33,20 +33,12 @@ class Gate:
 
 @dataclass
 class _Body:
-    """As much of a body as has come."""
+    """A request's body, as far as it has come."""
 
     limit: int
     """Bytes that it may have."""
-    upload: bool
-    """Whether it may hold images."""
     length: int = 0
     parts: list[bytes] = field(default_factory=list)
-
-    def take(self) -> bytes:
-        """All of it; nothing is left here."""
-        content = b"".join(self.parts)
-        self.parts.clear()
-        return content
 
 
 class Guards:
@@ -65,32 +57,28 @@ class Guards:
         if scope["type"] != "http" or scope["path"] in _OPEN:
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope)
+        is_upload = scope["path"] in _UPLOADS
+        body = _Body(self._settings.max_upload if is_upload else self._settings.max_body)
+        refusal = self._refusal(scope, body.limit)
         if refusal is not None:
-            await _answer(send, *refusal)
+            await _refused(*refusal)(scope, receive, send)
             return
         self._running += 1
-        body = _Body(self._limit(scope), upload=scope["path"] in _UPLOADS)
         try:
             try:
                 async with asyncio.timeout(_BODY_SECONDS):
-                    refusal = await self._read(receive, body)
+                    refusal = await self._read(receive, body, is_upload=is_upload)
             except TimeoutError:
                 refusal = 408, f"the body did not come within {_BODY_SECONDS} seconds"
-            if refusal is not None:
-                await _answer(send, *refusal)
-                return
-            await self._app(scope, _replayed(body.take(), receive), send)
+            if refusal is None:
+                await self._app(scope, _replayed(body, receive), send)
+            else:
+                await _refused(*refusal)(scope, receive, send)
         finally:
             self._running -= 1
             self._held -= body.length
 
-    def _limit(self, scope: Scope) -> int:
-        """Bytes that a body may have."""
-        settings = self._settings
-        return settings.max_upload if scope["path"] in _UPLOADS else settings.max_body
-
-    def _refusal(self, scope: Scope) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope, limit: int) -> tuple[int, str] | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self._gate.draining:
             return 503, "the server is about to end; ask another, or try again later"
@@ -98,9 +86,9 @@ class Guards:
             return 429, "too many requests at once; try again later"
         if scope["path"].startswith(_GUARDED) and not self._has_key(headers):
             return 401, "a valid API key is needed, as Authorization: Bearer KEY"
-        length, limit = headers.get(b"content-length", b"0"), self._limit(scope)
+        length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
-            return _too_large(limit)
+            return 413, f"the body has more than {limit} bytes"
         return None
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
@@ -110,8 +98,10 @@ class Guards:
         wanted = self._settings.api_key.encode()
         return hmac.compare_digest(given.strip(), wanted) and kind.lower() == b"bearer"
 
-    async def _read(self, receive: Receive, body: _Body) -> tuple[int, str] | None:
-        """Reads a whole body, whatever length it said; or says why not."""
+    async def _read(
+        self, receive: Receive, body: _Body, *, is_upload: bool
+    ) -> tuple[int, str] | None:
+        """Read a whole body, whatever length it said; or return why not."""
         while True:
             message = await receive()
             part = message.get("body", b"")
@@ -119,20 +109,18 @@ class Guards:
             body.length += len(part)
             self._held += len(part)
             if body.length > body.limit:
-                return _too_large(body.limit)
-            if body.upload and self._held > self._settings.max_upload_memory:
+                return 413, f"the body has more than {body.limit} bytes"
+            if is_upload and self._held > self._settings.max_upload_memory:
                 return 429, "too many images are being sent at once; try again later"
             if message["type"] != "http.request" or not message.get("more_body", False):
                 return None
 
 
-def _too_large(limit: int) -> tuple[int, str]:
-    return 413, f"the body has more than {limit} bytes"
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Gives a body that was read, then what comes after it."""
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+def _replayed(body: _Body, receive: Receive) -> Receive:
+    """Return what gives a body that was read, then what comes after it."""
+    content = b"".join(body.parts)
+    body.parts.clear()
+    waiting: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
 
     async def replayed() -> Message:
         return waiting.pop() if waiting else await receive()
@@ -143,31 +131,20 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 def error_body(
     message: str, kind: str, *, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
+    """Return an error as OpenAI's clients read it."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 _KINDS = {
-    408: ("invalid_request_error", "body_too_slow"),
-    401: ("authentication_error", "invalid_api_key"),
-    413: ("invalid_request_error", "body_too_large"),
-    429: ("rate_limit_error", "too_many_requests"),
-    503: ("server_error", "draining"),
+    401: ("authentication_error", "invalid_api_key", {"www-authenticate": "Bearer"}),
+    408: ("invalid_request_error", "body_too_slow", {"connection": "close"}),
+    413: ("invalid_request_error", "body_too_large", {"connection": "close"}),
+    429: ("rate_limit_error", "too_many_requests", {"retry-after": "1"}),
+    503: ("server_error", "draining", {"retry-after": "1"}),
 }
+"""Status -> type and code of the error, and headers of the answer."""
 
 
-async def _answer(send: Send, status: int, message: str) -> None:
-    kind, code = _KINDS[status]
-    body = json.dumps(error_body(message, kind, code=code)).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    if status in (429, 503):
-        headers.append((b"retry-after", b"1"))
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if status in (408, 413):
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def _refused(status: int, message: str) -> JSONResponse:
+    kind, code, headers = _KINDS[status]
+    return JSONResponse(error_body(message, kind, code=code), status, headers)

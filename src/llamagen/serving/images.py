@@ -9,12 +9,11 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, HTTPException, Path, Request, Response
 from fastapi.responses import StreamingResponse
-from PIL import Image
 from starlette.types import Receive, Scope, Send
 
 from llamagen.pipeline.editing import INPAINTING_CANDIDATES, Edit, Editor
@@ -30,19 +29,19 @@ from llamagen.serving.schemas import (
     ImageEvent,
     ImageRequest,
     ImagesResponse,
+    RequestBody,
     TokenDetails,
     Usage,
     VariationRequest,
 )
 from llamagen.serving.settings import ServerSettings
-from llamagen.serving.uploads import form_schema, read_form, unpacked
+from llamagen.serving.uploads import form_schema, open_upload, read_form
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_bytes
 
 _log = logging.getLogger(__name__)
 
-_Made = tuple[Update, Image.Image]
-_Body = ImageRequest | EditRequest | VariationRequest
+_Result = TypeVar("_Result")
 
 _EDIT_FILES = {"image": True, "mask": False}
 _VARIATION_FILES = {"image": True}
@@ -52,8 +51,7 @@ _OPTIONS = {
     "outpaint": ("below", "right"),
     "vary": ("keep",),
 }
-"""What only some edits take."""
-_MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+"""Fields that only one kind of edit takes."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
@@ -67,15 +65,15 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         504: "The images took too long.",
     }.items()
 }
-"""What an answer can be beside a success, for the API's description."""
+"""Answers that are no success, for the API's description."""
 
 
 class NoModelError(HTTPException):
-    """No such model is served."""
+    """Refusal of a request for a model that is not served."""
 
 
 class Served:
-    """What the endpoints share."""
+    """Models, files and settings that the endpoints share."""
 
     def __init__(
         self, models: Sequence[ServedModel], metrics: ServerMetrics, settings: ServerSettings
@@ -87,11 +85,11 @@ class Served:
 
     @property
     def alive(self) -> bool:
-        """Whether all engines can draw."""
+        """Whether all engines work."""
         return all(model.engine.alive for model in self.models.values())
 
     def model(self, name: str | None) -> ServedModel:
-        """Raises an HTTPException of status 404 if there is no such model."""
+        """Return a model; raise an HTTPException of status 404 if there is none of this name."""
         if name is None:
             return next(iter(self.models.values()))
         if name not in self.models:
@@ -100,8 +98,9 @@ class Served:
 
 
 def add_image_routes(app: FastAPI, served: Served) -> None:
-    """Adds the endpoints."""
-    asked: dict[str, Any] = {
+    """Add the endpoints."""
+    limits = served.settings
+    shared: dict[str, Any] = {
         "response_model": ImagesResponse,
         "response_model_exclude_none": True,
         "tags": ["images"],
@@ -111,7 +110,7 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         **ERRORS,
     }
 
-    @app.post("/v1/images/generations", responses=answers, **asked)
+    @app.post("/v1/images/generations", responses=answers, **shared)
     async def generate(body: ImageRequest, request: Request) -> Any:
         """Draws images.
 
@@ -124,7 +123,7 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         "/v1/images/edits",
         responses=answers,
         openapi_extra=form_schema(EditRequest, _EDIT_FILES),
-        **asked,
+        **shared,
     )
     async def edit(request: Request) -> Any:
         """Draws a part of an image anew, or what is around it.
@@ -135,40 +134,20 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         """
         body, files = await read_form(request, EditRequest, _EDIT_FILES)
         kind = _kind_of_edit(body, masked="mask" in files)
-        most, longest = served.settings.max_upload_pixels, served.settings.max_extension
-
-        def prepare(editor: Editor) -> Edit:
-            if kind == "outpaint":
-                _check_extension(editor, body, longest)
-            image = unpacked(files.pop("image"), "image", most=most)
-            if kind == "inpaint":
-                mask = unpacked(files.pop("mask"), "mask", most=most, as_it_is=True)
-                return editor.inpainting(image, mask)
-            if kind == "complete":
-                return editor.completion(image, keep_rows=body.keep_rows)
-            if kind == "outpaint":
-                return editor.outpainting(image, below=body.below or 0, right=body.right or 0)
-            return editor.variation(image, keep=0.5 if body.keep is None else body.keep)
-
         if kind == "inpaint" and body.best_of is None:
             body.best_of = INPAINTING_CANDIDATES
-        return await _answer(served, body, request, prepare)
+        return await _answer(served, body, request, _planner(kind, body, files, limits))
 
     @app.post(
         "/v1/images/variations",
         responses=ERRORS,
         openapi_extra=form_schema(VariationRequest, _VARIATION_FILES),
-        **asked,
+        **shared,
     )
     async def vary(request: Request) -> Any:
         """Keeps codes of an image here and there and draws the others."""
         body, files = await read_form(request, VariationRequest, _VARIATION_FILES)
-
-        def prepare(editor: Editor) -> Edit:
-            image = unpacked(files.pop("image"), "image", most=served.settings.max_upload_pixels)
-            return editor.variation(image, keep=0.5 if body.keep is None else body.keep)
-
-        return await _answer(served, body, request, prepare)
+        return await _answer(served, body, request, _planner("vary", body, files, limits))
 
     @app.get(
         "/v1/files/{name}",
@@ -189,7 +168,7 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
 
 
 def _kind_of_edit(body: EditRequest, *, masked: bool) -> str:
-    """Raises InputError if the request has what this kind does not take."""
+    """Return the kind; raise InputError if the request has what this kind does not take."""
     kind = body.edit or ("inpaint" if masked else "complete")
     if masked and kind != "inpaint":
         raise InputError(f"mask goes with edit inpaint, and this is {kind}; leave it out")
@@ -202,35 +181,58 @@ def _kind_of_edit(body: EditRequest, *, masked: bool) -> str:
     return kind
 
 
-def _check_extension(editor: Editor, body: EditRequest, longest: int) -> None:
-    """Raises InputError if more is to be drawn than the server allows."""
-    for name, own in zip(("below", "right"), editor.pipeline.transformer.config.grid, strict=True):
-        wanted = getattr(body, name) or 0
-        if wanted > longest * own:
-            raise InputError(f"{name} is {wanted}, but this server draws {longest * own} at most")
+def _planner(
+    kind: str,
+    body: EditRequest | VariationRequest,
+    files: dict[str, bytes],
+    limits: ServerSettings,
+) -> Callable[[Editor], Edit]:
+    """Return what plans an edit, in a thread that unpacks the images."""
+
+    def plan(editor: Editor) -> Edit:
+        grid = editor.pipeline.transformer.config.grid
+        options = {name: getattr(body, name) for name in _OPTIONS[kind]}
+        options = {name: value for name, value in options.items() if value is not None}
+        for name, own in zip(("below", "right"), grid, strict=True):
+            longest = limits.max_extension * own
+            if options.get(name, 0) > longest:
+                raise InputError(
+                    f"{name} is {options[name]}, but this server draws {longest} at most"
+                )
+        pixels = limits.max_upload_pixels
+        image = open_upload(files.pop("image"), "image", max_pixels=pixels)
+        if kind == "inpaint":
+            mask = open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False)
+            return editor.inpainting(image, mask)
+        plans = {
+            "complete": editor.completion,
+            "outpaint": editor.outpainting,
+            "vary": editor.variation,
+        }
+        return plans[kind](image, **options)
+
+    return plan
 
 
 async def _answer(
     served: Served,
-    body: _Body,
+    body: RequestBody,
     request: Request,
     edit: Callable[[Editor], Edit] | None = None,
 ) -> Any:
-    """What a request for images is answered with."""
+    """Answer a request for images, at once or by a stream."""
     model = served.model(body.model)
     status = 500
     try:
         job = await _job(model, body, served.settings, edit)
-        room = model.reserve(job)
+        images = _Images(model, job, body, model.reserve(job), served.settings.timeout)
         if getattr(body, "stream", False):
             status = 200
-            return _EventStream(_events(model, job, body, room, served.settings.timeout), room)
-        with room:
-            made = await _unless_gone(request, _all_images(model, job, served.settings.timeout))
-            room.made = True
+            return _EventStream(images.events(), images.room)
+        with images.room:
+            files = await _unless_gone(request, images.files())
         status = 200
-        files = await asyncio.to_thread(_files, model, job, body, made)
-        return _response(model, job, body, files, request, served)
+        return images.response(files, served.files, str(request.base_url))
     except (InputError, HTTPException) as error:
         status = getattr(error, "status_code", 400)
         raise
@@ -246,115 +248,151 @@ async def _answer(
 
 async def _job(
     model: ServedModel,
-    body: _Body,
+    body: RequestBody,
     settings: ServerSettings,
     edit: Callable[[Editor], Edit] | None,
 ) -> Job:
-    """What a request asks for.
-
-    Raises:
-        InputError: it asks for what there is not.
-    """
-    images = body.n or 1
-    if images > settings.max_images:
-        raise InputError(f"n is {images}, but a request may ask for {settings.max_images} at most")
+    """Return the job of a request; raise InputError if it is too large or cannot be done."""
+    if (body.n or 1) > settings.max_images:
+        raise InputError(f"n is {body.n}, but a request may ask for {settings.max_images} at most")
     for name in ("prompt", "negative_prompt", "blend"):
         if len(getattr(body, name) or "") > settings.max_prompt:
             raise InputError(f"{name} has more than {settings.max_prompt} characters; shorten it")
-    if body.blend_share is not None and body.blend is None:
-        raise InputError("blend_share goes with blend; name what to blend with")
-    job = await model.job(
-        body.prompt,
-        body.negative_prompt,
-        images=images,
-        seed=body.seed,
-        settings=body.given_settings(),
-        blend=body.blend,
-        blend_share=0.5 if body.blend_share is None else body.blend_share,
-        best_of=body.best_of or 1,
-        rank_by=body.rank_by or "likelihood",
-        edit=edit,
-    )
-    size = model.size_of(model.grid_of(job))
+    job = await model.job(body, edit)
+    size = model.size_of(job.grid)
     if body.size not in (None, "auto", size):
         what = f"{model.name} draws" if edit is None else f"this edit by {model.name} gives"
         raise InputError(f"size is {body.size!r}, but {what} {size}; use auto")
     return job
 
 
-async def _all_images(model: ServedModel, job: Job, timeout: float) -> list[_Made]:
-    """All images of a job, in order; each is decoded as soon as it is drawn."""
-    decoding: dict[int, asyncio.Task[_Made]] = {}
+class _Images:
+    """Images of a request, on their way into its answer."""
 
-    async def decoded(update: Update) -> _Made:
-        return update, await model.image(job, update)
+    def __init__(
+        self, model: ServedModel, job: Job, body: RequestBody, room: Reservation, timeout: float
+    ) -> None:
+        self.room = room
+        self._model = model
+        self._job = job
+        self._body = body
+        self._timeout = timeout
+        self._kind = body.output_format or "png"
+        self._size = model.size_of(job.grid)
 
-    async with (
-        asyncio.timeout(timeout),
-        contextlib.aclosing(model.updates(job)) as updates,
-    ):
-        async for update in updates:
-            if update.done:
-                decoding[update.index] = asyncio.create_task(decoded(update))
-        return [await decoding[index] for index in range(job.images)]
+    async def files(self) -> list[tuple[int, bytes]]:
+        """Return seed and file of all images, in order; each is decoded as soon as it is drawn."""
+        making: dict[int, asyncio.Task[tuple[int, bytes]]] = {}
+
+        async def file(update: Update) -> tuple[int, bytes]:
+            return update.seed, await self._file(update)
+
+        async with (
+            asyncio.timeout(self._timeout),
+            contextlib.aclosing(self._model.updates(self._job)) as updates,
+        ):
+            async for update in updates:
+                if update.done:
+                    making[update.index] = asyncio.create_task(file(update))
+            files = [await making[index] for index in range(self._job.images)]
+        self.room.made = True
+        return files
+
+    def response(
+        self, files: Sequence[tuple[int, bytes]], store: FileStore, base_url: str
+    ) -> ImagesResponse:
+        """Return the answer without a stream."""
+        data = []
+        for seed, content in files:
+            if self._body.response_format == "url":
+                name = store.add(content, f"image/{self._kind}")
+                data.append(ImageData(seed=seed, url=f"{base_url}v1/files/{name}.{self._kind}"))
+            else:
+                data.append(ImageData(seed=seed, b64_json=base64.b64encode(content).decode()))
+        return ImagesResponse(
+            created=int(time.time()),
+            data=data,
+            model=self._model.name,
+            output_format=self._kind,
+            size=self._size,
+            usage=self._usage(len(files)),
+            settings=dataclasses.asdict(self._job.sampling),
+        )
+
+    async def events(self) -> AsyncIterator[str]:
+        """Yield the events of a stream; also an error after the stream has begun is one."""
+        count = getattr(self._body, "partial_images", None) or 0
+        wanted = _partial_rows(self._model.grid[0], count)
+        shown = [0] * self._job.images
+        try:
+            async with (
+                asyncio.timeout(self._timeout),
+                contextlib.aclosing(self._model.updates(self._job)) as updates,
+            ):
+                async for update in updates:
+                    if update.rows in wanted or update.done:
+                        event = await self._event(update, shown[update.index])
+                        shown[update.index] += 1
+                        data = event.model_dump_json(exclude_none=True)
+                        yield f"event: {event.type}\ndata: {data}\n\n"
+            self.room.made = True
+        # The status was sent long ago: the client is told in the stream.
+        except Exception as error:  # noqa: BLE001
+            _log.exception("a stream failed")
+            message = "the images could not be drawn"
+            if isinstance(error, InputError):
+                message = str(error)
+            elif isinstance(error, TimeoutError):
+                message = "the images took too long"
+            yield f"event: error\ndata: {json.dumps(error_body(message, 'server_error'))}\n\n"
+
+    async def _event(self, update: Update, number: int) -> ImageEvent:
+        what = "image_generation" if self._job.edit is None else "image_edit"
+        kind = "completed" if update.done else "partial_image"
+        return ImageEvent(
+            type=f"{what}.{kind}",  # type: ignore[arg-type]
+            index=update.index,
+            seed=update.seed,
+            b64_json=base64.b64encode(await self._file(update)).decode(),
+            created_at=int(time.time()),
+            output_format=self._kind,
+            size=self._size,
+            partial_image_index=None if update.done else number,
+            rows=update.rows,
+            usage=self._usage(1) if update.done else None,
+        )
+
+    async def _file(self, update: Update) -> bytes:
+        image = await self._model.image(self._job, update)
+        compression = self._body.output_compression
+        return await asyncio.to_thread(
+            image_bytes,
+            image,
+            self._kind,
+            quality=90 if compression is None else compression,
+            metadata=self._model.metadata(self._job, update.seed),
+        )
+
+    def _usage(self, images: int) -> Usage:
+        rows, columns = self._model.grid
+        read = self._job.input_tokens
+        sampled = rows * columns * self._job.windows * self._job.best_of * images
+        return Usage(
+            input_tokens=read,
+            input_tokens_details=TokenDetails(text_tokens=read),
+            output_tokens=sampled,
+            total_tokens=read + sampled,
+        )
 
 
-async def _unless_gone(request: Request, work: Any) -> Any:
-    """What ``work`` returns; it is cancelled when the client hangs up.
-
-    Raises:
-        HTTPException: the client is gone, and nobody reads this.
-    """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise HTTPException(499, "the client has closed the connection")
-        return task.result()
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    """Returns when the client has hung up."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def _response(
-    model: ServedModel,
-    job: Job,
-    body: _Body,
-    files: Sequence[tuple[int, bytes]],
-    request: Request,
-    served: Served,
-) -> ImagesResponse:
-    kind = body.output_format or "png"
-    data = []
-    for seed, content in files:
-        entry = ImageData(seed=seed)
-        if body.response_format == "url":
-            name = served.files.add(content, _MEDIA_TYPES[kind])
-            entry.url = str(request.base_url) + f"v1/files/{name}.{kind}"
-        else:
-            entry.b64_json = base64.b64encode(content).decode()
-        data.append(entry)
-    return ImagesResponse(
-        created=int(time.time()),
-        data=data,
-        model=model.name,
-        output_format=kind,
-        size=model.size_of(model.grid_of(job)),
-        usage=_usage(model, job, len(files)),
-        settings=dataclasses.asdict(job.sampling),
-    )
+def _partial_rows(rows: int, count: int) -> set[int]:
+    """Return the rows after which an unfinished image is sent."""
+    count = min(count, rows - 1)
+    return {max(1, rows * (index + 1) // (count + 1)) for index in range(count)}
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events; the room that they need is free again however the stream ends."""
+    """Server-sent events. The room that they need is released however the stream ends."""
 
     def __init__(self, events: AsyncIterator[str], room: Reservation) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -366,85 +404,25 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _events(
-    model: ServedModel,
-    job: Job,
-    body: _Body,
-    room: Reservation,
-    timeout: float,
-) -> AsyncIterator[str]:
-    """The events of a stream; also an error after the stream has begun is one."""
-    wanted = _partial_rows(model.grid[0], getattr(body, "partial_images", None) or 0)
-    shown = [0] * job.images
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
+    """Return the result of ``work``, which is cancelled when the client hangs up.
+
+    Raises:
+        HTTPException: the client is gone, and nobody reads this.
+    """
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(hang_up())
     try:
-        async with (
-            asyncio.timeout(timeout),
-            contextlib.aclosing(model.updates(job)) as updates,
-        ):
-            async for update in updates:
-                if update.rows in wanted or update.done:
-                    yield await _event(model, job, body, update, shown)
-        room.made = True
-    # The status was sent long ago: the client is told in the stream.
-    except Exception as error:  # noqa: BLE001
-        _log.exception("a stream failed")
-        message = "the images could not be drawn"
-        if isinstance(error, InputError):
-            message = str(error)
-        elif isinstance(error, TimeoutError):
-            message = "the images took too long"
-        yield f"event: error\ndata: {json.dumps(error_body(message, 'server_error'))}\n\n"
-
-
-async def _event(
-    model: ServedModel, job: Job, body: _Body, update: Update, shown: list[int]
-) -> str:
-    image = await model.image(job, update)
-    content = await asyncio.to_thread(_encoded, model, job, body, update.seed, image)
-    what = "image_generation" if job.edit is None else "image_edit"
-    kind = "completed" if update.done else "partial_image"
-    event = ImageEvent(
-        type=f"{what}.{kind}",  # type: ignore[arg-type]
-        index=update.index,
-        seed=update.seed,
-        b64_json=base64.b64encode(content).decode(),
-        created_at=int(time.time()),
-        output_format=body.output_format or "png",
-        size=model.size_of(model.grid_of(job)),
-        partial_image_index=None if update.done else shown[update.index],
-        rows=update.rows,
-        usage=_usage(model, job, 1) if update.done else None,
-    )
-    shown[update.index] += 1
-    return f"event: {event.type}\ndata: {event.model_dump_json(exclude_none=True)}\n\n"
-
-
-def _partial_rows(rows: int, count: int) -> set[int]:
-    """After which rows of the grid an unfinished image is sent."""
-    if count == 0:
-        return set()
-    count = min(count, rows - 1)
-    return {max(1, rows * (index + 1) // (count + 1)) for index in range(count)}
-
-
-def _files(
-    model: ServedModel, job: Job, body: _Body, made: Sequence[_Made]
-) -> list[tuple[int, bytes]]:
-    """Seed and file of each image."""
-    return [(update.seed, _encoded(model, job, body, update.seed, image)) for update, image in made]
-
-
-def _encoded(model: ServedModel, job: Job, body: _Body, seed: int, image: Image.Image) -> bytes:
-    quality = 90 if body.output_compression is None else body.output_compression
-    metadata = model.metadata(job, seed)
-    return image_bytes(image, body.output_format or "png", quality=quality, metadata=metadata)
-
-
-def _usage(model: ServedModel, job: Job, images: int) -> Usage:
-    drawn = model.grid[0] * model.grid[1] * job.windows * job.best_of * images
-    return Usage(
-        input_tokens=job.input_tokens,
-        input_tokens_details=TokenDetails(text_tokens=job.input_tokens),
-        output_tokens=drawn,
-        total_tokens=job.input_tokens + drawn,
-    )
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise HTTPException(499, "the client has closed the connection")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)

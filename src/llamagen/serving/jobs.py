@@ -1,7 +1,7 @@
-"""What a request wants drawn, and its drawing: images side by side, each the best of some.
+"""The images of a request while they are generated: side by side, each the best of some.
 
-Codes are drawn by an engine. Where an image has candidates, or is drawn place by place, it is
-told of when it is done; other images also row by row.
+An image that has candidates, or is generated in several windows, is reported once, when it is
+done; other images also row by row.
 """
 
 from __future__ import annotations
@@ -10,26 +10,25 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import aclosing
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llamagen.config import SamplingConfig
+from llamagen.config import Grid, SamplingConfig
 from llamagen.generation.engine import Engine, EngineError
-from llamagen.generation.request import UNKNOWN, GenerationRequest
-from llamagen.models.transformer import Transformer
+from llamagen.generation.request import UNKNOWN
 from llamagen.pipeline.conditions import Condition
 from llamagen.pipeline.editing import Edit, Window
-from llamagen.pipeline.ranking import Ranking, score_images
+from llamagen.pipeline.ranking import Ranking
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.support.errors import InputError, NotFiniteError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """Images of one request: what to draw, and how."""
+    """Images of one request."""
 
     condition: Condition
     seeds: tuple[int, ...]
@@ -40,17 +39,15 @@ class Job:
     rank_by: Ranking
     edit: Edit | None
     """None for images that are drawn from nothing."""
+    grid: Grid
+    """Rows and columns of codes of an image."""
     begun: float
     """When it was asked for (``time.perf_counter``)."""
 
     @property
     def images(self) -> int:
-        """How many were asked for."""
+        """Images that were asked for."""
         return len(self.seeds) // self.best_of
-
-    def request(self, seed: int, known_codes: Tensor | None = None) -> GenerationRequest:
-        """The request for one candidate."""
-        return self.condition.request(seed=seed, sampling=self.sampling, known_codes=known_codes)
 
     @property
     def input_tokens(self) -> int:
@@ -60,7 +57,7 @@ class Job:
 
     @property
     def windows(self) -> int:
-        """Places of the model's grid at which an image is drawn, one after another."""
+        """Windows of the model's grid in which an image is generated, one after another."""
         return 1 if self.edit is None else len(self.edit.windows)
 
     @property
@@ -71,10 +68,10 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """An image of a job, as far as it is drawn."""
+    """Progress of an image of a job."""
 
     index: int
-    """Which image of the job."""
+    """Of the image in the job."""
     seed: int
     rows: int
     """Finished rows of its codes."""
@@ -84,7 +81,7 @@ class Update:
 
 
 class RunningJob:
-    """A job that is being drawn."""
+    """A job while its images are generated."""
 
     def __init__(
         self,
@@ -95,37 +92,27 @@ class RunningJob:
         metrics: ServerMetrics,
         rank: Callable[[Job, Tensor], Awaitable[int]],
     ) -> None:
-        """Nothing is drawn yet.
-
-        Args:
-            job: what to draw.
-            engine: draws codes.
-            model: its name, for the metrics.
-            metrics: of the server.
-            rank: which of some candidates (best_of, rows, columns) is the best.
-        """
         self._job = job
         self._engine = engine
         self._rank = rank
-        self._metrics = metrics
         self._waiting = metrics.waiting.labels(model)
         self._codes = metrics.codes.labels(model)
         self._first_row = metrics.wait.labels(model)
         self._begun = False
-        self._news: asyncio.Queue[Update | BaseException] = asyncio.Queue()
+        self._updates: asyncio.Queue[Update | BaseException] = asyncio.Queue()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Draws the images; tells of what is finished.
+        """Generate the images; yield an update for each finished row or image.
 
         Raises:
-            EngineError: an image could not be drawn.
+            EngineError: an image could not be generated.
             InputError: the engine refuses one.
         """
         tasks = [asyncio.create_task(self._image(index)) for index in range(self._job.images)]
         try:
             left = len(tasks)
             while left:
-                update = await self._news.get()
+                update = await self._updates.get()
                 if isinstance(update, BaseException):
                     raise update
                 left -= update.done
@@ -135,19 +122,19 @@ class RunningJob:
 
     async def _image(self, index: int) -> None:
         try:
-            self._news.put_nowait(await self._drawn(index))
+            self._updates.put_nowait(await self._generated(index))
         except Exception as error:  # noqa: BLE001
             if isinstance(error, InputError) and not isinstance(error, NotFiniteError):
-                self._news.put_nowait(error)
+                self._updates.put_nowait(error)
             else:
-                # The client, whose input is fine, is told no more than that. The error may be
-                # that of other images too: raised anew each time, its traceback would grow.
+                # All that the client is told. A new one each time: the error may be that of other
+                # images too, and its traceback would grow with each time it is raised.
                 failure = EngineError("the image could not be drawn")
                 failure.__cause__ = error
-                self._news.put_nowait(failure)
+                self._updates.put_nowait(failure)
 
-    async def _drawn(self, index: int) -> Update:
-        """Draws the candidates of an image at each of its places, and takes the best of them."""
+    async def _generated(self, index: int) -> Update:
+        """Generate the candidates of an image in each of its windows; keep the best of them."""
         job = self._job
         seeds = job.seeds[index * job.best_of : (index + 1) * job.best_of]
         rows, columns = self._engine.grid
@@ -158,77 +145,49 @@ class RunningJob:
             whole = job.edit.known(seeds[:1])[0]
         best = 0
         for window in windows:
-            there = window.of(whole)
-            known = None if job.edit is None else there.flatten()
-            candidates = await self._candidates(index, [window.seed(s) for s in seeds], known)
+            part = window.of(whole)
+            known = None if job.edit is None else part.flatten()
+            tasks = [
+                asyncio.create_task(self._codes_of(index, window.seed(seed), known))
+                for seed in seeds
+            ]
+            try:
+                candidates = torch.tensor(await asyncio.gather(*tasks)).view(-1, rows, columns)
+            finally:
+                await _end(tasks)
             if len(candidates) > 1:
                 best = await self._rank(job, candidates)
-            there.copy_(candidates[best])
-        # Drawn at several places, it may have the codes of several candidates.
+            part.copy_(candidates[best])
+        # An image of several windows may have the codes of several candidates.
         seed = seeds[0] if len(windows) > 1 or windows[0].number is not None else seeds[best]
         return Update(index, seed, len(whole), whole.flatten().tolist(), done=True)
 
-    async def _candidates(self, index: int, seeds: Sequence[int], known: Tensor | None) -> Tensor:
-        """(candidates, rows, columns) codes of an image at one place."""
-        tasks = [asyncio.create_task(self._codes_of(index, seed, known)) for seed in seeds]
-        try:
-            codes = await asyncio.gather(*tasks)
-        finally:
-            await _end(tasks)
-        return torch.tensor(codes).view(len(seeds), *self._engine.grid)
-
     async def _codes_of(self, index: int, seed: int, known: Tensor | None) -> list[int]:
         job, (rows, columns) = self._job, self._engine.grid
+        request = job.condition.request(seed=seed, sampling=job.sampling, known_codes=known)
         codes: list[int] = []
         counted = 0
         self._waiting.inc()
         try:
-            stream = self._engine.stream(job.request(seed, known), client=self)
-            async with aclosing(stream):
+            async with aclosing(self._engine.stream(request, client=self)) as stream:
                 async for codes in stream:
                     if counted == 0:
                         self._waiting.dec()
-                        self._note_first_row()
+                    if not self._begun:
+                        self._begun = True
+                        self._first_row.observe(time.perf_counter() - job.begun)
                     self._codes.inc(len(codes) - counted)
                     counted = len(codes)
                     if job.row_by_row and counted < rows * columns:
                         row = counted // columns
-                        self._news.put_nowait(Update(index, seed, row, codes, done=False))
+                        self._updates.put_nowait(Update(index, seed, row, codes, done=False))
         finally:
             if counted == 0:
                 self._waiting.dec()
         return codes
 
-    def _note_first_row(self) -> None:
-        if not self._begun:
-            self._begun = True
-            self._first_row.observe(time.perf_counter() - self._job.begun)
 
-
-class Ranker:
-    """Finds the best of some candidates while the engine draws on.
-
-    Ranking only reads the weights, and stores nothing in the model: the engine's thread may use it
-    at the same time.
-    """
-
-    def __init__(self, model: Transformer, executor: Executor) -> None:
-        """Ranks with ``model``, in a thread of ``executor``."""
-        self._model = model
-        self._executor = executor
-
-    async def best(self, job: Job, candidates: Tensor) -> int:
-        """Which of a job's ``candidates`` (best_of, rows, columns) is the best."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._best, job, candidates)
-
-    def _best(self, job: Job, candidates: Tensor) -> int:
-        conditions = [job.condition] * len(candidates)
-        scores = score_images(self._model, candidates, conditions, job.rank_by)
-        return int(scores.argmax())
-
-
-async def _end(tasks: Sequence[asyncio.Task[object]]) -> None:
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,17 +1,17 @@
-"""A model that is served: pipeline, engine and decoder, and the images it is busy with."""
+"""A served model: pipeline, engine and decoder, and its images in flight."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from llamagen.config import Grid
 from llamagen.generation.engine import Engine
@@ -19,15 +19,16 @@ from llamagen.generation.seeds import one_seed_each
 from llamagen.pipeline import Pipeline
 from llamagen.pipeline.conditions import Condition
 from llamagen.pipeline.editing import Edit, Editor
-from llamagen.pipeline.ranking import Ranking, check_ranking
+from llamagen.pipeline.ranking import check_ranking, score_images
 from llamagen.serving.decoding import ImageDecoder
-from llamagen.serving.jobs import Job, Ranker, RunningJob, Update
+from llamagen.serving.jobs import Job, RunningJob, Update
 from llamagen.serving.metrics import ServerMetrics
+from llamagen.serving.schemas import RequestBody
 from llamagen.support.errors import InputError
 
 
 class QueueFullError(RuntimeError):
-    """More images wait than the server lets wait."""
+    """Refusal of a request because too many images wait."""
 
     def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message)
@@ -36,7 +37,7 @@ class QueueFullError(RuntimeError):
 
 
 class ServedModel:
-    """What the API needs of a model."""
+    """A model as the API uses it."""
 
     def __init__(
         self,
@@ -47,118 +48,87 @@ class ServedModel:
         metrics: ServerMetrics,
         max_in_flight: int,
     ) -> None:
-        """Puts a model into service.
+        """Put a model into service.
 
         Args:
             name: what clients call it.
             pipeline: reads prompts and decodes codes.
-            engine: draws codes with the pipeline's transformer.
+            engine: generates codes with the pipeline's transformer.
             metrics: of the server.
             max_in_flight: images accepted and not yet made, waiting ones among them.
         """
         self.name = name
         self.pipeline = pipeline
         self.engine = engine
-        self.decoder = ImageDecoder(pipeline.decode, engine.grid)
+        self.grid = engine.grid
         self.created = int(time.time())
-        self._metrics = metrics
         self.max_in_flight = max_in_flight
-        """Images accepted and not yet made, at most."""
+        self._metrics = metrics
+        self._decoder = ImageDecoder(pipeline.decode, engine.grid)
         self._in_flight = 0
         self._seconds_per_image = 1.0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="llamagen-reader")
         # One image at a time: what clients send may be large when it is unpacked.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="llamagen-worker")
-        self._ranker = Ranker(pipeline.transformer, self._worker)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of codes."""
-        return self.engine.grid
-
-    @property
-    def size(self) -> str:
-        """Of an image, as "256x256"."""
-        return self.size_of(self.grid)
 
     def size_of(self, grid: Grid) -> str:
-        """Of an image with so many rows and columns of codes, as "256x256"."""
+        """Return the size of an image with so many rows and columns of codes, as "256x256"."""
         rows, columns = grid
         scale = self.pipeline.tokenizer.config.downsampling
         return f"{columns * scale}x{rows * scale}"
 
-    @property
-    def edits(self) -> bool:
-        """Whether it edits, blends and ranks."""
-        return self.engine.can_edit
-
-    async def job(
-        self,
-        prompt: str,
-        negative_prompt: str | None = None,
-        *,
-        images: int,
-        seed: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-        blend: str | None = None,
-        blend_share: float = 0.5,
-        best_of: int = 1,
-        rank_by: Ranking = "likelihood",
-        edit: Callable[[Editor], Edit] | None = None,
-    ) -> Job:
-        """Reads a prompt, and an image if one is edited.
+    async def job(self, body: RequestBody, edit: Callable[[Editor], Edit] | None = None) -> Job:
+        """Return the job of a request, its prompt read, and its image if one is edited.
 
         Args:
-            prompt: a text, or a class by name or number.
-            negative_prompt: as ``prompt``, or None.
-            images: how many to draw.
-            seed: of the first; random if None.
-            settings: of ``SamplingConfig``, where the model's own are not wanted.
-            blend: what the prompt is blended with, as ``prompt``; or None.
-            blend_share: how much that counts.
-            best_of: candidates of each image.
-            rank_by: what the best of them is.
-            edit: makes the edit, in another thread; None if the images are drawn from nothing.
+            body: the request.
+            edit: plans the edit, in another thread; None if no image is edited.
 
         Raises:
-            InputError: a prompt, a setting or the image is none that the model can take.
+            InputError: the model cannot take a prompt, a setting or the image.
         """
         begun = time.perf_counter()
-        if not self.edits and (edit or blend is not None or best_of > 1):
+        images, best_of, rank_by = body.n or 1, body.best_of or 1, body.rank_by or "likelihood"
+        if not self.engine.can_edit and (edit or body.blend is not None or best_of > 1):
             raise InputError(
                 f"the engine of {self.name} neither edits nor blends nor ranks; leave out blend "
                 f"and best_of, or serve it with engine native"
             )
+        if body.blend_share is not None and body.blend is None:
+            raise InputError("blend_share goes with blend; name what to blend with")
         check_ranking(rank_by, best_of)
-        sampling = self.pipeline.sampling.replace(**(settings or {}))
-        read = functools.partial(
-            self._read,
-            prompt,
-            negative_prompt,
-            blend=blend,
-            blend_share=blend_share,
-        )
+        sampling = self.pipeline.sampling.replace(**body.given_settings())
         loop = asyncio.get_running_loop()
+
+        @torch.inference_mode()
+        def read() -> Condition:
+            share = 0.5 if body.blend_share is None else body.blend_share
+            return self.pipeline.conditions(
+                body.prompt, body.negative_prompt, blend=body.blend, blend_share=share
+            )[0]
+
         condition = await loop.run_in_executor(self._reader, read)
-        made = None
+        plan, grid = None, self.grid
         if edit is not None:
-            made = await loop.run_in_executor(self._worker, edit, Editor(self.pipeline))
+            plan = await loop.run_in_executor(self._worker, edit, Editor(self.pipeline))
+            grid = (plan.codes.shape[0], plan.codes.shape[1])
         return Job(
             condition=condition,
-            seeds=one_seed_each(seed, images * best_of),
+            seeds=one_seed_each(body.seed, images * best_of),
             sampling=sampling,
             best_of=best_of,
             rank_by=rank_by,
-            edit=made,
+            edit=plan,
+            grid=grid,
             begun=begun,
         )
 
     def reserve(self, job: Job) -> Reservation:
-        """Room for a job's images, until it is released.
+        """Reserve room for a job's images.
 
         Raises:
-            InputError: there never is any for so many.
-            QueueFullError: there is none now.
+            InputError: the server never takes so many.
+            QueueFullError: too many wait now.
         """
         images = len(job.seeds)
         if images > self.max_in_flight:
@@ -176,28 +146,35 @@ class ServedModel:
         return Reservation(self, job)
 
     def updates(self, job: Job) -> AsyncGenerator[Update, None]:
-        """Draws a job's images side by side; see ``RunningJob.updates``."""
-        rank = self._ranker.best
-        running = RunningJob(job, self.engine, model=self.name, metrics=self._metrics, rank=rank)
+        """Generate a job's images side by side; see ``RunningJob.updates``."""
+        running = RunningJob(
+            job, self.engine, model=self.name, metrics=self._metrics, rank=self._best
+        )
         return running.updates()
 
+    async def _best(self, job: Job, candidates: Tensor) -> int:
+        """Return the index of the best of a job's ``candidates`` (best_of, rows, columns).
+
+        Ranking stores nothing in the model, so that the engine's thread may use it meanwhile.
+        """
+
+        def best() -> int:
+            conditions = [job.condition] * len(candidates)
+            model = self.pipeline.transformer
+            return int(score_images(model, candidates, conditions, job.rank_by).argmax())
+
+        return await asyncio.get_running_loop().run_in_executor(self._worker, best)
+
     async def image(self, job: Job, update: Update) -> Image.Image:
-        """The image of a job, grey where rows are missing."""
-        grid = self.grid_of(job) if update.done else self.grid
-        image = await self.decoder.decode(update.codes, grid)
+        """Return an image of a job, grey where rows are missing."""
+        grid = job.grid if update.done else self.grid
+        image = await self._decoder.decode(update.codes, grid)
         if job.edit is None or not update.done:
             return image
         return await asyncio.to_thread(job.edit.finish, image)
 
-    def grid_of(self, job: Job) -> Grid:
-        """Rows and columns of codes of the images that a job makes."""
-        if job.edit is None:
-            return self.grid
-        rows, columns = job.edit.codes.shape
-        return rows, columns
-
     def metadata(self, job: Job, seed: int) -> dict[str, Any]:
-        """What an image of a job says of itself, as those of ``Pipeline`` and ``Editor`` do."""
+        """Return an image's metadata, the same as of ``Pipeline`` and ``Editor``."""
         ranked = {"best_of": job.best_of, "rank_by": job.rank_by}
         return {
             "model": self.name,
@@ -211,15 +188,11 @@ class ServedModel:
         }
 
     async def close(self) -> None:
-        """Ends what is being drawn."""
+        """End all that runs."""
         await self.engine.close()
-        self.decoder.close()
+        self._decoder.close()
         for pool in (self._reader, self._worker):
             pool.shutdown(wait=False, cancel_futures=True)
-
-    @torch.inference_mode()
-    def _read(self, prompt: str, negative_prompt: str | None, **others: Any) -> Condition:
-        return self.pipeline.conditions(prompt, negative_prompt, **others)[0]
 
     def _count(self, images: int) -> None:
         self._in_flight += images

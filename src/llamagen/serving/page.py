@@ -1,4 +1,4 @@
-"""The page of ``llamagen serve --ui``: a few files, ready as they are, from this process alone."""
+"""The page of ``llamagen serve --ui``: a few files, served as they are."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ FILES = (
 )
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
-_POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        # Unfinished images come inside of events, finished ones are kept by the page.
-        "img-src 'self' blob: data:",
-        "object-src 'none'",
-        "base-uri 'none'",
-        "form-action 'self'",
-        "frame-ancestors 'none'",
-        # Text cannot become markup, whatever the page does with it.
-        "require-trusted-types-for 'script'",
-    )
-)
-
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'self'",
+            # Unfinished images come inside of events, finished ones are kept by the page.
+            "img-src 'self' blob: data:",
+            "object-src 'none'",
+            "base-uri 'none'",
+            "form-action 'self'",
+            "frame-ancestors 'none'",
+            # Text cannot become markup, whatever the page does with it.
+            "require-trusted-types-for 'script'",
+        )
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     # Kept by the browser, but asked for again: after an update everybody has the new page.
@@ -38,7 +36,7 @@ _HEADERS = {
 
 
 def add_page(app: FastAPI) -> None:
-    """Serves the page at / and its files below /ui. It knows the server by the API alone."""
+    """Serve the page at / and its files below /ui. It knows the server by the API alone."""
     for name in FILES:
         _add_file(app, "/" if name == "index.html" else f"/ui/{name}", name)
 

@@ -1,4 +1,4 @@
-"""What the HTTP API reads and writes: OpenAI's images endpoints, and our settings beside them."""
+"""Requests and answers of the HTTP API: OpenAI's images endpoints, with our settings."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ class _Common(BaseModel):
     user: str | None = Field(default=None, max_length=1000, description="Not kept.")
 
 
-class _Request(_Settings, _Common):
-    """A request for images."""
+class RequestBody(_Settings, _Common):
+    """Body of any request for images."""
 
     def given_settings(self) -> dict[str, Any]:
         """Return the sampling settings that were given, by name."""
@@ -104,7 +104,7 @@ class _Request(_Settings, _Common):
         return {name: value for name, value in values.items() if value is not None}
 
 
-class _StreamRequest(_Request):
+class _StreamRequest(RequestBody):
     """A request that can be answered by a stream."""
 
     stream: bool | None = Field(
@@ -158,7 +158,7 @@ class EditRequest(_StreamRequest):
     )
 
 
-class VariationRequest(_Request):
+class VariationRequest(RequestBody):
     """Form of ``POST /v1/images/variations``, without its file."""
 
     keep: _Number | None = Field(
@@ -167,7 +167,7 @@ class VariationRequest(_Request):
 
 
 class ImageData(BaseModel):
-    """An image of a response."""
+    """Image of a response."""
 
     b64_json: str | None = None
     url: str | None = None
@@ -182,7 +182,7 @@ class TokenDetails(BaseModel):
 
 
 class Usage(BaseModel):
-    """What was read and drawn: positions of the condition, codes of all candidates."""
+    """Positions of the condition that were read, and codes of all candidates."""
 
     input_tokens: int
     input_tokens_details: TokenDetails
@@ -205,7 +205,7 @@ class ImagesResponse(BaseModel):
 
 
 class ImageEvent(BaseModel):
-    """An event of a stream. With n above 1, the events of all images come as they are ready."""
+    """Event of a stream. With n above 1, the events of all images come as they are ready."""
 
     type: Literal[
         "image_generation.partial_image",
@@ -256,7 +256,7 @@ class ModelCard(BaseModel):
     classes: list[str] | None = Field(description="Names of its classes.")
     edits: bool = Field(description="Whether it edits, blends, and chooses the best of several.")
     settings: dict[str, Any] = Field(description="For requests that give none.")
-    declared_settings: list[SettingCard] = Field(description="What these are, and their ranges.")
+    declared_settings: list[SettingCard] = Field(description="Their meaning and ranges.")
 
 
 class ModelList(BaseModel):
@@ -267,7 +267,7 @@ class ModelList(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong."""
+    """Fault of a request or of the server."""
 
     message: str
     type: str

@@ -1,4 +1,4 @@
-"""A server in a process of its own: models in, requests served, a graceful end."""
+"""The server of a process, with a graceful end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class Server(uvicorn.Server):
-    """On the first SIGTERM or interrupt it finishes what runs and refuses what is new.
+    """A server that finishes what runs, and refuses what is new, on a first SIGTERM or interrupt.
 
     uvicorn closes its socket and waits for the requests that it has; connections that are kept
     open get a 503 in the meantime, and ``/ready`` tells load balancers. A second signal ends it
@@ -25,29 +25,25 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:
         super().__init__(config)
-        self._application = app
+        self._gate = app.state.gate
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Called for signals. Unlike uvicorn's own, it leaves the exit status at 0."""
-        gate = self._application.state.gate
+        """Handle a signal. Unlike uvicorn's own, it leaves the exit status at 0."""
         if self.should_exit:
             self.force_exit = True
         else:
             _log.warning("%s: finishing what runs", signal.Signals(sig).name)
-        gate.draining = self.should_exit = True
+        self._gate.draining = self.should_exit = True
 
 
-def serve(
-    app: FastAPI, *, host: str, port: int, drain_timeout: float, log_level: str = "info"
-) -> None:
-    """Serves until a signal ends it; returns when everything that ran is finished.
+def serve(app: FastAPI, *, host: str, port: int, drain_timeout: float) -> None:
+    """Serve until a signal ends it; return when everything that ran is finished.
 
     Args:
         app: from ``create_app``.
         host: address to listen on.
         port: 0 takes a free one, which is logged.
         drain_timeout: seconds that requests may take to finish after the signal.
-        log_level: of uvicorn.
 
     Raises:
         InputError: the address cannot be listened on.
@@ -55,7 +51,7 @@ def serve(
     listener = _listen(host, port)
     config = uvicorn.Config(
         app,
-        log_level=log_level,
+        log_level="info",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=round(drain_timeout),
@@ -68,16 +64,10 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise InputError(
             f"cannot listen on {host} port {port} ({error}); choose another with `host` or `port`"
         ) from error
-    return listener

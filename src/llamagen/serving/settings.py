@@ -1,4 +1,4 @@
-"""What a server allows; every limit has a default that is safe on a machine of one's own."""
+"""Limits of a server, with defaults that are safe on a machine of one's own."""
 
 from __future__ import annotations
 

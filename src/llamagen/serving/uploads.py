@@ -1,7 +1,4 @@
-"""Forms with images in them: read, checked, and unpacked with care.
-
-Nothing of a form reaches the file system, whatever its size.
-"""
+"""Forms with images in them. Nothing of a form reaches the file system, whatever its size."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from llamagen.support.errors import InputError
 _Form = TypeVar("_Form", bound=BaseModel)
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-"""What Pillow may take a file for. It knows more formats, some of which run other programs."""
+"""Formats that Pillow may read. It knows more, some of which run other programs."""
 
 
 class _Parser(MultiPartParser):
@@ -33,16 +30,16 @@ class _Parser(MultiPartParser):
 async def read_form(
     request: Request, kind: type[_Form], files: Mapping[str, bool]
 ) -> tuple[_Form, dict[str, bytes]]:
-    """The fields and the files of a form.
+    """Return the fields and the files of a form.
 
     Args:
         request: whose body is a form.
-        kind: what its fields are.
-        files: by name, whether a file must be there.
+        kind: its fields.
+        files: whether each file must be there, by name.
 
     Raises:
-        InputError: the body is no form, or has not the files that it must have.
-        RequestValidationError: a field is not as it must be.
+        InputError: the body is no form, or has other files than it must have.
+        RequestValidationError: a field is refused.
     """
     if request.headers.get("content-type", "").split(";")[0].strip() != "multipart/form-data":
         raise InputError("the body is no form; send multipart/form-data")
@@ -78,7 +75,7 @@ async def read_form(
 
 
 def form_schema(kind: type[BaseModel], files: Mapping[str, bool]) -> dict[str, Any]:
-    """What the API's description says of a form that ``read_form`` reads."""
+    """Return the API's description of a form that ``read_form`` reads."""
     schema = kind.model_json_schema()
     for name, needed in files.items():
         schema["properties"][name] = {"type": "string", "format": "binary"}
@@ -89,19 +86,19 @@ def form_schema(kind: type[BaseModel], files: Mapping[str, bool]) -> dict[str, A
     }
 
 
-def unpacked(content: bytes, name: str, *, most: int, as_it_is: bool = False) -> Image.Image:
-    """The image of a file that was sent.
+def open_upload(content: bytes, name: str, *, max_pixels: int, convert: bool = True) -> Image.Image:
+    """Return the image of a file that was sent.
 
     Args:
         content: of the file.
         name: of the form's field.
-        most: pixels that it may have; never more than Pillow's own limit.
-        as_it_is: leave its mode and its transparency; otherwise it becomes RGB, upright.
+        max_pixels: that it may have; never more than Pillow's own limit.
+        convert: to RGB, upright.
 
     Raises:
         InputError: it is no image, has too many pixels or is damaged.
     """
-    limit = min(most, Image.MAX_IMAGE_PIXELS or most)
+    limit = min(max_pixels, Image.MAX_IMAGE_PIXELS or max_pixels)
     if not content:
         raise InputError(f"{name} is an empty file; send an image")
     try:
@@ -109,9 +106,7 @@ def unpacked(content: bytes, name: str, *, most: int, as_it_is: bool = False) ->
             # Known before anything is unpacked.
             if image.width * image.height <= limit:
                 image.load()
-                return image if as_it_is else to_rgb(image)
-    except InputError:
-        raise
+                return to_rgb(image) if convert else image
     except UnidentifiedImageError as error:
         raise InputError(
             f"{name} is no image of a known format; send a PNG, for example"
