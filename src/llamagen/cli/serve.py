@@ -16,6 +16,7 @@ from llamagen.cli.options import (
     QuantizationOptions,
     require_at_least,
 )
+from llamagen.serving.settings import ServerOptions, ServerSettings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ _KEY_VARIABLE = "LLAMAGEN_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, QuantizationOptions, DeviceOptions):
+class Options(ServerOptions, EngineOptions, QuantizationOptions, DeviceOptions):
     """Options of ``llamagen serve``."""
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(name="model", aliases=["-m"])]
@@ -39,20 +40,10 @@ class Options(EngineOptions, QuantizationOptions, DeviceOptions):
     """Address to listen on; 0.0.0.0 lets other machines in, for which an API key is advised."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-    ui: bool = False
-    """Also serve a page to try the models, at /."""
     batch_size: int | None = None
     """Images drawn at once. Default: as many as fit into memory; with vLLM what it finds right."""
-    max_queue: int = 64
-    """Images that may wait beside those that are drawn; more are answered with 429."""
-    max_images: int = 10
-    """Images that a request may ask for."""
-    timeout: float = 300.0
-    """Seconds that a request may take."""
     drain_timeout: float = 60.0
     """Seconds that requests may take to finish after SIGTERM."""
-    file_lifetime: float = 3600.0
-    """Seconds that images can be fetched from their URLs."""
     api_key_file: Path | None = None
     """File with the key that clients must send. The environment's LLAMAGEN_API_KEY does the same;
     a key on the command line could be read by other users."""
@@ -73,16 +64,9 @@ def run(options: Options) -> None:
     from llamagen.serving.metrics import ServerMetrics
     from llamagen.serving.models import ServedModel
     from llamagen.serving.server import serve
-    from llamagen.serving.settings import ServerSettings
 
-    settings = ServerSettings(
-        api_key=key,
-        max_queue=options.max_queue,
-        max_images=options.max_images,
-        timeout=options.timeout,
-        file_lifetime=options.file_lifetime,
-        ui=options.ui,
-    )
+    names = [field.name for field in dataclasses.fields(ServerOptions)]
+    settings = ServerSettings(api_key=key, **{name: getattr(options, name) for name in names})
     device, dtype = options.resolve()
     metrics = ServerMetrics()
     models = []

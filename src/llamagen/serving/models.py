@@ -64,7 +64,7 @@ class ServedModel:
         self.created = int(time.time())
         self.max_in_flight = max_in_flight
         self._metrics = metrics
-        self._decoder = ImageDecoder(pipeline.decode, engine.grid)
+        self.decoder = ImageDecoder(pipeline.decode, engine.grid)
         self._in_flight = 0
         self._seconds_per_image = 1.0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="llamagen-reader")
@@ -168,7 +168,7 @@ class ServedModel:
     async def image(self, job: Job, update: Update) -> Image.Image:
         """Return an image of a job, grey where rows are missing."""
         grid = job.grid if update.done else self.grid
-        image = await self._decoder.decode(update.codes, grid)
+        image = await self.decoder.decode(update.codes, grid)
         if job.edit is None or not update.done:
             return image
         return await asyncio.to_thread(job.edit.finish, image)
@@ -190,7 +190,7 @@ class ServedModel:
     async def close(self) -> None:
         """End all that runs."""
         await self.engine.close()
-        self._decoder.close()
+        self.decoder.close()
         for pool in (self._reader, self._worker):
             pool.shutdown(wait=False, cancel_futures=True)
 

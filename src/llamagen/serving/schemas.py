@@ -49,50 +49,48 @@ class _Common(BaseModel):
         description="What to draw: a text, or the name or number of a class.",
         examples=["llama"],
     )
-    model: str | None = Field(
-        default=None, description="One of /v1/models. Default: the first of them."
-    )
-    n: int | None = Field(default=1, ge=1, le=1000, description="Images.")
+    model: str | None = Field(None, description="One of /v1/models. Default: the first of them.")
+    n: int | None = Field(1, ge=1, le=1000, description="Images.")
     size: str | None = Field(
-        default="auto", max_length=20, description="auto, or the size that the images will have."
+        "auto", max_length=20, description="auto, or the size that the images will have."
     )
     response_format: Literal["b64_json", "url"] | None = Field(
-        default="b64_json", description="The images themselves, or where to fetch them for a time."
+        "b64_json", description="The images themselves, or where to fetch them for a time."
     )
     output_format: OutputFormat | None = "png"
     output_compression: int | None = Field(
-        default=None, ge=0, le=100, description="Quality of jpeg and webp. Default: 90."
+        None, ge=0, le=100, description="Quality of jpeg and webp. Default: 90."
     )
     negative_prompt: str | None = Field(
-        default=None, min_length=1, description="What guidance leads away from."
+        None, min_length=1, description="What guidance leads away from."
     )
     blend: str | None = Field(
-        default=None,
+        None,
         min_length=1,
         description="A second prompt or class: what is likely for both is drawn.",
     )
     blend_share: _Number | None = Field(
-        default=None, ge=0, le=1, description="How much of it. Default: 0.5."
+        None, ge=0, le=1, description="How much of it. Default: 0.5."
     )
     best_of: int | None = Field(
-        default=None,
+        None,
         ge=1,
         le=16,
         description="Candidates for each image, of which the best is sent. Default: 1, and 4 where "
         "an image is filled in.",
     )
     rank_by: Ranking | None = Field(
-        default=None,
+        None,
         description="The best: likelihood (default), or condition, what the prompt makes likelier.",
     )
     seed: int | None = Field(
-        default=None,
+        None,
         ge=0,
         le=MAX_SEED - 16_000,
         description="Of the first image, or its first candidate; the next get the next numbers. "
         "Default: random.",
     )
-    user: str | None = Field(default=None, max_length=1000, description="Not kept.")
+    user: str | None = Field(None, max_length=1000, description="Not kept.")
 
 
 class RequestBody(_Settings, _Common):
@@ -108,22 +106,20 @@ class _StreamRequest(RequestBody):
     """A request that can be answered by a stream."""
 
     stream: bool | None = Field(
-        default=False, description="Send events, with unfinished images if partial_images asks."
+        False, description="Send events, with unfinished images if partial_images asks."
     )
     partial_images: int | None = Field(
-        default=0,
+        0,
         ge=0,
         le=64,
         description="Unfinished images to send of each image, evenly over its rows. There are none "
         "of images with candidates, and of images that are extended.",
     )
     quality: Literal["auto", "standard"] | None = Field(
-        default=None, description="There are no levels: use the settings above."
+        None, description="There are no levels: use the settings above."
     )
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = Field(
-        default=None, description="Nothing is moderated."
-    )
+    moderation: Literal["auto", "low"] | None = Field(None, description="Nothing is moderated.")
 
 
 class ImageRequest(_StreamRequest):
@@ -136,25 +132,22 @@ class EditRequest(_StreamRequest):
     """Form of ``POST /v1/images/edits``, without its files."""
 
     edit: Literal["inpaint", "complete", "outpaint", "vary"] | None = Field(
-        default=None, description="Default: inpaint with a mask, complete without one."
+        None, description="Default: inpaint with a mask, complete without one."
     )
     keep_rows: int | None = Field(
-        default=None,
+        None,
         ge=1,
         le=2**31,
         description="For complete: rows of codes that are kept. Default: half of them.",
     )
     below: int | None = Field(
-        default=None, ge=0, le=2**31, description="For outpaint: rows of codes to draw below."
+        None, ge=0, le=2**31, description="For outpaint: rows of codes to draw below."
     )
     right: int | None = Field(
-        default=None, ge=0, le=2**31, description="For outpaint: columns to draw on the right."
+        None, ge=0, le=2**31, description="For outpaint: columns to draw on the right."
     )
     keep: _Number | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="For vary: share of the codes that is kept. Default: 0.5.",
+        None, gt=0, lt=1, description="For vary: share of the codes that is kept. Default: 0.5."
     )
 
 
@@ -162,7 +155,7 @@ class VariationRequest(RequestBody):
     """Form of ``POST /v1/images/variations``, without its file."""
 
     keep: _Number | None = Field(
-        default=None, gt=0, lt=1, description="Share of the codes that is kept. Default: 0.5."
+        None, gt=0, lt=1, description="Share of the codes that is kept. Default: 0.5."
     )
 
 
@@ -221,9 +214,9 @@ class ImageEvent(BaseModel):
     size: str
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    partial_image_index: int | None = Field(default=None, description="Of partial images, from 0.")
+    partial_image_index: int | None = Field(None, description="Of partial images, from 0.")
     rows: int = Field(description="Finished rows of the grid.")
-    usage: Usage | None = Field(default=None, description="Of completed images.")
+    usage: Usage | None = Field(None, description="Of completed images.")
 
 
 class SettingCard(BaseModel):

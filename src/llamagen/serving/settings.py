@@ -6,15 +6,27 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerSettings:
+class ServerOptions:
+    """Settings that ``llamagen serve`` has flags for."""
+
+    ui: bool = False
+    """Also serve a page to try the models, at /."""
+    max_queue: int = 64
+    """Images that may wait beside those that are drawn; more are answered with 429."""
+    max_images: int = 10
+    """Images that a request may ask for."""
+    timeout: float = 300.0
+    """Seconds that a request may take."""
+    file_lifetime: float = 3600.0
+    """Seconds that images can be fetched from their URLs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerSettings(ServerOptions):
     """Limits and secrets of ``create_app``."""
 
     api_key: str | None = None
-    """What clients must send as "Authorization: Bearer KEY"; None lets everybody in."""
-    max_queue: int = 64
-    """Images that may wait beside those that are being drawn; further requests get a 429."""
-    max_images: int = 10
-    """Images of one request (n)."""
+    """Key that clients must send as "Authorization: Bearer KEY"; None lets everybody in."""
     max_prompt: int = 4000
     """Characters of a prompt."""
     max_body: int = 64 * 1024
@@ -29,11 +41,5 @@ class ServerSettings:
     """How many times the model's own rows or columns an image can be extended by."""
     max_connections: int = 1024
     """Requests that are answered at once, of any kind."""
-    timeout: float = 300.0
-    """Seconds that a request may take."""
-    file_lifetime: float = 3600.0
-    """Seconds that an image can be fetched from its URL."""
     file_memory: int = 256 * 1024 * 1024
     """Bytes of all images that can be fetched; the oldest go first."""
-    ui: bool = False
-    """Serve the page at /."""

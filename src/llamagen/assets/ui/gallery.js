@@ -49,26 +49,26 @@ export function addRun(request, card) {
 
 function slot(request, card, run, index) {
   const [width, height] = size(request, card);
-  const shown = newCard({ prompt: request.prompt, width, height }, request.n);
+  const { model, prompt, negative_prompt: negative, blend, blend_share, best_of } = request;
+  const shown = newCard({ prompt, width, height }, request.n);
   const self = { card: shown, done: false, show };
   const image = shown.querySelector("img");
 
   function show(event) {
+    self.done = event.type.endsWith("completed");
     shown.dataset.rows = event.rows;
     shown.querySelector(".seed").textContent = `seed ${event.seed}`;
-    image.alt = `${request.prompt}, unfinished`;
     image.onload = () => {
       image.hidden = false;
       // A little more, lest the grey of the unfinished rows shines through.
       const hidden = self.done ? 0 : 100 * (1 - event.rows / card.rows);
       image.style.clipPath = `inset(0 0 ${hidden && `calc(${hidden}% + 1px)`} 0)`;
     };
-    if (event.type.endsWith("completed")) complete(event);
-    else image.src = `data:image/png;base64,${event.b64_json}`;
-  }
-
-  function complete(event) {
-    const { model, prompt, negative_prompt: negative, blend, blend_share, best_of } = request;
+    if (!self.done) {
+      image.alt = `${prompt}, unfinished`;
+      image.src = `data:image/png;base64,${event.b64_json}`;
+      return;
+    }
     const settings = { ...card.settings };
     for (const name in settings) settings[name] = request[name] ?? settings[name];
     const made = picture({
@@ -77,7 +77,6 @@ function slot(request, card, run, index) {
       ...{ blend, blend_share, best_of, edit: editOf(request) },
       file: new Blob([bytes(event.b64_json)], { type: "image/png" }),
     });
-    self.done = true;
     made.card = shown;
     finishCard(made);
     insert(made);

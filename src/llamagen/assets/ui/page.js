@@ -47,8 +47,9 @@ async function generate() {
       run.show(event);
       progress.show(event);
     }
-    if (!progress.complete) throw new ServerError("the server ended before the images were ready");
-    say(`${images(progress.count)} ready.`);
+    const { ready, count } = progress;
+    if (ready < count) throw new ServerError("the server ended before the images were ready");
+    say(`${images(count)} ready.`);
   } catch (error) {
     if (error.name === "AbortError") say(`Stopped. ${images(progress.ready)} ready.`);
     else showError("Could not draw", error);
@@ -59,34 +60,24 @@ async function generate() {
   }
 }
 
-// How far a request is: a bar for the eyes, a few words for the ears.
+// Shows how far a request is: a bar for the eyes, a few words for the ears.
 class Progress {
   constructor(count, rows) {
-    this.count = count;
-    this.rows = rows;
-    this.done = Array(count).fill(0);
+    Object.assign(this, { count, rows, done: Array(count).fill(0), ready: 0 });
     byId("bar").removeAttribute("value");
     byId("progress-text").textContent = "Waiting for the first part";
     say(`Drawing ${images(count)}.`);
   }
 
-  get ready() {
-    return this.done.filter((share) => share === 1).length;
-  }
-
-  get complete() {
-    return this.ready === this.count;
-  }
-
   show(event) {
-    const before = this.ready;
     const completed = event.type.endsWith("completed");
     this.done[event.index] = completed ? 1 : event.rows / this.rows;
+    this.ready += completed;
     const share = this.done.reduce((sum, each) => sum + each, 0) / this.count;
     byId("bar").value = share;
-    byId("progress-text").textContent =
-      `Drawing ${images(this.count)} · ${Math.floor(100 * share)}%`;
-    if (this.ready > before && !this.complete) say(`${this.ready} of ${this.count} ready.`);
+    const percent = Math.floor(100 * share);
+    byId("progress-text").textContent = `Drawing ${images(this.count)} · ${percent}%`;
+    if (completed) say(`${this.ready} of ${this.count} ready.`);
   }
 }
 
