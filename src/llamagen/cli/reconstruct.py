@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,8 +53,6 @@ def run(options: Options) -> None:
     paths = _find(options.images)
     storage.require_writable(options.out)
 
-    from tqdm import tqdm
-
     from llamagen.checkpoints import load_tokenizer
     from llamagen.evaluation.reconstruction import prepare, reconstruct
     from llamagen.support.pictures import save_png
@@ -67,38 +66,14 @@ def run(options: Options) -> None:
     if options.size is not None:
         config.grid_of(options.size, options.size)
     skipped: list[str] = []
-    prepared = (
-        (
-            path,
-            prepare(
-                image,
-                downsampling=config.downsampling,
-                size=options.size,
-                max_side=options.max_side,
-            ),
-        )
-        for path, image in _readable(paths, skipped)
+    fit = functools.partial(
+        prepare,
+        downsampling=config.downsampling,
+        size=options.size,
+        max_side=options.max_side,
     )
-    names = _output_names(paths)
-    rows: list[dict[str, Any]] = []
-    pairs: list[Reconstruction] = []
-    codes: set[int] = set()
-    for item in tqdm(
-        reconstruct(tokenizer, prepared), total=len(paths), unit="image", disable=None
-    ):
-        save_png(item.image, options.out / names[item.path])
-        codes.update(item.codes.flatten().tolist())
-        rows.append(
-            {
-                "image": str(item.path),
-                "reconstruction": names[item.path],
-                "width": item.image.width,
-                "height": item.image.height,
-                **{name: getattr(item, name) for name in _METRICS},
-            }
-        )
-        if len(pairs) < options.sheet:
-            pairs.append(item)
+    prepared = ((path, fit(image)) for path, image in _readable(paths, skipped))
+    rows, pairs, codes = _save(reconstruct(tokenizer, prepared), paths, options)
     if not rows:
         raise InputError(f"none of the {len(paths)} image files could be read: {skipped[0]}")
     means = {name: statistics.fmean(row[name] for row in rows) for name in _METRICS}
@@ -119,6 +94,35 @@ def run(options: Options) -> None:
         + (f"; {len(skipped)} files skipped" if skipped else "")
     )
     print(options.out / "sheet.png")
+
+
+def _save(
+    found: Iterable[Reconstruction], paths: list[Path], options: Options
+) -> tuple[list[dict[str, Any]], list[Reconstruction], set[int]]:
+    """Save all images; return their rows of the report, the first few, and the codes used."""
+    from tqdm import tqdm
+
+    from llamagen.support.pictures import save_png
+
+    names = _output_names(paths)
+    rows: list[dict[str, Any]] = []
+    first: list[Reconstruction] = []
+    codes: set[int] = set()
+    for item in tqdm(found, total=len(paths), unit="image", disable=None):
+        save_png(item.image, options.out / names[item.path])
+        codes.update(item.codes.flatten().tolist())
+        rows.append(
+            {
+                "image": str(item.path),
+                "reconstruction": names[item.path],
+                "width": item.image.width,
+                "height": item.image.height,
+                **{name: getattr(item, name) for name in _METRICS},
+            }
+        )
+        if len(first) < options.sheet:
+            first.append(item)
+    return rows, first, codes
 
 
 def _find(inputs: Sequence[Path]) -> list[Path]:

@@ -31,7 +31,7 @@ export function chosenModel() {
   return card;
 }
 
-// Whether everything is filled in; if not, the browser says what is missing.
+// Returns whether everything is filled in; if not, the browser tells what is missing.
 export function isComplete() {
   for (const field of [prompt(), negative, blend]) field.value = field.value.trim();
   checkEdit();
@@ -95,10 +95,9 @@ function settingField({ name, type, help, minimum, exclusive_minimum, maximum, c
   const [caption, hint] = [field.querySelector("label"), field.querySelector(".hint")];
   const input = document.createElement(type === "str" ? "select" : "input");
   input.id = caption.htmlFor = name;
-  hint.id = `${name}-hint`;
-  input.setAttribute("aria-describedby", hint.id);
   caption.textContent = label(name);
-  hint.textContent = help;
+  Object.assign(hint, { id: `${name}-hint`, textContent: help });
+  input.setAttribute("aria-describedby", hint.id);
   if (type === "str") {
     if (optional) input.append(new Option(""));
     input.append(...choices.map((choice) => new Option(choice)));
@@ -158,11 +157,11 @@ function showClasses(names) {
 
 function idea(name) {
   const [item, button] = ["li", "button"].map((tag) => document.createElement(tag));
-  Object.assign(button, { type: "button", textContent: name });
-  button.addEventListener("click", () => {
+  button.textContent = name;
+  button.onclick = () => {
     prompt().value = name;
     form.requestSubmit();
-  });
+  };
   item.append(button);
   return item;
 }
