@@ -30,4 +30,11 @@ def run(options: Options) -> None:
     """Export, and print where the model is."""
     from llamagen.training.export import export_run
 
-    print(export_run(**vars(options)))
+    model = export_run(
+        options.run,
+        options.out,
+        step=options.step,
+        weights=options.weights,
+        tokenizer=options.tokenizer,
+    )
+    print(model)

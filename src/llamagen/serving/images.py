@@ -204,7 +204,7 @@ def _planner(
         if kind == "inpaint":
             mask = open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False)
             return editor.inpainting(image, mask)
-        plans = {
+        plans: dict[str, Callable[..., Edit]] = {
             "complete": editor.completion,
             "outpaint": editor.outpainting,
             "vary": editor.variation,
