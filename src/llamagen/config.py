@@ -67,11 +67,19 @@ def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Return the configuration as values that JSON can hold (tuples become lists)."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    for field in dataclasses.fields(config):
-        if field.metadata.get("added") and getattr(config, field.name) == field.default:
-            del plain[field.name]
+    plain: dict[str, Any] = json.loads(json.dumps(_plain(config)))
     return plain
+
+
+def _plain(value: Any) -> Any:
+    """Return nested configurations as dictionaries, without added fields at their defaults."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {
+        field.name: _plain(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if not field.metadata.get("added") or getattr(value, field.name) != field.default
+    }
 
 
 def _added(default: Any) -> Any:

@@ -44,7 +44,7 @@ def test_what_contradicts_a_folder(tmp_path):
     assert load_transformer(tmp_path / "t", grid=(4, 4), heads=4).config.grid == (4, 4)
     with pytest.raises(InputError, match="trained with grid 4x4, not 5x4; leave `grid` out"):
         load_transformer(tmp_path / "t", grid=(5, 4))
-    with pytest.raises(InputError, match="has 4 heads, not 8"):
+    with pytest.raises(InputError, match="trained with heads 4, not 8"):
         load_transformer(tmp_path / "t", heads=8)
 
 

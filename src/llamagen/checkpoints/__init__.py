@@ -1,4 +1,4 @@
-"""Models from wherever they are: our folders, the package, published .pt files, the hub."""
+"""Models in folders, in the package, in published .pt files and on the hub."""
 
 from llamagen.checkpoints.index import (
     INDEX_NAME,

@@ -1,4 +1,4 @@
-"""Adapters: what fine-tuning with LoRA adds to a transformer, as a folder in peft's format."""
+"""LoRA adapters of a transformer, as folders in peft's format."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 
 @torch.no_grad()
 def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
-    """Adds an adapter's matrices to the weights of the transformer that it was trained on.
+    """Add an adapter's matrices to the weights of the transformer that it was trained on.
 
-    A class table in it, of as many classes as it has, takes the place of the transformer's.
+    A class table in it replaces the transformer's, and may have another number of classes.
 
     Raises:
         FileNotFoundError: the folder or one of its files is missing.
@@ -57,7 +57,7 @@ def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
 
 @torch.no_grad()
 def replace_class_table(transformer: Transformer, table: Tensor) -> None:
-    """Gives a transformer other classes: ``table`` is (classes + 1, D), its last row "no class"."""
+    """Replace the classes: ``table`` is (classes + 1, D), its last row that of "no class"."""
     classes = table.shape[0] - 1
     transformer.config = dataclasses.replace(transformer.config, num_classes=classes)
     condition = transformer.cls_embedding
@@ -69,7 +69,7 @@ def replace_class_table(transformer: Transformer, table: Tensor) -> None:
 
 
 def _check(transformer: Transformer, shapes: dict[str, tuple[int, ...]], source: str) -> None:
-    """Checks that every matrix has its layer, of its size."""
+    """Check that every matrix has a layer of its size."""
     for full_name, shape in shapes.items():
         name = full_name.removeprefix(_PREFIX)
         if name == _CLASS_TABLE:

@@ -1,4 +1,4 @@
-"""The index of a pipeline folder: ``model_index.json``, which says what is in it."""
+"""The index of a pipeline folder, ``model_index.json``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamagen.support.errors import InputError
 
 INDEX_NAME = "model_index.json"
 TEXT_ENCODER_FOLDER = "text_encoder"
-"""Where a pipeline keeps a text encoder of its own."""
+"""Folder of a pipeline's own text encoder."""
 
 _FORMAT = "llamagen-pipeline"
 _FORMAT_VERSION = 1
@@ -26,31 +26,31 @@ _FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineIndex:
-    """What a pipeline folder says about itself."""
+    """Metadata of a pipeline folder."""
 
     name: str
     """The model's name, as images record it."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """Settings for calls that give none."""
     text: TextConfig | None = None
-    """How prompts become text features, if they do."""
+    """Text encoder of a model conditioned on text."""
     llamagen_version: str = dataclasses.field(default_factory=lambda: version("llamagen"))
     """The version that wrote the folder."""
 
 
 def is_pipeline_folder(folder: Path | str) -> bool:
-    """Whether there is a pipeline in ``folder``."""
+    """Return whether ``folder`` holds a pipeline."""
     return (Path(folder) / INDEX_NAME).is_file()
 
 
 def write_index(folder: Path | str, index: PipelineIndex) -> None:
-    """Writes the index of a pipeline folder."""
+    """Write the index of a pipeline folder."""
     values = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **config_to_dict(index)}
     storage.write_json(Path(folder) / INDEX_NAME, values)
 
 
 def read_index(folder: Path | str) -> PipelineIndex:
-    """Reads the index of a pipeline folder.
+    """Read the index of a pipeline folder.
 
     Raises:
         FileNotFoundError: the folder has none.

@@ -1,7 +1,6 @@
-"""What a model is, and what it takes on disk and in memory.
+"""Summary of a model: architecture, size on disk and in memory, settings.
 
-Names and shapes of weights are read, never the weights, so it takes no time. How fast this machine
-draws with it is ``bench.speed``'s business.
+Names and shapes of weights are read, never the weights.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
 import llamagen.checkpoints as checkpoints
+from llamagen.checkpoints.load import public_config
 from llamagen.checkpoints.sources import Part, Source, locate
 from llamagen.config import (
     TOKENIZER_PRESETS,
-    TRANSFORMER_PRESETS,
     Grid,
     SamplingConfig,
     TextConfig,
@@ -50,21 +49,21 @@ class PartSummary:
     """One model of a pipeline, or a model on its own."""
 
     kind: Literal["transformer", "image tokenizer", "text encoder"]
-    parameters: int | None
-    """Number of weights, quantised or not; None for a text encoder that is not on this machine."""
-    disk_bytes: int | None
+    parameters: int | None = None
+    """None for a text encoder that is not on this machine."""
+    disk_bytes: int | None = None
     """Size of its files; None if they are not on this machine."""
-    memory: dict[Precision, int]
-    """Bytes of its weights in each precision that the model it is of can have."""
-    stored_as: str | None
-    """Precision or quantisation of its files; None if they are not on this machine."""
-    config: dict[str, Any]
+    memory: dict[Precision, int] = dataclasses.field(default_factory=dict)
+    """Bytes of its weights in each precision of the whole model."""
+    stored_as: str | None = None
+    """Precision or quantisation of its files; None as for ``disk_bytes``."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Its architecture, as far as it is known."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSummary:
-    """A model of any kind. What does not apply to it, or is not known, is None or empty."""
+    """A model of any kind. Values that do not apply or are not known are None or empty."""
 
     name: str
     parts: tuple[PartSummary, ...]
@@ -73,7 +72,7 @@ class ModelSummary:
     disk_bytes: int | None
     """Of all parts that are on this machine, with what lies beside them; None if none are."""
     memory: dict[Precision, int]
-    """Bytes of the weights of all parts that are known, in each precision that can be had."""
+    """Bytes of the weights of all known parts in each precision."""
     kv_cache: dict[str, int] | None = None
     """Bytes that one image takes with guidance (two sequences), in float32 and bfloat16."""
     grid: Grid | None = None
@@ -83,19 +82,15 @@ class ModelSummary:
     image_size: tuple[int, int] | None = None
     """Height and width in pixels."""
     condition: Literal["class", "text"] | None = None
-    """What images are conditioned on."""
     classes: int | None = None
-    """Number of classes."""
     class_names: tuple[str, ...] = ()
-    """Their names, if they are known."""
     text: TextConfig | None = None
-    """How prompts become text features."""
     sampling: SamplingConfig | None = None
     """Settings for calls that give none."""
 
 
 def describe_model(source: Source) -> ModelSummary:
-    """Describes a model without reading its weights.
+    """Return the summary of a model.
 
     A published model that is not on this machine is described by what is known of it, and not
     downloaded; a hub repository is.
@@ -155,7 +150,7 @@ def describe_model(source: Source) -> ModelSummary:
 
 
 def _alone(name: str, part: PartSummary) -> ModelSummary:
-    """A model that is no pipeline and draws nothing."""
+    """Return the summary of a model that is no pipeline."""
     floats: tuple[Precision, ...] = ("float32", "bfloat16")
     memory = {precision: part.memory[precision] for precision in floats if part.memory}
     return ModelSummary(
@@ -173,14 +168,11 @@ def _name(source: Source) -> str:
 
 
 def _transformer(source: Source) -> tuple[Transformer, PartSummary]:
-    """A transformer without memory, and what is to be said of it."""
+    """Return a transformer on the meta device, and its summary."""
     public, path = _public(source), path_of(source, "transformer")
     if public is not None and path is None:
-        config = dataclasses.replace(
-            TRANSFORMER_PRESETS[public.preset], condition=public.condition, grid=public.grid
-        )
         with torch.device("meta"):
-            model = Transformer(config)
+            model = Transformer(public_config(public))
     else:
         model = checkpoints.load_transformer(source, device="meta")
     config = model.config
@@ -195,7 +187,7 @@ def _transformer(source: Source) -> tuple[Transformer, PartSummary]:
 
 
 def _tokenizer(source: Source) -> tuple[ImageTokenizer, PartSummary]:
-    """An image tokenizer without memory, and what is to be said of it."""
+    """Return an image tokenizer on the meta device, and its summary."""
     public, path = _public(source), path_of(source, "tokenizer")
     if public is not None and path is None:
         with torch.device("meta"):
@@ -213,7 +205,7 @@ def _tokenizer(source: Source) -> tuple[ImageTokenizer, PartSummary]:
 
 
 def _text_encoder(source: str, *, required: bool = False) -> PartSummary:
-    """What is to be said of a text encoder: folder, or hub repository that may be downloaded.
+    """Return the summary of a text encoder: a folder, or a hub repository that may be in the cache.
 
     Raises:
         InputError: a file is damaged, or there are no weights and they are ``required``.
@@ -226,14 +218,7 @@ def _text_encoder(source: str, *, required: bool = False) -> PartSummary:
     if not files:
         if required:
             raise InputError(f"{source} has no weights (*.safetensors); copy or download it again")
-        return PartSummary(
-            kind="text encoder",
-            parameters=None,
-            disk_bytes=None,
-            memory={},
-            stored_as=None,
-            config={},
-        )
+        return PartSummary(kind="text encoder")
     shapes = {name: shape for path in files for name, shape in safetensors_shapes(path).items()}
     if "shared.weight" in shapes:
         shapes.pop("encoder.embed_tokens.weight", None)  # the same weight
@@ -254,20 +239,20 @@ def _text_encoder(source: str, *, required: bool = False) -> PartSummary:
 
 
 def is_text_encoder(path: Path) -> bool:
-    """Whether a folder holds a text encoder of the T5 family."""
+    """Return whether a folder holds a text encoder of the T5 family."""
     file = path / CONFIG_NAME
     return file.is_file() and read_json(file).get("model_type") in _T5_FAMILY
 
 
 def _public(source: Source) -> checkpoints.PublicModel | None:
-    """The published model that ``source`` names, unless it is a path."""
+    """Return the published model that ``source`` names, unless it is a path."""
     if isinstance(source, Path) or Path(source).expanduser().exists():
         return None
     return checkpoints.find_public(source)
 
 
 def path_of(source: Source, part: Part | None = None) -> Path | None:
-    """Where a model is; None for a published one that is not on this machine."""
+    """Return the path of a model; None for a published one that is not on this machine."""
     public = _public(source)
     if public is None:
         return locate(source, part).path
@@ -276,7 +261,7 @@ def path_of(source: Source, part: Part | None = None) -> Path | None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a checkpoint file, or of a model folder's files."""
+    """Return the bytes of a checkpoint file, or of a model folder's files."""
     return _bytes_of([path / CONFIG_NAME, path / WEIGHTS_NAME] if path.is_dir() else [path])
 
 
@@ -294,7 +279,7 @@ def _bytes_of(paths: Iterable[Path]) -> int:
 
 
 def _float_memory(parameters: int) -> dict[Precision, int]:
-    """Of weights that are never quantised."""
+    """Return the memory of weights that are never quantised."""
     half = 2 * parameters
     return {"float32": 4 * parameters, "bfloat16": half, "int8": half}
 
@@ -323,5 +308,5 @@ def _sequence_bytes(model: Transformer, dtype: torch.dtype) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As files and messages call it, "bfloat16"."""
+    """Return the name of a precision, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

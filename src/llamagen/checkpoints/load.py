@@ -1,11 +1,14 @@
-"""Loading either model from wherever it is."""
+"""Loading of either model from a folder, a file or a name.
+
+A checkpoint file has no configuration: it is inferred from the shapes of its weights and from the
+arguments stored with them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,16 +30,18 @@ from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
 
+_log = logging.getLogger(__name__)
+
 
 def load_tokenizer(
     source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ImageTokenizer:
-    """Loads an image tokenizer.
+    """Load an image tokenizer.
 
     Args:
         source: a model folder or the pipeline folder around it, a checkpoint file (.pt,
             .safetensors), a published name such as "vq-16", or a hub repository "owner/name".
-        device: where it goes.
+        device: device of the weights.
         dtype: precision of the weights; None keeps the stored one.
 
     Raises:
@@ -44,7 +49,7 @@ def load_tokenizer(
         InputError: there is no such model, it is another one, it is damaged, or it cannot be
             downloaded.
     """
-    return _tokenizer(_opened(locate(source, "tokenizer")), device, dtype)
+    return _load_tokenizer(locate(source, "tokenizer"), device, dtype)
 
 
 def load_transformer(
@@ -55,22 +60,17 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """Loads a transformer.
+    """Load a transformer; errors as of ``load_tokenizer``, or ``grid`` or ``heads`` contradict it.
 
     Args:
         source: as for ``load_tokenizer``; a published name such as "c2i-L-384".
         grid: rows and columns of codes that a checkpoint file was trained on, if the file does
             not say; without it 16 x 16.
         heads: number of query heads, for a checkpoint file that is of no preset's size.
-        device: where it goes.
+        device: device of the weights.
         dtype: precision of the weights; None keeps the stored one.
-
-    Raises:
-        FileNotFoundError: a file of the folder is missing.
-        InputError: there is no such model, it is another one, it is damaged, it cannot be
-            downloaded, or ``grid`` or ``heads`` contradict it.
     """
-    return _transformer(_opened(locate(source, "transformer")), grid, heads, device, dtype)
+    return _load_transformer(locate(source, "transformer"), grid, heads, device, dtype)
 
 
 def load_model(
@@ -81,42 +81,35 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> ImageTokenizer | Transformer:
-    """Loads whichever of the two models ``source`` is; arguments and errors as for the two."""
-    opened = _opened(locate(source))
-    if opened.kind == ImageTokenizer.kind:
-        return _tokenizer(opened, device, dtype)
-    return _transformer(opened, grid, heads, device, dtype)
+    """Load whichever of the two models ``source`` is; arguments and errors as for the two."""
+    found = locate(source)
+    checkpoint = None if found.path.is_dir() else read_checkpoint(found.path)
+    kind = folder_kind(found.path) if checkpoint is None else checkpoint.kind
+    if kind == ImageTokenizer.kind:
+        return _load_tokenizer(found, device, dtype, checkpoint)
+    return _load_transformer(found, grid, heads, device, dtype, checkpoint)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A model that was found, with what is known of it before its weights are read."""
-
-    folder: Path
-    kind: str
-    checkpoint: Checkpoint | None = None
-    """Instead of a folder, an opened file."""
-    public: PublicModel | None = None
+def public_config(public: PublicModel) -> TransformerConfig:
+    """Return the configuration of a published transformer."""
+    return dataclasses.replace(
+        TRANSFORMER_PRESETS[public.preset], condition=public.condition, grid=public.grid
+    )
 
 
-def _opened(location: Location) -> _Opened:
-    if location.path.is_dir():
-        return _Opened(location.path, folder_kind(location.path))
-    checkpoint = read_checkpoint(location.path)
-    return _Opened(location.path, checkpoint.kind, checkpoint, location.public)
-
-
-def _tokenizer(
-    opened: _Opened, device: torch.device | str, dtype: torch.dtype | None
+def _load_tokenizer(
+    found: Location,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    checkpoint: Checkpoint | None = None,
 ) -> ImageTokenizer:
-    checkpoint = opened.checkpoint
-    if checkpoint is None:
-        return accelerate(ImageTokenizer.from_folder(opened.folder, device=device, dtype=dtype))
-    _require_kind(checkpoint, ImageTokenizer.kind)
-    if opened.public is None:
+    if found.path.is_dir():
+        return accelerate(ImageTokenizer.from_folder(found.path, device=device, dtype=dtype))
+    checkpoint = _of_kind(ImageTokenizer.kind, checkpoint or read_checkpoint(found.path))
+    if found.public is None:
         config = infer_tokenizer_config(checkpoint)
     else:
-        config = TOKENIZER_PRESETS[opened.public.preset]
+        config = TOKENIZER_PRESETS[found.public.preset]
     model = ImageTokenizer.from_tensors(
         config,
         checkpoint.tensors,
@@ -128,27 +121,27 @@ def _tokenizer(
     return accelerate(model)
 
 
-def _transformer(
-    opened: _Opened,
+def _load_transformer(
+    found: Location,
     grid: Grid | None,
     heads: int | None,
     device: torch.device | str,
     dtype: torch.dtype | None,
+    checkpoint: Checkpoint | None = None,
 ) -> Transformer:
-    checkpoint = opened.checkpoint
-    if checkpoint is None:
-        config = Transformer.read_config(opened.folder)
-        _require_same(config, grid, heads, str(opened.folder))
-        return Transformer.from_folder(opened.folder, device=device, dtype=dtype)
-    _require_kind(checkpoint, Transformer.kind)
-    public = opened.public
-    if public is None:
+    given = {"grid": None if grid is None else tuple(grid), "heads": heads}
+    if found.path.is_dir():
+        config = Transformer.read_config(found.path)
+        for name, value in given.items():
+            _agreed(str(found.path), name, value, getattr(config, name))
+        return Transformer.from_folder(found.path, device=device, dtype=dtype)
+    checkpoint = _of_kind(Transformer.kind, checkpoint or read_checkpoint(found.path))
+    if found.public is None:
         config = infer_transformer_config(checkpoint, grid=grid, heads=heads)
     else:
-        config = dataclasses.replace(
-            TRANSFORMER_PRESETS[public.preset], condition=public.condition, grid=public.grid
-        )
-        _require_same(config, grid, heads, public.name)
+        config = public_config(found.public)
+        for name, value in given.items():
+            _agreed(found.public.name, name, value, getattr(config, name))
     return Transformer.from_tensors(
         config,
         checkpoint.tensors,
@@ -159,34 +152,19 @@ def _transformer(
     )
 
 
-def _require_kind(checkpoint: Checkpoint, kind: str) -> None:
+def _of_kind(kind: str, checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.kind != kind:
         raise InputError(
             f"{checkpoint.source} holds another model ({checkpoint.kind}), expected: {kind}"
         )
-
-
-def _require_same(
-    config: TransformerConfig, grid: Grid | None, heads: int | None, source: str
-) -> None:
-    """Checks what the caller says against a configuration that is known."""
-    if grid is not None and tuple(grid) != config.grid:
-        raise InputError(
-            f"{source} was trained with grid {config.grid[0]}x{config.grid[1]}, not "
-            f"{grid[0]}x{grid[1]}; leave `grid` out"
-        )
-    if heads is not None and heads != config.heads:
-        raise InputError(f"{source} has {config.heads} heads, not {heads}; leave `heads` out")
-
-
-_log = logging.getLogger(__name__)
+    return checkpoint
 
 
 def infer_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
-    """The configuration of the image tokenizer in ``checkpoint``, of whatever size.
+    """Return the configuration of the image tokenizer in ``checkpoint``, of any size.
 
-    Whether the codebook is l2-normalised leaves no trace in the shapes: it is, unless the stored
-    arguments say otherwise. Nor does the number of norm groups, which is 32.
+    Shapes do not tell whether the codebook is l2-normalised: it is, unless the stored arguments
+    say otherwise. Nor do they tell the number of norm groups, which is 32.
 
     Raises:
         InputError: a weight that tells the size is missing or has an impossible shape.
@@ -217,31 +195,39 @@ def infer_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
 def infer_transformer_config(
     checkpoint: Checkpoint, *, grid: Grid | None = None, heads: int | None = None
 ) -> TransformerConfig:
-    """The configuration of the transformer in ``checkpoint``, of whatever size.
+    """Return the configuration of the transformer in ``checkpoint``, of any size.
 
     Args:
         checkpoint: the weights.
         grid: rows and columns of codes that it was trained on, which shapes do not tell; by
-            default what the stored arguments say, else 16 x 16.
-        heads: number of query heads, which shapes do not tell either; by default what the stored
-            arguments say, else those of the preset that has these shapes.
+            default those of the stored arguments, else 16 x 16.
+        heads: number of query heads, which shapes do not tell either; by default that of the
+            stored arguments, else of the preset that has these shapes.
 
     Raises:
         InputError: a weight that tells the size is missing or has an impossible shape, ``grid`` or
             ``heads`` contradict the stored arguments, or nothing tells the number of heads.
     """
+    source, arguments = checkpoint.source, checkpoint.arguments
     dim = _size(checkpoint, "tok_embeddings.weight", 1)
     layers = _count(checkpoint, r"layers\.(\d+)\.")
     ffn_dim = _size(checkpoint, "layers.0.feed_forward.w1.weight", 0)
-    heads = _agreed(checkpoint, "heads", heads, _recorded_heads(checkpoint, dim))
+    heads = _agreed(source, "heads", heads, _recorded_heads(arguments, dim))
     if heads is None:
-        heads = _preset_heads(checkpoint, dim, layers, ffn_dim)
-    grid = _agreed(checkpoint, "grid", grid, _recorded_grid(checkpoint.arguments))
+        sizes = (dim, layers, ffn_dim)
+        presets = TRANSFORMER_PRESETS.values()
+        heads = next((p.heads for p in presets if (p.dim, p.layers, p.ffn_dim) == sizes), None)
+    if heads is None:
+        raise InputError(
+            f"{source}: {layers} layers of width {dim} are no preset, and the number of heads "
+            f"cannot be read from shapes; give it with `heads`"
+        )
+    grid = _agreed(source, "grid", grid, _recorded_grid(arguments))
     if grid is None:
         grid = TransformerConfig().grid
         _log.warning(
             "%s does not say what grid it was trained on; assuming %s (give another with `grid`)",
-            checkpoint.source,
+            source,
             _shown(grid),
         )
     kv_heads = _kv_heads(checkpoint, dim, heads)
@@ -256,7 +242,7 @@ def infer_transformer_config(
         "qk_norm": "layers.0.attention.q_norm.weight" in checkpoint.shapes,
         **_condition(checkpoint),
     }
-    return config_from_dict(TransformerConfig, values, checkpoint.source)
+    return config_from_dict(TransformerConfig, values, source)
 
 
 def _condition(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -276,7 +262,7 @@ def _condition(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
-    """Key and value heads, from the rows of the fused projection: heads + 2 kv_heads of them."""
+    """Return the key and value heads: the fused projection has heads + 2 kv_heads of them."""
     rows = _size(checkpoint, "layers.0.attention.wqkv.weight", 0)
     if dim >= heads >= 1 and dim % heads == 0:
         total, rest = divmod(rows, dim // heads)
@@ -289,24 +275,13 @@ def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
     )
 
 
-def _recorded_heads(checkpoint: Checkpoint, dim: int) -> int | None:
-    """Heads that the stored arguments tell, by a number or by a preset's name such as GPT-B."""
-    heads = checkpoint.arguments.get("n_head")
+def _recorded_heads(arguments: Any, dim: int) -> int | None:
+    """Return the heads that stored arguments tell, by a number or a preset's name (GPT-B)."""
+    heads = arguments.get("n_head")
     if isinstance(heads, int):
         return heads
-    name = str(checkpoint.arguments.get("gpt_model", "")).removeprefix("GPT-")
-    known = TRANSFORMER_PRESETS.get(name)
+    known = TRANSFORMER_PRESETS.get(str(arguments.get("gpt_model", "")).removeprefix("GPT-"))
     return known.heads if known is not None and known.dim == dim else None
-
-
-def _preset_heads(checkpoint: Checkpoint, dim: int, layers: int, ffn_dim: int) -> int:
-    for known in TRANSFORMER_PRESETS.values():
-        if (known.dim, known.layers, known.ffn_dim) == (dim, layers, ffn_dim):
-            return known.heads
-    raise InputError(
-        f"{checkpoint.source}: {layers} layers of width {dim} are no preset, and the number of "
-        f"heads cannot be read from shapes; give it with `heads`"
-    )
 
 
 def _recorded_grid(arguments: Any) -> Grid | None:
@@ -316,14 +291,14 @@ def _recorded_grid(arguments: Any) -> Grid | None:
     return None
 
 
-def _agreed(checkpoint: Checkpoint, name: str, given: Any, recorded: Any) -> Any:
-    """What the caller or the stored arguments say, which must not differ if both do."""
-    if given is not None and recorded is not None and given != recorded:
+def _agreed(source: str, name: str, given: Any, known: Any) -> Any:
+    """Return the caller's value or the known one, which must not differ if there are both."""
+    if given is not None and known is not None and given != known:
         raise InputError(
-            f"{checkpoint.source} was trained with {name} {_shown(recorded)}, not {_shown(given)}; "
-            f"leave `{name}` out"
+            f"{source} was trained with {name} {_shown(known)}, not {_shown(given)}; leave "
+            f"`{name}` out"
         )
-    return recorded if given is None else given
+    return known if given is None else given
 
 
 def _shown(value: Any) -> str:
@@ -331,7 +306,7 @@ def _shown(value: Any) -> str:
 
 
 def _size(checkpoint: Checkpoint, name: str, axis: int) -> int:
-    """Length of one axis of a weight."""
+    """Return the length of one axis of a weight."""
     shape = checkpoint.shapes.get(name)
     if shape is None or len(shape) <= axis or shape[axis] < 1:
         found = "is missing" if shape is None else f"has shape {shape}"
@@ -340,7 +315,7 @@ def _size(checkpoint: Checkpoint, name: str, axis: int) -> int:
 
 
 def _count(checkpoint: Checkpoint, pattern: str) -> int:
-    """Number of modules in a list: how many indices ``pattern`` captures.
+    """Return the number of modules in a list: of the indices that ``pattern`` captures.
 
     If some are left out, the weights of the last are missing from the model that is then expected.
     """

@@ -1,9 +1,9 @@
-"""Checkpoint files of any origin: recognised by what they hold, never by their name.
+"""Checkpoint files of any origin, recognised by their content, never by their name.
 
 A .pt file of the published training keeps its weights under "model" (DDP), "module" (DeepSpeed),
 "state_dict", "ema", or is itself their dictionary (FSDP). torch.compile and DDP put prefixes in
-front of the names. Next to the weights may stand an optimizer, counters and the arguments of the
-training, of which the arguments are kept: they say what shapes cannot.
+front of the names. Of what else is in the file (optimizer, counters), only the training's arguments
+are kept: they tell what shapes do not.
 """
 
 from __future__ import annotations
@@ -27,21 +27,34 @@ from llamagen.models.pretrained import NamedTensors, read_safetensors, safetenso
 from llamagen.support.errors import InputError
 
 ZIP_MAGIC = b"PK\x03\x04"
-"""What torch.save's files begin with."""
+"""Start of torch.save's files."""
 PICKLE_MAGIC = b"\x80"
-"""What they began with before torch 1.6."""
+"""Their start before torch 1.6."""
+
+_HOLDERS = ("model", "module", "state_dict", "ema")
+"""Keys of the weights, first choice first. The published code reads an image tokenizer from its
+moving average if there is one, a transformer never."""
+
+_MARKS: dict[Kind, re.Pattern[str]] = {
+    "image tokenizer": re.compile(r"(encoder|decoder)\.conv_blocks\.\d+\."),
+    "transformer": re.compile(r"layers\.\d+\.attention\.wqkv\."),
+}
+"""Names that no other architecture in use has."""
+
+_NOT_WEIGHTS = ("quantize.codebook_used",)
+"""A running statistic of the published training."""
 
 
 def load_pickle(path: Path, *, mapped: bool) -> Any:
-    """What torch.save wrote to ``path``, on the CPU.
+    """Load what torch.save wrote, on the CPU.
 
     Nothing but tensors, plain containers, numbers, strings and ``argparse.Namespace`` is built;
     no code of the file runs.
 
     Args:
         path: the file.
-        mapped: leave tensors in the file until they are looked at; only files that begin with
-            ``ZIP_MAGIC`` can do that.
+        mapped: leave tensors in the file until they are read, which only files that begin with
+            ``ZIP_MAGIC`` can do.
 
     Raises:
         InputError: the file is damaged, or asks for anything else.
@@ -73,10 +86,10 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Frees the memory that a tensor of a mapped file takes; read again, it comes from the file.
+    """Free the memory of a tensor of a mapped file; it is read from the file again if need be.
 
-    Pages of a mapping that were looked at stay in memory until the mapping ends, so that a file
-    read from one end to the other would take its whole size. Where there is no madvise, it does.
+    Pages of a mapping that were read stay in memory until the mapping ends, up to the whole file.
+    Without madvise, on other systems than Linux, they do.
 
     Only for tensors of ``load_pickle(..., mapped=True)`` that nobody has written to: anything but
     an unchanged part of a file would be lost.
@@ -92,37 +105,23 @@ def release_pages(tensor: Tensor) -> None:
         advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-_HOLDERS = ("model", "module", "state_dict", "ema")
-"""Where weights stand, first choice first. The published code reads an image tokenizer from its
-moving average if there is one, a transformer never."""
-
-_MARKS: dict[Kind, re.Pattern[str]] = {
-    "image tokenizer": re.compile(r"(encoder|decoder)\.conv_blocks\.\d+\."),
-    "transformer": re.compile(r"layers\.\d+\.attention\.wqkv\."),
-}
-"""Names that no other architecture in use has."""
-
-_NOT_WEIGHTS = ("quantize.codebook_used",)
-"""A running statistic of the published training."""
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A file with the weights of one of the two models, not read yet."""
+    """An opened file with the weights of one of the two models."""
 
     source: str
-    """Where it comes from, for error messages."""
+    """For error messages."""
     kind: Kind
     shapes: Mapping[str, tuple[int, ...]]
     """Shape of every weight, under the names that the models use."""
     arguments: Mapping[str, Any]
-    """What the training was called with, as far as the file says."""
+    """Arguments of the training, if the file has them."""
     tensors: NamedTensors
-    """The weights themselves; can be gone through once."""
+    """The weights, read as they are iterated over, once."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Opens a .pt, .safetensors or other file with weights; no weight is read.
+    """Open a .pt, .safetensors or other file with weights; no weight is read.
 
     Raises:
         FileNotFoundError: no such file.
@@ -148,6 +147,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _from_safetensors(path: Path) -> Checkpoint:
     shapes = safetensors_shapes(path)
     names = _clean_names(shapes, str(path))
+    name_of = {stored: name for name, stored in names.items()}
     kind = _kind_of(names)
     if kind is None:
         raise _neither(path, shapes)
@@ -156,12 +156,8 @@ def _from_safetensors(path: Path) -> Checkpoint:
         kind=kind,
         shapes={name: shapes[stored] for name, stored in names.items()},
         arguments={},
-        tensors=_renamed(read_safetensors(path), {v: k for k, v in names.items()}),
+        tensors=((name_of[old], read) for old, read in read_safetensors(path) if old in name_of),
     )
-
-
-def _renamed(tensors: NamedTensors, names: Mapping[str, str]) -> NamedTensors:
-    return ((names[stored], read) for stored, read in tensors if stored in names)
 
 
 def _from_pickle(path: Path, *, mapped: bool) -> Checkpoint:
@@ -182,17 +178,20 @@ def _from_pickle(path: Path, *, mapped: bool) -> Checkpoint:
     kind, weights = next(iter(found.values()))
     if "ema" in found and kind == "image tokenizer":
         kind, weights = found["ema"]
+    arguments = content.get("args")
+    if isinstance(arguments, argparse.Namespace):
+        arguments = vars(arguments)
     return Checkpoint(
         source=str(path),
         kind=kind,
         shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
-        arguments=_arguments(content.get("args")),
+        arguments=arguments if isinstance(arguments, Mapping) else {},
         tensors=_handed_over(weights, mapped=mapped),
     )
 
 
 def _weights(content: object, source: str) -> dict[str, Tensor]:
-    """The tensors of a dictionary, under clean names; empty if there are none."""
+    """Return the tensors of a dictionary by clean names; empty if there are none."""
     if not isinstance(content, Mapping):
         return {}
     stored = {
@@ -204,10 +203,9 @@ def _weights(content: object, source: str) -> dict[str, Tensor]:
 
 
 def _clean_names(stored: Iterable[str], source: str) -> dict[str, str]:
-    """Weights' names without what wrappers add -> the stored names.
+    """Return stored names of weights by their names without the prefixes of wrappers.
 
-    torch.compile's ``_orig_mod.`` stands in front of whatever was compiled, DDP's ``module.`` in
-    front of the whole; either may be wrapped in the other.
+    torch.compile's ``_orig_mod.`` may be anywhere, DDP's ``module.`` at the start or behind it.
     """
     names: dict[str, str] = {}
     for old in stored:
@@ -243,16 +241,10 @@ def _neither(path: Path, content: Mapping[Any, Any]) -> InputError:
     )
 
 
-def _arguments(args: object) -> dict[str, Any]:
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
-    return dict(args) if isinstance(args, Mapping) else {}
-
-
 def _handed_over(
     weights: dict[str, Tensor], *, mapped: bool
 ) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Each weight in turn, forgotten once the next is asked for."""
+    """Yield each weight, and drop it once the next is asked for."""
     for name in list(weights):
         tensor = weights.pop(name)
         yield name, lambda tensor=tensor: tensor  # type: ignore[misc]

@@ -1,4 +1,8 @@
-"""What people call a model, and where it is: a folder, a file, a name, a repository."""
+"""Finding a model by a folder, a file, a name or a hub repository; downloads if need be.
+
+Progress, retries and the environment variables HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE of downloads
+are huggingface_hub's own.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ from llamagen.support.labels import Labels
 
 
 def download_file(repo: str, file: str) -> Path:
-    """Downloads one file, unless it is in the cache.
+    """Download one file, unless it is in the cache.
 
     Raises:
         InputError: no such repository or file, no access to it, no network and no copy.
@@ -41,7 +45,7 @@ def download_file(repo: str, file: str) -> Path:
 
 
 def download_folder(repo: str, part: str | None = None) -> Path:
-    """Downloads a model or pipeline folder: what is needed of it, unless it is in the cache.
+    """Download the necessary files of a model or pipeline folder, unless they are in the cache.
 
     Args:
         repo: "owner/name".
@@ -94,7 +98,7 @@ class Location:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineSource:
-    """Where the parts of a pipeline are."""
+    """Locations of the parts of a pipeline."""
 
     name: str
     """The pipeline's name, as images record it."""
@@ -106,17 +110,17 @@ class PipelineSource:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """Settings for calls that give none."""
     text: TextConfig | None = None
-    """How prompts become text features, if that is known."""
+    """Text encoder, if it is known."""
     folder: Path | None = None
     """The pipeline folder, if it is one."""
 
 
 def locate(source: Source, part: Part | None = None) -> Location:
-    """Finds a model, and downloads it if it is not on this machine.
+    """Find a model, and download it if it is not on this machine.
 
     Args:
-        source: what to look for.
-        part: which of the two models is wanted; without it either may be found, but not both.
+        source: see ``Source``.
+        part: the model that is wanted; without it either of the two, but no pipeline.
 
     Raises:
         InputError: there is no such model, or it is the wrong one, or it cannot be downloaded.
@@ -136,7 +140,7 @@ def locate(source: Source, part: Part | None = None) -> Location:
 
 
 def resolve_pipeline(source: Source) -> PipelineSource:
-    """Finds the parts of a pipeline, as far as ``source`` tells; no model is loaded yet.
+    """Find the parts of a pipeline; no model is loaded.
 
     A hub repository is downloaded, a published file is not. The source of a lone transformer
     gives a pipeline without an image tokenizer.
@@ -169,7 +173,7 @@ def resolve_pipeline(source: Source) -> PipelineSource:
 
 
 def folder_kind(folder: Path) -> str:
-    """The kind of model that a model folder says it holds.
+    """Return the kind of model in a model folder.
 
     Raises:
         FileNotFoundError: it has no configuration.
@@ -179,7 +183,7 @@ def folder_kind(folder: Path) -> str:
 
 
 def _path(source: Source) -> Path:
-    """Where ``source`` is if it is a path, or a model that comes with the package.
+    """Return the path of ``source``, or of the model in the package that it names.
 
     A folder without a model does not hide a model of its name: the data that one was trained on is
     often called the same.
@@ -222,7 +226,7 @@ def _only_a_tokenizer(source: Source) -> InputError:
 
 
 def _model_folder(folder: Path, part: Part | None, source: str) -> Path:
-    """The folder of one model: ``folder`` or, if it is a pipeline, the one in it."""
+    """Return the folder of one model: ``folder`` or, if that is a pipeline, the one in it."""
     if is_pipeline_folder(folder):
         if part is None:
             raise InputError(
@@ -244,7 +248,7 @@ def _model_folder(folder: Path, part: Part | None, source: str) -> Path:
 
 
 def _repo_id(source: Source) -> str:
-    """``source``, if it can be nothing but a hub repository."""
+    """Return ``source`` as the name of a hub repository, if it can be nothing else."""
     text = str(source)
     path = Path(text)
     # Whoever has the first folder of a path meant the path.

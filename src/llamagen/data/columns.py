@@ -1,87 +1,25 @@
-"""Columns of a table: those of images, labels and captions."""
+"""Columns of a table with images, labels and captions; classes from labels."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from llamagen.data.captions import Captions, captions_of
 from llamagen.support.errors import InputError
-
-_MAX_CLASSES = 1_000_000
-
-
-def sort_names(names: set[str]) -> list[str]:
-    """Sort names of classes: alphabetically, but numbers by their value."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
-
-
-def classes_of(
-    values: Sequence[Any], where: str, *, class_names: Sequence[str] | None = None
-) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return labels and class names for a column of labels.
-
-    Integers are labels already, of classes named "0", "1" and so on; anything else is the name of
-    a class.
-
-    Args:
-        values: one per image.
-        where: their table, for messages.
-        class_names: the classes there may be; by default those that occur.
-
-    Returns:
-        A label of each image, and the names of all classes.
-
-    Raises:
-        InputError: a value is missing, a number is negative or too large, or a class is none of
-            ``class_names``.
-    """
-    missing = next((i for i, value in enumerate(values) if value is None or value == ""), None)
-    if missing is not None:
-        raise InputError(f"row {missing} of {where} has no label; give it one or remove the row")
-    if all(_is_number(value) for value in values):
-        labels = [int(value) for value in values]
-        count = max(labels, default=0) + 1 if class_names is None else len(class_names)
-        if count > _MAX_CLASSES:
-            raise InputError(f"{where} has the label {count - 1}; is it a label at all?")
-        for row, label in enumerate(labels):
-            if not 0 <= label < count:
-                raise InputError(
-                    f"row {row} of {where} has the label {label}, but the classes are 0 to "
-                    f"{count - 1}"
-                )
-        return tuple(labels), tuple(class_names or map(str, range(count)))
-    names = [str(value) for value in values]
-    classes = tuple(sort_names(set(names)) if class_names is None else class_names)
-    index = {name: label for label, name in enumerate(classes)}
-    for row, name in enumerate(names):
-        if name not in index:
-            raise InputError(
-                f"row {row} of {where} has the class {name!r}, which the training images do not "
-                f"have; rename it or remove the row"
-            )
-    return tuple(index[name] for name in names), classes
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.removeprefix("-").isdecimal()
-    return isinstance(value, int) and not isinstance(value, bool)
-
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_NAMES = ("label", "labels", "class", "class_name", "cls", "fine_label")
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt", "description")
 FILE_NAMES = ("file_name", "file", "filename", "path", "image")
+_MAX_CLASSES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """Columns and part of a data set that is more than a folder of classes."""
+    """Columns and split of a data set."""
 
     split: str = "train"
     """Split of a hub data set, or of a folder with Parquet or tar files, to train on or encode;
@@ -129,6 +67,62 @@ class SourceConfig:
             raise InputError("caption_separator is empty; give a character, or leave it out")
 
 
+def sort_names(names: set[str]) -> list[str]:
+    """Sort names of classes: alphabetically, but numbers by their value."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def classes_of(
+    values: Sequence[Any], where: str, *, class_names: Sequence[str] | None = None
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the label of each image, and the names of all classes, from a column of labels.
+
+    Integers are labels of classes named "0", "1" and so on; other values are names of classes.
+
+    Args:
+        values: one per image.
+        where: the table, for messages.
+        class_names: the allowed classes; by default those that occur.
+
+    Raises:
+        InputError: a value is missing, a number is negative or too large, or a class is none of
+            ``class_names``.
+    """
+    missing = next((i for i, value in enumerate(values) if value is None or value == ""), None)
+    if missing is not None:
+        raise InputError(f"row {missing} of {where} has no label; give it one or remove the row")
+    if all(_is_number(value) for value in values):
+        labels = [int(value) for value in values]
+        count = max(labels, default=0) + 1 if class_names is None else len(class_names)
+        if count > _MAX_CLASSES:
+            raise InputError(f"{where} has the label {count - 1}; is it a label at all?")
+        for row, label in enumerate(labels):
+            if not 0 <= label < count:
+                raise InputError(
+                    f"row {row} of {where} has the label {label}, but the classes are 0 to "
+                    f"{count - 1}"
+                )
+        return tuple(labels), tuple(class_names or map(str, range(count)))
+    names = [str(value) for value in values]
+    classes = tuple(sort_names(set(names)) if class_names is None else class_names)
+    index = {name: label for label, name in enumerate(classes)}
+    for row, name in enumerate(names):
+        if name not in index:
+            raise InputError(
+                f"row {row} of {where} has the class {name!r}, which the training images do not "
+                f"have; rename it or remove the row"
+            )
+    return tuple(index[name] for name in names), classes
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.removeprefix("-").isdecimal()
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def find_column(
     kind: str, wanted: str | None, known: Sequence[str], columns: Sequence[str], where: str
 ) -> str | None:
@@ -147,7 +141,7 @@ def find_column(
 
 
 def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) -> dict[str, float]:
-    """Return the columns of captions there are, and the weight of each.
+    """Return the columns of captions, and the weight of each.
 
     Raises:
         InputError: one that was asked for is not there.
@@ -162,12 +156,8 @@ def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) ->
     return dict(zip(names, weights, strict=True))
 
 
-class Annotations(NamedTuple):
-    """Labels and captions of the images of a table."""
-
-    labels: tuple[int, ...] | None
-    class_names: tuple[str, ...]
-    captions: tuple[Captions, ...] | None
+Annotations = tuple[tuple[int, ...] | None, tuple[str, ...], tuple[Captions, ...] | None]
+"""Labels, names of their classes, and captions of the images of a table; None without columns."""
 
 
 def read_annotations(
@@ -183,13 +173,13 @@ def read_annotations(
     """Return the labels and captions of a table.
 
     Args:
-        values: returns those of a column.
-        columns: their names.
-        config: which of them to take.
+        values: returns the values of a column.
+        columns: names of the columns.
+        config: the columns to use.
         where: the table, for messages.
-        labelled: take classes, if there is a column of them.
-        known_labels: names that a column of labels may have, the likeliest first.
-        class_names: the classes there may be; by default those that occur.
+        labelled: use the column of labels, if there is one.
+        known_labels: default names of that column, first choice first.
+        class_names: the allowed classes; by default those that occur.
 
     Raises:
         InputError: a column is not there, or a label is missing or out of range.
@@ -207,4 +197,4 @@ def read_annotations(
         captions = tuple(
             captions_of(dict(zip(weights, row, strict=True)), weights, separator) for row in rows
         )
-    return Annotations(labels, names, captions)
+    return labels, names, captions

@@ -1,4 +1,4 @@
-"""Images from folders: finding the files, reading any common format, listing unreadable ones."""
+"""Collections of images; folders of images; reading of image files in any common format."""
 
 from __future__ import annotations
 
@@ -21,6 +21,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from llamagen.data.captions import Captions
 from llamagen.data.columns import sort_names
 from llamagen.support.errors import InputError
+
+EXTENSIONS = frozenset(
+    {
+        *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
+        *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+    }
+)
+"""Suffixes of image files, in any case."""
+
+_log = logging.getLogger(__name__)
+
+DECODING_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""Raised by Pillow's decoders on damaged files."""
+
+_WHITE = (255, 255, 255, 255)
 
 
 class ImageCollection(abc.ABC):
@@ -68,9 +94,8 @@ class ImageCollection(abc.ABC):
         return part
 
     def split(self, fraction: float) -> tuple[Self, Self]:
-        """Hold a part of the images out; return the rest and the part.
+        """Return the images to train on and those held out, chosen by their keys.
 
-        The choice depends on the images' keys only, so every stage of training holds out the same.
         At least one image is held out if ``fraction`` is above 0, and one is kept.
         """
         rest, part = split_keys(list(self._keys()), fraction)
@@ -93,7 +118,8 @@ class ImageCollection(abc.ABC):
 
 def split_keys(keys: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
     """Return the indices of the keys that are not held out, and of those that are."""
-    wanted = held_out_count(len(keys), fraction)
+    count = len(keys)
+    wanted = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
     digests = [hashlib.sha256(key_bytes(key)).digest() for key in keys]
     by_hash = sorted(range(len(keys)), key=digests.__getitem__)
     return sorted(by_hash[wanted:]), sorted(by_hash[:wanted])
@@ -105,41 +131,9 @@ def spread(count: int, limit: int) -> list[int]:
     return [i * count // kept for i in range(kept)]
 
 
-def held_out_count(count: int, fraction: float) -> int:
-    """Return how many of ``count`` images a fraction of them is; neither none nor all."""
-    return min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
-
-
 def key_bytes(key: str) -> bytes:
     """Return a key as bytes; names of files need not be valid text."""
     return key.encode("utf-8", "surrogateescape")
-
-
-EXTENSIONS = frozenset(
-    {
-        *(".avif", ".bmp", ".gif", ".jfif", ".jpeg", ".jpg"),
-        *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-    }
-)
-"""Of file names of images, in any case."""
-
-_log = logging.getLogger(__name__)
-
-DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""Raised by Pillow's decoders on damaged files."""
-
-_WHITE = (255, 255, 255, 255)
 
 
 class CorruptImageError(InputError):

@@ -1,4 +1,4 @@
-"""Codes that are made when they are read, instead of being stored.
+"""Sources of codes that are not stored: of images encoded on demand, and in memory.
 
 Shapes: N images, rows x columns codes.
 """
@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from llamagen.backends.cpu.convolution import accelerate
-from llamagen.config import Grid, TransformerConfig
+from llamagen.config import Grid
 from llamagen.data.captions import Captions
 from llamagen.data.images import ImageCollection, SkippedFiles
 from llamagen.data.loader import ReadableImages
-from llamagen.data.store import CodeStore
+from llamagen.data.store import CodeSourceBase, CodeStore
 from llamagen.data.views import Views
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.errors import InputError
@@ -29,8 +29,8 @@ _THREADS = 4
 """Threads that read images, unless more are asked for."""
 
 
-class LiveCodes:
-    """As ``CodeStore``, of images that are read and encoded again each time."""
+class LiveCodes(CodeSourceBase):
+    """Source of codes, with the interface of ``CodeStore``, that encodes images on demand."""
 
     def __init__(
         self,
@@ -42,15 +42,15 @@ class LiveCodes:
         workers: int = 0,
         encoder: ImageTokenizer | None = None,
     ) -> None:
-        """Create the source; nothing is read yet.
+        """Prepare; nothing is read.
 
         Args:
-            tokenizer: identifies the codes.
-            images: to encode.
-            views: of which each image has one encoded at a time.
-            skipped: lists damaged files.
+            tokenizer: tokenizer that identifies the codes.
+            images: images to encode.
+            views: views of an image; one at a time is encoded.
+            skipped: list of damaged files.
             workers: threads that read images.
-            encoder: the tokenizer in another precision, to encode with.
+            encoder: the same tokenizer in the precision to encode with.
         """
         self._encoder = accelerate(encoder or tokenizer)
         self._images = images
@@ -73,7 +73,7 @@ class LiveCodes:
 
     @property
     def damaged(self) -> int:
-        """Number of images that were found damaged so far."""
+        """Number of damaged images found so far."""
         return len(self._source.damaged)
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
@@ -81,16 +81,8 @@ class LiveCodes:
         captions = self._images.captions
         return None if captions is None else [captions[index] for index in indices]
 
-    def skipped(self) -> list[tuple[str, str]]:
-        """Return nothing: damaged files are listed when they are read."""
-        return []
-
-    def check_fits(self, config: TransformerConfig) -> None:
-        """Check nothing: the transformer is made for these codes."""
-        del config
-
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images, with the next that can be read in place of each that cannot.
+        """Return these images, each unreadable one replaced by the next readable one.
 
         Raises:
             InputError: none can be read.
@@ -119,8 +111,8 @@ class LiveCodes:
 
 
 @dataclasses.dataclass(frozen=True)
-class MemoryCodes:
-    """As ``CodeStore``, of codes in memory."""
+class MemoryCodes(CodeSourceBase):
+    """Source of codes, with the interface of ``CodeStore``, in memory."""
 
     codes: np.ndarray
     """(N, views, rows, columns) integers."""
@@ -147,21 +139,9 @@ class MemoryCodes:
         """See ``CodeStore.rows``."""
         return self.codes[indices, views]
 
-    def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images."""
-        return indices
-
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
         """See ``CodeStore.captions``."""
         return None if self.texts is None else [self.texts[index] for index in indices]
-
-    def skipped(self) -> list[tuple[str, str]]:
-        """Return nothing."""
-        return []
-
-    def check_fits(self, config: TransformerConfig) -> None:
-        """Check nothing."""
-        del config
 
 
 CodeSource = CodeStore | LiveCodes | MemoryCodes

@@ -1,4 +1,7 @@
-"""Batches of images, read and cropped in this process or in workers, with the same result.
+"""Batches of images, and the order in which training reads its data.
+
+The order is a pure function of seed and step: a run that stopped after step n resumes with
+``batch(n)``. The number of worker processes does not change the batches.
 
 Shapes: B images, V views of an image, H x W pixels.
 """

@@ -1,4 +1,8 @@
-"""Opening images by the name of their source, of any kind."""
+"""Sources of images of any kind, and tables of images and of prompts.
+
+A folder of images may have a table, metadata.csv or metadata.jsonl, in the convention of the hub's
+image folders: a column ``file_name`` with paths relative to the table, and any others.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,11 @@ from llamagen.data.columns import FILE_NAMES, SourceConfig, find_column, read_an
 from llamagen.data.images import ImageCollection, ImageFolder
 from llamagen.support.errors import InputError
 
+TABLES = ("metadata.csv", "metadata.jsonl")
+"""Names of the tables of a folder."""
+_REST = "more"
+"""Key of a row's fields beyond those of the header."""
+
 
 def open_images(
     source: str | Path,
@@ -30,11 +39,11 @@ def open_images(
         source: a folder of images, with a subfolder for each class or a table (metadata.csv or
             metadata.jsonl) or neither; such a table; Parquet or WebDataset tar files, as one
             file, a pattern or a folder; or a data set on the hub, "hf:owner/name".
-        config: its columns, and the part of it.
-        split: instead of that of ``config``.
-        labelled: take classes, if there are any.
-        class_names: the classes there may be, for images that belong to others (validation); by
-            default those that are there.
+        config: columns and split.
+        split: replaces that of ``config``.
+        labelled: use the classes, if there are any.
+        class_names: the allowed classes, for images that belong to others (validation); by
+            default those that occur.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
@@ -89,12 +98,6 @@ def is_library_source(source: str | Path) -> bool:
     return False
 
 
-TABLES = ("metadata.csv", "metadata.jsonl")
-"""Names of the tables of a folder."""
-_REST = "more"
-"""Name of the fields that a row has beyond the header's."""
-
-
 def read_table(path: Path, *, text_column: str = "text") -> list[dict[str, Any]]:
     """Return the rows of a table.
 
@@ -135,8 +138,8 @@ def open_table(
     Args:
         table: CSV with a header, or JSON lines.
         config: names of the columns.
-        labelled: take classes, if there is a column for them.
-        class_names: the classes there may be; by default those that occur.
+        labelled: use the classes, if there is a column of them.
+        class_names: the allowed classes; by default those that occur.
 
     Raises:
         InputError: the table is empty or damaged, has no column of file names, names files that

@@ -1,7 +1,7 @@
-"""The store of codes: a folder of shards that is read piece by piece, however large it is.
+"""The store of codes: an artifact (``llamagen.support.artifact``) with shards of images as pieces.
 
-An artifact (``llamagen.support.artifact``) whose pieces are shards of images: an array
-``shard-00000.npy`` of codes and ``shard-00000.json`` about its images. ``extraction`` makes it.
+``shard-00000.npy`` has the codes of the images, ``shard-00000.json`` their labels, captions and so
+on. ``extraction`` makes it.
 
 Shapes: N images, V views of an image, rows x columns codes.
 """
@@ -37,43 +37,43 @@ SKIPPED_NAME = "skipped.txt"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreViews:
-    """The views that every image of a store was encoded in."""
+    """Views of every image that were encoded."""
 
     kind: str
-    """As in ``Views``, or "published" for codes that came in the published layout."""
+    """As in ``Views``, or "published" for codes imported from the published layout."""
     count: int
     height: int
-    """Pixels that were encoded."""
+    """In pixels."""
     width: int
     ranges: tuple[float, ...] = ()
-    """Enlargements that crops were cut from, if there are several views to each."""
+    """Enlargements that five or ten crops were cut from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StorePlan:
-    """Settings of a store: all that is known before its first shard is written."""
+    """Settings of a store."""
 
     tokenizer_fingerprint: str
     tokenizer_config: TokenizerConfig
     grid: Grid
     codebook_size: int
     dtype: str
-    """Of the codes: uint16, or uint32 for codebooks beyond 65536."""
+    """Of the codes: uint16, or uint32 for more than 65536 codes."""
     precision: str
-    """That the images were encoded with."""
+    """Of the tokenizer when it encoded the images."""
     views: StoreViews
     source_digest: str
     """Changes if an image is added, removed or renamed, or its label or caption changes."""
     source_images: int
-    """Image files, whether they can be read or not."""
+    """Image files, readable or not."""
     shard_size: int
-    """Image files to a shard; those that cannot be read are missing in it."""
+    """Image files of a shard, of which it has the readable ones."""
     labelled: bool
     captioned: bool
     class_names: tuple[str, ...]
     """Empty if labels have no names."""
     batch_size: int
-    """Views encoded at once. Changes nothing but rounding, so it may differ."""
+    """Views encoded at once. It changes rounding only, so it may differ."""
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "batch_size", "source_images"):
@@ -84,20 +84,19 @@ class StorePlan:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Content of a complete store."""
+    """Settings and content of a complete store."""
 
     plan: StorePlan
     images: int
-    """Images that were encoded."""
     skipped: int
-    """Image files that could not be read."""
+    """Unreadable image files."""
     shards: tuple[int, ...]
-    """Images of each shard."""
+    """Number of images of each."""
     class_names: tuple[str, ...]
     codes_used: int
-    """Different codes that occur."""
+    """Number of different codes that occur."""
     llamagen: str
-    """Version of the program that finished the store."""
+    """Version that finished the store."""
 
     def __post_init__(self) -> None:
         expected = math.ceil(self.plan.source_images / self.plan.shard_size)
@@ -110,16 +109,16 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardInfo:
-    """Everything about the images of a shard but their codes."""
+    """Everything but the codes of a shard's images."""
 
     keys: tuple[str, ...]
-    """Path of each image within its folder."""
+    """Names of the images, such as paths within their folder."""
     labels: tuple[int, ...] | None
     captions: tuple[Captions, ...] | None
     skipped: tuple[tuple[str, str], ...]
-    """Path of each file that could not be read, and why."""
+    """Path of each unreadable file, and the reason."""
     used: str
-    """Codes that occur: one bit each, as hexadecimal digits."""
+    """One bit for each code, set if it occurs, in hexadecimal."""
 
 
 def shard_content(
@@ -131,7 +130,7 @@ def shard_content(
     captions: Sequence[Captions] | None,
     skipped: Sequence[tuple[str, str]],
 ) -> Mapping[str, Any]:
-    """Return the files of a shard: codes (n, V, rows, columns), and what belongs to its images."""
+    """Return the content of a shard's files; codes are (n, V, rows, columns)."""
     used = np.zeros(plan.codebook_size, dtype=bool)
     used[codes] = True
     info = ShardInfo(
@@ -145,16 +144,11 @@ def shard_content(
 
 
 def read_shard_info(artifact: Artifact, shard: int) -> ShardInfo:
-    """Return what belongs to the images of a shard.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        InputError: it is damaged, or belongs to another store.
-    """
+    """Read the metadata of a shard; errors as of ``Artifact.read_json``."""
     values = artifact.read_json(shard)
     labels, captions = values.get("labels"), values.get("captions")
     try:
-        # By hand: checking the type of every entry would take seconds for a million images.
+        # config_from_dict would take seconds for a million images.
         return ShardInfo(
             keys=tuple(values["keys"]),
             labels=None if labels is None else tuple(map(operator.index, labels)),
@@ -172,7 +166,7 @@ def read_shard_info(artifact: Artifact, shard: int) -> ShardInfo:
 
 
 def check_codes(artifact: Artifact, shard: int, *, images: int) -> None:
-    """Check header and size of a shard's array; see ``Artifact.check_npy``."""
+    """Check a shard's array; see ``Artifact.check_npy``."""
     plan = artifact.settings
     shape = (images, plan["views"]["count"], *plan["grid"])
     artifact.check_npy(shard, shape, plan["dtype"])
@@ -201,23 +195,41 @@ FORMAT = Format(
 
 
 def store_artifact(folder: Path | str, settings: Settings) -> Artifact:
-    """Return the artifact of a store, by the plan as plain values."""
+    """Return the artifact of a store; ``settings`` is a ``StorePlan`` as plain values."""
     items, piece_size = settings["source_images"], settings["shard_size"]
     return Artifact(folder, FORMAT, settings, items=items, piece_size=piece_size)
 
 
-class CodeStore:
-    """Codes, labels and captions of images, read from the disk when they are asked for."""
+class CodeSourceBase:
+    """Defaults of a source of codes whose images are all readable and fit the transformer."""
+
+    def readable(self, indices: np.ndarray) -> np.ndarray:
+        """Return these images, each unreadable one replaced by a readable one."""
+        return indices
+
+    def skipped(self) -> list[tuple[str, str]]:
+        """Return the path of each unreadable file, and the reason."""
+        return []
+
+    def check_fits(self, config: TransformerConfig) -> None:
+        """Check that a transformer can be trained on these codes.
+
+        Raises:
+            InputError: codebook, grid or labels are not those of ``config``.
+        """
+
+
+class CodeStore(CodeSourceBase):
+    """Codes, labels and captions of images, read from the disk on demand."""
 
     def __init__(self, artifact: Artifact, manifest: Manifest) -> None:
-        """A store that has been checked: use ``open``."""
+        """See ``open``, which checks the files."""
         self.folder = artifact.folder
         self.manifest = manifest
         self.identity = artifact.identity
-        """Changes if images, views or tokenizer do."""
+        """Depends on images, views and tokenizer."""
         self._artifact = artifact
         self._ends = np.cumsum(manifest.shards)
-        self._maps: dict[int, np.ndarray] = {}
         self._captions: CaptionTable | None = None
 
     @classmethod
@@ -241,8 +253,8 @@ class CodeStore:
         return self.manifest.images
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapping would be sent to another process with all its content.
-        return {**self.__dict__, "_maps": {}, "_captions": None}
+        # A memory map would be sent to another process with all its content.
+        return {**self.__dict__, "_captions": None}
 
     @property
     def views(self) -> int:
@@ -256,12 +268,12 @@ class CodeStore:
 
     @property
     def codebook_size(self) -> int:
-        """Codes that the tokenizer has."""
+        """Number of codes of the tokenizer."""
         return self.manifest.plan.codebook_size
 
     @property
     def codebook_usage(self) -> float:
-        """Share of the tokenizer's codes that occur, from 0 to 1."""
+        """Fraction of the tokenizer's codes that occur."""
         return self.manifest.codes_used / self.codebook_size
 
     @property
@@ -270,14 +282,11 @@ class CodeStore:
         return self.manifest.class_names
 
     def rows(self, indices: np.ndarray, views: np.ndarray | int = 0) -> np.ndarray:
-        """Return codes of one view each of some images; nothing else is read.
+        """Return codes (B, rows, columns) of one view each of some images.
 
         Args:
-            indices: (B,) which images.
-            views: (B,) which view of each; one number for all alike.
-
-        Returns:
-            (B, rows, columns) of the store's dtype.
+            indices: (B,) images.
+            views: (B,) the view of each, or one for all.
 
         Raises:
             IndexError: there is no such image or view.
@@ -290,10 +299,8 @@ class CodeStore:
         return codes
 
     def shard(self, index: int) -> np.ndarray:
-        """Return a whole shard (n, V, rows, columns) as a read-only mapping of its file."""
-        if index not in self._maps:
-            self._maps[index] = np.load(self._artifact.path(index, ".npy"), mmap_mode="r")
-        return self._maps[index]
+        """Return the codes (n, V, rows, columns) of a shard as a read-only memory map."""
+        return self._artifact.array(index)
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
@@ -307,7 +314,8 @@ class CodeStore:
         parts = [np.empty(0, dtype=np.int64)]
         classes = len(self.class_names)
         for shard, images in enumerate(self.manifest.shards):
-            labels = np.array(self._info(shard).labels or (), dtype=np.int64)
+            info = read_shard_info(self._artifact, shard)
+            labels = np.array(info.labels or (), dtype=np.int64)
             reason = None
             if len(labels) != images:
                 reason = f"it has {len(labels)} labels for {images} images"
@@ -321,12 +329,8 @@ class CodeStore:
             parts.append(labels)
         return np.concatenate(parts)
 
-    def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images: those that could not be read are in no store."""
-        return indices
-
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
-        """Return the captions of some images; None for images without captions.
+        """Return the captions of some images; None for a store without captions.
 
         Raises:
             IndexError: there is no such image.
@@ -350,13 +354,14 @@ class CodeStore:
         wanted = np.asarray(indices, dtype=np.int64)
         found = np.empty(len(wanted), dtype=object)
         for shard, chosen, within in self._by_shard(wanted):
-            found[chosen] = np.array(self._info(shard).keys, dtype=object)[within]
+            found[chosen] = np.array(read_shard_info(self._artifact, shard).keys, dtype=object)[
+                within
+            ]
         return found.tolist()
 
     def skipped(self) -> list[tuple[str, str]]:
-        """Return the path of each file that could not be read, and why."""
-        shards = range(len(self.manifest.shards))
-        return [entry for shard in shards for entry in self._info(shard).skipped]
+        """See ``CodeSourceBase``."""
+        return [entry for info in _infos(self._artifact) for entry in info.skipped]
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Check that the codes are those of a tokenizer, by its fingerprint.
@@ -373,11 +378,7 @@ class CodeStore:
             )
 
     def check_fits(self, config: TransformerConfig) -> None:
-        """Check that a transformer can learn these codes.
-
-        Raises:
-            InputError: codebook, grid or labels are not those of ``config``.
-        """
+        """See ``CodeSourceBase``."""
         if self.codebook_size != config.codebook_size:
             raise InputError(
                 f"the codes in {self.folder} come from a tokenizer with {self.codebook_size} codes "
@@ -405,15 +406,8 @@ class CodeStore:
                 f"classes (0 to {config.num_classes - 1}); raise `num_classes` or leave it out"
             )
 
-    def _info(self, shard: int) -> ShardInfo:
-        return read_shard_info(self._artifact, shard)
-
     def _by_shard(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Return for each shard with some of the images: itself, which of them, their rows in it.
-
-        Raises:
-            IndexError: there is no such image.
-        """
+        """Return each shard that has some of the images, their positions, and rows in the shard."""
         _check_range(indices, len(self), "image")
         shards = np.searchsorted(self._ends, indices, side="right")
         starts = self._ends - np.array(self.manifest.shards)
@@ -425,13 +419,10 @@ class CodeStore:
 
 
 def finish_store(artifact: Artifact) -> CodeStore | None:
-    """Complete a store if all shards are there; several processes may do so at once.
-
-    Returns:
-        The store; None if shards of other processes are missing.
+    """Write the manifest, and return the store; None if shards of other processes are missing.
 
     Raises:
-        InputError: not one image could be read.
+        InputError: no image is readable.
     """
     if not artifact.is_done():
         return None
@@ -456,7 +447,7 @@ def finish_store(artifact: Artifact) -> CodeStore | None:
         lines = [f"{file}\t{reason}\n" for file, reason in skipped]
         storage.write_text(artifact.folder / SKIPPED_NAME, "".join(lines))
     if plan.captioned:
-        # One table beside the shards: training reads captions of images in any order.
+        # Outside the shards: training reads captions of images in any order.
         captions = (each for info in _infos(artifact) for each in info.captions or ())
         write_captions(artifact.folder, captions)
     results = Manifest(

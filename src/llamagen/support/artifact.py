@@ -1,13 +1,13 @@
-"""A folder of files that is made piece by piece: by several processes, resumed after a kill.
+"""Folders that are made piece by piece, by several processes, and resumed after a kill.
 
-Stores of codes and of text features, an evaluation's samples and features, and folders of images
-are all artifacts. Each has a ``Format`` (names and wording) and settings (JSON):
+Stores of codes and of text features, samples and features of evaluations, and folders of images
+are artifacts. Each has a ``Format`` (names and wording) and settings (JSON):
 
     plan.json        format, version and settings: written first, never changed
-    shard-00000.*    the files of piece 0; the last of them is written last and says "done"
+    shard-00000.*    the files of piece 0, in a fixed order: with the last one the piece is done
     manifest.json    the settings again, and results: written once all pieces are done
 
-To make one, or go on with one::
+To make one, or to resume::
 
     artifact = Artifact(folder, FORMAT, settings, items=1000, piece_size=256)
     artifact.rank, artifact.world_size = distributed.rank(), distributed.world_size()
@@ -18,11 +18,11 @@ To make one, or go on with one::
 
 ``make_piece(items, advance)`` gets the range of items of a piece and returns the content of its
 files by suffix: an array for .npy, named arrays for .npz, an object for .json, bytes for others.
-An artifact whose files do not fit this scheme calls only ``begin`` and writes them itself.
+Folders of other files, such as images, only use ``begin``.
 
-Every file appears whole (``storage.atomic_file``). Pieces go to processes by number, so they need
-not talk to one another. ``begin`` refuses a folder that holds something else, was begun with other
-settings, or that another run is working in.
+Every file appears whole (``storage.atomic_file``). Processes share the pieces by number, without
+communication. ``begin`` refuses a folder that holds something else, was begun with other settings,
+or is in use by another run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from llamagen.support.storage import read_json
 Settings = Mapping[str, Any]
 """Values that JSON can hold."""
 Advance = Callable[[int], object]
-"""Takes the number of items that are newly done, as ``tqdm.update`` does."""
+"""Called with the number of items newly done, such as ``tqdm.update``."""
 MakePiece = Callable[[range, Advance], Mapping[str, Any]]
 
 
@@ -58,36 +58,36 @@ class Format:
     """Names and wording of one kind of artifact."""
 
     name: str
-    """In the files, to recognise them."""
+    """Written into the files, to recognise them."""
     version: int
     noun: str
-    """In messages: "store of codes"."""
+    """The artifact in messages: "store of codes"."""
     command: str = "the same command"
-    """What makes the folder, in messages."""
+    """Command that makes it, in messages."""
     settings_name: str = "plan.json"
     manifest_name: str = "manifest.json"
     piece_name: str = "shard"
     suffixes: tuple[str, ...] = (".npy", ".json")
-    """Of the files of a piece, in the order in which they are written."""
+    """Suffixes of the files of a piece, in the order in which they are written."""
     other_files: tuple[str, ...] = ()
     """Patterns of further files that belong to the artifact."""
     free: tuple[str, ...] = ()
-    """Settings that may differ when work goes on; those of the first run stay."""
+    """Settings that may differ when work is resumed; those of the first run are kept."""
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Settings in words, the most telling first: {"fingerprint": "another text encoder"}."""
+    """Settings in words, the most important first: {"fingerprint": "another text encoder"}."""
     has_header: bool = True
-    """Whether all folders name format and version; some of the first edition's do not."""
+    """Whether all folders name format and version; older ones of some formats do not."""
     check: Callable[[Artifact, int], object] | None = None
     """Raises InputError if a piece is damaged, beyond a file that is missing."""
 
     def is_in(self, folder: Path | str) -> bool:
-        """Return whether a folder holds an artifact by its files' names, complete or not."""
+        """Return whether a folder holds an artifact, complete or not, by the names of its files."""
         names = (self.settings_name, self.manifest_name)
         return any((Path(folder) / name).is_file() for name in names)
 
 
 class Artifact:
-    """One such folder."""
+    """An artifact in a folder."""
 
     def __init__(
         self,
@@ -100,29 +100,34 @@ class Artifact:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Name the folder; nothing is read or written.
+        """Prepare; nothing is read or written.
 
         Args:
-            folder: where it is or will be.
-            form: its kind.
-            settings: everything that decides what the pieces hold.
-            items: what the pieces divide, such as images.
+            folder: existing or new.
+            form: kind of artifact.
+            settings: everything that determines the content of the pieces.
+            items: number of items, such as images.
             piece_size: items of a piece.
-            rank: number of this process: it makes every ``world_size``-th piece.
+            rank: number of this process, which makes every ``world_size``-th piece.
             world_size: processes of the run.
         """
         self.folder = Path(folder)
         self.form = form
         self.settings: Settings = json.loads(json.dumps(settings))
-        """Those on the disk, once the artifact was begun."""
+        """Those on the disk, after ``begin``."""
         self.items = items
         self.piece_size = piece_size
         self.rank = rank
         self.world_size = world_size
+        self._arrays: dict[int, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be sent to another process with all its content.
+        return {**self.__dict__, "_arrays": {}}
 
     @property
     def identity(self) -> str:
-        """Short text that changes with every setting that is not free."""
+        """Short text that depends on every setting that is not free."""
         values = {name: v for name, v in self.settings.items() if name not in self.form.free}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -147,13 +152,13 @@ class Artifact:
         missing: Settings | None = None,
         timeout: float = 1.0,
     ) -> Iterator[None]:
-        """Write the settings or find the same ones; hold the folder's lock during the block.
+        """Write or compare the settings; hold the folder's lock during the block.
 
         Args:
-            overwrite: delete an artifact of this format that has other settings. None where the
-                caller does not offer that.
-            missing: values of settings, nested as they are, that older folders do not have.
-            timeout: seconds to wait for another run in the folder; ``math.inf`` for any time.
+            overwrite: delete an artifact of this format with other settings. None where callers
+                have no such option.
+            missing: values, nested like the settings, of those that older folders lack.
+            timeout: seconds to wait for another run in the folder; may be ``math.inf``.
 
         Raises:
             InputError: the folder holds something else, was begun with other settings, is in use,
@@ -180,11 +185,10 @@ class Artifact:
             yield
 
     def same_text(self, name: str, text: str, words: str) -> None:
-        """Write a text file that belongs to the settings, or find the same one.
+        """Write or compare a text file that belongs to the settings.
 
         Raises:
-            InputError: it is there with other content; ``words`` say what that means, as in "other
-                prompts".
+            InputError: its content differs; ``words`` is the reason, such as "other prompts".
         """
         path = self.folder / name
         if not path.is_file():
@@ -196,14 +200,7 @@ class Artifact:
             )
 
     def make(self, make_piece: MakePiece, advance: Advance | None = None) -> int:
-        """Make the pieces of this process that are not done; a damaged one is made again.
-
-        Args:
-            make_piece: makes the content of a piece's files.
-            advance: is called with the number of items newly done.
-
-        Returns:
-            The number of items that were made.
+        """Make the pieces of this process that are missing or damaged; return the items made.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
@@ -216,7 +213,7 @@ class Artifact:
         return made
 
     def progress_bar(self, description: str, unit: str, *, shown: bool = True) -> tqdm[NoReturn]:
-        """Return a bar over the items of this process that starts at those that are done."""
+        """Return a progress bar over the items of this process, including those done before."""
         sizes = {piece: len(self.items_of(piece)) for piece in self._own()}
         return tqdm(
             total=sum(sizes.values()),
@@ -247,7 +244,7 @@ class Artifact:
         """Write the manifest; several processes may do so at once."""
         path = self.folder / self.form.manifest_name
         _write(path, {"plan": self.settings, **results}, self.form)
-        # Every piece is done, so these belong to nobody.
+        # Left behind by killed processes.
         _remove(self.folder.glob(f".{self.form.piece_name}-*.tmp"))
 
     def is_done(self) -> bool:
@@ -255,7 +252,7 @@ class Artifact:
         return all(self.is_piece_done(piece) for piece in range(len(self)))
 
     def is_piece_done(self, piece: int) -> bool:
-        """Return whether the files of a piece are there and whole."""
+        """Return whether the files of a piece are complete."""
         try:
             self.check(piece)
         except (InputError, FileNotFoundError):
@@ -305,6 +302,12 @@ class Artifact:
             raise self.damaged(path, f"it belongs to another {self.form.noun}")
         return values
 
+    def array(self, piece: int) -> np.ndarray:
+        """Return the array of a piece's .npy file as a read-only memory map."""
+        if piece not in self._arrays:
+            self._arrays[piece] = np.load(self.path(piece, ".npy"), mmap_mode="r")
+        return self._arrays[piece]
+
     def check_npy(self, piece: int, shape: tuple[int, ...], dtype: str) -> None:
         """Check header and size of a piece's .npy file; its content is not read.
 
@@ -344,7 +347,7 @@ class Artifact:
             ) from error
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return rows of an array of the .npz files that has one row for each item.
+        """Return rows, one per item, of an array of the .npz files.
 
         Raises:
             InputError: a piece is missing or damaged.
@@ -357,7 +360,7 @@ class Artifact:
         return np.concatenate(parts)
 
     def damaged(self, path: Path, reason: object) -> InputError:
-        """Return the error about a file that cannot be used."""
+        """Return the error for a damaged file."""
         shown = " ".join(str(reason).split())
         return InputError(
             f"{path} is damaged ({shown}); delete it and run {self.form.command} again: only that "
@@ -393,12 +396,12 @@ class Artifact:
             )
 
     def _write_settings(self) -> None:
-        """Write the settings, unless another process of the run was faster."""
+        """Write the settings, unless another process of the run has done so."""
         path = self.folder / self.form.settings_name
         staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         _write(staging, self.settings, self.form)
         try:
-            # Unlike a renaming, this fails if the file exists.
+            # Unlike renaming, this fails if the file exists.
             os.link(staging, path)
         except FileExistsError:
             pass
@@ -409,7 +412,7 @@ class Artifact:
             staging.unlink(missing_ok=True)
 
     def _changes(self, missing: Settings | None) -> str:
-        """Return in words how the settings differ from those on the disk; "" if they do not."""
+        """Return the differences to the settings on the disk, in words; "" if there are none."""
         form = self.form
         found = _filled(_read(self.folder / form.settings_name, form), missing or {})
         before, now = _flat(json.loads(json.dumps(found))), _flat(self.settings)
@@ -429,15 +432,15 @@ class Artifact:
         return f"{form.words.get(known, 'other settings')} ({'; '.join(pairs)})"
 
     def _delete(self, changes: str) -> None:
-        """Remove an artifact of other settings, and nothing else that may lie in its folder."""
+        """Remove an artifact of other settings, but no other files in its folder."""
         folder, form = self.folder, self.form
         if self.world_size > 1:
             raise InputError(
                 f"the {form.noun} in {folder} was begun with {changes}, and several processes "
                 f"cannot overwrite it; delete the folder first"
             )
-        # The manifest first, the settings last: what a kill leaves is no complete artifact, but
-        # is still recognised as one.
+        # The manifest first, the settings last: after a kill, the rest is still recognised as an
+        # incomplete artifact.
         (folder / form.manifest_name).unlink(missing_ok=True)
         for suffix in form.suffixes[::-1]:
             _remove(folder.glob(f"{form.piece_name}-*{suffix}"))
@@ -471,10 +474,7 @@ def read_manifest(folder: Path | str, form: Format) -> tuple[Settings, Settings]
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-    """Write an array as ``np.save`` does, but say why when the disk is full.
-
-    numpy's own writing reports a number of elements, and loses the cause.
-    """
+    """Write an array as ``np.save`` does, which hides the cause of an error such as a full disk."""
     array = np.ascontiguousarray(array)
     with path.open("wb") as file:
         header = np.lib.format.header_data_from_array_1_0(array)
@@ -487,7 +487,7 @@ def _write(path: Path, values: Settings, form: Format) -> None:
 
 
 def _read(path: Path, form: Format) -> dict[str, Any]:
-    """Return what ``_write`` wrote, once format and version are checked."""
+    """Read the content that ``_write`` wrote, and check format and version."""
     values = read_json(path)
     if "format" not in values and not form.has_header:
         return values
@@ -505,7 +505,7 @@ def _read(path: Path, form: Format) -> dict[str, Any]:
 
 
 def _filled(values: Settings, missing: Settings) -> dict[str, Any]:
-    """Return settings with those that are missing, on every level that is there."""
+    """Return settings with the missing ones added at every level that exists."""
     filled = {**missing, **values}
     for name, value in filled.items():
         if isinstance(value, Mapping) and isinstance(missing.get(name), Mapping):

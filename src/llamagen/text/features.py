@@ -1,9 +1,8 @@
-"""The store of text features: an encoder's output for captions, at their true lengths.
+"""The store of text features: an encoder's output for captions, without padding.
 
-An artifact (``llamagen.support.artifact``) whose pieces are shards of captions: their features one
-after another, bfloat16 as 16-bit integers, and where each caption's end. Features are found by
-their caption, so the store needs no order of images, and a caption that occurs twice is encoded
-once.
+An artifact (``llamagen.support.artifact``) with shards of captions as pieces: ``shard-00000.npy``
+has their concatenated features, bfloat16 as int16, ``shard-00000.json`` the end of each caption's.
+Features are found by their caption, so a caption that occurs twice is encoded once.
 
 Shapes: N captions, L tokens of a caption, W width of a feature.
 """
@@ -31,41 +30,40 @@ from llamagen.text.encoder import TOKENS_AT_ONCE, TextEncoder
 _INDEX_NAME = "index.npy"
 
 SHARD_SIZE = 8192
-"""Captions to a shard; of 20 tokens of width 2048 each they take 671 MB."""
+"""Captions of a shard: 671 MB if each has 20 tokens of width 2048."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextPlan:
-    """Settings of a store: all that is known before its first shard is written."""
+    """Settings of a store."""
 
     text: TextConfig
-    """How captions were prepared."""
     fingerprint: str
     """Of the encoder and its preparation of captions."""
     width: int
     captions: int
-    """Different captions."""
+    """Number of different captions."""
     captions_digest: str
     shard_size: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextManifest:
-    """Content of a complete store."""
+    """Settings and content of a complete store."""
 
     plan: TextPlan
     tokens: int
-    """Features in all."""
+    """Number of features."""
     longest: int
     """Features of the longest caption."""
     empty: int
-    """Captions that were empty once cleaned; they have no features."""
+    """Captions that are empty after cleaning and have no features."""
     llamagen: str
-    """Version of the program that finished the store."""
+    """Version that finished the store."""
 
 
 def _ends(artifact: Artifact, shard: int) -> np.ndarray:
-    """Return where the features of each caption of a shard end, once the files are checked.
+    """Check the files of a shard; return the end of each caption's features.
 
     Raises:
         FileNotFoundError: one of them is missing.
@@ -104,17 +102,17 @@ def _artifact(folder: Path | str, settings: Settings) -> Artifact:
 
 
 class TextStore:
-    """Features of captions, read from the disk when they are asked for."""
+    """Features of captions, read from the disk on demand."""
 
     def __init__(self, artifact: Artifact, manifest: TextManifest, index: np.ndarray) -> None:
-        """A store that has been checked: use ``open``."""
+        """See ``open``, which checks the files."""
         self.folder = artifact.folder
         self.manifest = manifest
         self.identity = artifact.identity
-        """Changes with the captions and their encoder."""
+        """Depends on the captions and their encoder."""
         self._artifact = artifact
         self._keys, self._positions = index["key"], index["place"]
-        self._shards: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._ends: dict[int, np.ndarray] = {}
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -166,26 +164,22 @@ class TextStore:
 
     def _caption(self, position: int) -> Tensor:
         shard, row = divmod(position, self._artifact.piece_size)
-        if shard not in self._shards:
-            array = np.load(self._artifact.path(shard, ".npy"), mmap_mode="r")
-            self._shards[shard] = array, _ends(self._artifact, shard)
-        array, ends = self._shards[shard]
+        if shard not in self._ends:
+            self._ends[shard] = _ends(self._artifact, shard)
+        ends = self._ends[shard]
         start = int(ends[row - 1]) if row else 0
-        return torch.from_numpy(np.array(array[start : int(ends[row])])).view(torch.bfloat16)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A mapping would be sent to another process with all its content.
-        return {**self.__dict__, "_shards": {}}
+        rows = self._artifact.array(shard)[start : int(ends[row])]
+        return torch.from_numpy(np.array(rows)).view(torch.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextExtraction:
-    """Result of a call."""
+    """Result of ``extract_text``."""
 
     store: TextStore | None
-    """None if other processes have not finished their shards yet."""
+    """None if other processes have not finished their shards."""
     captions: int
-    """Captions that this call encoded."""
+    """Number of captions that this call encoded."""
     seconds: float
 
 
@@ -203,11 +197,11 @@ def extract_text(
     """Encode captions into a store; shards that are there are kept.
 
     Args:
-        encoder: makes the features.
-        captions: as they are, not cleaned; those that occur again count once.
+        encoder: text encoder.
+        captions: not cleaned; may have duplicates.
         out: folder of the store; new, empty, or begun with the same arguments.
-        shard_size: captions to a shard.
-        tokens_at_once: tokens that are encoded at once.
+        shard_size: captions of a shard.
+        tokens_at_once: tokens of a batch.
         rank: this process makes every ``world_size``-th shard, from this one on.
         world_size: processes that work on the store.
         progress: show a bar, if there is a terminal.
@@ -268,7 +262,7 @@ def _encode(
 
 
 def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:
-    """Write index and manifest if all shards are there; several processes may do so at once."""
+    """Write index and manifest, if all shards are done."""
     if not artifact.is_done():
         return None
     shards = range(len(artifact))
@@ -291,7 +285,7 @@ def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:
 
 
 def _key(caption: str) -> int:
-    """Return 64 bits for a caption: two of 50 million agree with a chance of 1 in 15,000."""
+    """Return a 64-bit hash: 50 million captions collide with a probability of 1 in 15,000."""
     digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
