@@ -17,7 +17,6 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -28,16 +27,16 @@ import numpy as np
 import torch
 
 from llamagen.backends.cpu.convolution import accelerate
-from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
+from llamagen.config import config_from_dict
 from llamagen.data.images import ImageCollection
 from llamagen.data.loader import image_views
 from llamagen.data.store import (
-    CodeStore,
+    SHARD_SIZE,
+    Extraction,
     StorePlan,
     StoreViews,
-    finish_store,
+    make_store,
     shard_content,
-    store_artifact,
 )
 from llamagen.data.views import Views
 from llamagen.generation.memory import decoding_batch_size
@@ -46,25 +45,10 @@ from llamagen.support.artifact import Advance, Artifact, MakePiece
 from llamagen.support.devices import find_device, keep_freed_memory
 from llamagen.support.errors import InputError
 
-SHARD_SIZE = 4096
-"""Images to a shard; twenty views of 256 codes each are then 42 MB."""
 _CPU_BATCH = 16
 """Larger batches gain nothing on a CPU."""
-_MISSING = {"tokenizer_config": config_to_dict(TokenizerConfig())}
-"""Fields of the tokenizer that are newer than a store."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """Result of a call."""
-
-    store: CodeStore | None
-    """None if other processes have not finished their shards yet."""
-    images: int
-    """Image files that this call went through; those of shards that were there do not count."""
-    seconds: float
 
 
 def extract_store(
@@ -84,30 +68,30 @@ def extract_store(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Extraction:
-    """Encode all views of all images that can be read; shards that are there are kept.
+    """Encode all views of all readable images into a store; existing shards are kept.
 
     Args:
-        tokenizer: with its weights in float32, by which it is known.
-        images: with or without labels.
-        views: what is encoded of each image.
+        tokenizer: tokenizer, with weights in float32, of which its fingerprint is made.
+        images: images, with or without labels.
+        views: views of each image.
         out: folder of the store; new, empty, or begun with the same arguments.
-        shard_size: images to a shard.
+        shard_size: images of a shard.
         batch_size: views encoded at once; by default as many as fit into memory.
-        workers: processes that read images for each that encodes.
+        workers: processes that read images, for each process that encodes.
         dtype: precision to encode with.
-        compiled: let torch.compile fuse what it can: half a minute to begin with, then faster for
-            small tokenizers and on a GPU.
-        processes: processes that this one starts to encode. On CUDA devices they take turns; on a
-            CPU they share the threads.
-        rank: this process makes every ``world_size``-th shard, from this one on.
-        world_size: processes that work on the store without being started here.
-        overwrite: delete a store of other images, views, or tokenizer first.
-        progress: show a bar, if there is a terminal.
+        compiled: use torch.compile: it takes half a minute, and makes small tokenizers faster on a
+            GPU.
+        processes: processes to start for encoding. CUDA devices are assigned to them in turn; on
+            a CPU they share the threads.
+        rank: number of this process, which makes every ``world_size``-th shard.
+        world_size: processes that work on the store and were not started here.
+        overwrite: delete a store of other images, views or tokenizer first.
+        progress: show a progress bar on a terminal.
 
     Raises:
         InputError: the folder holds something else, the size does not fit the tokenizer, or no
-            image can be read.
-        ChildProcessError: a process died, as for want of memory; the others were ended.
+            image is readable.
+        ChildProcessError: a process died, for example out of memory; the others were ended.
         OSError: the disk is full, or an image file cannot be reached.
     """
     if processes < 1:
@@ -116,30 +100,28 @@ def extract_store(
     sharing = math.ceil(max(processes, world_size) / devices)
     job = _Job(tokenizer, images, views, workers, dtype, compiled)
     plan = job.plan(shard_size, batch_size, processes=sharing)
-    artifact = store_artifact(out, config_to_dict(plan))
-    artifact.rank, artifact.world_size = rank, world_size
-    with (
-        artifact.begin(overwrite=overwrite, missing=_MISSING),
-        artifact.progress_bar("encoding", "image", shown=progress) as bar,
-    ):
-        start = time.perf_counter()
-        batch_size = batch_size or artifact.settings["batch_size"]
+
+    def make(artifact: Artifact, advance: Advance) -> int:
+        size = batch_size or artifact.settings["batch_size"]
         if processes > 1:
-            count = _make_in_processes(processes, job, artifact, batch_size, bar.update)
-        else:
-            count = artifact.make(job.shard_maker(artifact, batch_size), bar.update)
-        seconds = time.perf_counter() - start
-        return Extraction(store=finish_store(artifact), images=count, seconds=seconds)
+            return _make_in_processes(processes, job, artifact, size, advance)
+        return artifact.make(job.shard_maker(artifact, size), advance)
 
-
-def code_dtype(codebook_size: int) -> str:
-    """Return the narrowest unsigned integers that all codes fit into."""
-    return "uint16" if codebook_size <= 2**16 else "uint32"
+    return make_store(
+        plan,
+        out,
+        make,
+        description="encoding",
+        rank=rank,
+        world_size=world_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One extraction, as it is sent to the processes that share it."""
+    """An extraction, to be sent to the processes that share it."""
 
     tokenizer: ImageTokenizer
     images: ImageCollection
@@ -152,8 +134,8 @@ class _Job:
         """Return the settings of the store; ``processes`` share the memory."""
         if self.tokenizer.dtype != torch.float32:
             raise InputError(
-                f"the tokenizer's weights are {self.tokenizer.dtype}, but it is known by those in "
-                f"float32; load it so, and name the precision of encoding (`dtype`)"
+                f"the tokenizer's weights are {self.tokenizer.dtype}, expected float32; load it "
+                f"so, and give the precision to encode with as `dtype`"
             )
         config = self.tokenizer.config
         grid = config.grid_of(self.views.height, self.views.width)
@@ -164,12 +146,9 @@ class _Job:
             if self.tokenizer.device.type == "cpu":
                 fitting = min(fitting, _CPU_BATCH)
             batch_size = max(1, fitting // processes)
-        return StorePlan(
-            tokenizer_fingerprint=self.tokenizer.fingerprint(),
-            tokenizer_config=config,
+        return StorePlan.of(
+            self.tokenizer,
             grid=grid,
-            codebook_size=config.codebook_size,
-            dtype=code_dtype(config.codebook_size),
             precision=str(self.dtype).removeprefix("torch."),
             views=StoreViews(
                 kind=self.views.kind,
@@ -249,7 +228,7 @@ def _make_in_processes(
 ) -> int:
     device = job.tokenizer.device.type
     gpus = torch.cuda.device_count() if device == "cuda" else 0
-    # Through the memory of the CPU: a device's cannot be handed to every kind of process.
+    # In the CPU's memory: that of a device cannot be sent to every kind of process.
     job = dataclasses.replace(job, tokenizer=copy.deepcopy(job.tokenizer).cpu())
     threads = max(1, torch.get_num_threads() // processes)
     arguments = []
@@ -274,7 +253,7 @@ def _child(
     device: str,
     threads: int,
 ) -> None:
-    """Make some shards; send counts, or the exception that ended it."""
+    """Make some shards; send the numbers of images done, or an exception."""
     become_child(threads)
     try:
         job.tokenizer.to(find_device(device))
@@ -284,7 +263,7 @@ def _child(
 
 
 def source_digest(images: ImageCollection) -> str:
-    """Return a short text that changes with the names, labels and captions of images."""
+    """Return a short text that depends on the names, labels and captions of images."""
     whole = hashlib.sha256(images.digest().encode())
     whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
     return whole.hexdigest()[:16]
@@ -293,12 +272,10 @@ def source_digest(images: ImageCollection) -> str:
 def run_children(
     target: Callable[..., None], arguments: Sequence[tuple[Any, ...]]
 ) -> Generator[int, None, None]:
-    """Run ``target`` in a process for each of ``arguments``; yield their reports.
+    """Run ``target`` in a process for each of ``arguments``; yield the integers that they send.
 
-    Its first argument is a connection, through which it sends integers, or the exception that ended
-    it. It should begin with ``become_child``.
-
-    If one fails or dies, the others are ended.
+    Its first argument is a connection, through which it sends integers or an exception. It should
+    call ``become_child`` first. If one process fails or dies, the others are ended.
     """
     context = multiprocessing.get_context("spawn")
     children: dict[Connection, SpawnProcess] = {}
@@ -308,7 +285,7 @@ def run_children(
             child = context.Process(target=target, args=(theirs, *values))
             child.start()
             children[ours] = child
-            # The child's copy is then the only one: when it dies, reading ends.
+            # With the child's copy as the only one, reading ends when the child dies.
             theirs.close()
         running = set(children)
         while running:
@@ -337,7 +314,7 @@ def _check_end(child: SpawnProcess) -> None:
         number = child.exitcode or 0
         cause = f"signal {signal.Signals(-number).name}" if number < 0 else f"status {number}"
         if number == -signal.SIGKILL:
-            cause += ", most often out of memory"
+            cause += ", probably out of memory"
         raise ChildProcessError(
             f"a process of the extraction ended ({cause}); run the same command again, "
             f"it goes on where it stopped"
@@ -354,7 +331,7 @@ def become_child(threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End with the parent: otherwise a process whose parent was killed would go on for hours."""
+    """End when the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import logging
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,41 +17,37 @@ import numpy as np
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
-from llamagen.config import config_to_dict
-from llamagen.data.extraction import SHARD_SIZE, Extraction, code_dtype
 from llamagen.data.store import (
+    SHARD_SIZE,
     CodeStore,
+    Extraction,
     StorePlan,
     StoreViews,
-    finish_store,
+    make_store,
     shard_content,
-    store_artifact,
 )
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.support.artifact import Advance, write_npy
+from llamagen.support.artifact import Advance, Artifact, write_npy
 from llamagen.support.errors import InputError
 
 _log = logging.getLogger(__name__)
 
 
 def export_published(store: CodeStore, root: Path | str, *, name: str | None = None) -> int:
-    """Write a store in the published layout, one .npy per image.
+    """Write a store in the published layout, one .npy per image; return the number of images.
 
     ``<root>/<name>_codes/N.npy`` holds the codes of image N, int64 of shape (1, V, codes), or
-    (1, codes) for a single view; ``<root>/<name>_labels/N.npy`` its label, of shape (1,). Files
-    that are there already are kept, so an interrupted export goes on.
+    (1, codes) for a single view; ``<root>/<name>_labels/N.npy`` its label, of shape (1,), if there
+    are labels. Existing files are kept, so an interrupted export can be resumed.
 
     Args:
-        store: any store; without labels, no folder of labels is made.
+        store: store of codes.
         root: folder above both.
         name: first part of both folders' names; the published training expects the default,
             imagenet and the height of the images.
 
-    Returns:
-        The number of images.
-
     Raises:
-        InputError: a folder cannot be written to, or holds the codes of something else.
+        InputError: a folder cannot be written to, or holds other codes.
     """
     name = name or f"imagenet{store.manifest.plan.views.height}"
     codes, label_folder = (Path(root) / f"{name}_{kind}" for kind in ("codes", "labels"))
@@ -82,35 +78,32 @@ def import_published(
 ) -> Extraction:
     """Make a store of codes in the published layout (``export_published``).
 
-    Damaged files are skipped as damaged images are; an interrupted import goes on.
+    Damaged files are skipped; an interrupted import can be resumed.
 
     Args:
-        tokenizer: the one that made the codes, with its weights in float32. Only that the codes
-            lie within its codebook can be checked.
+        tokenizer: tokenizer that made the codes, with weights in float32. Only the range of the
+            codes can be checked.
         root: folder with the two folders, or the one with codes.
         out: folder of the store.
-        shard_size: images to a shard.
+        shard_size: images of a shard.
         overwrite: delete a store of other codes first.
-        progress: show a bar, if there is a terminal.
+        progress: show a progress bar on a terminal.
 
     Raises:
         FileNotFoundError: there are no such folders, or a label is missing.
-        InputError: the files do not hold codes of this tokenizer, or ``out`` something else.
+        InputError: the files do not hold codes of this tokenizer, or ``out`` holds something else.
     """
-    config = tokenizer.config
+    pixels = tokenizer.config.downsampling
     source = _find(Path(root))
-    plan = StorePlan(
-        tokenizer_fingerprint=tokenizer.fingerprint(),
-        tokenizer_config=config,
+    plan = StorePlan.of(
+        tokenizer,
         grid=(source.side, source.side),
-        codebook_size=config.codebook_size,
-        dtype=code_dtype(config.codebook_size),
         precision="unknown",
         views=StoreViews(
             kind="published",
             count=source.views,
-            height=source.side * config.downsampling,
-            width=source.side * config.downsampling,
+            height=source.side * pixels,
+            width=source.side * pixels,
         ),
         source_digest=source.digest(),
         source_images=len(source.numbers),
@@ -120,19 +113,13 @@ def import_published(
         class_names=(),
         batch_size=1,
     )
-    artifact = store_artifact(out, config_to_dict(plan))
 
-    def make(items: range, advance: Advance) -> Mapping[str, Any]:
-        return _read_shard(source, plan, items, advance)
+    def make(artifact: Artifact, advance: Advance) -> int:
+        return artifact.make(functools.partial(_read_shard, source, plan), advance)
 
-    with (
-        artifact.begin(overwrite=overwrite),
-        artifact.progress_bar("importing", "image", shown=progress) as bar,
-    ):
-        start = time.perf_counter()
-        count = artifact.make(make, bar.update)
-        seconds = time.perf_counter() - start
-        return Extraction(store=finish_store(artifact), images=count, seconds=seconds)
+    return make_store(
+        plan, out, make, description="importing", overwrite=overwrite, progress=progress
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,13 +129,13 @@ class _Source:
     codes: Path
     labels: Path | None
     numbers: list[int]
-    """Of the files, sorted."""
+    """Numbers of the files, sorted."""
     views: int
     side: int
     """Codes along a side."""
 
     def digest(self) -> str:
-        """Return a text that changes with the list of files, and with the content of some."""
+        """Return a text that depends on the list of files and the content of some."""
         whole = hashlib.sha256(json.dumps([self.numbers, self.labels is not None]).encode())
         for number in self.numbers[:: max(1, len(self.numbers) // 16)]:
             whole.update((self.codes / f"{number}.npy").read_bytes())
@@ -156,7 +143,7 @@ class _Source:
 
 
 def _find(root: Path) -> _Source:
-    """Find the folders; the first file that is whole gives the shape of the codes."""
+    """Find the folders; the first undamaged file gives the shape of the codes."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; give the one with published codes")
     found = [root] if root.name.endswith("_codes") else sorted(root.glob("*_codes"))
@@ -274,11 +261,11 @@ def _read_label(path: Path) -> int:
 
 
 class _DamagedFileError(Exception):
-    """An .npy file that is not a whole array; the message is the reason."""
+    """A damaged .npy file; the message is the reason."""
 
 
 def _load_array(path: Path) -> np.ndarray:
-    # Read here, so that a fault of the disk or network is not taken for a damaged file.
+    # Errors of the disk or network do not mean a damaged file.
     content = path.read_bytes()
     try:
         array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
@@ -288,7 +275,7 @@ def _load_array(path: Path) -> np.ndarray:
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
-    """Write an array, unless the file is there with the same content."""
+    """Write an array, or check that the file has the same content."""
     if not path.exists():
         with storage.atomic_file(path) as temporary:
             write_npy(temporary, array)

@@ -13,7 +13,8 @@ import functools
 import importlib.metadata
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,11 +29,16 @@ from llamagen.config import (
     config_to_dict,
 )
 from llamagen.data.captions import Caption, Captions, CaptionTable, write_captions
-from llamagen.support.artifact import Artifact, Format, Settings, read_manifest
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support.artifact import Advance, Artifact, Format, Settings, read_manifest
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 
+SHARD_SIZE = 4096
+"""Images of a shard: 42 MB with twenty views of 256 codes."""
 SKIPPED_NAME = "skipped.txt"
+_MISSING = {"tokenizer_config": config_to_dict(TokenizerConfig())}
+"""Settings that older stores lack."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +86,18 @@ class StorePlan:
             value = getattr(self, name)
             if value < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
+
+    @classmethod
+    def of(cls, tokenizer: ImageTokenizer, **values: Any) -> Self:
+        """Return the settings for codes of a tokenizer; ``values`` are the other fields."""
+        config = tokenizer.config
+        return cls(
+            tokenizer_fingerprint=tokenizer.fingerprint(),
+            tokenizer_config=config,
+            codebook_size=config.codebook_size,
+            dtype="uint16" if config.codebook_size <= 2**16 else "uint32",
+            **values,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -416,6 +434,44 @@ class CodeStore(CodeSourceBase):
             chosen = np.flatnonzero(shards == shard)
             found.append((shard, chosen, indices[chosen] - starts[shard]))
         return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Result of ``make_store``."""
+
+    store: CodeStore | None
+    """None if other processes have not finished their shards."""
+    images: int
+    """Number of image files that this call processed."""
+    seconds: float
+
+
+def make_store(
+    plan: StorePlan,
+    out: Path | str,
+    make: Callable[[Artifact, Advance], int],
+    *,
+    description: str,
+    rank: int = 0,
+    world_size: int = 1,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Extraction:
+    """Make a store; ``make`` makes its missing shards and returns their number of images.
+
+    See ``extraction.extract_store`` for the other arguments and errors.
+    """
+    artifact = store_artifact(out, config_to_dict(plan))
+    artifact.rank, artifact.world_size = rank, world_size
+    with (
+        artifact.begin(overwrite=overwrite, missing=_MISSING),
+        artifact.progress_bar(description, "image", shown=progress) as bar,
+    ):
+        start = time.perf_counter()
+        count = make(artifact, bar.update)
+        seconds = time.perf_counter() - start
+        return Extraction(store=finish_store(artifact), images=count, seconds=seconds)
 
 
 def finish_store(artifact: Artifact) -> CodeStore | None:

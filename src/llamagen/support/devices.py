@@ -1,4 +1,4 @@
-"""Which device and precision to compute with, and what a process can do for a CPU's speed."""
+"""Choice of device and precision, copies from a GPU, and memory of a CPU process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
 _WORTH_IT = 1.5
-"""bfloat16 is chosen on a CPU only if it is this many times as fast: it costs precision."""
+"""Speedup from which bfloat16 is used on a CPU, at the cost of precision."""
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:
-    """The device called ``name``; "auto" is CUDA, else MPS, else the CPU.
+    """Return a device by name; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
         InputError: there is no such device here.
@@ -50,7 +50,7 @@ def find_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The precision called ``name``; "auto" or None is bfloat16 where that is fast.
+    """Return a precision by name; "auto" or None is bfloat16 where that is fast.
 
     Raises:
         InputError: there is no such precision.
@@ -65,12 +65,11 @@ def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep the memory of tensors that are freed, for those that come next.
+    """Make this process keep the memory of freed tensors for new ones (glibc only).
 
-    glibc hands blocks of more than 32 MB back to the system at once, and gets the next one page
-    by page: on a CPU, a fifth of the time that encoding takes and a tenth of a training step. For a
-    process that does little else, again and again and in its main thread: peaks of memory grow by a
-    fifth, and other threads are not served by it. Elsewhere than on glibc, nothing happens.
+    Otherwise glibc returns blocks of more than 32 MB to the system at once, and gets new ones page
+    by page: on a CPU a fifth of the time of encoding, a tenth of that of a training step. It works
+    in the main thread only, and raises the peak of memory by a fifth.
     """
     if sys.platform != "linux":
         return
@@ -81,9 +80,9 @@ def keep_freed_memory() -> None:
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
-    """Starts to copy ``tensor``; what it returns waits for the copy, and for nothing after it.
+    """Start copying a tensor to the CPU; return a function that waits for the copy only.
 
-    So a GPU has other work in the meantime. Elsewhere the copy is made when it is waited for.
+    A GPU can compute in the meantime. On other devices the function makes the copy.
     """
     if tensor.device.type != "cuda":
         return tensor.cpu
@@ -106,9 +105,8 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     if device.type == "mps":
         return torch.float16
-    # Processors without bfloat16 instructions emulate them many times slower than float32, those
-    # with them are several times faster. Names of instruction sets do not tell what torch uses;
-    # a product of a few milliseconds does.
+    # bfloat16 is several times faster than float32 with instructions for it, and much slower
+    # without. Instruction sets do not tell what torch uses; a product of a few milliseconds does.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,10 +117,9 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Best of a few timings of a product the size of a transformer's layer, on one thread.
+    """Return the best time of a product the size of a transformer's layer, on one thread.
 
-    Of the thread's time, not of the clock's, and without waiting for other threads: what else runs
-    on the machine has little say in it.
+    It is the thread's CPU time, which other processes hardly change.
     """
     a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
     best = float("inf")

@@ -1,8 +1,6 @@
-"""The processes of a run, and what they tell one another.
+"""Communication between the processes of a run that ``torchrun`` started.
 
-Every function here also works in a run of one process without a process group, where it changes
-nothing. A run has several processes if ``torchrun`` (or anything that sets the same environment
-variables) has started it.
+Every function also works in a process without a process group, as the only one.
 """
 
 from __future__ import annotations
@@ -22,48 +20,48 @@ from llamagen.support.launch import Launch, own_device
 T = TypeVar("T")
 
 _TIMEOUT = dt.timedelta(minutes=30)
-"""How long a process waits for the others: longer than one of them samples, validates or saves."""
+"""Longer than a process samples, validates or saves while the others wait."""
 
 
 def rank() -> int:
-    """Number of this process, counted from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes the run has."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes logs and pictures."""
+    """Return whether this is the process that writes logs and images."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Waits until all processes are here."""
+    """Wait for all processes."""
     if world_size() > 1:
-        # A reduction rather than ``dist.barrier``: that one guesses a CUDA device and warns.
+        # ``dist.barrier`` guesses a CUDA device and warns.
         total(torch.zeros(1))
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over all processes of a tensor that has the same shape in each; a new tensor."""
+    """Return the sum over all processes of tensors of the same shape."""
     return _reduced(tensor, dist.ReduceOp.SUM)
 
 
 def maximum(tensor: Tensor) -> Tensor:
-    """The elementwise maximum over all processes; a new tensor."""
+    """Return the elementwise maximum over all processes."""
     return _reduced(tensor, dist.ReduceOp.MAX)
 
 
 def mean(tensor: Tensor) -> Tensor:
-    """The mean over all processes of a tensor that has the same shape in each; a new tensor."""
+    """Return the mean over all processes of tensors of the same shape."""
     return total(tensor) / world_size()
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """The main process's tensor; the others give one of the same shape and type."""
+    """Return the main process's tensor; the others give one of the same shape and type."""
     if world_size() == 1:
         return tensor
     moved = tensor.to(_communication_device(tensor), copy=True).contiguous()
@@ -72,7 +70,7 @@ def broadcast(tensor: Tensor) -> Tensor:
 
 
 def gathered(value: T) -> list[T]:
-    """Every process's value, a plain Python object, in the order of their ranks."""
+    """Return the Python objects of all processes, by rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -81,14 +79,14 @@ def gathered(value: T) -> list[T]:
 
 
 def any_of(value: bool) -> bool:
-    """Whether it holds in any process."""
+    """Return whether ``value`` is true in any process."""
     if world_size() == 1:
         return value
     return bool(maximum(torch.tensor(float(value))))
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an error says that another process, or the network to it, is gone."""
+    """Return whether an error means that the connection to another process was lost."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -96,13 +94,13 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 def share(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of ``items``: consecutive, and as long as every other's up to one."""
+    """Return this process's part of ``items``: consecutive, of equal lengths up to one."""
     start, end = (len(items) * part // world_size() for part in (rank(), rank() + 1))
     return items[start:end]
 
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:
-    """The sums over all processes of numbers that have the same names in each."""
+    """Return the sums over all processes of numbers by name."""
     if world_size() == 1:
         return dict(values)
     sums = total(torch.tensor(list(values.values()), dtype=torch.float64))
@@ -111,9 +109,9 @@ def summed(values: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Runs a block in the main process, then in the others: for downloads into a shared cache.
+    """Run a block in the main process, then in the others: for downloads into a shared cache.
 
-    If the main process fails, the others go through the block all the same, and fail themselves.
+    If it fails in the main process, the others run it all the same.
     """
     if not is_main():
         barrier()
@@ -126,10 +124,9 @@ def main_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Joins the run's other processes, if there are any; yields this process's device.
+    """Join the process group, if there are several processes; yield this process's device.
 
-    Args:
-        device: as the recipe has it; on "cuda" each process takes the GPU of its local rank.
+    On "cuda" that is the GPU of its local rank.
 
     Raises:
         InputError: this machine has no such device, or fewer GPUs than processes.
@@ -139,7 +136,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield find_device(device)
         return
     where = own_device(find_device(device), launch)
-    # gloo beside nccl: plain numbers and objects are exchanged without a stop of the GPU.
+    # gloo beside nccl: numbers and objects are exchanged without synchronising the GPU.
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
         timeout=_TIMEOUT,
@@ -148,7 +145,7 @@ def process_group(device: str) -> Iterator[torch.device]:
         device_id=where if where.type == "cuda" else None,
     )
     yield where
-    # Not after an error: where another process is gone, saying goodbye would wait for it.
+    # Not after an error: it would wait for a process that is gone.
     dist.destroy_process_group()
 
 
@@ -161,5 +158,5 @@ def _reduced(tensor: Tensor, operation: Any) -> Tensor:
 
 
 def _communication_device(tensor: Tensor) -> torch.device:
-    """Every process group here can send from the CPU, and from CUDA if it runs on it."""
+    """Return the device to communicate from, the CPU for other tensors than CUDA's."""
     return tensor.device if tensor.device.type == "cuda" else torch.device("cpu")

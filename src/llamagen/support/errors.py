@@ -1,17 +1,16 @@
-"""The exception that means "what you gave me cannot be used", and one kind of it."""
+"""Exceptions for bad input."""
 
 
 class InputError(ValueError):
-    """Bad input from the caller: a value, a file's content, a combination of settings.
+    """Bad input: a value, the content of a file, a combination of settings.
 
-    The message is one line that names the input, the reason and the remedy. The command line
-    prints it without a traceback and exits with status 2; every other exception is a bug or a
-    fault of the machine.
+    The message is one line with the input, the reason and the remedy. The command line prints it
+    without a traceback and exits with status 2; other exceptions are bugs or faults of the machine.
     """
 
 
 class NotFiniteError(InputError):
-    """A transformer's logits are infinite or no numbers: its precision or its weights are to blame.
+    """Infinite or NaN logits of a transformer, due to its precision or its weights.
 
-    Whoever chose neither, as a server's client, has done nothing wrong.
+    A server's client, who chose neither, gets another status than for bad input.
     """

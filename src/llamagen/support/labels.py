@@ -1,4 +1,4 @@
-"""Names of a model's classes, and how people's spellings of them are understood."""
+"""Names of a model's classes, and lookup by name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILE_NAME = "labels.json"
 
 @dataclass(frozen=True)
 class Labels:
-    """Class names in the order of their indices, each with other names it answers to."""
+    """Class names in the order of their indices, with aliases."""
 
     names: tuple[str, ...]
     aliases: tuple[tuple[str, ...], ...] = ()
@@ -28,19 +28,28 @@ class Labels:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        """Name of the class with this index."""
+        """Return the name of a class."""
         return self.names[index]
 
     def find(self, text: str | int) -> int:
-        """Index of the class that ``text`` names: an index, a name or an alias, in any case.
+        """Return the index of a class by its index, name or alias, in any case.
 
         Raises:
-            InputError: no class, or more than one, has this name; the message says which are near.
+            InputError: no class, or more than one, has this name; similar names are in the message.
         """
         if isinstance(text, int) or text.strip().isdecimal():
-            return self._checked_index(int(text))
+            if not 0 <= int(text) < len(self):
+                raise InputError(
+                    f"there is no class {int(text)}; this model has 0 to {len(self) - 1}"
+                )
+            return int(text)
         wanted = _folded(text)
-        found = [i for i, spellings in enumerate(self._spellings()) if wanted in spellings]
+        aliases = self.aliases or ((),) * len(self)
+        found = [
+            index
+            for index, spellings in enumerate(zip(self.names, aliases, strict=True))
+            if wanted in map(_folded, (spellings[0], *spellings[1]))
+        ]
         if len(found) == 1:
             return found[0]
         if found:
@@ -51,7 +60,7 @@ class Labels:
         raise InputError(f"there is no class {text!r}; {self._suggestion(wanted)}")
 
     def save(self, path: Path) -> None:
-        """Writes the labels as JSON: a list of objects with a name and aliases."""
+        """Write JSON: a list of objects with a name and aliases."""
         aliases = self.aliases or ((),) * len(self.names)
         entries = [
             {"name": name, **({"aliases": list(others)} if others else {})}
@@ -61,7 +70,7 @@ class Labels:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads what ``save`` writes; plain strings stand for names without aliases.
+        """Read the file of ``save``; strings are names without aliases.
 
         Raises:
             FileNotFoundError: no such file.
@@ -78,13 +87,13 @@ class Labels:
 
     @classmethod
     def imagenet(cls) -> Self:
-        """ImageNet-1k in the order of the public class-conditional models (sorted WordNet ids)."""
+        """Return those of ImageNet-1k, in the order of the public models (sorted WordNet ids)."""
         resource = importlib.resources.files("llamagen") / "assets" / "imagenet_classes.json"
         return cls._from_entries(json.loads(resource.read_text(encoding="utf-8")))
 
     @classmethod
     def numbered(cls, count: int) -> Self:
-        """Names for classes of which nothing but the number is known."""
+        """Return names for classes of which only the number is known."""
         return cls(tuple(f"class {index}" for index in range(count)))
 
     @classmethod
@@ -96,22 +105,10 @@ class Labels:
         aliases = tuple(tuple(map(str, entry.get("aliases", ()))) for entry in plain)
         return cls(names, aliases if any(aliases) else ())
 
-    def _checked_index(self, index: int) -> int:
-        if not 0 <= index < len(self):
-            raise InputError(f"there is no class {index}; this model has 0 to {len(self) - 1}")
-        return index
-
-    def _spellings(self) -> list[set[str]]:
-        aliases = self.aliases or ((),) * len(self.names)
-        return [
-            {_folded(name), *map(_folded, others)}
-            for name, others in zip(self.names, aliases, strict=True)
-        ]
-
     def _suggestion(self, wanted: str) -> str:
         known = {_folded(name): name for name in self.names}
         near = difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)
-        # A word of a longer name: "retriever" means one of the retrievers.
+        # Words of longer names, such as "retriever".
         near += [name for name in known if wanted in name.split() and name not in near]
         if near:
             return "did you mean " + " or ".join(repr(known[name]) for name in near[:5]) + "?"

@@ -1,4 +1,4 @@
-"""What ``torchrun``, or anything that sets the same environment variables, says of a process."""
+"""Rank and device of a process started by ``torchrun`` or with the same environment variables."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Which of several processes this one is."""
+    """Rank of a process."""
 
     rank: int = 0
-    """Its number among all of them."""
     local_rank: int = 0
-    """Its number among those of this machine."""
+    """Rank among the processes of this machine."""
     world_size: int = 1
-    """How many there are."""
+    """Number of processes."""
 
     @classmethod
     def read(cls) -> Launch | None:
-        """None if the process was started alone."""
+        """Return the rank of this process; None if it was started alone."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
         numbers = []
@@ -38,12 +37,12 @@ class Launch:
 
     @classmethod
     def current(cls) -> Launch:
-        """As ``read``; a process that was started alone is the first of one."""
+        """Return the rank of this process, also if it was started alone."""
         return cls.read() or cls()
 
 
 def own_device(device: torch.device, launch: Launch) -> torch.device:
-    """The device of this process: on "cuda" the GPU of its local rank.
+    """Return the device of this process: on "cuda" the GPU of its local rank.
 
     Raises:
         InputError: this machine has fewer GPUs than processes, or the device cannot be shared.

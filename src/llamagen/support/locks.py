@@ -1,4 +1,4 @@
-"""Locks on folders, so that two runs never write into one. A killed process releases its own."""
+"""Locks on folders, so that only one run writes into a folder. A kill releases them."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def folder_lock(
 ) -> Iterator[None]:
     """Lock a folder for a run while the block is executed.
 
-    A run of one process has the folder to itself. The processes of a larger run share it with one
-    another, but with no process of another run that has the same rank or is alone.
+    A run of one process locks it exclusively. The processes of a larger run share it, but not with
+    a process of another run that has the same rank or is alone.
 
     Args:
         folder: it must exist.
         rank: number of this process in its run.
         world_size: processes of the run.
-        timeout: seconds to wait for another run to end; ``math.inf`` waits however long it takes.
+        timeout: seconds to wait for another run to end; may be ``math.inf``.
 
     Raises:
         InputError: another run holds the folder.
@@ -53,7 +53,7 @@ def _lock_file(path: Path, exclusive: bool, deadline: float) -> Iterator[None]:
     try:
         yield
     finally:
-        # Only the last holder gets the exclusive lock, so nobody else holds the file it removes.
+        # The exclusive lock is only given to the last holder, who removes the file.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -67,7 +67,7 @@ def _acquire(path: Path, exclusive: bool, deadline: float) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
-            # The previous holder may have removed the file after it was opened here.
+            # The previous holder may have removed the file after it was opened.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         except FileNotFoundError:
@@ -81,6 +81,6 @@ def _acquire(path: Path, exclusive: bool, deadline: float) -> int:
                 ) from error
             time.sleep(_RETRY_SECONDS)
         except OSError:
-            # A file system without locks: work goes on unprotected, as without this module.
+            # A file system without locks.
             return descriptor
         os.close(descriptor)

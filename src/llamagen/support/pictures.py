@@ -1,4 +1,4 @@
-"""Pictures for people: grids, captioned sheets, PNG files that say how they were made."""
+"""Image files with metadata, and sheets of images."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ import llamagen.support.storage as storage
 from llamagen.support.errors import InputError
 
 METADATA_KEY = "llamagen"
-"""Name of the PNG text chunk that holds an image's settings as JSON."""
+"""PNG text chunk of an image's settings, as JSON."""
 
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
 
 
 def arrays_to_pil(pixels: np.ndarray) -> list[Image.Image]:
-    """Bytes (B, H, W, 3) as PIL images."""
+    """Return uint8 pixels (B, H, W, 3) as PIL images."""
     return [Image.fromarray(np.ascontiguousarray(image)) for image in pixels]
 
 
@@ -35,14 +35,14 @@ def image_grid(
     scale: int = 1,
     gap: int = 2,
 ) -> Image.Image:
-    """Lays images of one size out in rows.
+    """Arrange images of one size in rows.
 
     Args:
-        images: at least one.
+        images: at least one image.
         columns: images per row; by default about as many as rows.
-        captions: one line of text under each image.
-        scale: whole factor by which small images are enlarged, pixels kept sharp.
-        gap: white pixels between images.
+        captions: a line of text under each image.
+        scale: factor to enlarge images by, without interpolation.
+        gap: pixels between images.
     """
     if not images:
         raise InputError("there are no images to lay out in a grid; give at least one")
@@ -68,7 +68,7 @@ def image_grid(
 
 
 def titled(image: Image.Image, title: str, *, size: int = 16) -> Image.Image:
-    """``image`` under a line of text."""
+    """Return ``image`` under a line of text."""
     font = ImageFont.load_default(size)
     line = _line_height(font) + 4
     width = max(image.width, math.ceil(font.getlength(title)) + 8)
@@ -79,37 +79,33 @@ def titled(image: Image.Image, title: str, *, size: int = 16) -> Image.Image:
 
 
 def stacked(images: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
-    """Images below one another, left-aligned."""
-    sheet = Image.new(
-        "RGB",
-        (max(i.width for i in images), sum(i.height for i in images) + gap * (len(images) - 1)),
-        _BACKGROUND,
-    )
-    y = 0
-    for image in images:
-        sheet.paste(image, (0, y))
-        y += image.height + gap
-    return sheet
+    """Arrange images in a column, left-aligned."""
+    return _joined(images, gap, x_step=0, y_step=1)
 
 
 def beside(images: Sequence[Image.Image], *, gap: int = 8) -> Image.Image:
-    """Images next to one another, top-aligned."""
-    sheet = Image.new(
-        "RGB",
-        (sum(i.width for i in images) + gap * (len(images) - 1), max(i.height for i in images)),
-        _BACKGROUND,
-    )
-    x = 0
+    """Arrange images in a row, top-aligned."""
+    return _joined(images, gap, x_step=1, y_step=0)
+
+
+def _joined(images: Sequence[Image.Image], gap: int, x_step: int, y_step: int) -> Image.Image:
+    corners, x, y = [], 0, 0
     for image in images:
-        sheet.paste(image, (x, 0))
-        x += image.width + gap
+        corners.append((x, y))
+        x += x_step * (image.width + gap)
+        y += y_step * (image.height + gap)
+    width = max(x + image.width for (x, _), image in zip(corners, images, strict=True))
+    height = max(y + image.height for (_, y), image in zip(corners, images, strict=True))
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    for corner, image in zip(corners, images, strict=True):
+        sheet.paste(image, corner)
     return sheet
 
 
 def save_png(
     image: Image.Image, path: Path | str, *, metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a PNG atomically; ``metadata`` goes into it as JSON and ``read_metadata`` reads it."""
+    """Write a PNG atomically, with ``metadata`` for ``read_metadata``."""
     with storage.atomic_file(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=_png_chunks(metadata))
 
@@ -121,13 +117,13 @@ def image_bytes(
     quality: int = 90,
     metadata: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The file of an image.
+    """Return the content of an image file.
 
     Args:
         image: RGB.
-        kind: its format.
+        kind: file format.
         quality: 0 to 100, of JPEG and WebP; WebP is lossless at 100.
-        metadata: as ``save_png`` writes it, into a PNG only.
+        metadata: see ``save_png``; PNG only.
     """
     file = io.BytesIO()
     if kind == "png":
@@ -147,11 +143,11 @@ def _png_chunks(metadata: Mapping[str, Any] | None) -> PngImagePlugin.PngInfo:
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """The settings that ``save_png`` wrote into a PNG.
+    """Return the metadata that ``save_png`` wrote.
 
     Raises:
         FileNotFoundError: no such file.
-        InputError: the file is no image, or holds no settings.
+        InputError: the file is no image, or has no metadata.
     """
     try:
         with Image.open(path) as image:

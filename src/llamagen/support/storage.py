@@ -1,4 +1,4 @@
-"""Writing files so that nothing half-written is ever seen under its final name."""
+"""Atomic writing of files and folders; JSON files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from llamagen.support.errors import InputError
 
 @contextmanager
 def atomic_file(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; renames it to ``path`` if the block succeeds.
+    """Yield a temporary path, and rename it to ``path`` if the block succeeds.
 
-    The folder is made if need be. If the block raises, the temporary file is removed and an
-    older file under ``path`` is left as it was.
+    The folder is created if need be. If the block raises, an older file at ``path`` is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +35,9 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path | str) -> Iterator[Path]:
-    """Yields a temporary folder beside ``path``; renames it to ``path`` if the block succeeds.
+    """Yield a temporary folder, and rename it to ``path`` if the block succeeds.
 
-    An older folder under ``path`` is replaced, with all that is in it, only once the new one is
-    complete. If the block raises, it is left as it was.
+    It then replaces an older folder at ``path``, which is unchanged if the block raises.
     """
     # Absolute: the name of "." is empty.
     path = Path(path).absolute()
@@ -61,11 +59,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def staged_files(folder: Path | str, *, last: str) -> Iterator[Path]:
-    """Yields an empty folder; moves its files into ``folder`` if the block succeeds.
+    """Yield an empty folder, and move its files into ``folder`` if the block succeeds.
 
-    Other files in ``folder`` stay. If the block raises, ``folder`` is left as it was, or not made
-    at all. The file called ``last`` is moved after all others: its presence says that they are
-    there.
+    Other files in ``folder`` stay. If the block raises, ``folder`` is unchanged, or not created.
+    The file ``last`` is moved after all others, so with it all are there.
     """
     folder = Path(folder)
     made = not folder.exists()
@@ -87,14 +84,14 @@ def staged_files(folder: Path | str, *, last: str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a text file atomically, in UTF-8; bytes of file names that are not, as they are."""
+    """Write a text file atomically, in UTF-8; undecodable bytes of file names are kept."""
     _write(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path | str, values: Any) -> None:
-    """Writes values as indented JSON, atomically."""
+    """Write values as indented JSON, atomically."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-    # What UTF-8 cannot hold, as bytes of file names, becomes an escape, which JSON reads back.
+    # Undecodable bytes of file names become escapes of JSON.
     _write(path, text.encode("utf-8", "backslashreplace"))
 
 
@@ -136,12 +133,10 @@ def cache_folder() -> Path:
 
 
 def require_writable(folder: Path | str) -> Path:
-    """Makes ``folder`` if need be and proves that files can be written there.
-
-    Called before long work, so that its result is not lost for want of a place.
+    """Create ``folder`` if need be, and check before long work that files can be written there.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: it cannot be created or written to.
     """
     folder = Path(folder)
     try:
@@ -156,9 +151,9 @@ def require_writable(folder: Path | str) -> Path:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Puts the folder ``new`` in the place of the folder ``path``."""
-    # A folder cannot be renamed over a filled one: move the old one aside first, so that at every
-    # moment one of the two is whole.
+    """Replace the folder ``path`` by the folder ``new``."""
+    # A folder cannot be renamed over a filled one. Once the old one is moved aside, one of the two
+    # is complete at any time.
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
     old = aside / path.name
     try:
@@ -173,8 +168,8 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _finish(path: Path) -> None:
-    """Gives a written file the permissions of an ordinary one and waits until it is on the disk."""
-    # Temporary files can be read by their owner only, those of safetensors' save_file too.
+    """Set the default permissions of a file, and wait until it is on the disk."""
+    # Temporary files, and those of safetensors' save_file, are readable by their owner only.
     path.chmod(0o666 & ~_umask())
     # A file opened for reading only cannot be synced on Windows.
     with path.open("r+b") as file:
@@ -182,7 +177,7 @@ def _finish(path: Path) -> None:
 
 
 def _umask() -> int:
-    # The mask can only be read by setting it.
+    # Reading the mask takes setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask

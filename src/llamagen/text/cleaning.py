@@ -1,8 +1,8 @@
 """Cleaning of captions from the web by the rules of DeepFloyd-IF, as the published models expect.
 
-The rules are a table, applied in order. They remove what does not describe a picture (addresses,
-file names, article numbers, advertising) and normalise signs. Some change ordinary captions, too
-("3x5 print" loses its size); the models were trained so.
+The rules are a table, applied in order. They remove addresses, file names, article numbers and
+advertising, and normalise punctuation. Some also change ordinary captions ("3x5 print" loses its
+size); the models were trained so.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import html
 import re
 import urllib.parse
 from collections.abc import Callable
-from typing import NamedTuple
 
 from llamagen.support.errors import InputError
 
@@ -19,18 +18,15 @@ _DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
 _QUOTES = "\"'"
 _MAX_DASHES = 3
-"""In a caption with more of them, dashes and underscores become spaces: it was a file name."""
+"""A caption with more dashes is a file name: dashes and underscores become spaces."""
 
 
-class _Rule(NamedTuple):
-    """Replacement of everything that ``pattern`` matches."""
-
-    pattern: re.Pattern[str]
-    replacement: str = ""
+_Rule = tuple[re.Pattern[str], str]
+"""A pattern, and the replacement of its matches."""
 
 
 def _rule(pattern: str, replacement: str = "") -> _Rule:
-    return _Rule(re.compile(pattern), replacement)
+    return re.compile(pattern), replacement
 
 
 def _address(scheme: str) -> _Rule:
@@ -112,16 +108,10 @@ _DASHES = re.compile("[-_]")
 
 
 def clean_caption(caption: str) -> str:
-    """Clean a caption as for the published text-conditional models, which means twice.
-
-    Args:
-        caption: any text.
-
-    Returns:
-        Plain lower-case text; it may be empty.
+    """Return a caption cleaned as for the published models: twice. It may be empty.
 
     Raises:
-        InputError: the packages that it takes are not installed.
+        InputError: packages are not installed.
     """
     return _clean_once(_clean_once(caption))
 
@@ -139,8 +129,8 @@ def _clean_once(caption: str) -> str:
 
 
 def _apply(rules: tuple[_Rule, ...], text: str) -> str:
-    for rule in rules:
-        text = rule.pattern.sub(rule.replacement, text)
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
     return text
 
 

@@ -1,4 +1,4 @@
-"""The text encoder: captions to features, through any encoder of the T5 family.
+"""Text encoders of the T5 family, which turn captions into features.
 
 Shapes: B captions, L tokens of the longest, W width of a feature.
 """
@@ -24,7 +24,7 @@ from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, loading, quietly
 
 TOKENS_AT_ONCE = 4096
-"""Tokens of a batch: enough to keep an encoder busy, in little memory."""
+"""Default number of tokens of a batch."""
 _REMEDY = "give a folder or hub repository with an encoder of the T5 family and its tokenizer"
 _BYTE_TOKENS = 384
 """Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """Tokens of captions, shorter ones padded in front."""
+    """Tokens of captions, left-padded."""
 
     ids: Tensor
     """(B, L) int64."""
@@ -45,20 +45,12 @@ class TextEncoder(nn.Module):
     """A T5 encoder with its tokenizer and the preparation of captions."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: TextConfig) -> None:
-        """Combine the parts; ``from_pretrained`` and ``small`` make them.
-
-        Args:
-            model: ``transformers.T5EncoderModel``.
-            tokenizer: its tokenizer, of ``transformers``.
-            config: how captions are prepared.
-        """
+        """See ``from_pretrained`` and ``small``; ``model`` is a ``transformers.T5EncoderModel``."""
         super().__init__()
-        # As Any: its class is known to ``transformers`` only.
-        self.model: Any = model
-        whole: Any = model
-        # One module under both names: a weight that is only shared would become two when the model
-        # is moved from the "meta" device.
-        whole.set_input_embeddings(whole.get_input_embeddings())
+        self.model: Any = model  # its class is known to ``transformers`` only
+        # One module under both names: shared weights would become two when they are moved from the
+        # "meta" device.
+        self.model.set_input_embeddings(self.model.get_input_embeddings())
         self.tokenizer = tokenizer
         self.config = config
 
@@ -75,11 +67,11 @@ class TextEncoder(nn.Module):
         Args:
             config: encoder to load, by default FLAN-T5-XL as in the published models.
             device: device of the weights.
-            dtype: precision of the weights. Not float16, in which T5 overflows.
+            dtype: precision of the weights. T5 overflows in float16.
 
         Raises:
-            InputError: there is no such encoder, it is of another family, or the packages that
-                it takes are not installed.
+            InputError: there is no such encoder, it is of another family, or packages are not
+                installed.
         """
         config = config or TextConfig()
         transformers = import_transformers("text encoders need")
@@ -100,10 +92,10 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def small(cls, config: SmallTextEncoderConfig, *, clean: bool = True) -> Self:
-        """Return a new encoder over bytes, with random weights, to train with a transformer.
+        """Return a byte-level encoder with random weights, to train with a transformer.
 
         Raises:
-            InputError: the packages that it takes are not installed.
+            InputError: packages are not installed.
         """
         transformers = import_transformers("text encoders need")
         model = transformers.T5EncoderModel(
@@ -146,10 +138,10 @@ class TextEncoder(nn.Module):
         return next(self.parameters()).device
 
     def prepare(self, caption: str) -> str:
-        """Return a caption as it is encoded; it may be empty.
+        """Return a caption as it is encoded, which may be empty.
 
         Raises:
-            InputError: it has control characters in it.
+            InputError: it has control characters.
         """
         odd = next(
             (c for c in caption if unicodedata.category(c) == "Cc" and c not in "\t\r\n"), ""
@@ -162,10 +154,10 @@ class TextEncoder(nn.Module):
         return clean_caption(caption) if self.config.clean else caption.strip()
 
     def require_text(self, caption: str) -> str:
-        """Return a caption as it is encoded; it must not be empty.
+        """Return a caption as it is encoded.
 
         Raises:
-            InputError: it is empty, or empty once it is cleaned, or has control characters in it.
+            InputError: it is empty, also after cleaning, or has control characters.
         """
         prepared = self.prepare(caption)
         if not prepared:
@@ -197,7 +189,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""
-        # T5 knows distances only, so padding in front changes nothing.
+        # T5 has relative positions only, so left padding changes nothing.
         features: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         return features
 
@@ -211,13 +203,12 @@ class TextEncoder(nn.Module):
     ) -> list[Tensor]:
         """Return features of prepared captions, each (its tokens, W), on the CPU.
 
-        Only captions of one length are encoded together, so nothing is padded. By default a CPU
-        encodes each caption by itself: products of other shapes round differently, and so
-        features would depend on the captions beside them.
+        A batch has captions of one length, without padding. By default a CPU encodes captions one
+        by one: products of other shapes round differently, so features would depend on the batch.
 
         Args:
             prepared: captions, in any order.
-            tokens_at_once: largest number of tokens of a batch; None for exactness as above.
+            tokens_at_once: maximum number of tokens of a batch.
             progress: is called with the number of captions newly done.
         """
         if tokens_at_once is None:
@@ -234,13 +225,13 @@ class TextEncoder(nn.Module):
         return found
 
     def fingerprint(self) -> str:
-        """Return a short text that changes with the weights and the preparation of captions."""
+        """Return a short text that depends on the weights and the preparation of captions."""
         whole = hashlib.sha256(
             repr((self.config.max_length, self.config.clean, len(self.tokenizer))).encode()
         )
         for name, tensor in sorted(self.model.state_dict().items()):
             whole.update(name.encode())
-            # The same in every precision that it may be loaded in.
+            # The same for every precision.
             low = tensor.detach().to("cpu", torch.bfloat16).contiguous()
             whole.update(low.view(torch.int16).numpy().tobytes())
         return whole.hexdigest()[:16]
@@ -265,11 +256,7 @@ def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list
 
 
 def padded(features: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Stack features of several captions, with zeros in front of shorter ones.
-
-    Args:
-        features: each (its tokens, W).
-        length: by default that of the longest.
+    """Stack features (L, W) of several captions, left-padded with zeros to a length.
 
     Returns:
         (B, L, W), and (B, L) bool, False where there is padding.

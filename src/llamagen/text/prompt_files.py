@@ -1,4 +1,4 @@
-"""Files of prompts: one on each line, or tables in the forms that evaluation sets come in."""
+"""Files of prompts: plain lines, or tables as those of evaluation sets."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
     """Read the prompts of a file.
 
     Args:
-        path: .txt has a prompt on each line; .csv and .tsv have a header, as PartiPrompts'; .jsonl
-            has an object on each line; .json is a list of texts or objects, or COCO's captions.
-        column: column or field of the prompt; by default the first of prompt, text, caption and
-            the like that is there, whatever its case.
+        path: see ``data.sources.read_table``.
+        column: column of the prompt; by default the first of prompt, text, caption and so on that
+            exists, in any case.
 
     Raises:
         FileNotFoundError: no such file.

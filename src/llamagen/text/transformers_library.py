@@ -30,7 +30,7 @@ def import_transformers(who: str) -> Any:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Show no progress bars, which would be for reading a file within a second."""
+    """Disable the library's progress bars."""
     import transformers
 
     bars = transformers.utils.logging
@@ -45,12 +45,12 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
-    """Load a model within this context: without progress bars, errors as one line.
+    """Context to load a model in, without progress bars and with errors of one line.
 
     Args:
-        what: the model, as messages call it.
+        what: noun for the model, in messages.
         source: folder or hub repository.
-        remedy: of an error, for its message.
+        remedy: end of messages.
 
     Raises:
         InputError: it cannot be loaded.
