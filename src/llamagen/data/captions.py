@@ -1,4 +1,4 @@
-"""Captions of images: none, one, or several of which one is drawn each time."""
+"""Captions of images, of which one is sampled each time."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ Captions = tuple[Caption, ...]
 def captions_of(
     values: Mapping[str, Any], columns: Mapping[str, float], separator: str | None
 ) -> Captions:
-    """Return the captions of an image, from a row of a table.
+    """Return the captions of an image from a row of a table.
 
     Args:
         values: the row.
-        columns: those of captions, with the weight of each. An empty column leaves its share to
-            the others; several captions of one share its weight.
-        separator: between several captions in one text.
+        columns: weights of the columns of captions. Several captions of a column share its
+            weight; the others share that of an empty column.
+        separator: separator of several captions in a text.
     """
     parts = {name: _texts(values.get(name), separator) for name in columns}
     whole = sum(columns[name] for name, texts in parts.items() if texts)
@@ -53,7 +53,7 @@ def captions_of(
 
 
 def draw_caption(captions: Captions, number: float) -> str | None:
-    """Return the caption that a number in [0, 1) falls on; None if there is none."""
+    """Sample a caption by a uniform number in [0, 1); None if there are none."""
     if not captions:
         return None
     for text, weight in captions:
@@ -64,7 +64,7 @@ def draw_caption(captions: Captions, number: float) -> str | None:
 
 
 class CaptionTable:
-    """Captions of many images on the disk, read one image at a time."""
+    """Captions of many images in a file, read one image at a time."""
 
     def __init__(self, folder: Path, images: int) -> None:
         """Open what ``write_captions`` wrote into ``folder``.

@@ -1,6 +1,6 @@
-"""Data sets that Hugging Face's ``datasets`` reads: the hub's, Parquet, WebDataset tars.
+"""Data sets read by Hugging Face's ``datasets``: on the hub, Parquet, WebDataset tar files.
 
-Images are decoded by us, so that damaged ones are skipped and odd ones come out as elsewhere.
+Images are decoded as those of folders are.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def load(source: str, split: str, config: SourceConfig) -> Any:
     Args:
         source: "hf:owner/name" or "hf:owner/name@revision", a folder, a file, or a pattern such
             as "shards/train-*.tar".
-        split: its split; files that a pattern names are all of the split "train".
-        config: the subset, and whether to stream.
+        split: split; "train" for files and patterns.
+        config: subset, and whether to stream.
 
     Raises:
         InputError: there is no such data set or split, or the library cannot read it.
@@ -77,7 +77,7 @@ def load(source: str, split: str, config: SourceConfig) -> Any:
 def _try(action: Any, source: str) -> Any:
     try:
         return action()
-    # The library and what it is built on raise almost anything.
+    # The library and its dependencies raise almost anything.
     except Exception as error:
         reasons = [error, error.__cause__, error.__context__]
         full = next((e for e in reasons if isinstance(e, OSError) and e.errno is not None), None)
@@ -88,7 +88,7 @@ def _try(action: Any, source: str) -> Any:
 
 
 class Table(ImageCollection):
-    """A ``datasets.Dataset``: its images by row, its labels and captions in memory."""
+    """A ``datasets.Dataset``, with labels and captions in memory."""
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class Table(ImageCollection):
         self._rows = self._rows[list(indices)]
 
     def digest(self) -> str:
-        """Return a short text that changes with the rows and the sizes of their images."""
+        """Return a short text that depends on the rows and the sizes of their images."""
         whole = hashlib.sha256(self._rows.tobytes())
         for chunk in self._dataset.data.column(self._column).chunks:
             whole.update(_sizes(chunk).tobytes())
@@ -156,7 +156,7 @@ class Table(ImageCollection):
 
 
 class InMemory(ImageCollection):
-    """A few undecoded images, such as the first of a streamed data set."""
+    """A few undecoded images in memory, such as the first of a streamed data set."""
 
     def __init__(self, values: Sequence[Any], name: str) -> None:
         self._values, self.name = list(values), name
@@ -187,7 +187,7 @@ def _sizes(chunk: Any) -> np.ndarray:
 
 
 def image_column(features: Mapping[str, Any], config: SourceConfig, name: str) -> str:
-    """Return the column of images: the one asked for, or found by its type or its name.
+    """Return the column of images: that of ``config``, else found by type or name.
 
     Raises:
         InputError: there is none.
@@ -205,7 +205,7 @@ def image_column(features: Mapping[str, Any], config: SourceConfig, name: str) -
 
 
 def undecoded(dataset: Any, column: str) -> Any:
-    """Return the data set with the images of a column as they are stored."""
+    """Return the data set without decoding of a column of images."""
     return dataset.cast_column(column, import_datasets().Image(decode=False))
 
 

@@ -52,11 +52,11 @@ _WHITE = (255, 255, 255, 255)
 class ImageCollection(abc.ABC):
     """Images in a fixed order, with or without classes and captions.
 
-    Sent to worker processes as a whole, so it holds names, not pixels.
+    It is sent to worker processes, so it holds names, not pixels.
     """
 
     name: str
-    """Their source, for messages."""
+    """Name of the source, for messages."""
     labels: tuple[int, ...] | None = None
     """Index into ``class_names`` per image; None for images without classes."""
     class_names: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class ImageCollection(abc.ABC):
 
     @abc.abstractmethod
     def key(self, index: int) -> str:
-        """Return a name of an image that is the same wherever the collection is."""
+        """Return the name of an image, which does not depend on the collection's location."""
 
     @abc.abstractmethod
     def read(self, index: int) -> Image.Image:
@@ -81,7 +81,7 @@ class ImageCollection(abc.ABC):
 
     @abc.abstractmethod
     def _select(self, indices: Sequence[int]) -> None:
-        """Reduce this collection to some of its images; labels and captions follow."""
+        """Reduce this collection to some of its images, but for labels and captions."""
 
     def subset(self, indices: Sequence[int]) -> Self:
         """Return some of the images, in the order given."""
@@ -102,11 +102,11 @@ class ImageCollection(abc.ABC):
         return self.subset(rest), self.subset(part)
 
     def thinned(self, count: int) -> Self:
-        """Return at most ``count`` images, spread evenly over the list and so over the classes."""
+        """Return at most ``count`` images, spread evenly over the collection."""
         return self.subset(spread(len(self), count))
 
     def digest(self) -> str:
-        """Return a short text that changes when an image is added, removed or renamed."""
+        """Return a short text that depends on the names of the images."""
         whole = hashlib.sha256()
         for key in self._keys():
             whole.update(key_bytes(key) + b"\0")
@@ -117,7 +117,7 @@ class ImageCollection(abc.ABC):
 
 
 def split_keys(keys: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
-    """Return the indices of the keys that are not held out, and of those that are."""
+    """Return the indices of the keys to train on, and of those held out."""
     count = len(keys)
     wanted = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
     digests = [hashlib.sha256(key_bytes(key)).digest() for key in keys]
@@ -132,7 +132,7 @@ def spread(count: int, limit: int) -> list[int]:
 
 
 def key_bytes(key: str) -> bytes:
-    """Return a key as bytes; names of files need not be valid text."""
+    """Return a key as bytes; names of files may be undecodable."""
     return key.encode("utf-8", "surrogateescape")
 
 
@@ -192,7 +192,7 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 @dataclasses.dataclass
 class ImageFolder(ImageCollection):
-    """The images of a folder, sorted; each subfolder, if there are any, is a class."""
+    """The images of a folder, sorted; subfolders are classes."""
 
     root: Path
     paths: tuple[Path, ...]
@@ -212,14 +212,13 @@ class ImageFolder(ImageCollection):
     def scan(cls, folder: Path | str, *, class_names: Sequence[str] | None = None) -> Self:
         """Find the images in ``folder``.
 
-        If every image lies in some subfolder, the subfolders' names are the classes: in
-        alphabetical order, or in numerical order if all are numbers. If none does, the images
-        are one unlabelled set.
+        If every image lies in a subfolder, the subfolders' names are the classes, in alphabetical
+        order, or numerical if all are numbers. If none does, the images have no labels.
 
         Args:
-            folder: searched through.
-            class_names: the classes there may be, for a folder that belongs to another one
-                (validation); by default those that are there.
+            folder: folder with images.
+            class_names: the allowed classes, for a folder that belongs to another one
+                (validation); by default those that occur.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -250,7 +249,7 @@ class ImageFolder(ImageCollection):
 
     @classmethod
     def scan_unlabelled(cls, folder: Path | str) -> Self:
-        """Find the images in ``folder``, whatever its subfolders mean."""
+        """Find the images in ``folder``, without labels."""
         return cls(Path(folder), tuple(find_images(folder)))
 
     def key(self, index: int) -> str:
@@ -268,8 +267,8 @@ class ImageFolder(ImageCollection):
 def open_image(path: Path | str) -> Image.Image:
     """Read an image file as RGB.
 
-    Upright as its EXIF tag says, transparency over white, 16-bit greys scaled to 8,
-    the first frame of an animation.
+    It is rotated by its EXIF tag; transparency becomes white, 16 bits become 8, and of an
+    animation it is the first frame.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -277,7 +276,7 @@ def open_image(path: Path | str) -> Image.Image:
         CorruptImageError: the content is not a whole image.
     """
     path = Path(path)
-    # Read here, so that a fault of the disk or network is not taken for a damaged image.
+    # Errors of the disk or network do not mean a damaged image.
     return decode_image(path.read_bytes(), path)
 
 
@@ -303,12 +302,12 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except DECODING_ERRORS:
-        # Cameras and editors write many a broken EXIF block beside whole pixels.
+        # A broken EXIF block beside undamaged pixels.
         return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as ``open_image`` would read it from its file.
+    """Return an image as ``open_image`` reads it.
 
     Raises:
         InputError: its mode has no defined white.
@@ -331,7 +330,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
-    """Scale greys of 16 bits, or of 32 that use at most 16, which Pillow would clip."""
+    """Scale 16-bit greys, which Pillow would clip."""
     greys = np.asarray(image)
     if greys.min() < 0 or greys.max() > 65535:
         raise ValueError("grey levels beyond 16 bits; save it with 8 or 16 bits")
@@ -339,10 +338,10 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
 
 
 class SkippedFiles:
-    """Counts, logs and lists the files that could not be read, each once."""
+    """Unreadable files, each logged and written to a list once."""
 
     def __init__(self, path: Path) -> None:
-        """``path`` is the text file that lists them; those it already lists are known."""
+        """Read the list, a text file, if it exists."""
         self.path = path
         self._known: set[str] = set()
         if path.exists():

@@ -31,32 +31,29 @@ _LAST_NUMBER = 2**64 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """One use of one sample."""
+    """A sample in an epoch."""
 
     epoch: int
-    """Number of times that all samples were used before."""
     index: int
-    """Of the sample."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOrder:
     """Order of ``count`` samples, another random one each epoch.
 
-    Batches follow one another across the ends of epochs, so every batch is full and no sample is
-    left out.
+    Batches cross the ends of epochs, so all are full and no sample is left out.
     """
 
     count: int
     batch_size: int
     seed: int
     group: int = 1
-    """Number of consecutive batches that are sorted by length, then put in random order."""
+    """Number of consecutive batches sorted together by length, then shuffled."""
     lengths: Callable[[Sequence[int]], Sequence[int]] | None = None
-    """Return the lengths of samples by their indices; without it ``group`` has no effect."""
+    """Returns the lengths of samples by index; without it ``group`` has no effect."""
 
     def batch(self, step: int) -> list[Draw]:
-        """Return the samples of step ``step``, counted from 0."""
+        """Return the samples of a step, counted from 0."""
         if self.lengths is None or self.group == 1:
             return self._draws(step * self.batch_size, self.batch_size)
         group, number = divmod(step, self.group)
@@ -64,7 +61,7 @@ class DataOrder:
         draws = self._draws(group * size, size)
         lengths = self.lengths([draw.index for draw in draws])
         by_length = [draws[i] for i in np.argsort(lengths, kind="stable")]
-        # From the other end than the epochs' numbers.
+        # Seeds from the other end than those of epochs.
         batches = _permutation(self.group, self.seed, _LAST_NUMBER - group)
         start = int(batches[number]) * self.batch_size
         return by_length[start : start + self.batch_size]
@@ -77,26 +74,26 @@ class DataOrder:
         return draws
 
     def random(self, draw: Draw) -> random.Random:
-        """Return the generator for a sample in an epoch: for its crop, its flip, its view."""
+        """Return the random generator of a sample in an epoch, for its crop, flip and view."""
         return random.Random(f"{self.seed} {draw.epoch} {draw.index}")  # noqa: S311
 
 
 @functools.lru_cache(maxsize=8)
 def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    # Sorting Philox's raw numbers: unlike numpy's own shuffles, the same in every version.
+    # Unlike shuffles of numpy, Philox's raw numbers are the same in every version.
     numbers = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(count)
     return np.argsort(numbers, kind="stable")
 
 
 class ImageBatch(NamedTuple):
-    """Images as they were read."""
+    """A batch of images."""
 
     pixels: Tensor
-    """(B, 3, H, W) bytes; (B, V, 3, H, W) where several views were asked for."""
+    """(B, 3, H, W) or, with views, (B, V, 3, H, W) uint8."""
     indices: Tensor
-    """(B,) int64: which of the collection."""
+    """(B,) int64, in the collection."""
     skipped: tuple[CorruptImageError, ...]
-    """Those that could not be read."""
+    """Errors of unreadable images."""
 
 
 def training_batches(
@@ -112,22 +109,20 @@ def training_batches(
 ) -> Iterator[ImageBatch]:
     """Yield the batches of the steps from ``first`` up to but not including ``last``.
 
-    An image that cannot be read is replaced by the next in the list that can: a choice that
-    depends on nothing but the images, so it is the same after a restart.
+    An unreadable image is replaced by the next readable one of the collection.
 
     Args:
-        images: to read.
-        order: the images of each step.
-        augmentation: is applied to each.
+        images: images to read.
+        order: images of each step.
+        augmentation: random crop and flip.
         first: the first step.
         last: the step after the last.
         workers: processes that read for this one.
-        rank: number of this process. It gets consecutive images of every batch; all shares
-            together are the batch of a single process.
-        world_size: number of processes that train.
+        rank: number of this process, which gets consecutive images of every batch.
+        world_size: number of processes that share the batches.
 
     Raises:
-        InputError: none of the images can be read.
+        InputError: none of the images is readable.
     """
     dataset = _TrainingImages(images, order, augmentation)
     for batch in load_batches(dataset, _Steps(order, first, last, rank, world_size), workers):
@@ -144,7 +139,7 @@ def image_views(
     workers: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Iterator[ImageBatch]:
-    """Yield every image that can be read (or those of ``indices``): pixels (B, V, 3, H, W)."""
+    """Yield every readable image (or those of ``indices``): pixels (B, V, 3, H, W)."""
     chosen = range(len(images)) if indices is None else indices
     batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
     yield from load_batches(_EveryImage(images, views), batches, workers)
@@ -161,15 +156,15 @@ class Sample:
 
 
 class ReadableImages:
-    """Images of a collection, with the next that can be read in place of each that cannot."""
+    """Images of a collection, each unreadable one replaced by the next readable one."""
 
     def __init__(self, images: ImageCollection) -> None:
         self.images = images
         self.damaged: set[int] = set()
-        """Those found so far: reading one again would cost time and change nothing."""
+        """Indices of unreadable images found so far."""
 
     def read(self, wanted: int) -> tuple[int, Image.Image | None, tuple[CorruptImageError, ...]]:
-        """Return the index of an image, itself (None if none can be read), and new errors."""
+        """Return the index of an image, the image (None if none is readable), and new errors."""
         errors: list[CorruptImageError] = []
         for offset in range(len(self.images)):
             index = (wanted + offset) % len(self.images)
@@ -185,7 +180,7 @@ class ReadableImages:
 
 
 class _TrainingImages(Dataset[Sample]):
-    """Augmented images by their draws."""
+    """Augmented images by ``Draw``."""
 
     def __init__(
         self, images: ImageCollection, order: DataOrder, augmentation: Augmentation
@@ -203,7 +198,7 @@ class _TrainingImages(Dataset[Sample]):
 
 
 class _EveryImage(Dataset[Sample]):
-    """All views of each image by its index."""
+    """All views of an image by its index."""
 
     def __init__(self, images: ImageCollection, views: Views) -> None:
         self.images = images
@@ -219,7 +214,7 @@ class _EveryImage(Dataset[Sample]):
 
 
 class _Steps:
-    """Draws of a process for each step, made when they are needed."""
+    """Draws of a process for each step."""
 
     def __init__(
         self, order: DataOrder, first: int, last: int, rank: int = 0, world_size: int = 1
@@ -244,15 +239,14 @@ def load_batches(dataset: Dataset[Sample], batches: Any, workers: int) -> Iterat
         num_workers=min(workers, os.cpu_count() or 1),
         collate_fn=_collate,
         worker_init_fn=_leave_signals_to_parent,
-        # Its own: the loader draws a seed for its workers, which must not advance the generator
-        # that the training uses.
+        # The loader draws a seed for its workers: not from the generator of the training.
         generator=torch.Generator(),
     )
     yield from loader
 
 
 def _collate(samples: list[Sample]) -> ImageBatch:
-    """Stack images, channels first; files that could not be read are left out."""
+    """Stack readable images, channels first."""
     read = [sample for sample in samples if sample.pixels is not None]
     pixels = torch.empty(0, dtype=torch.uint8)
     if read:
@@ -266,6 +260,6 @@ def _collate(samples: list[Sample]) -> ImageBatch:
 
 
 def _leave_signals_to_parent(_: int) -> None:
-    """Ignore Ctrl-C, which reaches every process of the terminal: the parent ends its workers."""
+    """Ignore Ctrl-C, which every process of the terminal gets: the parent ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

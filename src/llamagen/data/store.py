@@ -215,7 +215,7 @@ FORMAT = Format(
 def store_artifact(folder: Path | str, settings: Settings) -> Artifact:
     """Return the artifact of a store; ``settings`` is a ``StorePlan`` as plain values."""
     items, piece_size = settings["source_images"], settings["shard_size"]
-    return Artifact(folder, FORMAT, settings, items=items, piece_size=piece_size)
+    return Artifact(Path(folder), FORMAT, settings, items=items, piece_size=piece_size)
 
 
 class CodeSourceBase:
@@ -246,6 +246,12 @@ class CodeStore(CodeSourceBase):
         self.manifest = manifest
         self.identity = artifact.identity
         """Depends on images, views and tokenizer."""
+        plan = manifest.plan
+        self.views = plan.views.count
+        """Views of each image."""
+        self.grid: Grid = plan.grid
+        self.codebook_size = plan.codebook_size
+        self.class_names = manifest.class_names
         self._artifact = artifact
         self._ends = np.cumsum(manifest.shards)
         self._captions: CaptionTable | None = None
@@ -275,29 +281,9 @@ class CodeStore(CodeSourceBase):
         return {**self.__dict__, "_captions": None}
 
     @property
-    def views(self) -> int:
-        """Views of each image."""
-        return self.manifest.plan.views.count
-
-    @property
-    def grid(self) -> Grid:
-        """Rows and columns of an image's codes."""
-        return self.manifest.plan.grid
-
-    @property
-    def codebook_size(self) -> int:
-        """Number of codes of the tokenizer."""
-        return self.manifest.plan.codebook_size
-
-    @property
     def codebook_usage(self) -> float:
         """Fraction of the tokenizer's codes that occur."""
         return self.manifest.codes_used / self.codebook_size
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Names of the labels."""
-        return self.manifest.class_names
 
     def rows(self, indices: np.ndarray, views: np.ndarray | int = 0) -> np.ndarray:
         """Return codes (B, rows, columns) of one view each of some images.

@@ -1,9 +1,9 @@
 """Training batches from data that is streamed: shuffled, shared and resumed exactly.
 
-The files of the data are divided into parts. A part reads its files in another random order each
-epoch, shuffles one block of images after another, and supplies the same share of every batch, so
-that batches do not depend on how many processes share the parts. The position of a part is four
-numbers; to go on from there, no more than a block is read again.
+The files are divided into parts. A part reads its files in another random order each epoch,
+shuffles block after block of images, and supplies an equal share of every batch, so batches do not
+depend on the number of processes. Resuming from the position of a part, which is four numbers,
+reads at most a block again.
 
 Shapes: B images, H x W pixels.
 """
@@ -39,15 +39,15 @@ _EMPTY_EPOCHS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """Position of a part: an image of a block, and where the block begins."""
+    """Position of a part: the start of a block, and an image in it."""
 
     epoch: int = 0
     file: int = 0
-    """One of the part's files of this epoch, in their order."""
+    """Index of one of the part's files, in this epoch's order."""
     row: int = 0
-    """Row of that file that the block begins with."""
+    """First row of the block."""
     taken: int = 0
-    """Images of the block that were supplied already."""
+    """Images of the block supplied so far."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +57,11 @@ class _Streamed:
     value: Any
     name: str
     number: int
-    """Of the sample in the training, counted over all steps."""
+    """Number of the sample, counted over all steps."""
 
 
 class ImageStream:
-    """A data set that is streamed, for training."""
+    """A streamed data set for training."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class ImageStream:
         seed: int,
         split: str | None = None,
     ) -> None:
-        """Open the data set; nothing is read yet.
+        """Open the data set.
 
         Raises:
             InputError: it cannot be opened, or has no column of images.
@@ -96,15 +96,15 @@ class ImageStream:
         self._positions = dict.fromkeys(range(self.parts), Position())
 
     def digest(self) -> str:
-        """Return a text that changes with the number of files, their columns, and the parts."""
+        """Return a text that depends on the numbers of files and parts, and on the columns."""
         return f"{len(self._files)} files in {self.parts} parts: {', '.join(self._features)}"
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
-        """Return the positions of this process's parts after the last batch it was given."""
+        """Return the positions of this process's parts after its last batch."""
         return {part: dataclasses.astuple(at) for part, at in self._positions.items()}
 
     def load_state_dict(self, state: Mapping[int, Sequence[int]]) -> None:
-        """Restore what ``state_dict`` returned, in all processes together."""
+        """Restore the positions of all processes together."""
         self._positions = {int(part): Position(*at) for part, at in state.items()}
 
     def first_images(self, count: int) -> Iterator[Any]:
@@ -122,9 +122,9 @@ class ImageStream:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[ImageBatch]:
-        """Yield the batches of some steps, as those of a collection.
+        """Yield batches; see ``loader.training_batches``.
 
-        An image that cannot be read is replaced by another of its batch.
+        Unreadable images are replaced by others of the batch.
 
         Raises:
             InputError: the parts cannot be shared by so many processes, or there are no images.
@@ -161,7 +161,7 @@ class ImageStream:
             yield samples, positions
 
     def _part(self, part: int, position: Position) -> Iterator[tuple[Any, str, Position]]:
-        """Yield a part's images without end: undecoded, the name, and the position after it."""
+        """Yield a part's images endlessly: undecoded, with the name and the position after it."""
         empty = 0
         while empty < _EMPTY_EPOCHS:
             found = False
@@ -201,12 +201,12 @@ _Read = tuple[list[_Streamed], dict[int, Position]]
 
 
 class _Steps:
-    """Images of a process for each step, and the positions of what is read ahead."""
+    """Images of a process for each step; batches are read ahead."""
 
     def __init__(self, stream: ImageStream, own: Sequence[int], first: int, last: int) -> None:
         self._stream, self._own, self._first, self._last = stream, own, first, last
         self.positions: collections.deque[dict[int, Position]] = collections.deque()
-        """Of the parts after each batch, in order."""
+        """Positions of the parts after each batch."""
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -236,7 +236,7 @@ class _Augmented(Dataset[Sample]):
 
 
 def ahead(items: Iterator[T], count: int) -> Iterator[T]:
-    """Yield the same items, up to ``count`` of them fetched by a thread before they are used."""
+    """Yield the same items; a thread fetches up to ``count`` in advance."""
     end: Any = object()
     pool = ThreadPoolExecutor(1)
     try:

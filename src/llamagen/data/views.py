@@ -1,4 +1,4 @@
-"""Crops of an image: random ones to train on, fixed views to encode."""
+"""Crops of images as of the published models: random ones to train on, fixed views to encode."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ def center_crop(image: Image.Image, size: int, *, width: int | None = None) -> I
     The image is halved with a box filter while its short side is at least twice ``size``, then
     scaled with a bicubic one (Dhariwal and Nichol 2105.05233, the crop behind ImageNet FIDs).
 
-    Args:
-        image: of any size; a smaller one is enlarged.
-        size: side of the square.
-        width: for a crop that is no square, its width; ``size`` is then its height.
+    A smaller image is enlarged. With a ``width``, the crop is ``size`` high and that wide.
     """
     width = width or size
     image = _cover(image, width, size)
@@ -59,8 +56,7 @@ def random_crop(
 ) -> Image.Image:
     """Return a random square after the short side is resized to ``size`` .. ``max_scale`` size.
 
-    The tokenizer's training crop: the published range is from size / 1.0 to size / 0.8. With a
-    ``width``, the crop is ``size`` high and that wide.
+    Published tokenizers were trained so. With a ``width``, the crop is ``size`` high and that wide.
     """
     width = width or size
     height = rng.randint(size, max(size, int(size * max_scale)))
@@ -71,7 +67,7 @@ def random_crop(
 
 
 def _cover(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize to the smallest size of the same shape that covers ``width`` x ``height``."""
+    """Resize to cover ``width`` x ``height``, with the same aspect ratio."""
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = max(width / image.width, height / image.height)
@@ -110,7 +106,7 @@ class Augmentation:
     height: int
     width: int
     max_scale: float
-    """The image is enlarged up to this factor beyond what covers the crop; 1 never enlarges."""
+    """Largest factor of enlargement beyond the size that covers the crop."""
     flip: bool
     """Mirror every other image."""
 
@@ -128,7 +124,7 @@ class Views:
     width: int
     kind: ViewKind = "center"
     crop_ranges: tuple[float, ...] = TEN_CROP_RANGES
-    """Enlargements, relative to the size, that five or ten crops are cut from."""
+    """Sizes, relative to the crop, of the images that five or ten crops are cut from."""
 
     def __post_init__(self) -> None:
         check_crop_ranges(self.crop_ranges)
@@ -157,7 +153,7 @@ class Views:
         return [crop] if self.kind == "center" else [crop, ImageOps.mirror(crop)]
 
     def view(self, image: Image.Image, number: int) -> Image.Image:
-        """Return one view; those before it are not made."""
+        """Return one view, without making all."""
         if not self.kind.endswith("-crop"):
             crop = center_crop(image, self.height, width=self.width)
             return ImageOps.mirror(crop) if number == 1 else crop

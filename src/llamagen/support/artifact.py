@@ -86,40 +86,27 @@ class Format:
         return any((Path(folder) / name).is_file() for name in names)
 
 
+@dataclasses.dataclass(eq=False)
 class Artifact:
-    """An artifact in a folder."""
+    """An artifact in an existing or new folder."""
 
-    def __init__(
-        self,
-        folder: Path | str,
-        form: Format,
-        settings: Settings,
-        *,
-        items: int = 0,
-        piece_size: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """Prepare; nothing is read or written.
+    folder: Path
+    form: Format
+    settings: Settings
+    """Everything that determines the content of the pieces; after ``begin``, as on the disk."""
+    _: dataclasses.KW_ONLY
+    items: int = 0
+    """Number of items, such as images."""
+    piece_size: int = 1
+    """Items of a piece."""
+    rank: int = 0
+    """Number of this process, which makes every ``world_size``-th piece."""
+    world_size: int = 1
+    _arrays: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False)
 
-        Args:
-            folder: existing or new.
-            form: kind of artifact.
-            settings: everything that determines the content of the pieces.
-            items: number of items, such as images.
-            piece_size: items of a piece.
-            rank: number of this process, which makes every ``world_size``-th piece.
-            world_size: processes of the run.
-        """
-        self.folder = Path(folder)
-        self.form = form
-        self.settings: Settings = json.loads(json.dumps(settings))
-        """Those on the disk, after ``begin``."""
-        self.items = items
-        self.piece_size = piece_size
-        self.rank = rank
-        self.world_size = world_size
-        self._arrays: dict[int, np.ndarray] = {}
+    def __post_init__(self) -> None:
+        self.folder = Path(self.folder)
+        self.settings = json.loads(json.dumps(self.settings))
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be sent to another process with all its content.

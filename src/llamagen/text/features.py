@@ -98,7 +98,7 @@ FORMAT = Format(
 
 def _artifact(folder: Path | str, settings: Settings) -> Artifact:
     items, piece_size = settings["captions"], settings["shard_size"]
-    return Artifact(folder, FORMAT, settings, items=items, piece_size=piece_size)
+    return Artifact(Path(folder), FORMAT, settings, items=items, piece_size=piece_size)
 
 
 class TextStore:
@@ -110,6 +110,9 @@ class TextStore:
         self.manifest = manifest
         self.identity = artifact.identity
         """Depends on the captions and their encoder."""
+        self.text: TextConfig = manifest.plan.text
+        self.width = manifest.plan.width
+        """Length of a feature."""
         self._artifact = artifact
         self._keys, self._positions = index["key"], index["place"]
         self._ends: dict[int, np.ndarray] = {}
@@ -140,16 +143,6 @@ class TextStore:
 
     def __len__(self) -> int:
         return self.manifest.plan.captions
-
-    @property
-    def text(self) -> TextConfig:
-        """How captions were prepared."""
-        return self.manifest.plan.text
-
-    @property
-    def width(self) -> int:
-        """Length of a feature."""
-        return self.manifest.plan.width
 
     def features(self, captions: Sequence[str]) -> list[Tensor]:
         """Return features (L, W) bfloat16 of each caption; (0, W) of those that are not there."""
