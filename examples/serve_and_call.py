@@ -1,14 +1,14 @@
-"""Start a server with a model that comes with the package, and draw through its API.
+"""Start a server with a model that comes with the package, and generate through its API.
 
     python examples/serve_and_call.py                     (--quick: one image each)
     python examples/serve_and_call.py --model cifar10 --prompt horse
 
-The client is OpenAI's (pip install openai), and needs nothing of llamagen's; beside each call
-stands the same with curl. Needs the extras "serve" and "text". Leaves the images in --out. The
-cells can be pasted into a notebook.
+The client is OpenAI's (pip install openai) and does not need llamagen; each call is also shown
+with curl. Needs the extras "serve" and "text". Writes the images to --out. The cells can be pasted
+into a notebook.
 """
 
-# %% What to ask for
+# %% Options
 import argparse
 import atexit
 import base64
@@ -35,16 +35,16 @@ COUNT = 1 if args.quick else 4
 
 
 # %% The server: llamagen serve --model emoji
-# Port 0 takes a free one, and the first line that is printed says which.
+# Port 0 takes a free port, which is in the first line printed.
 def start(model: str) -> tuple[subprocess.Popen[str], str]:
-    """A server and its address, once it answers."""
+    """Start a server; return it and its URL once it is ready."""
     command = [sys.executable, "-m", "llamagen", "serve", "--model", model, "--port", "0"]
     with (args.out / "server.log").open("w") as log:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    # However this program ends, the server does not outlive it.
+    # End the server with this program.
     atexit.register(server.terminate)
     assert server.stdout is not None
-    # The models have been loaded when this line comes.
+    # Printed once the models are loaded.
     lines = (line.split() for line in server.stdout)
     url = next((words[-1] for words in lines if "serves" in words), "")
     while url and server.poll() is None:
@@ -55,7 +55,7 @@ def start(model: str) -> tuple[subprocess.Popen[str], str]:
 
 
 def is_ready(url: str) -> bool:
-    """Whether requests are taken. Load balancers ask the same."""
+    """Return whether the server takes requests, as load balancers ask."""
     try:
         with urllib.request.urlopen(f"{url}/ready", timeout=10) as answer:
             return answer.status == 200
@@ -69,13 +69,13 @@ print(f"{args.model} is served at {url}")
 # %% The models: curl $URL/v1/models
 client = OpenAI(base_url=f"{url}/v1", api_key="none")
 (model,) = client.models.list()
-# What OpenAI's answers have not got is there by its name: classes, rows, columns, settings, ...
+# It has fields beyond those of OpenAI's API: classes, rows, columns, settings, ...
 print(f"{model.id}: {model.kind}-conditional, {model.size}, edits: {model.edits}")
 prompt = args.prompt or ("sunflower" if model.kind == "text" else model.classes[0])
 
 
 def save(encoded: str, name: str) -> Path:
-    """Writes an image of an answer; it is a PNG that says how it was made."""
+    """Write an image of a response: a PNG with metadata."""
     path = args.out / name
     path.write_bytes(base64.b64decode(encoded))
     print(f"  {path}")
@@ -86,16 +86,16 @@ def save(encoded: str, name: str) -> Path:
 # curl $URL/v1/images/generations -H 'Content-Type: application/json' \
 #     -d '{"prompt": "sunflower", "n": 4, "seed": 7, "guidance_scale": 3.0}'
 print("generations:")
-# The settings that OpenAI's API has not got go into extra_body.
+# Settings beyond those of OpenAI's API go into extra_body.
 answer = client.images.generate(
     model=model.id, prompt=prompt, n=COUNT, extra_body={"seed": 7, "guidance_scale": 3.0}
 )
 drawn = [save(image.b64_json, f"image-{image.seed}.png") for image in answer.data]
 
-# %% An image that grows: events with unfinished images, then the whole
+# %% Streaming: events with partial images, then the image
 # curl --no-buffer $URL/v1/images/generations -H 'Content-Type: application/json' \
 #     -d '{"prompt": "sunflower", "seed": 8, "stream": true, "partial_images": 3}'
-print("a stream:")
+print("streaming:")
 events = client.images.generate(
     model=model.id, prompt=prompt, stream=True, partial_images=3, extra_body={"seed": 8}
 )
@@ -105,7 +105,7 @@ for event in events:
     else:
         save(event.b64_json, "grown.png")
 
-# %% Edits: what the mask marks in white (or has transparent) is drawn anew
+# %% Edits: the white or transparent part of the mask is generated
 # curl $URL/v1/images/edits -F image=@image-7.png -F mask=@mask.png \
 #     -F prompt=sunflower -F n=4 -F seed=0
 print("an edit:")
@@ -137,7 +137,7 @@ answer = client.images.edit(
 )
 save(answer.data[0].b64_json, "wider.png")
 
-# %% The end: on SIGTERM the server finishes what it draws, then exits with 0
+# %% Shutdown: on SIGTERM the server finishes its requests and exits with 0
 server.terminate()
 assert server.wait(timeout=90) == 0
 print("the server has ended")

@@ -1,4 +1,4 @@
-"""The examples in their quick form: each runs as a reader would run it, and leaves what it says."""
+"""The examples run with --quick, and write the files that they name."""
 
 import json
 import os
@@ -15,12 +15,12 @@ from llamagen.support.pictures import read_metadata
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES = {"emoji": (64, 64), "cifar10": (32, 32)}
 NOWHERE = "http://127.0.0.1:9"
-"""A proxy that does not answer: no example needs a network."""
+"""A proxy that does not answer: examples need no network."""
 
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs an example in an empty folder; returns what it printed and that folder."""
+    """Run an example in an empty folder; return its output and that folder."""
     here, temporary = tmp_path / "here", tmp_path / "temporary"
     here.mkdir()
     temporary.mkdir()
@@ -56,7 +56,7 @@ def size(path):
         return image.size
 
 
-def test_every_example_is_tested_and_listed():
+def test_readme_lists_examples():
     names = {path.name for path in EXAMPLES.glob("*.py")}
     assert names == {"generate_and_edit.py", "train_on_your_folder.py", "serve_and_call.py"}
     readme = (EXAMPLES / "README.md").read_text()
@@ -84,7 +84,7 @@ def test_generate_and_edit(run):
     assert height >= len(models) * 10 * 128
 
 
-def test_an_image_of_ones_own_is_edited(run, tmp_path):
+def test_edits_given_image(run, tmp_path):
     photo = tmp_path / "photo.jpg"
     Image.linear_gradient("L").resize((90, 70)).save(photo)
     prompts = ("red heart", "full moon", "pizza")
@@ -93,7 +93,7 @@ def test_an_image_of_ones_own_is_edited(run, tmp_path):
     )
     out = here / "runs" / "generate-and-edit"
     assert read_metadata(out / "emoji.png")["prompt"] == "red heart"
-    # Where nothing is drawn anew, the photo's own pixels stay.
+    # Pixels outside the mask stay.
     with Image.open(out / "emoji-inpainted.png") as image:
         top = image.convert("L").getpixel((32, 0))
         bottom = image.convert("L").getpixel((32, 63))
@@ -119,7 +119,7 @@ def test_train_on_your_folder(run):
         assert json.loads(lines[-1])["step"] == 4
     assert "images of runs/train-on-your-folder-quick/transformer/pipeline" in printed
 
-    # Run again, it goes on where it ended: nothing is trained anew.
+    # Run again, it trains nothing.
     weights = out / "transformer" / "pipeline" / "transformer" / "model.safetensors"
     before = weights.read_bytes(), (out / "samples.png").read_bytes()
     again, _ = run("train_on_your_folder.py")
@@ -142,7 +142,7 @@ def test_serve_and_call(run):
     assert "Traceback" not in (out / "server.log").read_text()
 
 
-def test_a_server_that_cannot_start_is_told(tmp_path):
+def test_names_log_of_failed_server(tmp_path):
     command = [sys.executable, EXAMPLES / "serve_and_call.py", "--model", "no-such-model"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300

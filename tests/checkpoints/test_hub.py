@@ -106,7 +106,7 @@ def folder_files(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_an_interrupted_download_goes_on_where_it_stopped(hub, client, home):
+def test_resumes_interrupted_download(hub, client, home):
     content = published(tiny_transformer(), padding=24 * 2**20)
     hub.repos["owner/models"] = {"c2i_tiny.pt": content}
     hub.cut_after["c2i_tiny.pt"] = 22 * 2**20
@@ -143,7 +143,7 @@ refused(ImageTokenizer.from_pretrained, "owner/others")
     assert hub.requests == []
 
 
-def test_what_cannot_be_downloaded_is_one_line_each(hub, client):
+def test_failed_download_is_one_line(hub, client):
     hub.repos["owner/models"] = {"notes.txt": b"no model"}
     hub.gated.add("owner/secret")
     lines = client("""
@@ -163,7 +163,7 @@ refused(Transformer.from_pretrained, "owner/absent")
     assert "owner/models on the hub is no model folder" in lines[3]
 
 
-def test_a_server_that_is_not_there(client):
+def test_unreachable_server_is_one_line(client):
     # Retries with growing pauses would make it half a minute; that they end is what matters here.
     code = """
 import time
@@ -177,7 +177,7 @@ refused(checkpoints.resolve_pipeline, "owner/models")
         assert "http://127.0.0.1:9 did not answer as a hub does; check the network" in line
 
 
-def test_folders_on_the_hub(hub, client, tmp_path):
+def test_loads_folders_from_hub(hub, client, tmp_path):
     tiny_pipeline().save_pretrained(tmp_path / "pipeline")
     hub.repos["owner/pipeline"] = folder_files(tmp_path / "pipeline")
     hub.repos["owner/pipeline"]["training/state.safetensors"] = b"not needed"
@@ -211,7 +211,7 @@ print(checkpoints.resolve_pipeline("owner/model").name)
         assert len(hub.fetched(path + name)) == 1
 
 
-def test_pushing(hub, client):
+def test_pushes_to_hub(hub, client):
     lines = client("""
 address = tiny_transformer().push_to_hub("owner/pushed", token="hf_test")
 print(address)

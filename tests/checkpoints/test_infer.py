@@ -1,4 +1,4 @@
-"""Configurations come out of shapes alone: published sizes and any other."""
+"""Configurations inferred from shapes, of published and other sizes."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_other_tokenizers(values):
     assert infer_tokenizer_config(plain) == expected
 
 
-def test_heads_are_asked_for_where_nothing_tells_them():
+def test_unknown_heads_are_required():
     shapes = shapes_of(TransformerConfig(dim=48, layers=3, heads=6))
     with pytest.raises(InputError, match="heads cannot be read from shapes") as error:
         infer_transformer_config(checkpoint("transformer", shapes))
@@ -144,7 +144,7 @@ def test_grid_from_the_arguments(size, factor, grid):
 @pytest.mark.parametrize(
     "arguments", [{}, {"image_size": 384}, {"image_size": "384", "downsample_size": 16}]
 )
-def test_a_grid_that_nothing_tells_is_said_to_be_a_guess(arguments, caplog):
+def test_warns_of_assumed_grid(arguments, caplog):
     read = checkpoint("transformer", B, **arguments)
     with caplog.at_level(logging.WARNING):
         assert infer_transformer_config(read).grid == (16, 16)
@@ -154,14 +154,14 @@ def test_a_grid_that_nothing_tells_is_said_to_be_a_guess(arguments, caplog):
     assert caplog.text == ""
 
 
-def test_a_model_without_a_row_for_no_class():
+def test_rejects_model_without_row_for_no_class():
     shapes = {**B, "cls_embedding.embedding_table.weight": (1000, 768)}
     with pytest.raises(InputError, match="1000 rows for 1000 classes"):
         infer_transformer_config(checkpoint("transformer", shapes, num_classes=1000))
     assert infer_transformer_config(checkpoint("transformer", shapes)).num_classes == 999
 
 
-def test_impossible_shapes():
+def test_rejects_impossible_shapes():
     config = TransformerConfig(dim=48, layers=2, heads=6)
     for name, shape in (
         ("tok_embeddings.weight", None),

@@ -29,7 +29,7 @@ def model_folder(tmp_path_factory):
 
 
 class TestMemory:
-    def test_is_that_of_the_weights(self, tmp_path):
+    def test_matches_weights(self, tmp_path):
         changes = {"heads": 2, "dim": 64}
         tiny_transformer(**changes).save_pretrained(tmp_path)
         memory = describe_model(tmp_path).memory
@@ -39,7 +39,7 @@ class TestMemory:
         quantize(model)
         assert memory["int8"] == nbytes(model)
 
-    def test_of_a_quantised_model_is_as_it_is(self, tmp_path):
+    def test_matches_quantised_model(self, tmp_path):
         model = tiny_transformer().to(torch.bfloat16)
         quantize(model)
         model.save_pretrained(tmp_path)
@@ -84,7 +84,7 @@ class TestDescription:
         files = [path for path in model_folder.rglob("*.*") if path.name != "README.md"]
         assert found.disk_bytes == sum(path.stat().st_size for path in files)
 
-    def test_of_what_ships(self):
+    def test_of_shipped_models(self):
         found = describe_model("emoji")
         folder = find_shipped("emoji")
         files = [path for path in folder.rglob("*") if path.is_file()]
@@ -101,7 +101,7 @@ class TestDescription:
         assert list(found.memory) == ["float32", "bfloat16"]
         assert found.parts[0].config["layers"] == 4
 
-    def test_of_a_whole_t5_counts_its_encoder(self, tmp_path):
+    def test_counts_encoder_of_t5(self, tmp_path):
         transformers = pytest.importorskip("transformers")
         sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2}
         config = transformers.T5Config(num_layers=2, num_decoder_layers=2, **sizes)
@@ -123,7 +123,7 @@ class TestDescription:
         assert found.codes is None
         assert found.sampling is None
 
-    def test_of_published_models_takes_no_download(self):
+    def test_of_published_model_without_download(self):
         found = describe_model("c2i-B-384")
         assert [part.parameters for part in found.parts] == [110_888_448, 71_883_403]
         assert [part.disk_bytes for part in found.parts] == [None, None]
@@ -132,7 +132,7 @@ class TestDescription:
         assert found.sampling.top_k == 2000
         assert describe_model("vq-8").parameters == 70_109_835
 
-    def test_of_nothing(self, tmp_path):
+    def test_rejects_unknown_source(self, tmp_path):
         with pytest.raises(InputError, match="no known model"):
             describe_model("no-such-model")
         (tmp_path / "config.json").write_text('{"model_type": "t5"}')

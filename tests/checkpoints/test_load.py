@@ -1,4 +1,4 @@
-"""One loading call for folders, pipelines, files and names, and one line where there is none."""
+"""Loading of folders, pipelines, files and names, and errors of one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_parts_of_a_pipeline_folder(tmp_path):
         load_model(tmp_path / "p")
 
 
-def test_what_contradicts_a_folder(tmp_path):
+def test_rejects_arguments_that_contradict_folder(tmp_path):
     transformer().save_pretrained(tmp_path / "t")
     assert load_transformer(tmp_path / "t", grid=(4, 4), heads=4).config.grid == (4, 4)
     with pytest.raises(InputError, match="trained with grid 4x4, not 5x4; leave `grid` out"):
@@ -48,7 +48,7 @@ def test_what_contradicts_a_folder(tmp_path):
         load_transformer(tmp_path / "t", heads=8)
 
 
-def test_damaged_folders(tmp_path):
+def test_rejects_damaged_folders(tmp_path):
     folder = tmp_path / "t"
     transformer().save_pretrained(folder)
     config = (folder / "config.json").read_text()
@@ -70,7 +70,7 @@ def test_damaged_folders(tmp_path):
         load_transformer(folder)
 
 
-def test_folders_without_a_model(tmp_path):
+def test_rejects_folders_without_model(tmp_path):
     with pytest.raises(InputError, match=r"neither config\.json nor model_index\.json$"):
         load_tokenizer(tmp_path)
     transformer().save_pretrained(tmp_path / "t")
@@ -94,7 +94,7 @@ def test_folders_without_a_model(tmp_path):
         ("spaces in/it", ""),
     ],
 )
-def test_unknown_sources(load, source, hint):
+def test_rejects_unknown_sources(load, source, hint):
     with pytest.raises(InputError, match="is no folder, no file, no known model") as error:
         load(source)
     assert hint in str(error.value)
@@ -102,7 +102,7 @@ def test_unknown_sources(load, source, hint):
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_missing_path_is_no_hub_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(InputError, match="runs/tokenizer is no folder"):
@@ -140,7 +140,7 @@ def test_published_names(published):
         load_transformer("vq-t")
 
 
-def test_a_published_file_that_is_not_what_it_should_be(published):
+def test_rejects_published_file_of_other_model(published):
     torch.save(transformer(layers=3).state_dict(), published / "t.pt")
     with pytest.raises(InputError, match=r"there is no weight layers\.2"):
         load_transformer("c2i-t")
@@ -149,7 +149,7 @@ def test_a_published_file_that_is_not_what_it_should_be(published):
         load_transformer("c2i-t")
 
 
-def test_loading_draws_no_random_numbers(tmp_path):
+def test_loading_keeps_random_state(tmp_path):
     transformer().save_pretrained(tmp_path / "t")
     tokenizer().save_pretrained(tmp_path / "v")
     torch.save(transformer().state_dict(), tmp_path / "t.pt")
@@ -169,7 +169,7 @@ def test_loaded_models_can_be_trained(tmp_path):
     assert all(parameter.grad is not None for parameter in loaded.parameters())
 
 
-def test_a_configuration_in_json(tmp_path):
+def test_saves_configuration_as_json(tmp_path):
     transformer().save_pretrained(tmp_path / "t")
     values = json.loads((tmp_path / "t" / "config.json").read_text())
     assert values["kind"] == "transformer"

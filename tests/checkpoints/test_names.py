@@ -43,9 +43,9 @@ def test_case_does_not_matter():
         ("t2i-XL-521", "t2i-XL-512"),
     ],
 )
-def test_near_misses(wrong, right):
+def test_suggests_nearest_names(wrong, right):
     assert nearest_names(wrong)[0] == right
 
 
-def test_nothing_near():
+def test_suggests_nothing():
     assert nearest_names("stable-diffusion") == []

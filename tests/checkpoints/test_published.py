@@ -1,4 +1,4 @@
-"""Every dialect of checkpoint files is read; what is damaged or dangerous is refused."""
+"""Dialects of checkpoint files are read; damaged or dangerous ones are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DIALECTS = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_dialects(tmp_path, dialect, legacy):
+def test_reads_dialects(tmp_path, dialect, legacy):
     # A name that says nothing.
     path = tmp_path / "download"
     for model, load in ((transformer(), load_transformer), (tokenizer(), load_tokenizer)):
@@ -51,7 +51,7 @@ def test_dialects(tmp_path, dialect, legacy):
         assert not loaded.training
 
 
-def test_arguments_are_kept_and_the_rest_is_not(tmp_path):
+def test_keeps_arguments_only(tmp_path):
     state = {**tokenizer().state_dict(), "quantize.codebook_used": torch.zeros(65536)}
     discriminator = {"main.0.weight": torch.ones(2)}
     content = {"model": state, "discriminator": discriminator, "args": ARGUMENTS}
@@ -64,7 +64,7 @@ def test_arguments_are_kept_and_the_rest_is_not(tmp_path):
     assert read_checkpoint(tmp_path / "a.pt").arguments == vars(ARGUMENTS)
 
 
-def test_the_moving_average_is_taken_of_tokenizers_only(tmp_path):
+def test_reads_ema_of_tokenizers_only(tmp_path):
     path = tmp_path / "a.pt"
     content = {"model": tokenizer(seed=1).state_dict(), "ema": tokenizer(seed=2).state_dict()}
     torch.save(content, path)
@@ -76,7 +76,7 @@ def test_the_moving_average_is_taken_of_tokenizers_only(tmp_path):
     assert same_weights(load_transformer(path, heads=4), transformer(seed=1))
 
 
-def test_safetensors(tmp_path):
+def test_reads_safetensors(tmp_path):
     path = tmp_path / "a.bin"
     state = {**tokenizer().state_dict(), "quantize.codebook_used": torch.zeros(4)}
     save_file(prefixed(state, "module."), path)
@@ -88,7 +88,7 @@ def test_safetensors(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_precision(tmp_path, dtype):
+def test_keeps_precision(tmp_path, dtype):
     path = tmp_path / "a.pt"
     torch.save(transformer().state_dict(), path)
     loaded = load_transformer(path, heads=4, dtype=dtype)
@@ -98,7 +98,7 @@ def test_precision(tmp_path, dtype):
     assert load_transformer(path, heads=4).dtype == dtype
 
 
-def test_weights_do_not_depend_on_the_file_afterwards(tmp_path):
+def test_weights_do_not_depend_on_file(tmp_path):
     """Neither overwritten nor truncated under a running program does it matter."""
     path = tmp_path / "a.pt"
     torch.save(transformer().state_dict(), path)
@@ -109,7 +109,7 @@ def test_weights_do_not_depend_on_the_file_afterwards(tmp_path):
     assert same_weights(loaded, transformer())
 
 
-def test_views_of_one_storage(tmp_path):
+def test_reads_views_of_one_storage(tmp_path):
     state = transformer().state_dict()
     joined = torch.cat([state["norm.weight"], state["layers.0.ffn_norm.weight"]])
     state["norm.weight"], state["layers.0.ffn_norm.weight"] = joined.split(32)
@@ -129,7 +129,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle"])
-def test_code_in_a_file_does_not_run(tmp_path, form):
+def test_does_not_run_code(tmp_path, form):
     path, witness = tmp_path / "a.pt", tmp_path / "it-ran"
     content = {"model": transformer().state_dict(), "args": Malicious(f"touch {witness}")}
     if form == "plain pickle":
@@ -149,7 +149,7 @@ def test_code_in_a_file_does_not_run(tmp_path, form):
         assert witness.exists()
 
 
-def test_classes_other_than_namespace_are_refused(tmp_path):
+def test_rejects_classes_other_than_namespace(tmp_path):
     torch.save({"model": transformer(), "when": random.Random(0)}, tmp_path / "a.pt")
     name = r"llamagen\.models\.transformer\.model\.Transformer"
     with pytest.raises(InputError, match=f"asks to run {name}"):
@@ -157,7 +157,7 @@ def test_classes_other_than_namespace_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_truncation(tmp_path, form):
+def test_rejects_truncated_file(tmp_path, form):
     whole, path = tmp_path / "whole", tmp_path / "a.pt"
     if form == "safetensors":
         save_file(tokenizer().state_dict(), whole)
@@ -177,7 +177,7 @@ def test_truncation(tmp_path, form):
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_corruption(tmp_path, form):
+def test_rejects_or_reads_corrupt_file(tmp_path, form):
     """Flipped bits among the weights cannot be told from weights; anything else is refused."""
     whole, path = tmp_path / "whole", tmp_path / "a.pt"
     # Little of the file is weights.
@@ -217,7 +217,7 @@ def readable(path) -> bool:
         (b"\x80\x02}q\x00.", "truncated or not a checkpoint"),
     ],
 )
-def test_other_files(tmp_path, content, message):
+def test_rejects_other_files(tmp_path, content, message):
     path = tmp_path / "a.pt"
     path.write_bytes(content)
     with pytest.raises(InputError) as error:
@@ -226,7 +226,7 @@ def test_other_files(tmp_path, content, message):
     assert "download it again" in str(error.value)
 
 
-def test_an_ordinary_zip_file(tmp_path):
+def test_rejects_zip_file(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         file.writestr("notes.txt", "hello")
     with pytest.raises(InputError, match="not a checkpoint"):
@@ -257,7 +257,7 @@ def test_an_ordinary_zip_file(tmp_path):
         (torch.ones(2), "holds a Tensor, expected a dictionary of weights"),
     ],
 )
-def test_other_architectures(tmp_path, content, message):
+def test_rejects_other_architectures(tmp_path, content, message):
     path = tmp_path / "a.pt"
     torch.save(content, path)
     for load in (load_model, load_tokenizer, load_transformer):
@@ -266,7 +266,7 @@ def test_other_architectures(tmp_path, content, message):
         assert message in str(error.value)
 
 
-def test_the_wrong_one_of_the_two(tmp_path):
+def test_rejects_other_model(tmp_path):
     torch.save(transformer().state_dict(), tmp_path / "t.pt")
     torch.save(tokenizer().state_dict(), tmp_path / "v.pt")
     with pytest.raises(InputError, match=r"t\.pt holds another model \(transformer\)"):
@@ -277,7 +277,7 @@ def test_the_wrong_one_of_the_two(tmp_path):
     assert load_model(tmp_path / "v.pt").kind == "image tokenizer"
 
 
-def test_the_first_weight_that_differs_is_named(tmp_path):
+def test_names_first_weight_that_differs(tmp_path):
     path = tmp_path / "a.pt"
     for name, change, message in (
         ("layers.1.feed_forward.w2.weight", torch.ones(3, 3), r"has shape \(3, 3\), expected"),
@@ -297,7 +297,7 @@ def test_the_first_weight_that_differs_is_named(tmp_path):
         assert str(path) in str(error.value)
 
 
-def test_one_weight_under_two_names(tmp_path):
+def test_rejects_one_weight_under_two_names(tmp_path):
     state = transformer().state_dict()
     state["module.norm.weight"] = state["norm.weight"]
     torch.save(state, tmp_path / "a.pt")

@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "models"
 
 
-def test_by_name(folder):
+def test_finds_by_name(folder):
     assert shipped_models() == ["flowers"]
     assert find_shipped("Flowers") == folder / "flowers"
     assert find_shipped("notes") is None
@@ -38,19 +38,19 @@ def test_by_name(folder):
     assert pipe(0, seed=1).codes.equal(tiny_pipeline()(0, seed=1).codes)
 
 
-def test_nothing_is_shipped(tmp_path, monkeypatch):
+def test_no_shipped_models(tmp_path, monkeypatch):
     monkeypatch.setattr(names, "_SHIPPED", tmp_path / "missing")
     assert shipped_models() == []
     assert find_shipped("emoji") is None
 
 
-def test_a_misspelt_name(folder):
+def test_suggests_nearest_name(folder):
     assert nearest_names("flower") == ["flowers"]
     with pytest.raises(InputError, match=r"no known model \(did you mean flowers\?\)"):
         resolve_pipeline("flower")
 
 
-def test_a_folder_of_data_does_not_hide_it(folder, tmp_path):
+def test_folder_of_data_does_not_hide_model(folder, tmp_path):
     (tmp_path / "here" / "flowers").mkdir()
     (tmp_path / "here" / "flowers" / "metadata.csv").write_text("file_name,text\n")
     assert resolve_pipeline("flowers").folder == folder / "flowers"
@@ -59,7 +59,7 @@ def test_a_folder_of_data_does_not_hide_it(folder, tmp_path):
         resolve_pipeline("./flowers")
 
 
-def test_a_model_folder_comes_first(folder, tmp_path):
+def test_model_folder_comes_first(folder, tmp_path):
     pipe = tiny_pipeline()
     pipe.name = "mine"
     pipe.save_pretrained(tmp_path / "here" / "flowers")

@@ -1,4 +1,4 @@
-"""What the parts of a pipeline are, before any of them is loaded."""
+"""Locations of the parts of a pipeline, before loading."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_published_names():
     assert found.sampling == SamplingConfig(guidance_scale=7.5, top_k=1000)
 
 
-def test_a_pipeline_folder(tmp_path, monkeypatch):
+def test_resolves_pipeline_folder(tmp_path, monkeypatch):
     pipe = tiny_pipeline()
     pipe.save_pretrained(tmp_path / "p")
     found = resolve_pipeline(str(tmp_path / "p"))
@@ -50,7 +50,7 @@ def test_a_pipeline_folder(tmp_path, monkeypatch):
     assert resolve_pipeline(tmp_path / "p").labels is None
 
 
-def test_a_transformer_alone(tmp_path):
+def test_resolves_single_transformer(tmp_path):
     transformer().save_pretrained(tmp_path / "mine")
     torch.save(transformer().state_dict(), tmp_path / "c2i.pt")
     for source, name in ((tmp_path / "mine", "mine"), (tmp_path / "c2i.pt", "c2i")):
@@ -60,7 +60,7 @@ def test_a_transformer_alone(tmp_path):
         assert found.sampling == SamplingConfig()
 
 
-def test_a_tokenizer_alone_is_no_pipeline(tmp_path):
+def test_rejects_single_tokenizer(tmp_path):
     tokenizer().save_pretrained(tmp_path / "v")
     torch.save(tokenizer().state_dict(), tmp_path / "v.pt")
     for source in (tmp_path / "v", tmp_path / "v.pt", "vq-16"):
@@ -69,12 +69,12 @@ def test_a_tokenizer_alone_is_no_pipeline(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["c2i-B-265", "no/where/near", "missing.pt", ""])
-def test_nothing(source):
+def test_rejects_unknown_source(source):
     with pytest.raises(InputError, match="is no folder, no file, no known model"):
         resolve_pipeline(source)
 
 
-def test_an_index_is_written_and_read(tmp_path):
+def test_index_round_trip(tmp_path):
     index = PipelineIndex(name="a \u00fc", sampling=SamplingConfig(guidance_stop=9, top_p=0.5))
     assert not is_pipeline_folder(tmp_path)
     write_index(tmp_path, index)
@@ -102,7 +102,7 @@ def test_an_index_is_written_and_read(tmp_path):
         ({"colour": "red"}, "colour"),
     ],
 )
-def test_an_index_that_cannot_be_used(tmp_path, change, message):
+def test_rejects_unusable_index(tmp_path, change, message):
     write_index(tmp_path, PipelineIndex(name="a"))
     path = tmp_path / "model_index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -112,13 +112,13 @@ def test_an_index_that_cannot_be_used(tmp_path, change, message):
     assert "\n" not in str(error.value)
 
 
-def test_whole_numbers_in_an_index_edited_by_hand(tmp_path):
+def test_reads_integers_as_floats_in_index(tmp_path):
     write_index(tmp_path, PipelineIndex(name="a"))
     path = tmp_path / "model_index.json"
     path.write_text(path.read_text().replace("4.0", "4").replace("1.0", "1"))
     assert read_index(tmp_path).sampling == SamplingConfig()
 
 
-def test_no_index(tmp_path):
+def test_missing_index(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"model_index\.json does not exist"):
         read_index(tmp_path)

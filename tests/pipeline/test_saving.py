@@ -1,4 +1,4 @@
-"""Folders of images: what interrupts them and however many processes share them, the same."""
+"""Folders of images: the same after an interruption and with several processes."""
 
 import json
 import threading
@@ -38,7 +38,7 @@ def pictures(folder):
     return {path.name: np.asarray(Image.open(path)).tobytes() for path in folder.glob("*.png")}
 
 
-def test_the_folder(whole, pipe):
+def test_writes_images_and_index(whole, pipe):
     lines = [json.loads(line) for line in (whole / "index.jsonl").read_text().splitlines()]
     assert [line["seed"] for line in lines] == list(range(10, 19))
     assert lines[4] == {"id": 9, "file": "000001-1.png", "prompt": "llama", "seed": 14}
@@ -49,7 +49,7 @@ def test_the_folder(whole, pipe):
     assert pictures(whole)["000001-1.png"] == alone
 
 
-def test_goes_on(whole, pipe, planned, tmp_path):
+def test_resumes(whole, pipe, planned, tmp_path):
     class StopError(Exception):
         pass
 
@@ -70,7 +70,7 @@ def test_goes_on(whole, pipe, planned, tmp_path):
     assert draw_into_folder(pipe, planned, out, batch_size=2) == 0
 
 
-def test_processes_share_the_work(whole, pipe, planned, tmp_path):
+def test_processes_share_images(whole, pipe, planned, tmp_path):
     counts = [
         draw_into_folder(pipe, planned, tmp_path, batch_size=2, rank=rank, world_size=3)
         for rank in range(3)
@@ -79,7 +79,7 @@ def test_processes_share_the_work(whole, pipe, planned, tmp_path):
     assert pictures(tmp_path) == pictures(whole)
 
 
-def test_a_gpu_draws_the_next_batch_while_one_is_saved(whole, pipe, planned, tmp_path, monkeypatch):
+def test_gpu_generates_while_saving(whole, pipe, planned, tmp_path, monkeypatch):
     launches = 0
     second = threading.Event()
     launch, save = drawing._launch, drawing._save
@@ -104,7 +104,7 @@ def test_a_gpu_draws_the_next_batch_while_one_is_saved(whole, pipe, planned, tmp
     assert pictures(tmp_path) == pictures(whole)
 
 
-def test_what_is_drawn_is_saved_though_the_next_batch_fails(pipe, planned, tmp_path, monkeypatch):
+def test_saves_batch_before_failed_one(pipe, planned, tmp_path, monkeypatch):
     launch = drawing._launch
 
     def failing(pipeline, left, **settings):
@@ -119,7 +119,7 @@ def test_what_is_drawn_is_saved_though_the_next_batch_fails(pipe, planned, tmp_p
     assert len(pictures(tmp_path)) == 4
 
 
-def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
+def test_rejects_bad_prompt_before_generation(pipe, tmp_path):
     planned = plan_images([("llama", {}), ("https://example.com", {})], images_per_prompt=1, seed=0)
     with pytest.raises(InputError, match="empty once it is cleaned"):
         draw_into_folder(pipe, planned, tmp_path / "out", batch_size=1)
@@ -128,7 +128,7 @@ def test_a_bad_prompt_is_found_before_anything_is_drawn(pipe, tmp_path):
         tiny_pipeline().check_prompts(["dog", "unknown"])
 
 
-def test_folders_of_something_else(whole, pipe, planned, tmp_path):
+def test_refuses_other_folders(whole, pipe, planned, tmp_path):
     with pytest.raises(InputError, match="begun with other settings"):
         draw_into_folder(pipe, planned, whole, top_k=3)
     with pytest.raises(InputError, match="begun with other prompts or seeds"):

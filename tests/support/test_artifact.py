@@ -1,4 +1,4 @@
-"""Artifacts: whole after a kill, a full disk or damage; the same by one process or several."""
+"""Artifacts: resumed after a kill, a full disk or damage; the same with several processes."""
 
 import dataclasses
 import errno
@@ -92,7 +92,7 @@ def test_layout(tmp_path):
     np.testing.assert_array_equal(np.load(artifact.path(1, ".npy"))[:, 1], [9, 16, 25])
 
 
-def test_progress_adds_up_and_finished_work_is_not_repeated(tmp_path):
+def test_resumes_with_progress_of_finished_pieces(tmp_path):
     counts = []
     made(tmp_path, advance=counts.append)
     assert sum(counts) == 11
@@ -104,7 +104,7 @@ def test_progress_adds_up_and_finished_work_is_not_repeated(tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [(0, 1, 2), (2, 0, 1)])
-def test_processes_share_the_pieces(tmp_path, ranks):
+def test_processes_share_pieces(tmp_path, ranks):
     made(tmp_path / "one")
     counts = [made(tmp_path / "three", rank=rank, world_size=3)[1] for rank in ranks]
     assert sum(counts) == 11
@@ -126,7 +126,7 @@ def test_processes_share_the_pieces(tmp_path, ranks):
         (ARRAYS, "shard-00001.npz", lambda _: b""),
     ],
 )
-def test_only_what_is_damaged_is_made_again(tmp_path, form, name, damage):
+def test_remakes_damaged_pieces_only(tmp_path, form, name, damage):
     artifact, _ = made(tmp_path, form)
     before = contents(tmp_path)
     path = tmp_path / name
@@ -142,7 +142,7 @@ def test_only_what_is_damaged_is_made_again(tmp_path, form, name, damage):
     assert artifact.is_done()
 
 
-def test_arrays_by_row(tmp_path):
+def test_reads_rows_across_pieces(tmp_path):
     artifact, _ = made(tmp_path, ARRAYS)
     np.testing.assert_array_equal(artifact.rows("rows")[:, 0], range(11))
     for start, stop in ((0, 3), (2, 7), (5, 6), (9, 11)):
@@ -168,7 +168,7 @@ made(sys.argv[1], items=120, make=slowly)
 """
 
 
-def test_sigkill_at_a_random_moment(tmp_path):
+def test_resumes_after_sigkill(tmp_path):
     made(tmp_path / "whole", items=120)
     chance = random.Random(time.time_ns())
     out = tmp_path / "killed"
@@ -190,7 +190,7 @@ def test_sigkill_at_a_random_moment(tmp_path):
 @pytest.mark.parametrize(
     "full_at", ["plan.json", "shard-00002.npy", "shard-00002.json", "manifest"]
 )
-def test_a_full_disk(tmp_path, monkeypatch, full_at):
+def test_resumes_after_full_disk(tmp_path, monkeypatch, full_at):
     made(tmp_path / "whole")
 
     def finish(path):
@@ -211,7 +211,7 @@ def test_a_full_disk(tmp_path, monkeypatch, full_at):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_writing_to_a_full_device_says_why():
+def test_full_device_error_has_cause():
     with pytest.raises(OSError, match="No space left") as raised:
         write_npy(Path("/dev/full"), np.zeros((300, 300), np.uint16))
     assert raised.value.errno == errno.ENOSPC
@@ -226,7 +226,7 @@ def test_writing_to_a_full_device_says_why():
         ({"power": 3, "new": True}, r"another power \(power 2, now 3\)"),
     ],
 )
-def test_other_settings_are_refused_or_overwritten(tmp_path, change, words):
+def test_refuses_or_overwrites_other_settings(tmp_path, change, words):
     made(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "notes.txt").write_text("the artifact's")
@@ -247,14 +247,14 @@ def test_other_settings_are_refused_or_overwritten(tmp_path, change, words):
     assert len(list(tmp_path.glob("shard-*.npy"))) == 2
 
 
-def test_free_settings_stay_those_of_the_first_run(tmp_path):
+def test_keeps_free_settings_of_first_run(tmp_path):
     artifact, _ = made(tmp_path)
     again, _ = made(tmp_path, settings={**SETTINGS, "speed": 9})
     assert again.settings["speed"] == 1
     assert again.identity == artifact.identity
 
 
-def test_settings_that_are_newer_than_the_folder(tmp_path):
+def test_fills_settings_missing_in_older_folder(tmp_path):
     artifact, _ = made(tmp_path)
     wanted = {**SETTINGS, "source": {**SETTINGS["source"], "step": 1}, "sign": "+"}
     with pytest.raises(InputError, match=r"source\.step None, now 1"):
@@ -267,7 +267,7 @@ def test_settings_that_are_newer_than_the_folder(tmp_path):
         made(tmp_path, settings=wanted, missing=missing)
 
 
-def test_folders_that_hold_something_else(tmp_path):
+def test_refuses_folder_of_other_files(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"not empty and holds no table of squares \(but file\)"):
         made(tmp_path)
@@ -289,7 +289,7 @@ def test_folders_that_hold_something_else(tmp_path):
         read_manifest(out, FORM)
 
 
-def test_other_formats_and_versions(tmp_path):
+def test_refuses_other_formats_and_versions(tmp_path):
     made(tmp_path)
     for form, words in (
         (dataclasses.replace(FORM, name="cubes"), "has format 'squares', expected 'cubes'"),
@@ -301,14 +301,14 @@ def test_other_formats_and_versions(tmp_path):
             read_manifest(tmp_path, form)
 
 
-def test_folders_without_a_header(tmp_path):
+def test_reads_folder_without_header(tmp_path):
     storage.write_json(tmp_path / "plan.json", SETTINGS)
     with pytest.raises(InputError, match="format None"):
         made(tmp_path)
     assert made(tmp_path, dataclasses.replace(FORM, has_header=False))[1] == 11
 
 
-def test_texts_that_belong_to_the_settings(tmp_path):
+def test_refuses_other_text(tmp_path):
     artifact = Artifact(tmp_path, FORM, SETTINGS)
     with artifact.begin():
         artifact.same_text("index.txt", "a\nb\n", "other names")

@@ -1,4 +1,4 @@
-"""Which precision a CPU computes in, if nobody says."""
+"""Default precision of a CPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def measured_anew():
 @pytest.mark.parametrize(
     ("half", "chosen"), [(0.5, torch.bfloat16), (0.7, torch.float32), (20.0, torch.float32)]
 )
-def test_bfloat16_where_it_is_fast(monkeypatch, half, chosen):
+def test_bfloat16_if_fast(monkeypatch, half, chosen):
     seconds = {torch.float32: 1.0, torch.bfloat16: half}
     threads = []
 
@@ -33,12 +33,12 @@ def test_bfloat16_where_it_is_fast(monkeypatch, half, chosen):
     assert torch.get_num_threads() == before
 
 
-def test_measured_once(monkeypatch):
+def test_measures_once(monkeypatch):
     first = devices.find_dtype("auto", CPU)
     monkeypatch.setattr(devices, "_matmul_seconds", lambda _: pytest.fail("measured again"))
     assert devices.find_dtype("auto", CPU) == first
 
 
-def test_what_is_asked_for_counts():
+def test_explicit_dtype_is_kept():
     assert devices.find_dtype("float32", CPU) == torch.float32
     assert devices.find_dtype(torch.bfloat16, CPU) == torch.bfloat16

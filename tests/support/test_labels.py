@@ -9,39 +9,39 @@ ANIMALS = Labels(("cat", "dog", "golden retriever", "crane", "crane"), (("n1",),
 
 
 @pytest.mark.parametrize("text", ["cat", "CAT", " Cat ", "n1", "0", 0])
-def test_spellings(text):
+def test_finds_any_spelling(text):
     assert ANIMALS.find(text) == 0
 
 
 @pytest.mark.parametrize("text", ["golden_retriever", "Golden-Retriever", "golden  retriever"])
-def test_words_may_be_joined(text):
+def test_finds_joined_words(text):
     assert ANIMALS.find(text) == 2
 
 
-def test_a_misspelt_name_answers_with_the_nearest():
+def test_suggests_nearest_names():
     with pytest.raises(InputError, match="did you mean 'golden retriever'"):
         ANIMALS.find("goldn retriver")
     with pytest.raises(InputError, match="did you mean 'golden retriever'"):
         ANIMALS.find("retriever")
 
 
-def test_a_name_like_no_other_answers_with_examples():
+def test_shows_example_names():
     with pytest.raises(InputError, match=r"5 classes: cat, dog"):
         ANIMALS.find("xylophone")
 
 
-def test_an_ambiguous_name_asks_for_the_number():
+def test_rejects_ambiguous_name():
     with pytest.raises(InputError, match="3, 4"):
         ANIMALS.find("crane")
 
 
 @pytest.mark.parametrize("index", ["5", 7, -1])
-def test_numbers_outside_the_range(index):
+def test_rejects_numbers_out_of_range(index):
     with pytest.raises(InputError, match=r"0 to 4|no class"):
         ANIMALS.find(index)
 
 
-def test_imagenet():
+def test_imagenet_classes():
     labels = Labels.imagenet()
     assert len(labels) == 1000
     assert labels.find("golden retriever") == 207
@@ -60,13 +60,13 @@ def test_round_trip(tmp_path):
     assert json.loads((tmp_path / "plain.json").read_text()) == [{"name": "a"}, {"name": "b"}]
 
 
-def test_a_list_of_strings_is_enough(tmp_path):
+def test_loads_list_of_strings(tmp_path):
     (tmp_path / "labels.json").write_text('["a", "b"]')
     assert Labels.load(tmp_path / "labels.json") == Labels(("a", "b"))
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]", '[{"title": "a"}]'])
-def test_damaged_files(tmp_path, text):
+def test_rejects_damaged_files(tmp_path, text):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(InputError, match=r"labels\.json"):
         Labels.load(tmp_path / "labels.json")

@@ -26,7 +26,7 @@ def test_metadata_round_trip(tmp_path):
         assert image.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_pictures_without_metadata(tmp_path):
+def test_rejects_images_without_metadata(tmp_path):
     save_png(solid("red"), tmp_path / "a.png")
     with pytest.raises(InputError, match="does not say how it was made"):
         read_metadata(tmp_path / "a.png")
@@ -37,7 +37,7 @@ def test_pictures_without_metadata(tmp_path):
         read_metadata(tmp_path / "c.png")
 
 
-def test_a_grid_holds_every_image():
+def test_grid_has_every_image():
     colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     grid = image_grid([solid(color) for color in colors], columns=2, gap=1, scale=2)
     assert grid.size == (2 * (16 + 1) + 1, 2 * (12 + 1) + 1)
@@ -47,7 +47,7 @@ def test_a_grid_holds_every_image():
         assert (pixels[y : y + 12, x : x + 16] == color).all()
 
 
-def test_captions_and_titles_make_room():
+def test_captions_and_titles_enlarge_sheet():
     plain = image_grid([solid("red", (64, 64))])
     captioned = image_grid([solid("red", (64, 64))], captions=["a caption far too long for it"])
     assert captioned.height > plain.height
@@ -55,12 +55,12 @@ def test_captions_and_titles_make_room():
     assert stacked([plain, captioned], gap=3).height == plain.height + captioned.height + 3
 
 
-def test_no_images_is_an_error():
+def test_rejects_empty_grid():
     with pytest.raises(InputError, match="no images"):
         image_grid([])
 
 
-def test_arrays_become_images():
+def test_arrays_to_images():
     pixels = np.zeros((2, 4, 5, 3), np.uint8)
     pixels[1] = 255
     pictures = arrays_to_pil(pixels)

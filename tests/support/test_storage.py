@@ -1,4 +1,4 @@
-"""Nothing half-written is ever seen under its final name."""
+"""Atomic files and folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def umask():
     os.umask(old)
 
 
-def test_a_file(tmp_path, umask):
+def test_writes_file(tmp_path, umask):
     path = tmp_path / "new" / "a.txt"
     with storage.atomic_file(path) as temporary:
         temporary.write_text("one")
@@ -49,7 +49,7 @@ def test_a_file(tmp_path, umask):
     assert names(path.parent) == ["a.txt"]
 
 
-def test_a_file_that_fails(tmp_path):
+def test_failed_file_keeps_old_one(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError):
@@ -58,13 +58,13 @@ def test_a_file_that_fails(tmp_path):
     assert names(tmp_path) == ["a.txt"]
 
 
-def test_json(tmp_path):
+def test_json_round_trip(tmp_path):
     storage.write_json(tmp_path / "a.json", {"name": "é", "values": [1, 2]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert text == '{\n  "name": "é",\n  "values": [\n    1,\n    2\n  ]\n}\n'
 
 
-def test_a_folder(tmp_path, umask):
+def test_writes_folder(tmp_path, umask):
     path = tmp_path / "new" / "model"
     with storage.atomic_folder(path) as temporary:
         (temporary / "part").mkdir()
@@ -76,7 +76,7 @@ def test_a_folder(tmp_path, umask):
     assert names(path.parent) == ["model"]
 
 
-def test_a_folder_that_replaces_another(tmp_path):
+def test_replaces_folder(tmp_path):
     path = tmp_path / "model"
     path.mkdir()
     (path / "old.txt").write_text("old")
@@ -87,7 +87,7 @@ def test_a_folder_that_replaces_another(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-def test_a_folder_that_fails(tmp_path):
+def test_failed_folder_keeps_old_one(tmp_path):
     path = tmp_path / "model"
     path.mkdir()
     (path / "old.txt").write_text("old")
@@ -97,7 +97,7 @@ def test_a_folder_that_fails(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
-def test_a_folder_that_cannot_be_put_in_place(tmp_path, monkeypatch):
+def test_failed_rename_keeps_old_folder(tmp_path, monkeypatch):
     """The old folder comes back if the new one cannot take its place."""
     path = tmp_path / "model"
     path.mkdir()
@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_put_in_place(tmp_path, monkeypatch):
     assert names(tmp_path) == ["model"]
 
 
-def test_the_current_folder(tmp_path, monkeypatch):
+def test_replaces_current_folder(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     with storage.atomic_folder(".") as temporary:
@@ -125,7 +125,7 @@ def test_the_current_folder(tmp_path, monkeypatch):
     assert names(tmp_path) == ["here"]
 
 
-def test_links_in_a_folder_are_left_alone(tmp_path):
+def test_keeps_links_in_folder(tmp_path):
     target = tmp_path / "elsewhere.txt"
     target.write_text("mine")
     target.chmod(0o600)
@@ -134,7 +134,7 @@ def test_links_in_a_folder_are_left_alone(tmp_path):
     assert mode(target) == 0o600
 
 
-def test_staged_files(tmp_path, monkeypatch):
+def test_moves_staged_files(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     order = []
     real = Path.replace
@@ -158,7 +158,7 @@ def test_staged_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_staged_files_that_fail(tmp_path, existing):
+def test_failed_staging_changes_nothing(tmp_path, existing):
     folder = tmp_path / "deep" / "model"
     if existing:
         folder.mkdir(parents=True)
@@ -172,7 +172,7 @@ def test_staged_files_that_fail(tmp_path, existing):
         assert not folder.exists()
 
 
-def test_writable_folders(tmp_path):
+def test_requires_writable_folder(tmp_path):
     assert storage.require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert names(tmp_path / "a" / "b") == []
     (tmp_path / "file").write_text("")

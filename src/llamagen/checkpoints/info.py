@@ -70,7 +70,7 @@ class ModelSummary:
     parameters: int
     """Of all parts whose number is known."""
     disk_bytes: int | None
-    """Of all parts that are on this machine, with what lies beside them; None if none are."""
+    """Of all parts on this machine and the files beside them; None if there are none."""
     memory: dict[Precision, int]
     """Bytes of the weights of all known parts in each precision."""
     kv_cache: dict[str, int] | None = None
@@ -285,7 +285,7 @@ def _float_memory(parameters: int) -> dict[Precision, int]:
 
 
 def _transformer_memory(model: Transformer) -> dict[Precision, int]:
-    """In every precision that a transformer without memory can have."""
+    """Return the memory of a transformer on the meta device, in each precision."""
     if model.config.quantization is not None:
         return {"int8": _quantized_bytes(model)}
     count = model.parameter_count()
@@ -298,7 +298,7 @@ def _transformer_memory(model: Transformer) -> dict[Precision, int]:
 
 
 def _quantized_bytes(model: nn.Module) -> int:
-    """Of quantised layers as they are, and all other weights in bfloat16."""
+    """Return the bytes of quantised layers, and of all other weights in bfloat16."""
     return 2 * sum(p.numel() for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
 
 

@@ -67,8 +67,8 @@ def load_transformer(
         grid: rows and columns of codes that a checkpoint file was trained on, if the file does
             not say; without it 16 x 16.
         heads: number of query heads, for a checkpoint file that is of no preset's size.
-        device: device of the weights.
-        dtype: precision of the weights; None keeps the stored one.
+        device: as for ``load_tokenizer``.
+        dtype: as for ``load_tokenizer``.
     """
     return _load_transformer(locate(source, "transformer"), grid, heads, device, dtype)
 

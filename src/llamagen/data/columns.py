@@ -34,8 +34,8 @@ class SourceConfig:
     label_column: str | None = None
     """Column of the class. Default: label, class or cls if there is one."""
     caption_columns: tuple[str, ...] = ()
-    """Columns of captions, of which one is drawn each time. Default: text, caption or txt if there
-    is one."""
+    """Columns of captions, of which one is sampled each time. Default: text, caption or txt if
+    there is one."""
     caption_weights: tuple[float, ...] = ()
     """Relative frequency of a caption of each of those columns. Default: all alike."""
     caption_separator: str | None = None

@@ -133,17 +133,11 @@ def open_table(
     labelled: bool = True,
     class_names: Sequence[str] | None = None,
 ) -> ImageFolder:
-    """Return the images that a table lists, with their classes and captions.
-
-    Args:
-        table: CSV with a header, or JSON lines.
-        config: names of the columns.
-        labelled: use the classes, if there is a column of them.
-        class_names: the allowed classes; by default those that occur.
+    """Return the images of a table (.csv, .jsonl); see ``open_images``.
 
     Raises:
-        InputError: the table is empty or damaged, has no column of file names, names files that
-            are not there or lie elsewhere, or a label is missing.
+        InputError: the table is empty or damaged, has no column of file names, names missing
+            files or files outside its folder, or a label is missing.
     """
     config = config or SourceConfig()
     rows = read_table(table)

@@ -147,13 +147,13 @@ def batches(
     planned: Sequence[Planned], size: int, rank: int, world_size: int
 ) -> Iterator[Sequence[Planned]]:
     """Yield the batches of one of several processes, ``size`` images each."""
-    # Fixed cuts, so that the processes never draw the same image, whatever is there already.
+    # Fixed batches, so that processes never generate the same image.
     for start in range(rank * size, len(planned), world_size * size):
         yield planned[start : start + size]
 
 
 def _batches_behind(device: torch.device) -> int:
-    """Batches that are fetched and saved while the next one is drawn."""
+    """Return the number of batches to save while the next one is generated."""
     return 1 if device.type == "cuda" else 0
 
 

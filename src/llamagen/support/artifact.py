@@ -373,7 +373,7 @@ class Artifact:
         return content
 
     def _require_empty(self) -> None:
-        # Hidden files may be what a killed process left behind.
+        # Killed processes leave hidden files behind.
         others = [entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".")]
         # Unless another process of this run has just written them.
         if others and not (self.folder / self.form.settings_name).exists():

@@ -44,13 +44,7 @@ _BEFORE_HTML = (
 
 _SIGNS = (
     _rule(r"@\w+\b"),  # names on social networks
-    # Chinese, Japanese and Korean, block by block.
-    _rule("[\u31c0-\u31ef]+"),
-    _rule("[\u31f0-\u31ff]+"),
-    _rule("[\u3200-\u33ff]+"),
-    _rule("[\u3400-\u4dbf]+"),
-    _rule("[\u4dc0-\u4dff]+"),
-    _rule("[\u4e00-\u9fff]+"),
+    _rule("[\u31c0-\u9fff]+"),  # Chinese, Japanese and Korean
     # One dash for all of Unicode's.
     _rule(
         "[-\u058a\u05be\u1400\u1806\u2010-\u2015\u2e17\u2e1a\u2e3a\u2e3b\u2e40\u301c\u3030"
