@@ -47,10 +47,11 @@ class TextEncoder(nn.Module):
     def __init__(self, model: nn.Module, tokenizer: Any, config: TextConfig) -> None:
         """See ``from_pretrained`` and ``small``; ``model`` is a ``transformers.T5EncoderModel``."""
         super().__init__()
-        self.model: Any = model  # its class is known to ``transformers`` only
+        t5: Any = model
         # One module under both names: shared weights would become two when they are moved from the
         # "meta" device.
-        self.model.set_input_embeddings(self.model.get_input_embeddings())
+        t5.set_input_embeddings(t5.get_input_embeddings())
+        self.model: Any = model
         self.tokenizer = tokenizer
         self.config = config
 
