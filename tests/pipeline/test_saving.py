@@ -1,6 +1,7 @@
 """Folders of images: the same after an interruption and with several processes."""
 
 import json
+import shutil
 import threading
 
 import numpy as np
@@ -68,6 +69,16 @@ def test_resumes(whole, pipe, planned, tmp_path):
     assert draw_into_folder(pipe, planned, out, batch_size=2, window=4) == 6
     assert pictures(out) == pictures(whole)
     assert draw_into_folder(pipe, planned, out, batch_size=2) == 0
+
+
+def test_resumes_older_folder(whole, pipe, planned, tmp_path):
+    out = shutil.copytree(whole, tmp_path / "out")
+    settings = json.loads((out / "settings.json").read_text())
+    del settings["format"], settings["version"], settings["sampling"]["min_p"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    (out / "000001-1.png").unlink()
+    assert draw_into_folder(pipe, planned, out, batch_size=2) == 1
+    assert pictures(out) == pictures(whole)
 
 
 def test_processes_share_images(whole, pipe, planned, tmp_path):

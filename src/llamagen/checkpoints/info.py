@@ -111,15 +111,17 @@ def describe_model(source: Source) -> ModelSummary:
     except InputError as error:
         # A tokenizer on its own is no pipeline, but can be described all the same.
         try:
-            _, part = _tokenizer(source)
+            _, part = _model(source, "tokenizer")
         except InputError:
             raise error from None
         return _alone(_name(source), part)
-    transformer, part = _transformer(found.transformer)
+    transformer, part = _model(found.transformer, "transformer")
+    assert isinstance(transformer, Transformer)
     config = transformer.config
     parts, factor = [part], None
     if found.tokenizer is not None:
-        tokenizer, part = _tokenizer(found.tokenizer)
+        tokenizer, part = _model(found.tokenizer, "tokenizer")
+        assert isinstance(tokenizer, ImageTokenizer)
         parts.append(part)
         factor = tokenizer.config.downsampling
     if found.text is not None:
@@ -167,39 +169,30 @@ def _name(source: Source) -> str:
     return path.resolve().name if path.exists() else str(source)
 
 
-def _transformer(source: Source) -> tuple[Transformer, PartSummary]:
-    """Return a transformer on the meta device, and its summary."""
-    public, path = _public(source), path_of(source, "transformer")
-    if public is not None and path is None:
-        with torch.device("meta"):
-            model = Transformer(public_config(public))
+def _model(source: Source, part: Part) -> tuple[ImageTokenizer | Transformer, PartSummary]:
+    """Return a model on the meta device, and its summary."""
+    public, path = _public(source), path_of(source, part)
+    model: ImageTokenizer | Transformer
+    if public is None or path is not None:
+        is_transformer = part == "transformer"
+        load = checkpoints.load_transformer if is_transformer else checkpoints.load_tokenizer
+        model = load(source, device="meta")
     else:
-        model = checkpoints.load_transformer(source, device="meta")
-    config = model.config
+        with torch.device("meta"):
+            if part == "transformer":
+                model = Transformer(public_config(public))
+            else:
+                model = ImageTokenizer(TOKENIZER_PRESETS[public.preset])
+    if isinstance(model, Transformer):
+        memory, stored_as = _transformer_memory(model), model.config.quantization
+    else:
+        memory, stored_as = _float_memory(model.parameter_count()), None
     return model, PartSummary(
-        kind="transformer",
+        kind="transformer" if part == "transformer" else "image tokenizer",
         parameters=model.parameter_count(),
         disk_bytes=None if path is None else _size(path),
-        memory=_transformer_memory(model),
-        stored_as=None if path is None else config.quantization or dtype_name(model.dtype),
-        config=config_to_dict(config),
-    )
-
-
-def _tokenizer(source: Source) -> tuple[ImageTokenizer, PartSummary]:
-    """Return an image tokenizer on the meta device, and its summary."""
-    public, path = _public(source), path_of(source, "tokenizer")
-    if public is not None and path is None:
-        with torch.device("meta"):
-            model = ImageTokenizer(TOKENIZER_PRESETS[public.preset])
-    else:
-        model = checkpoints.load_tokenizer(source, device="meta")
-    return model, PartSummary(
-        kind="image tokenizer",
-        parameters=model.parameter_count(),
-        disk_bytes=None if path is None else _size(path),
-        memory=_float_memory(model.parameter_count()),
-        stored_as=None if path is None else dtype_name(model.dtype),
+        memory=memory,
+        stored_as=None if path is None else stored_as or dtype_name(model.dtype),
         config=config_to_dict(model.config),
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -175,11 +176,7 @@ class _Job:
             encoder = encoder if encoder is not self.tokenizer else copy.deepcopy(encoder)
             encoder.encoder.compile()
         plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
-
-        def make(items: range, advance: Advance) -> Mapping[str, Any]:
-            return _encode(encoder, self, plan, batch_size, items, advance)
-
-        return make
+        return functools.partial(_encode, encoder, self, plan, batch_size)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from llamagen.config import sampling_settings
+from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.pipeline.pipeline import Pipeline
 from llamagen.support.artifact import Artifact, Format
 from llamagen.support.pictures import save_png
@@ -121,7 +121,10 @@ def draw_into_folder(
             progress(done)
 
     # On an error, leaving the block waits for the batch that is being saved.
-    with artifact.begin(), ThreadPoolExecutor(1, thread_name_prefix="llamagen-saver") as saver:
+    with (
+        artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig())}),
+        ThreadPoolExecutor(1, thread_name_prefix="llamagen-saver") as saver,
+    ):
         artifact.same_text(INDEX_NAME, _index(planned), "other prompts or seeds")
         for batch in batches(planned, batch_size, rank, world_size):
             missing = [image for image in batch if not (out / image.file).is_file()]
