@@ -226,7 +226,7 @@ def test_full_device_error_has_cause():
         ({"power": 3, "new": True}, r"another power \(power 2, now 3\)"),
     ],
 )
-def test_refuses_or_overwrites_other_settings(tmp_path, change, words):
+def test_refuses_or_replaces_other_settings(tmp_path, change, words):
     made(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "notes.txt").write_text("the artifact's")

@@ -53,13 +53,13 @@ def run(options: Options) -> None:
         raise InputError("there is nothing to measure; give --reference or --clip")
     if options.count < 1:
         raise InputError(f"--num-images is {options.count}, expected at least 1")
+    from llamagen.data.sources import read_prompts
     from llamagen.evaluation.networks.clip import ClipEncoder
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.protocols.t2i import evaluate_texts
     from llamagen.evaluation.reference import ReferenceSource
     from llamagen.evaluation.samples import SamplePlan, compared_side
     from llamagen.support import distributed
-    from llamagen.text.prompt_files import read_prompts
 
     texts = [text for text, _ in read_prompts(options.prompts_file, column=options.prompt_column)]
     count = min(options.count, len(texts))

@@ -127,7 +127,7 @@ def _draw_file(options: Options, path: Path) -> None:
     if options.model is None:
         raise InputError("no model was named; give --model")
     require_at_least(1, options, "count")
-    from llamagen.text.prompt_files import read_prompts
+    from llamagen.data.sources import read_prompts
 
     prompts = read_prompts(path, column=options.prompt_column)
     from tqdm import tqdm

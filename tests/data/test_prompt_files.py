@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from llamagen.data.sources import read_prompts
 from llamagen.support.errors import InputError
-from llamagen.text.prompt_files import read_prompts
 
 PARTI = 'Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\tone "word\nthe sky\tWorld\tx\t\n'
 
