@@ -51,7 +51,6 @@ export function setModel(chosen) {
 
 // Takes an image file, or a part of one.
 export async function setImage(file) {
-  input.setCustomValidity("");
   try {
     source = await createImageBitmap(file);
   } catch {
