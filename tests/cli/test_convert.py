@@ -104,7 +104,7 @@ def test_a_whole_pipeline_in_another_precision(run, fails, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_what_stands_in_the_way(run, fails, files, tmp_path):
+def test_rejects_existing_folders(run, fails, files, tmp_path):
     out = tmp_path / "model"
     out.mkdir()
     assert run("convert", files[1], "--out", out).status == 0

@@ -93,7 +93,7 @@ def test_an_edited_image_is_not_made_again(edit, run, model_folder, tmp_path):
         ("vary", ("-c", "dog", "--keep", 2), "keep is 2.0, expected a share"),
     ],
 )
-def test_what_cannot_be_done(edit, tmp_path, how, arguments, message):
+def test_rejects_arguments(edit, tmp_path, how, arguments, message):
     result = edit(how, *arguments)
     assert result.status == 2
     assert message in result.err

@@ -44,7 +44,7 @@ def test_any_checkpoint_becomes_a_model(run, runs, tmp_path):
     assert generated.status == 0, generated
 
 
-def test_what_is_no_run(fails, runs, tmp_path):
+def test_rejects_other_folders_than_runs(fails, runs, tmp_path):
     assert "is no run" in fails("export", tmp_path, "--out", tmp_path / "out")
     line = fails("export", runs / "base", "--out", tmp_path / "out", "--step", 3)
     assert "there is no checkpoint of step 3" in line

@@ -8,7 +8,7 @@ from llamagen.support.pictures import save_png
 from tests.tiny_models import tiny_pipeline
 
 
-def test_what_is_known(run):
+def test_lists_presets_and_models(run):
     result = run("info")
     assert result.status == 0, result.err
     for name in ("XXXL", "VQ-8", "c2i-L-384", "t2i-XL-512"):
@@ -67,7 +67,7 @@ def test_measuring(run, model_folder):
     assert data["speed"]["estimates"][0]["seconds_per_image"] > 0
 
 
-def test_what_cannot_be_measured(fails, model_folder, tmp_path):
+def test_rejects_measuring_other_things_than_models(fails, model_folder, tmp_path):
     assert "goes with a model" in fails("info", "--measure")
     assert "goes with a model" in fails("info", tmp_path / "a.png", "--measure")
     assert "image tokenizer" in fails("info", model_folder / "tokenizer", "--measure")

@@ -26,7 +26,7 @@ def test_every_command_has_help(run, command):
 
 
 def test_help_does_not_load_torch():
-    """What keeps --help fast; a test of the time itself would fail on a busy machine."""
+    """Importing torch would make --help slow; the time itself depends on the machine."""
     for arguments in (["--help"], ["generate", "--help"]):
         program = (
             "import sys\n"

@@ -234,7 +234,7 @@ def test_candidates_count_as_images(pipelines):
 
 
 def test_ranking_while_others_draw(server, pipelines, photo):
-    """Whatever the engine draws at the time, everybody gets their own."""
+    """Each client gets its own images, whatever else the engine generates."""
 
     def edited(seed):
         fields = {"edit": "vary", "best_of": 3, "seed": seed}
@@ -330,7 +330,7 @@ def test_bad_requests(server, photo, files, fields, says):
     assert server.models["classes"]._in_flight == 0
 
 
-def test_what_is_no_form(server):
+def test_rejects_other_bodies_than_forms(server):
     for content, kind in [
         (b"{}", "application/json"),
         (b"prompt=dog", "application/x-www-form-urlencoded"),

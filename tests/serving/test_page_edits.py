@@ -201,7 +201,7 @@ def test_blends_and_the_best_of_several(page, server):
     assert page.seeds() == [wanted.seeds[0]]
 
 
-def test_what_is_no_image(page, tmp_path):
+def test_rejects_files_that_are_no_images(page, tmp_path):
     path = tmp_path / "notes.png"
     path.write_text("no image")
     page.press("#edit summary")

@@ -33,7 +33,7 @@ def test_files_have_a_limit_and_names_that_differ():
     assert store.get(names[-1]) is None
 
 
-def test_what_waits_is_decoded_together():
+def test_waiting_images_are_decoded_together():
     sizes = []
 
     def decode(codes):
@@ -54,7 +54,7 @@ def test_what_waits_is_decoded_together():
     assert half.getpixel((0, 4)) == (128, 128, 128)
 
 
-def test_one_who_no_longer_waits_holds_up_nobody():
+def test_cancelled_request_does_not_block_others():
     def decode(codes):
         return [Image.new("RGB", (1, 1)) for _ in codes]
 

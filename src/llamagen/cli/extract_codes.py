@@ -40,7 +40,7 @@ class Options(DeviceOptions):
     width: int | None = None
     """Width of the images, if they are not square."""
     views: ViewKind = "ten-crop"
-    """What is encoded of each image: the centre; it and its mirror image; the corners and the
+    """Views of each image: the centre; it and its mirror image; the corners and the
     middle (5 views for each of the crop ranges); or those and their mirror images (10 for each)."""
     crop_ranges: tuple[float, ...] = TEN_CROP_RANGES
     """How many times the size are the images that five or ten crops are cut from; as published,

@@ -80,7 +80,7 @@ def run(options: Options) -> None:
 
 
 def _captions(options: Options) -> Iterator[str]:
-    """All captions of the source, one after another."""
+    """Yield all captions of the source."""
     from llamagen.data.store import FORMAT, CodeStore
 
     if FORMAT.is_in(options.captions):

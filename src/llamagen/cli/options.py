@@ -37,7 +37,7 @@ def require_at_least(minimum: int, options: object, *names: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """Where to compute, and how precisely."""
+    """Device and precision of computation."""
 
     device: Device = "auto"
     """Where to compute; auto takes the GPU if there is one."""
@@ -54,7 +54,7 @@ class DeviceOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationOptions:
-    """Precision of what decoding reads."""
+    """Precision of weights and KV cache."""
 
     quantization: Literal["none", "int8"] = "none"
     """Weights of the transformer in 8 bits: half the memory of 16, and faster where reading them
@@ -109,7 +109,7 @@ else:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions(SettingOptions):
-    """How codes are sampled."""
+    """Sampling settings, and the choice among candidates."""
 
     negative_prompt: str | None = None
     """Text, or class, that guidance leads away from. Default: the model's "no text"."""
@@ -133,12 +133,12 @@ class SamplingOptions(SettingOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageOptions(SamplingOptions, QuantizationOptions, DeviceOptions):
-    """What the commands that make images share."""
+    """Options of the commands that make images."""
 
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt", aliases=["-p"])] = ()
-    """What the image is of, for text-conditional models; one text or several."""
+    """Prompts, for text-conditional models; one text or several."""
     classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
-    """What the image is of, for class-conditional models: classes by name or number."""
+    """Classes, for class-conditional models; by name or number, one or several."""
     count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
     """Images of each prompt or class."""
     seed: int | None = None
@@ -190,10 +190,10 @@ def _file_stem(metadata: dict[str, Any]) -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """What draws the codes."""
+    """Engine that generates the codes, and options of vLLM."""
 
     engine: Literal["native", "vllm"] = "native"
-    """What draws the codes: this package, or vLLM (extra vllm)."""
+    """Engine that generates the codes: this package's own, or vLLM (extra vllm)."""
     tensor_parallel_size: int = 1
     """GPUs that share the model, with vLLM."""
     data_parallel_size: int = 1

@@ -34,7 +34,7 @@ class Options(ServerOptions, EngineOptions, QuantizationOptions, DeviceOptions):
     """Options of ``llamagen serve``."""
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(name="model", aliases=["-m"])]
-    """What to serve: names, pipeline folders or hub repositories, each as MODEL or NAME=MODEL,
+    """Models to serve: names, pipeline folders or hub repositories, each as MODEL or NAME=MODEL,
     where NAME is what clients call it. The first serves requests that name none."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, for which an API key is advised."""
