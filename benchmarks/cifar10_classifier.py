@@ -27,8 +27,8 @@ from llamagen.support.devices import find_dtype, keep_freed_memory
 from llamagen.support.errors import InputError
 from llamagen.support.storage import atomic_file
 from llamagen.training.config import TransformerTraining
+from llamagen.training.data import Images, find_run_images
 from llamagen.training.recipes import load_recipe
-from llamagen.training.sources import Images, find_run_images
 
 RECIPE = "cifar10-transformer"
 SIDE = 32

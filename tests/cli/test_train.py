@@ -194,8 +194,5 @@ def test_ctrl_c(digits, tmp_path):
 
 
 def test_importing_the_commands_is_cheap():
-    program = (
-        "import sys, llamagen.cli.train_tokenizer, llamagen.cli.train_transformer; "
-        "sys.exit('torch' in sys.modules)"
-    )
+    program = "import sys, llamagen.cli.train; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

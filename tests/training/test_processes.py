@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -15,12 +14,10 @@ pytestmark = pytest.mark.slow
 
 
 def torchrun(processes, *arguments):
-    """Starts ``llamagen`` in several processes; the launcher's own process is returned."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    launcher += ["--master_addr=127.0.0.1", f"--master_port={port}", "-m", "llamagen"]
+    """Start ``llamagen`` in several processes; return the launcher's own process."""
+    # Standalone: the launcher binds a free port itself, so nothing else can take it in between.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += [f"--nproc_per_node={processes}", "-m", "llamagen"]
     return subprocess.Popen(
         [*launcher, *map(str, arguments)],
         stdout=subprocess.PIPE,

@@ -24,10 +24,10 @@ from llamagen.training.config import (
     ImageConfig,
     TokenizerLossConfig,
 )
+from llamagen.training.data import CodeSplits
 from llamagen.training.loop import fit
 from llamagen.training.losses import tokenizer_terms
 from llamagen.training.tokenizer_task import init_codebook
-from llamagen.training.transformer_data import CodeSplits
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask
 from tests.images import write_digits

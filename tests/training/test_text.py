@@ -21,10 +21,10 @@ from llamagen.text.features import extract_text
 from llamagen.training import train_transformer
 from llamagen.training.conditioning import TokenConditioning
 from llamagen.training.config import ImageConfig, LoraConfig, TextTraining
+from llamagen.training.data import CodeSplits
 from llamagen.training.dry_run import dry_run
 from llamagen.training.export import export_run
 from llamagen.training.loop import fit
-from llamagen.training.transformer_data import CodeSplits
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask, make_task
 from tests.tiny_models import tiny_text_encoder, tiny_tokenizer

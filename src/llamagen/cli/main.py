@@ -2,8 +2,8 @@
 
 Every command is a module with two public names: a frozen dataclass ``Options``, whose fields are
 the flags, and ``run(options)``. Several commands may share a module, each with a dataclass of its
-own. A module may offer ``defaults(arguments)``, which takes what it knows (a recipe file) off the
-arguments and returns the options to start from and the rest.
+own. It may have a class method ``defaults(arguments)``, which takes what it knows (a recipe file)
+off the arguments and returns the options to start from and the rest.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "edit outpaint": ("llamagen.cli.edit:Outpaint", "extend an image down and to the right"),
     "edit vary": ("llamagen.cli.edit:Vary", "draw variations of an image"),
     "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
-    "train tokenizer": ("llamagen.cli.train_tokenizer", "train an image tokenizer on a folder"),
-    "train transformer": ("llamagen.cli.train_transformer", "train a transformer on a folder"),
+    "train tokenizer": ("llamagen.cli.train:Tokenizer", "train an image tokenizer on a folder"),
+    "train transformer": ("llamagen.cli.train:Transformer", "train a transformer on a folder"),
     "extract-codes": ("llamagen.cli.extract_codes", "encode a folder of images once, into shards"),
     "extract-text": ("llamagen.cli.extract_text", "encode captions once, into shards"),
     "evaluate c2i": ("llamagen.cli.evaluate_c2i", "FID and the like of images drawn by class"),
@@ -45,8 +45,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
     "bench": ("llamagen.cli.bench", "measure how fast this machine decodes"),
-    "demo": ("llamagen.cli.demo", "draw a sheet with the models that come with the package"),
-    "demo-train": ("llamagen.cli.demo_train", "train on handwritten digits and draw some"),
+    "demo": ("llamagen.cli.demo:Draw", "draw a sheet with the models that come with the package"),
+    "demo-train": ("llamagen.cli.demo:Train", "train on handwritten digits and draw some"),
 }
 """Command -> the module that implements it, with the name of its options if that is not
 ``Options``, and one line of help."""
@@ -102,8 +102,8 @@ def _run(command: str, arguments: list[str]) -> None:
     _refuse_removed(arguments)
     module, kind = _implementation(command)
     keywords = {}
-    if hasattr(module, "defaults"):
-        keywords["default"], arguments = module.defaults(arguments)
+    if hasattr(kind, "defaults"):
+        keywords["default"], arguments = kind.defaults(arguments)
     options = tyro.cli(
         kind,
         prog=f"llamagen {command}",

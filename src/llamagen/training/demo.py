@@ -1,8 +1,8 @@
 """The training demo: both models from scratch on real handwritten digits, in minutes on a laptop.
 
 scikit-learn ships 1,797 scans of digits (8x8 pixels, 16 greys; UCI, Alpaydin and Kaynak 1998).
-They are written out as an ordinary class-per-folder tree, and everything after that is what a
-user would do with images of their own: ``train_tokenizer``, ``train_transformer``, ``Pipeline``.
+They are written as class folders; the rest is what a user would do with their own images:
+``train_tokenizer``, ``train_transformer``, ``Pipeline``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -21,8 +21,7 @@ from llamagen.support.errors import InputError
 from llamagen.support.pictures import beside, image_grid, save_png, stacked, titled
 
 if TYPE_CHECKING:
-    from llamagen.pipeline import Pipeline
-    from llamagen.training import LoopConfig, TokenizerTraining, TransformerTraining
+    from llamagen.training import LoopConfig
 
 SIDE = 32
 """Pixels a side that the scans are enlarged to."""
@@ -35,18 +34,18 @@ _HELD_OUT = 0.2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingDemoResult:
-    """What the demo measured."""
+    """Measurements of the demo."""
 
     recognised: float
-    """Share of the generated digits that the classifier takes for the requested one."""
+    """Fraction of the generated digits that a classifier recognises as the requested one."""
     recognised_real: float
-    """Share of the held-out real scans that it takes for what they are: its own limit."""
+    """The same of the held-out real scans: the classifier's own limit."""
     recognised_reconstructed: float
     """The same of the held-out scans after the image tokenizer."""
     psnr: float
     """Of held-out reconstructions, in dB."""
     codebook_usage: float
-    """Share of the codes that held-out images use."""
+    """Fraction of the codes that held-out images use."""
     bits_per_code: float
     """Loss on held-out codes, in bits."""
     seconds: dict[str, float]
@@ -71,7 +70,7 @@ class Digits:
 
 
 def load_digits() -> Digits:
-    """The scans of scikit-learn; a fifth of them, the same every time, is held out.
+    """Return the scans of scikit-learn; a fifth of them, the same every time, is held out.
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -98,7 +97,7 @@ def run_training_demo(
     steps: tuple[int, int] | None = None,
     say: Callable[[str], None] = print,
 ) -> TrainingDemoResult:
-    """Trains both models, draws ten of each digit and measures them.
+    """Train both models, draw ten of each digit and measure them.
 
     Stages that were finished or interrupted in ``out`` before are not begun anew.
 
@@ -112,33 +111,52 @@ def run_training_demo(
     Raises:
         InputError: ``out`` cannot be written, or scikit-learn is missing.
     """
+    from llamagen.evaluation.reconstruction import reconstruct
     from llamagen.pipeline import Pipeline
-    from llamagen.training import train_tokenizer, train_transformer
+    from llamagen.training import (
+        TokenizerTraining,
+        TransformerTraining,
+        load_recipe,
+        train_tokenizer,
+        train_transformer,
+    )
 
     storage.require_writable(out)
     digits = load_digits()
-    classifier = DigitClassifier(digits)
-    seconds: dict[str, float] = {}
-
     start = time.perf_counter()
     data = out / "digits"
     _write_tree(data / "train", digits.train, digits.train_labels)
     _write_tree(data / "held-out", digits.held_out, digits.held_out_labels)
     say(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
-    seconds["data"] = time.perf_counter() - start
+    seconds = {"data": time.perf_counter() - start}
 
-    tokenizer = train_tokenizer(_tokenizer_recipe(out, data, device, seed, steps))
-    seconds["tokenizer"] = tokenizer.seconds
-    transformer = train_transformer(
-        _transformer_recipe(out, data, tokenizer.model, device, seed, steps)
+    def common(loop: LoopConfig, stage: int) -> dict[str, Any]:
+        loop = dataclasses.replace(
+            loop, device=device, seed=seed, steps=loop.steps if steps is None else steps[stage]
+        )
+        return {
+            "data": str(data / "train"),
+            "validation_data": str(data / "held-out"),
+            "loop": loop,
+        }
+
+    first = load_recipe(TokenizerTraining, "digits-tokenizer")
+    first = dataclasses.replace(first, out=out / "tokenizer", **common(first.loop, 0))
+    tokenizer = train_tokenizer(first)
+    second = load_recipe(TransformerTraining, "digits-transformer")
+    second = dataclasses.replace(
+        second,
+        out=out / "transformer",
+        tokenizer=str(tokenizer.model),
+        **common(second.loop, 1),
     )
-    seconds["transformer"] = transformer.seconds
+    transformer = train_transformer(second)
+    seconds |= {"tokenizer": tokenizer.seconds, "transformer": transformer.seconds}
 
     start = time.perf_counter()
     pipe = Pipeline.from_pretrained(transformer.model, device=device)
     generated = pipe(list(range(10)), num_images_per_prompt=PER_DIGIT, seed=seed).images
     seconds["generation"] = time.perf_counter() - start
-    wanted = np.arange(10).repeat(PER_DIGIT)
 
     save_png(_sheet(digits, generated), out / "sheet.png")
     curves = [
@@ -146,13 +164,16 @@ def run_training_demo(
         for run, title in ((tokenizer, "image tokenizer"), (transformer, "transformer"))
     ]
     save_png(stacked(curves), out / "curves.png")
+    real = [enlarged(scan) for scan in digits.held_out]
+    reconstructed = reconstruct(
+        pipe.tokenizer, [(Path(str(index)), picture) for index, picture in enumerate(real)]
+    )
+    recognised = _classifier(digits)
     result = TrainingDemoResult(
-        recognised=classifier.share(generated, wanted),
-        recognised_real=classifier.share(
-            [enlarged(scan) for scan in digits.held_out], digits.held_out_labels
-        ),
-        recognised_reconstructed=classifier.share(
-            _reconstructed(pipe, digits.held_out), digits.held_out_labels
+        recognised=recognised(generated, np.arange(10).repeat(PER_DIGIT)),
+        recognised_real=recognised(real, digits.held_out_labels),
+        recognised_reconstructed=recognised(
+            [item.image for item in reconstructed], digits.held_out_labels
         ),
         psnr=tokenizer.validation["psnr"],
         codebook_usage=tokenizer.validation["codebook_usage"],
@@ -167,39 +188,37 @@ def run_training_demo(
 
 
 def enlarged(scan: np.ndarray) -> Image.Image:
-    """A scan (8, 8) from 0 to 16 as a picture of ``SIDE`` pixels, light ink on black."""
+    """Return a scan (8, 8) from 0 to 16 as an image of ``SIDE`` pixels, light ink on black."""
     grey = (scan * 255 / _GREYS).round().astype(np.uint8)
     picture = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     return picture.convert("RGB")
 
 
-class DigitClassifier:
-    """Tells digits apart; trained on the real training scans only."""
+def _classifier(digits: Digits) -> Callable[[list[Image.Image], np.ndarray], float]:
+    """Return a function from pictures and labels to the fraction that is recognised.
 
-    def __init__(self, digits: Digits) -> None:
-        from sklearn.svm import SVC
+    The classifier is trained on the real training scans only.
+    """
+    from sklearn.svm import SVC
 
-        # The usual settings for these scans (scikit-learn's guide): 99 % of held-out scans.
-        self._model = SVC(gamma=0.001).fit(
-            digits.train.reshape(len(digits.train), -1), digits.train_labels
-        )
+    # The usual settings for these scans (scikit-learn's guide): 99 % of held-out scans.
+    model = SVC(gamma=0.001).fit(digits.train.reshape(len(digits.train), -1), digits.train_labels)
 
-    def share(self, pictures: list[Image.Image], labels: np.ndarray) -> float:
-        """Share of ``pictures`` that are taken for their label."""
+    def recognised(pictures: list[Image.Image], labels: np.ndarray) -> float:
+        size = (_SCAN_SIDE, _SCAN_SIDE)
         scans = [
-            np.asarray(
-                picture.convert("L").resize((_SCAN_SIDE, _SCAN_SIDE), Image.Resampling.BOX),
-                dtype=np.float64,
-            )
+            np.asarray(picture.convert("L").resize(size, Image.Resampling.BOX), dtype=np.float64)
             * (_GREYS / 255)
             for picture in pictures
         ]
-        found = self._model.predict(np.stack(scans).reshape(len(scans), -1))
+        found = model.predict(np.stack(scans).reshape(len(scans), -1))
         return float((found == labels).mean())
+
+    return recognised
 
 
 def _write_tree(folder: Path, scans: np.ndarray, labels: np.ndarray) -> None:
-    """Writes the scans as ``folder``/digit/number.png, unless they are there."""
+    """Write the scans as ``folder``/digit/number.png, unless they are there."""
     if folder.is_dir():
         return
     with storage.atomic_folder(folder) as temporary:
@@ -209,15 +228,8 @@ def _write_tree(folder: Path, scans: np.ndarray, labels: np.ndarray) -> None:
             enlarged(scan).save(path)
 
 
-def _reconstructed(pipe: Pipeline, scans: np.ndarray) -> list[Image.Image]:
-    from llamagen.evaluation.reconstruction import reconstruct
-
-    pictures = [(Path(str(index)), enlarged(scan)) for index, scan in enumerate(scans)]
-    return [item.image for item in reconstruct(pipe.tokenizer, pictures)]
-
-
 def _sheet(digits: Digits, generated: list[Image.Image]) -> Image.Image:
-    """Rows of real digits, then rows of generated ones; one column of ten per digit."""
+    """Return real digits beside generated ones, a row of ten for each digit."""
     real = []
     for digit in range(10):
         scans = digits.held_out[digits.held_out_labels == digit][:PER_DIGIT]
@@ -230,40 +242,3 @@ def _sheet(digits: Digits, generated: list[Image.Image]) -> Image.Image:
         )
     ]
     return beside(parts)
-
-
-def _tokenizer_recipe(
-    out: Path, data: Path, device: str, seed: int, steps: tuple[int, int] | None
-) -> TokenizerTraining:
-    from llamagen.training import TokenizerTraining, load_recipe
-
-    recipe = load_recipe(TokenizerTraining, "digits-tokenizer")
-    return dataclasses.replace(
-        recipe,
-        data=str(data / "train"),
-        validation_data=str(data / "held-out"),
-        out=out / "tokenizer",
-        loop=_loop(recipe.loop, device, seed, None if steps is None else steps[0]),
-    )
-
-
-def _transformer_recipe(
-    out: Path, data: Path, tokenizer: Path, device: str, seed: int, steps: tuple[int, int] | None
-) -> TransformerTraining:
-    from llamagen.training import TransformerTraining, load_recipe
-
-    recipe = load_recipe(TransformerTraining, "digits-transformer")
-    return dataclasses.replace(
-        recipe,
-        data=str(data / "train"),
-        validation_data=str(data / "held-out"),
-        tokenizer=str(tokenizer),
-        out=out / "transformer",
-        loop=_loop(recipe.loop, device, seed, None if steps is None else steps[1]),
-    )
-
-
-def _loop(loop: LoopConfig, device: str, seed: int, steps: int | None) -> LoopConfig:
-    return dataclasses.replace(
-        loop, device=device, seed=seed, steps=loop.steps if steps is None else steps
-    )

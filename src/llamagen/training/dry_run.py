@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
@@ -37,20 +37,20 @@ from llamagen.support import distributed
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
-from llamagen.training.loop import time_steps
-from llamagen.training.parallel import require_shares
-from llamagen.training.recipes import preset_model
-from llamagen.training.run_folder import open_run
-from llamagen.training.sources import (
+from llamagen.training.data import (
+    CodeSplits,
     Images,
     Shuffled,
     TokenizerImages,
     find_run_images,
     tokenizer_images,
 )
+from llamagen.training.loop import time_steps
+from llamagen.training.parallel import require_shares
+from llamagen.training.recipes import preset_model
+from llamagen.training.run_folder import open_run
 from llamagen.training.task import Task
 from llamagen.training.tokenizer_task import TokenizerTask
-from llamagen.training.transformer_data import CodeSplits
 from llamagen.training.transformer_start import Start, TextSide, find_start
 from llamagen.training.transformer_task import TransformerTask
 
@@ -58,11 +58,8 @@ _STEPS = 2
 _CAPTION_TOKENS = 24
 _GB = 1e9
 
-
-class _Data(NamedTuple):
-    text: str
-    images: int | None = None
-    """Number of images, where it is known."""
+_Data = tuple[str, int | None]
+"""Description of the data, and its number of images, if that is known."""
 
 
 def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
@@ -76,17 +73,16 @@ def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
         require_shares(recipe.loop)
         own: Any = recipe
         own = open_run(own)
-        loop, device = own.loop, find_device(own.loop.device)
+        loop = dataclasses.replace(own.loop, trackers=())
+        device = find_device(loop.device)
         # A folder for each process: they need not share a disk.
-        own = dataclasses.replace(
-            own, out=Path(folder), loop=dataclasses.replace(loop, trackers=())
-        )
+        own = dataclasses.replace(own, out=Path(folder), loop=loop)
         is_tokenizer = isinstance(recipe, TokenizerTraining)
         data, make = _tokenizer(own) if is_tokenizer else _transformer(own)
         # Without memory first: the model may not fit.
         with torch.device("meta"):
             _report(make(), data, loop, device)
-        seconds = time_steps(make(), own.loop, Path(folder), steps=_STEPS)
+        seconds = time_steps(make(), loop, Path(folder), steps=_STEPS)
         _say(
             f"{_STEPS} steps taken: {seconds:.2f} s a step ({loop.batch_size / seconds:.3g} "
             f"images/s), {seconds * loop.steps / 86400:.2g} days for all of them; "
@@ -99,10 +95,10 @@ def _tokenizer(recipe: TokenizerTraining) -> tuple[_Data, Callable[[], Task]]:
     few: ImageCollection
     if recipe.source.streaming and recipe.data is not None:
         images = tokenizer_images(recipe)
-        data = _Data(f"streamed, {images.training.digest()}")
+        data: _Data = (f"streamed, {images.training.digest()}", None)
     else:
         if recipe.data is None:
-            data, few = _Data("none named; two steps on noise"), _noise(recipe)
+            data, few = ("none named; two steps on noise", None), _noise(recipe)
         else:
             found = find_run_images(recipe, labelled=False)
             data, few = _counted(found), found.training.thinned(_STEPS * size)
@@ -133,20 +129,20 @@ def _transformer(recipe: TransformerTraining) -> tuple[_Data, Callable[[], Task]
         )
     )  # fmt: skip
     return (
-        data._replace(text=f"{data.text}; two steps on random codes"),
+        (f"{data[0]}; two steps on random codes", data[1]),
         lambda: TransformerTask(start, stand_in, CodeSplits(codes, rows, codes, rows[:0])),
     )
 
 
 def _transformer_data(recipe: TransformerTraining) -> tuple[_Data, tuple[str, ...]]:
     """Return the data of a transformer, and the names of its classes."""
-    data = _Data("none named")
+    data: _Data = ("none named", None)
     names: tuple[str, ...] = ()
     if recipe.codes is not None:
         from llamagen.data.store import CodeStore
 
         store = CodeStore.open(recipe.codes)
-        data, names = _Data(f"{len(store)} images with codes", len(store)), store.class_names
+        data, names = (f"{len(store)} images with codes", len(store)), store.class_names
     elif recipe.data is not None:
         found = find_run_images(recipe, labelled=recipe.condition == "class")
         data, names = _counted(found), found.training.class_names
@@ -192,19 +188,17 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
 
 
 def _noise(recipe: TokenizerTraining) -> ImageFolder:
-    """Return a folder of two random images."""
+    """Return a folder of one random image."""
     folder = recipe.out / "noise"
     folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(2):
-        pixels = rng.integers(0, 256, (*recipe.images.shape, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (*recipe.images.shape, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "0.png")
     return ImageFolder.scan_unlabelled(folder)
 
 
 def _counted(images: Images) -> _Data:
     count = len(images.training)
-    return _Data(f"{count} images, and {len(images.validation)} for validation", count)
+    return f"{count} images, and {len(images.validation)} for validation", count
 
 
 def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> None:
@@ -222,14 +216,14 @@ def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> 
     shards = (loop.shard_processes or processes) if loop.parallel == "fsdp" else 1
     needed = (checkpoint + trained) / shards
     epochs = ""
-    if data.images is not None:
-        epochs = f", {loop.steps * loop.batch_size / data.images:.1f} times through the data"
-    parameters = _bytes(task.model) // 4, _bytes(task.model, trained=True) // 4
-    lines = {"parameters": "{:,} ({:,} trained)".format(*parameters)}
+    if data[1] is not None:
+        epochs = f", {loop.steps * loop.batch_size / data[1]:.1f} times through the data"
+    parameters, trainable = _bytes(task.model) // 4, _bytes(task.model, trained=True) // 4
+    lines = {"parameters": f"{parameters:,} ({trainable:,} trained)"}
     if task.adversary is not None:
         lines["discriminator"] = f"{_bytes(task.adversary) // 4:,} parameters"
     lines |= {
-        "data": data.text,
+        "data": data[0],
         "steps": f"{loop.steps:,} of {loop.batch_size} images{epochs}",
         "processes": f"{processes}, each {loop.part_size(processes)} images at a time",
         "precision": loop.precision,

@@ -194,7 +194,7 @@ class _Run:
             description=f"training {task.name}",
             quiet=quiet or not main,
         )
-        self.trackers = [self.log, self.console, *others]
+        self.trackers: list[trackers.Tracker] = [self.log, self.console, *others]
         if checkpoint is not None:
             self.console.line(f"going on after step {self.step} of the run in {out}")
 

@@ -1,7 +1,6 @@
-"""Low-rank adaptation (Hu et al. 2106.09685) of a transformer, through ``peft``.
+"""Low-rank adaptation (Hu et al. 2106.09685) of a transformer, with the modules of ``peft``.
 
-The matrices are peft's own modules, and an adapter is saved in peft's format, so that other
-programs of that family can read it. ``llamagen.checkpoints.adapters`` reads one without peft.
+Adapters are saved in peft's format; ``llamagen.checkpoints.adapters`` reads them without peft.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _CLASS_TABLE = "cls_embedding."
 
 
 def add_lora(model: Transformer, config: LoraConfig) -> None:
-    """Puts low-rank matrices beside those of every block; only they and the classes are trained.
+    """Add low-rank matrices to every block; only they and the classes are trained.
 
     Raises:
         InputError: peft is not installed, or the model has no such layers.
@@ -51,7 +50,7 @@ def add_lora(model: Transformer, config: LoraConfig) -> None:
 
 
 def init_lora_tensor(name: str, tensor: Tensor, generator: torch.Generator | None) -> bool:
-    """Gives a low-rank matrix its first values; False if ``name`` is none."""
+    """Initialise a low-rank matrix; return False if ``name`` is none."""
     if ".lora_A." in name:
         nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
     elif ".lora_B." in name:
@@ -63,12 +62,12 @@ def init_lora_tensor(name: str, tensor: Tensor, generator: torch.Generator | Non
 
 
 def original_name(name: str) -> str:
-    """A weight's name in a model without low-rank matrices."""
+    """Return a weight's name in a model without low-rank matrices."""
     return name.replace(".base_layer.", ".")
 
 
 def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
-    """The state of a plain transformer that computes the same, from that of one with LoRA."""
+    """Return the state of a plain transformer, with the low-rank products added to its weights."""
     scale = config.scale
     merged = {}
     for name, tensor in state.items():
@@ -87,15 +86,13 @@ def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, T
 def save_adapter(
     state: Mapping[str, Tensor], config: LoraConfig, folder: Path, *, base: str
 ) -> None:
-    """Writes what was trained, in peft's format; ``base`` names the model that it belongs to."""
+    """Write the adapter in peft's format; ``base`` names the model that it belongs to."""
     tensors = {}
     for name, tensor in state.items():
-        if ".lora_" in name:
+        if ".lora_" in name or name.startswith(_CLASS_TABLE):
             tensors[f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}"] = tensor.contiguous()
-        elif name.startswith(_CLASS_TABLE):
-            tensors[f"base_model.model.{name}"] = tensor.contiguous()
     settings = _peft_config(config)
-    # Not while training: peft would wrap the module and with it change its weights' names.
+    # Not while training: peft would wrap the module and so rename its weights.
     settings.modules_to_save = ["cls_embedding"]
     settings.base_model_name_or_path = base
     settings.inference_mode = True

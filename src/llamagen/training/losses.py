@@ -20,21 +20,21 @@ from llamagen.training.config import TokenizerLossConfig
 _CHUNK_LOGITS = 1 << 23
 """Logits computed at a time: 32 MB in float32. Smaller parts were slower on a CPU."""
 _CHUNK_GRADS = 1 << 25
-"""Gradients of logits that are kept for one product: 64 MB in half precision. Sums of the weights'
-gradients over many parts cost more than that."""
+"""Gradients of logits per product: 64 MB in half precision. Smaller parts are slower, since the
+gradients of the weights are then summed more often."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """One part of a loss."""
+    """Term of a loss."""
 
     value: Tensor
-    """Scalar, unweighted: the number that is logged."""
+    """Scalar, unweighted, as it is logged."""
     weight: float | Tensor
 
 
 def total_loss(terms: Mapping[str, Term]) -> Tensor:
-    """The weighted sum of all terms."""
+    """Return the weighted sum of all terms."""
     return torch.stack([term.weight * term.value for term in terms.values()]).sum()
 
 
@@ -44,7 +44,7 @@ def tokenizer_terms(
     quantizer: Quantizer,
     config: TokenizerLossConfig,
 ) -> dict[str, Term]:
-    """The tokenizer's loss on ``images`` (B, 3, H, W), computed in float32."""
+    """Return the terms of the tokenizer's loss on ``images`` (B, 3, H, W), computed in float32."""
     distance = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
     entropy = config.entropy_weight > 0
     losses = quantizer.losses(output.quantized, entropy=entropy)
@@ -61,14 +61,14 @@ def tokenizer_terms(
 
 
 def mean_psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Mean over images (B, 3, H, W) in [-1, 1] of the peak signal-to-noise ratio in dB."""
+    """Return the mean peak signal-to-noise ratio in dB of images (B, 3, H, W) in [-1, 1]."""
     error = (reconstructions.float().clamp(-1, 1) - images).square().flatten(1).mean(1)
-    # White and black are 2 apart. An exact image counts as 100 dB, not as infinitely good.
+    # The range is 2. An exact image counts as 100 dB.
     return (10.0 * torch.log10(4.0 / error.clamp_min(4e-10))).mean()
 
 
 def bits(nats: Tensor) -> Tensor:
-    """Nats as bits."""
+    """Convert nats to bits."""
     return nats / math.log(2.0)
 
 
@@ -106,7 +106,7 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Computes the gradients along with the loss: the logits are needed for both."""
+    """Gradients computed along with the loss, since both need the logits."""
 
     @staticmethod
     def forward(
@@ -148,7 +148,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss(logits: Tensor, targets: Tensor, shares: Tensor, grad_logits: Tensor | None) -> Tensor:
-    """The loss (a scalar) of a few rows (n, V), which are overwritten, each with its share.
+    """Return the loss of a few rows of logits (n, V), weighted with ``shares``; overwrites them.
 
     ``grad_logits`` (n, V) is filled with the gradient of the logits.
     """

@@ -1,7 +1,6 @@
-"""How a model is spread over the processes of a run: DDP, FSDP2, hybrid, or not at all.
+"""Models over the processes of a run: DDP, FSDP2, hybrid sharding, or one process.
 
-What is called, trained and saved is the model itself in every case. DDP wraps it for the call;
-FSDP2 turns its parameters into ``DTensor``, of which each process holds a part.
+DDP wraps a model for the call; FSDP2 turns its parameters into sharded ``DTensor``.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ warnings.filterwarnings("ignore", message="Grad strides do not match", category=
 
 
 def require_shares(config: LoopConfig) -> None:
-    """Checks that a batch and a sharded model can be split evenly over the processes.
+    """Check that a batch and a sharded model can be split evenly over the processes.
 
     Raises:
         InputError: says which number does not divide which.
@@ -53,19 +52,19 @@ def require_shares(config: LoopConfig) -> None:
 
 
 def shards_model(config: LoopConfig) -> bool:
-    """Whether processes hold parts of the model only; such a model is built without memory."""
+    """Return whether processes hold shards only; such a model is built without memory."""
     return config.parallel == "fsdp" and distributed.world_size() > 1
 
 
 def place(
     model: nn.Module, config: LoopConfig, device: torch.device, *, units: list[nn.Module]
 ) -> None:
-    """Moves ``model`` to the device, or with FSDP this process's part of it.
+    """Move ``model`` to the device, or with FSDP this process's shard of it.
 
     Args:
-        model: with weights that are the same in every process, or on the "meta" device with
-            FSDP, which leaves its new memory without values.
-        config: whether and how to share.
+        model: with the same weights in every process; or, with FSDP, on the "meta" device, and
+            then its memory is not initialised.
+        config: whether and how to shard.
         device: this process's.
         units: the parts of the model whose weights are gathered one after another.
     """
@@ -74,19 +73,18 @@ def place(
         return
     processes = distributed.world_size()
     shards = config.shard_processes or processes
-    # Two dimensions in all cases: with one copy in all, or a part for one process each, one of
-    # them has length 1, and nothing else is different.
+    # Two dimensions in all cases; without hybrid sharding one of them has length 1.
     mesh = init_device_mesh(
         device.type, (processes // shards, shards), mesh_dim_names=("replicate", "shard")
     )
     half = torch.bfloat16 if config.precision == "bfloat16" else None
-    # Autocast decides the precision of each operation. Casting what blocks are called with would
-    # round the angles of the rotary embedding.
+    # Autocast decides the precision of each operation. Casting the inputs of blocks would round
+    # the rotary angles.
     policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # The root explicitly too: by default it keeps its gathered weights after a forward pass, which
-    # would be stale once the mean weights of an EMA have been put in their place.
+    # By default the root keeps its gathered weights after a forward pass, which would be stale
+    # once the weights of the EMA are swapped in.
     for module in (*units, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -94,9 +92,9 @@ def place(
 
 
 def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
-    """What is to be called so that gradients are averaged over the processes.
+    """Return ``model`` wrapped so that gradients are averaged over the processes.
 
-    For a model that is whole in every process, with the main process's weights in all of them.
+    DDP broadcasts the main process's weights.
     """
     if distributed.world_size() == 1 or isinstance(model, FSDPModule):
         return model
@@ -106,7 +104,6 @@ def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
         return DistributedDataParallel(
             model,
             device_ids=[device.index] if device.type == "cuda" else None,
-            # What a process counts in its buffers is its own.
             broadcast_buffers=False,
             gradient_as_bucket_view=True,
         )
@@ -114,11 +111,11 @@ def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def gradients_stay_here(*called: nn.Module, when: bool) -> Iterator[None]:
-    """Within this context, if ``when``, backward passes add gradients up without exchanging them.
+    """Accumulate gradients without exchanging them in this context, if ``when``.
 
     Args:
-        called: what ``callable_form`` returned.
-        when: whether a further part of the batch follows, whose gradients go with these.
+        called: results of ``callable_form``.
+        when: whether a further part of the batch follows.
     """
     with contextlib.ExitStack() as stack:
         for model in called:
@@ -130,24 +127,20 @@ def gradients_stay_here(*called: nn.Module, when: bool) -> Iterator[None]:
 
 
 def seeded(seed: int, *names: object) -> torch.Generator:
-    """A generator of its own for everything that has a name."""
+    """Return the random generator that belongs to a name."""
     digest = hashlib.sha256(" ".join(map(str, (seed, *names))).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int, init_tensor: Callable[..., None]) -> None:
-    """First weights that depend on the seed only, not on how the model is spread.
+    """Initialise weights so that they depend on the seed only, not on sharding.
 
-    Every tensor is drawn whole, from random numbers of its own, and each process keeps its part.
-
-    Args:
-        model: any, with memory.
-        seed: of the run.
-        init_tensor: called with a weight's name, a tensor for its values and a generator.
+    Every whole tensor is drawn with its own generator, and each process keeps its shard.
+    ``init_tensor`` is called with a weight's name, the tensor to fill and the generator.
     """
     for name, parameter in model.named_parameters():
-        # On the CPU: other devices draw other numbers.
+        # On the CPU: other devices have other random numbers.
         whole = torch.empty(parameter.shape, dtype=parameter.dtype)
         init_tensor(name, whole, seeded(seed, name))
         set_tensor(parameter, whole)
@@ -155,13 +148,13 @@ def initialise(model: nn.Module, seed: int, init_tensor: Callable[..., None]) ->
 
 @torch.no_grad()
 def set_tensor(parameter: Tensor, whole: Tensor) -> None:
-    """Copies ``whole`` into a parameter, or this process's part of it into its part."""
+    """Copy ``whole`` into a parameter, or this process's shard of it into its shard."""
     if isinstance(parameter, DTensor):
         own = distribute_tensor(
             whole.to(parameter.device),
             parameter.device_mesh,
             parameter.placements,
-            # Every process has all of it: nothing has to be sent.
+            # Every process has all of it: no communication.
             src_data_rank=None,
         )
         local(parameter).copy_(local(own))
@@ -170,27 +163,26 @@ def set_tensor(parameter: Tensor, whole: Tensor) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor; the memory is shared."""
+    """Return this process's shard of a tensor; the memory is shared."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def number(tensor: Tensor) -> float:
-    """A scalar as a number, the same in every process."""
+    """Return a scalar as a number, the same in every process."""
     return float(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Lets go of weights that a forward pass without a backward pass has gathered."""
+    """Free the weights that a forward pass without a backward pass has gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """The state of all of a model; to be called in every process.
+    """Return the unsharded state of a model; all processes call it.
 
-    The tensors of a sharded model are collected in the CPU's memory of the main process; the
-    others get an empty dictionary.
+    That of a sharded model is on the CPU, in the main process only; elsewhere it is empty.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model.state_dict()

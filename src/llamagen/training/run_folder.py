@@ -1,7 +1,4 @@
-"""The folder of a run: what may be started in it, and whether it may go on.
-
-``recipe.yaml`` marks a folder as a run's and holds its complete recipe.
-"""
+"""The folder of a run, marked by ``recipe.yaml``, which holds its complete recipe."""
 
 from __future__ import annotations
 
@@ -29,29 +26,29 @@ MAY_CHANGE = frozenset(
         # Where things are; that the images and the tokenizer are the same ones is checked apart.
         *("out", "data", "validation_data", "codes", "validation_codes", "text.text_features"),
         *("tokenizer", "images.workers", "loop.device"),
-        # How long, how often, how much is looked at.
+        # Length, logging and validation.
         *("loop.steps", "loop.log_every", "loop.validate_every", "loop.sample_every"),
         *("loop.save_every", "loop.keep_checkpoints", "loop.keep_every", "loop.export"),
         *("loop.resume", "loop.trackers", "loop.max_skipped_steps"),
         *("images.max_validation_images", "sample_images"),
         *(f"sampling.{setting.name}" for setting in sampling_settings()),
-        # The same mathematics in other pieces.
+        # The same results, computed in another way.
         *("loop.gradient_accumulation", "loop.activation_checkpointing", "loop.compile"),
         *("loop.parallel", "loop.shard_processes"),
     }
 )
-"""Fields of a recipe that a run may be continued with other values of."""
+"""Fields of a recipe that may change when a run is resumed."""
 
 
 def open_run(recipe: RecipeT) -> RecipeT:
-    """Checks that ``recipe`` can start or continue a run in its folder; changes nothing.
+    """Check that ``recipe`` can start or resume a run in its folder; changes nothing.
 
     Returns:
-        The recipe with its precision decided: the one that a run began with stays.
+        The recipe with its precision decided; a resumed run keeps its own.
 
     Raises:
         InputError: the folder holds something else, or a run that differs in more than
-            ``MAY_CHANGE``, or one that shall not be continued.
+            ``MAY_CHANGE``, or one that shall not be resumed.
     """
     loop = recipe.loop
     device = find_device(loop.device)
@@ -64,7 +61,7 @@ def open_run(recipe: RecipeT) -> RecipeT:
             fast = str(find_dtype("auto", device)).removeprefix("torch.")
             # float16 needs scaled gradients.
             precision = "bfloat16" if fast == "bfloat16" else "float32"
-        # It is measured: processes must not come to different results.
+        # It is measured, so processes might decide differently.
         precision = distributed.gathered(precision)[0]
     recipe = dataclasses.replace(recipe, loop=dataclasses.replace(loop, precision=precision))
     if recorded is not None:
@@ -73,12 +70,12 @@ def open_run(recipe: RecipeT) -> RecipeT:
 
 
 def start_run(recipe: TokenizerTraining | TransformerTraining) -> None:
-    """Makes the run's folder, if need be, and writes the recipe.
+    """Make the run's folder, if need be, and write the recipe.
 
     Raises:
         InputError: the folder cannot be written to.
     """
-    # Every process has looked at the folder by now.
+    # All processes have checked the folder by now.
     distributed.barrier()
     if distributed.is_main():
         storage.require_writable(recipe.out)
@@ -87,11 +84,7 @@ def start_run(recipe: TokenizerTraining | TransformerTraining) -> None:
 
 
 def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Checks that a run goes on with the data that it began with.
-
-    Raises:
-        InputError: names what has changed.
-    """
+    """Raise InputError if a resumed run has other data than it began with."""
     for name, identity in now.items():
         if recorded.get(name) != identity:
             raise InputError(
@@ -101,12 +94,12 @@ def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Pa
 
 
 def checkpoint_folder(out: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return out / checkpoint.FOLDER_NAME
 
 
 def _recorded(recipe: RecipeT) -> RecipeT | None:
-    """The recipe of the run in the folder, or None if the folder is free."""
+    """Return the recipe of the run in the folder, or None if the folder is free."""
     out = recipe.out
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; give `out` a folder")
@@ -116,7 +109,7 @@ def _recorded(recipe: RecipeT) -> RecipeT | None:
     if not path.exists():
         raise InputError(f"{out} is not empty and holds no run; give `out` an empty folder")
     if not checkpoint.has_checkpoint(checkpoint_folder(out)):
-        # Nothing to go on with, nothing to lose.
+        # Nothing to resume, nothing to lose.
         return None
     if not recipe.loop.resume:
         raise InputError(
@@ -132,12 +125,10 @@ def _recorded(recipe: RecipeT) -> RecipeT | None:
 
 def _check_same(recorded: RecipeT, recipe: RecipeT) -> None:
     before, now = _flat(recipe_to_dict(recorded)), _flat(recipe_to_dict(recipe))
-    may_change = MAY_CHANGE
-    if recipe.loop.schedule == "cosine":
-        # The cosine ends at the last step: other steps are other learning rates.
-        may_change = MAY_CHANGE - {"loop.steps"}
+    # A cosine ends at the last step: with other steps all learning rates are others.
+    fixed = {"loop.steps"} if recipe.loop.schedule == "cosine" else set()
     for name, value in now.items():
-        if name not in may_change and before[name] != value:
+        if name not in MAY_CHANGE - fixed and before[name] != value:
             raise InputError(
                 f"the run in {recipe.out} began with {name} {before[name]}, now it is {value}; "
                 f"restore it, or give another `out` for a new run"

@@ -1,4 +1,4 @@
-"""What is trained: the side of a training run that differs between the two models."""
+"""The side of a training run that differs between the two models."""
 
 from __future__ import annotations
 
@@ -16,100 +16,100 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a task computes of a batch."""
+    """Losses of a batch."""
 
     total: Tensor
     """Scalar, to be minimised by the model."""
     metrics: dict[str, Tensor]
     """Scalars to be logged, without gradients."""
     adversary: Tensor | None = None
-    """Scalar, to be minimised by the adversary; it leads back to nothing of the model."""
+    """Scalar, to be minimised by the adversary, without gradients of the model."""
 
 
 class Task(abc.ABC):
-    """What is trained, on what, and how one sees how well."""
+    """A model, its data, its loss and its validation."""
 
     name: ClassVar[str]
     panels: Mapping[str, Sequence[str]]
-    """The curves: title -> metrics."""
+    """Panels of the curves: title -> metrics."""
     model: nn.Module
-    """What is trained and saved."""
+    """The model that is trained and saved."""
     module: nn.Module
-    """What is called in a step, and wrapped or sharded for that: the model or a larger module."""
+    """The module that a step calls, and DDP or FSDP wraps: the model or a larger one."""
     adversary: nn.Module | None = None
-    """Trained against the model, with an optimiser of its own; always in training mode."""
+    """A discriminator with an optimiser of its own; always in training mode."""
     adversary_lr: float = 0.0
-    """The adversary's learning rate where the model's is the recipe's; both follow one schedule."""
+    """The adversary's full learning rate; both follow one schedule."""
     data: Mapping[str, str]
     """Identity of everything that the run reads, by name."""
     units_per_image: Mapping[str, float] = {}
-    """What speed is measured in beside images: name -> how many an image has."""
+    """Units of throughput besides images: name -> number per image."""
 
     def prepare(self) -> None:  # noqa: B027
-        """Called once before the first step of a new run, with the model on its device.
+        """Initialise the weights of a new run, once the model is on its device.
 
-        In every process; where the model is whole in each, the main process's weights count.
+        All processes call it; without sharding, the main process's weights are broadcast later.
         """
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """What the model is, as plain values for the checkpoint: its kind, its configuration."""
+        """Return the model's kind and configuration as plain values for the checkpoint."""
 
     def blocks(self) -> list[nn.Module]:
-        """Parts of the model that are compiled, or sharded, one by one."""
+        """Return the parts of the model that are compiled, or sharded, one by one."""
         return []
 
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """A module like ``self.module`` whose model has this state, where that is sharded."""
+        """Return an unsharded module like ``self.module`` whose model has this state."""
         raise NotImplementedError(f"{self.name} models are not sharded")
 
     def flops_per_image(self) -> float | None:
-        """Floating-point operations of a training step for one image, if they are known."""
+        """Return the floating-point operations of a step for one image, if they are known."""
         return None
 
     @abc.abstractmethod
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """The batches of the steps from ``first`` up to but not including ``last``."""
+        """Yield the batches of the steps from ``first`` up to but not including ``last``."""
 
     @abc.abstractmethod
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
     ) -> Losses:
-        """Of one batch, or of a part of it.
+        """Return the losses of a batch, or of a part of it.
 
         Args:
-            model: ``self.module`` as it is to be called: perhaps in a wrapper of torch.
+            model: ``self.module``, perhaps wrapped by torch.
             batch: this process's rows, on its device.
             step: finished steps.
             adversary: ``self.adversary``, likewise.
         """
 
     def after_step(self, step: int) -> None:  # noqa: B027
-        """Called in every process after the weights have moved in step ``step``."""
+        """Take further actions after step ``step``; all processes call it."""
 
     def statistics(self) -> dict[str, float]:
-        """Further numbers to log, of the recent batches together."""
+        """Return further metrics of the recent batches together."""
         return {}
 
     @abc.abstractmethod
     def validate(self) -> dict[str, float]:
-        """Metrics on held-out images, the same in every process; empty if there are none."""
+        """Return metrics on held-out images, the same in every process; empty without any."""
 
     @abc.abstractmethod
     def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Writes a picture that shows what the model can do; called in the main process only."""
+        """Write a sheet of samples; only the main process calls it."""
 
     @abc.abstractmethod
     def export(self, model: nn.Module, out: Path) -> Path:
-        """Writes the model's folder into the run's; returns it. In the main process only."""
+        """Write the model's folder into the run's and return it; only the main process calls it."""
 
     @abc.abstractmethod
     def skipped(self) -> int:
-        """Files that could not be read so far."""
+        """Return the number of files that could not be read so far."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside model and optimiser, collected from all processes."""
+        """Return state besides model and optimiser for a checkpoint, from all processes."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Takes up what ``state_dict`` returned."""
+        """Continue from what ``state_dict`` returned."""

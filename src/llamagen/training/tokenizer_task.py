@@ -35,13 +35,13 @@ from llamagen.training.adversarial import (
 )
 from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.config import TokenizerTraining
+from llamagen.training.data import TokenizerImages, tokenizer_images
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_loss
 from llamagen.training.metrics import CodebookUsage
 from llamagen.training.parallel import seeded
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
-from llamagen.training.sources import TokenizerImages, tokenizer_images
 from llamagen.training.task import Batch, Losses, Task
 
 MODEL_FOLDER = "tokenizer"

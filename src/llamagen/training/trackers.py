@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,10 @@ class Wandb(Tracker):
         self._run.finish()
 
 
-TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb}
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+}
 """Optional trackers. Each is called with the run's folder and its recipe as plain values, and
 raises InputError if its package is not installed."""
 

@@ -31,6 +31,7 @@ from llamagen.support.pictures import image_grid, save_png
 from llamagen.text.encoder import padded
 from llamagen.training.conditioning import likeliest
 from llamagen.training.config import TransformerTraining
+from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
@@ -39,7 +40,6 @@ from llamagen.training.next_code import NextCodeModel
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
 from llamagen.training.task import Batch, Losses, Task
-from llamagen.training.transformer_data import CodeSplits, find_codes
 from llamagen.training.transformer_start import Start, find_start
 
 PIPELINE_FOLDER = "pipeline"

@@ -1,0 +1,292 @@
+"""Images and codes of a run, divided into training and validation."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+
+from llamagen.data.extraction import extract_store
+from llamagen.data.images import ImageCollection, SkippedFiles, split_keys, spread
+from llamagen.data.live_codes import CodeSource, LiveCodes
+from llamagen.data.loader import DataOrder, ImageBatch, training_batches
+from llamagen.data.sources import is_library_source, open_images
+from llamagen.data.store import CodeStore
+from llamagen.data.views import Augmentation, Views
+from llamagen.models.tokenizer import ImageTokenizer
+from llamagen.support import distributed
+from llamagen.support.errors import InputError
+from llamagen.training.config import TokenizerTraining, TransformerTraining
+from llamagen.training.run_folder import SKIPPED_NAME, start_run
+
+CODES_FOLDER = "codes"
+"""The codes of the images, in the run's folder."""
+
+
+class Images(NamedTuple):
+    """Images of a run; the two sets have no image in common unless two sources do."""
+
+    training: ImageCollection
+    validation: ImageCollection
+    """May be empty."""
+
+
+def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled: bool) -> Images:
+    """Find the images of a run. To be called in every process.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        InputError: no images were named, or there are none, or no classes where ``labelled``.
+    """
+    data, source = _named(recipe), recipe.source
+    if source.streaming:
+        raise InputError("only image tokenizers train on streamed data; leave `streaming` out")
+    with distributed.main_first():
+        found = open_images(data, source, labelled=labelled)
+    if labelled and found.labels is None:
+        raise InputError(
+            f"the images in {data} have no classes; put the images of each class into a subfolder "
+            f"of its name, or name the column of the classes with `label_column`"
+        )
+    if isinstance(recipe, TransformerTraining) and not labelled and found.captions is None:
+        raise InputError(
+            f"the images in {data} have no captions; add a metadata.csv with the columns file_name "
+            f"and text, or name the column of captions with `caption_columns`"
+        )
+    if recipe.validation_data is None and source.validation_split is None:
+        training, held_out = found.split(recipe.images.validation_fraction)
+    else:
+        training = found
+        with distributed.main_first():
+            held_out = open_images(
+                recipe.validation_data or data,
+                source,
+                split=source.validation_split,
+                labelled=labelled,
+                class_names=found.class_names if labelled else None,
+            )
+    return Images(training, held_out.thinned(recipe.images.max_validation_images))
+
+
+def _named(recipe: TokenizerTraining | TransformerTraining) -> str:
+    if recipe.data is None:
+        raise InputError(
+            "no images were named; give `data` a folder, Parquet or tar files, or hf:owner/name"
+        )
+    return recipe.data
+
+
+class TrainingSource(Protocol):
+    """A source of batches of images."""
+
+    def training_batches(
+        self,
+        augmentation: Augmentation,
+        *,
+        first: int,
+        last: int,
+        workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[ImageBatch]:
+        """Yield the batches of the steps from ``first`` up to but not including ``last``."""
+
+    def digest(self) -> str:
+        """Return a short text that changes when the images do."""
+
+    def state_dict(self) -> dict[int, tuple[int, ...]]:
+        """Return the position of this process, beyond the number of the step."""
+
+    def load_state_dict(self, state: Mapping[int, Any]) -> None:
+        """Continue from what the processes' ``state_dict`` returned."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """A ``TrainingSource`` of images in a random order that is a function of the step."""
+
+    images: ImageCollection
+    order: DataOrder
+
+    def training_batches(self, augmentation: Augmentation, **part: Any) -> Iterator[ImageBatch]:
+        """See ``llamagen.data.loader.training_batches``."""
+        return training_batches(self.images, self.order, augmentation, **part)
+
+    def digest(self) -> str:
+        """Return that of the images."""
+        return self.images.digest()
+
+    def state_dict(self) -> dict[int, tuple[int, ...]]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[int, Any]) -> None:
+        """Do nothing."""
+
+
+class TokenizerImages(NamedTuple):
+    """Images that an image tokenizer is trained and validated on."""
+
+    training: TrainingSource
+    validation: ImageCollection
+    """May be empty."""
+    shown: ImageCollection
+    """Images for sheets of samples."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What must stay the same when a run continues."""
+        return {
+            "the set of training images": self.training.digest(),
+            "the set of validation images": self.validation.digest(),
+        }
+
+
+def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
+    """Find the images of a tokenizer's run. To be called in every process.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        InputError: no images were named, or there are none, or streamed data has no validation.
+    """
+    if recipe.source.streaming:
+        return _streamed(recipe)
+    images, loop = find_run_images(recipe, labelled=False), recipe.loop
+    order = DataOrder(count=len(images.training), batch_size=loop.batch_size, seed=loop.seed)
+    shown = images.validation if len(images.validation) else images.training
+    return TokenizerImages(Shuffled(images.training, order), images.validation, shown)
+
+
+def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
+    from llamagen.data.datasets_library import InMemory
+    from llamagen.data.streaming import ImageStream
+
+    data, source = _named(recipe), recipe.source
+    if not is_library_source(data):
+        raise InputError(
+            f"{data} cannot be streamed; that is for hub data sets, Parquet and tar files"
+        )
+    size, seed = recipe.loop.batch_size, recipe.loop.seed
+    training = ImageStream(data, source, batch_size=size, seed=seed)
+    limit, name = recipe.images.max_validation_images, source.validation_split
+    validation: ImageCollection
+    if recipe.validation_data is not None:
+        indexed = dataclasses.replace(source, streaming=False)
+        with distributed.main_first():
+            found = open_images(recipe.validation_data, indexed, split=name, labelled=False)
+        validation = found.thinned(limit)
+    elif name is not None:
+        split = ImageStream(data, source, batch_size=size, seed=seed, split=name)
+        validation = InMemory(list(split.first_images(limit)), f"{data} {name}")
+    else:
+        raise InputError(
+            "no part of streamed data can be held out; give `validation_split` or `validation_data`"
+        )
+    return TokenizerImages(training, validation, validation)
+
+
+class CodeSplits(NamedTuple):
+    """Codes that a transformer is trained and validated on."""
+
+    training: CodeSource
+    train_rows: np.ndarray
+    """Rows of ``training``."""
+    validation: CodeSource
+    """May be the same store."""
+    val_rows: np.ndarray
+    """Rows of ``validation``; may be empty."""
+
+
+def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSplits:
+    """Return the codes that the recipe names, or make those of its images if need be.
+
+    Creates the run's folder. To be called in every process.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        InputError: there are no such codes or images, they have no classes, or the codes belong to
+            another tokenizer.
+    """
+    if recipe.codes is not None:
+        return _stored_codes(recipe, tokenizer)
+    images = find_run_images(recipe, labelled=recipe.condition == "class")
+    height, width = recipe.images.shape
+    tokenizer.config.grid_of(height, width)
+    start_run(recipe)
+    views = Views(height=height, width=width, kind=recipe.views, crop_ranges=recipe.crop_ranges)
+    training: CodeSource
+    if recipe.encode == "once":
+        training = _extracted(recipe, tokenizer, images.training, views, "training")
+    else:
+        encoder = None
+        if recipe.loop.precision == "bfloat16":
+            encoder = copy.deepcopy(tokenizer).to(torch.bfloat16).eval()
+        training = LiveCodes(
+            tokenizer,
+            images.training,
+            views,
+            skipped=SkippedFiles(recipe.out / SKIPPED_NAME),
+            workers=recipe.images.workers,
+            encoder=encoder,
+        )
+    rows = np.arange(len(training))
+    if len(images.validation) == 0:
+        return CodeSplits(training, rows, training, rows[:0])
+    center = Views(height=height, width=width)
+    validation = _extracted(recipe, tokenizer, images.validation, center, "validation")
+    return CodeSplits(training, rows, validation, np.arange(len(validation)))
+
+
+def _extracted(
+    recipe: TransformerTraining,
+    tokenizer: ImageTokenizer,
+    images: ImageCollection,
+    views: Views,
+    name: str,
+) -> CodeSource:
+    """Return the codes of images, in the run's folder; every process makes its share of them."""
+    folder = recipe.out / CODES_FOLDER / name
+    extraction = extract_store(
+        tokenizer,
+        images,
+        views,
+        folder,
+        workers=recipe.images.workers,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        # They belong to this run. With several processes, another may be reading what is there.
+        overwrite=distributed.world_size() == 1,
+        progress=distributed.is_main(),
+    )
+    distributed.barrier()
+    return extraction.store or CodeStore.open(folder)
+
+
+def _stored_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSplits:
+    """Return the codes in a store, and in the one for validation; by default some are held out."""
+    if recipe.data is not None:
+        raise InputError("give either images (`data`) or a store of codes (`codes`), not both")
+    assert recipe.codes is not None
+    training = validation = CodeStore.open(recipe.codes)
+    if recipe.validation_codes is None:
+        keys = training.keys(range(len(training)))
+        train_rows, val_rows = split_keys(keys, recipe.images.validation_fraction)
+    else:
+        validation = CodeStore.open(recipe.validation_codes)
+        train_rows, val_rows = list(range(len(training))), list(range(len(validation)))
+    for store in (training, validation):
+        store.check_tokenizer(tokenizer.fingerprint())
+        # Read now, so that damaged ones leave no run behind.
+        _ = store.labels, store.captions([0])
+    start_run(recipe)
+    chosen = spread(len(val_rows), recipe.images.max_validation_images)
+    return CodeSplits(
+        training,
+        np.array(train_rows, dtype=np.int64),
+        validation,
+        np.array([val_rows[index] for index in chosen], dtype=np.int64),
+    )
