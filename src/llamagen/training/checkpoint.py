@@ -1,9 +1,8 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped.
+"""Checkpoints: all that a run needs to resume exactly.
 
-A checkpoint is a folder ``step-0001000`` that appears whole or not at all. Tensors are in it in
-the format of PyTorch's Distributed Checkpoint, each process having written its part, so they can be
-read by another number of processes. No random generator is in it, since no step uses numbers that
-earlier steps left behind (see ``loop``).
+A checkpoint is a folder ``step-0001000`` that appears whole or not at all. Its tensors are in the
+format of PyTorch's Distributed Checkpoint (DCP), written by all processes, and any number of
+processes can read them. Random generators need no state: each step seeds its own (see ``loop``).
 """
 
 from __future__ import annotations
@@ -49,32 +48,32 @@ _GRACE = 120.0
 
 _log = logging.getLogger(__name__)
 
-# A run of one process is one. For good: the threads that write share the filters.
+# Expected in a run of one process. Permanent: filters are shared with the threads that write.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
 NestedTensors = Mapping[str, Mapping[str, Tensor]]
-"""Groups of named tensors; each may be a ``DTensor``, of which a process holds a part."""
+"""Groups of named tensors, some perhaps sharded (``DTensor``)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint that is whole."""
+    """A verified checkpoint."""
 
     path: Path
     step: int
     """Finished steps."""
     about: dict[str, Any]
-    """What the run is: program version and identity of the data."""
+    """Description of the run: program version, model, identity of the data."""
 
     def read_state(self) -> dict[str, Any]:
-        """The plain values and small tensors that were saved."""
+        """Return the plain values and small tensors that were saved."""
         state: dict[str, Any] = torch.load(
             self.path / _STATE_NAME, map_location="cpu", weights_only=True
         )
         return state
 
     def read_tensors(self, tensors: NestedTensors) -> None:
-        """Fills ``tensors`` in place, each process its parts; to be called in every process.
+        """Fill ``tensors`` in place, each process its shards; all processes call it.
 
         Raises:
             InputError: the checkpoint does not hold these tensors.
@@ -87,18 +86,17 @@ class Checkpoint:
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The latest checkpoint that is whole, or None; to be called in every process.
+    """Return the latest checkpoint that is not damaged, or None; all processes call it.
 
-    Damaged ones are reported, renamed and passed over. What an interrupted save left behind is
-    removed.
+    Damaged ones are reported and renamed. Leftovers of an interrupted save are removed.
     """
     found = _latest(folder) if distributed.is_main() else None
-    # The main process's answer: files that it renames must not be seen by others before or after.
+    # Only the main process looks, since it renames what is damaged.
     return distributed.gathered(found)[0]
 
 
 def read_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
-    """The checkpoint of a step, by default the latest; changes nothing.
+    """Return the checkpoint of a step, by default the latest; changes nothing.
 
     Raises:
         InputError: there is none, or it is damaged.
@@ -117,31 +115,30 @@ def read_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether there is any checkpoint, whole or not."""
+    """Return whether there is any checkpoint, damaged or not."""
     return bool(_find(folder))
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run, in the background while the training goes on."""
+    """Background writer of a run's checkpoints."""
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int = 0) -> None:
-        """``keep`` of the latest are kept, and those of multiples of ``keep_every`` steps."""
+        """Keep the latest ``keep`` checkpoints and those of multiples of ``keep_every`` steps."""
         self._folder = folder
         self._keep = keep
         self._keep_every = keep_every
         self._writing: Future[Any] | None = None
         self._finishing: threading.Thread | None = None
         self._error: BaseException | None = None
-        # Its own: the threads that write talk to one another while the training does.
+        # Its own group: the threads that write communicate while the training does.
         self._group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
     def save(
         self, *, step: int, tensors: NestedTensors, state: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        """Copies everything and begins to write it; to be called in every process.
+        """Copy everything and begin to write it; all processes call it.
 
-        Waits for the checkpoint before. If that or this one fails, the earlier ones are as they
-        were.
+        Waits for the previous checkpoint. If that or this one fails, the earlier ones are intact.
 
         Args:
             step: finished steps.
@@ -150,7 +147,7 @@ class CheckpointWriter:
             about: plain values that describe the run.
 
         Raises:
-            OSError: the checkpoint before could not be written, or this one cannot be begun.
+            OSError: the previous checkpoint could not be written, or this one cannot be begun.
         """
         self.wait()
         path = self._folder / f"{_PREFIX}{step:07d}"
@@ -170,7 +167,7 @@ class CheckpointWriter:
             self._finishing.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more; to be called in every process.
+        """Wait until nothing is being written any more; all processes call it.
 
         Raises:
             OSError: writing has failed.
@@ -187,22 +184,22 @@ class CheckpointWriter:
         self._raise_together(own)
 
     def check(self) -> None:
-        """As ``wait``, but without waiting: raises only what is known to have failed by now."""
+        """Raise as ``wait`` does if writing has failed already, without waiting."""
         if self._writing is not None:
             done = self._finishing is None or not self._finishing.is_alive()
             if all(distributed.gathered(done and self._writing.done())):
                 self.wait()
 
     def close(self) -> None:
-        """Lets a checkpoint that is being written become whole, where a run ends early.
+        """Let the checkpoint that is being written be finished when a run ends early.
 
-        Talks to no other process, since one may be what ended the run.
+        Without communication: a lost process may be what ended the run.
         """
         if self._finishing is not None:
             self._finishing.join(_GRACE)
 
     def _begin(self, path: Path, state: dict[str, Any]) -> Path:
-        """Makes the temporary folder, with the small things in it."""
+        """Make the temporary folder, with the state in it; return its path in every process."""
         error: OSError | None = None
         name = ""
         if distributed.is_main():
@@ -222,7 +219,7 @@ class CheckpointWriter:
     def _finish(
         self, writing: Future[Any], temporary: Path, path: Path, about: dict[str, Any]
     ) -> None:
-        """In the main process, in a thread: makes a folder that is written the checkpoint."""
+        """Turn a written folder into the checkpoint; a thread of the main process runs it."""
         try:
             error = _error_of(writing)
             if error is not None:
@@ -232,24 +229,17 @@ class CheckpointWriter:
                     part.rename(last / part.name)
                 about["files"] = _checksums(last)
                 storage.write_json(last / _ABOUT_NAME, about)
-            for old in self._superfluous():
-                shutil.rmtree(old)
+            for old in _find(self._folder)[: -self._keep]:
+                if self._keep_every == 0 or _step_of(old) % self._keep_every:
+                    shutil.rmtree(old)
         except BaseException as caught:  # noqa: BLE001
-            # Raised where somebody sees it: by wait().
+            # wait() raises it.
             self._error = caught
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _superfluous(self) -> list[Path]:
-        every = self._keep_every
-        return [
-            path
-            for path in _find(self._folder)[: -self._keep]
-            if every == 0 or _step_of(path) % every
-        ]
-
     def _raise_together(self, own: BaseException | None) -> None:
-        """Raises in every process if anything went wrong in one."""
+        """Raise in every process if there is an error in one."""
         reasons = distributed.gathered(None if own is None else " ".join(str(own).split()))
         if own is not None:
             raise own
@@ -259,7 +249,7 @@ class CheckpointWriter:
 
 
 def _write(path: Path, tensors: NestedTensors, group: Any) -> Future[Any]:
-    """Copies the tensors and writes them in a thread."""
+    """Copy the tensors and write them in a thread."""
     with _errors_of_dcp():
         response = async_save(
             {name: dict(group) for name, group in tensors.items()},
@@ -271,13 +261,13 @@ def _write(path: Path, tensors: NestedTensors, group: Any) -> Future[Any]:
 
 
 def _error_of(writing: Future[Any]) -> BaseException | None:
-    """Waits; what went wrong, in terms of files."""
+    """Wait; return the error, with DCP's own replaced by its cause."""
     error = writing.exception()
     return None if error is None else _cause(error)
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The first fault of any process that led to an error of DCP's."""
+    """Return the first error of any process behind one of DCP's."""
     if isinstance(error, CheckpointException):
         for fault, _ in error.failures.values():
             return fault
@@ -285,9 +275,9 @@ def _cause(error: BaseException) -> BaseException:
 
 
 class _errors_of_dcp:  # noqa: N801
-    """Raises the fault itself where DCP collects those of all processes; its class is no Exception.
+    """Context that raises the cause of DCP's errors, which are no ``Exception``.
 
-    As a context manager in a class: a generator would lose the traceback.
+    A class, because a generator would lose the traceback.
     """
 
     def __enter__(self) -> None:
@@ -305,7 +295,7 @@ class _errors_of_dcp:  # noqa: N801
 
 
 class _Reader(FileSystemReader):
-    """Reads a checkpoint's index without trusting it: a pickle can hold any program."""
+    """DCP's reader, with an unpickler of the index that runs no code in it."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         with Path(self.path, ".metadata").open("rb") as file:
@@ -317,7 +307,7 @@ class _Reader(FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Builds the classes of DCP's index, and nothing else."""
+    """Unpickler that is limited to the classes of DCP's index."""
 
     _MODULES = frozenset({"torch.distributed.checkpoint.metadata"})
     _NAMES = frozenset(
@@ -354,13 +344,13 @@ def _latest(folder: Path) -> Checkpoint | None:
         except _DAMAGE as error:
             reason = " ".join(str(error).split())
             _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
-            # Out of the way: it must not count among the latest that are kept.
+            # So that it does not count among the latest that are kept.
             path.rename(path.with_name(path.name + _DAMAGED_SUFFIX))
     return None
 
 
 def _verified(path: Path) -> Checkpoint:
-    """The checkpoint in ``path``, all of whose bytes are as they were written."""
+    """Return the checkpoint in ``path`` after checking all checksums."""
     about = json.loads((path / _ABOUT_NAME).read_text(encoding="utf-8"))
     for name, checksum in about["files"].items():
         if not (path / name).is_file():
@@ -383,7 +373,7 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _checksum(path: Path) -> str:
-    """CRC-32: torch reads flipped bits without complaint."""
+    """Return the CRC-32 of a file: torch does not notice flipped bits."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

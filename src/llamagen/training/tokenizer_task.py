@@ -55,7 +55,7 @@ _SHEET_SIDE = 64
 
 
 def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> TrainingResult:
-    """Trains an image tokenizer, or goes on with it if the run's folder holds a checkpoint.
+    """Train an image tokenizer, or resume the run in the recipe's folder.
 
     Args:
         recipe: the whole run.
@@ -68,7 +68,7 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
         FileNotFoundError: a folder does not exist.
         InputError: recipe, images and the run's folder do not fit together.
         TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the ones before are whole.
+        OSError: a checkpoint could not be written; the earlier ones are intact.
     """
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
@@ -77,17 +77,16 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
 
 
 def make_task(recipe: TokenizerTraining) -> TokenizerTask:
-    """The task that a recipe describes, with its images found and its model built.
+    """Return the task of a recipe, with its images found and its model built.
 
     Raises:
         FileNotFoundError: a folder does not exist.
         InputError: recipe and images do not fit together, or a network's weights are missing.
     """
-    # Not the recipe's own check: one in a file leaves the tokenizer to whoever uses it.
+    # Not checked by the recipe itself: recipe files leave `init` to their users.
     if recipe.trained == "decoder" and recipe.init is None:
         raise InputError(
-            "trained is decoder, but there is no tokenizer whose codes stay; name one with init "
-            "(`init`)"
+            "trained is decoder, but there is no tokenizer whose codes stay; name one with `init`"
         )
     images = tokenizer_images(recipe)
     with distributed.main_first():
@@ -102,7 +101,7 @@ def make_task(recipe: TokenizerTraining) -> TokenizerTask:
 
 
 def _start(recipe: TokenizerTraining) -> ImageTokenizer:
-    """The model before its first step."""
+    """Return the model before its first step."""
     if recipe.init is None:
         return ImageTokenizer(recipe.model)
     checkpoint = latest_checkpoint(checkpoint_folder(recipe.out))
@@ -115,7 +114,7 @@ def _start(recipe: TokenizerTraining) -> ImageTokenizer:
 
 
 class TokenizerTask(Task):
-    """Reconstruct images through a codebook."""
+    """Task of reconstructing images through a codebook."""
 
     name = "tokenizer"
     model: ImageTokenizer
@@ -127,7 +126,7 @@ class TokenizerTask(Task):
         model: ImageTokenizer,
         lpips: Lpips | None = None,
     ) -> None:
-        """A task that trains ``model``; its discriminator takes torch's global random numbers."""
+        """Make a task for ``model``; a discriminator is initialised from torch's generator."""
         self.recipe = recipe
         self.images = images
         self.data = images.identity
@@ -157,16 +156,16 @@ class TokenizerTask(Task):
             self.panels["adversarial losses"] = ("generator", "discriminator")
 
     def prepare(self) -> None:
-        """Gives the codebook its first vectors, if they are to come from the data."""
+        """Initialise the codebook with latents, if the recipe says so."""
         if self.recipe.codebook_init == "data" and self.recipe.init is None:
             init_codebook(self.model, self._latents())
 
     def describe(self) -> dict[str, Any]:
-        """The architecture."""
+        """Return the architecture."""
         return {"kind": ImageTokenizer.kind, "config": config_to_dict(self.model.config)}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
-        """Augmented images as bytes."""
+        """Yield augmented images as bytes."""
         read = self._read(first, last, distributed.rank(), distributed.world_size())
         for batch in read:
             self._skipped.add(batch.skipped)
@@ -192,35 +191,36 @@ class TokenizerTask(Task):
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
     ) -> Losses:
-        """What the model and, once it has begun, the discriminator minimise."""
+        """Return the losses of the model and, once it has begun, of the discriminator."""
         images = uint8_to_images(batch["pixels"])
         output = model(images)
         terms = self._terms(output, images)
         metrics = {"psnr": mean_psnr(output.reconstruction.detach(), images)}
-        against = None
+        adversarial = None
         if adversary is not None and step >= self.recipe.adversarial.adversarial_start:
-            terms["generator"] = self._judged(output.reconstruction, terms, metrics)
-            against = self._against(adversary, images, output.reconstruction.detach(), metrics)
+            terms["generator"] = self._generator_term(output.reconstruction, terms, metrics)
+            reconstructions = output.reconstruction.detach()
+            adversarial = self._discriminator_loss(adversary, images, reconstructions, metrics)
         self._usage.add(output.quantized.codes)
         self._recent = output.quantized.latents.detach()
         metrics |= {name: term.value.detach() for name, term in terms.items()}
-        return Losses(total=total_loss(terms), metrics=metrics, adversary=against)
+        return Losses(total=total_loss(terms), metrics=metrics, adversary=adversarial)
 
     def _terms(self, output: Any, images: Tensor) -> dict[str, Term]:
-        """The terms that compare a reconstruction with its image."""
+        """Return the terms that compare reconstructions with their images."""
         terms = tokenizer_terms(output, images, self.model.quantize, self.recipe.loss)
         if self._lpips is not None:
             distance = self._lpips.to(images.device)(output.reconstruction, images).mean()
             terms["perceptual"] = Term(distance, self.recipe.perceptual.perceptual_weight)
         return terms
 
-    def _judged(
+    def _generator_term(
         self, reconstruction: Tensor, terms: Mapping[str, Term], metrics: dict[str, Tensor]
     ) -> Term:
-        """What the discriminator makes of reconstructions; it does not learn from it."""
+        """Return the tokenizer's adversarial term, without gradients of the discriminator."""
         assert self.adversary is not None
         config = self.recipe.adversarial
-        # Copies of its buffers too: only what it sees while it learns counts in its statistics.
+        # With copies of its buffers: its own training alone updates its running statistics.
         state = {name: tensor.detach() for name, tensor in self.adversary.named_parameters()}
         state |= {name: tensor.clone() for name, tensor in self.adversary.named_buffers()}
         value = generator_loss(
@@ -235,14 +235,14 @@ class TokenizerTask(Task):
         metrics["adaptive_weight"] = scale
         return Term(value, config.adversarial_weight * scale)
 
-    def _against(
+    def _discriminator_loss(
         self,
         adversary: nn.Module,
         images: Tensor,
         reconstructions: Tensor,
         metrics: dict[str, Tensor],
     ) -> Tensor:
-        """What the discriminator minimises."""
+        """Return the discriminator's loss."""
         real, fake = adversary(images), adversary(reconstructions)
         loss = discriminator_loss(self.recipe.adversarial.adversarial_loss, real, fake)
         metrics["discriminator"] = loss.detach()
@@ -251,7 +251,7 @@ class TokenizerTask(Task):
         return loss
 
     def after_step(self, step: int) -> None:
-        """Moves codes that nothing is near to where latents are."""
+        """Move unused codes onto latents of the batch."""
         every = self.recipe.revive_codes_every
         if every > 0 and step % every == 0 and self._recent is not None:
             dead = self._usage.unused()
@@ -259,24 +259,21 @@ class TokenizerTask(Task):
             generator = seeded(self.recipe.loop.seed, "revive", step)
             drawn = torch.randperm(len(latents), generator=generator)[: len(dead)]
             dead = dead[: len(drawn)]
-            # Their moments in the optimiser have long faded: they had no gradients.
+            # Their moments in the optimiser have decayed: they had no gradients.
             moved = distributed.broadcast(latents[drawn.to(latents.device)])
             self.model.quantize.replace_codes(dead, moved)
             self._usage.mark_used(dead)
             self._revived += len(dead)
 
     def statistics(self) -> dict[str, float]:
-        """Codebook usage of the last images, and how many codes were revived so far."""
+        """Return the codebook usage of the last images, and how many codes were revived so far."""
         values = {"codebook_usage": self._usage.share()}
         if self.recipe.revive_codes_every > 0:
             values["revived_codes"] = self._revived
         return values
 
     def validate(self) -> dict[str, float]:
-        """Reconstruction error, PSNR, SSIM, LPIPS if trained with, and usage, on held-out images.
-
-        Every process takes its share of the images.
-        """
+        """Return reconstruction error, PSNR, SSIM, LPIPS if trained with, and codebook usage."""
         sums: dict[str, float] = {"count": 0.0, "reconstruction": 0.0, "psnr": 0.0, "ssim": 0.0}
         if self._lpips is not None:
             sums["perceptual"] = 0.0
@@ -304,7 +301,7 @@ class TokenizerTask(Task):
         return {**means, "codebook_usage": float(used.mean())}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Images and, below each, its reconstruction."""
+        """Draw images and, below each, its reconstruction."""
         shown = self.images.shown.thinned(_SHEET_IMAGES)
         before = torch.cat(list(self._fixed_images(shown, range(len(shown)))))
         after = model(before).reconstruction
@@ -320,31 +317,31 @@ class TokenizerTask(Task):
         save_png(image_grid(rows, columns=columns, scale=scale), path)
 
     def export(self, model: nn.Module, out: Path) -> Path:
-        """Writes the tokenizer's folder."""
+        """Write the tokenizer's folder."""
         assert isinstance(model, ImageTokenizer)
         with storage.atomic_folder(out / MODEL_FOLDER) as temporary:
             model.save_pretrained(temporary)
         return out / MODEL_FOLDER
 
     def skipped(self) -> int:
-        """Files that could not be read so far."""
+        """Return the number of files that could not be read so far."""
         return len(self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
-        """The usage window, and where streamed data stands."""
+        """Return the codebook usage and the position in streamed data."""
         places: dict[int, Any] = {}
         for own in distributed.gathered(self.images.training.state_dict()):
             places |= own
         return {"usage": self._usage.state_dict(), "revived": self._revived, "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what ``state_dict`` returned."""
+        """See ``Task``."""
         self._usage.load_state_dict(state["usage"])
         self._revived = state["revived"]
         self.images.training.load_state_dict(state["places"])
 
     def _fixed_images(self, images: ImageCollection, indices: Sequence[int]) -> Iterator[Tensor]:
-        """Centre crops of some images, in batches (B, 3, H, W)."""
+        """Yield centre crops of some images, in batches (B, 3, H, W)."""
         height, width = self.recipe.images.shape
         for batch in image_views(
             images,
@@ -359,12 +356,12 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def _latents(self) -> Tensor:
-        """At least K latents (N, E) of the first training images, as they are compared."""
+        """Return at least K latents (N, E) of the first training images, as they are quantised."""
         rows, columns = self.model.config.grid_of(*self.recipe.images.shape)
         per_batch = self.recipe.loop.batch_size * rows * columns
         steps = math.ceil(self.model.config.codebook_size / per_batch)
         latents, places = [], self.images.training.state_dict()
-        # All of every batch: each process comes to the same.
+        # Every process encodes whole batches, so all have the same latents.
         for batch in self._read(0, steps, rank=0, world_size=1):
             images = uint8_to_images(batch.pixels.to(self.model.device))
             compared = self.model.quantize.compared(self.model.encode_latents(images))
@@ -374,9 +371,9 @@ class TokenizerTask(Task):
 
 
 def init_codebook(tokenizer: ImageTokenizer, latents: Tensor) -> None:
-    """Makes latents (N, E), N at least K, the codebook: K of them, drawn at random.
+    """Replace the codebook by K of the latents (N, E), drawn at random.
 
-    A code that starts far from all latents is never the nearest, and so never learns.
+    A code that starts far from all latents is never the nearest, and so is never trained.
     """
     size = tokenizer.config.codebook_size
     drawn = torch.randperm(len(latents))[:size]
