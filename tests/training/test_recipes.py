@@ -218,9 +218,3 @@ def test_a_model_option_is_a_recipe_field(recipe):
     assert recipe("model: {qk_norm: true}", TransformerTraining).model.qk_norm
     with pytest.raises(InputError, match="grid"):
         recipe("model: {grid: [8, 8]}", TransformerTraining)
-
-
-def test_earlier_name_of_the_architecture():
-    from llamagen.training.config import TransformerSize
-
-    assert TransformerTraining(model=TransformerSize(dim=64, heads=4)).model.dim == 64

@@ -32,9 +32,8 @@ def draw(engine, prompt=(1,), **settings):
     return [list(each.token_ids) for each in output.outputs]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_settings_of_all_kinds_give_all_codes(engine):
+    asked = [
         {},
         {"temperature": 2.0, "top_k": 3, "top_p": 0.4, "min_p": 0.3, "seed": 7},
         {"logit_bias": {CODES + FIRST: 100.0, 0: 100.0}},
@@ -46,18 +45,12 @@ def draw(engine, prompt=(1,), **settings):
         {"extra_args": {"temperature": 1e-30}},
         {"extra_args": {"top_p": 1e-30, "top_k": 10**9}},
         {"extra_args": {"guidance_scale": 1000.0}},
-    ],
-)
-def test_settings_of_all_kinds_give_all_codes(engine, settings):
-    drawn = draw(engine, **settings)
-    assert len(drawn) == settings.get("n", 1)
-    for ids in drawn:
-        assert len(ids) == 16
-        assert all(FIRST <= each < FIRST + CODES for each in ids)
-
-
-def test_tokens_that_are_not_allowed_end_the_request(engine):
-    """They have no finite logits."""
+    ]
+    for settings in asked:
+        drawn = draw(engine, **settings)
+        assert [len(ids) for ids in drawn] == [16] * settings.get("n", 1), settings
+        assert all(FIRST <= each < FIRST + CODES for ids in drawn for each in ids), settings
+    # Codes that are not allowed have no finite logits.
     assert draw(engine, allowed_token_ids=[0, 1]) == [[END]]
 
 

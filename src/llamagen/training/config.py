@@ -26,9 +26,6 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.views import TEN_CROP_RANGES, ViewKind, check_crop_ranges
 from llamagen.support.errors import InputError
 
-TransformerSize = TransformerArchitecture
-"""Deprecated name of ``llamagen.config.TransformerArchitecture``."""
-
 Precision = Literal["auto", "float32", "bfloat16"]
 AdversarialLoss = Literal["hinge", "vanilla", "non-saturating"]
 DiscriminatorName = Literal["patchgan", "stylegan"]
