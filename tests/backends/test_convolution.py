@@ -21,10 +21,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 @pytest.fixture(scope="module")
 def kernels():
     found = present(convolution.load_kernels())
-    if found.has_tiles:
+    if found.has_amx:
         # Then bfloat16 convolutions are torch's. Here the kernels are to compute them all.
         found = copy.copy(found)
-        found.has_tiles = False
+        found.has_amx = False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convolution, "load_kernels", lambda: found)
         yield found

@@ -109,6 +109,11 @@ def expected_logits(model, sequence, int8_cache=False):
         attention, ffn = block.attention, block.feed_forward
         projected = attention.wqkv(block.attention_norm(x)).unflatten(-1, (-1, config.head_dim))
         q, k, v = projected.split(heads, dim=1)
+        if config.qk_norm:
+            q, k = (
+                F.rms_norm(x, x.shape[-1:], norm.weight, config.norm_eps)
+                for x, norm in ((q, attention.q_norm), (k, attention.k_norm))
+            )
         q, k = (rotated(each, sequence.cells, config.rope_base) for each in (q, k))
         if int8_cache:
             k, v = rounded_to_int8(k), rounded_to_int8(v)
@@ -184,7 +189,7 @@ def test_matches_the_definition(size, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", ["even", "grouped queries"])
+@pytest.mark.parametrize("size", ["even", "grouped queries", "QK-norm"])
 @torch.inference_mode()
 def test_int8_weights_match_the_definition(size, variant):
     model = quantized(model_of(size))
@@ -197,7 +202,9 @@ def test_int8_weights_match_the_definition(size, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", ["grouped queries", "odd heads", "heads of 64", "heads of 128"])
+@pytest.mark.parametrize(
+    "size", ["grouped queries", "odd heads", "heads of 64", "heads of 128", "QK-norm"]
+)
 @torch.inference_mode()
 def test_int8_cache_matches_the_definition(size, variant):
     model = model_of(size)
@@ -213,7 +220,7 @@ def test_int8_cache_matches_the_definition(size, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("size", ["even", "odd heads"])
+@pytest.mark.parametrize("size", ["even", "odd heads", "QK-norm"])
 @torch.inference_mode()
 def test_bfloat16_is_near_the_definition(size, variant):
     exact, model = model_of(size), model_of(size, torch.bfloat16)

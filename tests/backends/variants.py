@@ -15,11 +15,16 @@ _EMULATED_AVX512 = (
     *(f"-I{Path(__file__).parent / 'emulated'}", "-DEMULATE_AVX512", "-march=x86-64-v3", "-O1"),
     *(f"-D__AVX512{part}__" for part in ("F", "BW", "VL", "VNNI", "BF16")),
 )
+_EMULATED_AMX = tuple(f"-D__AMX_{part}__" for part in ("TILE", "BF16", "INT8"))
 
 # Name -> flags of the compiler, what the processor must have, and what must then be compiled.
 _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "native": ((), set(), None),
-    "amx": (("-DEMULATE_AMX",), set(), None),
+    "emulated amx": (
+        (*_EMULATED_AVX512, *_EMULATED_AMX),
+        {"avx2", "fma"},
+        {"avx512_bf16", "amx", "vnni", "threads"},
+    ),
     "avx512_bf16": (
         ("-mno-amx-tile",),
         {"avx512_bf16", "avx512_vnni"},

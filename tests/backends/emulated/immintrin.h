@@ -1,5 +1,5 @@
-// The AVX-512 intrinsics that step.c uses, in plain C: so its code for AVX512_BF16 and AVX512_VNNI is
-// tested on processors without. Compiled with EMULATE_AVX512 and this folder in front of the
+// The AVX-512 and AMX intrinsics that the kernels use, in plain C: so their code for AVX512_BF16,
+// AVX512_VNNI and AMX is tested on processors without. Compiled with EMULATE_AVX512 and this folder in front of the
 // compiler's own.
 
 #ifndef LLAMAGEN_EMULATED_IMMINTRIN_H
@@ -15,6 +15,7 @@ typedef long long __m512i __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
 typedef long long __m128i __attribute__((vector_size(16)));
 typedef uint16_t __m512bh __attribute__((vector_size(64)));
+typedef uint16_t __m256bh __attribute__((vector_size(32)));
 typedef uint16_t __mmask16;
 
 typedef int32_t emulated_i32 __attribute__((vector_size(64)));
@@ -164,6 +165,66 @@ EMULATED __m512 _mm512_dpbf16_ps(__m512 sum, __m512bh a, __m512bh b) {
       sum[i] += p * q;
     }
   return sum;
+}
+
+EMULATED __m512i _mm512_slli_epi32(__m512i x, unsigned bits) {
+  return (__m512i)((emulated_u32)x << bits);
+}
+
+EMULATED __m512i _mm512_cvtepu16_epi32(__m256i x) {
+  return (__m512i)__builtin_convertvector((__m256bh)x, emulated_u32);
+}
+
+EMULATED __m256bh _mm512_cvtneps_pbh(__m512 x) {
+  emulated_u32 bits = (emulated_u32)x;
+  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, __m256bh);
+}
+
+typedef union {
+  float f32[16][16];
+  int32_t i32[16][16];
+  uint16_t bf16[16][32];
+  int8_t i8[16][64];
+} emulated_tile;
+
+static _Thread_local emulated_tile emulated_tiles[8];
+
+EMULATED void _tile_loadconfig(const void *config) { (void)config; }
+EMULATED void _tile_release(void) {}
+EMULATED void _tile_zero(int to) { memset(&emulated_tiles[to], 0, sizeof(emulated_tile)); }
+
+EMULATED void _tile_loadd(int to, const void *from, size_t step) {
+  for (int i = 0; i < 16; i++)
+    memcpy(emulated_tiles[to].i8[i], (const char *)from + i * step, 64);
+}
+
+EMULATED void _tile_stored(int from, void *to, size_t step) {
+  for (int i = 0; i < 16; i++) memcpy((char *)to + i * step, emulated_tiles[from].i8[i], 64);
+}
+
+EMULATED float emulated_widen(uint16_t x) {
+  uint32_t bits = (uint32_t)x << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+static void _tile_dpbssd(int to, int left, int right) {
+  emulated_tile *t = &emulated_tiles[to];
+  const emulated_tile *a = &emulated_tiles[left], *b = &emulated_tiles[right];
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 64; k++)
+      for (int j = 0; j < 16; j++) t->i32[i][j] += a->i8[i][k] * b->i8[k / 4][4 * j + k % 4];
+}
+
+static void _tile_dpbf16ps(int to, int left, int right) {
+  emulated_tile *t = &emulated_tiles[to];
+  const emulated_tile *a = &emulated_tiles[left], *b = &emulated_tiles[right];
+  for (int i = 0; i < 16; i++)
+    for (int k = 0; k < 32; k++)
+      for (int j = 0; j < 16; j++)
+        t->f32[i][j] +=
+            emulated_widen(a->bf16[i][k]) * emulated_widen(b->bf16[k / 2][2 * j + k % 2]);
 }
 
 #endif

@@ -44,8 +44,6 @@ typedef struct {
   float *scales;  // (positions,) of int8; NULL where they are floats
 } KVHead;
 
-INLINE int kv_bytes(int is_bf16, int is_int8) { return is_int8 ? 1 : is_bf16 ? 2 : 4; }
-
 // Stores the key or value of a position.
 INLINE void store_kv(KVHead kv, int is_bf16, int position, const float *x, int size) {
   size_t at = (size_t)position * size;
@@ -53,10 +51,8 @@ INLINE void store_kv(KVHead kv, int is_bf16, int position, const float *x, int s
     float max = absmax(x, size), factor = 127.0f / max;
     kv.scales[position] = max * (1.0f / 127.0f);
     for (int i = 0; i < size; i++) ((int8_t *)kv.data)[at + i] = (int8_t)rintf(x[i] * factor);
-  } else if (is_bf16) {
-    for (int i = 0; i < size; i++) ((bf16 *)kv.data)[at + i] = f32_to_bf16(x[i]);
   } else {
-    memcpy((float *)kv.data + at, x, size * sizeof(float));
+    for (int i = 0; i < size; i++) store_one(is_bf16, kv.data, at + i, x[i]);
   }
 }
 
@@ -78,16 +74,10 @@ INLINE v16 score_block(const void *keys, int is_bf16, int dot, const float *quer
         part[j] = dot_bf16(part[j], load_bf16x32(key + i), load_bf16x32(query_bf16 + i));
       for (int i = whole; i < size; i++) rest[j] += bf16_to_f32(key[i]) * bf16_to_f32(query_bf16[i]);
 #endif
-    } else if (is_bf16) {
-      const bf16 *key = (const bf16 *)keys + at;
-      UNROLL4 for (int i = 0; i < whole; i += LANES)
-        part[j] += load_bf16(key + i) * load_f32(query + i);
-      for (int i = whole; i < size; i++) rest[j] += bf16_to_f32(key[i]) * query[i];
     } else {
-      const float *key = (const float *)keys + at;
       UNROLL4 for (int i = 0; i < whole; i += LANES)
-        part[j] += load_f32(key + i) * load_f32(query + i);
-      for (int i = whole; i < size; i++) rest[j] += key[i] * query[i];
+        part[j] += load(is_bf16, keys, at + i) * load_f32(query + i);
+      for (int i = whole; i < size; i++) rest[j] += load_one(is_bf16, keys, at + i) * query[i];
     }
   }
   v16 found = reduce_sums(part, LANES);
@@ -102,15 +92,11 @@ INLINE void score_positions(const void *keys, int is_bf16, int dot, const float 
     for (int i = 0; i < size; i++) query_bf16[i] = f32_to_bf16(query[i]);
   size_t position = (size_t)size * (is_bf16 ? 2 : 4), end = count * position;
   const char *own = keys;
-  int start = 0;
-  for (; start + LANES <= count; start += LANES, own += LANES * position) {
+  for (int start = 0; start < count; start += LANES, own += LANES * position) {
+    int rest = count - start;
     prefetch_ahead(keys, start * position, LANES * position, end, next);
-    v16 found = score_block(own, is_bf16, dot, query, query_bf16, size, LANES);
-    store_f32(scores + start, found * scale);
-  }
-  if (start < count) {
-    prefetch_ahead(keys, start * position, LANES * position, end, next);
-    v16 found = score_block(own, is_bf16, dot, query, query_bf16, size, count - start);
+    v16 found = rest >= LANES ? score_block(own, is_bf16, dot, query, query_bf16, size, LANES)
+                              : score_block(own, is_bf16, dot, query, query_bf16, size, rest);
     store_f32(scores + start, found * scale);
   }
 }
@@ -169,28 +155,19 @@ INLINE void weighted_sum(const void *values, int is_bf16, const float *weights, 
   }
   for (; index + LANES <= size; index += LANES) {
     v16 total = splat(0);
-    for (int j = 0; j < count; j++) {
-      size_t at = (size_t)j * size + index;
-      total += splat(weights[j]) * (is_bf16 ? load_bf16((const bf16 *)values + at)
-                                            : load_f32((const float *)values + at));
-    }
+    for (int j = 0; j < count; j++)
+      total += splat(weights[j]) * load(is_bf16, values, (size_t)j * size + index);
     store_f32(out + index, total);
   }
   for (; index < size; index++) {
     float total = 0;
-    for (int j = 0; j < count; j++) {
-      size_t at = (size_t)j * size + index;
-      float value = is_bf16 ? bf16_to_f32(((const bf16 *)values)[at]) : ((const float *)values)[at];
-      total += weights[j] * value;
-    }
+    for (int j = 0; j < count; j++)
+      total += weights[j] * load_one(is_bf16, values, (size_t)j * size + index);
     out[index] = total;
   }
 }
 
 #if HAS_AVX512_VNNI
-// Integer products take heads of multiples of a vector's int8.
-INLINE int vnni_takes_head(int size) { return size % 64 == 0; }
-
 // The scores of up to sixteen positions from `keys` on. The last one stands in for those that are
 // missing: nothing may be read behind the end of the memory.
 INLINE v16 score_block_vnni(const int8_t *keys, const int16_t *query, int size, int count) {
@@ -296,14 +273,9 @@ INLINE void weighted_sum_vnni(KVHead values, float *weights, int size, int count
     }
   }
 }
-#else
-INLINE int vnni_takes_head(int size) {
-  (void)size;
-  return 0;
-}
 #endif
 
-// Int8 keys and values, multiplied as floats.
+// As score_positions and weighted_sum, of int8 keys and values that are multiplied as floats.
 INLINE void score_positions_int8(KVHead keys, const float *query, int size, int count, float scale,
                                  float *scores) {
   for (int j = 0; j < count; j++) {
@@ -351,7 +323,7 @@ INLINE void attend_floats(const Attention *a, int is_bf16, int dot, int size) {
 INLINE void attend_int8(const Attention *a, int size) {
   float scale = 1.0f / sqrtf(size);
 #if HAS_AVX512_VNNI
-  if (vnni_takes_head(size)) {
+  if (size % 64 == 0) {
     score_positions_vnni(a->keys, a->query, size, a->count, scale, a->scores, a->values.data);
     softmax(a->scores, a->count);
     weighted_sum_vnni(a->values, a->scores, size, a->count, a->out, a->next);

@@ -1,17 +1,17 @@
-// What takes the time of an image tokenizer on a CPU: 3x3 convolutions, and GroupNorm with SiLU.
+// The image tokenizer's operations on a CPU: 3x3 convolutions, and GroupNorm with SiLU.
 //
-// Images lie as (images, rows, columns, channels), in float32 or bfloat16. Everything is computed
-// in float32 and rounded once, where it is stored.
+// Images are (images, rows, columns, channels), in float32 or bfloat16. Everything is computed in
+// float32 and rounded once, where it is stored.
 //
-// A convolution goes by Winograd's minimal filtering. A tile of 4x4 pixels of an output takes 36
+// A convolution uses Winograd's minimal filtering. A tile of 4x4 pixels of an output takes 36
 // products for each input channel, where sums of products take 144: patches of 6x6 pixels of the
 // input and the weights are transformed to 36 "frequencies", a matrix product is done for each, and
 // the inverse transform makes pixels of the result. Sums are reordered by that, so results differ
 // in the last bits. Tiles of 6x6 pixels take 64 products instead of 324, but lose two more bits:
-// they are for bfloat16, which has not got those.
+// they are for bfloat16, which does not have those.
 //
 // No bit of an image depends on the number of threads or on the other images: a sum's order is that
-// of the inputs, whichever way the work is cut up.
+// of the inputs, however the work is divided.
 
 #include <math.h>
 #include <stddef.h>
@@ -29,8 +29,8 @@
 
 #include "vectors.h"
 
-#define SIDE 8  // of the larger patch
-#define MOST (SIDE * SIDE)
+#define MAX_PATCH 8  // of the larger patch
+#define MAX_FREQUENCIES (MAX_PATCH * MAX_PATCH)
 #define TAPS 9
 // A product makes ROWS tiles of PANEL outputs at a time: as many as there are registers. There are
 // half as many without AVX-512, and a compiler that splits v16 in two leaves none of it in them.
@@ -41,7 +41,7 @@ typedef v16 wide;
 typedef float wide __attribute__((vector_size(32)));
 #define ROWS 6
 #endif
-#define FEW (ROWS / 3)  // the last tiles are filled up to a multiple of it
+#define ROW_STEP (ROWS / 3)  // the last tiles are filled up to a multiple of it
 #define PANEL (2 * (int)(sizeof(wide) / sizeof(float)))
 // Inputs whose weights are transformed at a time, where all of them are not kept.
 #define DEPTH 64
@@ -54,10 +54,9 @@ typedef float wide __attribute__((vector_size(32)));
 typedef struct {
   int32_t images, height, width;  // of the output
   int32_t inputs, outputs;        // channels: multiples of 16 and 32
-  int32_t half;                   // bfloat16, not float32
-  int32_t upsampled;              // the input has half the height and width, and is repeated
+  int32_t is_bf16;                // bfloat16, not float32
+  int32_t upsampled;              // the input has half the height and width and is repeated
   int32_t threads;
-  int32_t taps_first;  // weights are (outputs, taps, inputs), not (outputs, inputs, taps)
   const void *x, *weight, *bias;
   const void *residual;  // added to the output; or NULL
   void *y;
@@ -66,7 +65,7 @@ typedef struct {
 
 typedef struct {
   int32_t images, pixels, channels, groups;  // channels: a multiple of 16
-  int32_t half;
+  int32_t is_bf16;
   int32_t threads;
   float eps;
   const void *x, *weight, *bias;
@@ -74,16 +73,16 @@ typedef struct {
   float *scratch;  // of normalization_scratch() bytes
 } Normalization;
 
-// How a convolution is cut up.
+// How a convolution is divided.
 typedef struct {
   int tile, frequencies;  // a side of a tile of the output; numbers in the transform of one
   int across, down;       // tiles of an image
   int64_t tiles;          // of all images
   int weights_first;      // whether all weights are transformed first, or all patches
-  int together;           // tiles that are multiplied together
-  int depth;              // inputs whose patches lie together
-  int width;              // outputs whose sums lie together
-  int shares;             // threads that divide the tiles of a panel of outputs
+  int tiles_at_once;      // tiles that are multiplied together
+  int depth;              // inputs whose patches are contiguous
+  int width;              // outputs whose sums are contiguous
+  int splits;             // threads that divide the tiles of a panel of outputs
   // Numbers from one frequency to the next, and in all: of transformed weights (u), of transformed
   // patches (v) and of sums of their products (m).
   size_t u_step, v_step, m_step, u_size, v_size, m_size;
@@ -95,64 +94,34 @@ static int64_t products(const Convolution *c, int tile) {
 }
 
 static Plan plan_of(const Convolution *c) {
-  Plan p = {.tile = c->half && products(c, 6) < products(c, 4) ? 6 : 4};
+  Plan p = {.tile = c->is_bf16 && products(c, 6) < products(c, 4) ? 6 : 4};
   p.frequencies = (p.tile + 2) * (p.tile + 2);
   p.across = (c->width + p.tile - 1) / p.tile, p.down = (c->height + p.tile - 1) / p.tile;
   p.tiles = (int64_t)c->images * p.across * p.down;
   // What comes first goes to memory and is read again and again; the rest stays in a cache.
   p.weights_first = (int64_t)c->inputs * c->outputs < p.tiles * (c->inputs + c->outputs);
   if (p.weights_first) {
-    p.together = ROWS, p.depth = c->inputs, p.width = c->outputs;
+    p.tiles_at_once = ROWS, p.depth = c->inputs, p.width = c->outputs;
     p.u_step = (size_t)c->inputs * c->outputs + GAP;
     p.v_step = (size_t)ROWS * c->inputs + GAP;
   } else {
     int panels = c->outputs / PANEL, blocks = (int)(p.tiles + ROWS - 1) / ROWS;
-    int shares = (c->threads + panels - 1) / panels, each = (blocks + shares - 1) / shares;
-    p.shares = (blocks + each - 1) / each;
-    p.together = each * ROWS, p.depth = DEPTH, p.width = PANEL;
+    int splits = (c->threads + panels - 1) / panels, each = (blocks + splits - 1) / splits;
+    p.splits = (blocks + each - 1) / each;
+    p.tiles_at_once = each * ROWS, p.depth = DEPTH, p.width = PANEL;
     p.u_step = (size_t)DEPTH * PANEL + GAP;
-    p.v_step = (size_t)p.shares * p.together * DEPTH + GAP;
+    p.v_step = (size_t)p.splits * p.tiles_at_once * DEPTH + GAP;
   }
-  p.m_step = (size_t)p.together * p.width + GAP;
+  p.m_step = (size_t)p.tiles_at_once * p.width + GAP;
   p.u_size = p.frequencies * p.u_step;
   p.v_size = p.frequencies * p.v_step * ((c->inputs + p.depth - 1) / p.depth);
   p.m_size = p.frequencies * p.m_step;
   return p;
 }
 
-// Compilers make several instructions of these two where there is one.
-INLINE v16 widened(const bf16 *from) {
-#if defined(__AVX512F__)
-  __m256i x = _mm256_loadu_si256((const __m256i *)from);
-  return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
-#else
-  return load_bf16(from);
-#endif
-}
-
-INLINE void store_narrowed(bf16 *to, v16 x) {
-#if HAS_AVX512_BF16
-  __m256bh y = _mm512_cvtneps_pbh((__m512)x);
-  memcpy(to, &y, sizeof y);
-#else
-  store_bf16(to, x);
-#endif
-}
-
-INLINE v16 get(const void *from, size_t at, int half) {
-  return half ? widened((const bf16 *)from + at) : load_f32((const float *)from + at);
-}
-
-INLINE void put(void *to, size_t at, int half, v16 x) {
-  if (half)
-    store_narrowed((bf16 *)to + at, x);
-  else
-    store_f32((float *)to + at, x);
-}
-
 // Asks for large pages under what is about to be written. The system hands fresh memory out page by
 // page, and for small ones that takes a third of a convolution's time.
-static void expect(void *to, size_t bytes) {
+static void advise_large_pages(void *to, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   size_t first = ((size_t)to + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
   size_t last = ((size_t)to + bytes) / LARGE_PAGE * LARGE_PAGE;
@@ -225,38 +194,37 @@ INLINE void transform_output(const v16 *x, v16 *y, int tile) {
 }
 
 // Weights of sixteen inputs and outputs, to taps (inputs, TAPS, outputs).
-INLINE void gather_taps(const Convolution *c, int half, int input, int output, float *taps) {
-  const size_t row = (size_t)c->inputs * TAPS;
+INLINE void gather_taps(const Convolution *c, int is_bf16, int input, int output, float *taps) {
+  const size_t row = (size_t)c->inputs * TAPS, start = (size_t)input * TAPS;
   for (int i = 0; i < TAPS; i++) {
     v16 x[LANES];
-    size_t at = c->taps_first ? (size_t)i * c->inputs + input : (size_t)input * TAPS + i * LANES;
     UNROLL for (int lane = 0; lane < LANES; lane++)
-      x[lane] = get(c->weight, (output + lane) * row + at, half);
+      x[lane] = load(is_bf16, c->weight, (output + lane) * row + start + i * LANES);
     transpose(x);
     UNROLL for (int lane = 0; lane < LANES; lane++)
-      store_f32(taps + (c->taps_first ? lane * TAPS + i : i * LANES + lane) * LANES, x[lane]);
+      store_f32(taps + (i * LANES + lane) * LANES, x[lane]);
   }
 }
 
 // Weights of a panel of outputs and of `count` inputs, to u (frequencies, inputs, PANEL).
-INLINE void transform_weights(const Convolution *c, const Plan *p, int half, int tile, int panel,
+INLINE void transform_weights(const Convolution *c, const Plan *p, int is_bf16, int tile, int panel,
                               int first, int count, float *u) {
   const int patch = tile + 2;
   float taps[LANES * TAPS * LANES] __attribute__((aligned(64)));
   for (int lanes = 0; lanes < PANEL; lanes += LANES)
     for (int input = 0; input < count; input++) {
-      if (input % LANES == 0) gather_taps(c, half, first + input, panel * PANEL + lanes, taps);
+      if (input % LANES == 0) gather_taps(c, is_bf16, first + input, panel * PANEL + lanes, taps);
       const float *from = taps + input % LANES * TAPS * LANES;
-      v16 part[SIDE * 3];
+      v16 part[MAX_PATCH * 3];
       for (int j = 0; j < 3; j++) {
-        v16 x[3], y[SIDE];
+        v16 x[3], y[MAX_PATCH];
         UNROLL for (int i = 0; i < 3; i++) x[i] = load_f32(from + (3 * i + j) * LANES);
         transform_taps(x, y, tile);
         UNROLL for (int i = 0; i < patch; i++) part[3 * i + j] = y[i];
       }
       float *to = u + (size_t)input * PANEL + lanes;
       for (int i = 0; i < patch; i++) {
-        v16 y[SIDE];
+        v16 y[MAX_PATCH];
         transform_taps(part + 3 * i, y, tile);
         UNROLL for (int j = 0; j < patch; j++, to += p->u_step) store_f32(to, y[j]);
       }
@@ -265,37 +233,37 @@ INLINE void transform_weights(const Convolution *c, const Plan *p, int half, int
 
 typedef struct {
   int image, row, column;  // of the first pixel
-} Place;
+} TileStart;
 
-INLINE Place place_of(const Plan *p, int64_t number) {
-  return (Place){.image = (int)(number / ((int64_t)p->across * p->down)),
-                 .row = (int)(number / p->across % p->down) * p->tile,
-                 .column = (int)(number % p->across) * p->tile};
+INLINE TileStart start_of(const Plan *p, int64_t number) {
+  return (TileStart){.image = (int)(number / ((int64_t)p->across * p->down)),
+                     .row = (int)(number / p->across % p->down) * p->tile,
+                     .column = (int)(number % p->across) * p->tile};
 }
 
 // The patch of one tile, to v (parts of `depth` inputs, frequencies, tiles, depth); `zeros` stand
 // for what is outside.
-INLINE void transform_patch(const Convolution *c, const Plan *p, int half, int tile, Place place,
-                            const void *zeros, float *v) {
-  const int patch = tile + 2, size = half ? 2 : 4;
+INLINE void transform_patch(const Convolution *c, const Plan *p, int is_bf16, int tile,
+                            TileStart start, const void *zeros, float *v) {
+  const int patch = tile + 2, size = is_bf16 ? 2 : 4;
   int height = c->height >> c->upsampled, width = c->width >> c->upsampled;
-  const char *from[MOST];
+  const char *from[MAX_FREQUENCIES];
   for (int i = 0; i < patch; i++)
     for (int j = 0; j < patch; j++) {
-      int row = place.row + i - 1, column = place.column + j - 1;
+      int row = start.row + i - 1, column = start.column + j - 1;
       int outside = row < 0 || row >= c->height || column < 0 || column >= c->width;
-      size_t pixel = outside ? 0 : (size_t)place.image * height + (row >> c->upsampled);
+      size_t pixel = outside ? 0 : (size_t)start.image * height + (row >> c->upsampled);
       pixel = outside ? 0 : pixel * width + (column >> c->upsampled);
       const char *inside = (const char *)c->x + pixel * c->inputs * size;
       from[i * patch + j] = outside ? zeros : inside;
     }
   size_t next = (size_t)(tile >> c->upsampled) * c->inputs * size;
   for (int input = 0; input < c->inputs; input += LANES) {
-    v16 part[MOST];
+    v16 part[MAX_FREQUENCIES];
     for (int j = 0; j < patch; j++) {
-      v16 x[SIDE], y[SIDE];
+      v16 x[MAX_PATCH], y[MAX_PATCH];
       UNROLL for (int i = 0; i < patch; i++) {
-        x[i] = get(from[i * patch + j], input, half);
+        x[i] = load(is_bf16, from[i * patch + j], input);
         // No processor foresees the rows of the tile to the right.
         __builtin_prefetch(from[i * patch + j] + input * size + next, 0, 2);
       }
@@ -304,7 +272,7 @@ INLINE void transform_patch(const Convolution *c, const Plan *p, int half, int t
     }
     float *to = v + input / p->depth * p->frequencies * p->v_step + input % p->depth;
     for (int i = 0; i < patch; i++) {
-      v16 y[SIDE];
+      v16 y[MAX_PATCH];
       transform_input(part + i * patch, y, tile);
       UNROLL for (int j = 0; j < patch; j++, to += p->v_step) store_f32(to, y[j]);
     }
@@ -313,20 +281,20 @@ INLINE void transform_patch(const Convolution *c, const Plan *p, int half, int t
 
 // Whether a frequency of the input is zero: along a side of a patch, pixels that were repeated are
 // a, b, b, c, c, d, and at -1 each cancels itself.
-INLINE int vanishes(const Convolution *c, const Plan *p, int f) {
+INLINE int is_zero_frequency(const Convolution *c, const Plan *p, int f) {
   int patch = p->tile + 2;
   return c->upsampled && (f / patch == 2 || f % patch == 2);
 }
 
-// m (rows, outputs) = v (rows, depth) u (depth, PANEL), or that much more. Of v, `count` numbers of
-// a row are taken.
+// m (rows, outputs) = v (rows, depth) u (depth, PANEL), or m += that with `accumulate`. Of v, `count`
+// numbers of a row are taken.
 INLINE void multiply(int rows, const float *restrict v, int depth, const float *restrict u,
-                     int count, float *restrict m, size_t outputs, int more) {
+                     int count, float *restrict m, size_t outputs, int accumulate) {
   wide total[ROWS][2];
   UNROLL for (int i = 0; i < rows; i++)
     UNROLL for (int j = 0; j < 2; j++) {
       total[i][j] = (wide){0};
-      if (more) memcpy(&total[i][j], m + i * outputs + j * (PANEL / 2), sizeof(wide));
+      if (accumulate) memcpy(&total[i][j], m + i * outputs + j * (PANEL / 2), sizeof(wide));
     }
   for (int k = 0; k < count; k++) {
     wide weight[2];
@@ -342,38 +310,38 @@ INLINE void multiply(int rows, const float *restrict v, int depth, const float *
       memcpy(m + i * outputs + j * (PANEL / 2), &total[i][j], sizeof(wide));
 }
 
-// The same for any number of rows; up to a multiple of FEW, what is there is multiplied too.
+// The same for any number of rows; up to a multiple of ROW_STEP, what is there is multiplied too.
 static __attribute__((noinline)) void multiply_all(int rows, const float *v, int depth,
                                                    const float *u, int count, float *m,
-                                                   size_t outputs, int more) {
-  for (; rows > 2 * FEW; rows -= ROWS, v += (size_t)ROWS * depth, m += ROWS * outputs)
-    multiply(ROWS, v, depth, u, count, m, outputs, more);
-  if (rows > FEW)
-    multiply(2 * FEW, v, depth, u, count, m, outputs, more);
+                                                   size_t outputs, int accumulate) {
+  for (; rows > 2 * ROW_STEP; rows -= ROWS, v += (size_t)ROWS * depth, m += ROWS * outputs)
+    multiply(ROWS, v, depth, u, count, m, outputs, accumulate);
+  if (rows > ROW_STEP)
+    multiply(2 * ROW_STEP, v, depth, u, count, m, outputs, accumulate);
   else if (rows > 0)
-    multiply(FEW, v, depth, u, count, m, outputs, more);
+    multiply(ROW_STEP, v, depth, u, count, m, outputs, accumulate);
 }
 
 // `width` outputs, from `first` on, of one tile; from m (frequencies, tiles, width).
-INLINE void finish_tile(const Convolution *c, const Plan *p, int half, int tile, Place place,
-                        int first, const float *m) {
-  const int patch = tile + 2, size = half ? 2 : 4;
-  int rows = c->height - place.row < tile ? c->height - place.row : tile;
-  int columns = c->width - place.column < tile ? c->width - place.column : tile;
-  size_t pixel = ((size_t)place.image * c->height + place.row) * c->width + place.column;
+INLINE void finish_tile(const Convolution *c, const Plan *p, int is_bf16, int tile,
+                        TileStart start, int first, const float *m) {
+  const int patch = tile + 2, size = is_bf16 ? 2 : 4;
+  int rows = c->height - start.row < tile ? c->height - start.row : tile;
+  int columns = c->width - start.column < tile ? c->width - start.column : tile;
+  size_t pixel = ((size_t)start.image * c->height + start.row) * c->width + start.column;
   size_t next = (size_t)tile * c->outputs * size;
   for (int output = 0; output < p->width; output += LANES) {
     int new_line = output * size % 64 == 0;
-    v16 part[MOST], bias = get(c->bias, first + output, half);
+    v16 part[MAX_FREQUENCIES], bias = load(is_bf16, c->bias, first + output);
     for (int j = 0; j < patch; j++) {
-      v16 x[SIDE], y[SIDE];
+      v16 x[MAX_PATCH], y[MAX_PATCH];
       UNROLL for (int i = 0; i < patch; i++)
         x[i] = load_f32(m + (i * patch + j) * p->m_step + output);
       transform_output(x, y, tile);
       UNROLL for (int i = 0; i < tile; i++) part[i * patch + j] = y[i];
     }
     for (int i = 0; i < rows; i++) {
-      v16 y[SIDE];
+      v16 y[MAX_PATCH];
       transform_output(part + i * patch, y, tile);
       size_t at = (pixel + (size_t)i * c->width) * c->outputs + first + output;
       UNROLL for (int j = 0; j < tile; j++, at += c->outputs) {
@@ -382,110 +350,110 @@ INLINE void finish_tile(const Convolution *c, const Plan *p, int half, int tile,
         if (new_line) __builtin_prefetch((char *)c->y + at * size + next, 0, 2);
         if (c->residual) {
           if (new_line) __builtin_prefetch((char *)c->residual + at * size + next, 0, 2);
-          sum += get(c->residual, at, half);
+          sum += load(is_bf16, c->residual, at);
         }
-        put(c->y, at, half, sum);
+        store(is_bf16, c->y, at, sum);
       }
     }
   }
 }
 
 // Clears the sums of products that are not done.
-static void clear_vanishing(const Convolution *c, const Plan *p, float *m) {
+static void clear_zero_frequencies(const Convolution *c, const Plan *p, float *m) {
   for (int f = 0; f < p->frequencies; f++)
-    if (vanishes(c, p, f)) memset(m + f * p->m_step, 0, p->m_step * sizeof(float));
+    if (is_zero_frequency(c, p, f)) memset(m + f * p->m_step, 0, p->m_step * sizeof(float));
 }
 
-// The three steps that depend on numbers and tiles. Each is compiled once, and called by address:
+// The stages that depend on the precision and the tile. Each is compiled once and called by address:
 // compilers do not round every copy of an inlined function in the same way.
 typedef struct {
   void (*transform_weights)(const Convolution *, const Plan *, int, int, int, float *);
   void (*transform_patch)(const Convolution *, const Plan *, int64_t, const void *, float *);
   void (*finish_tile)(const Convolution *, const Plan *, int64_t, int, const float *);
-} Steps;
+} Stages;
 
-#define STEPS(name, half, tile)                                                                 \
+#define STAGES(name, is_bf16, tile)                                                                 \
   static void weights_##name(const Convolution *c, const Plan *p, int panel, int first,         \
                              int count, float *u) {                                             \
-    transform_weights(c, p, half, tile, panel, first, count, u);                                \
+    transform_weights(c, p, is_bf16, tile, panel, first, count, u);                                \
   }                                                                                             \
   static void patch_##name(const Convolution *c, const Plan *p, int64_t number,                 \
                            const void *zeros, float *v) {                                       \
-    transform_patch(c, p, half, tile, place_of(p, number), zeros, v);                           \
+    transform_patch(c, p, is_bf16, tile, start_of(p, number), zeros, v);                           \
   }                                                                                             \
   static void finish_##name(const Convolution *c, const Plan *p, int64_t number, int first,     \
                             const float *m) {                                                   \
-    finish_tile(c, p, half, tile, place_of(p, number), first, m);                               \
+    finish_tile(c, p, is_bf16, tile, start_of(p, number), first, m);                               \
   }                                                                                             \
-  static const Steps name = {weights_##name, patch_##name, finish_##name};
-STEPS(of_float32, 0, 4)
-STEPS(of_bfloat16, 1, 4)
-STEPS(of_large_tiles, 1, 6)
+  static const Stages name = {weights_##name, patch_##name, finish_##name};
+STAGES(of_float32, 0, 4)
+STAGES(of_bfloat16, 1, 4)
+STAGES(of_large_tiles, 1, 6)
 
 // Weights are transformed once; then each thread takes a few tiles at a time from patch to pixels.
-static void run_weights_first(const Convolution *c, const Plan *p, const Steps *steps, float *u,
-                              const void *zeros, float *rooms) {
+static void run_weights_first(const Convolution *c, const Plan *p, const Stages *stages, float *u,
+                              const void *zeros, float *own_scratch) {
 #pragma omp parallel num_threads(c->threads)
   {
 #pragma omp for schedule(dynamic)
     for (int panel = 0; panel < c->outputs / PANEL; panel++)
-      steps->transform_weights(c, p, panel, 0, c->inputs, u + (size_t)panel * PANEL * c->inputs);
-    float *v = rooms + THREAD * (p->v_size + p->m_size), *m = v + p->v_size;
+      stages->transform_weights(c, p, panel, 0, c->inputs, u + (size_t)panel * PANEL * c->inputs);
+    float *v = own_scratch + THREAD * (p->v_size + p->m_size), *m = v + p->v_size;
     // The last tiles may be few, and are multiplied together with what is here.
     memset(v, 0, p->v_size * sizeof(float));
-    clear_vanishing(c, p, m);
+    clear_zero_frequencies(c, p, m);
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < p->tiles; first += ROWS) {
       int count = p->tiles - first < ROWS ? (int)(p->tiles - first) : ROWS;
       for (int t = 0; t < count; t++)
-        steps->transform_patch(c, p, first + t, zeros, v + (size_t)t * p->depth);
+        stages->transform_patch(c, p, first + t, zeros, v + (size_t)t * p->depth);
       for (int f = 0; f < p->frequencies; f++) {
-        if (vanishes(c, p, f)) continue;
+        if (is_zero_frequency(c, p, f)) continue;
         for (int output = 0; output < c->outputs; output += PANEL)
           multiply_all(count, v + f * p->v_step, p->depth,
                        u + f * p->u_step + (size_t)output * c->inputs, c->inputs,
                        m + f * p->m_step + output, p->width, 0);
       }
       for (int t = 0; t < count; t++)
-        steps->finish_tile(c, p, first + t, 0, m + (size_t)t * p->width);
+        stages->finish_tile(c, p, first + t, 0, m + (size_t)t * p->width);
     }
   }
 }
 
 // Patches are transformed once; then each thread takes a panel of outputs from weights to pixels.
-static void run_patches_first(const Convolution *c, const Plan *p, const Steps *steps, float *v,
-                              const void *zeros, float *rooms) {
+static void run_patches_first(const Convolution *c, const Plan *p, const Stages *stages, float *v,
+                              const void *zeros, float *own_scratch) {
   const int panels = c->outputs / PANEL, tiles = (int)p->tiles;
   const size_t per_part = p->frequencies * p->v_step;
 #pragma omp parallel num_threads(c->threads)
   {
 #pragma omp for schedule(static)
-    for (int t = 0; t < p->shares * p->together; t++) {
+    for (int t = 0; t < p->splits * p->tiles_at_once; t++) {
       float *to = v + (size_t)t * p->depth;
       if (t < tiles) {
-        steps->transform_patch(c, p, t, zeros, to);
-      } else if (t < tiles + FEW) {
+        stages->transform_patch(c, p, t, zeros, to);
+      } else if (t < tiles + ROW_STEP) {
         for (size_t at = 0; at < p->v_size; at += p->v_step)
           memset(to + at, 0, p->depth * sizeof(float));
       }
     }
-    float *u = rooms + THREAD * (p->u_size + p->m_size), *m = u + p->u_size;
-    clear_vanishing(c, p, m);
+    float *u = own_scratch + THREAD * (p->u_size + p->m_size), *m = u + p->u_size;
+    clear_zero_frequencies(c, p, m);
 #pragma omp for schedule(dynamic)
-    for (int task = 0; task < panels * p->shares; task++) {
-      int panel = task / p->shares, first = task % p->shares * p->together;
-      int rows = tiles - first < p->together ? tiles - first : p->together;
+    for (int task = 0; task < panels * p->splits; task++) {
+      int panel = task / p->splits, first = task % p->splits * p->tiles_at_once;
+      int rows = tiles - first < p->tiles_at_once ? tiles - first : p->tiles_at_once;
       const float *own = v + (size_t)first * p->depth;
       for (int input = 0; input < c->inputs; input += p->depth, own += per_part) {
         int count = c->inputs - input < p->depth ? c->inputs - input : p->depth;
-        steps->transform_weights(c, p, panel, input, count, u);
+        stages->transform_weights(c, p, panel, input, count, u);
         for (int f = 0; f < p->frequencies; f++)
-          if (!vanishes(c, p, f))
+          if (!is_zero_frequency(c, p, f))
             multiply_all(rows, own + f * p->v_step, p->depth, u + f * p->u_step, count,
                          m + f * p->m_step, p->width, input > 0);
       }
       for (int t = 0; t < rows; t++)
-        steps->finish_tile(c, p, first + t, panel * PANEL, m + (size_t)t * p->width);
+        stages->finish_tile(c, p, first + t, panel * PANEL, m + (size_t)t * p->width);
     }
   }
 }
@@ -498,19 +466,19 @@ size_t convolution_scratch(const Convolution *c) {
   return (shared + c->inputs + c->threads * own) * sizeof(float) + 64;
 }
 
-// y = x * weights + bias (+ shortcut), with one pixel of zeros around x.
+// y = x * weights + bias (+ residual), with one pixel of zeros around x.
 void convolve(const Convolution *c) {
   Plan p = plan_of(c);
-  const Steps *steps = !c->half ? &of_float32 : p.tile == 4 ? &of_bfloat16 : &of_large_tiles;
-  expect(c->scratch, convolution_scratch(c));
-  expect(c->y, (size_t)c->images * c->height * c->width * c->outputs * (c->half ? 2 : 4));
+  const Stages *stages = !c->is_bf16 ? &of_float32 : p.tile == 4 ? &of_bfloat16 : &of_large_tiles;
+  advise_large_pages(c->scratch, convolution_scratch(c));
+  advise_large_pages(c->y, (size_t)c->images * c->height * c->width * c->outputs * (c->is_bf16 ? 2 : 4));
   float *shared = (float *)(((size_t)c->scratch + 63) / 64 * 64);
-  float *zeros = shared + (p.weights_first ? p.u_size : p.v_size), *rooms = zeros + c->inputs;
+  float *zeros = shared + (p.weights_first ? p.u_size : p.v_size), *own_scratch = zeros + c->inputs;
   memset(zeros, 0, c->inputs * sizeof(float));
   if (p.weights_first)
-    run_weights_first(c, &p, steps, shared, zeros, rooms);
+    run_weights_first(c, &p, stages, shared, zeros, own_scratch);
   else
-    run_patches_first(c, &p, steps, shared, zeros, rooms);
+    run_patches_first(c, &p, stages, shared, zeros, own_scratch);
 }
 
 static int chunks_of(const Normalization *n) { return (n->pixels + CHUNK - 1) / CHUNK; }
@@ -523,17 +491,17 @@ size_t normalization_scratch(const Normalization *n) {
 // Sums of a chunk's numbers and their squares, of some channels, to sums (2, channels). Numbers are
 // taken relative to the image's first pixel: squares of large numbers would lose what they differ
 // by.
-INLINE void sum_channels(const Normalization *n, int half, int vectors, int image, int from, int to,
+INLINE void sum_channels(const Normalization *n, int is_bf16, int vectors, int image, int from, int to,
                          int channel, float *sums) {
   size_t start = (size_t)image * n->pixels * n->channels + channel;
   v16 pivot[4], total[4], squares[4];
   UNROLL for (int i = 0; i < vectors; i++) {
-    pivot[i] = get(n->x, start + i * LANES, half);
+    pivot[i] = load(is_bf16, n->x, start + i * LANES);
     total[i] = squares[i] = splat(0);
   }
   for (int pixel = from; pixel < to; pixel++)
     UNROLL for (int i = 0; i < vectors; i++) {
-      v16 x = get(n->x, start + (size_t)pixel * n->channels + i * LANES, half) - pivot[i];
+      v16 x = load(is_bf16, n->x, start + (size_t)pixel * n->channels + i * LANES) - pivot[i];
       total[i] += x;
       squares[i] += x * x;
     }
@@ -543,25 +511,23 @@ INLINE void sum_channels(const Normalization *n, int half, int vectors, int imag
   }
 }
 
-INLINE void sum_chunk(const Normalization *n, int half, int image, int chunk, float *sums) {
+INLINE void sum_chunk(const Normalization *n, int is_bf16, int image, int chunk, float *sums) {
   int from = chunk * CHUNK, to = from + CHUNK < n->pixels ? from + CHUNK : n->pixels, channel = 0;
   for (; channel + 4 * LANES <= n->channels; channel += 4 * LANES)
-    sum_channels(n, half, 4, image, from, to, channel, sums);
+    sum_channels(n, is_bf16, 4, image, from, to, channel, sums);
   for (; channel < n->channels; channel += LANES)
-    sum_channels(n, half, 1, image, from, to, channel, sums);
+    sum_channels(n, is_bf16, 1, image, from, to, channel, sums);
 }
 
 // Factor and summand of each channel of an image, to affine (2, channels).
-INLINE void find_affine(const Normalization *n, int half, int image, const float *sums,
+INLINE void find_affine(const Normalization *n, int is_bf16, int image, const float *sums,
                         float *affine) {
   int per_group = n->channels / n->groups, chunks = chunks_of(n);
   size_t start = (size_t)image * n->pixels * n->channels;
-#define NUMBER(from, at) \
-  (half ? bf16_to_f32(((const bf16 *)(from))[at]) : ((const float *)(from))[at])
   for (int group = 0; group < n->groups; group++) {
     double total = 0, squares = 0, count = (double)n->pixels * per_group;
     for (int channel = group * per_group; channel < (group + 1) * per_group; channel++) {
-      double own = 0, own_squares = 0, pivot = NUMBER(n->x, start + channel);
+      double own = 0, own_squares = 0, pivot = load_one(is_bf16, n->x, start + channel);
       for (int chunk = 0; chunk < chunks; chunk++) {
         const float *at = sums + (size_t)chunk * 2 * n->channels + channel;
         own += at[0];
@@ -573,28 +539,26 @@ INLINE void find_affine(const Normalization *n, int half, int image, const float
     double mean = total / count, variance = squares / count - mean * mean;
     double factor = 1 / sqrt((variance > 0 ? variance : 0) + n->eps);
     for (int channel = group * per_group; channel < (group + 1) * per_group; channel++) {
-      double weight = NUMBER(n->weight, channel), bias = NUMBER(n->bias, channel);
+      double weight = load_one(is_bf16, n->weight, channel), bias = load_one(is_bf16, n->bias, channel);
       affine[channel] = (float)(factor * weight);
       affine[n->channels + channel] = (float)(bias - mean * factor * weight);
     }
   }
-#undef NUMBER
 }
 
 // x / (1 + e^-x), with a relative error below 1e-6; below 2e-4 for bfloat16, which keeps less.
-INLINE v16 silu(v16 x, int half) {
+INLINE v16 silu(v16 x, int is_bf16) {
   v16 power = x * -1.44269504f;
 #if defined(__AVX512DQ__)
   v16 rest = (v16)_mm512_reduce_ps((__m512)power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   v16 whole = power - rest;
 #else
   power = max_f32(-max_f32(-power, splat(-126.0f)), splat(-126.0f));
-  // Adding and taking away 1.5 * 2^23 leaves the nearest whole number.
-  const v16 shift = splat(12582912.0f);
+  const v16 shift = splat(ROUNDING_SHIFT);
   v16 whole = (power + shift) - shift, rest = power - whole;
 #endif
-  v16 y = splat(half ? 9.6181291e-3f : 1.5403530e-4f);
-  if (!half) {
+  v16 y = splat(is_bf16 ? 9.6181291e-3f : 1.5403530e-4f);
+  if (!is_bf16) {
     y = y * rest + 1.3333558e-3f;
     y = y * rest + 9.6181291e-3f;
   }
@@ -604,27 +568,27 @@ INLINE v16 silu(v16 x, int half) {
   y = y * rest + 1.0f;
 #if defined(__AVX512DQ__)
   y = 1.0f + (v16)_mm512_scalef_ps((__m512)y, (__m512)whole);
-  return half ? x * (v16)_mm512_rcp14_ps((__m512)y) : x / y;
+  return is_bf16 ? x * (v16)_mm512_rcp14_ps((__m512)y) : x / y;
 #else
   y *= (v16)((__builtin_convertvector(whole, i32x16) + 127) << 23);
   return x / (1.0f + y);
 #endif
 }
 
-INLINE void activate_chunk(const Normalization *n, int half, int image, int chunk,
+INLINE void activate_chunk(const Normalization *n, int is_bf16, int image, int chunk,
                            const float *affine) {
   size_t start = (size_t)image * n->pixels * n->channels;
   int from = chunk * CHUNK, to = from + CHUNK < n->pixels ? from + CHUNK : n->pixels;
   for (int pixel = from; pixel < to; pixel++)
     for (int channel = 0; channel < n->channels; channel += LANES) {
       size_t at = start + (size_t)pixel * n->channels + channel;
-      v16 x = get(n->x, at, half) * load_f32(affine + channel) +
+      v16 x = load(is_bf16, n->x, at) * load_f32(affine + channel) +
               load_f32(affine + n->channels + channel);
-      put(n->y, at, half, silu(x, half));
+      store(is_bf16, n->y, at, silu(x, is_bf16));
     }
 }
 
-INLINE void normalize(const Normalization *n, int half) {
+INLINE void normalize(const Normalization *n, int is_bf16) {
   int chunks = chunks_of(n), all = n->images * chunks;
   size_t per_chunk = (size_t)2 * n->channels;
   float *sums = (float *)(((size_t)n->scratch + 63) / 64 * 64), *affine = sums + all * per_chunk;
@@ -632,21 +596,21 @@ INLINE void normalize(const Normalization *n, int half) {
   {
 #pragma omp for schedule(static)
     for (int i = 0; i < all; i++)
-      sum_chunk(n, half, i / chunks, i % chunks, sums + i * per_chunk);
+      sum_chunk(n, is_bf16, i / chunks, i % chunks, sums + i * per_chunk);
 #pragma omp for schedule(static)
     for (int image = 0; image < n->images; image++)
-      find_affine(n, half, image, sums + image * chunks * per_chunk, affine + image * per_chunk);
+      find_affine(n, is_bf16, image, sums + image * chunks * per_chunk, affine + image * per_chunk);
 #pragma omp for schedule(static)
     for (int i = 0; i < all; i++)
-      activate_chunk(n, half, i / chunks, i % chunks, affine + i / chunks * per_chunk);
+      activate_chunk(n, is_bf16, i / chunks, i % chunks, affine + i / chunks * per_chunk);
   }
 }
 
 // y = SiLU(GroupNorm(x)).
 void norm_silu(const Normalization *n) {
   if (n->y != n->x)
-    expect(n->y, (size_t)n->images * n->pixels * n->channels * (n->half ? 2 : 4));
-  if (n->half)
+    advise_large_pages(n->y, (size_t)n->images * n->pixels * n->channels * (n->is_bf16 ? 2 : 4));
+  if (n->is_bf16)
     normalize(n, 1);
   else
     normalize(n, 0);

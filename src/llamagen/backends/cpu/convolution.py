@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+from ctypes import c_int32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
+from llamagen.backends.cpu.library import fields
 from llamagen.models.tokenizer.layers import TorchOperations
 from llamagen.models.tokenizer.model import ImageTokenizer
 
@@ -79,18 +81,16 @@ class CpuOperations(TorchOperations):
             or (residual is not None and residual.shape != shape)
             or inputs % _LANES
             or outputs % _PANEL
-            or (x.dtype == torch.bfloat16 and kernels.has_tiles)
+            or (x.dtype == torch.bfloat16 and kernels.has_amx)
         ):
             return super().convolve(x, weight, bias, residual=residual, upsample=upsample, out=out)
-        x, bias = _channels_last(x), bias.contiguous()
+        x, weight, bias = _channels_last(x), weight.contiguous(), bias.contiguous()
         residual = None if residual is None else _channels_last(residual)
         if out is None or not _can_hold(out, shape, x.dtype):
             out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
-        taps_first = weight.is_contiguous(memory_format=torch.channels_last)
-        weight = weight if taps_first else weight.contiguous()
         call = _Convolution(
             *(shape[0], *shape[2:], inputs, outputs),
-            *(x.dtype == torch.bfloat16, upsample, torch.get_num_threads(), taps_first),
+            *(x.dtype == torch.bfloat16, upsample, torch.get_num_threads()),
             *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
             *(None if residual is None else residual.data_ptr(), out.data_ptr()),
         )
@@ -101,21 +101,19 @@ class CpuOperations(TorchOperations):
 class _Convolution(ctypes.Structure):
     """As in ``convolution.c``."""
 
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("images", "height", "width", "inputs", "outputs")),
-        *((name, ctypes.c_int32) for name in ("half", "upsampled", "threads", "taps_first")),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "residual", "y", "scratch")),
+    _fields_ = fields(
+        (c_int32, "images height width inputs outputs is_bf16 upsampled threads"),
+        (c_void_p, "x weight bias residual y scratch"),
     )
 
 
 class _Normalization(ctypes.Structure):
     """As in ``convolution.c``."""
 
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("images", "pixels", "channels", "groups")),
-        *((name, ctypes.c_int32) for name in ("half", "threads")),
-        ("eps", ctypes.c_float),
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y", "scratch")),
+    _fields_ = fields(
+        (c_int32, "images pixels channels groups is_bf16 threads"),
+        (ctypes.c_float, "eps"),
+        (c_void_p, "x weight bias y scratch"),
     )
 
 
@@ -128,7 +126,7 @@ class _Kernels:
         library.normalization_scratch.restype = ctypes.c_size_t
         features = int(library.convolution_features())
         self.is_fast = bool(features & 1)
-        self.has_tiles = bool(features & 2)
+        self.has_amx = bool(features & 2)
         # Kept between calls: fresh memory costs as much as the computation in it.
         self._local = threading.local()
 

@@ -6,9 +6,10 @@ The structures mirror those of ``matmul.h``, ``step.c`` and ``sampling.h``, fiel
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import functools
 from collections.abc import Sequence
+from ctypes import c_int32, c_void_p
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,102 +21,71 @@ from llamagen.backends.cpu.build import compiled_library
 FLOAT32, BFLOAT16, INT8 = range(3)
 
 MAX_CODES = 1 << 20
-"""Codes of a codebook, of which sampling has a fixed amount of memory for sums."""
+"""Largest codebook: sampling has a fixed amount of memory for sums."""
 MAX_HEAD_DIM = 256
 OUTPUTS = 16
-"""Outputs of a matrix are computed so many at a time."""
+"""Outputs of a matrix are a multiple of it."""
 INPUTS = 32
-"""Inputs of a matrix are read so many at a time."""
+"""Inputs of a matrix are a multiple of it."""
+
+
+def fields(*groups: tuple[Any, str]) -> tuple[tuple[str, Any], ...]:
+    """Return the ``_fields_`` of a structure from types, each with the names of its fields."""
+    return tuple((name, kind) for kind, names in groups for name in names.split())
 
 
 class Matrix(ctypes.Structure):
     """Weights (outputs, inputs) where they are."""
 
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("type", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("inputs", ctypes.c_int32),
-    )
+    _fields_ = fields((c_void_p, "data scales"), (c_int32, "type outputs inputs"))
 
 
 class Layer(ctypes.Structure):
-    """One block."""
+    """Weights of one block."""
 
-    _fields_ = (
-        ("attention_norm", ctypes.c_void_p),
-        ("ffn_norm", ctypes.c_void_p),
-        ("qkv", Matrix),
-        ("out", Matrix),
-        ("gate", Matrix),
-        ("up", Matrix),
-        ("down", Matrix),
+    _fields_ = fields(
+        (c_void_p, "attention_norm ffn_norm q_norm k_norm"), (Matrix, "qkv out gate up down")
     )
 
 
 class Model(ctypes.Structure):
     """Sizes and weights of a transformer."""
 
-    _fields_ = (
-        ("layers", ctypes.c_int32),
-        ("width", ctypes.c_int32),
-        ("hidden", ctypes.c_int32),
-        ("heads", ctypes.c_int32),
-        ("kv_heads", ctypes.c_int32),
-        ("head_dim", ctypes.c_int32),
-        ("codes", ctypes.c_int32),
-        ("is_bf16", ctypes.c_int32),
-        ("eps", ctypes.c_float),
-        ("layer", ctypes.POINTER(Layer)),
-        ("norm", ctypes.c_void_p),
-        ("output", Matrix),
+    _fields_ = fields(
+        (c_int32, "layers width hidden heads kv_heads head_dim codes is_bf16"),
+        (ctypes.c_float, "eps"),
+        (ctypes.POINTER(Layer), "layer"),
+        (c_void_p, "norm"),
+        (Matrix, "output"),
     )
 
 
 class Step(ctypes.Structure):
-    """What is fed, where it goes, and where the logits go."""
+    """Tokens of a step, the cache, and memory for logits and scratch."""
 
-    _fields_ = (
-        ("rows", ctypes.c_int32),
-        ("sequences", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("outputs", ctypes.c_int32),
-        ("embeddings", ctypes.c_void_p),
-        ("positions", ctypes.c_void_p),
-        ("cells", ctypes.c_void_p),
-        ("starts", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("wanted", ctypes.c_void_p),
-        ("rope", ctypes.c_void_p),
-        ("keys", ctypes.POINTER(ctypes.c_void_p)),
-        ("values", ctypes.POINTER(ctypes.c_void_p)),
-        ("key_scales", ctypes.POINTER(ctypes.c_void_p)),
-        ("value_scales", ctypes.POINTER(ctypes.c_void_p)),
-        ("slot_stride", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64),
-        ("logits", ctypes.c_void_p),
-        ("scratch", ctypes.c_void_p),
-        ("seconds", ctypes.c_void_p),
+    _fields_ = fields(
+        (c_int32, "rows sequences threads outputs"),
+        (c_void_p, "embeddings positions cells starts slots wanted rope"),
+        (ctypes.POINTER(c_void_p), "keys values key_scales value_scales"),
+        (ctypes.c_int64, "slot_stride head_stride"),
+        (c_void_p, "logits scratch seconds"),
     )
 
 
 SAMPLING_ROW = np.dtype(
-    [
-        ("conditional", np.uintp),
-        ("unconditional", np.uintp),
-        ("guidance_scale", np.float32),
-        ("temperature", np.float32),
-        ("top_p", np.float32),
-        ("min_p", np.float32),
-        ("top_k", np.int32),
-        ("uniform", np.float64),
-        ("code", np.int64),
-        ("finite", np.int32),
-    ],
+    list(
+        fields(
+            (np.uintp, "conditional unconditional"),
+            (np.float32, "guidance_scale temperature top_p min_p"),
+            (np.int32, "top_k"),
+            (np.float64, "uniform"),
+            (np.int64, "code"),
+            (np.int32, "finite"),
+        )
+    ),
     align=True,
 )
-"""What decides a row's code, and the code. An address of 0 is no unconditional row."""
+"""Addresses of a row's logits (0 without unconditional ones), its settings, and the code."""
 
 
 class Kernels:
@@ -128,7 +98,7 @@ class Kernels:
 
     @property
     def features(self) -> frozenset[str]:
-        """Which of "avx512_bf16", "amx", "vnni" and "threads" the kernels use."""
+        """Instruction sets that the kernels use, and "threads" if they use several."""
         found = int(self._library.cpu_features())
         names = ("avx512_bf16", "amx", "vnni", "threads")
         return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
@@ -148,19 +118,19 @@ class Kernels:
     def sample_codes(self, rows: np.ndarray, codes: int, threads: int, scratch: Tensor) -> None:
         """Fill ``code`` and ``finite`` of ``rows`` (N,) of type ``SAMPLING_ROW``."""
         self._library.sample_codes(
-            ctypes.c_void_p(array_address(rows, SAMPLING_ROW, rows.shape)),
+            c_void_p(array_address(rows, SAMPLING_ROW, rows.shape)),
             len(rows),
             codes,
             threads,
-            ctypes.c_void_p(scratch.data_ptr()),
+            c_void_p(scratch.data_ptr()),
         )
 
 
 @functools.cache
 def load_kernels() -> Kernels | None:
-    """The kernels for this machine, compiled now if they were not before.
+    """Return the kernels for this machine, compiled on the first call.
 
-    None where they cannot be had: no compiler, or ``LLAMAGEN_KERNELS=off``.
+    None without a compiler or with ``LLAMAGEN_KERNELS=off``.
     """
     library = compiled_library()
     return None if library is None else Kernels(library)
@@ -174,8 +144,8 @@ def address(
 ) -> int:
     """Return where a tensor begins, for the kernels.
 
-    They believe what they are told, so this is checked: its type, its shape, and that it is
-    contiguous or has the given strides, in the memory of the CPU.
+    They check nothing, so this does: its type and shape, and that it is contiguous or has the given
+    strides, in the memory of the CPU.
     """
     if tensor.dtype != dtype or tensor.shape != tuple(shape) or tensor.device.type != "cpu":
         raise ValueError(
@@ -188,17 +158,6 @@ def address(
             f"strides are {tensor.stride()}, expected {stride or 'those as allocated'}"
         )
     return tensor.data_ptr()
-
-
-def addresses(
-    tensors: Sequence[Tensor],
-    dtype: torch.dtype,
-    shape: Sequence[int],
-    stride: Sequence[int] | None = None,
-) -> ctypes.Array[ctypes.c_void_p]:
-    """Return where tensors begin, as the kernels take lists of them; see ``address``."""
-    found = (address(tensor, dtype, shape, stride) for tensor in tensors)
-    return (ctypes.c_void_p * len(tensors))(*found)
 
 
 def array_address(array: np.ndarray, dtype: DTypeLike, shape: Sequence[int]) -> int:
@@ -229,8 +188,3 @@ def check_indices(values: np.ndarray, count: int, low: int, end: int, name: str)
         raise ValueError(
             f"{name} run from {values.min()} to {values.max()}, expected {low} to {end - 1}"
         )
-
-
-def _default(field: dataclasses.Field[object]) -> object:
-    factory = field.default_factory
-    return field.default if factory is dataclasses.MISSING else factory()

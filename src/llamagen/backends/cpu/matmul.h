@@ -8,11 +8,7 @@
 #ifndef LLAMAGEN_MATMUL_H
 #define LLAMAGEN_MATMUL_H
 
-#include <stddef.h>
-
 #include "amx.h"
-
-enum { WEIGHT_F32 = 0, WEIGHT_BF16 = 1, WEIGHT_INT8 = 2 };
 
 #define BLOCK_OUTPUTS 16  // a block of outputs is computed at a time
 #define BLOCK_INPUTS 32   // inputs of a row that are contiguous
@@ -78,22 +74,15 @@ INLINE size_t activation_offset(const Layout *l, Activations a, int row, int ind
 // Without AMX: up to sixteen neighbouring activations of a row.
 INLINE void store_activations(const Layout *l, Activations a, int row, int index, v16 x,
                               int count) {
-  if (index % BLOCK_INPUTS + count <= BLOCK_INPUTS) {
-    size_t at = activation_offset(l, a, row, index);
-    if (l->use_bf16) {
-      bf16 rounded[LANES];
-      store_bf16(rounded, x);
-      memcpy((bf16 *)a.data + at, rounded, count * sizeof(bf16));
-    } else {
-      memcpy((float *)a.data + at, &x, count * sizeof(float));
-    }
+  if (index % BLOCK_INPUTS + count > BLOCK_INPUTS) {
+    for (int i = 0; i < count; i++)
+      store_one(l->use_bf16, a.data, activation_offset(l, a, row, index + i), x[i]);
     return;
   }
-  for (int i = index; i < index + count; i++) {
-    size_t at = activation_offset(l, a, row, i);
-    if (l->use_bf16) ((bf16 *)a.data)[at] = f32_to_bf16(x[i - index]);
-    else ((float *)a.data)[at] = x[i - index];
-  }
+  size_t at = activation_offset(l, a, row, index);
+  char rounded[LANES * sizeof(float)];
+  store(l->use_bf16, rounded, 0, x);
+  memcpy((char *)a.data + bytes_of(l->use_bf16, at), rounded, bytes_of(l->use_bf16, count));
 }
 
 // For AMX: two neighbouring activations of sixteen rows.
@@ -109,19 +98,8 @@ INLINE void store_two_amx(const Layout *l, Activations a, int lane, int index, v
   }
 }
 
-INLINE size_t weight_bytes(int type, size_t count) {
-  return type == WEIGHT_F32 ? count * 4 : type == WEIGHT_BF16 ? count * 2 : count;
-}
-
 INLINE const char *weight_row(const Matrix *m, int type, int output) {
-  return (const char *)m->data + weight_bytes(type, (size_t)output * m->inputs);
-}
-
-// Sixteen weights without the scale of their output.
-INLINE v16 load_weights(int type, const void *row, int index) {
-  if (type == WEIGHT_BF16) return load_bf16((const bf16 *)row + index);
-  if (type == WEIGHT_INT8) return load_int8((const int8_t *)row + index);
-  return load_f32((const float *)row + index);
+  return (const char *)m->data + bytes_of(type, (size_t)output * m->inputs);
 }
 
 #if HAS_AVX512_VNNI
@@ -144,71 +122,70 @@ INLINE __m512i load_int8x32(const int8_t *p) {
 
 enum { DOT_F32, DOT_BF16, DOT_INT16 };
 
+// One vector of weights or activations: sixteen floats, or 32 bfloat16 or int16.
+INLINE v16 load_operand(int dot, int type, const void *p, size_t at) {
+  if (dot == DOT_F32) return load(type, p, at);
+#if HAS_AVX512_VNNI
+  if (type == INT8) return (v16)load_int8x32((const int8_t *)p + at);
+#endif
+  return load_f32((const float *)((const bf16 *)p + at));
+}
+
+INLINE v16 multiply_add(int dot, v16 total, v16 a, v16 b) {
+#if HAS_AVX512_VNNI
+  if (dot == DOT_INT16) return (v16)dot_int16((__m512i)total, (__m512i)a, (__m512i)b);
+#endif
+#if HAS_AVX512_BF16
+  if (dot == DOT_BF16) return dot_bf16(total, (bf16x32)a, (bf16x32)b);
+#endif
+  (void)dot;
+  return total + a * b;
+}
+
+// Adds products of the inputs from `start` to `stop` to sums of some outputs of a group of rows.
+INLINE void dot_range(int start, int stop, size_t row_bytes, int type, int dot, int outputs, int rows,
+                      const char *weights, const char *x, v16 *total, int prefetch,
+                      ptrdiff_t distance) {
+  int item = dot == DOT_F32 ? 4 : 2, step = 64 / item;
+  x += (size_t)start * rows * item;
+  for (int block = start; block < stop; block += BLOCK_INPUTS, x += rows * BLOCK_INPUTS * item)
+    for (int i = 0; i < BLOCK_INPUTS; i += step) {
+      v16 w[ACCUMULATORS];
+      UNROLL for (int n = 0; n < outputs; n++) {
+        const char *row = weights + n * row_bytes;
+        w[n] = load_operand(dot, type, row, block + i);
+        if (prefetch) __builtin_prefetch(row + bytes_of(type, block + i) + distance, 0, 2);
+      }
+      UNROLL for (int r = 0; r < rows; r++) {
+        v16 lanes = load_f32((const float *)(x + (r * BLOCK_INPUTS + i) * item));
+        UNROLL for (int n = 0; n < outputs; n++)
+          total[r * outputs + n] = multiply_add(dot, total[r * outputs + n], w[n], lanes);
+      }
+    }
+}
+
 // Some outputs of a group of rows, into out (rows, BLOCK_OUTPUTS). All but the addresses is known at
 // compile time. With `prefetch`, the memory `distance` bytes behind the weights is prefetched. Weights
 // stay in registers and activations are streamed: the other way round, compilers load these again for
 // each output, which takes longer than multiplying.
 INLINE void dot_block(int inputs, int type, int dot, int outputs, int rows, const char *weights,
                       const void *x, float *out, int prefetch, ptrdiff_t distance) {
-  size_t bytes = weight_bytes(type, inputs);
+  size_t bytes = bytes_of(type, inputs);
   v16 total[ACCUMULATORS];
   UNROLL for (int i = 0; i < outputs * rows; i++) total[i] = splat(0);
   if (dot == DOT_INT16) {
 #if HAS_AVX512_VNNI
-    const int16_t *own = x;
     for (int start = 0; start < inputs; start += VNNI_MAX_INPUTS) {
       int stop = inputs - start < VNNI_MAX_INPUTS ? inputs : start + VNNI_MAX_INPUTS;
-      __m512i part[ACCUMULATORS];
-      UNROLL for (int i = 0; i < outputs * rows; i++) part[i] = _mm512_setzero_si512();
-      for (int k = start; k < stop; k += BLOCK_INPUTS, own += rows * BLOCK_INPUTS) {
-        __m512i w[ACCUMULATORS];
-        UNROLL for (int n = 0; n < outputs; n++) {
-          const char *row = weights + n * bytes;
-          w[n] = load_int8x32((const int8_t *)row + k);
-          if (prefetch) __builtin_prefetch(row + weight_bytes(type, k) + distance, 0, 2);
-        }
-        UNROLL for (int r = 0; r < rows; r++) {
-          __m512i lanes = _mm512_loadu_si512(own + r * BLOCK_INPUTS);
-          UNROLL for (int n = 0; n < outputs; n++)
-            part[r * outputs + n] = dot_int16(part[r * outputs + n], w[n], lanes);
-        }
-      }
+      v16 part[ACCUMULATORS];
+      UNROLL for (int i = 0; i < outputs * rows; i++) part[i] = splat(0);
+      dot_range(start, stop, bytes, type, dot, outputs, rows, weights, x, part, prefetch, distance);
       UNROLL for (int i = 0; i < outputs * rows; i++)
-        total[i] += (v16)_mm512_cvtepi32_ps(part[i]);
-    }
-#endif
-  } else if (dot == DOT_BF16) {
-#if HAS_AVX512_BF16
-    const bf16 *own = x;
-    for (int k = 0; k < inputs; k += BLOCK_INPUTS, own += rows * BLOCK_INPUTS) {
-      bf16x32 w[ACCUMULATORS];
-      UNROLL for (int n = 0; n < outputs; n++) {
-        const char *at = weights + n * bytes + k * 2;
-        w[n] = load_bf16x32((const bf16 *)at);
-        if (prefetch) __builtin_prefetch(at + distance, 0, 2);
-      }
-      UNROLL for (int r = 0; r < rows; r++) {
-        bf16x32 lanes = load_bf16x32(own + r * BLOCK_INPUTS);
-        UNROLL for (int n = 0; n < outputs; n++)
-          total[r * outputs + n] = dot_bf16(total[r * outputs + n], w[n], lanes);
-      }
+        total[i] += (v16)_mm512_cvtepi32_ps((__m512i)part[i]);
     }
 #endif
   } else {
-    const float *own = x;
-    for (int block = 0; block < inputs; block += BLOCK_INPUTS, own += rows * BLOCK_INPUTS)
-      for (int k = 0; k < BLOCK_INPUTS; k += LANES) {
-        v16 w[ACCUMULATORS];
-        UNROLL for (int n = 0; n < outputs; n++) {
-          const char *row = weights + n * bytes;
-          w[n] = load_weights(type, row, block + k);
-          if (prefetch) __builtin_prefetch(row + weight_bytes(type, block + k) + distance, 0, 2);
-        }
-        UNROLL for (int r = 0; r < rows; r++) {
-          v16 lanes = load_f32(own + r * BLOCK_INPUTS + k);
-          UNROLL for (int n = 0; n < outputs; n++) total[r * outputs + n] += w[n] * lanes;
-        }
-      }
+    dot_range(0, inputs, bytes, type, dot, outputs, rows, weights, x, total, prefetch, distance);
   }
   float found[LANES];
   store_f32(found, reduce_sums(total, outputs * rows));
@@ -221,7 +198,7 @@ INLINE void dot_group(int inputs, int type, int dot, int rows, const char *weigh
   // More than eight weights would not stay in registers.
   int outputs = ACCUMULATORS / (rows > 1 ? rows : 2);
   for (int n = 0; n < BLOCK_OUTPUTS; n += outputs) {
-    const char *own = weights + n * weight_bytes(type, inputs);
+    const char *own = weights + n * bytes_of(type, inputs);
     if (distance)
       dot_block(inputs, type, dot, outputs, rows, own, x, out + n, 1, distance);
     else
@@ -256,13 +233,13 @@ static void widen_block(const Matrix *m, int output, float *into) {
   for (int n = 0; n < BLOCK_OUTPUTS; n++) {
     const char *row = weight_row(m, m->type, output + n);
     for (int k = 0; k < inputs; k += LANES)
-      store_f32(into + (size_t)n * inputs + k, load_weights(m->type, row, k));
+      store_f32(into + (size_t)n * inputs + k, load(m->type, row, k));
   }
 }
 
-// The nearest integers: the low bits of a float from 1.5 * 2^23 on are an integer.
+// The nearest integers: the low bits of a float from ROUNDING_SHIFT on are an integer.
 INLINE i32x16 round_to_int32(v16 x) {
-  const v16 shift = splat(12582912.0f);
+  const v16 shift = splat(ROUNDING_SHIFT);
   return (i32x16)(x + shift) - (i32x16)shift;
 }
 
@@ -322,8 +299,7 @@ static void quantize_lanes(const Layout *l, Activations a, int lane, v16 maxima)
 // Packs sixteen rows of activations (rows, size) for AMX.
 static void pack_amx(const Layout *l, const float *rows, Activations a, int chunk) {
   int lane = chunk * LANES, count = l->rows - lane < LANES ? l->rows - lane : LANES;
-  int together = l->use_int ? 4 : 2;  // activations of a row that are contiguous
-  float factors[LANES];
+  v16 factors = splat(0);
   rows += (size_t)lane * a.size;
   for (int row = 0; row < count && l->use_int; row++) {
     float max = absmax(rows + (size_t)row * a.size, a.size);
@@ -331,37 +307,17 @@ static void pack_amx(const Layout *l, const float *rows, Activations a, int chun
     a.scales[lane + row] = max * (1.0f / INT16_LIMIT);
   }
   SplitInt16 to = split_int16_of(l, a, lane);
-  uint32_t *pairs = (uint32_t *)a.data + lane;
-  for (int k = 0; k < a.size; k += together * LANES) {
-    v16 x[LANES], y[LANES];
-    UNROLL for (int row = 0; row < LANES; row++) x[row] = y[row] = splat(0);
-    for (int row = 0; row < count; row++) {
-      const float *own = rows + (size_t)row * a.size + k;
-      if (l->use_int) {
-        for (int i = 0; i < 4; i++) {
-          i32x16 integers = round_to_int32(load_f32(own + i * LANES) * factors[row]);
-          i32x16 up = (integers + 128) >> 8;
-          i8x16 upper = __builtin_convertvector(up, i8x16);
-          i8x16 lower = __builtin_convertvector(integers - (up << 8), i8x16);
-          memcpy((int8_t *)&x[row] + i * LANES, &upper, sizeof upper);
-          memcpy((int8_t *)&y[row] + i * LANES, &lower, sizeof lower);
-        }
-      } else {
-        store_bf16((bf16 *)&x[row], load_f32(own));
-        store_bf16((bf16 *)&x[row] + LANES, load_f32(own + LANES));
-      }
-    }
+  for (int k = 0; k < a.size; k += LANES) {
+    v16 x[LANES];
+    for (int row = 0; row < LANES; row++)
+      x[row] = row < count ? load_f32(rows + (size_t)row * a.size + k) : splat(0);
     transpose(x);
-    if (l->use_int) transpose(y);
-    for (int i = 0; i < LANES; i++) {
-      if (l->use_int) {
-        memcpy(to.upper, &x[i], sizeof x[i]);
-        memcpy(to.lower, &y[i], sizeof y[i]);
-        to.upper += to.stride, to.lower += to.stride;
-      } else {
-        memcpy(pairs, &x[i], sizeof x[i]);
-        pairs += l->padded;
-      }
+    for (int i = 0; i < LANES && !l->use_int; i += 2)
+      store_two_amx(l, a, lane, k + i, x[i], x[i + 1]);
+    for (int i = 0; i < LANES && l->use_int; i += 4) {
+      i32x16 integers[4];
+      UNROLL for (int j = 0; j < 4; j++) integers[j] = round_to_int32(x[i + j] * factors);
+      store_four_amx(&to, integers);
     }
   }
 }
@@ -384,29 +340,29 @@ INLINE void prefetch_some(Prefetch *p) {
 INLINE void amx_block(int int8, int blocks, int vectors, const char *w, size_t row, const char *x,
                       size_t stride, char *out, Prefetch *prefetch) {
   const char *below = w + BLOCK_OUTPUTS * row;
-  TILE_ZERO(0);
-  if (vectors > 1) TILE_ZERO(1);
-  if (blocks > 1) TILE_ZERO(2);
-  if (blocks > 1 && vectors > 1) TILE_ZERO(3);
+  _tile_zero(0);
+  if (vectors > 1) _tile_zero(1);
+  if (blocks > 1) _tile_zero(2);
+  if (blocks > 1 && vectors > 1) _tile_zero(3);
   for (size_t at = 0; at < row; at += 64, x += 16 * stride) {
     prefetch_some(prefetch);
-    TILE_LOAD(4, w + at, row);
-    TILE_LOAD(6, x, stride);
+    _tile_loadd(4, w + at, row);
+    _tile_loadd(6, x, stride);
     TILE_DOT(int8, 0, 4, 6);
     if (vectors > 1) {
-      TILE_LOAD(7, x + 64, stride);
+      _tile_loadd(7, x + 64, stride);
       TILE_DOT(int8, 1, 4, 7);
     }
     if (blocks > 1) {
-      TILE_LOAD(5, below + at, row);
+      _tile_loadd(5, below + at, row);
       TILE_DOT(int8, 2, 5, 6);
       if (vectors > 1) TILE_DOT(int8, 3, 5, 7);
     }
   }
-  TILE_STORE(0, out, stride);
-  if (vectors > 1) TILE_STORE(1, out + 64, stride);
-  if (blocks > 1) TILE_STORE(2, out + BLOCK_OUTPUTS * stride, stride);
-  if (blocks > 1 && vectors > 1) TILE_STORE(3, out + BLOCK_OUTPUTS * stride + 64, stride);
+  _tile_stored(0, out, stride);
+  if (vectors > 1) _tile_stored(1, out + 64, stride);
+  if (blocks > 1) _tile_stored(2, out + BLOCK_OUTPUTS * stride, stride);
+  if (blocks > 1 && vectors > 1) _tile_stored(3, out + BLOCK_OUTPUTS * stride + 64, stride);
 }
 
 // The same for any number of columns, into out (blocks * BLOCK_OUTPUTS, columns). As much memory as
@@ -436,7 +392,7 @@ static __attribute__((noinline)) void matmul_amx(const Matrix *m, const Layout *
                                                  int output, int blocks, float *out, void *scratch,
                                                  const char *next) {
   if (!l->use_int) {
-    amx_columns(0, l->padded, blocks, weight_row(m, WEIGHT_BF16, output), (size_t)m->inputs * 2,
+    amx_columns(0, l->padded, blocks, weight_row(m, BF16, output), (size_t)m->inputs * 2,
                 x.data, (char *)out, next);
     return;
   }
@@ -462,18 +418,18 @@ static __attribute__((noinline)) void matmul_dot(const Matrix *m, const Layout *
   const char *weights = weight_row(m, m->type, output);
   int type = m->type, inputs = m->inputs;
   if (l->use_int) {
-    dot_rows(inputs, l, WEIGHT_INT8, DOT_INT16, weights, x.quantized, out, next);
+    dot_rows(inputs, l, INT8, DOT_INT16, weights, x.quantized, out, next);
   } else if (l->use_bf16) {
-    dot_rows(inputs, l, WEIGHT_BF16, DOT_BF16, weights, x.data, out, next);
-  } else if (type == WEIGHT_F32) {
-    dot_rows(inputs, l, WEIGHT_F32, DOT_F32, weights, x.data, out, next);
-  } else if (type == WEIGHT_BF16 && l->rows <= MAX_ROWS) {
-    dot_rows(inputs, l, WEIGHT_BF16, DOT_F32, weights, x.data, out, next);
+    dot_rows(inputs, l, BF16, DOT_BF16, weights, x.data, out, next);
+  } else if (type == F32) {
+    dot_rows(inputs, l, F32, DOT_F32, weights, x.data, out, next);
+  } else if (type == BF16 && l->rows <= MAX_ROWS) {
+    dot_rows(inputs, l, BF16, DOT_F32, weights, x.data, out, next);
   } else {
     widen_block(m, output, scratch);
-    dot_rows(inputs, l, WEIGHT_F32, DOT_F32, scratch, x.data, out, NULL);
+    dot_rows(inputs, l, F32, DOT_F32, scratch, x.data, out, NULL);
   }
-  if (type == WEIGHT_INT8)
+  if (type == INT8)
     for (int row = 0; row < l->rows; row++) {
       float *at = out + row * BLOCK_OUTPUTS, scale = l->use_int ? x.scales[row] : 1.0f;
       store_f32(at, load_f32(at) * scale * load_f32(m->scales + output));

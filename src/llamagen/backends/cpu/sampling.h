@@ -10,7 +10,7 @@
 #include "vectors.h"
 
 #define MAX_CODES (1 << 20)
-#define GREEDY_TEMPERATURE 1e-6f  // below it the reduce_max logit is taken
+#define GREEDY_TEMPERATURE 1e-6f  // below it the largest logit is taken
 #define BUCKETS 2048              // of a histogram over the upper bits of floats that are not negative
 #define CDF_BLOCK 256
 
@@ -31,16 +31,12 @@ typedef struct {
 
 // Unsigned integers in the order of the floats that they stand for.
 INLINE uint32_t ordered_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
+  uint32_t bits = bits_of(x);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 INLINE float float_of_ordered_bits(uint32_t bits) {
-  bits = bits & 0x80000000u ? bits & 0x7fffffffu : ~bits;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
+  return float_of(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
 }
 
 INLINE int count_at_least(const float *x, int count, float threshold) {
@@ -56,13 +52,12 @@ INLINE float min_at_least(const float *x, int count, float threshold) {
   v16 smallest = splat(INFINITY);
   for (int i = 0; i < count; i += LANES) {
     v16 own = load_f32(x + i);
-    i32x16 smaller = (own >= threshold) & (own < smallest);
-    smallest = (v16)((smaller & (i32x16)own) | (~smaller & (i32x16)smallest));
+    smallest = where((own >= threshold) & (own < smallest), own, smallest);
   }
   return -reduce_max(-smallest);
 }
 
-// The k-th reduce_max of count numbers, 1 <= k <= count, whose reduce_max is `max`: bisects the interval
+// The k-th largest of count numbers, 1 <= k <= count, of which the largest is `max`: bisects the interval
 // of floats that it is in until exactly k numbers lie above.
 static float kth_largest(const float *x, int count, int k, float max) {
   uint32_t low = ordered_bits(-INFINITY), high = ordered_bits(max) + 1;
@@ -88,22 +83,17 @@ static int compare_candidates(const void *a, const void *b) {
 static void apply_top_p(float *probabilities, int count, double total, double top_p,
                         Candidate *candidates) {
   double mass[BUCKETS] = {0};
-  for (int i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, &probabilities[i], sizeof bits);
-    mass[bits >> 20] += probabilities[i];
-  }
+  for (int i = 0; i < count; i++) mass[bits_of(probabilities[i]) >> 20] += probabilities[i];
   double goal = top_p * total, reached = 0;
   int bucket = BUCKETS - 1;
   while (bucket > 0 && reached + mass[bucket] <= goal) reached += mass[bucket--];
   // Only the bucket in which the goal is reached has to be sorted.
   int found = 0;
   for (int i = 0; i < count; i++) {
-    uint32_t bits;
-    memcpy(&bits, &probabilities[i], sizeof bits);
-    if ((int)(bits >> 20) == bucket && probabilities[i] > 0)
+    int own = (int)(bits_of(probabilities[i]) >> 20);
+    if (own == bucket && probabilities[i] > 0)
       candidates[found++] = (Candidate){probabilities[i], i};
-    else if ((int)(bits >> 20) < bucket)
+    else if (own < bucket)
       probabilities[i] = 0;
   }
   qsort(candidates, found, sizeof *candidates, compare_candidates);
@@ -127,7 +117,7 @@ INLINE double sum_f64(const float *x, int count) {
   return ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
 }
 
-// Probabilities (count,), not normalised; the reduce_max is 1. Returns 0 if a logit was not finite.
+// Probabilities (count,), not normalised; the largest is 1. Returns 0 if a logit was not finite.
 static int softmax_filtered(const SamplingRow *row, int count, float *x, Candidate *candidates) {
   const float *c = row->conditional, *u = row->unconditional;
   v16 not_finite = splat(0), maxima = splat(-INFINITY);
@@ -135,8 +125,7 @@ static int softmax_filtered(const SamplingRow *row, int count, float *x, Candida
     v16 own = load_f32(c + i);
     if (u) own = load_f32(u + i) + row->guidance_scale * (own - load_f32(u + i));
     not_finite += own * 0.0f;  // stays 0 unless a number is infinite or NaN
-    i32x16 larger = own > maxima;
-    maxima = (v16)((larger & (i32x16)own) | (~larger & (i32x16)maxima));
+    maxima = max_f32(own, maxima);
     store_f32(x + i, own);
   }
   if (reduce_sum(not_finite) != 0) return 0;

@@ -17,6 +17,7 @@
 
 typedef struct {
   const float *attention_norm, *ffn_norm;  // (width,)
+  const float *q_norm, *k_norm;            // (head_dim,); NULL without QK-norm
   Matrix qkv, out, gate, up, down;
 } Layer;
 
@@ -67,7 +68,7 @@ static size_t align_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static Layout layout_of(const Model *m, int rows) {
   Layout l = {.rows = rows, .padded = rows};
-  int is_int8 = m->layer[0].qkv.type == WEIGHT_INT8;
+  int is_int8 = m->layer[0].qkv.type == INT8;
   l.use_amx = m->is_bf16 && has_amx() && !(is_int8 && (m->width % 64 || m->hidden % 64));
   l.use_int = m->is_bf16 && is_int8 && (HAS_AVX512_VNNI || l.use_amx);
   l.use_bf16 = m->is_bf16 && !is_int8 && (HAS_AVX512_BF16 || l.use_amx);
@@ -128,26 +129,20 @@ size_t step_scratch(const Model *m, int32_t rows, int32_t positions, int32_t thr
   return shared + threads * thread_scratch(m, rows, positions) + 64;
 }
 
-// Sixteen numbers of an embedding.
-INLINE v16 load_embedding(const Model *m, const void *embedding, int index) {
-  return m->is_bf16 ? load_bf16((const bf16 *)embedding + index)
-                    : load_f32((const float *)embedding + index);
-}
-
 // Chunks of this and of the other elementwise phases are one row, or sixteen for AMX.
 static void embed(const Model *m, const Step *step, const Workspace *s, int chunk) {
   const Layout *l = &s->layout;
   if (!l->use_amx) {
     for (int i = 0; i < m->width; i += LANES)
       store_f32(s->residual + (size_t)chunk * m->width + i,
-                load_embedding(m, step->embeddings[chunk], i));
+                load(m->is_bf16, step->embeddings[chunk], i));
     return;
   }
   int first = chunk * LANES;
   for (int i = 0; i < m->width; i += LANES) {
     v16 x[LANES];
     for (int j = 0; j < LANES; j++)
-      x[j] = first + j < l->rows ? load_embedding(m, step->embeddings[first + j], i) : splat(0);
+      x[j] = first + j < l->rows ? load(m->is_bf16, step->embeddings[first + j], i) : splat(0);
     transpose(x);
     for (int j = 0; j < LANES; j++)
       store_f32(s->residual + (size_t)(i + j) * l->padded + first, x[j]);
@@ -272,26 +267,39 @@ static void quantize_activated(const Workspace *s, const Team *team, int chunk) 
   quantize_lanes(l, s->activated, lane, maxima);
 }
 
+// RMSNorm of one head, in place.
+static __attribute__((noinline)) void norm_head(float *x, const float *weight, int size, float eps) {
+  v16 squares = splat(0);
+  float rest = 0;
+  int i = 0;
+  for (; i + LANES <= size; i += LANES) squares += load_f32(x + i) * load_f32(x + i);
+  for (; i < size; i++) rest += x[i] * x[i];
+  float factor = 1.0f / sqrtf((reduce_sum(squares) + rest) / size + eps);
+  for (i = 0; i < size; i++) x[i] *= factor * weight[i];
+}
+
 // Appends the key and value of a row to those of its sequence.
-static void append_kv(const Model *m, const Step *step, const Workspace *s, int row, int kv,
-                      KVHead keys, KVHead values) {
+static void append_kv(const Model *m, const Layer *w, const Step *step, const Workspace *s, int row,
+                      int kv, KVHead keys, KVHead values) {
   int size = m->head_dim;
   float *key = s->qkv + ((size_t)row * (m->heads + 2 * m->kv_heads) + m->heads + kv) * size;
   float *value = key + (size_t)m->kv_heads * size;
+  if (w->k_norm) norm_head(key, w->k_norm, size, m->eps);
   apply_rotary(key, step->rope + (size_t)step->cells[row] * size, size);
   store_kv(keys, m->is_bf16, step->positions[row], key, size);
   store_kv(values, m->is_bf16, step->positions[row], value, size);
 }
 
 // Attention of the query heads of a row that share a key head. `next` is read next.
-static void attend_row(const Model *m, const Step *step, const Workspace *s, int row, int kv,
-                       KVHead keys, KVHead values, float *scores, const char *next) {
+static void attend_row(const Model *m, const Layer *w, const Step *step, const Workspace *s, int row,
+                       int kv, KVHead keys, KVHead values, float *scores, const char *next) {
   int size = m->head_dim, group = m->heads / m->kv_heads, count = step->positions[row] + 1;
   const float *rope = step->rope + (size_t)step->cells[row] * size;
   float *queries = s->qkv + (size_t)row * (m->heads + 2 * m->kv_heads) * size;
   float out[MAX_HEAD_DIM + LANES];
   for (int head = kv * group; head < (kv + 1) * group; head++) {
     float *query = queries + (size_t)head * size;
+    if (w->q_norm) norm_head(query, w->q_norm, size, m->eps);
     apply_rotary(query, rope, size);
     attend_query(&(Attention){keys, values, query, size, count, scores, out, next}, m->is_bf16);
     if (s->layout.use_amx)
@@ -308,7 +316,7 @@ INLINE KVHead kv_head_of(const Model *m, const Step *step, void *const *cache, f
                          int layer, int chunk) {
   int sequence = chunk / m->kv_heads, kv = chunk % m->kv_heads;
   size_t start = step->slots[sequence] * step->slot_stride + kv * step->head_stride;
-  return (KVHead){(char *)cache[layer] + start * kv_bytes(m->is_bf16, scales != NULL),
+  return (KVHead){(char *)cache[layer] + bytes_of(scales ? INT8 : m->is_bf16, start),
                   scales ? scales[layer] + start / m->head_dim : NULL};
 }
 
@@ -323,9 +331,10 @@ static void attend_sequence(const Model *m, const Step *step, const Workspace *s
   const char *next = NULL;
   if (next_chunk < step->sequences * m->kv_heads)
     next = kv_head_of(m, step, step->keys, step->key_scales, layer, next_chunk).data;
-  for (int row = start; row < end; row++) append_kv(m, step, s, row, kv, keys, values);
+  const Layer *w = &m->layer[layer];
+  for (int row = start; row < end; row++) append_kv(m, w, step, s, row, kv, keys, values);
   for (int row = start; row < end; row++)
-    attend_row(m, step, s, row, kv, keys, values, scores, row + 1 < end ? keys.data : next);
+    attend_row(m, w, step, s, row, kv, keys, values, scores, row + 1 < end ? keys.data : next);
 }
 
 // Gathers the residual of the rows whose logits are wanted. A chunk is one row, or for AMX sixteen
@@ -453,8 +462,7 @@ void run_step(const Model *m, const Step *step) {
   for (int row = 0; row < step->rows; row++)
     if (step->positions[row] >= positions) positions = step->positions[row] + 1;
   size_t own = thread_scratch(m, step->rows, positions);
-  Team team;
-  team_init(&team, step->threads);
+  Team team = {.threads = step->threads};
 #pragma omp parallel num_threads(step->threads)
   {
 #ifdef _OPENMP

@@ -6,8 +6,10 @@ codebook, D width.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +49,7 @@ class CpuStep:
             *("dim", "layers", "heads", "kv_heads", "hidden_dim", "codebook_size", "grid"),
             *("condition", "num_classes", "text_length", "text_dim", "rope_base", "norm_eps"),
             *("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout"),
-            *("drop_path", "quantization"),
+            *("drop_path", "quantization", "qk_norm"),
         }
     )
     """Fields of ``TransformerConfig`` that are implemented. A model in which any other one is not
@@ -81,7 +83,6 @@ class CpuStep:
         self._step = library.Step()
         if times is not None:
             self._step.seconds = library.array_address(times.parts, np.float64, (3,))
-        self._capacity = 0
         self._cache: weakref.ref[KVCache] | None = None
         self._cache_shape = (0, 0)
         self._grid: Grid | None = None
@@ -131,8 +132,6 @@ class CpuStep:
         else:
             embedded = self._project(tokens, tokens.features)
             addresses = library.row_addresses(embedded, np.arange(count))
-        if count > self._capacity:
-            self._reserve(count)
         if self._cache is None or self._cache() is not cache:
             self._use_cache(cache)
         if grid != self._grid:
@@ -148,22 +147,23 @@ class CpuStep:
         if outputs > count:
             raise ValueError(f"{outputs} wanted tokens, expected at most {count}")
 
-        self._embeddings[:count] = addresses
-        self._positions[:count] = tokens.positions
-        # The last row of the table belongs to the cell -1.
-        np.remainder(tokens.cells, cells + 1, out=self._cells[:count])
-        ids = tokens.sequences
-        changes = np.flatnonzero(ids[1:] != ids[:-1])
-        running = len(changes) + 1
-        self._starts[1:running] = changes
-        self._starts[1:running] += 1
-        self._starts[running] = count
-        slots = self._slots[:running]
-        slots[:] = ids[self._starts[:running]]
-        if not (slots[1:] > slots[:-1]).all():
+        starts = np.flatnonzero(np.diff(tokens.sequences, prepend=-1))
+        slots = tokens.sequences[starts]
+        if not (np.diff(slots) > 0).all():
             raise ValueError("tokens of a sequence are not neighbours, or sequences not ascending")
-        self._wanted[:outputs] = wanted
-        every = outputs == count and bool((self._wanted[:count] == self._range[:count]).all())
+        indices = {
+            "positions": tokens.positions,
+            "cells": np.remainder(tokens.cells, cells + 1),  # the table's last row is for -1
+            "starts": np.append(starts, count),
+            "slots": slots,
+            "wanted": wanted,
+        }
+        arrays = {name: np.ascontiguousarray(own, np.int32) for name, own in indices.items()}
+        arrays["embeddings"] = addresses
+        for name, array in arrays.items():
+            setattr(step, name, array.ctypes.data)
+        if np.array_equal(wanted, np.arange(count)):
+            step.wanted = None  # all of them
 
         threads = torch.get_num_threads()
         scratch_for = (count, positions, threads)
@@ -172,24 +172,10 @@ class CpuStep:
         if outputs > len(self._logits):
             self._logits = torch.empty(outputs, self._config.codebook_size, dtype=torch.float32)
             step.logits = self._logits.data_ptr()
-        step.rows, step.sequences, step.outputs, step.threads = count, running, outputs, threads
-        step.wanted = None if every else self._wanted.ctypes.data
+        step.rows, step.sequences, step.outputs, step.threads = count, len(slots), outputs, threads
         self._kernels.run_step(self._model, step)
-        del embedded  # which had to live until now
+        del arrays, embedded  # to which the step pointed
         return self._logits[:outputs]
-
-    def _reserve(self, count: int) -> None:
-        """Make buffers for so many tokens."""
-        step = self._step
-        self._capacity = count
-        self._embeddings = np.zeros(count, dtype=np.uintp)
-        self._positions, self._cells, self._slots, self._wanted = np.zeros(
-            (4, count), dtype=np.int32
-        )
-        self._starts = np.zeros(count + 1, dtype=np.int32)
-        self._range = np.arange(count, dtype=np.int32)
-        for name in ("embeddings", "positions", "cells", "slots", "starts"):
-            setattr(step, name, getattr(self, f"_{name}").ctypes.data)
 
     def _reserve_scratch(self, count: int, positions: int, threads: int) -> None:
         need = self._kernels.scratch_bytes(self._model, count, positions, threads)
@@ -207,19 +193,18 @@ class CpuStep:
         stride = cache.keys[0].stride()
         if stride[2:] != (config.head_dim, 1):
             raise ValueError(f"strides are {stride}, expected heads of {config.head_dim} in a row")
-        scale_stride = (stride[0] // config.head_dim, stride[1] // config.head_dim, 1)
 
         def pointers(tensors: Sequence[Tensor], *, scales: bool = False) -> object:
             if scales and not tensors:
                 return None
             if len(tensors) != config.layers:
                 raise ValueError(f"a cache of {len(tensors)} layers, expected {config.layers}")
-            return library.addresses(
-                tensors,
-                torch.float32 if scales else dtype,
-                shape[:3] if scales else shape,
-                scale_stride if scales else stride,
-            )
+            layout: tuple[Any, ...] = (dtype, shape, stride)
+            if scales:
+                strides = (stride[0] // config.head_dim, stride[1] // config.head_dim, 1)
+                layout = (torch.float32, shape[:3], strides)
+            found = (library.address(tensor, *layout) for tensor in tensors)
+            return (ctypes.c_void_p * len(tensors))(*found)
 
         step.keys, step.values = pointers(cache.keys), pointers(cache.values)
         step.key_scales = pointers(cache.key_scales, scales=True)
@@ -287,6 +272,8 @@ class CpuStep:
         for block, layer in zip(model.blocks, layers, strict=True):
             layer.attention_norm = self._norm(block.attention_norm)
             layer.ffn_norm = self._norm(block.ffn_norm)
+            layer.q_norm = self._norm(block.attention.q_norm)
+            layer.k_norm = self._norm(block.attention.k_norm)
             layer.qkv = self._matrix(block.attention.wqkv)
             layer.out = self._matrix(block.attention.wo)
             layer.gate = self._matrix(block.feed_forward.w1)
@@ -308,10 +295,12 @@ class CpuStep:
             output=self._matrix(model.output),
         )
 
-    def _norm(self, norm: RMSNorm) -> int:
+    def _norm(self, norm: RMSNorm | None) -> int | None:
+        if norm is None:
+            return None
         weight = norm.weight.detach().float().contiguous()
         self._references.append(weight)
-        return library.address(weight, torch.float32, (self._config.dim,))
+        return library.address(weight, torch.float32, weight.shape)
 
     def _matrix(self, linear: nn.Linear | QuantizedLinear) -> library.Matrix:
         weight = linear.weight.detach()

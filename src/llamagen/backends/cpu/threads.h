@@ -25,13 +25,6 @@ typedef struct {
   _Alignas(64) atomic_int next;  // the next chunk of work of this phase
 } Team;
 
-static void team_init(Team *team, int threads) {
-  team->threads = threads;
-  atomic_init(&team->arrived, 0);
-  atomic_init(&team->phase, 0);
-  atomic_init(&team->next, 0);
-}
-
 // Ends a phase: returns once all threads have arrived.
 static void team_barrier(Team *team) {
   if (team->threads == 1) {

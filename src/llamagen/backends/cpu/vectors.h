@@ -6,6 +6,7 @@
 #define LLAMAGEN_VECTORS_H
 
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -39,6 +40,13 @@ typedef int8_t i8x16 __attribute__((vector_size(16)));
 typedef int16_t i16x16 __attribute__((vector_size(32)));
 typedef uint16_t bf16;
 
+// Types of numbers in memory: of those that are not quantised, whether they are bfloat16.
+enum { F32 = 0, BF16 = 1, INT8 = 2 };
+
+INLINE size_t bytes_of(int type, size_t count) {
+  return type == F32 ? count * 4 : type == BF16 ? count * 2 : count;
+}
+
 #if defined(__clang__)
 #define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
 #define SHUFFLE2(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
@@ -58,15 +66,14 @@ INLINE v16 load_f32(const float *p) {
 INLINE void store_f32(float *p, v16 x) { memcpy(p, &x, sizeof x); }
 
 INLINE v16 load_bf16(const bf16 *p) {
+#if defined(__AVX512F__)
+  __m256i x = _mm256_loadu_si256((const __m256i *)p);
+  return (v16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16);
+#else
   u16x16 x;
   memcpy(&x, p, sizeof x);
   return (v16)(__builtin_convertvector(x, u32x16) << 16);
-}
-
-INLINE v16 load_int8(const int8_t *p) {
-  i8x16 x;
-  memcpy(&x, p, sizeof x);
-  return __builtin_convertvector(x, v16);
+#endif
 }
 
 // Rounds to nearest, ties to even, as torch does.
@@ -76,21 +83,59 @@ INLINE u32x16 round_bf16(v16 x) {
 }
 
 INLINE void store_bf16(bf16 *p, v16 x) {
+#if HAS_AVX512_BF16
+  __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
+#else
   u16x16 rounded = __builtin_convertvector(round_bf16(x), u16x16);
+#endif
   memcpy(p, &rounded, sizeof rounded);
 }
 
-INLINE float bf16_to_f32(bf16 x) {
-  uint32_t bits = (uint32_t)x << 16;
-  float y;
-  memcpy(&y, &bits, sizeof y);
-  return y;
+INLINE v16 load_int8(const int8_t *p) {
+  i8x16 x;
+  memcpy(&x, p, sizeof x);
+  return __builtin_convertvector(x, v16);
 }
 
-INLINE bf16 f32_to_bf16(float x) {
+// Sixteen numbers from index `at` on.
+INLINE v16 load(int type, const void *p, size_t at) {
+  if (type == INT8) return load_int8((const int8_t *)p + at);
+  return type == BF16 ? load_bf16((const bf16 *)p + at) : load_f32((const float *)p + at);
+}
+
+INLINE void store(int type, void *p, size_t at, v16 x) {
+  if (type == BF16) store_bf16((bf16 *)p + at, x);
+  else store_f32((float *)p + at, x);
+}
+
+INLINE uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+INLINE float bf16_to_f32(bf16 x) { return float_of((uint32_t)x << 16); }
+
+INLINE bf16 f32_to_bf16(float x) {
+  uint32_t bits = bits_of(x);
   return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// One number.
+INLINE float load_one(int type, const void *p, size_t at) {
+  if (type == INT8) return ((const int8_t *)p)[at];
+  return type == BF16 ? bf16_to_f32(((const bf16 *)p)[at]) : ((const float *)p)[at];
+}
+
+INLINE void store_one(int type, void *p, size_t at, float x) {
+  if (type == BF16) ((bf16 *)p)[at] = f32_to_bf16(x);
+  else ((float *)p)[at] = x;
 }
 
 INLINE float reduce_sum(v16 x) {
@@ -119,10 +164,14 @@ INLINE float reduce_max(v16 x) {
 
 INLINE v16 abs_f32(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
 
-INLINE v16 max_f32(v16 x, v16 y) {
-  i32x16 larger = x > y;
-  return (v16)((larger & (i32x16)x) | (~larger & (i32x16)y));
+INLINE v16 where(i32x16 mask, v16 x, v16 y) {
+  return (v16)((mask & (i32x16)x) | (~mask & (i32x16)y));
 }
+
+INLINE v16 max_f32(v16 x, v16 y) { return where(x > y, x, y); }
+
+// Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
+#define ROUNDING_SHIFT 12582912.0f
 
 #define MIN_ABSMAX 1e-30f  // so that it can be divided by
 
@@ -162,47 +211,31 @@ INLINE v16 reduce_sums(const v16 *x, int count) {
 #endif
 }
 
-// Transposes the four blocks of each 2 `step` rows and columns.
-#define EXCHANGE(step, low, high)                            \
-  UNROLL for (int i = 0; i < LANES; i++) if (!(i & step)) {  \
-    v16 a = x[i], b = x[i + step];                           \
-    x[i] = SHUFFLE2(a, b, low), x[i + step] = SHUFFLE2(a, b, high);  \
+// Transposes the 16x16 matrix of sixteen vectors: in turn the blocks of 8, 4, 2 and 1 columns.
+#define LANES_OF(lane, n)                                                                        \
+  lane(0, n), lane(1, n), lane(2, n), lane(3, n), lane(4, n), lane(5, n), lane(6, n), lane(7, n), \
+      lane(8, n), lane(9, n), lane(10, n), lane(11, n), lane(12, n), lane(13, n), lane(14, n),    \
+      lane(15, n)
+#define LOW(i, n) ((i) & (n) ? (i) - (n) + LANES : (i))
+#define HIGH(i, n) ((i) & (n) ? (i) + LANES : (i) + (n))
+#define EXCHANGE(n)                                                                 \
+  UNROLL for (int i = 0; i < LANES; i++) if (!(i & n)) {                            \
+    v16 a = x[i], b = x[i + n];                                                     \
+    x[i] = SHUFFLE2(a, b, LANES_OF(LOW, n)), x[i + n] = SHUFFLE2(a, b, LANES_OF(HIGH, n)); \
   }
-#define LOW8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define LOW4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define LOW2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define LOW1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-
-// Transposes the 16x16 matrix of sixteen vectors.
-INLINE void transpose(v16 *x) {
-  EXCHANGE(8, LOW8, HIGH8)
-  EXCHANGE(4, LOW4, HIGH4)
-  EXCHANGE(2, LOW2, HIGH2)
-  EXCHANGE(1, LOW1, HIGH1)
-}
+INLINE void transpose(v16 *x) { EXCHANGE(8) EXCHANGE(4) EXCHANGE(2) EXCHANGE(1) }
 #undef EXCHANGE
-#undef LOW8
-#undef HIGH8
-#undef LOW4
-#undef HIGH4
-#undef LOW2
-#undef HIGH2
-#undef LOW1
-#undef HIGH1
+#undef HIGH
+#undef LOW
+#undef LANES_OF
 
 // e^x with a relative error below 2e-7; 0 below -87, and NaN stays NaN.
 INLINE v16 exp_f32(v16 x) {
   const v16 low = splat(-87.0f), high = splat(88.0f);
   i32x16 tiny = x < low;
-  x = (v16)((tiny & (i32x16)low) | (~tiny & (i32x16)x));
-  i32x16 huge = x > high;
-  x = (v16)((huge & (i32x16)high) | (~huge & (i32x16)x));
-  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-  const v16 shift = splat(12582912.0f);
+  x = where(tiny, low, x);
+  x = where(x > high, high, x);
+  const v16 shift = splat(ROUNDING_SHIFT);
   v16 exponent = (x * 1.44269504f + shift) - shift;
   v16 rest = x - exponent * 0.693359375f + exponent * 2.12194440e-4f;
   v16 y = splat(1.0f / 5040);
