@@ -79,7 +79,7 @@ def test_judging_leaves_the_statistics_alone(digits, tmp_path):
     before = {name: value.clone() for name, value in task.adversary.named_buffers()}
     images = batch["pixels"].float() / 127.5 - 1
     output = task.model(images)
-    task._judged(output.reconstruction, task._terms(output, images), {})
+    task._generator_term(output.reconstruction, task._terms(output, images), {})
     assert before
     for name, value in task.adversary.named_buffers():
         assert torch.equal(value, before[name])
@@ -99,7 +99,7 @@ def test_adaptive_weight(digits, tmp_path):
     images = batch["pixels"].float() / 127.5 - 1
     output = task.model(images)
     terms = task._terms(output, images)
-    term = task._judged(output.reconstruction, terms, metrics)
+    term = task._generator_term(output.reconstruction, terms, metrics)
     expected = adaptive_weight(
         terms["reconstruction"].value, term.value, task.model.decoder.conv_out.weight
     )
