@@ -174,10 +174,10 @@ INLINE v16 score_block_vnni(const int8_t *keys, const int16_t *query, int size, 
   v16 part[LANES];
   UNROLL for (int j = 0; j < LANES; j++) {
     const int8_t *key = keys + (size_t)(j < count ? j : count - 1) * size;
-    __m512i sum = _mm512_setzero_si512();
+    v16 sum = splat(0);
     UNROLL4 for (int i = 0; i < size; i += 32)
-      sum = dot_int16(sum, load_int8x32(key + i), _mm512_loadu_si512(query + i));
-    part[j] = (v16)_mm512_cvtepi32_ps(sum);
+      sum = dot_int16(sum, load_int8x32(key + i), load_f32((const float *)(query + i)));
+    part[j] = (v16)_mm512_cvtepi32_ps((__m512i)sum);
   }
   return reduce_sums(part, LANES);
 }

@@ -103,11 +103,11 @@ INLINE const char *weight_row(const Matrix *m, int type, int output) {
 }
 
 #if HAS_AVX512_VNNI
-// Adds the products of pairs of int16 to sixteen sums. In assembly because GCC copies the sums of the
-// intrinsic from register to register.
-INLINE __m512i dot_int16(__m512i total, __m512i a, __m512i b) {
+// Adds the products of pairs of int16 to sixteen int32 sums. In assembly, and all of one type, because
+// GCC otherwise copies the sums from register to register.
+INLINE v16 dot_int16(v16 total, v16 a, v16 b) {
 #if defined(EMULATE_AVX512)
-  return _mm512_dpwssd_epi32(total, a, b);
+  return (v16)_mm512_dpwssd_epi32((__m512i)total, (__m512i)a, (__m512i)b);
 #else
   __asm__("vpdpwssd %2, %1, %0" : "+v"(total) : "v"(a), "v"(b));
   return total;
@@ -115,8 +115,8 @@ INLINE __m512i dot_int16(__m512i total, __m512i a, __m512i b) {
 }
 
 // Thirty-two int8 as int16.
-INLINE __m512i load_int8x32(const int8_t *p) {
-  return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+INLINE v16 load_int8x32(const int8_t *p) {
+  return (v16)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
 }
 #endif
 
@@ -126,14 +126,14 @@ enum { DOT_F32, DOT_BF16, DOT_INT16 };
 INLINE v16 load_operand(int dot, int type, const void *p, size_t at) {
   if (dot == DOT_F32) return load(type, p, at);
 #if HAS_AVX512_VNNI
-  if (type == INT8) return (v16)load_int8x32((const int8_t *)p + at);
+  if (type == INT8) return load_int8x32((const int8_t *)p + at);
 #endif
   return load_f32((const float *)((const bf16 *)p + at));
 }
 
 INLINE v16 multiply_add(int dot, v16 total, v16 a, v16 b) {
 #if HAS_AVX512_VNNI
-  if (dot == DOT_INT16) return (v16)dot_int16((__m512i)total, (__m512i)a, (__m512i)b);
+  if (dot == DOT_INT16) return dot_int16(total, a, b);
 #endif
 #if HAS_AVX512_BF16
   if (dot == DOT_BF16) return dot_bf16(total, (bf16x32)a, (bf16x32)b);
