@@ -18,7 +18,7 @@ from common import median_and_spread, print_table, record, time_in_turn
 from torch import Tensor
 
 from llamagen.config import TRANSFORMER_PRESETS, SamplingConfig, preset
-from llamagen.evaluation.speed.decoding import SAMPLING
+from llamagen.evaluation.speed import SAMPLING
 from llamagen.generation import generate_codes
 from llamagen.models.transformer import Transformer, apply_rope, rope_table
 from llamagen.support.devices import find_device, find_dtype

@@ -27,7 +27,7 @@ from common import median_and_spread, print_table, record, time_in_turn
 from plain_loop import plain_codes
 
 from llamagen.config import TRANSFORMER_PRESETS, TransformerConfig, preset
-from llamagen.evaluation.speed.decoding import SAMPLING
+from llamagen.evaluation.speed import SAMPLING
 from llamagen.generation import GenerationRequest, generate_codes
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import find_device, find_dtype

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,13 @@ def _on_path(monkeypatch):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_imports_what_the_package_has(name):
-    assert callable(importlib.import_module(name).main)
+def test_prints_its_help(name, monkeypatch, capsys):
+    main = importlib.import_module(name).main
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    assert f"usage: {name}.py" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pipe", [tiny_pipeline, tiny_text_pipeline])

@@ -15,8 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen.evaluation.page import (
+from llamagen.evaluation.report import (
+    JSON_NAME,
     PAGE_NAME,
+    Curve,
+    Picture,
+    Report,
+    Table,
     column_texts,
     draw_chart,
     render_page,
@@ -26,7 +31,6 @@ from llamagen.evaluation.page import (
     spell,
     value_text,
 )
-from llamagen.evaluation.report import JSON_NAME, Curve, Picture, Report, Table
 from llamagen.support.errors import InputError
 
 NASTY = """</style><script>x='"'</script>&amp;"""

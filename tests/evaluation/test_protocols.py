@@ -10,15 +10,17 @@ import torch
 
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics, frechet_distance
-from llamagen.evaluation.page import save_report
-from llamagen.evaluation.protocols.c2i import evaluate_classes
 from llamagen.evaluation.protocols.common import Workplace
-from llamagen.evaluation.protocols.folders import evaluate_folder
+from llamagen.evaluation.protocols.comparison import (
+    evaluate_classes,
+    evaluate_folder,
+    evaluate_sweep,
+    evaluate_texts,
+)
 from llamagen.evaluation.protocols.likelihood import evaluate_likelihood
-from llamagen.evaluation.protocols.sweep import evaluate_sweep
-from llamagen.evaluation.protocols.t2i import evaluate_texts
 from llamagen.evaluation.protocols.tokenizer import Reconstructions, evaluate_tokenizer
 from llamagen.evaluation.reference import ReferenceSource
+from llamagen.evaluation.report import save_report
 from llamagen.evaluation.samples import SamplePlan
 from llamagen.support.errors import InputError
 from tests.evaluation.sets import CoarsePixels, noise, write_noise

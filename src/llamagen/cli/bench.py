@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
@@ -15,8 +14,7 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.evaluation.speed import Measurement
-    from llamagen.evaluation.speed.decoding import Precision
+    from llamagen.evaluation.speed import Measurement, Precision
     from llamagen.models.transformer import Transformer
 
 
@@ -80,7 +78,8 @@ def run(options: Options) -> None:
     print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")
     print(_table(found))
     if options.out is not None:
-        results = {"model": options.model or options.preset, "measured": _as_json(found)}
+        measured = [dataclasses.asdict(each) for each in found]
+        results = {"model": options.model or options.preset, "measured": measured}
         storage.write_json(options.out, {"machine": about, "results": results})
         print(options.out)
 
@@ -111,8 +110,7 @@ def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transf
 
 
 def _table(found: list[Measurement]) -> str:
-    from llamagen.evaluation.speed import median_and_spread, table
-    from llamagen.evaluation.speed.decoding import REFERENCE
+    from llamagen.evaluation.speed import REFERENCE, median_and_spread, table
 
     header = ["weights", "images (rows)", "ms/code", "floor", "of reference", "time goes to"]
     references = {m.images: m.median for m in found if m.precision.startswith(REFERENCE)}
@@ -130,8 +128,3 @@ def _table(found: list[Measurement]) -> str:
             ]
         )
     return table(header, rows)
-
-
-def _as_json(found: list[Measurement]) -> list[dict[str, Any]]:
-    data: list[dict[str, Any]] = json.loads(json.dumps([dataclasses.asdict(m) for m in found]))
-    return data

@@ -33,12 +33,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train transformer": ("llamagen.cli.train:Transformer", "train a transformer on a folder"),
     "extract-codes": ("llamagen.cli.extract_codes", "encode a folder of images once, into shards"),
     "extract-text": ("llamagen.cli.extract_text", "encode captions once, into shards"),
-    "evaluate c2i": ("llamagen.cli.evaluate_c2i", "FID and the like of images drawn by class"),
-    "evaluate t2i": ("llamagen.cli.evaluate_t2i", "FID and CLIP score of images drawn of texts"),
-    "evaluate tokenizer": ("llamagen.cli.evaluate_tokenizer", "rFID, PSNR, SSIM of a tokenizer"),
-    "evaluate folder": ("llamagen.cli.evaluate_folder", "FID and the like of any two image sets"),
-    "evaluate likelihood": ("llamagen.cli.evaluate_likelihood", "bits per code of held-out images"),
-    "evaluate sweep": ("llamagen.cli.evaluate_sweep", "FID at many guidance scales and top-ks"),
+    "evaluate c2i": ("llamagen.cli.evaluate:Classes", "FID and the like of images drawn by class"),
+    "evaluate t2i": ("llamagen.cli.evaluate:Texts", "FID and CLIP score of images drawn of texts"),
+    "evaluate tokenizer": ("llamagen.cli.evaluate:Tokenizer", "rFID, PSNR, SSIM of a tokenizer"),
+    "evaluate folder": ("llamagen.cli.evaluate:Folder", "FID and the like of any two image sets"),
+    "evaluate likelihood": ("llamagen.cli.evaluate:Likelihood", "bits per code of held-out images"),
+    "evaluate sweep": ("llamagen.cli.evaluate:Sweep", "FID at many guidance scales and top-ks"),
     "serve": ("llamagen.cli.serve", "draw images for clients over HTTP, and on a web page"),
     "export": ("llamagen.cli.export", "write the model of a training run's checkpoint"),
     "export-vllm": ("llamagen.cli.export_vllm", "write a folder that vllm serve accepts"),
@@ -53,6 +53,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 _REMOVED = {
     "--row-lag": "it was approximate; leave it out, codes are then exact",
+    **dict.fromkeys(
+        ("--classifier-steps", "--classifier-flip", "--no-classifier-flip"),
+        "evaluation trains no classifier; train it with benchmarks/classifier.py",
+    ),
     "int4": "8 bits are faster and more exact; use int8",
 }
 """Flags, and values of --quantization and --precisions, of earlier versions -> the remedy."""

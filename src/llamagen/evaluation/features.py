@@ -71,6 +71,19 @@ class Features:
         return None if self.spatial is None else FeatureStatistics.of(self.spatial)
 
 
+def require_images(images: Tensor) -> None:
+    """Raise InputError unless images are bytes: uint8 (B, 3, H, W).
+
+    Metrics are defined on images as they are stored, rounding included.
+    """
+    fits = images.ndim == 4 and images.shape[1] == 3 and min(images.shape[2:]) > 0
+    if images.dtype != torch.uint8 or not fits:
+        raise InputError(
+            f"images of shape {tuple(images.shape)} and type {images.dtype} cannot be measured; "
+            f"give uint8 of shape (B, 3, H, W)"
+        )
+
+
 def compute_features(
     network: FeatureNetwork,
     images: ImageSet,

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data.views import center_crop
-from llamagen.evaluation.metrics import psnr, ssim
-from llamagen.evaluation.metrics.ssim import WINDOW
+from llamagen.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
 from llamagen.support.errors import InputError
@@ -130,7 +129,7 @@ def compare(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
     SSIM is NaN where a side is below 7 pixels.
     """
     similarity, published = np.full((2, len(before)), np.nan)
-    if min(before.shape[1:3]) >= WINDOW:
+    if min(before.shape[1:3]) >= SSIM_WINDOW:
         similarity = ssim(before, after)
         published = ssim(before / 255.0, after / 255.0, data_range=2.0)
     return {"psnr": psnr(before, after), "ssim": similarity, "ssim_published": published}

@@ -2,11 +2,11 @@
 
 import pytest
 
-from llamagen.evaluation.speed import limits
+from llamagen.evaluation import speed
 
 
 @pytest.fixture(autouse=True)
 def _quick_limits(monkeypatch):
-    monkeypatch.setattr(limits, "_TRIES", 1)
-    monkeypatch.setattr(limits, "_READ_BYTES", {"cpu": 1 << 20})
-    monkeypatch.setattr(limits, "_PRODUCT_SIZE", {"cpu": 64})
+    monkeypatch.setattr(speed, "_TRIES", 1)
+    monkeypatch.setattr(speed, "_READ_BYTES", {"cpu": 1 << 20})
+    monkeypatch.setattr(speed, "_PRODUCT_SIZE", {"cpu": 64})

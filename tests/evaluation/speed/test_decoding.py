@@ -5,8 +5,7 @@ import torch
 
 from llamagen.backends import ReferenceStep, fastest_step, reference_only
 from llamagen.config import SamplingConfig
-from llamagen.evaluation.speed import measure_decoding, measure_limits, time_in_turn
-from llamagen.evaluation.speed.decoding import SAMPLING
+from llamagen.evaluation.speed import SAMPLING, measure_decoding, measure_limits, time_in_turn
 from llamagen.generation import generate_codes
 from llamagen.generation.sampling import ReferenceSampler, fastest_sampler
 from tests.backends.variants import kernels_of

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llamagen.checkpoints import find_shipped
-from llamagen.evaluation.speed import images as module
+from llamagen.evaluation import speed as module
 from llamagen.evaluation.speed import measure_speed
 from llamagen.support.errors import InputError
 from tests.tiny_models import tiny_pipeline, tiny_transformer

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from llamagen.evaluation.networks.inputs import require_images
+from llamagen.evaluation.features import require_images
 from llamagen.models.pretrained import is_repo_id
 from llamagen.support.errors import InputError
 from llamagen.text.transformers_library import import_transformers, loading

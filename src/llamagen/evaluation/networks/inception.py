@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.checkpoints.sources import download_file
-from llamagen.evaluation.networks.inputs import require_images
+from llamagen.evaluation.features import require_images
 from llamagen.evaluation.networks.weights import (
     PublicFile,
     build,

@@ -1,11 +1,10 @@
-"""Shared parts of the protocols."""
+"""Shared parts of the protocols: features and scores of a comparison, sheets of images."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,22 +12,43 @@ from PIL import Image
 
 from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.evaluation.metrics import nearest
-from llamagen.evaluation.reference import Reference, ReferenceSource
+from llamagen.evaluation.metrics import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest,
+    precision_recall,
+)
+from llamagen.evaluation.reference import INCEPTION, Reference, ReferenceSource
 from llamagen.evaluation.report import Picture, Report
-from llamagen.evaluation.samples import Samples, model_size
-from llamagen.evaluation.scores import score
-from llamagen.pipeline import Pipeline
+from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
 
-SAMPLES_FOLDER = "samples"
-"""Name, in an evaluation's folder, of the folder of generated images."""
-_FEATURES_FOLDER = "features"
 SHEET_IMAGES = 64
 _SHEET_SIDE = 64
 """Smaller images are enlarged to about this many pixels on a sheet."""
 _NEIGHBOUR_ROWS = 12
 _NEIGHBOURS = 4
+
+_OTHER_NAMES = {
+    "fid": "classifier_frechet",
+    "sfid": "classifier_spatial_frechet",
+    "inception_score": "classifier_score",
+    "kid": "classifier_kernel",
+    "kid_std": "classifier_kernel_std",
+}
+"""Measurements in another network's features do not have the papers' names."""
+_KERNEL_SUBSET = 1000
+_DUPLICATES_NAMED = 3
+
+
+@dataclasses.dataclass
+class Scores:
+    """Result of a comparison."""
+
+    metrics: dict[str, float]
+    """The Frechet distance first."""
+    warnings: list[str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,27 +59,78 @@ class Workplace:
     network: FeatureNetwork
     device: torch.device
 
+    @property
+    def has_inception(self) -> bool:
+        """Whether the network is the one that published numbers are defined with."""
+        return self.network.fingerprint.startswith(INCEPTION)
+
     def features(self, images: ImageSet, what: str) -> Features:
         """Features of images; see ``compute_features``."""
         return compute_features(
-            self.network, images, self.out / _FEATURES_FOLDER, what=what, device=self.device
+            self.network, images, self.out / "features", what=what, device=self.device
         )
 
     def reference(self, source: ReferenceSource) -> Reference:
         """A reference with its features; see ``ReferenceSource.compute``."""
-        return source.compute(self.network, self.out / _FEATURES_FOLDER, device=self.device)
+        return source.compute(self.network, self.out / "features", device=self.device)
 
     def compare(self, report: Report, features: Features, reference: Reference) -> None:
         """Add to a report the metrics of features, their warnings, and the reference."""
-        scores = score(features, reference, self.network, device=self.device)
+        scores = self.score(features, reference)
         report.metrics |= scores.metrics
         report.warnings += scores.warnings
-        count = "not said by the file" if reference.count is None else reference.count
         report.reference |= {
             "source": reference.name,
-            "images": count,
+            "images": "not said by the file" if reference.count is None else reference.count,
             "network": self.network.name,
         }
+
+    def score(self, features: Features, reference: Reference) -> Scores:
+        """Compute all metrics of features, which come in random class order.
+
+        Their names are those of the papers if the network is Inception.
+
+        Raises:
+            InputError: there are too few images, or the features are of different networks.
+        """
+        count, width = features.pool.shape
+        if width != reference.pool.width:
+            raise InputError(
+                f"{reference.name} has features of {reference.pool.width} numbers, but the network "
+                f"gives {width}; it was made with another network"
+            )
+        if count < 2:
+            raise InputError(f"{count} image is too few to evaluate; give at least 2")
+        metrics = {"fid": frechet_distance(features.pool_statistics(), reference.pool)}
+        spatial = features.spatial_statistics()
+        if spatial is not None and reference.spatial is not None:
+            metrics["sfid"] = frechet_distance(spatial, reference.spatial)
+        metrics["inception_score"] = inception_score(features.probabilities)
+        if reference.features is not None and min(count, len(reference.features)) > 3:
+            known = reference.features.pool
+            found = precision_recall(features.pool, known, device=self.device)
+            metrics |= {"precision": found.precision, "recall": found.recall}
+            # Half of the images: subsets of all would all be the same one.
+            size = min(_KERNEL_SUBSET, min(count, len(known)) // 2)
+            kernel = kernel_distance(features.pool, known, subset_size=size)
+            metrics |= {"kid": kernel.mean, "kid_std": kernel.std}
+        warnings = [
+            f"{number} {what} for features of {width} numbers: their covariance has no full rank, "
+            f"and the Frechet distance says little"
+            for number, what in ((count, "samples"), (reference.count, "reference images"))
+            if number is not None and number <= width
+        ]
+        warnings += _duplicates(features.pool)
+        if not self.has_inception:
+            metrics = {
+                _OTHER_NAMES.get(name, f"classifier_{name}"): value
+                for name, value in metrics.items()
+            }
+            warnings.append(
+                f"distances are in the feature space of a {self.network.name}: compare them with "
+                f"others of the same classifier, never with a published FID"
+            )
+        return Scores(metrics, warnings)
 
 
 def size_text(size: tuple[int, int]) -> str:
@@ -70,38 +141,6 @@ def size_text(size: tuple[int, int]) -> str:
 def precision_name(dtype: torch.dtype) -> str:
     """Return a precision as reports name it, "bfloat16"."""
     return str(dtype).removeprefix("torch.")
-
-
-def describe_samples(pipeline: Pipeline, samples: Samples, **more: Any) -> dict[str, Any]:
-    """Return a report's entries about generated images."""
-    return {
-        "images": len(samples),
-        "size": size_text(samples.size),
-        "drawn at": size_text(model_size(pipeline)),
-        "resizing": "none" if samples.plan.size is None else "bicubic, in float, before 8 bits",
-        "folder": str(samples.folder),
-        **more,
-    }
-
-
-def describe_settings(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
-    """Return a report's entries about how images were generated."""
-    return {
-        "model": pipeline.name,
-        **dataclasses.asdict(samples.plan.sampling),
-        "seed": samples.plan.seed,
-        "precision": precision_name(pipeline.dtype),
-    }
-
-
-def size_warnings(images: ImageSet, reference: ImageSet | None, what: str) -> list[str]:
-    """Return a warning if images and reference differ in size."""
-    if reference is None or reference.size == images.size:
-        return []
-    own, other = size_text(images.size), size_text(reference.size)
-    return [
-        f"{what} have {own} pixels, the reference {other}: resizing alone changes the distances"
-    ]
 
 
 def samples_sheet(
@@ -150,3 +189,18 @@ def _grid(arrays: np.ndarray, *, columns: int, captions: list[str]) -> Image.Ima
     scale = max(1, _SHEET_SIDE // arrays.shape[2])
     images = [Image.fromarray(np.array(array)) for array in arrays]
     return image_grid(images, columns=columns, captions=captions or None, scale=scale)
+
+
+def _duplicates(pool: np.ndarray) -> list[str]:
+    """A warning if features (N, D) occur more than once."""
+    rows = np.ascontiguousarray(pool)
+    as_bytes = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).ravel()
+    _, first, counts = np.unique(as_bytes, return_index=True, return_counts=True)
+    repeated = sorted(first[counts > 1].tolist())
+    if not repeated:
+        return []
+    named = ", ".join(map(str, repeated[:_DUPLICATES_NAMED]))
+    if len(repeated) > _DUPLICATES_NAMED:
+        named += ", ..."
+    copies = int((counts - 1).sum())
+    return [f"{copies} of {len(rows)} images are copies of others among them (of number {named})"]

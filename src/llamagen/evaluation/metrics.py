@@ -1,0 +1,424 @@
+"""Metrics: pure functions on arrays of features, of pairs of images, and of codes.
+
+Shapes: N, M features of D numbers, or N images.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_UPDATE_ROWS = 4096
+"""Rows whose copy in float64 is in memory at once."""
+
+
+class FeatureStatistics:
+    """Count, mean and covariance of a set of features, in float64.
+
+    Parts may be added in any order and by several processes, whose statistics are merged: the
+    result is that of all rows at once, up to rounding (Chan, Golub and LeVeque 1979).
+    """
+
+    def __init__(self, width: int) -> None:
+        """Of no features yet, which have ``width`` numbers each."""
+        self.count = 0
+        self.mean = np.zeros(width)
+        self._scatter = np.zeros((width, width))
+        """Sum of the outer products of the deviations from the mean."""
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> Self:
+        """Return the statistics of features (N, D)."""
+        return cls(_checked(features).shape[1]).update(features)
+
+    @classmethod
+    def from_moments(cls, mean: np.ndarray, covariance: np.ndarray, count: int) -> Self:
+        """Return statistics of known mean (D,) and covariance (D, D; divided by count - 1).
+
+        Raises:
+            ValueError: the shapes do not fit together, or there are fewer than two features.
+        """
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(f"mean {mean.shape} and covariance {covariance.shape} do not fit")
+        if count < 2:
+            raise ValueError(f"the covariance of {count} features is not defined")
+        made = cls(len(mean))
+        made.count = count
+        made.mean = mean.astype(np.float64)
+        made._scatter = covariance.astype(np.float64) * (count - 1)
+        return made
+
+    @property
+    def width(self) -> int:
+        """Numbers in a feature."""
+        return len(self.mean)
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(D, D), divided by count - 1.
+
+        Raises:
+            ValueError: there are fewer than two features.
+        """
+        if self.count < 2:
+            raise ValueError(f"the covariance of {self.count} features is not defined")
+        result: np.ndarray = self._scatter / (self.count - 1)
+        return result
+
+    def update(self, features: np.ndarray) -> Self:
+        """Add features (N, D) of any float type; return itself.
+
+        Raises:
+            ValueError: they have another width, or hold NaN or infinity.
+        """
+        if _checked(features).shape[1] != self.width:
+            raise ValueError(f"features of width {features.shape[1]}, expected {self.width}")
+        for first in range(0, len(features), _UPDATE_ROWS):
+            rows = features[first : first + _UPDATE_ROWS].astype(np.float64)
+            if not np.isfinite(rows).all():
+                raise ValueError("features hold NaN or infinity")
+            mean = rows.mean(0)
+            rows -= mean
+            self._add(len(rows), mean, rows.T @ rows)
+        return self
+
+    def merge(self, other: FeatureStatistics) -> Self:
+        """Add the features of another; return itself.
+
+        Raises:
+            ValueError: its features have another width.
+        """
+        if other.width != self.width:
+            raise ValueError(f"features of width {other.width}, expected {self.width}")
+        self._add(other.count, other.mean, other._scatter)
+        return self
+
+    def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        difference = mean - self.mean
+        self._scatter += scatter
+        self._scatter += np.outer(difference, difference) * (self.count * count / total)
+        self.mean = self.mean + difference * (count / total)
+        self.count = total
+
+
+def _checked(features: np.ndarray) -> np.ndarray:
+    if features.ndim != 2:
+        raise ValueError(f"features of shape {features.shape}, expected (N, D)")
+    return features
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), with covariances A and B.
+
+    The trace of (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2): both roots are
+    symmetric, so nothing becomes complex, and covariances without full rank (fewer images than
+    features) need no offset.
+
+    Raises:
+        ValueError: the features have different widths, or one side has fewer than two.
+    """
+    if a.width != b.width:
+        raise ValueError(f"features of widths {a.width} and {b.width} cannot be compared")
+    covariance_a, covariance_b = a.covariance, b.covariance
+    product = _square_root(covariance_a) @ _square_root(covariance_b)
+    cross = np.linalg.svd(product, compute_uv=False).sum()
+    shift = a.mean - b.mean
+    distance = shift @ shift + np.trace(covariance_a) + np.trace(covariance_b) - 2.0 * cross
+    # Rounding can give less than zero where both are the same.
+    return max(0.0, float(distance))
+
+
+def _square_root(covariance: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a positive semidefinite matrix."""
+    values, vectors = np.linalg.eigh(covariance)
+    result: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    return result
+
+
+def inception_score(probabilities: np.ndarray, *, split: int = 5000) -> float:
+    """Return exp(mean KL(p(y|x) || p(y))), averaged over consecutive splits (Salimans et al. 2016).
+
+    Each split has its own p(y): images must come in random class order.
+
+    Args:
+        probabilities: (N, classes), each row summing to 1.
+        split: images of a split, by default as in ADM's evaluator; the last may have fewer.
+
+    Raises:
+        ValueError: there are no images, or ``split`` is not positive.
+    """
+    if probabilities.ndim != 2 or len(probabilities) == 0:
+        raise ValueError(f"probabilities of shape {probabilities.shape}, expected (N, classes)")
+    if split < 1:
+        raise ValueError(f"split is {split}, expected at least 1")
+    scores = []
+    for first in range(0, len(probabilities), split):
+        part = probabilities[first : first + split].astype(np.float64)
+        marginal = part.mean(0, keepdims=True)
+        # Impossible classes (p = 0) add nothing.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(part > 0, part * (np.log(part) - np.log(marginal)), 0.0)
+        scores.append(np.exp(terms.sum(1).mean()))
+    return float(np.mean(scores))
+
+
+class KernelDistance(NamedTuple):
+    """Squared maximum mean discrepancy over subsets."""
+
+    mean: float
+    """Unbiased, so it can be a little below zero."""
+    std: float
+    """Spread over the subsets."""
+
+
+def kernel_distance(
+    a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """Return the distance (KID, Binkowski et al. 2018) of random subsets of features.
+
+    The kernel is (x . y / D + 1)^3.
+
+    Args:
+        a: features (N, D).
+        b: features (M, D).
+        subsets: number of subsets.
+        subset_size: features of a subset, without repetition; limited to the smaller side.
+        seed: of the subsets.
+
+    Raises:
+        ValueError: the widths differ, or a side has fewer than two features.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared")
+    size = min(subset_size, len(a), len(b))
+    if size < 2:
+        raise ValueError(f"{size} features are too few, expected at least 2")
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(subsets):
+        x = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
+        y = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
+        inside = _without_diagonal(_kernel(x, x)) + _without_diagonal(_kernel(y, y))
+        values.append(inside / (size * (size - 1)) - 2.0 * _kernel(x, y).mean())
+    return KernelDistance(mean=float(np.mean(values)), std=float(np.std(values)))
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    result: np.ndarray = (a @ b.T / a.shape[1] + 1.0) ** 3
+    return result
+
+
+def _without_diagonal(matrix: np.ndarray) -> float:
+    return float(matrix.sum() - np.trace(matrix))
+
+
+_BLOCK = 2048
+"""Rows and columns of the blocks in which distances of all pairs are computed."""
+
+
+class PrecisionRecall(NamedTuple):
+    """Two shares, each from 0 to 1."""
+
+    precision: float
+    """Of the samples, those inside the reference's manifold."""
+    recall: float
+    """Of the reference, those inside the samples' manifold."""
+
+
+def precision_recall(
+    samples: np.ndarray,
+    reference: np.ndarray,
+    *,
+    neighbours: int = 3,
+    device: torch.device | str = "cpu",
+) -> PrecisionRecall:
+    """Return how many samples look real, and how much of the reference the samples cover.
+
+    As in Kynkaanniemi et al. 2019: each set has a manifold, which is a ball around each member as
+    large as the distance to its k-th nearest neighbour in the set.
+
+    Args:
+        samples: features (N, D).
+        reference: features (M, D) of real images.
+        neighbours: k.
+        device: of the distances, which are computed in float32 around the reference's mean.
+
+    Raises:
+        ValueError: the widths differ, or a set has not more than ``neighbours`` members.
+    """
+    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+        raise ValueError(f"features of shapes {samples.shape} and {reference.shape} do not fit")
+    if min(len(samples), len(reference)) <= neighbours:
+        raise ValueError(
+            f"{min(len(samples), len(reference))} features have no {neighbours} neighbours each"
+        )
+    a, b = (each.to(device) for each in _centred(samples, reference))
+    return PrecisionRecall(
+        precision=_share_inside(a, b, _radii(b, neighbours)),
+        recall=_share_inside(b, a, _radii(a, neighbours)),
+    )
+
+
+def nearest(queries: np.ndarray, known: np.ndarray, *, count: int = 1) -> np.ndarray:
+    """Return indices (N, count) of the rows of ``known`` (M, D) nearest to ``queries`` (N, D)."""
+    a, b = _centred(queries, known)
+    found = [
+        _squared_distances(rows, b).topk(count, largest=False).indices for rows in a.split(_BLOCK)
+    ]
+    return torch.cat(found).numpy()
+
+
+def _centred(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Both in float32 around the mean of ``b``, where squared distances lose fewer digits."""
+    center = b.mean(0, dtype=np.float64)
+    a, b = ((each - center).astype(np.float32) for each in (a, b))
+    return torch.from_numpy(a), torch.from_numpy(b)
+
+
+def _radii(features: Tensor, neighbours: int) -> Tensor:
+    """Squared distance of each member to its k-th nearest neighbour (N,)."""
+    found = []
+    for rows in features.split(_BLOCK):
+        best: Tensor | None = None
+        for others in features.split(_BLOCK):
+            distances = _squared_distances(rows, others)
+            if best is not None:
+                distances = torch.cat([best, distances], dim=1)
+            # One more: a member is its own nearest neighbour.
+            best = distances.topk(min(neighbours + 1, distances.shape[1]), largest=False).values
+        assert best is not None
+        found.append(best.amax(1))
+    return torch.cat(found)
+
+
+def _share_inside(queries: Tensor, members: Tensor, radii: Tensor) -> float:
+    """Share of the queries that lie in the ball of any member."""
+    inside = 0
+    for rows in queries.split(_BLOCK):
+        found = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+        for others, limits in zip(members.split(_BLOCK), radii.split(_BLOCK), strict=True):
+            found |= (_squared_distances(rows, others) <= limits).any(1)
+        inside += int(found.sum())
+    return inside / len(queries)
+
+
+def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """(N, M)."""
+    squares = a.square().sum(1, keepdim=True) + b.square().sum(1)
+    return squares.addmm_(a, b.T, alpha=-2.0).clamp_(min=0.0)
+
+
+def psnr(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
+    """Return the peak signal-to-noise ratio of each pair, in dB; infinite where they are equal.
+
+    Args:
+        a: (N, H, W, C), of any number type.
+        b: the same shape.
+        data_range: distance from the smallest to the largest possible value; 255 for bytes.
+
+    Returns:
+        (N,) float64.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be compared")
+    squared = np.square(a.astype(np.float64) - b.astype(np.float64))
+    error = squared.mean(axis=tuple(range(1, a.ndim)))
+    with np.errstate(divide="ignore"):
+        result: np.ndarray = 10.0 * np.log10(data_range**2 / error)
+    return result
+
+
+SSIM_WINDOW = 7
+"""Side of the averaging window, as in scikit-image."""
+
+
+def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
+    """Return the mean structural similarity of each pair of images (Wang et al. 2004).
+
+    Averaged over channels, with a uniform 7x7 window and sample covariances, as in scikit-image and
+    the published code. That code used a data range of 2 for images in [0, 1], which makes its
+    results too high: ``data_range=2`` on images in [0, 1] reproduces them, the true range is right.
+
+    Args:
+        a: (N, H, W, C), of any number type, H and W at least 7.
+        b: the same shape.
+        data_range: distance from the smallest to the largest possible value; 255 for bytes.
+
+    Returns:
+        (N,) float64, at most 1.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be compared")
+    if min(a.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"images of {a.shape[2]}x{a.shape[1]} are smaller than the 7x7 window")
+    x, y = (torch.from_numpy(i.astype(np.float64)).movedim(-1, 1) for i in (a, b))
+    mean_x, mean_y = _window_means(x), _window_means(y)
+    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    var_x = unbiased * (_window_means(x * x) - mean_x**2)
+    var_y = unbiased * (_window_means(y * y) - mean_y**2)
+    covariance = unbiased * (_window_means(x * y) - mean_x * mean_y)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
+    )
+    result: np.ndarray = similarity.mean(dim=(1, 2, 3)).numpy()
+    return result
+
+
+def _window_means(x: Tensor) -> Tensor:
+    """Mean over each window inside the image."""
+    return F.avg_pool2d(x, SSIM_WINDOW, stride=1)
+
+
+def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Return 100 times the cosine of each image's feature to its caption's, negative ones as 0.
+
+    As in Hessel et al. 2021.
+
+    Args:
+        images: (N, D), of any length.
+        texts: (N, D), of any length.
+
+    Returns:
+        (N,) float64, from 0 to 100; papers give the mean, sometimes divided by 100.
+    """
+    if images.shape != texts.shape:
+        raise ValueError(f"features of shapes {images.shape} and {texts.shape} do not fit")
+    a, b = (x.astype(np.float64) for x in (images, texts))
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosines = (a * b).sum(1) / np.maximum(norms, 1e-12)
+    result: np.ndarray = 100.0 * np.maximum(cosines, 0.0)
+    return result
+
+
+class CodebookUse(NamedTuple):
+    """Use of a codebook by the codes of a set of images."""
+
+    usage: float
+    """Share of the codes that occur, from 0 to 1."""
+    perplexity: float
+    """exp of the entropy of the codes' frequencies: the effective number of codes."""
+
+
+def codebook_use(counts: np.ndarray) -> CodebookUse:
+    """Return usage and perplexity.
+
+    Args:
+        counts: (codebook size,) occurrences of each code, by ``np.bincount`` with ``minlength``.
+
+    Raises:
+        ValueError: no code occurs.
+    """
+    total = counts.sum()
+    if total == 0:
+        raise ValueError("there are no codes")
+    frequencies = counts[counts > 0].astype(np.float64) / total
+    entropy = -(frequencies * np.log(frequencies)).sum()
+    return CodebookUse(usage=float((counts > 0).mean()), perplexity=float(np.exp(entropy)))

@@ -1,0 +1,364 @@
+"""Generated images, or any others, against a reference (paper sections 4.2 and 4.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llamagen.evaluation.image_sets import ImageSet, write_images
+from llamagen.evaluation.metrics import clip_score
+from llamagen.evaluation.networks.clip import ClipEncoder
+from llamagen.evaluation.pieces import make_pieces, named_pieces
+from llamagen.evaluation.protocols.common import (
+    SHEET_IMAGES,
+    Scores,
+    Workplace,
+    neighbours_sheets,
+    precision_name,
+    samples_sheet,
+    size_text,
+)
+from llamagen.evaluation.published import CLASS_CONDITIONAL, SAMPLES, SIZE, TEXT_SAMPLES
+from llamagen.evaluation.reference import ReferenceSource, write_statistics
+from llamagen.evaluation.report import Curve, Report, Table
+from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_samples, model_size
+from llamagen.pipeline import Pipeline
+from llamagen.support import distributed
+from llamagen.support.artifact import Advance
+from llamagen.support.errors import InputError
+
+_SAMPLES_FOLDER = "samples"
+_CLIP_BATCH = 64
+_CHOSEN = (
+    "the best of many settings, chosen on these very samples: measure it again with another seed"
+)
+
+
+def evaluate_classes(
+    pipeline: Pipeline,
+    plan: SamplePlan,
+    reference: ReferenceSource,
+    place: Workplace,
+    *,
+    order: LabelOrder = "balanced",
+    batch_size: int | None = None,
+    npz: Path | None = None,
+) -> Report:
+    """Generate images of all classes and compare them; called in every process of a run.
+
+    Images and features that are in the folder are not computed again.
+
+    Args:
+        pipeline: class-conditional.
+        plan: see ``SamplePlan.of_classes``.
+        reference: statistics, or images at the size of the samples.
+        place: network, device and folder.
+        order: of the plan, for the report.
+        batch_size: images generated at once; by default as many as fit into memory.
+        npz: file that the samples are written to in the form of ADM's evaluator.
+
+    Raises:
+        InputError: model, reference, network and folder do not fit together.
+        OSError: the disk is full.
+    """
+    samples = draw_samples(pipeline, plan, place.out / _SAMPLES_FOLDER, batch_size=batch_size)
+    if npz is not None and distributed.is_main():
+        write_images(npz, samples, samples.labels)
+    features = place.features(samples, "samples")
+    compared = place.reference(reference)
+    labels = pipeline.labels
+    assert labels is not None
+    names = [labels.name(int(prompt)) for prompt in plan.prompts[:SHEET_IMAGES]]
+    warnings = _too_few(len(samples), SAMPLES, "samples", "")
+    if place.has_inception and not compared.statistics_only:
+        warnings.append(
+            f"the reference {compared.name} is a set of images: published numbers are against "
+            f"ADM's statistics of ImageNet's training images (VIRTUAL_imagenet256_labeled.npz)"
+        )
+    report = Report(
+        protocol="c2i",
+        title=f"{pipeline.name}: {len(samples):,} images of {len(labels)} classes",
+        samples={**_about(pipeline, samples), "classes": order},
+        settings=_settings(pipeline, plan),
+        warnings=warnings + _size_warnings(samples, reference.images, "samples"),
+        pictures=[samples_sheet(samples, names), *neighbours_sheets(samples, features, compared)],
+    )
+    place.compare(report, features, compared)
+    if place.has_inception:
+        report.tables.append(
+            Table(
+                title="Published",
+                columns=("model", "codes", "guidance", "FID-50k"),
+                rows=tuple(
+                    (row.model, f"{row.grid}x{row.grid}", row.guidance_scale, row.fid)
+                    for row in CLASS_CONDITIONAL
+                ),
+                note="arXiv 2406.06525: 50,000 samples at 256x256 against ADM's training-set "
+                "statistics.",
+            )
+        )
+    elif reference.images is not None and set(reference.images.class_names) == set(labels.names):
+        # The classifier's classes are those of the reference, in its order.
+        classes = np.array([labels.names.index(name) for name in reference.images.class_names])
+        found = classes[features.probabilities[:, : len(classes)].argmax(1)]
+        assert samples.labels is not None
+        _add_classes(report, found, samples.labels, labels.names)
+    return report
+
+
+def evaluate_sweep(
+    pipeline: Pipeline,
+    plan: SamplePlan,
+    reference: ReferenceSource,
+    place: Workplace,
+    *,
+    guidance_scales: Sequence[float],
+    top_ks: Sequence[int],
+    order: LabelOrder = "balanced",
+    batch_size: int | None = None,
+) -> Report:
+    """Generate and compare images at every pair of settings; called in every process of a run.
+
+    Every pair has the classes, seeds and other settings of ``plan``. See ``evaluate_classes``.
+    """
+    compared = place.reference(reference)
+    found: dict[tuple[int, float], Scores] = {}
+    pictures = []
+    root = place.out / _SAMPLES_FOLDER
+    for top_k, guidance in itertools.product(top_ks, guidance_scales):
+        name = f"guidance {guidance:g}, top-k {top_k or 'all'}"
+        sampling = plan.sampling.replace(top_k=top_k, guidance_scale=guidance)
+        samples = draw_samples(
+            pipeline,
+            dataclasses.replace(plan, sampling=sampling),
+            root / f"guidance-{guidance:g}-top-k-{top_k}",
+            batch_size=batch_size,
+        )
+        found[top_k, guidance] = place.score(place.features(samples, name), compared)
+        pictures.append(samples_sheet(samples, title=name))
+    metrics = list(next(iter(found.values())).metrics)
+    frechet = metrics[0]
+    best = min(found, key=lambda pair: found[pair].metrics[frechet])
+    return Report(
+        protocol="sweep",
+        title=f"{pipeline.name}: {len(found)} settings of {len(plan):,} samples each",
+        metrics={
+            "best_guidance_scale": best[1],
+            "best_top_k": float(best[0]),
+            f"best_{frechet}": found[best].metrics[frechet],
+        },
+        reference={
+            "source": compared.name,
+            "images": compared.count,
+            "network": place.network.name,
+        },
+        samples={**_about(pipeline, samples), "folder": str(root)},
+        settings={"model": pipeline.name, "seed": plan.seed, "classes": order},
+        warnings=[_CHOSEN, *found[best].warnings],
+        tables=[
+            Table(
+                title="Settings",
+                columns=("top-k", "guidance", *metrics),
+                rows=tuple(
+                    (top_k or "all", guidance, *(scores.metrics.get(name) for name in metrics))
+                    for (top_k, guidance), scores in found.items()
+                ),
+            )
+        ],
+        curves=[_curve(found, name) for name in metrics],
+        pictures=pictures,
+    )
+
+
+def evaluate_texts(
+    pipeline: Pipeline,
+    plan: SamplePlan,
+    out: Path,
+    place: Workplace | None,
+    reference: ReferenceSource | None,
+    clip: ClipEncoder | None,
+    *,
+    batch_size: int | None = None,
+) -> Report:
+    """Generate an image of each caption and compare; called in every process of a run.
+
+    Args:
+        pipeline: text-conditional.
+        plan: see ``SamplePlan.of_prompts``.
+        out: folder of the samples.
+        place: with the network for FID; None leaves it out.
+        reference: the captions' own images; None leaves the FID out.
+        clip: for the CLIP score; None leaves it out.
+        batch_size: images generated at once; by default as many as fit into memory.
+
+    Raises:
+        InputError: model, captions, reference and folder do not fit together.
+        OSError: the disk is full.
+    """
+    prompts = [str(prompt) for prompt in plan.prompts]
+    pipeline.check_prompts(prompts)
+    samples = draw_samples(pipeline, plan, out / _SAMPLES_FOLDER, batch_size=batch_size)
+    report = Report(
+        protocol="t2i",
+        title=f"{pipeline.name}: images of {len(samples):,} captions",
+        reference={"source": "none"},
+        samples=_about(pipeline, samples),
+        settings=_settings(pipeline, plan),
+        pictures=[samples_sheet(samples, prompts)],
+    )
+    if place is not None and reference is not None:
+        features = place.features(samples, "samples")
+        compared = place.reference(reference)
+        report.warnings += _too_few(len(samples), TEXT_SAMPLES, "captions", " (COCO's val2014)")
+        if samples.size != (SIZE, SIZE):
+            report.warnings.append(
+                f"images are compared at {size_text(samples.size)}, not at {SIZE}x{SIZE}"
+            )
+        report.pictures += neighbours_sheets(samples, features, compared)
+        place.compare(report, features, compared)
+    if clip is not None:
+        report.metrics["clip_score"] = _mean_clip_score(samples, prompts, clip, out)
+        report.settings["clip"] = clip.name
+    return report
+
+
+def evaluate_folder(
+    images: ImageSet,
+    reference: ReferenceSource,
+    place: Workplace,
+    *,
+    save_reference: Path | None = None,
+) -> Report:
+    """Compare two sets of images; called in every process of a run.
+
+    The statistics of the reference are written to ``save_reference`` in the form of ADM's
+    evaluator.
+
+    Raises:
+        InputError: images, reference and network do not fit together.
+        OSError: the disk is full.
+    """
+    features = place.features(images, "images")
+    compared = place.reference(reference)
+    if save_reference is not None:
+        if compared.features is None or compared.statistics_only:
+            raise InputError(f"{compared.name} holds statistics already")
+        if distributed.is_main():
+            write_statistics(save_reference, compared.features)
+    report = Report(
+        protocol="folder",
+        title=f"{images.name} against {compared.name}",
+        samples={
+            "source": images.name,
+            "images": len(images),
+            "size": size_text(images.size),
+            "resizing": "none",
+        },
+        settings={"order": "shuffled, with seed 0"},
+        warnings=_size_warnings(images, reference.images, "images"),
+        pictures=[
+            samples_sheet(images, title="Images"),
+            *neighbours_sheets(images, features, compared),
+        ],
+    )
+    # Folders come in class order, which the Inception Score's splits must not.
+    order = np.random.default_rng(0).permutation(len(features))
+    shuffled = dataclasses.replace(features, probabilities=features.probabilities[order])
+    place.compare(report, shuffled, compared)
+    return report
+
+
+def _about(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
+    """A report's entries about generated images."""
+    return {
+        "images": len(samples),
+        "size": size_text(samples.size),
+        "drawn at": size_text(model_size(pipeline)),
+        "resizing": "none" if samples.plan.size is None else "bicubic, in float, before 8 bits",
+        "folder": str(samples.folder),
+    }
+
+
+def _settings(pipeline: Pipeline, plan: SamplePlan) -> dict[str, Any]:
+    """A report's entries about how images were generated."""
+    return {
+        "model": pipeline.name,
+        **dataclasses.asdict(plan.sampling),
+        "seed": plan.seed,
+        "precision": precision_name(pipeline.dtype),
+    }
+
+
+def _too_few(count: int, published: int, what: str, which: str) -> list[str]:
+    if count >= published:
+        return []
+    reason = "distances come out higher with fewer"
+    return [f"{count:,} {what} instead of the protocol's {published:,}{which}: {reason}"]
+
+
+def _size_warnings(images: ImageSet, reference: ImageSet | None, what: str) -> list[str]:
+    if reference is None or reference.size == images.size:
+        return []
+    own, other = size_text(images.size), size_text(reference.size)
+    return [
+        f"{what} have {own} pixels, the reference {other}: resizing alone changes the distances"
+    ]
+
+
+def _add_classes(
+    report: Report, found: np.ndarray, wanted: np.ndarray, names: Sequence[str]
+) -> None:
+    """Add how often a classifier finds each class where it was wanted."""
+    rows = []
+    for label in np.unique(wanted).tolist():
+        own = wanted == label
+        confused = np.bincount(found[own & (found != label)], minlength=len(names))
+        other = names[int(confused.argmax())] if confused.any() else None
+        rows.append((names[label], int(own.sum()), float((found[own] == label).mean()), other))
+    report.metrics["classifier_accuracy"] = float(np.mean([row[2] for row in rows]))
+    report.tables.append(
+        Table(
+            title="Classes",
+            columns=("class", "samples", "recognised", "most often taken for"),
+            rows=tuple(rows),
+            note="By the classifier, which was trained on the reference.",
+        )
+    )
+
+
+def _curve(found: dict[tuple[int, float], Scores], metric: str) -> Curve:
+    series: dict[str, list[tuple[float, float]]] = {}
+    for (top_k, guidance), scores in found.items():
+        series.setdefault(f"top-k {top_k or 'all'}", []).append((guidance, scores.metrics[metric]))
+    return Curve(
+        title=metric,
+        x="guidance scale",
+        series={name: sorted(points) for name, points in series.items()},
+    )
+
+
+def _mean_clip_score(
+    images: ImageSet, prompts: list[str], clip: ClipEncoder, folder: Path
+) -> float:
+    """CLIP score of all samples; every process scores a share."""
+
+    def scores(items: range, advance: Advance) -> dict[str, Any]:
+        found = []
+        for start in items[::_CLIP_BATCH]:
+            stop = min(items.stop, start + _CLIP_BATCH)
+            pixels = torch.from_numpy(np.array(images.read(start, stop))).movedim(-1, 1)
+            features = (clip.encode_images(pixels), clip.encode_texts(prompts[start:stop]))
+            found.append(clip_score(*(each.cpu().numpy() for each in features)))
+            advance(stop - start)
+        return {".npz": {"score": np.concatenate(found)}}
+
+    settings = {"clip": clip.name, "images": images.identity}
+    pieces = named_pieces(folder, "clip", settings, len(images))
+    make_pieces(pieces, scores, "CLIP score")
+    return float(pieces.rows("score").mean())

@@ -1,0 +1,427 @@
+"""Measurements of this machine: its limits, milliseconds per code, seconds per image."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import datetime as dt
+import functools
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import llamagen.checkpoints as checkpoints
+from llamagen.backends import CompiledStep, StepTimes, reference_only
+from llamagen.checkpoints.info import dtype_name, is_text_encoder, path_of
+from llamagen.checkpoints.sources import Source
+from llamagen.config import SamplingConfig
+from llamagen.generation import generate_codes
+from llamagen.models.transformer import KVCache, Transformer
+from llamagen.models.transformer.quantization import QuantizedLinear, quantize
+from llamagen.pipeline import Pipeline
+from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.errors import InputError
+
+_READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
+"""On a GPU enough that its cache and the time of a launch do not matter."""
+_PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
+_TRIES = 7
+
+
+def machine() -> dict[str, Any]:
+    """Return the machine and software of a measurement, for its record."""
+    return {
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
+        "python": platform.python_version(),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class MachineLimits:
+    """Rates of a device that no way of decoding can exceed."""
+
+    bytes_per_second: float
+    """Of reading memory."""
+    operations_per_second: float
+    """Multiplications and additions of a large matrix product."""
+
+    def seconds(self, *, read: float, operations: float) -> float:
+        """Return the minimum time to read so many bytes and compute so much, side by side."""
+        return max(read / self.bytes_per_second, operations / self.operations_per_second)
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
+    """Time a sum over 256 MB (on a GPU 2 GB) and a matrix product; the best of several tries."""
+    count = _READ_BYTES.get(device.type, _READ_BYTES["cpu"])
+    size = _PRODUCT_SIZE.get(device.type, _PRODUCT_SIZE["cpu"])
+    numbers = torch.ones(count // 4, device=device)
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    seconds = time_in_turn(
+        {"read": numbers.sum, "product": lambda: matrix @ matrix}, repeats=_TRIES
+    )
+    return MachineLimits(count / min(seconds["read"]), 2 * size**3 / min(seconds["product"]))
+
+
+def _processor() -> str:
+    """Model name and the instruction sets that decide the speed of bfloat16 and int8."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    pairs = (line.partition(":") for line in info.read_text().splitlines())
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+    found = [flag for flag in wanted if flag in lines.get("flags", "").split()]
+    family = f"family {lines.get('cpu family')} model {lines.get('model')}"
+    return f"{lines.get('model name', '')} ({family}; {', '.join(found)})"
+
+
+def time_in_turn(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    progress: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Return seconds per call of each candidate, in the order A B A B ... so that drift hits all.
+
+    Each is called once before, as a warm-up. ``progress`` is called after every call.
+    """
+
+    def timed(run: Callable[[], object]) -> float:
+        _wait()
+        start = time.perf_counter()
+        run()
+        _wait()
+        if progress is not None:
+            progress()
+        return time.perf_counter() - start
+
+    for run in candidates.values():
+        timed(run)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            seconds[name].append(timed(run))
+    return seconds
+
+
+def median_and_spread(values: Sequence[float], *, unit: float = 1.0) -> str:
+    """Return the median, and the smallest and largest value, each times ``unit``."""
+    low, high = min(values) * unit, max(values) * unit
+    return f"{statistics.median(values) * unit:.1f} ({low:.1f}-{high:.1f})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]
+"""Of the weights; with int8 everything else is bfloat16 where the device is fast at it, and
+"int8-all" has keys and values in 8 bits, too."""
+
+SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
+"""Measurements include guidance and top-k."""
+
+REFERENCE = "reference"
+"""The model's own operations, which every backend is compared with."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Speed in one precision, for one number of images."""
+
+    precision: str
+    images: int
+    """Each of them two rows of a batch."""
+    seconds_per_code: list[float]
+    """One number per repetition, for a code of every image."""
+    floor: float
+    """Minimum: seconds per code for reading weights and cache, or for computing."""
+    shares: dict[str, float] | None
+    """Of the time: products, attention, sampling, the rest; None where it is not counted."""
+
+    @property
+    def median(self) -> float:
+        """Seconds per code."""
+        return statistics.median(self.seconds_per_code)
+
+
+def measure_decoding(
+    model: Transformer,
+    precisions: Sequence[Precision],
+    images: Sequence[int],
+    *,
+    repeats: int,
+    reference: bool = True,
+    on_run: Callable[[], object] | None = None,
+) -> list[Measurement]:
+    """Time whole images with guidance and top-k 2000.
+
+    For each number of images all precisions run in turn, the reference among them.
+
+    Args:
+        model: class-conditional, in the precision that quantised weights go with.
+        precisions: of the weights.
+        images: numbers of images generated at once.
+        repeats: timings of each.
+        reference: measure the reference, too, in the first precision of floating-point weights.
+        on_run: called after every run.
+    """
+    models: dict[str, Transformer] = {p: _with_precision(model, p) for p in precisions}
+    for each in models.values():
+        if CompiledStep.supports(each):
+            # Compile in the warm-up runs, not after many steps.
+            CompiledStep.of(each, eager_steps=0)
+    limits = {name: measure_limits(each.device, each.dtype) for name, each in models.items()}
+    floats = next((name for name in precisions if not name.startswith("int")), None)
+    count = model.config.num_codes
+    found = []
+    for number in images:
+        labels = torch.arange(number, device=model.device) % model.config.num_classes
+        names = {name: name for name in models}
+        runs: dict[str, Callable[[], object]] = {}
+        if reference and floats is not None:
+            names = {f"{REFERENCE}, {floats}": floats, **names}
+        for run, name in names.items():
+            generate = functools.partial(_generate, models[name], labels)
+            runs[run] = generate if run == name else reference_only()(generate)
+        seconds = time_in_turn(runs, repeats=repeats, progress=on_run)
+        for run, name in names.items():
+            found.append(
+                Measurement(
+                    precision=run,
+                    images=number,
+                    seconds_per_code=[value / count for value in seconds[run]],
+                    floor=floor_seconds(models[name], number, limits[name]),
+                    shares=_shares(models[name], labels) if run == name else None,
+                )
+            )
+    return found
+
+
+def _with_precision(model: Transformer, precision: Precision) -> Transformer:
+    own = copy.deepcopy(model)
+    if precision in ("int8", "int8-all"):
+        quantize(own)
+        own.kv_cache_dtype = torch.int8 if precision == "int8-all" else None
+        return own
+    return own.to(getattr(torch, precision))
+
+
+def _generate(model: Transformer, labels: Tensor, times: StepTimes | None = None) -> Tensor:
+    return generate_codes(model, labels, seeds=range(len(labels)), sampling=SAMPLING, times=times)
+
+
+def floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> float:
+    """Return the minimum seconds for a code of each image, at the middle of the image."""
+    config, rows = model.config, 2 * images
+    matrices = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
+    weights = sum(m.in_features * m.out_features for m in matrices)
+    read = sum(tensor.nbytes for m in matrices for tensor in (*m.parameters(), *m.buffers()))
+    positions = config.condition_length + config.num_codes / 2
+    cache = KVCache.bytes_per_sequence(
+        config, config.condition_length + config.num_codes // 2, model.cache_dtype
+    )
+    attention = 4 * config.layers * config.dim * positions
+    return limits.seconds(
+        read=read + rows * cache,
+        operations=rows * (2 * weights + attention),
+    )
+
+
+def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
+    """Shares of the time of one run, counted by the CPU kernels."""
+    times = StepTimes()
+    start = time.perf_counter()
+    _generate(model, labels, times)
+    whole = time.perf_counter() - start
+    if not times.parts.any():
+        return None
+    products, attention, _ = (float(part) / whole for part in times.parts)
+    shares = {"products": products, "attention": attention, "sampling": times.sampling / whole}
+    return {**shares, "rest": 1 - sum(shares.values())}
+
+
+BATCHES = (1, 8)
+"""Numbers of images at once that ``measure_speed`` measures."""
+_SECONDS = 2.0
+"""Generation ends with the first finished row of the grid after this time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Speed of generating a number of images at once."""
+
+    images: int
+    seconds_per_code: float
+    """Of all images at once: time until the last measured row, over the codes of one image."""
+    codes: int
+    """Codes of an image that were generated; if not all, the rest is taken to be as fast."""
+    decode_seconds: float | None
+    """Image tokenizer, all images; None without one."""
+    seconds_per_image: float
+    images_per_minute: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeedSummary:
+    """Result of ``measure_speed``."""
+
+    device: str
+    dtype: str
+    machine: dict[str, Any]
+    """See ``machine``."""
+    estimates: tuple[Speed, ...]
+    """One per number of images, the smallest first."""
+    how: str
+    """Explanation of the times, in a few sentences."""
+
+
+@torch.inference_mode()
+def measure_speed(
+    source: Source,
+    *,
+    images: Sequence[int] = BATCHES,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype | None = None,
+) -> SpeedSummary:
+    """Generate images for a few seconds, with the model's own sampling settings.
+
+    The text encoder is not loaded; conditions of text have the maximum length.
+
+    Args:
+        source: as for ``describe_model``, with a transformer in it.
+        images: numbers of images generated at once.
+        device: where to compute.
+        dtype: precision of the weights; by default the one that images are generated in.
+
+    Raises:
+        FileNotFoundError: a file of the model is missing.
+        InputError: there is no such model, it generates no images, or it is a published one that
+            is not on this machine; or there is no such device or precision.
+    """
+    if not images or min(images) < 1:
+        raise InputError(f"images is {list(images)}, expected integers of at least 1")
+    where = find_device(device)
+    precision = find_dtype(dtype, where)
+    if is_text_encoder(Path(source).expanduser()):
+        raise InputError(
+            f"{source} is a text encoder, which generates no images; measure a pipeline"
+        )
+    found = checkpoints.resolve_pipeline(source)
+    for part in (found.transformer, found.tokenizer):
+        if part is not None and path_of(part) is None:
+            raise InputError(
+                f"{part} is not on this machine, so it cannot be measured; generate an image with "
+                f"{source} first, which downloads it"
+            )
+    model = checkpoints.load_transformer(found.transformer, device=where, dtype=precision)
+    pipeline = None
+    if found.tokenizer is not None:
+        tokenizer = checkpoints.load_tokenizer(found.tokenizer, device=where, dtype=precision)
+        pipeline = Pipeline(tokenizer, model)
+    return SpeedSummary(
+        device=str(where),
+        dtype=dtype_name(precision),
+        machine=machine(),
+        estimates=tuple(
+            _measure(model, pipeline, number, found.sampling) for number in sorted(set(images))
+        ),
+        how=_how(model, found.sampling, has_tokenizer=pipeline is not None),
+    )
+
+
+def _measure(
+    model: Transformer, pipeline: Pipeline | None, images: int, sampling: SamplingConfig
+) -> Speed:
+    """Speed of some images at once. Their conditions are zeros, which changes no time."""
+    config = model.config
+    condition = torch.zeros(images, dtype=torch.int64)
+    if config.condition == "text":
+        condition = torch.zeros(images, config.text_length, config.text_dim)
+    # In the first row, kernels are compiled and memory is allocated.
+    _time_rows(model, condition, sampling, seconds=0.0)
+    rows, seconds = _time_rows(model, condition, sampling, seconds=_SECONDS)
+    codes = rows * config.grid[1]
+    whole = seconds * config.num_codes / codes
+    decode_seconds = None
+    if pipeline is not None:
+        blank = torch.zeros(images, *config.grid, dtype=torch.int64)
+        start = time.perf_counter()
+        pipeline.decode(blank)
+        decode_seconds = time.perf_counter() - start
+        whole += decode_seconds
+    return Speed(
+        images=images,
+        seconds_per_code=seconds / codes,
+        codes=codes,
+        decode_seconds=decode_seconds,
+        seconds_per_image=whole / images,
+        images_per_minute=60 * images / whole,
+    )
+
+
+class _EnoughError(Exception):
+    """Ends a generation."""
+
+
+def _time_rows(
+    model: Transformer, condition: Tensor, sampling: SamplingConfig, *, seconds: float
+) -> tuple[int, float]:
+    """Generate until the first finished row after ``seconds``; return rows, and their time."""
+    rows, taken = 0, 0.0
+    start = time.perf_counter()
+
+    def on_row(row: int, codes: Tensor) -> None:
+        nonlocal rows, taken
+        codes[:, row - 1].cpu()  # a device may still compute them
+        rows, taken = row, time.perf_counter() - start
+        if taken > seconds:
+            raise _EnoughError
+
+    with contextlib.suppress(_EnoughError):
+        generate_codes(
+            model, condition, seeds=range(len(condition)), sampling=sampling, on_row=on_row
+        )
+    return rows, taken
+
+
+def _how(model: Transformer, sampling: SamplingConfig, *, has_tokenizer: bool) -> str:
+    config = model.config
+    guidance = "with" if sampling.guided else "without"
+    how = (
+        f"ms/code: time {guidance} guidance, for all images at once, over the {config.num_codes} "
+        f"codes of an image; of a slow model only the first rows are generated."
+    )
+    if config.condition == "text":
+        how += (
+            f" The prompt has {config.text_length} tokens, the maximum; the text encoder is left "
+            f"out."
+        )
+    if has_tokenizer:
+        return f"{how} Added is the image tokenizer's time for whole images."
+    return f"{how} There is no image tokenizer, so its time is left out."
