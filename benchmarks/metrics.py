@@ -12,6 +12,7 @@ above what it had before, measured in a process of its own.
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import resource
 import time
@@ -91,6 +92,9 @@ def alone(work: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     results = {"frechet": alone(frechet), "precision and recall": alone(neighbours)}
     rows = [
         [name, measure, f"{value:.4g}"]

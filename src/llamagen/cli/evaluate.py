@@ -182,7 +182,7 @@ class SampleOptions(EvaluationOptions):
 class ClassOptions(SampleOptions):
     """Which classes are generated."""
 
-    needs = (_REFERENCE, _MODEL)
+    needs: ClassVar[tuple[tuple[str, str], ...]] = (_REFERENCE, _MODEL)
 
     count: Count = 50_000
     """Samples, of each setting."""
@@ -434,8 +434,9 @@ def run(options: EvaluationOptions) -> None:
     for name, message in options.needs:
         if not getattr(options, name):
             raise InputError(message)
-    if getattr(options, "count", options.min_count) < options.min_count:
-        raise InputError(f"--num-images is {options.count}, expected at least {options.min_count}")
+    count = getattr(options, "count", options.min_count)
+    if count < options.min_count:
+        raise InputError(f"--num-images is {count}, expected at least {options.min_count}")
     from llamagen.evaluation.report import PAGE_NAME, require_page_packages, save_report
     from llamagen.support import distributed, storage
 
