@@ -11,14 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.classifier import ClassifierTraining, train_classifier
 
-from llamagen.evaluation.image_sets import CollectedImages
-from llamagen.evaluation.networks.classifier import ClassifierConfig
 from tests.evaluation.sets import write_noise
 from tests.tiny_models import tiny_text_pipeline
 
-CPU = ("--device", "cpu")
+CLASSIFIER = ("--network", "classifier", "--classifier-steps", "3", "--device", "cpu")
 EXACT = ("--device", "cpu", "--dtype", "float32")
 
 
@@ -28,23 +25,13 @@ def real(tmp_path_factory) -> Path:
     return write_noise(tmp_path_factory.mktemp("real") / "images", 60)
 
 
-@pytest.fixture(scope="module")
-def classifier(real, tmp_path_factory) -> tuple[str, ...]:
-    """Options that name a classifier trained on ``real``."""
-    folder, images = tmp_path_factory.mktemp("network"), CollectedImages.open(real)
-    train_classifier(
-        images, folder, ClassifierConfig(classes=5, size=16), ClassifierTraining(steps=3)
-    )
-    return ("--network", "classifier", "--classifier", str(folder), *CPU)
-
-
 def metrics(folder):
     return json.loads((folder / "report.json").read_text())["metrics"]
 
 
-def test_c2i_and_the_same_again(run, model_folder, real, classifier, tmp_path):
+def test_c2i_and_the_same_again(run, model_folder, real, tmp_path):
     command = ("evaluate", "c2i", "--model", model_folder, "--reference", real, "-n", 40)
-    command = (*command, *classifier, "--out", tmp_path / "e", "--npz", tmp_path / "s.npz")
+    command = (*command, *CLASSIFIER, "--out", tmp_path / "e", "--npz", tmp_path / "s.npz")
     result = run(*command)
     assert result.status == 0, result.err
     assert "note: 40 samples instead of the protocol's 50,000" in result.out
@@ -59,8 +46,8 @@ def test_c2i_and_the_same_again(run, model_folder, real, classifier, tmp_path):
     # What was written for other programs is evaluated like a folder.
     statistics = tmp_path / "r.npz"
     folder = run(
-        *("evaluate", "folder", tmp_path / "s.npz", real, *classifier, "--out", tmp_path / "f"),
-        *("--save-reference", statistics),
+        *("evaluate", "folder", tmp_path / "s.npz", real, *CLASSIFIER, "--out", tmp_path / "f"),
+        *("--classifier", tmp_path / "e" / "classifier", "--save-reference", statistics),
     )
     assert folder.status == 0, folder.err
     assert metrics(tmp_path / "f")["classifier_frechet"] == pytest.approx(
@@ -70,10 +57,10 @@ def test_c2i_and_the_same_again(run, model_folder, real, classifier, tmp_path):
         assert arrays["count"] == 60
 
 
-def test_tokenizer(run, model_folder, real, classifier, tmp_path):
+def test_tokenizer(run, model_folder, real, tmp_path):
     result = run(
         *("evaluate", "tokenizer", real, "-t", model_folder / "tokenizer", "--size", 16),
-        *(*classifier, "--out", tmp_path / "e"),
+        *(*CLASSIFIER, "--out", tmp_path / "e"),
     )
     assert result.status == 0, result.err
     found = metrics(tmp_path / "e")
@@ -97,21 +84,21 @@ def test_likelihood(run, model_folder, real, tmp_path):
     assert found["bits_per_pixel"] == pytest.approx(found["bits_per_code"] * 16 / 256)
 
 
-def test_sweep(run, model_folder, real, classifier, tmp_path):
+def test_sweep(run, model_folder, real, tmp_path):
     result = run(
         *("evaluate", "sweep", "--model", model_folder, "--reference", real, "-n", 10),
-        *("--guidance-scales", 1, 2, "--top-ks", 0, 3, *classifier, "--out", tmp_path / "e"),
+        *("--guidance-scales", 1, 2, "--top-ks", 0, 3, *CLASSIFIER, "--out", tmp_path / "e"),
     )
     assert result.status == 0, result.err
     table = json.loads((tmp_path / "e" / "report.json").read_text())["tables"][0]
     assert [row[:2] for row in table["rows"]] == [["all", 1], ["all", 2], [3, 1], [3, 2]]
 
 
-def test_t2i(run, real, classifier, tmp_path):
+def test_t2i(run, real, tmp_path):
     tiny_text_pipeline().save_pretrained(tmp_path / "model")
     (tmp_path / "captions.txt").write_text("a cat\na dog\na fox\n")
     command = ("evaluate", "t2i", "--model", tmp_path / "model", "--clip", "none")
-    command = (*command, "--prompts-file", tmp_path / "captions.txt", *classifier)
+    command = (*command, "--prompts-file", tmp_path / "captions.txt", *CLASSIFIER)
     result = run(*command, "--reference", real, "--out", tmp_path / "e")
     assert result.status == 0, result.err
     assert "classifier_frechet" in metrics(tmp_path / "e")
@@ -119,12 +106,12 @@ def test_t2i(run, real, classifier, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(model_folder, real, classifier, tmp_path):
+def test_two_processes_find_what_one_does(model_folder, real, tmp_path):
     def evaluate(out, *launcher):
         words = [*launcher, "evaluate", "c2i", "--model", str(model_folder)]
-        words += ["--reference", str(real), "-n", "600", *classifier, "--dtype", "float32"]
+        words += ["--reference", str(real), "-n", "600", *CLASSIFIER, "--dtype", "float32"]
         # The sampled codes, and so the metrics, are those of one process.
-        words += ["--out", str(out)]
+        words += ["--classifier", str(tmp_path / "classifier"), "--out", str(out)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(words, check=True, capture_output=True, timeout=300, env=environment)
         return metrics(out)
@@ -136,13 +123,13 @@ def test_two_processes_find_what_one_does(model_folder, real, classifier, tmp_pa
 
 
 @pytest.mark.slow
-def test_killed_and_started_again(model_folder, real, classifier, tmp_path):
+def test_killed_and_started_again(model_folder, real, tmp_path):
     def command(out):
         words = [sys.executable, "-m", "llamagen", "evaluate", "c2i", "--model", str(model_folder)]
         # Chosen by a measurement otherwise, which other work on the machine can sway.
         words += ["--dtype", "float32"]
-        words += ["--reference", str(real), "-n", "1500", *classifier, "--out", str(out)]
-        return words
+        words += ["--reference", str(real), "-n", "1500", *CLASSIFIER, "--out", str(out)]
+        return [*words, "--classifier", str(tmp_path / "classifier")]
 
     subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=300)
     samples = tmp_path / "killed" / "samples"
@@ -159,7 +146,7 @@ def test_killed_and_started_again(model_folder, real, classifier, tmp_path):
     assert all(path.stat().st_mtime_ns == then for path, then in kept.items())
 
 
-def test_bad_input(fails, model_folder, real, classifier, tmp_path):
+def test_bad_input(fails, run, model_folder, real, tmp_path):
     out = ("--out", tmp_path / "e")
     assert "--reference an .npz file" in fails("evaluate", "c2i", "--model", model_folder, *out)
     assert "expected at least 2" in fails(
@@ -167,7 +154,7 @@ def test_bad_input(fails, model_folder, real, classifier, tmp_path):
     )
     assert "give --model" in fails("evaluate", "c2i", "--reference", real, *out)
     assert "does not exist" in fails(
-        "evaluate", "folder", real, tmp_path / "nowhere.npz", *classifier, *out
+        "evaluate", "folder", real, tmp_path / "nowhere.npz", *CLASSIFIER, *out
     )
     assert "two sets of images" in fails("evaluate", "folder", real, *out)
     (tmp_path / "weights.pth").write_bytes(b"cut off")
@@ -176,7 +163,8 @@ def test_bad_input(fails, model_folder, real, classifier, tmp_path):
     assert "--network classifier" in text
     np.savez(tmp_path / "s.npz", mu=np.zeros(3), sigma=np.eye(3))
     assert "statistics of Inception's features" in fails(
-        *("evaluate", "folder", real, tmp_path / "s.npz", *out, *classifier),
+        *("evaluate", "folder", real, tmp_path / "s.npz", *out, *CLASSIFIER),
+        *("--classifier", _classifier(run, real, tmp_path)),
     )
     assert "holds statistics; give the images" in fails(
         "evaluate", "tokenizer", tmp_path / "s.npz", *out
@@ -185,9 +173,8 @@ def test_bad_input(fails, model_folder, real, classifier, tmp_path):
         *("evaluate", "sweep", "--model", model_folder, "--reference", real),
         *("--guidance-scales", *out),
     )
-    assert "train one with python benchmarks/classifier.py" in fails(
-        "evaluate", "folder", real, real, "--network", "classifier", *out
-    )
-    assert "--classifier-steps was removed" in fails(
-        "evaluate", "folder", real, real, "--classifier-steps", 3, *out
-    )
+
+
+def _classifier(run, real, tmp_path) -> Path:
+    assert run("evaluate", "folder", real, real, *CLASSIFIER, "--out", tmp_path / "c").status == 0
+    return tmp_path / "c" / "classifier"

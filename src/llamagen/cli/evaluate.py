@@ -13,6 +13,7 @@ from llamagen.cli.options import (
     QuantizationOptions,
     SettingOptions,
     given_settings,
+    require_at_least,
     setting_options,
 )
 from llamagen.data.columns import SourceConfig
@@ -51,25 +52,33 @@ class NetworkOptions:
     """In whose features images are compared."""
 
     network: Literal["inception", "classifier"] = "inception"
-    """Inception-v3, as published; or a small classifier that was trained on the reference's
-    classes, for data that Inception does not suit and machines that do not have it."""
+    """Inception-v3, as published; or a small classifier that is trained on the reference's classes,
+    for data that Inception does not suit and machines that do not have it."""
     inception: str | None = None
     """Inception's weights (pt_inception-2015-12-05-6726825d.pth): a file, an address, or a file on
     the hub. Default: downloaded once."""
     classifier: Path | None = None
-    """Folder of the classifier, as benchmarks/classifier.py writes it. Default: "classifier" in the
-    output folder."""
+    """Folder of the classifier. Default: "classifier" in the output folder; trained if it is not
+    there."""
+    classifier_steps: int = 2000
+    """Training steps of the classifier, of 128 images each."""
+    classifier_flip: bool = False
+    """Whether mirror images keep their class."""
 
-    def open(self, out: Path, device: torch.device) -> FeatureNetwork:
-        """Load or download the network; called in every process."""
+    def open(self, out: Path, reference: ImageSet | None, device: torch.device) -> FeatureNetwork:
+        """Load, download or train the network; called in every process."""
         from llamagen.evaluation.networks import InceptionV3
-        from llamagen.evaluation.networks.classifier import ClassifierFeatures, load_classifier
+        from llamagen.evaluation.networks.train_classifier import (
+            ClassifierTraining,
+            open_classifier,
+        )
         from llamagen.support import distributed
 
         if self.network == "classifier":
-            return ClassifierFeatures(
-                load_classifier(self.classifier or out / "classifier", device=device)
-            )
+            require_at_least(1, self, "classifier_steps")
+            training = ClassifierTraining(steps=self.classifier_steps, flip=self.classifier_flip)
+            folder = self.classifier or out / "classifier"
+            return open_classifier(folder, reference, device, training)
         try:
             with distributed.main_first():
                 return InceptionV3.from_weights(self.inception, device=device)
@@ -140,11 +149,14 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
             raise InputError(f"{source} holds statistics; give the images themselves")
         return found.images
 
-    def workplace(self, compare: NetworkOptions, device: torch.device) -> Workplace:
+    def workplace(
+        self, compare: NetworkOptions, reference: ReferenceSource, device: torch.device
+    ) -> Workplace:
         """Return the network of a comparison, with the folder of its results."""
         from llamagen.evaluation.protocols.common import Workplace
 
-        return Workplace(out=self.out, network=compare.open(self.out, device), device=device)
+        network = compare.open(self.out, reference.images, device)
+        return Workplace(out=self.out, network=network, device=device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,11 +209,12 @@ class ClassOptions(SampleOptions):
         if pipeline.labels is None:
             raise InputError(f"{pipeline.name} draws texts, not classes; use evaluate t2i")
         plan = SamplePlan.of_classes(pipeline, self.count, order=self.classes, **self.plan())
+        reference = self.find_reference(pipeline)
         return {
             "pipeline": pipeline,
             "plan": plan,
-            "reference": self.find_reference(pipeline),
-            "place": self.workplace(self.compare, device),
+            "reference": reference,
+            "place": self.workplace(self.compare, reference, device),
             "order": self.classes,
             "batch_size": self.batch_size,
         }
@@ -299,7 +312,7 @@ class Texts(SettingOptions, SampleOptions):
                 clip = ClipEncoder.from_pretrained(str(self.clip), device=device)
         if self.reference is not None:
             reference = self.find_reference(pipeline)
-            place = self.workplace(self.compare, device)
+            place = self.workplace(self.compare, reference, device)
         return evaluate_texts(
             pipeline, plan, self.out, place, reference, clip, batch_size=self.batch_size
         )
@@ -350,13 +363,14 @@ class Tokenizer(EvaluationOptions):
                 self.tokenizer, device=device, dtype=find_dtype(exact, device)
             )
         compared = SIZE if size is not None and size > SIZE else None
+        reference = self.find(self.reference or self.images, compared or size)
         return evaluate_tokenizer(
             self.tokenizer,
             Reconstructions(
                 tokenizer, images, self.out / "reconstructions", compared_size=compared
             ),
-            self.find(self.reference or self.images, compared or size),
-            self.workplace(self.compare, device) if self.rfid else None,
+            reference,
+            self.workplace(self.compare, reference, device) if self.rfid else None,
             perceptual=self._perceptual(device),
         )
 
@@ -398,12 +412,10 @@ class Folder(EvaluationOptions):
         """See ``EvaluationOptions``."""
         from llamagen.evaluation.protocols.comparison import evaluate_folder
 
-        return evaluate_folder(
-            self.find_images(self.images, self.size),
-            self.find(self.reference, self.size),
-            self.workplace(self.compare, device),
-            save_reference=self.save_reference,
-        )
+        images = self.find_images(self.images, self.size)
+        reference = self.find(self.reference, self.size)
+        place = self.workplace(self.compare, reference, device)
+        return evaluate_folder(images, reference, place, save_reference=self.save_reference)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

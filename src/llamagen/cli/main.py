@@ -53,10 +53,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 _REMOVED = {
     "--row-lag": "it was approximate; leave it out, codes are then exact",
-    **dict.fromkeys(
-        ("--classifier-steps", "--classifier-flip", "--no-classifier-flip"),
-        "evaluation trains no classifier; train it with benchmarks/classifier.py",
-    ),
     "int4": "8 bits are faster and more exact; use int8",
 }
 """Flags, and values of --quantization and --precisions, of earlier versions -> the remedy."""

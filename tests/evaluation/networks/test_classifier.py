@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import benchmarks.classifier as module
 import numpy as np
 import pytest
 import torch
-from benchmarks.classifier import ClassifierTraining, train_classifier
 from PIL import Image
 
 from llamagen.evaluation.image_sets import CollectedImages
+from llamagen.evaluation.networks import train_classifier as module
 from llamagen.evaluation.networks.classifier import (
     ClassifierConfig,
     ClassifierFeatures,
     load_classifier,
 )
+from llamagen.evaluation.networks.train_classifier import ClassifierTraining, train_classifier
 from llamagen.support.errors import InputError
 
 SMALL = ClassifierConfig(classes=2, size=8, channels=(8, 16))
@@ -80,8 +80,3 @@ def test_rejects_images_without_classes(images, tmp_path):
     Image.new("RGB", (8, 8)).save(flat / "a.png")
     with pytest.raises(InputError, match="has no classes to train a classifier on"):
         train_classifier(CollectedImages.open(flat), tmp_path / "c", SMALL, QUICK)
-
-
-def test_load_names_the_program_that_trains(tmp_path):
-    with pytest.raises(InputError, match=r"no classifier; train one with .*classifier\.py"):
-        load_classifier(tmp_path / "nowhere")

@@ -20,7 +20,6 @@ import llamagen.support.storage as storage
 from llamagen.config import read_json
 from llamagen.evaluation.features import NetworkOutput
 from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel
-from llamagen.support.errors import InputError
 from llamagen.support.labels import FILE_NAME, Labels
 
 _MEASURED_NAME = "measured.json"
@@ -108,13 +107,9 @@ def load_classifier(folder: Path, *, device: torch.device | str = "cpu") -> Clas
     """Read the files of ``save_classifier``.
 
     Raises:
-        InputError: it holds no classifier.
+        FileNotFoundError: there is no such folder.
+        InputError: it holds something else.
     """
-    if not (folder / CONFIG_NAME).is_file():
-        raise InputError(
-            f"{folder} holds no classifier; train one with python benchmarks/classifier.py IMAGES "
-            f"--out {folder}"
-        )
     model = Classifier.from_folder(folder, device=device)
     model.labels = Labels.load(folder / FILE_NAME)
     model.accuracy = float(read_json(folder / _MEASURED_NAME)["accuracy"])

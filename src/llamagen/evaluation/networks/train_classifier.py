@@ -1,6 +1,4 @@
-"""Train the small classifier that ``llamagen evaluate ... --network classifier`` compares with.
-
-    python benchmarks/classifier.py reference/ --out evaluation/classifier
+"""Training of the small classifier of an evaluation.
 
 Shapes: N images of H x W pixels, as uint8.
 """
@@ -10,24 +8,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
 from llamagen.data.loader import DataOrder
-from llamagen.evaluation.image_sets import CollectedImages, ImageSet
+from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.networks.classifier import (
     Classifier,
     ClassifierConfig,
+    ClassifierFeatures,
+    load_classifier,
     save_classifier,
 )
-from llamagen.support.devices import find_device, find_dtype
+from llamagen.models.pretrained import CONFIG_NAME
+from llamagen.support import distributed
+from llamagen.support.devices import find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 
@@ -55,6 +56,26 @@ class ClassifierTraining:
     held_out: float = 0.1
     """Part of the images that its accuracy is measured on."""
     seed: int = 0
+
+
+def open_classifier(
+    folder: Path, images: ImageSet | None, device: torch.device, training: ClassifierTraining
+) -> ClassifierFeatures:
+    """Return the classifier in a folder, trained on images if it is not there yet.
+
+    Called in every process of a run; the main one trains.
+
+    Raises:
+        InputError: there is none, and no images with classes to train it on.
+    """
+    if distributed.is_main() and not (folder / CONFIG_NAME).is_file() and images is not None:
+        config = ClassifierConfig(
+            classes=max(2, len(images.class_names)), size=min(_MAX_SIDE, *images.size)
+        )
+        with tqdm(total=training.steps, desc="training the classifier", disable=None) as bar:
+            train_classifier(images, folder, config, training, device=device, progress=bar.update)
+    distributed.barrier()
+    return ClassifierFeatures(load_classifier(folder, device=device))
 
 
 def train_classifier(
@@ -188,40 +209,3 @@ def _augmented(images: Tensor, training: ClassifierTraining, rng: torch.Generato
     columns = offsets[:, 1:] + torch.where(mirrored[:, None], along.flip(0), along)
     each = torch.arange(count)[:, None, None]
     return padded.movedim(1, -1)[each, rows[:, :, None], columns[:, None]].movedim(-1, 1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Train the small classifier that images are compared with."""
-
-    images: tyro.conf.Positional[str]
-    """Images with classes: a folder of class folders, or any other source that training takes."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("evaluation/classifier")
-    """Folder of the classifier; an interrupted training is resumed."""
-    steps: int = 2000
-    """Training steps, of 128 images each."""
-    flip: bool = False
-    """Whether mirror images keep their class."""
-    device: str = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
-
-
-def main() -> None:
-    """Train, and print the accuracy."""
-    options = tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,))
-    if options.steps < 1:
-        raise InputError(f"--steps is {options.steps}, expected at least 1")
-    images = CollectedImages.open(options.images)
-    size = min(_MAX_SIDE, *images.size)
-    config = ClassifierConfig(classes=max(2, len(images.class_names)), size=size)
-    training = ClassifierTraining(steps=options.steps, flip=options.flip)
-    device = find_device(options.device)
-    with tqdm(total=options.steps, desc="training", disable=None) as bar:
-        model = train_classifier(
-            images, options.out, config, training, device=device, progress=bar.update
-        )
-    print(f"{options.out}: {model.accuracy:.1%} of held-out images are recognised")
-
-
-if __name__ == "__main__":
-    main()
