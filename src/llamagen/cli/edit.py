@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from llamagen.cli.options import ImageOptions
+from llamagen.cli.options import CHOICES, ImageOptions, given_settings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def run(options: EditOptions) -> None:
     """Edit, save the images and print where they are."""
     if bool(options.prompts) == bool(options.classes):
         raise InputError("say what the image is of, with either --prompt or --class")
-    arguments = options.sampling_arguments()
+    arguments = given_settings(options, *CHOICES)
     options.require_out()
     if not options.image.is_file():
         raise FileNotFoundError(f"{options.image} does not exist; give an image file")

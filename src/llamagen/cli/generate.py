@@ -6,7 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llamagen.cli.options import EngineOptions, ImageOptions, given_settings, require_at_least
+from llamagen.cli.options import (
+    CHOICES,
+    EngineOptions,
+    ImageOptions,
+    given_settings,
+    require_at_least,
+)
 from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.support.errors import InputError
 
@@ -69,7 +75,7 @@ def run(options: Options) -> None:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    arguments = options.sampling_arguments()
+    arguments = given_settings(options, *CHOICES)
     options.require_out()
     device, dtype = options.resolve()
     pipe = _load(options.model, options, device, dtype)
@@ -136,7 +142,7 @@ def _draw_file(options: Options, path: Path) -> None:
     from llamagen.support.devices import keep_freed_memory
     from llamagen.support.launch import Launch, own_device
 
-    arguments = options.sampling_arguments()
+    arguments = given_settings(options, *CHOICES)
     if options.best_of == 1:
         del arguments["best_of"], arguments["rank_by"]
     device, dtype = options.resolve()

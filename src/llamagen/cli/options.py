@@ -87,15 +87,20 @@ def setting_options(*, default: str = "the model's own", without: Collection[str
     return dataclasses.make_dataclass("SettingOptions", fields, frozen=True, kw_only=True)
 
 
-def given_settings(options: object) -> dict[str, Any]:
-    """Return the sampling settings that were given, by name.
+CHOICES = ("negative_prompt", "blend", "blend_share", "best_of", "rank_by")
+"""Options that are arguments of a pipeline besides the sampling settings."""
+
+
+def given_settings(options: object, *others: str) -> dict[str, Any]:
+    """Return the sampling settings, and other options, that were given, by name.
 
     Raises:
-        InputError: one lies outside its range.
+        InputError: a setting lies outside its range.
     """
-    values = {each.name: getattr(options, each.name, None) for each in sampling_settings()}
+    settings = [setting.name for setting in sampling_settings()]
+    values = {name: getattr(options, name, None) for name in (*settings, *others)}
     given = {name: value for name, value in values.items() if value is not None}
-    SamplingConfig().replace(**given)
+    SamplingConfig().replace(**{name: given[name] for name in settings if name in given})
     return given
 
 
@@ -122,13 +127,6 @@ class SamplingOptions(SettingOptions):
     rank_by: Ranking = "likelihood"
     """How the best is chosen: likelihood, the most likely codes, which tend to be plain; or
     condition, those that the prompt or class makes more likely."""
-
-    def sampling_arguments(self) -> dict[str, Any]:
-        """Return those given, as arguments of a pipeline; raise InputError if one is no setting."""
-        names = ("negative_prompt", "blend", "blend_share", "best_of", "rank_by")
-        values = {name: getattr(self, name) for name in names}
-        given = {name: value for name, value in values.items() if value is not None}
-        return {**given_settings(self), **given}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

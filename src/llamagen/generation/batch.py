@@ -154,7 +154,8 @@ class Batch:
         self._cache.lengths[first:] = (tokens.positions[tokens.wanted] + 1).tolist()
         self.images += joined
         passes = {image: image.schedule.first_pass() for image in joined}
-        self._sample(logits, passes, {key: row for row, key in enumerate(self._sequences[first:])})
+        rows = {key: row for row, key in enumerate(self._sequences[first:])}
+        self._accept(passes, self._sample(logits, passes, rows))
         return joined
 
     @torch.inference_mode()
@@ -194,7 +195,7 @@ class Batch:
             wanted=np.array(wanted, dtype=np.int64),
         )
         logits = self._step(tokens, self._cache, self.grid)
-        accepted = self._sample(logits, passes, first_rows)
+        accepted = self._accept(passes, self._sample(logits, passes, first_rows))
         for number, (image, _) in enumerate(self._sequences):
             self._cache.lengths[number] += accepted.get(image, 0)
 
@@ -293,35 +294,14 @@ class Batch:
         logits: Tensor,
         passes: dict[GenerationState, Pass],
         first_rows: dict[tuple[GenerationState, _Role], int],
-    ) -> dict[GenerationState, int]:
-        """Sample what a pass predicts; return the tokens of each image that are final.
+    ) -> list[int]:
+        """Sample what a pass predicts; return the codes if a schedule needs them.
 
         ``first_rows`` says where in ``logits`` the rows of each sequence begin, one per code.
         """
-        sampled: list[int] = []
-        if any(one.sample for one in passes.values()):
-            began = time.perf_counter()
-            codes = self._sample_rows(logits, passes, first_rows)
-            if self._times is not None:
-                self._times.sampling += time.perf_counter() - began
-            if any(image.schedule.needs_codes for image in passes):
-                sampled = codes.tolist()
-        accepted, start = {}, 0
-        for image, one in passes.items():
-            own = sampled[start : start + len(one.sample)]
-            start += len(one.sample)
-            before = image.final
-            accepted[image] = image.schedule.accept(own)
-            if NOT_FINITE in own[: image.final - before]:
-                self._not_finite[image.row] += 1
-        return accepted
-
-    def _sample_rows(
-        self,
-        logits: Tensor,
-        passes: dict[GenerationState, Pass],
-        first_rows: dict[tuple[GenerationState, _Role], int],
-    ) -> Tensor:
+        if not any(one.sample for one in passes.values()):
+            return []
+        began = time.perf_counter()
         conditional: list[int] = []
         unconditional: list[int] = []
         scales: list[float] = []
@@ -361,11 +341,29 @@ class Batch:
         known = self._known[where]
         codes = torch.where(known == UNKNOWN, codes, known)
         self._codes[where] = codes
-        if any(image.schedule.needs_codes for image in passes):
-            # Guesses may lead to anything: ``_sample`` counts only codes that are final.
-            return codes.where(finite, NOT_FINITE)
-        self._not_finite.index_add_(0, where[0], (~finite).to(torch.int32))
-        return codes
+        are_needed = any(image.schedule.needs_codes for image in passes)
+        if are_needed:
+            # Guesses may lead to anything: ``_accept`` counts only codes that are final.
+            codes = codes.where(finite, NOT_FINITE)
+        else:
+            self._not_finite.index_add_(0, where[0], (~finite).to(torch.int32))
+        if self._times is not None:
+            self._times.sampling += time.perf_counter() - began
+        return codes.tolist() if are_needed else []
+
+    def _accept(
+        self, passes: dict[GenerationState, Pass], sampled: list[int]
+    ) -> dict[GenerationState, int]:
+        """Tell schedules what was sampled; return the tokens of each image that are final."""
+        accepted, start = {}, 0
+        for image, one in passes.items():
+            own = sampled[start : start + len(one.sample)]
+            start += len(one.sample)
+            before = image.final
+            accepted[image] = image.schedule.accept(own)
+            if NOT_FINITE in own[: image.final - before]:
+                self._not_finite[image.row] += 1
+        return accepted
 
     def _sampler_of(self, passes: dict[GenerationState, Pass]) -> Sampler:
         """Return the sampler of a pass: that of the pass before, if it has the same rows."""

@@ -454,11 +454,15 @@ class Pipeline:
         images: list[Image.Image] = []
         scores: list[Tensor] = []
         arriving: list[Callable[[], list[Image.Image]]] = []
-        for first, part in self._generate(requests, batch_size, callback):
-            batches.append(part.cpu())
+        engine = self._engine_for(requests)
+        size = batch_size or engine.batch_size(requests)
+        for first in range(0, len(requests), size):
+            part = requests[first : first + size]
+            on_progress = None if callback is None else _moved(callback, first)
+            sampled = engine.generate(part, batch_size=size, on_progress=on_progress)
+            batches.append(sampled.cpu())
             if ranking:
-                own_requests = requests[first : first + len(part)]
-                scores.append(score_images(self.transformer, part, own_requests, rank_by))
+                scores.append(score_images(self.transformer, sampled, part, rank_by))
             elif output_type == "pil":
                 arriving.append(self.decode_later(batches[-1]))
             # Images are fetched when the next batch has been launched: no GPU waits for that.
@@ -557,25 +561,16 @@ class Pipeline:
         for part in codes.split(size):
             yield tokenizer.decode(part)
 
-    def _generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        batch_size: int | None,
-        callback: ProgressCallback | None,
-    ) -> Iterator[tuple[int, Tensor]]:
-        """The first image of each batch, and the codes (images of the batch, rows, columns)."""
-        # Whatever is wrong with one before an engine starts or the first is generated.
+    def _engine_for(self, requests: Sequence[GenerationRequest]) -> Engine:
+        """Return the engine, once no request has anything wrong with it."""
         if not self.can_edit:
+            # Before an engine starts.
             for request in requests:
                 refuse_edits(request, self.engine)
         engine = self.code_engine
         for request in requests:
             engine.check(request)
-        size = batch_size or engine.batch_size(requests)
-        for first in range(0, len(requests), size):
-            on_progress = None if callback is None else _moved(callback, first)
-            part = requests[first : first + size]
-            yield first, engine.generate(part, batch_size=size, on_progress=on_progress)
+        return engine
 
     def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
         """Raise InputError where text features cannot stand for a prompt."""
