@@ -45,6 +45,7 @@ def test_every_stage_in_short(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_as_it_ships(tmp_path):
     """What the README promises: nine tenths recognised, in less than 2 GiB."""
     program = (

@@ -191,7 +191,7 @@ def training_command(digits, out, *, steps):
     return [*program, "--data", str(digits), "--out", str(out), *flags.split()]
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_killed_process(digits, tmp_path, kills):
     def command(out):
         return training_command(digits, out, steps=12 + 5 * kills)
