@@ -154,7 +154,7 @@ def test_keeps_finished_shards(tokenizer, images, tmp_path, monkeypatch):
     out = tmp_path / "codes"
     extract_store(tokenizer, images, VIEWS, out, shard_size=4)
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("shard-*")}
-    monkeypatch.setattr(extraction, "_encode", None)
+    monkeypatch.setattr(extraction, "_encode", lambda *_: pytest.fail("encoded again"))
     again = extract_store(tokenizer, images, VIEWS, out, shard_size=4)
     assert again.images == 0
     assert len(again.store) == 11

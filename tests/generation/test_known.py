@@ -95,7 +95,7 @@ def test_rows_are_reported_as_they_finish(model):
 @pytest.mark.parametrize(
     ("known", "message"),
     [
-        (torch.zeros(2, 4, 4), r"shape \(2, 4, 4\), expected those of 3 images"),
+        (torch.zeros(2, 4, 4), "2 known codes for 3 images"),
         (torch.full((3, 4, 4), 64), "reach from 64 to 64, expected codes below 64"),
         (torch.full((3, 4, 4), -2), "reach from -2 to -2"),
     ],
