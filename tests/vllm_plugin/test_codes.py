@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from llamagen.backends import reference_only
 from llamagen.config import SamplingConfig
 from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import ExportOptions
@@ -201,6 +202,8 @@ def test_half_precision(start):
     engine = start(model, dtype="bfloat16")
     drawn = engine.draw(images)
     assert drawn == engine.draw(images)
-    expected = [alone(model, image) for image in images]
-    # The first code has no history that rounding could have changed.
+    # Both round after each of torch's operations, which the kernels do not; and the first code has
+    # no history that rounding could have changed.
+    with reference_only():
+        expected = [alone(model, image) for image in images]
     assert [codes[0] for codes in drawn] == [codes[0] for codes in expected]

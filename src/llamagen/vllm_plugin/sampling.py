@@ -77,7 +77,9 @@ class CodeSampling:
         each = np.arange(count, dtype=np.int64)
         rows = Rows(each, np.where(scales == 1.0, -1, each), scales)
         conditional = logits[:, : self.codebook_size]
-        unconditional = logits[:, self.codebook_size : 2 * self.codebook_size]
+        unconditional = conditional
+        if (scales != 1.0).any():
+            unconditional = logits[:, self.codebook_size : 2 * self.codebook_size]
         # Whether all is finite is not asked: that would synchronise with the device at every step.
         codes, finite = self._sampler(
             conditional, unconditional, rows, _to_device(logits.device, uniforms)
