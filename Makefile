@@ -23,7 +23,7 @@ NUMERIC := tests/parity tests/models tests/generation tests/backends tests/pipel
 
 help:
 	@echo "make demo     draw a sheet with the models that come with the package (seconds)"
-	@echo "make demo-train  train on handwritten digits and draw some (about 4 minutes)"
+	@echo "make demo-train  train on handwritten digits and draw some (4 to 9 minutes)"
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
 	@echo "make test-limited  run the numeric tests as processors without AVX-512 or AVX2 would"
 	@echo "make test-newest  run the tests with the newest release of every dependency"
