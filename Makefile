@@ -16,7 +16,8 @@ PYTEST_ARGS ?=
 # One worker for each core; each starts with a contiguous part of the tests, so that fixtures of a
 # module are made once.
 PYTEST := python -m pytest -n auto --dist worksteal
-NUMERIC := tests/parity tests/models tests/generation tests/backends tests/pipeline
+# What computes codes and pixels. The rest of tests/backends limits instruction sets itself.
+NUMERIC := tests/parity tests/models tests/generation tests/pipeline tests/backends/test_convolution.py
 
 .PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
 .PHONY: test test-limited test-newest test-vllm
