@@ -17,7 +17,7 @@ PYTEST_ARGS ?=
 # module are made once.
 PYTEST := python -m pytest -n auto --dist worksteal
 # What computes codes and pixels. The rest of tests/backends limits instruction sets itself.
-NUMERIC := tests/parity tests/models tests/generation tests/pipeline tests/backends/test_convolution.py
+NUMERIC := tests/parity tests/models tests/generation tests/pipeline
 
 .PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
 .PHONY: test test-limited test-newest test-vllm
