@@ -117,7 +117,7 @@ def test_masks_go_through_the_crop_of_the_image(editor, image):
     assert torch.equal(model_sized.codes, output.codes)
 
 
-def test_the_likeliest_of_several_is_taken(editor, image):
+def test_the_most_likely_of_several_is_taken(editor, image):
     from llamagen.generation.likelihood import code_log_likelihoods
 
     marked = mask(0, 0, 16, 8)

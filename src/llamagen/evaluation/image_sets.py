@@ -36,7 +36,7 @@ class ImageSet(abc.ABC):
     """(N,) index into ``class_names``; None where classes are not known."""
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] | None = None
-    """The likeliest caption of each; None where there are none, "" for images without."""
+    """The most likely caption of each; None where there are none, "" for images without."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -3,7 +3,7 @@
 The image becomes codes; those that are kept stay, the others are sampled in raster order by the
 model that draws whole images. So a code fits what is kept above it and on its left, and knows
 nothing of what is kept below: where that matters, several candidates are sampled and the one whose
-codes are the likeliest as a whole is taken.
+codes are the most likely as a whole is taken.
 
 Shapes: N images, rows x columns codes of the model's grid.
 """
@@ -198,7 +198,7 @@ class Editor:
             mask: of the image's size, or of the model's: white where to draw; or, if any of it is
                 transparent, transparent there.
             prompt: as ``Pipeline`` takes it.
-            best_of: candidates for each image, of which the likeliest is taken.
+            best_of: candidates for each image, of which the most likely is taken.
             keep_pixels: unmarked pixels stay those of the image, instead of those that its codes
                 decode to.
             settings: of ``Pipeline.__call__``.

@@ -411,7 +411,7 @@ class Pipeline:
                 stay, -1 stands where one is to be drawn. ``Editor`` makes them of images.
             best_of: candidates for each image, of which the best is kept. Candidate j of image i
                 gets seed + i * best_of + j, or that one of several.
-            rank_by: what is best: "likelihood", the likeliest codes, or "condition", those that
+            rank_by: what is best: "likelihood", the most likely codes, or "condition", those that
                 the prompt or class makes likelier.
             batch_size: images drawn at once; by default as many as fit into memory.
             window: codes of each image that a forward pass predicts; the image stays the same (up

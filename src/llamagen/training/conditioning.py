@@ -38,7 +38,7 @@ class Conditioning(abc.ABC):
         Args:
             store: has the images.
             rows: of the store.
-            rngs: a random generator for each image; with None the likeliest caption is taken.
+            rngs: a random generator for each image; with None the most likely caption is taken.
         """
 
     def model_input(self, batch: Batch) -> Tensor:
@@ -85,7 +85,7 @@ class CaptionConditioning(Conditioning):
         """Return texts (B, L) or (B, L, W), a mask (B, L) of their tokens, and weights (B,)."""
         captions = captions_of_rows(store, rows)
         if rngs is None:
-            chosen = [likeliest(each) for each in captions]
+            chosen = [most_likely_caption(each) for each in captions]
         else:
             chosen = [
                 draw_caption(each, rng.random()) or ""
@@ -100,8 +100,8 @@ class CaptionConditioning(Conditioning):
         """Return tokens or features of captions, their mask, and which of them are usable."""
 
     def lengths(self, store: CodeSource, rows: np.ndarray) -> list[int]:
-        """Return the characters of the likeliest captions, which costs no tokenisation."""
-        return [len(likeliest(each)) for each in captions_of_rows(store, rows)]
+        """Return the characters of the most likely captions, which costs no tokenisation."""
+        return [len(most_likely_caption(each)) for each in captions_of_rows(store, rows)]
 
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""
@@ -169,7 +169,7 @@ class FeatureConditioning(CaptionConditioning):
         return any(len(f) for f in self._features.features([each.text for each in captions]))
 
 
-def likeliest(captions: Captions) -> str:
+def most_likely_caption(captions: Captions) -> str:
     """Return the text of the caption with the largest weight; "" if there is none."""
     return max(captions, key=lambda caption: caption.weight).text if captions else ""
 

@@ -29,7 +29,7 @@ from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import image_grid, save_png
 from llamagen.text.encoder import padded
-from llamagen.training.conditioning import likeliest
+from llamagen.training.conditioning import most_likely_caption
 from llamagen.training.config import TransformerTraining
 from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
@@ -244,7 +244,7 @@ class TransformerTask(Task):
         return loss
 
     def validate(self) -> dict[str, float]:
-        """Return the loss on the held-out images, with their labels or likeliest captions."""
+        """Return the loss on the held-out images, with their labels or most likely captions."""
         rows, store = self._codes.val_rows, self._codes.validation
         if len(rows) == 0:
             return {}
@@ -296,7 +296,7 @@ class TransformerTask(Task):
             store, rows = codes.training, codes.train_rows
         found = store.captions(rows[np.arange(min(count, len(rows))) * len(rows) // count])
         assert found is not None
-        texts = [likeliest(each) for each in found if each]
+        texts = [most_likely_caption(each) for each in found if each]
         return list(texts), [_shortened(text) for text in texts], min(_SHEET_CLASSES, len(texts))
 
     def export(self, model: nn.Module, out: Path) -> Path:
