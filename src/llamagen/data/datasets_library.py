@@ -22,7 +22,7 @@ from llamagen.data.columns import (
     read_annotations,
 )
 from llamagen.data.images import CorruptImageError, ImageCollection, decode_image
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, importing
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 """Suffixes of files -> the library's name of the format."""
@@ -36,13 +36,8 @@ def import_datasets() -> ModuleType:
     Raises:
         InputError: it is not installed.
     """
-    try:
+    with importing("hub data sets, Parquet and tar files need", "'llamagen[data]'"):
         import datasets
-    except ImportError as error:
-        raise InputError(
-            "hub data sets, Parquet and tar files need the datasets library; install it with: "
-            "pip install 'llamagen[data]'"
-        ) from error
     return datasets
 
 

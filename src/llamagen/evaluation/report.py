@@ -22,7 +22,7 @@ from typing import Any, TypeGuard
 from PIL import Image
 
 import llamagen.support.storage as storage
-from llamagen.support.errors import InputError
+from llamagen.support.errors import importing
 
 JSON_NAME = "report.json"
 PAGE_NAME = "report.html"
@@ -122,13 +122,9 @@ class Report:
 
 def require_page_packages() -> None:
     """Raise InputError if a package that pages need is missing, before anything is computed."""
-    try:
+    with importing("a report needs", "'llamagen[eval]'"):
         import jinja2  # noqa: F401
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"a report needs {error.name}; install it with pip install 'llamagen[eval]'"
-        ) from error
 
 
 def save_report(report: Report, folder: Path) -> None:

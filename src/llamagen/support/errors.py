@@ -1,4 +1,7 @@
-"""Exceptions for bad input."""
+"""Exceptions for bad input, and for optional packages that are missing."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -14,3 +17,21 @@ class NotFiniteError(InputError):
 
     A server's client, who chose neither, gets another status than for bad input.
     """
+
+
+@contextlib.contextmanager
+def importing(who: str, package: str) -> Iterator[None]:
+    """Import optional packages in the block; InputError, which says what to install, if one fails.
+
+    Args:
+        who: what needs them, with the verb, such as "curves need".
+        package: argument of pip install that brings them, and other remedies.
+    """
+    try:
+        yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{who} a package that cannot be imported ({reason}); install it with pip install "
+            f"{package}"
+        ) from error

@@ -12,7 +12,7 @@ import re
 import urllib.parse
 from collections.abc import Callable
 
-from llamagen.support.errors import InputError
+from llamagen.support.errors import importing
 
 _DOMAINS = "com|co|ru|net|org|edu|gov|it"
 _FILE_TYPES = "png|jpg|jpeg|bmp|webp|eps|pdf|apk|mp4"
@@ -130,12 +130,7 @@ def _apply(rules: tuple[_Rule, ...], text: str) -> str:
 
 def _libraries() -> tuple[Callable[[str], str], Callable[[str], str]]:
     """Return functions that repair wrongly decoded text, and that remove tags."""
-    try:
+    with importing("cleaning captions needs", "'llamagen[text]', or switch the cleaning off"):
         from bs4 import BeautifulSoup
         from ftfy import fix_text
-    except ImportError as error:
-        raise InputError(
-            "cleaning captions needs packages that are not installed; install them with "
-            "pip install 'llamagen[text]', or switch the cleaning off"
-        ) from error
     return fix_text, lambda text: str(BeautifulSoup(text, "html.parser").text)

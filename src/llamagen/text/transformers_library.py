@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llamagen.models.pretrained import hub_errors
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, importing
 
 
 def import_transformers(who: str) -> Any:
@@ -19,12 +19,8 @@ def import_transformers(who: str) -> Any:
     Raises:
         InputError: it is not installed; ``who`` needs it ("text encoders need").
     """
-    try:
+    with importing(who, "'llamagen[text]'"):
         import transformers
-    except ImportError as error:
-        raise InputError(
-            f"{who} packages that are not installed; install them with pip install 'llamagen[text]'"
-        ) from error
     return transformers
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 import llamagen.support.storage as storage
-from llamagen.support.errors import InputError
+from llamagen.support.errors import importing
 from llamagen.support.pictures import beside, image_grid, save_png, stacked, titled
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ def load_digits() -> Digits:
     Raises:
         InputError: scikit-learn is not installed.
     """
-    try:
+    with importing("the demo needs", "'llamagen[demo-train]'"):
         from sklearn.datasets import load_digits as load
-    except ImportError as error:
-        raise InputError(
-            "the demo needs scikit-learn; install it with pip install 'llamagen[demo-train]'"
-        ) from error
     images, labels = load(return_X_y=True)
     images = images.reshape(-1, _SCAN_SIDE, _SCAN_SIDE)
     order = np.random.default_rng(0).permutation(len(images))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import llamagen.support.storage as storage
 from llamagen.checkpoints.adapters import ADAPTER_WEIGHTS_NAME
 from llamagen.models.transformer import Transformer
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, importing
 from llamagen.training.config import LoraConfig
 
 _ADAPTER = "default"
@@ -31,12 +31,8 @@ def add_lora(model: Transformer, config: LoraConfig) -> None:
     Raises:
         InputError: peft is not installed, or the model has no such layers.
     """
-    try:
+    with importing("LoRA needs", "'llamagen[finetune]'"):
         from peft import inject_adapter_in_model
-    except ImportError as error:
-        raise InputError(
-            "LoRA needs a package that is not installed; pip install 'llamagen[finetune]'"
-        ) from error
     try:
         inject_adapter_in_model(_peft_config(config), model)
     except ValueError as error:

