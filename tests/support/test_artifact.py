@@ -56,7 +56,7 @@ def made(
     *,
     settings=SETTINGS,
     items=11,
-    advance=None,
+    advance=int,
     make=squares,
     rank=0,
     world_size=1,

@@ -1,7 +1,7 @@
 """Folders that are made piece by piece, by several processes, and resumed after a kill.
 
-Stores of codes and of text features, samples and features of evaluations, and folders of images
-are artifacts. Each has a ``Format`` (names and wording) and settings (JSON):
+Stores of codes and of text features, results of evaluations, and folders of images are artifacts.
+Each has a ``Format`` (names and wording) and settings (JSON):
 
     plan.json        format, version and settings: written first, never changed
     shard-00000.*    the files of piece 0, in a fixed order: with the last one the piece is done
@@ -10,19 +10,13 @@ are artifacts. Each has a ``Format`` (names and wording) and settings (JSON):
 To make one, or to resume::
 
     artifact = Artifact(folder, FORMAT, settings, items=1000, piece_size=256)
-    artifact.rank, artifact.world_size = distributed.rank(), distributed.world_size()
     with artifact.begin():
-        artifact.make(make_piece)
+        artifact.make(make_piece, bar.update)
         if artifact.is_done():
             artifact.finish({"total": 17})
 
-``make_piece(items, advance)`` gets the range of items of a piece and returns the content of its
-files by suffix: an array for .npy, named arrays for .npz, an object for .json, bytes for others.
-Folders of other files, such as images, only use ``begin``.
-
 Every file appears whole (``storage.atomic_file``). Processes share the pieces by number, without
-communication. ``begin`` refuses a folder that holds something else, was begun with other settings,
-or is in use by another run.
+communication.
 """
 
 from __future__ import annotations
@@ -34,7 +28,7 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +36,7 @@ import numpy as np
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 from llamagen.support.locks import folder_lock
 from llamagen.support.storage import read_json
 
@@ -51,6 +45,8 @@ Settings = Mapping[str, Any]
 Advance = Callable[[int], object]
 """Called with the number of items newly done, such as ``tqdm.update``."""
 MakePiece = Callable[[range, Advance], Mapping[str, Any]]
+"""Returns the content of the files of some items by suffix: an array for .npy, named arrays for
+.npz, an object for .json."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +102,7 @@ class Artifact:
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
-        self.settings = json.loads(json.dumps(self.settings))
+        self.settings = _as_json(self.settings)
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be sent to another process with all its content.
@@ -124,8 +120,7 @@ class Artifact:
 
     def items_of(self, piece: int) -> range:
         """Return the items of a piece."""
-        start = piece * self.piece_size
-        return range(start, min(start + self.piece_size, self.items))
+        return range(self.items)[piece * self.piece_size : (piece + 1) * self.piece_size]
 
     def path(self, piece: int, suffix: str) -> Path:
         """Return the path of a file of a piece."""
@@ -156,11 +151,11 @@ class Artifact:
         storage.require_writable(self.folder)
         with folder_lock(self.folder, self.rank, self.world_size, timeout=timeout):
             path = self.folder / self.form.settings_name
-            if path.exists() and overwrite and (changes := self._changes(missing)):
-                self._delete(changes)
-                self._write_settings()
-            elif not path.exists():
+            if not path.exists():
                 self._require_empty()
+            elif overwrite and (changes := self._changes(missing)):
+                self._delete(changes)
+            if not path.exists():
                 self._write_settings()
             if changes := self._changes(missing):
                 or_overwrite = "" if overwrite is None else ", or `overwrite` it"
@@ -172,10 +167,9 @@ class Artifact:
             yield
 
     def same_text(self, name: str, text: str, words: str) -> None:
-        """Write or compare a text file that belongs to the settings.
+        """Write a text file that belongs to the settings; InputError if it is there and differs.
 
-        Raises:
-            InputError: its content differs; ``words`` is the reason, such as "other prompts".
+        ``words`` is the difference, such as "other prompts".
         """
         path = self.folder / name
         if not path.is_file():
@@ -186,33 +180,20 @@ class Artifact:
                 f"them, or choose another folder (`out`)"
             )
 
-    def make(self, make_piece: MakePiece, advance: Advance | None = None) -> int:
-        """Make the pieces of this process that are missing or damaged; return the items made.
+    def make(self, make_piece: MakePiece, advance: Advance) -> int:
+        """Make the pieces of this process that are missing or damaged; return the items made."""
+        missing = (piece for piece in self._own() if not self._is_piece_done(piece))
+        return sum(self._make(piece, make_piece, advance) for piece in missing)
 
-        Raises:
-            OSError: the disk is full, or the folder cannot be written to.
-        """
-        made = 0
-        for piece in self._own():
-            if not self.is_piece_done(piece):
-                self.write(piece, self._content(piece, make_piece, advance))
-                made += len(self.items_of(piece))
-        return made
+    def _make(self, piece: int, make_piece: MakePiece, advance: Advance) -> int:
+        items, reported = self.items_of(piece), 0
 
-    def progress_bar(self, description: str, unit: str, *, shown: bool = True) -> tqdm[NoReturn]:
-        """Return a progress bar over the items of this process, including those done before."""
-        sizes = {piece: len(self.items_of(piece)) for piece in self._own()}
-        return tqdm(
-            total=sum(sizes.values()),
-            initial=sum(size for piece, size in sizes.items() if self.is_piece_done(piece)),
-            desc=description,
-            unit=unit,
-            # None: no bar where stderr is not a terminal.
-            disable=None if shown else True,
-        )
+        def report(count: int) -> None:
+            nonlocal reported
+            reported += count
+            advance(count)
 
-    def write(self, piece: int, content: Mapping[str, Any]) -> None:
-        """Write the files of a piece."""
+        content = make_piece(items, report)
         for suffix in self.form.suffixes:
             path, value = self.path(piece, suffix), content[suffix]
             if suffix == ".json":
@@ -221,25 +202,35 @@ class Artifact:
             with storage.atomic_file(path) as temporary:
                 if suffix == ".npy":
                     write_npy(temporary, value)
-                elif suffix == ".npz":
+                else:
                     with temporary.open("wb") as file:
                         np.savez(file, **value)
-                else:
-                    temporary.write_bytes(value)
+        advance(len(items) - reported)
+        return len(items)
+
+    def progress_bar(self, description: str, unit: str, *, shown: bool = True) -> tqdm[NoReturn]:
+        """Return a progress bar over the items of this process, including those done before."""
+        return tqdm(
+            total=sum(len(self.items_of(piece)) for piece in self._own()),
+            initial=sum(len(self.items_of(p)) for p in self._own() if self._is_piece_done(p)),
+            desc=description,
+            unit=unit,
+            # None: no bar where stderr is not a terminal.
+            disable=None if shown else True,
+        )
 
     def finish(self, results: Settings) -> None:
         """Write the manifest; several processes may do so at once."""
         path = self.folder / self.form.manifest_name
         _write(path, {"plan": self.settings, **results}, self.form)
         # Left behind by killed processes.
-        _remove(self.folder.glob(f".{self.form.piece_name}-*.tmp"))
+        self._remove(f".{self.form.piece_name}-*.tmp")
 
     def is_done(self) -> bool:
         """Return whether all pieces are done."""
-        return all(self.is_piece_done(piece) for piece in range(len(self)))
+        return all(map(self._is_piece_done, range(len(self))))
 
-    def is_piece_done(self, piece: int) -> bool:
-        """Return whether the files of a piece are complete."""
+    def _is_piece_done(self, piece: int) -> bool:
         try:
             self.check(piece)
         except (InputError, FileNotFoundError):
@@ -247,22 +238,15 @@ class Artifact:
         return True
 
     def check(self, piece: int) -> None:
-        """Check the files of a piece.
-
-        Raises:
-            FileNotFoundError: one is missing.
-            InputError: one is damaged, or belongs to another artifact.
-        """
+        """Raise FileNotFoundError or InputError if a file of a piece is missing or damaged."""
         self.check_files(piece)
         if self.form.check is not None:
             self.form.check(self, piece)
 
     def check_files(self, piece: int) -> None:
-        """Check that the files of a piece are there.
+        """Raise FileNotFoundError if a file of a piece is missing; content is not checked.
 
-        Raises:
-            FileNotFoundError: one is missing.
-            InputError: an .npz file was cut off.
+        InputError if an .npz file was cut off.
         """
         for suffix in self.form.suffixes:
             path = self.path(piece, suffix)
@@ -274,12 +258,7 @@ class Artifact:
                 raise self.damaged(path, "it is not a whole archive")
 
     def read_json(self, piece: int) -> dict[str, Any]:
-        """Return the content of a piece's .json file.
-
-        Raises:
-            FileNotFoundError: it is missing.
-            InputError: it is damaged, or belongs to another artifact.
-        """
+        """Return the content of a piece's .json file; InputError if it is another artifact's."""
         path = self.path(piece, ".json")
         try:
             values = read_json(path)
@@ -296,90 +275,61 @@ class Artifact:
         return self._arrays[piece]
 
     def check_npy(self, piece: int, shape: tuple[int, ...], dtype: str) -> None:
-        """Check header and size of a piece's .npy file; its content is not read.
-
-        Raises:
-            InputError: it is truncated, damaged, or holds another array.
-        """
+        """Raise InputError if header or size of a piece's .npy file are not those expected."""
         path = self.path(piece, ".npy")
-        with path.open("rb") as file:
-            try:
+        try:
+            with path.open("rb") as file:
                 if np.lib.format.read_magic(file) != (1, 0):
                     raise ValueError("an unknown version of the format")
                 there, fortran_order, found = np.lib.format.read_array_header_1_0(file)
-            except (ValueError, EOFError) as error:
-                raise self.damaged(path, error) from error
-            start, size = file.tell(), os.fstat(file.fileno()).st_size
+                whole = file.tell() + math.prod(shape) * found.itemsize
+        except (ValueError, EOFError) as error:
+            raise self.damaged(path, error) from error
         if there != shape or found != np.dtype(dtype) or fortran_order:
             raise self.damaged(path, f"it holds {found} {there}, expected {dtype} {shape}")
-        whole = start + math.prod(shape) * found.itemsize
-        if size != whole:
+        if (size := path.stat().st_size) != whole:
             raise self.damaged(path, f"it has {size} of {whole} bytes")
 
     def read_npz(self, piece: int) -> dict[str, np.ndarray]:
-        """Return the arrays of a piece's .npz file.
-
-        Raises:
-            InputError: it is missing or damaged; it is then removed, to be made again.
-        """
+        """Return the arrays of a piece's .npz file; remove it, with InputError, if damaged."""
         path = self.path(piece, ".npz")
         try:
             with np.load(path) as arrays:
                 return dict(arrays)
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             path.unlink(missing_ok=True)
-            shown = " ".join(str(error).split())
             raise InputError(
-                f"{path} is damaged ({shown}); run {self.form.command} again"
+                f"{path} is damaged ({one_line(error)}); run {self.form.command} again"
             ) from error
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return rows, one per item, of an array of the .npz files.
-
-        Raises:
-            InputError: a piece is missing or damaged.
-        """
-        stop = self.items if stop is None else stop
-        parts = []
-        for piece in range(start // self.piece_size, math.ceil(stop / self.piece_size)):
-            offset = piece * self.piece_size
-            parts.append(self.read_npz(piece)[name][max(start - offset, 0) : stop - offset])
-        return np.concatenate(parts)
+        """Return rows, one per item, of an array of the .npz files; errors as of ``read_npz``."""
+        size, stop = self.piece_size, self.items if stop is None else stop
+        return np.concatenate(
+            [
+                self.read_npz(piece)[name][max(start - piece * size, 0) : stop - piece * size]
+                for piece in range(start // size, math.ceil(stop / size))
+            ]
+        )
 
     def damaged(self, path: Path, reason: object) -> InputError:
         """Return the error for a damaged file."""
-        shown = " ".join(str(reason).split())
         return InputError(
-            f"{path} is damaged ({shown}); delete it and run {self.form.command} again: only that "
-            f"piece is made"
+            f"{path} is damaged ({one_line(reason)}); delete it and run {self.form.command} again: "
+            f"only that piece is made"
         )
 
     def _own(self) -> range:
         return range(self.rank, len(self), self.world_size)
 
-    def _content(
-        self, piece: int, make_piece: MakePiece, advance: Advance | None
-    ) -> Mapping[str, Any]:
-        items, reported = self.items_of(piece), 0
-
-        def report(count: int) -> None:
-            nonlocal reported
-            reported += count
-            if advance is not None and count:
-                advance(count)
-
-        content = make_piece(items, report)
-        report(len(items) - reported)
-        return content
-
     def _require_empty(self) -> None:
         # Killed processes leave hidden files behind.
-        others = [entry.name for entry in self.folder.iterdir() if not entry.name.startswith(".")]
+        others = list(self.folder.glob("[!.]*"))
         # Unless another process of this run has just written them.
         if others and not (self.folder / self.form.settings_name).exists():
             raise InputError(
-                f"{self.folder} is not empty and holds no {self.form.noun} (but {min(others)}); "
-                f"choose an empty folder (`out`)"
+                f"{self.folder} is not empty and holds no {self.form.noun} (but "
+                f"{min(others).name}); choose an empty folder (`out`)"
             )
 
     def _write_settings(self) -> None:
@@ -402,7 +352,7 @@ class Artifact:
         """Return the differences to the settings on the disk, in words; "" if there are none."""
         form = self.form
         found = _filled(_read(self.folder / form.settings_name, form), missing or {})
-        before, now = _flat(json.loads(json.dumps(found))), _flat(self.settings)
+        before, now = _flat(_as_json(found)), _flat(self.settings)
         names = [
             name
             for name in dict.fromkeys([*now, *before])
@@ -420,19 +370,22 @@ class Artifact:
 
     def _delete(self, changes: str) -> None:
         """Remove an artifact of other settings, but no other files in its folder."""
-        folder, form = self.folder, self.form
+        form = self.form
         if self.world_size > 1:
             raise InputError(
-                f"the {form.noun} in {folder} was begun with {changes}, and several processes "
+                f"the {form.noun} in {self.folder} was begun with {changes}, and several processes "
                 f"cannot overwrite it; delete the folder first"
             )
         # The manifest first, the settings last: after a kill, the rest is still recognised as an
         # incomplete artifact.
-        (folder / form.manifest_name).unlink(missing_ok=True)
-        for suffix in form.suffixes[::-1]:
-            _remove(folder.glob(f"{form.piece_name}-*{suffix}"))
-        for pattern in (*form.other_files, f".{form.piece_name}-*.tmp", form.settings_name):
-            _remove(folder.glob(pattern))
+        pieces = (f"{form.piece_name}-*{suffix}" for suffix in form.suffixes[::-1])
+        temporary = f".{form.piece_name}-*.tmp"
+        self._remove(form.manifest_name, *pieces, *form.other_files, temporary, form.settings_name)
+
+    def _remove(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path | str, form: Format) -> tuple[Settings, Settings]:
@@ -491,6 +444,11 @@ def _read(path: Path, form: Format) -> dict[str, Any]:
     return values
 
 
+def _as_json(values: Settings) -> dict[str, Any]:
+    copied: dict[str, Any] = json.loads(json.dumps(values))
+    return copied
+
+
 def _filled(values: Settings, missing: Settings) -> dict[str, Any]:
     """Return settings with the missing ones added at every level that exists."""
     filled = {**missing, **values}
@@ -504,10 +462,8 @@ def _flat(values: Settings, prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        is_nested = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return flat
 
 
@@ -518,8 +474,3 @@ def _is_within(name: str, setting: str) -> bool:
 def _shortened(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import sys
 import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -57,7 +58,7 @@ def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     """
     if isinstance(name, torch.dtype):
         return name
-    if name is None or name == "auto":
+    if name in (None, "auto"):
         return _fast_dtype(device)
     if name not in DTYPES:
         raise InputError(f"there is no precision {name!r}; use auto, {', '.join(DTYPES)}")
@@ -71,10 +72,7 @@ def keep_freed_memory() -> None:
     by page: on a CPU a fifth of the time of encoding, a tenth of that of a training step. It works
     in the main thread only, and raises the peak of memory by a fifth.
     """
-    if sys.platform != "linux":
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
 
@@ -117,14 +115,7 @@ def _fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:
-    """Return the best time of a product the size of a transformer's layer, on one thread.
-
-    It is the thread's CPU time, which other processes hardly change.
-    """
+    """Return the best time of a product the size of a transformer's layer, on one thread."""
     a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-    best = float("inf")
-    for _ in range(10):
-        start = time.thread_time()
-        a @ b
-        best = min(best, time.thread_time() - start)
-    return best
+    # The thread's CPU time, which other processes hardly change.
+    return min(timeit.repeat(lambda: a @ b, timer=time.thread_time, repeat=10, number=1))

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -47,12 +48,12 @@ def barrier() -> None:
 
 def total(tensor: Tensor) -> Tensor:
     """Return the sum over all processes of tensors of the same shape."""
-    return _reduced(tensor, dist.ReduceOp.SUM)
+    return _exchanged(tensor, dist.all_reduce)
 
 
 def maximum(tensor: Tensor) -> Tensor:
     """Return the elementwise maximum over all processes."""
-    return _reduced(tensor, dist.ReduceOp.MAX)
+    return _exchanged(tensor, functools.partial(dist.all_reduce, op=dist.ReduceOp.MAX))
 
 
 def mean(tensor: Tensor) -> Tensor:
@@ -62,11 +63,7 @@ def mean(tensor: Tensor) -> Tensor:
 
 def broadcast(tensor: Tensor) -> Tensor:
     """Return the main process's tensor; the others give one of the same shape and type."""
-    if world_size() == 1:
-        return tensor
-    moved = tensor.to(_communication_device(tensor), copy=True).contiguous()
-    dist.broadcast(moved, src=0)
-    return moved.to(tensor.device)
+    return _exchanged(tensor, functools.partial(dist.broadcast, src=0))
 
 
 def gathered(value: T) -> list[T]:
@@ -80,8 +77,6 @@ def gathered(value: T) -> list[T]:
 
 def any_of(value: bool) -> bool:
     """Return whether ``value`` is true in any process."""
-    if world_size() == 1:
-        return value
     return bool(maximum(torch.tensor(float(value))))
 
 
@@ -101,8 +96,6 @@ def share(items: Sequence[T]) -> Sequence[T]:
 
 def summed(values: Mapping[str, float]) -> dict[str, float]:
     """Return the sums over all processes of numbers by name."""
-    if world_size() == 1:
-        return dict(values)
     sums = total(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, sums.tolist(), strict=True))
 
@@ -136,27 +129,25 @@ def process_group(device: str) -> Iterator[torch.device]:
         yield find_device(device)
         return
     where = own_device(find_device(device), launch)
+    is_cuda = where.type == "cuda"
     # gloo beside nccl: numbers and objects are exchanged without synchronising the GPU.
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
         timeout=_TIMEOUT,
         rank=launch.rank,
         world_size=launch.world_size,
-        device_id=where if where.type == "cuda" else None,
+        device_id=where if is_cuda else None,
     )
     yield where
     # Not after an error: it would wait for a process that is gone.
     dist.destroy_process_group()
 
 
-def _reduced(tensor: Tensor, operation: Any) -> Tensor:
+def _exchanged(tensor: Tensor, collective: Callable[[Tensor], object]) -> Tensor:
+    """Return the result of a collective that works in place."""
     if world_size() == 1:
         return tensor.clone()
-    moved = tensor.to(_communication_device(tensor), copy=True).contiguous()
-    dist.all_reduce(moved, op=operation)
+    # On the CPU, unless it is CUDA's.
+    moved = tensor.to(tensor.device if tensor.is_cuda else "cpu", copy=True).contiguous()
+    collective(moved)
     return moved.to(tensor.device)
-
-
-def _communication_device(tensor: Tensor) -> torch.device:
-    """Return the device to communicate from, the CPU for other tensors than CUDA's."""
-    return tensor.device if tensor.device.type == "cuda" else torch.device("cpu")

@@ -30,8 +30,12 @@ def importing(who: str, package: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        reason = " ".join(str(error).split())
         raise InputError(
-            f"{who} a package that cannot be imported ({reason}); install it with pip install "
-            f"{package}"
+            f"{who} a package that cannot be imported ({one_line(error)}); install it with pip "
+            f"install {package}"
         ) from error
+
+
+def one_line(reason: object) -> str:
+    """Return the text of an error without line breaks."""
+    return " ".join(str(reason).split())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib.resources
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -38,17 +38,15 @@ class Labels:
             InputError: no class, or more than one, has this name; similar names are in the message.
         """
         if isinstance(text, int) or text.strip().isdecimal():
-            if not 0 <= int(text) < len(self):
-                raise InputError(
-                    f"there is no class {int(text)}; this model has 0 to {len(self) - 1}"
-                )
-            return int(text)
+            index = int(text)
+            if not 0 <= index < len(self):
+                raise InputError(f"there is no class {index}; this model has 0 to {len(self) - 1}")
+            return index
         wanted = _folded(text)
-        aliases = self.aliases or ((),) * len(self)
         found = [
             index
-            for index, spellings in enumerate(zip(self.names, aliases, strict=True))
-            if wanted in map(_folded, (spellings[0], *spellings[1]))
+            for index, (name, aliases) in enumerate(self._entries())
+            if wanted in map(_folded, (name, *aliases))
         ]
         if len(found) == 1:
             return found[0]
@@ -61,12 +59,15 @@ class Labels:
 
     def save(self, path: Path) -> None:
         """Write JSON: a list of objects with a name and aliases."""
-        aliases = self.aliases or ((),) * len(self.names)
-        entries = [
-            {"name": name, **({"aliases": list(others)} if others else {})}
-            for name, others in zip(self.names, aliases, strict=True)
-        ]
-        storage.write_json(path, entries)
+        entries = (
+            {"name": name, "aliases": aliases} if aliases else {"name": name}
+            for name, aliases in self._entries()
+        )
+        storage.write_json(path, list(entries))
+
+    def _entries(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Return each name and its aliases."""
+        return zip(self.names, self.aliases or ((),) * len(self), strict=True)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -97,7 +98,7 @@ class Labels:
         return cls(tuple(f"class {index}" for index in range(count)))
 
     @classmethod
-    def _from_entries(cls, entries: Sequence[object]) -> Self:
+    def _from_entries(cls, entries: object) -> Self:
         if not isinstance(entries, list):
             raise TypeError(f"found a {type(entries).__name__}")
         plain = [{"name": entry} if isinstance(entry, str) else entry for entry in entries]

@@ -27,13 +27,11 @@ class Launch:
         """Return the rank of this process; None if it was started alone."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
-        numbers = []
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            text = os.environ.get(name, "0")
+        texts = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+        for name, text in texts.items():
             if not text.isdecimal():
                 raise InputError(f"{name} is {text!r} in the environment; start with torchrun")
-            numbers.append(int(text))
-        return cls(*numbers)
+        return cls(*map(int, texts.values()))
 
     @classmethod
     def current(cls) -> Launch:

@@ -83,16 +83,22 @@ def staged_files(folder: Path | str, *, last: str) -> Iterator[Path]:
             folder.rmdir()
 
 
+def write_bytes(path: Path | str, content: bytes) -> None:
+    """Write a file atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """Write a text file atomically, in UTF-8; undecodable bytes of file names are kept."""
-    _write(path, text.encode("utf-8", "surrogateescape"))
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))
 
 
 def write_json(path: Path | str, values: Any) -> None:
     """Write values as indented JSON, atomically."""
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     # Undecodable bytes of file names become escapes of JSON.
-    _write(path, text.encode("utf-8", "backslashreplace"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,19 +121,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _write(path: Path | str, content: bytes) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)
-
-
 def cache_folder() -> Path:
     """Return the folder of what outlives a process: ``LLAMAGEN_CACHE``, else the user's cache.
 
     Raises:
         RuntimeError: the user has no home.
     """
-    own = os.environ.get("LLAMAGEN_CACHE")
-    if own:
+    if own := os.environ.get("LLAMAGEN_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
 
@@ -168,7 +168,7 @@ def _swap(new: Path, path: Path) -> None:
 
 
 def _finish(path: Path) -> None:
-    """Set the default permissions of a file, and wait until it is on the disk."""
+    """Wait until a file is on the disk, with default permissions."""
     # Temporary files, and those of safetensors' save_file, are readable by their owner only.
     path.chmod(0o666 & ~_umask())
     # A file opened for reading only cannot be synced on Windows.

@@ -18,7 +18,7 @@ from PIL import Image
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import importing
-from llamagen.support.pictures import beside, image_grid, save_png, stacked, titled
+from llamagen.support.pictures import image_grid, save_png, stacked, titled
 
 if TYPE_CHECKING:
     from llamagen.training import LoopConfig
@@ -237,4 +237,4 @@ def _sheet(digits: Digits, generated: list[Image.Image]) -> Image.Image:
             (generated, "generated digits (ten of each, not picked)"),
         )
     ]
-    return beside(parts)
+    return stacked(parts, across=True)
