@@ -19,7 +19,7 @@ from llamagen.support.errors import InputError
 from llamagen.support.launch import Launch, own_device
 
 if TYPE_CHECKING:
-    from llamagen.data.store import Extraction
+    from llamagen.data.extraction import Extraction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

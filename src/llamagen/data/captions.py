@@ -39,7 +39,7 @@ def captions_of(
         values: the row.
         columns: weights of the columns of captions. Several captions of a column share its
             weight; the others share that of an empty column.
-        separator: separator of several captions in a text.
+        separator: of several captions in a text.
     """
     parts = {name: _texts(values.get(name), separator) for name in columns}
     whole = sum(columns[name] for name, texts in parts.items() if texts)
@@ -54,13 +54,11 @@ def captions_of(
 
 def draw_caption(captions: Captions, number: float) -> str | None:
     """Sample a caption by a uniform number in [0, 1); None if there are none."""
-    if not captions:
-        return None
     for text, weight in captions:
         number -= weight
         if number < 0:
             return text
-    return captions[-1].text
+    return captions[-1].text if captions else None
 
 
 class CaptionTable:
@@ -73,22 +71,21 @@ class CaptionTable:
             FileNotFoundError: it is not there.
             InputError: it is damaged, or of another number of images.
         """
-        self._folder = folder
-        for name in (_CONTENT_NAME, _ENDS_NAME):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing; {_AGAIN}")
+        content, ends = folder / _CONTENT_NAME, folder / _ENDS_NAME
+        for path in (content, ends):
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; {_AGAIN}")
         try:
-            self._ends = np.load(folder / _ENDS_NAME, mmap_mode="r")
+            self._ends = np.load(ends, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise InputError(f"{folder / _ENDS_NAME} is damaged ({error}); {_AGAIN}") from error
-        size = (folder / _CONTENT_NAME).stat().st_size
-        last = int(self._ends[-1]) if len(self._ends) else 0
+            raise InputError(f"{ends} is damaged ({error}); {_AGAIN}") from error
+        size, last = content.stat().st_size, int(self._ends[-1]) if len(self._ends) else 0
         if len(self._ends) != images or size != last:
             raise InputError(
-                f"{folder / _CONTENT_NAME} has {size} of {last} bytes for {len(self._ends)} of "
-                f"{images} images; {_AGAIN}"
+                f"{content} has {size} of {last} bytes for {len(self._ends)} of {images} images; "
+                f"{_AGAIN}"
             )
-        self._content = np.memmap(folder / _CONTENT_NAME, mode="r") if size else np.empty(0, "u1")
+        self._content = np.memmap(content, mode="r") if size else np.empty(0, "u1")
 
     def __getitem__(self, index: int) -> Captions:
         """Return the captions of an image."""
@@ -100,24 +97,19 @@ class CaptionTable:
 def write_captions(folder: Path, captions: Iterable[Captions]) -> None:
     """Write the captions of images, for ``CaptionTable``."""
     ends: list[int] = []
-    end = 0
     with storage.atomic_file(folder / _CONTENT_NAME) as temporary, temporary.open("wb") as file:
         for each in captions:
-            content = json.dumps(each, ensure_ascii=False).encode("utf-8", "surrogatepass")
-            file.write(content)
-            end += len(content)
-            ends.append(end)
+            file.write(json.dumps(each, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+            ends.append(file.tell())
     with storage.atomic_file(folder / _ENDS_NAME) as temporary, temporary.open("wb") as file:
         np.save(file, np.array(ends, dtype=np.int64))
 
 
 def _texts(value: Any, separator: str | None) -> list[str]:
     values = value if isinstance(value, list | tuple) else [value]
-    texts = [str(each) for each in values if each is not None and not _is_nan(each)]
+    # Empty cells are None or NaN.
+    values = [each for each in values if not (isinstance(each, float) and math.isnan(each))]
+    texts = [str(each) for each in values if each is not None]
     if separator is not None:
         texts = [part for text in texts for part in text.split(separator)]
     return [text.strip() for text in texts if text.strip()]
-
-
-def _is_nan(value: Any) -> bool:
-    return isinstance(value, float) and math.isnan(value)

@@ -69,9 +69,8 @@ class SourceConfig:
 
 def sort_names(names: set[str]) -> list[str]:
     """Sort names of classes: alphabetically, but numbers by their value."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
+    are_numbers = all(name.isdecimal() for name in names)
+    return sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
 
 
 def classes_of(
@@ -126,32 +125,19 @@ def _is_number(value: Any) -> bool:
 def find_column(
     kind: str, wanted: str | None, known: Sequence[str], columns: Sequence[str], where: str
 ) -> str | None:
-    """Return the column asked for, or the first of the known names that is there.
-
-    Raises:
-        InputError: the column asked for is not there.
-    """
-    if wanted is None:
-        return next((name for name in known if name in columns), None)
-    if wanted not in columns:
+    """Return the column asked for (InputError if missing), or the first known one there is."""
+    if wanted is not None and wanted not in columns:
         raise InputError(
             f"{where} has no column {wanted!r} for the {kind}; it has {', '.join(columns)}"
         )
-    return wanted
+    return wanted or next((name for name in known if name in columns), None)
 
 
 def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) -> dict[str, float]:
-    """Return the columns of captions, and the weight of each.
-
-    Raises:
-        InputError: one that was asked for is not there.
-    """
-    names = config.caption_columns
-    if not names:
-        found = find_column("caption", None, CAPTION_NAMES, columns, where)
-        return {} if found is None else {found: 1.0}
-    for name in names:
-        find_column("caption", name, CAPTION_NAMES, columns, where)
+    """Return the columns of captions, and the weight of each; errors as of ``find_column``."""
+    wanted = config.caption_columns or (None,)
+    found = (find_column("caption", name, CAPTION_NAMES, columns, where) for name in wanted)
+    names = [name for name in found if name is not None]
     weights = config.caption_weights or (1.0,) * len(names)
     return dict(zip(names, weights, strict=True))
 
@@ -190,11 +176,8 @@ def read_annotations(
     label = find_column("label", config.label_column, known_labels, columns, where)
     if labelled and label is not None:
         labels, names = classes_of(values(label), where, class_names=class_names)
-    weights = caption_columns(config, columns, where)
-    if weights:
-        rows = zip(*(values(name) for name in weights), strict=True)
-        separator = config.caption_separator
-        captions = tuple(
-            captions_of(dict(zip(weights, row, strict=True)), weights, separator) for row in rows
-        )
+    if weights := caption_columns(config, columns, where):
+        rows = zip(*map(values, weights), strict=True)
+        dicts = (dict(zip(weights, row, strict=True)) for row in rows)
+        captions = tuple(captions_of(row, weights, config.caption_separator) for row in dicts)
     return labels, names, captions

@@ -1,4 +1,4 @@
-"""Encoding images into a store of codes, in one process or several.
+"""Making of stores of codes: encoding of images, in one process or several.
 
 Shapes: B images, V views of an image, n images of a shard, rows x columns codes.
 """
@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -27,17 +29,20 @@ from typing import Any
 import numpy as np
 import torch
 
+import llamagen.support.storage as storage
 from llamagen.backends.cpu.convolution import accelerate
-from llamagen.config import config_from_dict
+from llamagen.config import TokenizerConfig, config_from_dict, config_to_dict
+from llamagen.data.captions import Captions, write_captions
 from llamagen.data.images import ImageCollection
 from llamagen.data.loader import image_views
 from llamagen.data.store import (
     SHARD_SIZE,
-    Extraction,
+    SKIPPED_NAME,
+    CodeStore,
     StorePlan,
     StoreViews,
-    make_store,
-    shard_content,
+    shard_infos,
+    store_artifact,
 )
 from llamagen.data.views import Views
 from llamagen.generation.memory import decoding_batch_size
@@ -45,11 +50,25 @@ from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.artifact import Advance, Artifact, MakePiece
 from llamagen.support.devices import find_device, keep_freed_memory
 from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
 _CPU_BATCH = 16
 """Larger batches gain nothing on a CPU."""
+_MISSING = {"tokenizer_config": config_to_dict(TokenizerConfig())}
+"""Settings that older stores lack."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """Result of ``make_store``."""
+
+    store: CodeStore | None
+    """None if other processes have not finished their shards."""
+    images: int
+    """Number of image files that this call processed."""
+    seconds: float
 
 
 def extract_store(
@@ -102,22 +121,105 @@ def extract_store(
     job = _Job(tokenizer, images, views, workers, dtype, compiled)
     plan = job.plan(shard_size, batch_size, processes=sharing)
 
-    def make(artifact: Artifact, advance: Advance) -> int:
+    artifact = store_artifact(out, config_to_dict(plan), rank, world_size)
+
+    def make(advance: Advance) -> int:
         size = batch_size or artifact.settings["batch_size"]
         if processes > 1:
             return _make_in_processes(processes, job, artifact, size, advance)
         return artifact.make(job.shard_maker(artifact, size), advance)
 
-    return make_store(
-        plan,
-        out,
-        make,
-        description="encoding",
-        rank=rank,
-        world_size=world_size,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    return make_store(artifact, make, "encoding", overwrite=overwrite, progress=progress)
+
+
+def make_store(
+    artifact: Artifact,
+    make: Callable[[Advance], int],
+    description: str,
+    *,
+    overwrite: bool,
+    progress: bool,
+) -> Extraction:
+    """Make a store; ``make`` makes its missing shards and returns their number of images."""
+    with (
+        artifact.begin(overwrite=overwrite, missing=_MISSING),
+        artifact.progress_bar(description, "image", shown=progress) as bar,
+    ):
+        start = time.perf_counter()
+        count = make(bar.update)
+        seconds = time.perf_counter() - start
+        return Extraction(store=_finished(artifact), images=count, seconds=seconds)
+
+
+def _finished(artifact: Artifact) -> CodeStore | None:
+    """Write the manifest, and return the store; None if shards of other processes are missing.
+
+    Raises:
+        InputError: no image is readable.
+    """
+    if not artifact.is_done():
+        return None
+    plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
+    counts: list[int] = []
+    skipped: list[tuple[str, str]] = []
+    used = np.zeros(plan.codebook_size, dtype=bool)
+    classes = 0
+    for info in shard_infos(artifact):
+        counts.append(len(info.keys))
+        skipped += info.skipped
+        bits = np.frombuffer(bytes.fromhex(info.used), dtype=np.uint8)
+        used |= np.unpackbits(bits, count=plan.codebook_size).astype(bool)
+        classes = max(classes, 1 + max(info.labels or (-1,)))
+    if sum(counts) == 0:
+        file, reason = skipped[0]
+        raise InputError(
+            f"none of the {len(skipped)} files could be read: {file} ({reason}); repair them, "
+            f"and choose another folder (`out`)"
+        )
+    if skipped:
+        lines = [f"{file}\t{reason}\n" for file, reason in skipped]
+        storage.write_text(artifact.folder / SKIPPED_NAME, "".join(lines))
+    if plan.captioned:
+        # Outside the shards: training reads captions of images in any order.
+        captions = (each for info in shard_infos(artifact) for each in info.captions or ())
+        write_captions(artifact.folder, captions)
+    numbered = Labels.numbered(classes).names if plan.labelled else ()
+    results = {
+        "images": sum(counts),
+        "skipped": len(skipped),
+        "shards": counts,
+        "class_names": plan.class_names or numbered,
+        "codes_used": int(used.sum()),
+        "llamagen": importlib.metadata.version("llamagen"),
+    }
+    artifact.finish(results)
+    return CodeStore.open(artifact.folder)
+
+
+def shard_content(
+    plan: StorePlan,
+    codes: np.ndarray,
+    *,
+    keys: Sequence[str],
+    labels: Sequence[int] | None,
+    captions: Sequence[Captions] | None,
+    skipped: Sequence[tuple[str, str]],
+) -> Mapping[str, Any]:
+    """Return the content of a shard's files (see ``ShardInfo``).
+
+    ``codes`` are (n, V, rows, columns), of which only the first ``len(keys)`` images are there.
+    """
+    codes = codes[: len(keys)]
+    used = np.zeros(plan.codebook_size, dtype=bool)
+    used[codes] = True
+    info = {
+        "keys": keys,
+        "labels": labels,
+        "captions": captions,
+        "skipped": skipped,
+        "used": np.packbits(used).tobytes().hex(),
+    }
+    return {".npy": codes, ".json": info}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,37 +235,35 @@ class _Job:
 
     def plan(self, shard_size: int, batch_size: int | None, *, processes: int) -> StorePlan:
         """Return the settings of the store; ``processes`` share the memory."""
-        if self.tokenizer.dtype != torch.float32:
+        tokenizer, images, views = self.tokenizer, self.images, self.views
+        if tokenizer.dtype != torch.float32:
             raise InputError(
-                f"the tokenizer's weights are {self.tokenizer.dtype}, expected float32; load it "
+                f"the tokenizer's weights are {tokenizer.dtype}, expected float32; load it "
                 f"so, and give the precision to encode with as `dtype`"
             )
-        config = self.tokenizer.config
-        grid = config.grid_of(self.views.height, self.views.width)
+        config, device = tokenizer.config, tokenizer.device
+        grid = config.grid_of(views.height, views.width)
         if batch_size is None:
-            fitting = decoding_batch_size(
-                config, grid, device=self.tokenizer.device, dtype=self.dtype
-            )
-            if self.tokenizer.device.type == "cpu":
-                fitting = min(fitting, _CPU_BATCH)
+            fitting = decoding_batch_size(config, grid, device=device, dtype=self.dtype)
+            fitting = min(fitting, _CPU_BATCH) if device.type == "cpu" else fitting
             batch_size = max(1, fitting // processes)
         return StorePlan.of(
-            self.tokenizer,
+            tokenizer,
             grid=grid,
             precision=str(self.dtype).removeprefix("torch."),
             views=StoreViews(
-                kind=self.views.kind,
-                count=len(self.views),
-                height=self.views.height,
-                width=self.views.width,
-                ranges=self.views.crop_ranges if self.views.kind.endswith("-crop") else (),
+                kind=views.kind,
+                count=len(views),
+                height=views.height,
+                width=views.width,
+                ranges=views.crop_ranges if views.kind.endswith("-crop") else (),
             ),
-            source_digest=source_digest(self.images),
-            source_images=len(self.images),
+            source_digest=_source_digest(images),
+            source_images=len(images),
             shard_size=shard_size,
-            labelled=self.images.labels is not None,
-            captioned=self.images.captions is not None,
-            class_names=self.images.class_names,
+            labelled=images.labels is not None,
+            captioned=images.captions is not None,
+            class_names=images.class_names,
             batch_size=batch_size,
         )
 
@@ -192,9 +292,12 @@ def _encode(
     codes = np.empty((len(items), plan.views.count, *plan.grid), dtype=plan.dtype)
     read: list[int] = []
     skipped: list[tuple[str, str]] = []
-    per_batch = max(1, batch_size // plan.views.count)
     for batch in image_views(
-        images, job.views, batch_size=per_batch, workers=job.workers, indices=items
+        images,
+        job.views,
+        batch_size=max(1, batch_size // plan.views.count),
+        workers=job.workers,
+        indices=items,
     ):
         for error in batch.skipped:
             _log.warning("skipped: %s", error)
@@ -212,12 +315,19 @@ def _encode(
         advance(count + len(batch.skipped))
     return shard_content(
         plan,
-        codes[: len(read)],
+        codes,
         keys=[images.key(i) for i in read],
         labels=None if images.labels is None else [int(images.labels[i]) for i in read],
         captions=None if images.captions is None else [images.captions[i] for i in read],
         skipped=skipped,
     )
+
+
+def _source_digest(images: ImageCollection) -> str:
+    """Return a short text that depends on the names, labels and captions of images."""
+    whole = hashlib.sha256(images.digest().encode())
+    whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
+    return whole.hexdigest()[:16]
 
 
 def _make_in_processes(
@@ -230,8 +340,7 @@ def _make_in_processes(
     threads = max(1, torch.get_num_threads() // processes)
     arguments = []
     for rank in range(processes):
-        share = copy.copy(artifact)
-        share.rank, share.world_size = rank, processes
+        share = dataclasses.replace(artifact, rank=rank, world_size=processes)
         target = f"cuda:{rank % gpus}" if gpus else device
         arguments.append((job, share, batch_size, target, threads))
     count = 0
@@ -257,13 +366,6 @@ def _child(
         artifact.make(job.shard_maker(artifact, batch_size), connection.send)
     except (InputError, OSError) as error:
         connection.send(error)
-
-
-def source_digest(images: ImageCollection) -> str:
-    """Return a short text that depends on the names, labels and captions of images."""
-    whole = hashlib.sha256(images.digest().encode())
-    whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
-    return whole.hexdigest()[:16]
 
 
 def run_children(
@@ -307,8 +409,7 @@ def run_children(
 
 def _check_end(child: SpawnProcess) -> None:
     child.join()
-    if child.exitcode != 0:
-        number = child.exitcode or 0
+    if number := child.exitcode:
         cause = f"signal {signal.Signals(-number).name}" if number < 0 else f"status {number}"
         if number == -signal.SIGKILL:
             cause += ", probably out of memory"
@@ -329,7 +430,6 @@ def become_child(threads: int) -> None:
 
 def _end_with_parent() -> None:
     """End when the parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llamagen.data.captions import Captions
 from llamagen.data.columns import sort_names
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
 EXTENSIONS = frozenset(
     {
@@ -72,12 +72,7 @@ class ImageCollection(abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: int) -> Image.Image:
-        """Return the image as RGB.
-
-        Raises:
-            CorruptImageError: it cannot be read as an image.
-            OSError: it cannot be reached.
-        """
+        """Return the image as RGB; CorruptImageError if it is none, OSError out of reach."""
 
     @abc.abstractmethod
     def _select(self, indices: Sequence[int]) -> None:
@@ -98,7 +93,7 @@ class ImageCollection(abc.ABC):
 
         At least one image is held out if ``fraction`` is above 0, and one is kept.
         """
-        rest, part = split_keys(list(self._keys()), fraction)
+        rest, part = split_keys([*map(self.key, range(len(self)))], fraction)
         return self.subset(rest), self.subset(part)
 
     def thinned(self, count: int) -> Self:
@@ -108,20 +103,17 @@ class ImageCollection(abc.ABC):
     def digest(self) -> str:
         """Return a short text that depends on the names of the images."""
         whole = hashlib.sha256()
-        for key in self._keys():
-            whole.update(key_bytes(key) + b"\0")
+        for index in range(len(self)):
+            whole.update(_key_bytes(self.key(index)) + b"\0")
         return whole.hexdigest()[:16]
-
-    def _keys(self) -> Iterator[str]:
-        return map(self.key, range(len(self)))
 
 
 def split_keys(keys: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
     """Return the indices of the keys to train on, and of those held out."""
     count = len(keys)
     wanted = min(count - 1, max(1, round(fraction * count))) if fraction > 0 else 0
-    digests = [hashlib.sha256(key_bytes(key)).digest() for key in keys]
-    by_hash = sorted(range(len(keys)), key=digests.__getitem__)
+    digests = [hashlib.sha256(_key_bytes(key)).digest() for key in keys]
+    by_hash = sorted(range(count), key=digests.__getitem__)
     return sorted(by_hash[wanted:]), sorted(by_hash[:wanted])
 
 
@@ -131,8 +123,8 @@ def spread(count: int, limit: int) -> list[int]:
     return [i * count // kept for i in range(kept)]
 
 
-def key_bytes(key: str) -> bytes:
-    """Return a key as bytes; names of files may be undecodable."""
+def _key_bytes(key: str) -> bytes:
+    # Names of files may be undecodable.
     return key.encode("utf-8", "surrogateescape")
 
 
@@ -164,13 +156,12 @@ def find_images(folder: Path | str) -> list[Path]:
         raise FileNotFoundError(f"{folder} does not exist; give a folder with images")
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that the image is in")
-    found = sorted(_walk(folder))
-    if not found:
-        raise InputError(
-            f"there are no images in {folder} (searched for {' '.join(sorted(EXTENSIONS))}); "
-            f"give another folder"
-        )
-    return found
+    if found := sorted(_walk(folder)):
+        return found
+    raise InputError(
+        f"there are no images in {folder} (searched for {' '.join(sorted(EXTENSIONS))}); give "
+        f"another folder"
+    )
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -222,15 +213,14 @@ class ImageFolder(ImageCollection):
 
         Raises:
             FileNotFoundError: there is no such folder.
-            InputError: there are no images, images lie beside the class folders as well as in
-                them, or a class is none of ``class_names``.
+            InputError: there are no images, some lie beside the class folders, or a class is none
+                of ``class_names``.
         """
-        root = Path(folder)
-        paths = find_images(root)
+        root, paths = Path(folder), tuple(find_images(folder))
         parts = [path.relative_to(root).parts for path in paths]
         stray = [part[0] for part in parts if len(part) == 1]
         if len(stray) == len(paths):
-            return cls(root, tuple(paths))
+            return cls(root, paths)
         if stray:
             raise InputError(
                 f"{root} has images both in class folders and beside them, such as {stray[0]}; "
@@ -245,7 +235,7 @@ class ImageFolder(ImageCollection):
                 f"{root} has a class {unknown!r} that the training images do not have; "
                 f"rename or remove the folder"
             )
-        return cls(root, tuple(paths), tuple(index[name] for name in names), classes)
+        return cls(root, paths, tuple(index[name] for name in names), classes)
 
     @classmethod
     def scan_unlabelled(cls, folder: Path | str) -> Self:
@@ -271,8 +261,7 @@ def open_image(path: Path | str) -> Image.Image:
     animation it is the first frame.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: the file system does not let it be read.
+        OSError: there is no such file, or the file system does not let it be read.
         CorruptImageError: the content is not a whole image.
     """
     path = Path(path)
@@ -281,11 +270,7 @@ def open_image(path: Path | str) -> Image.Image:
 
 
 def decode_image(content: bytes, path: Path) -> Image.Image:
-    """Decode the bytes of an image file, as ``open_image`` does.
-
-    Raises:
-        CorruptImageError: they are not a whole image; ``path`` says whose they are.
-    """
+    """Decode the bytes of an image file as ``open_image`` does; ``path`` is for its errors."""
     if not content:
         raise CorruptImageError(path, "the file is empty")
     try:
@@ -295,7 +280,7 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise CorruptImageError(path, "not an image of a known format") from error
     except DECODING_ERRORS as error:
-        raise CorruptImageError(path, " ".join(str(error).split()) or "damaged") from error
+        raise CorruptImageError(path, one_line(error) or "damaged") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -307,11 +292,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as ``open_image`` reads it.
-
-    Raises:
-        InputError: its mode has no defined white.
-    """
+    """Return an image as ``open_image`` reads it; InputError if its mode has no defined white."""
     try:
         return _rgb(_upright(image))
     except ValueError as error:

@@ -13,7 +13,7 @@ import functools
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,11 +67,11 @@ class DataOrder:
         return by_length[start : start + self.batch_size]
 
     def _draws(self, start: int, count: int) -> list[Draw]:
-        draws = []
-        for number in range(start, start + count):
-            epoch, position = divmod(number, self.count)
-            draws.append(Draw(epoch, int(_permutation(self.count, self.seed, epoch)[position])))
-        return draws
+        places = (divmod(number, self.count) for number in range(start, start + count))
+        return [
+            Draw(epoch, int(_permutation(self.count, self.seed, epoch)[position]))
+            for epoch, position in places
+        ]
 
     def random(self, draw: Draw) -> random.Random:
         """Return the random generator of a sample in an epoch, for its crop, flip and view."""
@@ -109,23 +109,13 @@ def training_batches(
 ) -> Iterator[ImageBatch]:
     """Yield the batches of the steps from ``first`` up to but not including ``last``.
 
-    An unreadable image is replaced by the next readable one of the collection.
-
-    Args:
-        images: images to read.
-        order: images of each step.
-        augmentation: random crop and flip.
-        first: the first step.
-        last: the step after the last.
-        workers: processes that read for this one.
-        rank: number of this process, which gets consecutive images of every batch.
-        world_size: number of processes that share the batches.
-
-    Raises:
-        InputError: none of the images is readable.
+    An unreadable image is replaced by the next readable one of the collection; InputError if none
+    is. ``workers`` processes read for this one, which gets its ``rank``-th share of every batch.
     """
-    dataset = _TrainingImages(images, order, augmentation)
-    for batch in load_batches(dataset, _Steps(order, first, last, rank, world_size), workers):
+    share = slice(*(order.batch_size * part // world_size for part in (rank, rank + 1)))
+    batches = (order.batch(step)[share] for step in range(first, last))
+    read = functools.partial(_augmented, ReadableImages(images), order, augmentation)
+    for batch in load_batches(read, batches, workers):
         if len(batch.indices) == 0:
             raise InputError(f"none of the {len(images)} images can be read: {batch.skipped[0]}")
         yield batch
@@ -141,8 +131,8 @@ def image_views(
 ) -> Iterator[ImageBatch]:
     """Yield every readable image (or those of ``indices``): pixels (B, V, 3, H, W)."""
     chosen = range(len(images)) if indices is None else indices
-    batches = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
-    yield from load_batches(_EveryImage(images, views), batches, workers)
+    batches = (chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size))
+    return load_batches(functools.partial(_all_views, images, views), batches, workers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,62 +169,38 @@ class ReadableImages:
         return wanted, None, tuple(errors)
 
 
-class _TrainingImages(Dataset[Sample]):
-    """Augmented images by ``Draw``."""
-
-    def __init__(
-        self, images: ImageCollection, order: DataOrder, augmentation: Augmentation
-    ) -> None:
-        self.readable = ReadableImages(images)
-        self.order = order
-        self.augmentation = augmentation
-
-    def __getitem__(self, draw: Draw) -> Sample:
-        index, image, skipped = self.readable.read(draw.index)
-        if image is None:
-            return Sample(None, index, skipped)
-        crop = self.augmentation(image, self.order.random(draw))
-        return Sample(np.asarray(crop), index, skipped)
+def _augmented(
+    readable: ReadableImages, order: DataOrder, augmentation: Augmentation, draw: Draw
+) -> Sample:
+    index, image, skipped = readable.read(draw.index)
+    crop = None if image is None else np.asarray(augmentation(image, order.random(draw)))
+    return Sample(crop, index, skipped)
 
 
-class _EveryImage(Dataset[Sample]):
-    """All views of an image by its index."""
-
-    def __init__(self, images: ImageCollection, views: Views) -> None:
-        self.images = images
-        self.views = views
-
-    def __getitem__(self, index: int) -> Sample:
-        try:
-            image = self.images.read(index)
-        except CorruptImageError as error:
-            error.key = self.images.key(index)
-            return Sample(None, index, (error,))
-        return Sample(np.stack([np.asarray(v) for v in self.views(image)]), index, ())
+def _all_views(images: ImageCollection, views: Views, index: int) -> Sample:
+    try:
+        image = images.read(index)
+    except CorruptImageError as error:
+        error.key = images.key(index)
+        return Sample(None, index, (error,))
+    return Sample(np.stack([np.asarray(view) for view in views(image)]), index, ())
 
 
-class _Steps:
-    """Draws of a process for each step."""
+@dataclasses.dataclass
+class _Samples(Dataset[Sample]):
+    read: Callable[[Any], Sample]
 
-    def __init__(
-        self, order: DataOrder, first: int, last: int, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.order, self.first, self.last = order, first, last
-        start, end = (order.batch_size * part // world_size for part in (rank, rank + 1))
-        self.part = slice(start, end)
-
-    def __len__(self) -> int:
-        return self.last - self.first
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        return (self.order.batch(step)[self.part] for step in range(self.first, self.last))
+    def __getitem__(self, key: Any) -> Sample:
+        return self.read(key)
 
 
-def load_batches(dataset: Dataset[Sample], batches: Any, workers: int) -> Iterator[ImageBatch]:
-    """Yield the samples of a data set for the keys that ``batches`` lists, batch by batch."""
+def load_batches(
+    read: Callable[[Any], Sample], batches: Iterable[Sequence[Any]], workers: int
+) -> Iterator[ImageBatch]:
+    """Yield what ``read`` returns for the keys that ``batches`` lists, batch by batch."""
     loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
+        _Samples(read),
+        batch_sampler=batches,  # type: ignore[arg-type]  # a list, says torch
         # More than there are cores would only compete.
         num_workers=min(workers, os.cpu_count() or 1),
         collate_fn=_collate,
@@ -247,14 +213,11 @@ def load_batches(dataset: Dataset[Sample], batches: Any, workers: int) -> Iterat
 
 def _collate(samples: list[Sample]) -> ImageBatch:
     """Stack readable images, channels first."""
-    read = [sample for sample in samples if sample.pixels is not None]
-    pixels = torch.empty(0, dtype=torch.uint8)
-    if read:
-        stacked = np.stack([sample.pixels for sample in read if sample.pixels is not None])
-        pixels = torch.from_numpy(stacked).movedim(-1, -3)
+    pixels = [sample.pixels for sample in samples if sample.pixels is not None]
+    indices = [sample.index for sample in samples if sample.pixels is not None]
     return ImageBatch(
-        pixels,
-        torch.tensor([sample.index for sample in read], dtype=torch.int64),
+        torch.from_numpy(np.stack(pixels)).movedim(-1, -3) if pixels else torch.empty(0).byte(),
+        torch.tensor(indices, dtype=torch.int64),
         tuple(error for sample in samples for error in sample.skipped),
     )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -17,18 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
-from llamagen.data.store import (
-    SHARD_SIZE,
-    CodeStore,
-    Extraction,
-    StorePlan,
-    StoreViews,
-    make_store,
-    shard_content,
-)
+from llamagen.config import config_to_dict
+from llamagen.data.extraction import Extraction, make_store, shard_content
+from llamagen.data.store import SHARD_SIZE, CodeStore, StorePlan, StoreViews, store_artifact
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.support.artifact import Advance, Artifact, write_npy
-from llamagen.support.errors import InputError
+from llamagen.support.artifact import Advance, write_npy
+from llamagen.support.errors import InputError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -54,17 +50,14 @@ def export_published(store: CodeStore, root: Path | str, *, name: str | None = N
     labels = store.labels
     for folder in (codes,) if labels is None else (codes, label_folder):
         storage.require_writable(folder)
-    shape = (1, -1) if store.views == 1 else (1, store.views, store.grid[0] * store.grid[1])
-    index = 0
-    with tqdm(total=len(store), desc="exporting", unit="image", disable=None) as bar:
-        for shard in range(len(store.manifest.shards)):
-            for row in store.shard(shard):
-                _write_array(codes / f"{index}.npy", row.reshape(shape).astype(np.int64))
-                if labels is not None:
-                    _write_array(label_folder / f"{index}.npy", labels[index : index + 1])
-                index += 1
-                bar.update()
-    return index
+    shape = (1, -1) if store.views == 1 else (1, store.views, -1)
+    rows = itertools.chain.from_iterable(map(store.shard, range(len(store.manifest.shards))))
+    bar = tqdm(rows, total=len(store), desc="exporting", unit="image", disable=None)
+    for index, row in enumerate(bar):
+        _write_array(codes / f"{index}.npy", row.reshape(shape).astype(np.int64))
+        if labels is not None:
+            _write_array(label_folder / f"{index}.npy", labels[index : index + 1])
+    return len(store)
 
 
 def import_published(
@@ -93,18 +86,13 @@ def import_published(
         FileNotFoundError: there are no such folders, or a label is missing.
         InputError: the files do not hold codes of this tokenizer, or ``out`` holds something else.
     """
-    pixels = tokenizer.config.downsampling
     source = _find(Path(root))
+    size = source.side * tokenizer.config.downsampling
     plan = StorePlan.of(
         tokenizer,
         grid=(source.side, source.side),
         precision="unknown",
-        views=StoreViews(
-            kind="published",
-            count=source.views,
-            height=source.side * pixels,
-            width=source.side * pixels,
-        ),
+        views=StoreViews(kind="published", count=source.views, height=size, width=size),
         source_digest=source.digest(),
         source_images=len(source.numbers),
         shard_size=shard_size,
@@ -114,15 +102,12 @@ def import_published(
         batch_size=1,
     )
 
-    def make(artifact: Artifact, advance: Advance) -> int:
-        return artifact.make(functools.partial(_read_shard, source, plan), advance)
-
-    return make_store(
-        plan, out, make, description="importing", overwrite=overwrite, progress=progress
-    )
+    artifact = store_artifact(out, config_to_dict(plan))
+    make = functools.partial(artifact.make, functools.partial(_read_shard, source, plan))
+    return make_store(artifact, make, "importing", overwrite=overwrite, progress=progress)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class _Source:
     """Two folders in the published layout."""
 
@@ -156,27 +141,17 @@ def _find(root: Path) -> _Source:
         raise InputError(f"{root} has {names}; give one of them")
     codes = found[0]
     stems = [path.stem for path in codes.glob("*.npy")]
-    unexpected = [stem for stem in stems if not stem.isdecimal()]
-    if unexpected:
+    if unexpected := [stem for stem in stems if not stem.isdecimal()]:
         raise InputError(
             f"{codes / min(unexpected)}.npy is not named by a number as published codes are; "
             f"move it out of the folder"
         )
     numbers = sorted(map(int, stems))
     labels = codes.with_name(codes.name.removesuffix("_codes") + "_labels")
-    for number in numbers:
-        try:
-            path = codes / f"{number}.npy"
+    for path in (codes / f"{number}.npy" for number in numbers):
+        with contextlib.suppress(_DamagedFileError):
             views, side = _shape(path, _load_array(path))
-        except _DamagedFileError:
-            continue
-        return _Source(
-            codes=codes,
-            labels=labels if labels.is_dir() else None,
-            numbers=numbers,
-            views=views,
-            side=side,
-        )
+            return _Source(codes, labels if labels.is_dir() else None, numbers, views, side)
     raise InputError(
         f"none of the {len(numbers)} .npy files in {codes} can be read; give another folder"
     )
@@ -203,9 +178,9 @@ def _read_shard(
         advance(1)
     return shard_content(
         plan,
-        codes[: len(keys)],
+        codes,
         keys=keys,
-        labels=None if source.labels is None else labels,
+        labels=labels if source.labels else None,
         captions=None,
         skipped=skipped,
     )
@@ -270,7 +245,7 @@ def _load_array(path: Path) -> np.ndarray:
     try:
         array: np.ndarray = np.load(io.BytesIO(content), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise _DamagedFileError(" ".join(str(error).split()) or "damaged") from error
+        raise _DamagedFileError(one_line(error) or "damaged") from error
     return array
 
 
@@ -280,9 +255,7 @@ def _write_array(path: Path, array: np.ndarray) -> None:
         with storage.atomic_file(path) as temporary:
             write_npy(temporary, array)
         return
-    try:
-        same = np.array_equal(_load_array(path), array)
-    except _DamagedFileError:
-        same = False
-    if not same:
-        raise InputError(f"{path} is there with other content; give an empty folder")
+    with contextlib.suppress(_DamagedFileError):
+        if np.array_equal(_load_array(path), array):
+            return
+    raise InputError(f"{path} is there with other content; give an empty folder")

@@ -10,35 +10,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
 import operator
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-import llamagen.support.storage as storage
-from llamagen.config import (
-    Grid,
-    TokenizerConfig,
-    TransformerConfig,
-    config_from_dict,
-    config_to_dict,
-)
-from llamagen.data.captions import Caption, Captions, CaptionTable, write_captions
+from llamagen.config import Grid, TokenizerConfig, TransformerConfig, config_from_dict
+from llamagen.data.captions import Caption, Captions, CaptionTable
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.support.artifact import Advance, Artifact, Format, Settings, read_manifest
+from llamagen.support.artifact import Artifact, Format, Settings, read_manifest
 from llamagen.support.errors import InputError
-from llamagen.support.labels import Labels
 
 SHARD_SIZE = 4096
 """Images of a shard: 42 MB with twenty views of 256 codes."""
 SKIPPED_NAME = "skipped.txt"
-_MISSING = {"tokenizer_config": config_to_dict(TokenizerConfig())}
-"""Settings that older stores lack."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,8 +71,7 @@ class StorePlan:
 
     def __post_init__(self) -> None:
         for name in ("shard_size", "batch_size", "source_images"):
-            value = getattr(self, name)
-            if value < 1:
+            if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} is {value}, expected at least 1")
 
     @classmethod
@@ -139,28 +126,6 @@ class ShardInfo:
     """One bit for each code, set if it occurs, in hexadecimal."""
 
 
-def shard_content(
-    plan: StorePlan,
-    codes: np.ndarray,
-    *,
-    keys: Sequence[str],
-    labels: Sequence[int] | None,
-    captions: Sequence[Captions] | None,
-    skipped: Sequence[tuple[str, str]],
-) -> Mapping[str, Any]:
-    """Return the content of a shard's files; codes are (n, V, rows, columns)."""
-    used = np.zeros(plan.codebook_size, dtype=bool)
-    used[codes] = True
-    info = ShardInfo(
-        keys=tuple(keys),
-        labels=None if labels is None else tuple(labels),
-        captions=None if captions is None else tuple(captions),
-        skipped=tuple(skipped),
-        used=np.packbits(used).tobytes().hex(),
-    )
-    return {".npy": codes.astype(plan.dtype, copy=False), ".json": config_to_dict(info)}
-
-
 def read_shard_info(artifact: Artifact, shard: int) -> ShardInfo:
     """Read the metadata of a shard; errors as of ``Artifact.read_json``."""
     values = artifact.read_json(shard)
@@ -170,12 +135,7 @@ def read_shard_info(artifact: Artifact, shard: int) -> ShardInfo:
         return ShardInfo(
             keys=tuple(values["keys"]),
             labels=None if labels is None else tuple(map(operator.index, labels)),
-            captions=None
-            if captions is None
-            else tuple(
-                tuple(Caption(str(text), float(weight)) for text, weight in each)
-                for each in captions
-            ),
+            captions=None if captions is None else tuple(map(_captions, captions)),
             skipped=tuple((file, reason) for file, reason in values["skipped"]),
             used=values["used"],
         )
@@ -183,15 +143,22 @@ def read_shard_info(artifact: Artifact, shard: int) -> ShardInfo:
         raise artifact.damaged(artifact.path(shard, ".json"), repr(error)) from error
 
 
-def check_codes(artifact: Artifact, shard: int, *, images: int) -> None:
-    """Check a shard's array; see ``Artifact.check_npy``."""
+def _captions(values: Sequence[Any]) -> Captions:
+    return tuple(Caption(str(text), float(weight)) for text, weight in values)
+
+
+def shard_infos(artifact: Artifact) -> Iterator[ShardInfo]:
+    """Yield the metadata of all shards."""
+    return (read_shard_info(artifact, shard) for shard in range(len(artifact)))
+
+
+def _check_codes(artifact: Artifact, shard: int, images: int) -> None:
     plan = artifact.settings
-    shape = (images, plan["views"]["count"], *plan["grid"])
-    artifact.check_npy(shard, shape, plan["dtype"])
+    artifact.check_npy(shard, (images, plan["views"]["count"], *plan["grid"]), plan["dtype"])
 
 
 def _check_shard(artifact: Artifact, shard: int) -> None:
-    check_codes(artifact, shard, images=len(read_shard_info(artifact, shard).keys))
+    _check_codes(artifact, shard, len(read_shard_info(artifact, shard).keys))
 
 
 FORMAT = Format(
@@ -212,10 +179,19 @@ FORMAT = Format(
 )
 
 
-def store_artifact(folder: Path | str, settings: Settings) -> Artifact:
+def store_artifact(
+    folder: Path | str, settings: Settings, rank: int = 0, world_size: int = 1
+) -> Artifact:
     """Return the artifact of a store; ``settings`` is a ``StorePlan`` as plain values."""
-    items, piece_size = settings["source_images"], settings["shard_size"]
-    return Artifact(Path(folder), FORMAT, settings, items=items, piece_size=piece_size)
+    return Artifact(
+        Path(folder),
+        FORMAT,
+        settings,
+        items=settings["source_images"],
+        piece_size=settings["shard_size"],
+        rank=rank,
+        world_size=world_size,
+    )
 
 
 class CodeSourceBase:
@@ -230,11 +206,7 @@ class CodeSourceBase:
         return []
 
     def check_fits(self, config: TransformerConfig) -> None:
-        """Check that a transformer can be trained on these codes.
-
-        Raises:
-            InputError: codebook, grid or labels are not those of ``config``.
-        """
+        """Raise InputError if codebook, grid or labels are not those of a transformer."""
 
 
 class CodeStore(CodeSourceBase):
@@ -246,11 +218,10 @@ class CodeStore(CodeSourceBase):
         self.manifest = manifest
         self.identity = artifact.identity
         """Depends on images, views and tokenizer."""
-        plan = manifest.plan
-        self.views = plan.views.count
+        self.views = manifest.plan.views.count
         """Views of each image."""
-        self.grid: Grid = plan.grid
-        self.codebook_size = plan.codebook_size
+        self.grid: Grid = manifest.plan.grid
+        self.codebook_size = manifest.plan.codebook_size
         self.class_names = manifest.class_names
         self._artifact = artifact
         self._ends = np.cumsum(manifest.shards)
@@ -270,7 +241,7 @@ class CodeStore(CodeSourceBase):
         artifact = store_artifact(folder, settings)
         for shard, images in enumerate(manifest.shards):
             artifact.check_files(shard)
-            check_codes(artifact, shard, images=images)
+            _check_codes(artifact, shard, images)
         return cls(artifact, manifest)
 
     def __len__(self) -> int:
@@ -315,11 +286,9 @@ class CodeStore(CodeSourceBase):
         """
         if not self.manifest.plan.labelled:
             return None
-        parts = [np.empty(0, dtype=np.int64)]
-        classes = len(self.class_names)
+        parts, classes = [np.empty(0, dtype=np.int64)], len(self.class_names)
         for shard, images in enumerate(self.manifest.shards):
-            info = read_shard_info(self._artifact, shard)
-            labels = np.array(info.labels or (), dtype=np.int64)
+            labels = np.array(read_shard_info(self._artifact, shard).labels or (), dtype=np.int64)
             reason = None
             if len(labels) != images:
                 reason = f"it has {len(labels)} labels for {images} images"
@@ -343,36 +312,26 @@ class CodeStore(CodeSourceBase):
         """
         if not self.manifest.plan.captioned:
             return None
-        if self._captions is None:
-            self._captions = CaptionTable(self.folder, len(self))
+        table = self._captions = self._captions or CaptionTable(self.folder, len(self))
         wanted = np.asarray(indices, dtype=np.int64)
         _check_range(wanted, len(self), "image")
-        return [self._captions[index] for index in wanted.tolist()]
+        return [table[index] for index in wanted.tolist()]
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """Return the paths of some images within the folder that they came from.
-
-        Raises:
-            IndexError: there is no such image.
-        """
+        """Return the paths of some images within their folder; IndexError if there are none."""
         wanted = np.asarray(indices, dtype=np.int64)
         found = np.empty(len(wanted), dtype=object)
         for shard, chosen, within in self._by_shard(wanted):
-            found[chosen] = np.array(read_shard_info(self._artifact, shard).keys, dtype=object)[
-                within
-            ]
+            keys = np.array(read_shard_info(self._artifact, shard).keys, dtype=object)
+            found[chosen] = keys[within]
         return found.tolist()
 
     def skipped(self) -> list[tuple[str, str]]:
         """See ``CodeSourceBase``."""
-        return [entry for info in _infos(self._artifact) for entry in info.skipped]
+        return [entry for info in shard_infos(self._artifact) for entry in info.skipped]
 
     def check_tokenizer(self, fingerprint: str) -> None:
-        """Check that the codes are those of a tokenizer, by its fingerprint.
-
-        Raises:
-            InputError: another tokenizer made them.
-        """
+        """Raise InputError if the tokenizer with this fingerprint did not make the codes."""
         made_by = self.manifest.plan.tokenizer_fingerprint
         if made_by != fingerprint:
             raise InputError(
@@ -410,105 +369,14 @@ class CodeStore(CodeSourceBase):
                 f"classes (0 to {config.num_classes - 1}); raise `num_classes` or leave it out"
             )
 
-    def _by_shard(self, indices: np.ndarray) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """Return each shard that has some of the images, their positions, and rows in the shard."""
+    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+        """Yield each shard that has some of the images, their positions, and rows in the shard."""
         _check_range(indices, len(self), "image")
         shards = np.searchsorted(self._ends, indices, side="right")
-        starts = self._ends - np.array(self.manifest.shards)
-        found = []
         for shard in np.unique(shards).tolist():
             chosen = np.flatnonzero(shards == shard)
-            found.append((shard, chosen, indices[chosen] - starts[shard]))
-        return found
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """Result of ``make_store``."""
-
-    store: CodeStore | None
-    """None if other processes have not finished their shards."""
-    images: int
-    """Number of image files that this call processed."""
-    seconds: float
-
-
-def make_store(
-    plan: StorePlan,
-    out: Path | str,
-    make: Callable[[Artifact, Advance], int],
-    *,
-    description: str,
-    rank: int = 0,
-    world_size: int = 1,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Extraction:
-    """Make a store; ``make`` makes its missing shards and returns their number of images.
-
-    See ``extraction.extract_store`` for the other arguments and errors.
-    """
-    artifact = store_artifact(out, config_to_dict(plan))
-    artifact.rank, artifact.world_size = rank, world_size
-    with (
-        artifact.begin(overwrite=overwrite, missing=_MISSING),
-        artifact.progress_bar(description, "image", shown=progress) as bar,
-    ):
-        start = time.perf_counter()
-        count = make(artifact, bar.update)
-        seconds = time.perf_counter() - start
-        return Extraction(store=finish_store(artifact), images=count, seconds=seconds)
-
-
-def finish_store(artifact: Artifact) -> CodeStore | None:
-    """Write the manifest, and return the store; None if shards of other processes are missing.
-
-    Raises:
-        InputError: no image is readable.
-    """
-    if not artifact.is_done():
-        return None
-    plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
-    counts: list[int] = []
-    skipped: list[tuple[str, str]] = []
-    used = np.zeros(plan.codebook_size, dtype=bool)
-    classes = 0
-    for info in _infos(artifact):
-        counts.append(len(info.keys))
-        skipped += info.skipped
-        bits = np.frombuffer(bytes.fromhex(info.used), dtype=np.uint8)
-        used |= np.unpackbits(bits, count=plan.codebook_size).astype(bool)
-        classes = max(classes, 1 + max(info.labels or (-1,)))
-    if sum(counts) == 0:
-        file, reason = skipped[0]
-        raise InputError(
-            f"none of the {len(skipped)} files could be read: {file} ({reason}); repair them, "
-            f"and choose another folder (`out`)"
-        )
-    if skipped:
-        lines = [f"{file}\t{reason}\n" for file, reason in skipped]
-        storage.write_text(artifact.folder / SKIPPED_NAME, "".join(lines))
-    if plan.captioned:
-        # Outside the shards: training reads captions of images in any order.
-        captions = (each for info in _infos(artifact) for each in info.captions or ())
-        write_captions(artifact.folder, captions)
-    results = Manifest(
-        plan=plan,
-        images=sum(counts),
-        skipped=len(skipped),
-        shards=tuple(counts),
-        class_names=plan.class_names or (Labels.numbered(classes).names if plan.labelled else ()),
-        codes_used=int(used.sum()),
-        llamagen=importlib.metadata.version("llamagen"),
-    )
-    values = config_to_dict(results)
-    del values["plan"]
-    artifact.finish(values)
-    return CodeStore.open(artifact.folder)
-
-
-def _infos(artifact: Artifact) -> Iterator[ShardInfo]:
-    return (read_shard_info(artifact, shard) for shard in range(len(artifact)))
+            start = self._ends[shard] - self.manifest.shards[shard]
+            yield shard, chosen, indices[chosen] - start
 
 
 def _check_range(numbers: np.ndarray, count: int, noun: str) -> None:

@@ -11,16 +11,15 @@ Shapes: B images, H x W pixels.
 from __future__ import annotations
 
 import collections
-import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from llamagen.data import datasets_library as library
 from llamagen.data.columns import SourceConfig
@@ -37,8 +36,7 @@ _EMPTY_EPOCHS = 2
 """Epochs without a single image after which a part gives up."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Position of a part: the start of a block, and an image in it."""
 
     epoch: int = 0
@@ -50,8 +48,7 @@ class Position:
     """Images of the block supplied so far."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Streamed:
+class _Streamed(NamedTuple):
     """An undecoded image."""
 
     value: Any
@@ -101,7 +98,7 @@ class ImageStream:
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
         """Return the positions of this process's parts after its last batch."""
-        return {part: dataclasses.astuple(at) for part, at in self._positions.items()}
+        return {part: tuple(at) for part, at in self._positions.items()}
 
     def load_state_dict(self, state: Mapping[int, Sequence[int]]) -> None:
         """Restore the positions of all processes together."""
@@ -138,16 +135,24 @@ class ImageStream:
         share = self.parts // world_size
         own = range(rank * share, (rank + 1) * share)
         self._positions = {part: self._positions[part] for part in own}
-        steps = _Steps(self, own, first, last)
-        dataset = _Augmented(augmentation, self._seed)
-        for batch in load_batches(dataset, steps, workers):
-            self._positions |= steps.positions.popleft()
+        after: collections.deque[dict[int, Position]] = collections.deque()
+
+        def batches() -> Iterator[list[_Streamed]]:
+            for samples, positions in ahead(self._read(own, first, last), _AHEAD):
+                after.append(positions)
+                yield samples
+
+        read = functools.partial(_augmented, augmentation, self._seed)
+        for batch in load_batches(read, batches(), workers):
+            self._positions |= after.popleft()
             if len(batch.indices) == 0:
                 raise InputError(f"no image of a batch can be read: {batch.skipped[0]}")
             rows = np.arange(self._batch_size // world_size) % len(batch.indices)
             yield batch._replace(pixels=batch.pixels[rows], indices=batch.indices[rows])
 
-    def read(self, own: Sequence[int], first: int, last: int) -> Iterator[_Read]:
+    def _read(
+        self, own: Sequence[int], first: int, last: int
+    ) -> Iterator[tuple[list[_Streamed], dict[int, Position]]]:
         """Yield the samples of some parts for each step, and their positions after it."""
         parts = {part: self._part(part, self._positions[part]) for part in own}
         share = self._batch_size // self.parts
@@ -186,7 +191,7 @@ class ImageStream:
             for count in range(taken, len(block)):
                 value, at, index = block[count]
                 name = str(value.get("__key__", f"file {at} row {index}"))
-                yield value[self._column], name, dataclasses.replace(start, taken=count + 1)
+                yield value[self._column], name, start._replace(taken=count + 1)
             taken = 0
 
     def _rows(self, files: Sequence[int], position: Position) -> Iterator[tuple[Any, int, int]]:
@@ -197,42 +202,14 @@ class ImageStream:
                 yield value, file, row
 
 
-_Read = tuple[list[_Streamed], dict[int, Position]]
-
-
-class _Steps:
-    """Images of a process for each step; batches are read ahead."""
-
-    def __init__(self, stream: ImageStream, own: Sequence[int], first: int, last: int) -> None:
-        self._stream, self._own, self._first, self._last = stream, own, first, last
-        self.positions: collections.deque[dict[int, Position]] = collections.deque()
-        """Positions of the parts after each batch."""
-
-    def __len__(self) -> int:
-        return self._last - self._first
-
-    def __iter__(self) -> Iterator[list[_Streamed]]:
-        for samples, positions in ahead(
-            self._stream.read(self._own, self._first, self._last), _AHEAD
-        ):
-            self.positions.append(positions)
-            yield samples
-
-
-class _Augmented(Dataset[Sample]):
-    """Decodes images and augments them."""
-
-    def __init__(self, augmentation: Augmentation, seed: int) -> None:
-        self.augmentation, self.seed = augmentation, seed
-
-    def __getitem__(self, image: _Streamed) -> Sample:
-        try:
-            decoded = library.decode(image.value, Path(image.name))
-        except CorruptImageError as error:
-            error.key = image.name
-            return Sample(None, image.number, (error,))
-        rng = random.Random(f"{self.seed} stream {image.number}")  # noqa: S311
-        return Sample(np.asarray(self.augmentation(decoded, rng)), image.number, ())
+def _augmented(augmentation: Augmentation, seed: int, image: _Streamed) -> Sample:
+    try:
+        decoded = library.decode(image.value, Path(image.name))
+    except CorruptImageError as error:
+        error.key = image.name
+        return Sample(None, image.number, (error,))
+    rng = random.Random(f"{seed} stream {image.number}")  # noqa: S311
+    return Sample(np.asarray(augmentation(decoded, rng)), image.number, ())
 
 
 def ahead(items: Iterator[T], count: int) -> Iterator[T]:

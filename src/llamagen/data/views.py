@@ -61,8 +61,7 @@ def random_crop(
     width = width or size
     height = rng.randint(size, max(size, int(size * max_scale)))
     image = _cover(image, round(width * height / size), height)
-    left = rng.randint(0, image.width - width)
-    top = rng.randint(0, image.height - size)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - size)
     return image.crop((left, top, left + width, top + size))
 
 
@@ -88,11 +87,7 @@ views for each enlargement; or those and their mirror images, ten for each."""
 
 
 def check_crop_ranges(ranges: tuple[float, ...]) -> None:
-    """Check the enlargements that crops are cut from.
-
-    Raises:
-        InputError: there are none, or one is below 1.
-    """
+    """Raise InputError if there are no enlargements to cut crops from, or one is below 1."""
     if not ranges or not all(math.isfinite(each) and each >= 1 for each in ranges):
         raise InputError(
             f"crop_ranges are {ranges}, expected one or more finite numbers of at least 1"
@@ -135,28 +130,20 @@ class Views:
             )
 
     def __len__(self) -> int:
-        per_range = {"five-crop": 5, "ten-crop": 10}
-        if self.kind in per_range:
-            return per_range[self.kind] * len(self.crop_ranges)
-        return 2 if self.kind == "flip" else 1
+        ranges = len(self.crop_ranges)
+        return {"center": 1, "flip": 2, "five-crop": 5 * ranges, "ten-crop": 10 * ranges}[self.kind]
 
     def __call__(self, image: Image.Image) -> list[Image.Image]:
         """Return all views, always in the same order."""
         if self.kind.endswith("-crop"):
             crops = five_crop if self.kind == "five-crop" else ten_crop
-            return [
-                crop
-                for crop_range in self.crop_ranges
-                for crop in crops(image, self.height, crop_range)
-            ]
+            return [crop for each in self.crop_ranges for crop in crops(image, self.height, each)]
         crop = center_crop(image, self.height, width=self.width)
         return [crop] if self.kind == "center" else [crop, ImageOps.mirror(crop)]
 
     def view(self, image: Image.Image, number: int) -> Image.Image:
-        """Return one view, without making all."""
+        """Return one view, without making those of all enlargements."""
         if not self.kind.endswith("-crop"):
-            crop = center_crop(image, self.height, width=self.width)
-            return ImageOps.mirror(crop) if number == 1 else crop
-        each = len(self) // len(self.crop_ranges)
-        one = dataclasses.replace(self, crop_ranges=(self.crop_ranges[number // each],))
-        return one(image)[number % each]
+            return self(image)[number]
+        chosen, within = divmod(number, len(self) // len(self.crop_ranges))
+        return dataclasses.replace(self, crop_ranges=(self.crop_ranges[chosen],))(image)[within]
