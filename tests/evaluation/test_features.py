@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from llamagen.evaluation import pieces
-from llamagen.evaluation.features import NetworkOutput, compute_features, feature_folder
+from llamagen.evaluation.features import (
+    NetworkOutput,
+    ReferenceSource,
+    compute_features,
+    feature_folder,
+    read_statistics,
+    write_statistics,
+)
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics
-from llamagen.evaluation.reference import ReferenceSource, read_statistics, write_statistics
 from llamagen.support.errors import InputError
 from tests.evaluation.sets import CoarsePixels, noise, write_noise
 
@@ -59,7 +65,7 @@ def test_rejects_nan(images, tmp_path):
     class Broken(CoarsePixels):
         def __call__(self, pixels):
             found = super().__call__(pixels)
-            return NetworkOutput(found.pool / 0.0, None, found.probabilities)
+            return NetworkOutput(found.pool / 0.0, None, found.logits)
 
     with pytest.raises(InputError, match=r"NaN or infinity \(pool\) for images 0 to 3 of"):
         compute_features(Broken(), images, tmp_path / "f")
@@ -87,7 +93,7 @@ def test_reads_statistics_with_images(images, tmp_path):
     reference = source.compute(network, tmp_path / "f")
     assert (reference.count, reference.features.pool.shape) == (None, (6, 12))
     np.testing.assert_allclose(reference.pool.mean, statistics.mean)
-    assert reference.statistics_only
+    assert reference.source.archive is not None
     with pytest.raises(InputError, match="Inception's features, which cannot be compared"):
         source.compute(CoarsePixels(), tmp_path / "f")
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from llamagen.evaluation.features import ReferenceSource
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics, frechet_distance
 from llamagen.evaluation.protocols.common import Workplace
@@ -19,7 +20,6 @@ from llamagen.evaluation.protocols.comparison import (
 )
 from llamagen.evaluation.protocols.likelihood import evaluate_likelihood
 from llamagen.evaluation.protocols.tokenizer import Reconstructions, evaluate_tokenizer
-from llamagen.evaluation.reference import ReferenceSource
 from llamagen.evaluation.report import save_report
 from llamagen.evaluation.samples import SamplePlan
 from llamagen.support.errors import InputError

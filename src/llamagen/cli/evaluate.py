@@ -22,11 +22,10 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.evaluation.features import FeatureNetwork
+    from llamagen.evaluation.features import FeatureNetwork, ReferenceSource
     from llamagen.evaluation.image_sets import ImageSet
     from llamagen.evaluation.networks.lpips import Lpips
     from llamagen.evaluation.protocols.common import Workplace
-    from llamagen.evaluation.reference import ReferenceSource
     from llamagen.evaluation.report import Report
     from llamagen.pipeline import Pipeline
 
@@ -67,11 +66,8 @@ class NetworkOptions:
 
     def open(self, out: Path, reference: ImageSet | None, device: torch.device) -> FeatureNetwork:
         """Load, download or train the network; called in every process."""
-        from llamagen.evaluation.networks import InceptionV3
-        from llamagen.evaluation.networks.train_classifier import (
-            ClassifierTraining,
-            open_classifier,
-        )
+        from llamagen.evaluation.networks.classifier import ClassifierTraining, open_classifier
+        from llamagen.evaluation.networks.inception import InceptionV3
         from llamagen.support import distributed
 
         if self.network == "classifier":
@@ -136,7 +132,7 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
 
     def find(self, source: str | None, size: int | None) -> ReferenceSource:
         """Return images or statistics that an option names."""
-        from llamagen.evaluation.reference import ReferenceSource
+        from llamagen.evaluation.features import ReferenceSource
 
         assert source is not None
         config = SourceConfig(**dataclasses.asdict(self.source))

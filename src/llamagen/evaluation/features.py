@@ -1,4 +1,8 @@
-"""Features of sets of images: resumable, and shared by processes.
+"""Features of sets of images, resumable and shared by processes, and what they are compared with.
+
+ADM's .npz files of statistics hold ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``,
+``sigma_s`` (of its spatial ones) and ``arr_0``: images for precision and recall. Of images alone
+everything is computed.
 
 Shapes: B images, D numbers of a pooled feature, S of a spatial one, K classes.
 """
@@ -8,29 +12,44 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen.evaluation.image_sets import ImageSet
+import llamagen.support.storage as storage
+from llamagen.data.columns import SourceConfig
+from llamagen.evaluation.image_sets import (
+    ArchivedImages,
+    CollectedImages,
+    ImageSet,
+    array_names,
+    read_array,
+)
 from llamagen.evaluation.metrics import FeatureStatistics
 from llamagen.evaluation.pieces import make_pieces, pieces_of
 from llamagen.support.artifact import Advance
 from llamagen.support.errors import InputError
 
+INCEPTION = "inception"
+"""Start of the fingerprint of the network that ADM's statistics were made with."""
 
-@dataclasses.dataclass(frozen=True)
-class NetworkOutput:
+
+class NetworkOutput(NamedTuple):
     """Output of a network for some images."""
 
     pool: Tensor
     """(B, D)"""
     spatial: Tensor | None
     """(B, S), for sFID; None from networks that have none."""
-    probabilities: Tensor
-    """(B, K), each row summing to 1."""
+    logits: Tensor
+    """(B, K)"""
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(B, K), for the Inception Score."""
+        return self.logits.softmax(-1)
 
 
 class FeatureNetwork(Protocol):
@@ -50,25 +69,22 @@ class FeatureNetwork(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """All features of a set of images, in its order."""
+    """All features of a set of images, in its order, as float32."""
 
     pool: np.ndarray
-    """(N, D) float32."""
+    """(N, D)"""
     spatial: np.ndarray | None
-    """(N, S) float32."""
+    """(N, S)"""
     probabilities: np.ndarray
-    """(N, K) float32."""
+    """(N, K)"""
 
     def __len__(self) -> int:
         return len(self.pool)
 
-    def pool_statistics(self) -> FeatureStatistics:
-        """Return the statistics for FID."""
-        return FeatureStatistics.of(self.pool)
-
-    def spatial_statistics(self) -> FeatureStatistics | None:
-        """Return the statistics for sFID."""
-        return None if self.spatial is None else FeatureStatistics.of(self.spatial)
+    def statistics(self) -> tuple[FeatureStatistics, FeatureStatistics | None]:
+        """Return the statistics for FID and for sFID."""
+        spatial = None if self.spatial is None else FeatureStatistics.of(self.spatial)
+        return FeatureStatistics.of(self.pool), spatial
 
 
 def require_images(images: Tensor) -> None:
@@ -125,9 +141,8 @@ def compute_features(
     )
 
     def compute(items: range, advance: Advance) -> dict[str, Any]:
-        pixels = torch.from_numpy(np.array(images.read(items.start, items.stop))).movedim(-1, 1)
         outputs = []
-        for part in pixels.split(batch_size):
+        for part in images.tensor(items.start, items.stop).split(batch_size):
             outputs.append(network(part.contiguous().to(device)))
             advance(len(part))
         return {".npz": _joined(outputs, f"images {items[0]} to {items[-1]} of {images.name}")}
@@ -146,15 +161,119 @@ def feature_folder(root: Path, network: FeatureNetwork, images: ImageSet) -> Pat
 
 def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:
     """Outputs of a piece, as they are stored."""
-    arrays = {
-        "pool": [each.pool for each in outputs],
-        "probabilities": [each.probabilities for each in outputs],
-        "spatial": [each.spatial for each in outputs if each.spatial is not None],
-    }
-    joined = {
-        name: torch.cat(parts).float().cpu().numpy() for name, parts in arrays.items() if parts
-    }
-    for name, array in joined.items():
-        if not np.isfinite(array).all():
+    joined = {}
+    for name in ("pool", "probabilities", "spatial"):
+        parts = [getattr(each, name) for each in outputs]
+        if parts[0] is None:
+            continue
+        joined[name] = torch.cat(parts).float().cpu().numpy()
+        if not np.isfinite(joined[name]).all():
             raise InputError(f"the network gave NaN or infinity ({name}) for {where}; use float32")
     return joined
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceSource:
+    """What images are compared with; its features may still have to be computed."""
+
+    name: str
+    images: ImageSet | None
+    archive: Path | None = None
+    """An .npz file with statistics, which are of other images than ``images``."""
+
+    @classmethod
+    def open(
+        cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
+    ) -> ReferenceSource:
+        """Find a reference: a folder or other source of images, or an .npz file.
+
+        Args:
+            source: where it is.
+            config: columns of a data set that is more than a folder.
+            size: crop the middle square of images to this side; see ``CollectedImages``.
+
+        Raises:
+            FileNotFoundError: there is none.
+            InputError: it is none.
+        """
+        path = Path(source)
+        if path.suffix.lower() != ".npz":
+            return cls(str(source), CollectedImages.open(source, config, size=size))
+        names = array_names(path)
+        if "mu" in names:
+            return cls(str(source), ArchivedImages(path) if "arr_0" in names else None, path)
+        return cls(str(source), ArchivedImages(path))
+
+    def compute(
+        self, network: FeatureNetwork, root: Path, *, device: torch.device | str = "cpu"
+    ) -> Reference:
+        """Return the reference with the features of its images; see ``compute_features``.
+
+        Raises:
+            InputError: the statistics were made with another network, or the file is damaged.
+            OSError: the disk is full.
+        """
+        if self.archive is not None and not network.fingerprint.startswith(INCEPTION):
+            raise InputError(
+                f"{self.name} holds statistics of Inception's features, which cannot be compared "
+                f"with those of the {network.name}; give a folder of images"
+            )
+        features = None
+        if self.images is not None:
+            features = compute_features(network, self.images, root, what="reference", device=device)
+        if self.archive is not None:
+            return Reference(self, features, *read_statistics(self.archive))
+        assert features is not None
+        return Reference(self, features, *features.statistics(), len(features))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """One side of a comparison."""
+
+    source: ReferenceSource
+    features: Features | None
+    """Of the source's images, for precision, recall and neighbours."""
+    pool: FeatureStatistics
+    spatial: FeatureStatistics | None
+    count: int | None
+    """Images that the statistics are of; None where the file does not say."""
+
+
+def read_statistics(
+    path: Path,
+) -> tuple[FeatureStatistics, FeatureStatistics | None, int | None]:
+    """Read statistics of pooled and of spatial features, and the number of images.
+
+    Raises:
+        InputError: the file is damaged, or its arrays do not fit together.
+    """
+    names = array_names(path)
+    count = int(read_array(path, "count")) if "count" in names else None
+
+    def statistics(mean: str, covariance: str) -> FeatureStatistics:
+        arrays = (read_array(path, mean), read_array(path, covariance))
+        if not all(np.isfinite(array).all() for array in arrays):
+            raise InputError(f"{mean} or {covariance} in {path} hold NaN or infinity")
+        try:
+            # The number of images does not matter for a distance.
+            return FeatureStatistics.from_moments(*arrays, count=max(count or 2, 2))
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; get it again") from error
+
+    spatial = statistics("mu_s", "sigma_s") if "mu_s" in names else None
+    return statistics("mu", "sigma"), spatial, count
+
+
+def write_statistics(path: Path, features: Features) -> None:
+    """Write statistics as ADM's evaluator, and ``read_statistics``, read them.
+
+    Raises:
+        OSError: the file cannot be written; nothing is left of it.
+    """
+    pool, spatial = features.statistics()
+    arrays = {"mu": pool.mean, "sigma": pool.covariance, "count": np.array(pool.count)}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # names are ours

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import llamagen.support.storage as storage
 from llamagen.data.columns import SourceConfig
 from llamagen.data.images import CorruptImageError, ImageCollection, ImageFolder
 from llamagen.data.sources import open_images
 from llamagen.data.views import center_crop
+from llamagen.models.tokenizer import images_to_uint8
 from llamagen.support.errors import InputError
 
 _PART = 256
@@ -37,6 +41,8 @@ class ImageSet(abc.ABC):
     class_names: tuple[str, ...] = ()
     captions: tuple[str, ...] | None = None
     """The most likely caption of each; None where there are none, "" for images without."""
+    enlarged_from: tuple[int, int] | None = None
+    """Height and width of the first image, if it had to be enlarged to the size of all."""
 
     @abc.abstractmethod
     def __len__(self) -> int: ...
@@ -49,15 +55,14 @@ class ImageSet(abc.ABC):
             InputError: one of them is damaged, or they differ in size.
         """
 
+    def tensor(self, first: int, last: int) -> Tensor:
+        """Return images as uint8 (B, 3, H, W); see ``read``."""
+        return torch.from_numpy(np.array(self.read(first, last))).movedim(-1, 1)
+
     def parts(self) -> Iterator[np.ndarray]:
         """All images, some hundred at a time."""
         for first in range(0, len(self), _PART):
             yield self.read(first, min(len(self), first + _PART))
-
-    @property
-    def enlarged_from(self) -> tuple[int, int] | None:
-        """Height and width of the first image, if it had to be enlarged to the size of all."""
-        return None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -102,7 +107,7 @@ class CollectedImages(ImageSet):
         return len(self._images)
 
     @property
-    def enlarged_from(self) -> tuple[int, int] | None:
+    def enlarged_from(self) -> tuple[int, int] | None:  # type: ignore[override]  # read when asked
         """See ``ImageSet``."""
         if self._side is None:
             return None
@@ -120,9 +125,9 @@ class CollectedImages(ImageSet):
             array = np.asarray(image if self._side is None else center_crop(image, self._side))
             if arrays and array.shape != arrays[0].shape:
                 raise InputError(
-                    f"{self._images.key(index)} in {self.name} has {_pixels(array)} pixels, but "
-                    f"{self._images.key(first)} has {_pixels(arrays[0])}; use images of one size, "
-                    f"or crop all with size"
+                    f"{self._images.key(index)} in {self.name} has {size_text(array.shape)} "
+                    f"pixels, but {self._images.key(first)} has {size_text(arrays[0].shape)}; use "
+                    f"images of one size, or crop all with size"
                 )
             arrays.append(array)
         return np.stack(arrays)
@@ -144,10 +149,9 @@ class ArchivedImages(ImageSet):
                 raise InputError(
                     f"arr_0 in {path} is {dtype} {shape}, expected images: uint8 (N, H, W, 3)"
                 )
-        with _open_archive(path) as archive:
-            checksum = archive.getinfo("arr_0.npy").CRC
         self._shape = shape
-        self.identity = _digest(checksum, shape)
+        with _open_archive(path) as archive:
+            self.identity = _digest(archive.getinfo("arr_0.npy").CRC, shape)
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -161,6 +165,23 @@ class ArchivedImages(ImageSet):
         if len(content) != (last - first) * each:
             raise InputError(f"{self.path} ends before image {last}; get it again")
         return np.frombuffer(content, np.uint8).reshape(-1, *self._shape[1:])
+
+
+def as_arrays(images: Tensor, size: int | None = None) -> np.ndarray:
+    """Return images (B, 3, H, W) in [-1, 1] as bytes (B, H, W, 3).
+
+    With ``size`` they become squares of this side: bicubic, in float before the step to 8 bits, as
+    in the published evaluation.
+    """
+    images = images.float()
+    if size is not None and images.shape[-2:] != (size, size):
+        images = F.interpolate(images, size=(size, size), mode="bicubic")
+    return images_to_uint8(images).movedim(1, -1).cpu().numpy()
+
+
+def size_text(size: tuple[int, ...]) -> str:
+    """Return height and width as "WIDTHxHEIGHT"."""
+    return f"{size[1]}x{size[0]}"
 
 
 def array_names(path: Path) -> list[str]:
@@ -190,13 +211,12 @@ def write_images(path: Path, images: ImageSet, labels: np.ndarray | None = None)
     Raises:
         OSError: it cannot be written; nothing is left of it.
     """
-    shape = (len(images), *images.size, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *images.size, 3)}
     with storage.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             for part in images.parts():
-                file.write(np.ascontiguousarray(part).tobytes())
+                file.write(part.tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w") as file:
                 np.lib.format.write_array(file, np.asarray(labels, np.int64))
@@ -216,17 +236,16 @@ def _open_array(
     path: Path, name: str
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
     """An array's content, which is too large to read at once, with its shape and type."""
+    form = np.lib.format
     with _open_archive(path) as archive:
         if f"{name}.npy" not in archive.namelist():
             found = ", ".join(archive.namelist()).replace(".npy", "") or "nothing"
             raise InputError(f"{path} has no array {name} (but {found}); give a file of ADM's form")
         try:
             with archive.open(f"{name}.npy") as file:
-                version = np.lib.format.read_magic(file)
-                if version == (1, 0):
-                    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-                else:
-                    shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+                is_first = form.read_magic(file) == (1, 0)
+                read = form.read_array_header_1_0 if is_first else form.read_array_header_2_0
+                shape, fortran, dtype = read(file)
                 if dtype.hasobject or (fortran and len(shape) > 1):
                     raise ValueError("its arrays are not plain rows of numbers")
                 yield file, shape, dtype
@@ -239,7 +258,3 @@ def _open_array(
 def _digest(*parts: object) -> str:
     text = " ".join(map(str, parts))
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def _pixels(array: np.ndarray) -> str:
-    return f"{array.shape[1]}x{array.shape[0]}"

@@ -25,15 +25,9 @@ _FORMAT = Format(
 def pieces_of(folder: Path, settings: Settings, count: int, **form: object) -> Artifact:
     """Return the results for ``count`` images in a folder; ``form`` are fields of ``Format``."""
     own = dataclasses.replace(_FORMAT, **form)  # type: ignore[arg-type]
-    return Artifact(
-        folder,
-        own,
-        settings,
-        items=count,
-        piece_size=PIECE,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-    )
+    found = Artifact(folder, own, settings, items=count, piece_size=PIECE)
+    found.rank, found.world_size = distributed.rank(), distributed.world_size()
+    return found
 
 
 def named_pieces(root: Path, kind: str, settings: Settings, count: int) -> Artifact:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,9 +14,10 @@ from torch import Tensor
 
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data.views import center_crop
+from llamagen.evaluation.image_sets import as_arrays
 from llamagen.evaluation.metrics import SSIM_WINDOW, psnr, ssim
 from llamagen.generation.memory import decoding_batch_size
-from llamagen.models.tokenizer import ImageTokenizer, images_to_uint8, uint8_to_images
+from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.errors import InputError
 
 
@@ -77,17 +79,21 @@ def reconstruct(
     tokenizer: ImageTokenizer, images: Iterable[tuple[Path, Image.Image]]
 ) -> Iterator[Reconstruction]:
     """Reconstruct prepared images, neighbours of the same size in one batch."""
-    batch: list[tuple[Path, Image.Image]] = []
-    for path, image in images:
-        if batch and (
-            batch[0][1].size != image.size
-            or len(batch) >= batch_limit(tokenizer, image.height, image.width)
-        ):
-            yield from _reconstruct_batch(tokenizer, batch)
-            batch = []
-        batch.append((path, image))
-    if batch:
-        yield from _reconstruct_batch(tokenizer, batch)
+    for (width, height), group in itertools.groupby(images, lambda pair: pair[1].size):
+        limit = batch_limit(tokenizer, height, width)
+        while batch := list(itertools.islice(group, limit)):
+            before = np.stack([np.asarray(image) for _, image in batch])
+            codes, decoded = encode_and_decode(tokenizer, before)
+            after = as_arrays(decoded)
+            measured = compare(before, after)
+            for index, (path, image) in enumerate(batch):
+                yield Reconstruction(
+                    path=path,
+                    original=image,
+                    image=Image.fromarray(after[index]),
+                    **{name: float(values[index]) for name, values in measured.items()},
+                    codes=codes[index].cpu().numpy(),
+                )
 
 
 def batch_limit(tokenizer: ImageTokenizer, height: int, width: int) -> int:
@@ -104,23 +110,6 @@ def encode_and_decode(tokenizer: ImageTokenizer, pixels: np.ndarray) -> tuple[Te
     images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device)
     codes = accelerate(tokenizer).encode(uint8_to_images(images))
     return codes, tokenizer.decode(codes).float()
-
-
-def _reconstruct_batch(
-    tokenizer: ImageTokenizer, batch: list[tuple[Path, Image.Image]]
-) -> Iterator[Reconstruction]:
-    before = np.stack([np.asarray(image) for _, image in batch])
-    codes, decoded = encode_and_decode(tokenizer, before)
-    after = images_to_uint8(decoded).movedim(1, -1).cpu().numpy()
-    measured = compare(before, after)
-    for index, (path, image) in enumerate(batch):
-        yield Reconstruction(
-            path=path,
-            original=image,
-            image=Image.fromarray(after[index]),
-            **{name: float(values[index]) for name, values in measured.items()},
-            codes=codes[index].cpu().numpy(),
-        )
 
 
 def compare(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:

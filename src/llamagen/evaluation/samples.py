@@ -1,7 +1,4 @@
-"""Images generated for an evaluation: resumable, and shared by processes.
-
-Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
-"""
+"""Images generated for an evaluation: resumable, and shared by processes."""
 
 from __future__ import annotations
 
@@ -13,16 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import torch.nn.functional as F
-from torch import Tensor
 
 from llamagen.checkpoints.names import find_public
 from llamagen.config import SamplingConfig, sampling_settings
-from llamagen.evaluation.image_sets import ImageSet
+from llamagen.evaluation.image_sets import ImageSet, as_arrays
 from llamagen.evaluation.pieces import make_pieces, pieces_of
 from llamagen.evaluation.published import SIZE, protocol_guidance
 from llamagen.generation import Progress
-from llamagen.models.tokenizer import images_to_uint8
 from llamagen.pipeline import Pipeline
 from llamagen.support.artifact import Advance
 
@@ -52,8 +46,7 @@ class SamplePlan:
         *,
         order: LabelOrder = "balanced",
         seed: int = 0,
-        size: int | None = None,
-        **settings: Any,
+        **options: Any,
     ) -> Self:
         """Plan images of all classes in random order, which the Inception Score's splits need.
 
@@ -62,8 +55,7 @@ class SamplePlan:
             count: number of images.
             order: "balanced" has all classes equally often, "random" samples each image's class.
             seed: of the order, and of the first image.
-            size: side in pixels to compare images at; see ``compared_side``.
-            settings: of ``SamplingConfig``; see ``protocol_sampling``.
+            options: of ``of_prompts``.
         """
         rng = np.random.default_rng(seed)
         classes = pipeline.transformer.config.num_classes
@@ -71,7 +63,7 @@ class SamplePlan:
             labels = rng.permutation(np.arange(count) % classes)
         else:
             labels = rng.integers(classes, size=count)
-        return cls.of_prompts(pipeline, labels.tolist(), seed=seed, size=size, **settings)
+        return cls.of_prompts(pipeline, labels.tolist(), seed=seed, **options)
 
     @classmethod
     def of_prompts(
@@ -83,17 +75,27 @@ class SamplePlan:
         size: int | None = None,
         **settings: Any,
     ) -> Self:
-        """Plan one image of each prompt; see ``of_classes``."""
+        """Plan one image of each prompt, by default with the paper's settings for published models.
+
+        Args:
+            pipeline: the model, whose own settings are the default if it is not published.
+            prompts: classes or texts.
+            seed: of the first image.
+            size: side in pixels to compare images at; see ``compared_side``.
+            settings: of ``SamplingConfig``, those that are not None.
+
+        Raises:
+            InputError: a value lies outside its setting's range.
+        """
         side = compared_side(pipeline, size)
+        guidance = protocol_guidance(pipeline.name)
+        base = pipeline.sampling if guidance is None else SamplingConfig(guidance_scale=guidance)
         return cls(
             prompts=tuple(prompts),
             seed=seed,
             size=None if model_size(pipeline) == (side, side) else side,
-            sampling=protocol_sampling(pipeline, **settings),
+            sampling=base.replace(**settings),
         )
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 def model_size(pipeline: Pipeline) -> tuple[int, int]:
@@ -117,19 +119,6 @@ def compared_side(pipeline: Pipeline, size: int | None = None) -> int | None:
     return height if height == width else None
 
 
-def protocol_sampling(pipeline: Pipeline, **settings: Any) -> SamplingConfig:
-    """Return the paper's sampling settings for published models, the model's own for others.
-
-    ``settings`` that are not None override them.
-
-    Raises:
-        InputError: a value lies outside its setting's range.
-    """
-    guidance = protocol_guidance(pipeline.name)
-    base = pipeline.sampling if guidance is None else SamplingConfig(guidance_scale=guidance)
-    return base.replace(**settings)
-
-
 class Samples(ImageSet):
     """The images of a plan, in a folder."""
 
@@ -139,17 +128,13 @@ class Samples(ImageSet):
         fields = {"prompts": plan.prompts, "seed": plan.seed, "size": plan.size}
         text = json.dumps([fields, about], sort_keys=True)
         self.identity = hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.pieces = pieces_of(
-            folder,
-            {**about, "images": len(plan), "identity": self.identity},
-            len(plan),
-            noun="samples",
-        )
+        settings = {**about, "images": len(self), "identity": self.identity}
+        self.pieces = pieces_of(folder, settings, len(self), noun="samples")
         if all(isinstance(prompt, int) for prompt in plan.prompts):
             self.labels = np.array(plan.prompts)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.plan.prompts)
 
     def read(self, first: int, last: int) -> np.ndarray:
         """See ``ImageSet``."""
@@ -174,7 +159,14 @@ def draw_samples(
     about = {
         "model": pipeline.name,
         "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
-        "sampling": _recorded(plan.sampling),
+        # Those of the first edition, and others where they are set: so a folder stays valid when a
+        # later version knows more settings.
+        "sampling": {
+            setting.name: value
+            for setting in sampling_settings()
+            if (value := getattr(plan.sampling, setting.name)) != setting.default
+            or setting.name in _FIRST_SETTINGS
+        },
         **pipeline.precision,
     }
     samples = Samples(folder, plan, about)
@@ -192,30 +184,8 @@ def draw_samples(
             output_type="codes",
             **dataclasses.asdict(plan.sampling),
         )
-        return {".npz": {"images": _to_pixels(pipeline, output.codes, plan.size)}}
+        parts = [as_arrays(part, plan.size) for part in pipeline.decode_in_parts(output.codes)]
+        return {".npz": {"images": np.concatenate(parts)}}
 
     make_pieces(samples.pieces, draw, "generating")
     return samples
-
-
-def _recorded(sampling: SamplingConfig) -> dict[str, Any]:
-    """Settings that a folder records: those of the first edition, and others where they are set.
-
-    So a folder stays valid when a later version knows more settings.
-    """
-    return {
-        setting.name: getattr(sampling, setting.name)
-        for setting in sampling_settings()
-        if setting.name in _FIRST_SETTINGS or getattr(sampling, setting.name) != setting.default
-    }
-
-
-def _to_pixels(pipeline: Pipeline, codes: Tensor, size: int | None) -> np.ndarray:
-    """Decode codes (B, rows, columns), and resize in float as the published evaluation does."""
-    parts = []
-    for images in pipeline.decode_in_parts(codes):
-        images = images.float()
-        if size is not None and images.shape[-2:] != (size, size):
-            images = F.interpolate(images, size=(size, size), mode="bicubic")
-        parts.append(images_to_uint8(images).movedim(1, -1).cpu().numpy())
-    return np.concatenate(parts)

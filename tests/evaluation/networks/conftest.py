@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from llamagen.evaluation.networks import InceptionV3
+from llamagen.evaluation.networks.inception import InceptionV3
 
 
 @pytest.fixture(scope="session")

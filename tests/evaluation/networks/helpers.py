@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llamagen.evaluation.networks import InceptionV3
+from llamagen.evaluation.networks.inception import InceptionV3
 from llamagen.support.errors import InputError
 
 

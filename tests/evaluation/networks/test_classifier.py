@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 
 from llamagen.evaluation.image_sets import CollectedImages
-from llamagen.evaluation.networks import train_classifier as module
+from llamagen.evaluation.networks import classifier as module
 from llamagen.evaluation.networks.classifier import (
     ClassifierConfig,
     ClassifierFeatures,
+    ClassifierTraining,
     load_classifier,
+    train_classifier,
 )
-from llamagen.evaluation.networks.train_classifier import ClassifierTraining, train_classifier
 from llamagen.support.errors import InputError
 
 SMALL = ClassifierConfig(classes=2, size=8, channels=(8, 16))

@@ -12,7 +12,8 @@ import torch
 import transformers
 from PIL import Image
 
-from llamagen.evaluation.networks import CAPTION_PREFIX, ClipEncoder, clip
+from llamagen.evaluation.networks import clip
+from llamagen.evaluation.networks.clip import CAPTION_PREFIX, ClipEncoder
 from tests.evaluation.networks.helpers import images, one_line
 
 SIDE = 30

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamagen.evaluation.networks import InceptionV3, inception
-from llamagen.evaluation.networks.inception import WEIGHTS_FILE, resize_bilinear
+from llamagen.evaluation.networks import inception
+from llamagen.evaluation.networks.inception import WEIGHTS_FILE, InceptionV3, resize_bilinear
 from llamagen.support.storage import cache_folder
 from tests.evaluation.networks.helpers import images, one_line, shapes
 from tests.evaluation.networks.plain_inception import (

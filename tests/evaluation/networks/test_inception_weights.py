@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llamagen.evaluation.networks import InceptionV3, inception
-from llamagen.evaluation.networks.inception import WEIGHTS_FILE
+from llamagen.evaluation.networks import inception
+from llamagen.evaluation.networks.inception import WEIGHTS_FILE, InceptionV3
 from llamagen.evaluation.networks.weights import PublicFile
 from llamagen.support.errors import InputError
 from tests.evaluation.networks.helpers import Malicious, images, one_line, same, saved, shapes

@@ -5,7 +5,6 @@ Shapes: B images or captions, D numbers of a feature, H x W pixels, S x S pixels
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llamagen.evaluation.features import require_images
+from llamagen.evaluation.networks.weights import weights_digest
 from llamagen.models.pretrained import is_repo_id
 from llamagen.support.errors import InputError
 from llamagen.text.transformers_library import import_transformers, loading
@@ -37,18 +37,11 @@ class ClipEncoder(nn.Module):
     """CLIP's two encoders: images and captions to features whose product is their similarity."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, name: str) -> None:
-        """Of parts that ``from_pretrained`` loads.
-
-        Args:
-            model: ``transformers.CLIPModel``.
-            tokenizer: its tokenizer, of ``transformers``.
-            name: its name in reports.
-        """
+        """``transformers.CLIPModel``, its tokenizer, and its name in reports."""
         super().__init__()
         # As Any: its class is known to ``transformers`` only.
         self.model: Any = model
-        self.tokenizer = tokenizer
-        self.name = name
+        self.tokenizer, self.name = tokenizer, name
         self.requires_grad_(False)
         self.eval()
 
@@ -56,11 +49,7 @@ class ClipEncoder(nn.Module):
     def from_pretrained(
         cls, source: str | Path = DEFAULT_CLIP, *, device: torch.device | str = "cpu"
     ) -> Self:
-        """Load CLIP in float32.
-
-        Args:
-            source: a folder as ``transformers`` writes it, or a hub repository "owner/name".
-            device: where it goes.
+        """Load CLIP in float32 from a folder of ``transformers`` or a hub repository "owner/name".
 
         Raises:
             InputError: there is no such model, it is of another family, it cannot be downloaded,
@@ -80,11 +69,8 @@ class ClipEncoder(nn.Module):
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(where)
         # Missing weights are initialised at random, with no more than a warning.
-        if found["missing_keys"]:
-            raise InputError(
-                f"{where} lacks weights of CLIP, as {sorted(found['missing_keys'])[0]}; download "
-                f"it again"
-            )
+        if missing := sorted(found["missing_keys"]):
+            raise InputError(f"{where} lacks weights of CLIP, as {missing[0]}; download it again")
         return cls(model.to(device), tokenizer, str(source))
 
     @property
@@ -100,20 +86,14 @@ class ClipEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """A digest of its weights and tokens; scores of others cannot be compared."""
-        digest = hashlib.sha256(repr(sorted(self.tokenizer.get_vocab().items())).encode())
-        for name, tensor in sorted(self.model.named_parameters()):
-            digest.update(name.encode())
-            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return f"clip/{digest.hexdigest()[:16]}"
+        tokens = repr(sorted(self.tokenizer.get_vocab().items())).encode()
+        return f"clip/{weights_digest(self.model.named_parameters(), tokens)}"
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
-        """Return features (B, D) of images, float32 and of length 1.
+        """Return features (B, D) of images uint8 (B, 3, H, W), float32 and of length 1.
 
         The short side is resized to S pixels (224) and the middle square is taken, as CLIP does.
-
-        Args:
-            images: uint8 (B, 3, H, W), of any size.
 
         Raises:
             InputError: the images are of another type or shape.
@@ -129,11 +109,9 @@ class ClipEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str], *, prefix: str = CAPTION_PREFIX) -> Tensor:
-        """Return features (B, D) of captions, float32 and of length 1.
+        """Return features (B, D) of captions after a prefix, float32 and of length 1.
 
-        Args:
-            texts: captions, truncated to CLIP's 77 tokens.
-            prefix: precedes each.
+        They are truncated to CLIP's 77 tokens.
         """
         if not texts:
             return torch.empty(0, self.width, device=self.device)
@@ -154,10 +132,8 @@ class ClipEncoder(nn.Module):
 def _prepare(images: Tensor, side: int) -> Tensor:
     """uint8 (B, 3, H, W) to CLIP's input (B, 3, S, S), normalised."""
     # By Pillow as in the original: other bicubic resizings differ, most of all when they shrink.
-    squares = [
-        np.asarray(_square(Image.fromarray(image), side))
-        for image in images.movedim(1, -1).cpu().numpy()
-    ]
+    arrays = images.movedim(1, -1).cpu().numpy()
+    squares = [np.asarray(_square(Image.fromarray(array), side)) for array in arrays]
     x = torch.from_numpy(np.stack(squares)).movedim(-1, 1).float() / 255.0
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (_MEAN, _DEVIATION))
     return (x - mean) / deviation

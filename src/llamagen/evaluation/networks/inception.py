@@ -15,9 +15,9 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -25,24 +25,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.checkpoints.sources import download_file
-from llamagen.evaluation.features import require_images
+from llamagen.evaluation.features import NetworkOutput, require_images
 from llamagen.evaluation.networks.weights import (
     PublicFile,
     build,
     cached,
     read_weights,
     require_checksum,
+    weights_digest,
 )
 from llamagen.models.pretrained import is_repo_id
 from llamagen.support import storage
 from llamagen.support.errors import InputError
 
+_NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_FILE = PublicFile(
-    name="pt_inception-2015-12-05-6726825d.pth",
-    url=(
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-        "pt_inception-2015-12-05-6726825d.pth"
-    ),
+    name=_NAME,
+    url=f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_NAME}",
     # The file's name has its first eight digits; the whole is what several projects that pin
     # their weights record independently of each other.
     sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
@@ -59,31 +58,12 @@ _SPATIAL_BLOCK = "Mixed_6d"
 _SPATIAL_CHANNELS = 7
 """Of the block's first branch: 2023 numbers in all, about as many as in the pool (arXiv 2103.03841,
 and ADM's evaluator)."""
-_NORM_EPS = 1e-3
 
-_KIND = "Inception-v3 of 2015"
 _PURPOSE = "the features of FID"
 _REMEDY = f"give the path of {WEIGHTS_FILE.name} ({WEIGHTS_FILE.url})"
 
 
-class InceptionFeatures(NamedTuple):
-    """Output of the network for B images, in float32; a ``NetworkOutput``."""
-
-    pool: Tensor
-    """(B, 2048), at least 0: for FID, precision and recall."""
-    spatial: Tensor
-    """(B, 2023), at least 0: 17 rows of 17 positions of 7 channels, for sFID."""
-    logits: Tensor
-    """(B, 1008), without the bias that the last layer has: for the Inception Score."""
-
-    @property
-    def probabilities(self) -> Tensor:
-        """(B, 1008), for the Inception Score."""
-        return self.logits.softmax(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layer:
+class _Layer(NamedTuple):
     """A convolution to ``width`` channels; with a stride above 1 it has no padding."""
 
     width: int
@@ -97,9 +77,24 @@ class _Plan(NamedTuple):
 
     branches: Mapping[str, tuple[_Layer | tuple[_Layer, _Layer], ...]]
     """Layers one after another; a pair at the end stands side by side."""
-    pooling: Literal["average", "max"]
-    pooled: int | None
-    """Channels of a convolution after the pooling; None halves the resolution instead."""
+    pool: Callable[[Tensor], Tensor]
+    pooled: int | None = None
+    """Channels of a convolution after the pooling; None has no convolution."""
+
+
+def _average(x: Tensor) -> Tensor:
+    """Mean of each position's neighbours (B, C, h, w); there are fewer of them at the edges."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def _maximum(x: Tensor) -> Tensor:
+    """Largest of each position's neighbours (B, C, h, w)."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def _halved(x: Tensor) -> Tensor:
+    """Largest of every other position's neighbours: (B, C, h, w) -> (B, C, h/2, w/2)."""
+    return F.max_pool2d(x, 3, stride=2)
 
 
 _3x3, _5x5 = (3, 3), (5, 5)
@@ -113,15 +108,7 @@ def _at_35(pooled: int) -> _Plan:
         "branch5x5": (_Layer(48), _Layer(64, _5x5)),
         "branch3x3dbl": (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3)),
     }
-    return _Plan(branches, "average", pooled)
-
-
-def _from_35_to_17() -> _Plan:
-    branches = {
-        "branch3x3": (_Layer(384, _3x3, 2),),
-        "branch3x3dbl": (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3, 2)),
-    }
-    return _Plan(branches, "max", None)
+    return _Plan(branches, _average, pooled)
 
 
 def _at_17(inner: int) -> _Plan:
@@ -131,36 +118,38 @@ def _at_17(inner: int) -> _Plan:
         "branch7x7": (_Layer(inner), _Layer(inner, _1x7), _Layer(192, _7x1)),
         "branch7x7dbl": (_Layer(inner), *twice),
     }
-    return _Plan(branches, "average", 192)
+    return _Plan(branches, _average, 192)
 
 
-def _from_17_to_8() -> _Plan:
-    seven = (_Layer(192), _Layer(192, _1x7), _Layer(192, _7x1), _Layer(192, _3x3, 2))
-    branches = {"branch3x3": (_Layer(192), _Layer(320, _3x3, 2)), "branch7x7x3": seven}
-    return _Plan(branches, "max", None)
-
-
-def _at_8(pooling: Literal["average", "max"]) -> _Plan:
+def _at_8(pool: Callable[[Tensor], Tensor]) -> _Plan:
     branches = {
         "branch1x1": (_Layer(320),),
         "branch3x3": (_Layer(384), _FORK),
         "branch3x3dbl": (_Layer(448), _Layer(384, _3x3), _FORK),
     }
-    return _Plan(branches, pooling, 192)
+    return _Plan(branches, pool, 192)
 
 
+_35_TO_17 = {
+    "branch3x3": (_Layer(384, _3x3, 2),),
+    "branch3x3dbl": (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3, 2)),
+}
+_17_TO_8 = {
+    "branch3x3": (_Layer(192), _Layer(320, _3x3, 2)),
+    "branch7x7x3": (_Layer(192), _Layer(192, _1x7), _Layer(192, _7x1), _Layer(192, _3x3, 2)),
+}
 _BLOCKS = {
     "Mixed_5b": _at_35(32),
     "Mixed_5c": _at_35(64),
     "Mixed_5d": _at_35(64),
-    "Mixed_6a": _from_35_to_17(),
+    "Mixed_6a": _Plan(_35_TO_17, _halved),
     "Mixed_6b": _at_17(128),
     "Mixed_6c": _at_17(160),
     "Mixed_6d": _at_17(160),
     "Mixed_6e": _at_17(192),
-    "Mixed_7a": _from_17_to_8(),
-    "Mixed_7b": _at_8("average"),
-    "Mixed_7c": _at_8("max"),
+    "Mixed_7a": _Plan(_17_TO_8, _halved),
+    "Mixed_7b": _at_8(_average),
+    "Mixed_7c": _at_8(_maximum),
 }
 
 
@@ -189,6 +178,10 @@ class InceptionV3(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    def train(self, mode: bool = True) -> Self:  # noqa: ARG002
+        """Stay in eval mode: statistics are those of the training, never of a batch."""
+        return super().train(False)
+
     @classmethod
     def from_weights(
         cls, source: str | Path | None = None, *, device: torch.device | str = "cpu"
@@ -209,14 +202,13 @@ class InceptionV3(nn.Module):
         """
         path = _locate(source)
         try:
-            tensors = read_weights(path)
             # Some conversions have counters of the training.
             state = {
                 name: tensor
-                for name, tensor in tensors.items()
+                for name, tensor in read_weights(path).items()
                 if not name.endswith(".num_batches_tracked")
             }
-            model = build(cls, state, source=str(path), kind=_KIND)
+            model = build(cls, state, source=str(path), kind="Inception-v3 of 2015")
         except InputError as error:
             raise InputError(f"{error}; {_REMEDY}") from error
         return model.to(device)
@@ -228,34 +220,29 @@ class InceptionV3(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """A digest of its weights, whatever file they came from.
-
-        Features of networks with different fingerprints cannot be compared.
-        """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            # contiguous: the layout of convolutions differs from place to place.
-            digest.update(tensor.to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return f"inception-2015-12-05/{digest.hexdigest()[:16]}"
+        """Digest of its weights: features of others cannot be compared."""
+        return f"inception-2015-12-05/{weights_digest(self.state_dict().items())}"
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> InceptionFeatures:
+    def forward(self, images: Tensor) -> NetworkOutput:
         """Return features of images, in float32 also under autocast, and without TF32 on CUDA.
 
         Args:
             images: uint8 (B, 3, H, W), of any size.
+
+        Returns:
+            2048 numbers at least 0 for FID, precision and recall; for sFID 2023 of them, 17 rows of
+            17 positions of 7 channels; logits without the bias that the last layer has.
 
         Raises:
             InputError: the images are of another type or shape.
         """
         require_images(images)
         with torch.autocast(images.device.type, enabled=False), _exact_convolutions(images.device):
-            x = _prepare(images).to(self.fc.weight.dtype)
-            x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
-            x = F.max_pool2d(x, 3, stride=2)
-            x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-            x = F.max_pool2d(x, 3, stride=2)  # (B, 192, 35, 35)
+            x = (resize_bilinear(images.float(), SIDE) - 128.0) / 128.0
+            x = x.contiguous(memory_format=torch.channels_last).to(self.fc.weight.dtype)
+            x = _halved(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
+            x = _halved(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (B, 192, 35, 35)
             for name in _BLOCKS:
                 x = self.get_submodule(name)(x)
                 if name == _SPATIAL_BLOCK:
@@ -263,7 +250,7 @@ class InceptionV3(nn.Module):
                     spatial = x[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
             pool = x.mean((2, 3))
             logits = F.linear(pool, self.fc.weight)
-        return InceptionFeatures(pool.float(), spatial.float(), logits.float())
+        return NetworkOutput(pool.float(), spatial.float(), logits.float())
 
 
 class _Block(nn.Module):
@@ -271,7 +258,7 @@ class _Block(nn.Module):
 
     def __init__(self, inputs: int, plan: _Plan) -> None:
         super().__init__()
-        self._plan = plan
+        self._pool = plan.pool
         self._branches: list[list[list[str]]] = []
         """Of each branch and step, the names of the layers: one, or two side by side."""
         self.width = plan.pooled or inputs
@@ -290,23 +277,16 @@ class _Block(nn.Module):
                 names.append(list(layers))
             self._branches.append(names)
             self.width += width
-        if plan.pooled is not None:
-            self.branch_pool = _ConvUnit(inputs, _Layer(plan.pooled))
+        self.branch_pool = _ConvUnit(inputs, _Layer(plan.pooled)) if plan.pooled else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) to (B, C_out, ...) at this or half the resolution."""
         parts = []
         for branch in self._branches:
             found = [x]
             for names in branch:
                 found = [self.get_submodule(name)(found[0]) for name in names]
             parts += found
-        if self._plan.pooled is None:
-            parts.append(F.max_pool2d(x, 3, stride=2))
-        else:
-            pool = _average if self._plan.pooling == "average" else _maximum
-            parts.append(self.branch_pool(pool(x)))
-        return torch.cat(parts, dim=1)
+        return torch.cat([*parts, self.branch_pool(self._pool(x))], dim=1)
 
 
 class _ConvUnit(nn.Module):
@@ -317,47 +297,12 @@ class _ConvUnit(nn.Module):
         height, width = layer.kernel
         padding = (height // 2, width // 2) if layer.padded and layer.stride == 1 else (0, 0)
         self.conv = nn.Conv2d(inputs, layer.width, layer.kernel, layer.stride, padding, bias=False)
-        self.bn = _Norm(layer.width)
+        self.bn = nn.BatchNorm2d(layer.width, eps=1e-3)
+        # The public file has no such counters.
+        self.bn.num_batches_tracked = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) to (B, C_out, ...)."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
-
-
-class _Norm(nn.Module):
-    """Batch normalisation with the statistics of the training, never of a batch."""
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        for name, value in (("weight", 1), ("bias", 0), ("running_mean", 0), ("running_var", 1)):
-            self.register_buffer(name, torch.full((width,), float(value)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same shape."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, eps=_NORM_EPS
-        )
-
-
-def _average(x: Tensor) -> Tensor:
-    """Mean of each position's neighbours (B, C, h, w); there are fewer of them at the edges."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _maximum(x: Tensor) -> Tensor:
-    """Largest of each position's neighbours (B, C, h, w)."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def _prepare(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) to the input of the first layer (B, 3, 299, 299), -1 to about 1."""
-    x = (resize_bilinear(images.float(), SIDE) - 128.0) / 128.0
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def resize_bilinear(images: Tensor, side: int) -> Tensor:

@@ -34,10 +34,8 @@ FILE_NAME = "lpips-vgg16.safetensors"
 
 HEADS_FILE = PublicFile(
     name="vgg.pth",
-    url=(
-        "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
-        "v0.1/vgg.pth"
-    ),
+    url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
+    "v0.1/vgg.pth",
     # Computed from the file in the repository (commit 082bb24) and in the package lpips 0.1.4,
     # which are the same; their MD5 is the one that taming-transformers gives, d507d734...
     sha256="a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
@@ -55,7 +53,6 @@ TRUNK_FILE = PublicFile(
 
 # The small one first: if the network lacks a file, little has been downloaded in vain.
 _PUBLIC_FILES = (HEADS_FILE, TRUNK_FILE)
-
 _REMEDY = (
     f"give the folder with {TRUNK_FILE.name} ({TRUNK_FILE.url}) and {HEADS_FILE.name} "
     f"({HEADS_FILE.url}), or train without LPIPS: perceptual_weight 0"
@@ -70,10 +67,8 @@ _MIN_SIDE = 2 ** (len(_WIDTHS) - 1)
 # LPIPS brings images in [-1, 1] to about the mean and deviation that VGG16 was trained with.
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-_NORM_EPS = 1e-10
 
 _PURPOSE = "the perceptual loss"
-_KIND = "LPIPS network"
 
 
 class Lpips(nn.Module):
@@ -86,14 +81,11 @@ class Lpips(nn.Module):
     scale: Tensor
 
     def __init__(self, widths: tuple[int, ...] = _WIDTHS) -> None:
-        """A network with arbitrary weights; ``load_lpips`` loads those of LPIPS.
-
-        Args:
-            widths: channels of the five stages; others than VGG16's are for tests.
-        """
+        """A network with arbitrary weights; other ``widths`` than VGG16's are for tests."""
         super().__init__()
         layers: list[nn.Module] = []
-        taps = []
+        self._taps = set[int]()
+        """The last layer of each stage."""
         channels = 3
         for stage, (width, convolutions) in enumerate(zip(widths, _CONVOLUTIONS, strict=True)):
             if stage > 0:
@@ -101,10 +93,9 @@ class Lpips(nn.Module):
             for _ in range(convolutions):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
-            taps.append(len(layers) - 1)
+            self._taps.add(len(layers) - 1)
             self.add_module(f"lin{stage}", _Head(width))
         self.features = nn.Sequential(*layers)
-        self._taps = frozenset(taps)
         # Not on the current device, which is "meta" for weights that are read later.
         for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
             buffer = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
@@ -141,8 +132,8 @@ class Lpips(nn.Module):
         for stage, (a, b) in enumerate(stages):
             head = self.get_submodule(f"lin{stage}")
             with torch.autocast(images.device.type, enabled=False):
-                squared = (_unit(a.float()) - _unit(b.float())).square()  # (B, C, h, w)
-                distances = distances + head(squared).mean((1, 2, 3))
+                a, b = (F.normalize(each.float(), dim=1, eps=1e-10) for each in (a, b))
+                distances = distances + head((a - b).square()).mean((1, 2, 3))
         return distances
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
@@ -165,23 +156,16 @@ class _Head(nn.Module):
         self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, 1, h, w)."""
         return self.model(x)
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Features (B, C, h, w) of length 1 at each position, or 0 where all are 0."""
-    return F.normalize(features, dim=1, eps=_NORM_EPS)
 
 
 def load_lpips(source: Path | None = None) -> Lpips:
     """Load LPIPS on the CPU.
 
-    Args:
-        source: a file with all weights (``save_lpips``), or a folder with that file or with the
-            two public ones. Without it they are taken from the cache (``storage.cache_folder``),
-            or downloaded into it. Several processes at once each download for themselves, so let
-            one of them go first.
+    ``source`` is a file with all weights (``save_lpips``), or a folder with that file or with the
+    two public ones. Without it they are taken from the cache (``storage.cache_folder``), or
+    downloaded into it. Several processes at once each download for themselves, so let one of them
+    go first.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
@@ -190,12 +174,14 @@ def load_lpips(source: Path | None = None) -> Lpips:
     if source is not None:
         return _from_files(_local_files(Path(source).expanduser()))
     cached = storage.cache_folder() / FILE_NAME
-    if cached.is_file():
-        try:
-            return _from_files([cached])
-        except InputError as error:
-            raise InputError(f"{error}; without that file it is downloaded again") from error
-    return _download(cached)
+    if not cached.is_file():
+        model = _download()
+        save_lpips(model, cached)
+        return model
+    try:
+        return _from_files([cached])
+    except InputError as error:
+        raise InputError(f"{error}; without that file it is downloaded again") from error
 
 
 def save_lpips(model: Lpips, path: Path) -> None:
@@ -219,8 +205,7 @@ def _local_files(source: Path) -> list[Path]:
     if (source / FILE_NAME).is_file():
         return [source / FILE_NAME]
     files = [source / file.name for file in _PUBLIC_FILES]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
+    if missing := [path.name for path in files if not path.is_file()]:
         raise InputError(
             f"{source} holds no weights of LPIPS: {' and '.join(missing)} not found; {_REMEDY}"
         )
@@ -240,7 +225,7 @@ def _from_files(paths: list[Path]) -> Lpips:
         if not any(name.startswith(prefix) for name in tensors):
             first = ", ".join(list(tensors)[:3]) or "no weights"
             raise InputError(f"{source} lacks {part}, it holds {first}; {_REMEDY}")
-    model = build(Lpips, tensors, source=source, kind=_KIND)
+    model = build(Lpips, tensors, source=source, kind="LPIPS network")
     for name, tensor in tensors.items():
         if name.startswith("lin") and bool((tensor < 0).any()):
             raise InputError(
@@ -250,13 +235,9 @@ def _from_files(paths: list[Path]) -> Lpips:
     return model
 
 
-def _download(target: Path) -> Lpips:
-    """Download the public files, and save the weights of LPIPS as ``target``."""
-    cache = writable_cache(_PURPOSE)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".lpips.") as folder:
+def _download() -> Lpips:
+    with tempfile.TemporaryDirectory(dir=writable_cache(_PURPOSE), prefix=".lpips.") as folder:
         paths = [Path(folder) / file.name for file in _PUBLIC_FILES]
         for file, path in zip(_PUBLIC_FILES, paths, strict=True):
             download(file, path, purpose=_PURPOSE, remedy=_REMEDY)
-        model = _from_files(paths)
-    save_lpips(model, target)
-    return model
+        return _from_files(paths)

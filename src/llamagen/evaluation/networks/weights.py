@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import http.client
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,14 +38,7 @@ class PublicFile:
 
 
 def writable_cache(purpose: str) -> Path:
-    """Return the folder of downloads, created if it does not exist.
-
-    Args:
-        purpose: of the files in it, for the error message.
-
-    Raises:
-        InputError: it cannot be created or written to.
-    """
+    """Return the folder of downloads; an InputError that it cannot be written names ``purpose``."""
     try:
         return storage.require_writable(storage.cache_folder())
     except InputError as error:
@@ -92,16 +85,12 @@ def download(file: PublicFile, path: Path, *, purpose: str, remedy: str) -> None
 
 def _fetch(file: PublicFile, purpose: str, remedy: str) -> Iterator[bytes]:
     """The content of a file on the web, in parts, with a progress bar on a terminal."""
+    title = f"downloading {file.name}"
     # Only errors of the network are caught here: a full disk stays the OSError that it is.
     try:
         with urllib.request.urlopen(file.url, timeout=_TIMEOUT) as response:  # noqa: S310
-            with tqdm(
-                total=response.length,
-                desc=f"downloading {file.name}",
-                unit="B",
-                unit_scale=True,
-                disable=None,
-            ) as bar:
+            size = response.length
+            with tqdm(total=size, desc=title, unit="B", unit_scale=True, disable=None) as bar:
                 while part := response.read(_CHUNK):
                     bar.update(len(part))
                     yield part
@@ -151,8 +140,7 @@ def build(
     """Return a network with existing weights, as float32 on the CPU.
 
     Args:
-        make: builds the network on the device "meta": buffers outside its state need a device of
-            their own choice.
+        make: builds it on the device "meta": buffers outside its state need a device of their own.
         tensors: the whole state.
         source: of the weights, for error messages.
         kind: name of the network, for error messages.
@@ -166,18 +154,25 @@ def build(
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     check_shapes(expected, found, source=source, kind=kind)
+    own = {}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(tensor.isfinite().all()):
             raise InputError(
                 f"{source}: weight {name} ({tensor.dtype}) does not hold finite floating-point "
                 f"numbers; copy or download it again"
             )
-    model.load_state_dict({name: _own(tensor) for name, tensor in tensors.items()}, assign=True)
+        # A copy that does not depend on the file, in the layout of convolutions.
+        layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        empty = torch.empty(tensor.shape, dtype=torch.float32, memory_format=layout)
+        own[name] = empty.copy_(tensor)
+    model.load_state_dict(own, assign=True)
     return model
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy in float32, in the layout of convolutions, that does not depend on the file."""
-    layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-    own = torch.empty(tensor.shape, dtype=torch.float32, memory_format=layout)
-    return own.copy_(tensor)
+def weights_digest(weights: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
+    """Return a digest of ``start`` and of weights, whatever their device and layout."""
+    digest = hashlib.sha256(start)
+    for name, tensor in sorted(weights):
+        digest.update(name.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from llamagen.evaluation.features import FeatureNetwork, Features, compute_features
+from llamagen.evaluation.features import (
+    INCEPTION,
+    FeatureNetwork,
+    Features,
+    Reference,
+    ReferenceSource,
+    compute_features,
+)
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import (
     frechet_distance,
@@ -19,7 +27,6 @@ from llamagen.evaluation.metrics import (
     nearest,
     precision_recall,
 )
-from llamagen.evaluation.reference import INCEPTION, Reference, ReferenceSource
 from llamagen.evaluation.report import Picture, Report
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
@@ -42,8 +49,7 @@ _KERNEL_SUBSET = 1000
 _DUPLICATES_NAMED = 3
 
 
-@dataclasses.dataclass
-class Scores:
+class Scores(NamedTuple):
     """Result of a comparison."""
 
     metrics: dict[str, float]
@@ -80,7 +86,7 @@ class Workplace:
         report.metrics |= scores.metrics
         report.warnings += scores.warnings
         report.reference |= {
-            "source": reference.name,
+            "source": reference.source.name,
             "images": "not said by the file" if reference.count is None else reference.count,
             "network": self.network.name,
         }
@@ -96,24 +102,23 @@ class Workplace:
         count, width = features.pool.shape
         if width != reference.pool.width:
             raise InputError(
-                f"{reference.name} has features of {reference.pool.width} numbers, but the network "
-                f"gives {width}; it was made with another network"
+                f"{reference.source.name} has features of {reference.pool.width} numbers, but the "
+                f"network gives {width}; it was made with another network"
             )
         if count < 2:
             raise InputError(f"{count} image is too few to evaluate; give at least 2")
-        metrics = {"fid": frechet_distance(features.pool_statistics(), reference.pool)}
-        spatial = features.spatial_statistics()
+        pool, spatial = features.statistics()
+        metrics = {"fid": frechet_distance(pool, reference.pool)}
         if spatial is not None and reference.spatial is not None:
             metrics["sfid"] = frechet_distance(spatial, reference.spatial)
         metrics["inception_score"] = inception_score(features.probabilities)
         if reference.features is not None and min(count, len(reference.features)) > 3:
             known = reference.features.pool
             found = precision_recall(features.pool, known, device=self.device)
-            metrics |= {"precision": found.precision, "recall": found.recall}
             # Half of the images: subsets of all would all be the same one.
             size = min(_KERNEL_SUBSET, min(count, len(known)) // 2)
             kernel = kernel_distance(features.pool, known, subset_size=size)
-            metrics |= {"kid": kernel.mean, "kid_std": kernel.std}
+            metrics |= {**found._asdict(), "kid": kernel.mean, "kid_std": kernel.std}
         warnings = [
             f"{number} {what} for features of {width} numbers: their covariance has no full rank, "
             f"and the Frechet distance says little"
@@ -133,14 +138,13 @@ class Workplace:
         return Scores(metrics, warnings)
 
 
-def size_text(size: tuple[int, int]) -> str:
-    """Return height and width as "WIDTHxHEIGHT"."""
-    return f"{size[1]}x{size[0]}"
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """Return a precision as reports name it, "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
+def few_warnings(count: int, published: int, what: str, which: str = "") -> list[str]:
+    """Return a warning if there are fewer images than in the published protocol."""
+    if count >= published:
+        return []
+    protocol = f"{published:,} ({which})" if which else f"{published:,}"
+    reason = "distances come out higher with fewer"
+    return [f"{count:,} {what} instead of the protocol's {protocol}: {reason}"]
 
 
 def samples_sheet(
@@ -148,11 +152,8 @@ def samples_sheet(
 ) -> Picture:
     """Return a sheet of the first images of a set."""
     arrays = images.read(0, min(len(images), SHEET_IMAGES))
-    return Picture(
-        title=title,
-        image=_grid(arrays, columns=8, captions=list(captions[: len(arrays)])),
-        note="The first ones, not picked.",
-    )
+    sheet = _grid(list(arrays), columns=8, captions=captions[: len(arrays)])
+    return Picture(title=title, image=sheet, note="The first ones, not picked.")
 
 
 def neighbours_sheets(images: ImageSet, features: Features, reference: Reference) -> list[Picture]:
@@ -160,7 +161,7 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
 
     None if the reference is statistics only.
     """
-    if reference.images is None or reference.features is None:
+    if reference.source.images is None or reference.features is None:
         return []
     known = reference.features.pool
     count = min(len(images), _NEIGHBOUR_ROWS)
@@ -168,10 +169,9 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
     arrays: list[np.ndarray] = []
     captions: list[str] = []
     for row, image in zip(found.tolist(), images.read(0, count), strict=True):
-        beside = [reference.images.read(index, index + 1)[0] for index in row]
-        arrays += [image, *(_resized(each, image.shape) for each in beside)]
+        arrays += [image, *(reference.source.images.read(i, i + 1)[0] for i in row)]
         captions += ["sample", *(f"#{index}" for index in row)]
-    sheet = _grid(np.stack(arrays), columns=2 * (found.shape[1] + 1), captions=captions)
+    sheet = _grid(arrays, columns=2 * (found.shape[1] + 1), captions=captions)
     note = (
         "In the network's feature space, by number in the reference. A sample that equals one of "
         "them was memorised."
@@ -179,15 +179,12 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
     return [Picture(title="Nearest reference images", image=sheet, note=note)]
 
 
-def _resized(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    if image.shape == shape:
-        return image
-    return np.asarray(Image.fromarray(image).resize((shape[1], shape[0])))
-
-
-def _grid(arrays: np.ndarray, *, columns: int, captions: list[str]) -> Image.Image:
-    scale = max(1, _SHEET_SIDE // arrays.shape[2])
+def _grid(arrays: list[np.ndarray], *, columns: int, captions: Sequence[str]) -> Image.Image:
+    """A sheet of images, all at the size of the first."""
     images = [Image.fromarray(np.array(array)) for array in arrays]
+    size = images[0].size
+    images = [image if image.size == size else image.resize(size) for image in images]
+    scale = max(1, _SHEET_SIDE // images[0].width)
     return image_grid(images, columns=columns, captions=captions or None, scale=scale)
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from llamagen.evaluation.image_sets import ImageSet, write_images
+from llamagen.checkpoints.info import dtype_name
+from llamagen.evaluation.features import ReferenceSource, write_statistics
+from llamagen.evaluation.image_sets import ImageSet, size_text, write_images
 from llamagen.evaluation.metrics import clip_score
 from llamagen.evaluation.networks.clip import ClipEncoder
 from llamagen.evaluation.pieces import make_pieces, named_pieces
@@ -19,13 +20,11 @@ from llamagen.evaluation.protocols.common import (
     SHEET_IMAGES,
     Scores,
     Workplace,
+    few_warnings,
     neighbours_sheets,
-    precision_name,
     samples_sheet,
-    size_text,
 )
 from llamagen.evaluation.published import CLASS_CONDITIONAL, SAMPLES, SIZE, TEXT_SAMPLES
-from llamagen.evaluation.reference import ReferenceSource, write_statistics
 from llamagen.evaluation.report import Curve, Report, Table
 from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_samples, model_size
 from llamagen.pipeline import Pipeline
@@ -37,6 +36,14 @@ _SAMPLES_FOLDER = "samples"
 _CLIP_BATCH = 64
 _CHOSEN = (
     "the best of many settings, chosen on these very samples: measure it again with another seed"
+)
+_PUBLISHED = Table(
+    title="Published",
+    columns=("model", "codes", "guidance", "FID-50k"),
+    rows=tuple(
+        (model, f"{grid}x{grid}", scale, fid) for model, grid, scale, fid in CLASS_CONDITIONAL
+    ),
+    note="arXiv 2406.06525: 50,000 samples at 256x256 against ADM's training-set statistics.",
 )
 
 
@@ -75,10 +82,10 @@ def evaluate_classes(
     labels = pipeline.labels
     assert labels is not None
     names = [labels.name(int(prompt)) for prompt in plan.prompts[:SHEET_IMAGES]]
-    warnings = _too_few(len(samples), SAMPLES, "samples", "")
-    if place.has_inception and not compared.statistics_only:
+    warnings = few_warnings(len(samples), SAMPLES, "samples")
+    if place.has_inception and reference.archive is None:
         warnings.append(
-            f"the reference {compared.name} is a set of images: published numbers are against "
+            f"the reference {reference.name} is a set of images: published numbers are against "
             f"ADM's statistics of ImageNet's training images (VIRTUAL_imagenet256_labeled.npz)"
         )
     report = Report(
@@ -91,18 +98,7 @@ def evaluate_classes(
     )
     place.compare(report, features, compared)
     if place.has_inception:
-        report.tables.append(
-            Table(
-                title="Published",
-                columns=("model", "codes", "guidance", "FID-50k"),
-                rows=tuple(
-                    (row.model, f"{row.grid}x{row.grid}", row.guidance_scale, row.fid)
-                    for row in CLASS_CONDITIONAL
-                ),
-                note="arXiv 2406.06525: 50,000 samples at 256x256 against ADM's training-set "
-                "statistics.",
-            )
-        )
+        report.tables.append(_PUBLISHED)
     elif reference.images is not None and set(reference.images.class_names) == set(labels.names):
         # The classifier's classes are those of the reference, in its order.
         classes = np.array([labels.names.index(name) for name in reference.images.class_names])
@@ -134,43 +130,39 @@ def evaluate_sweep(
     for top_k, guidance in itertools.product(top_ks, guidance_scales):
         name = f"guidance {guidance:g}, top-k {top_k or 'all'}"
         sampling = plan.sampling.replace(top_k=top_k, guidance_scale=guidance)
-        samples = draw_samples(
-            pipeline,
-            dataclasses.replace(plan, sampling=sampling),
-            root / f"guidance-{guidance:g}-top-k-{top_k}",
-            batch_size=batch_size,
-        )
+        own = dataclasses.replace(plan, sampling=sampling)
+        folder = root / f"guidance-{guidance:g}-top-k-{top_k}"
+        samples = draw_samples(pipeline, own, folder, batch_size=batch_size)
         found[top_k, guidance] = place.score(place.features(samples, name), compared)
         pictures.append(samples_sheet(samples, title=name))
     metrics = list(next(iter(found.values())).metrics)
     frechet = metrics[0]
-    best = min(found, key=lambda pair: found[pair].metrics[frechet])
+    (top_k, guidance), scores = min(found.items(), key=lambda item: item[1].metrics[frechet])
+    settings = Table(
+        title="Settings",
+        columns=("top-k", "guidance", *metrics),
+        rows=tuple(
+            (top_k or "all", guidance, *map(scores.metrics.get, metrics))
+            for (top_k, guidance), scores in found.items()
+        ),
+    )
     return Report(
         protocol="sweep",
-        title=f"{pipeline.name}: {len(found)} settings of {len(plan):,} samples each",
+        title=f"{pipeline.name}: {len(found)} settings of {len(plan.prompts):,} samples each",
         metrics={
-            "best_guidance_scale": best[1],
-            "best_top_k": float(best[0]),
-            f"best_{frechet}": found[best].metrics[frechet],
+            "best_guidance_scale": guidance,
+            "best_top_k": float(top_k),
+            f"best_{frechet}": scores.metrics[frechet],
         },
         reference={
-            "source": compared.name,
+            "source": reference.name,
             "images": compared.count,
             "network": place.network.name,
         },
         samples={**_about(pipeline, samples), "folder": str(root)},
         settings={"model": pipeline.name, "seed": plan.seed, "classes": order},
-        warnings=[_CHOSEN, *found[best].warnings],
-        tables=[
-            Table(
-                title="Settings",
-                columns=("top-k", "guidance", *metrics),
-                rows=tuple(
-                    (top_k or "all", guidance, *(scores.metrics.get(name) for name in metrics))
-                    for (top_k, guidance), scores in found.items()
-                ),
-            )
-        ],
+        warnings=[_CHOSEN, *scores.warnings],
+        tables=[settings],
         curves=[_curve(found, name) for name in metrics],
         pictures=pictures,
     )
@@ -215,7 +207,8 @@ def evaluate_texts(
     if place is not None and reference is not None:
         features = place.features(samples, "samples")
         compared = place.reference(reference)
-        report.warnings += _too_few(len(samples), TEXT_SAMPLES, "captions", " (COCO's val2014)")
+        which = "captions", "COCO's val2014"
+        report.warnings += few_warnings(len(samples), TEXT_SAMPLES, *which)
         if samples.size != (SIZE, SIZE):
             report.warnings.append(
                 f"images are compared at {size_text(samples.size)}, not at {SIZE}x{SIZE}"
@@ -247,13 +240,13 @@ def evaluate_folder(
     features = place.features(images, "images")
     compared = place.reference(reference)
     if save_reference is not None:
-        if compared.features is None or compared.statistics_only:
-            raise InputError(f"{compared.name} holds statistics already")
+        if compared.features is None or reference.archive is not None:
+            raise InputError(f"{reference.name} holds statistics already")
         if distributed.is_main():
             write_statistics(save_reference, compared.features)
     report = Report(
         protocol="folder",
-        title=f"{images.name} against {compared.name}",
+        title=f"{images.name} against {reference.name}",
         samples={
             "source": images.name,
             "images": len(images),
@@ -291,15 +284,8 @@ def _settings(pipeline: Pipeline, plan: SamplePlan) -> dict[str, Any]:
         "model": pipeline.name,
         **dataclasses.asdict(plan.sampling),
         "seed": plan.seed,
-        "precision": precision_name(pipeline.dtype),
+        "precision": dtype_name(pipeline.dtype),
     }
-
-
-def _too_few(count: int, published: int, what: str, which: str) -> list[str]:
-    if count >= published:
-        return []
-    reason = "distances come out higher with fewer"
-    return [f"{count:,} {what} instead of the protocol's {published:,}{which}: {reason}"]
 
 
 def _size_warnings(images: ImageSet, reference: ImageSet | None, what: str) -> list[str]:
@@ -334,13 +320,9 @@ def _add_classes(
 
 def _curve(found: dict[tuple[int, float], Scores], metric: str) -> Curve:
     series: dict[str, list[tuple[float, float]]] = {}
-    for (top_k, guidance), scores in found.items():
+    for (top_k, guidance), scores in sorted(found.items(), key=lambda item: item[0][1]):
         series.setdefault(f"top-k {top_k or 'all'}", []).append((guidance, scores.metrics[metric]))
-    return Curve(
-        title=metric,
-        x="guidance scale",
-        series={name: sorted(points) for name, points in series.items()},
-    )
+    return Curve(title=metric, x="guidance scale", series=series)
 
 
 def _mean_clip_score(
@@ -352,8 +334,8 @@ def _mean_clip_score(
         found = []
         for start in items[::_CLIP_BATCH]:
             stop = min(items.stop, start + _CLIP_BATCH)
-            pixels = torch.from_numpy(np.array(images.read(start, stop))).movedim(-1, 1)
-            features = (clip.encode_images(pixels), clip.encode_texts(prompts[start:stop]))
+            pixels, texts = images.tensor(start, stop), prompts[start:stop]
+            features = (clip.encode_images(pixels), clip.encode_texts(texts))
             found.append(clip_score(*(each.cpu().numpy() for each in features)))
             advance(stop - start)
         return {".npz": {"score": np.concatenate(found)}}

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.evaluation.image_sets import ImageSet
+from llamagen.checkpoints.info import dtype_name
+from llamagen.evaluation.image_sets import ImageSet, size_text
 from llamagen.evaluation.pieces import make_pieces, named_pieces
-from llamagen.evaluation.protocols.common import precision_name, size_text
+from llamagen.evaluation.reconstruction import batch_limit
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.samples import model_size
 from llamagen.generation.likelihood import code_log_likelihoods
-from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline import Pipeline
 from llamagen.support.artifact import Advance
@@ -76,20 +76,17 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
     """
     found = measure_likelihood(pipeline, images, out)
     rows, columns = found.conditional.shape[1:]
+    names = ("bits_per_code", "bits_per_code_unconditional", "bits_per_pixel")
     return Report(
         protocol="likelihood",
         title=f"{pipeline.name} on {images.name}",
-        metrics={
-            "bits_per_code": found.bits_per_code,
-            "bits_per_code_unconditional": found.bits_per_code_unconditional,
-            "bits_per_pixel": found.bits_per_pixel,
-        },
+        metrics={name: getattr(found, name) for name in names},
         reference={"source": "none: likelihood needs no other images"},
         samples={"source": images.name, "images": len(images), "size": size_text(images.size)},
         settings={
             "model": pipeline.name,
             "codes": f"{rows}x{columns} of {pipeline.tokenizer.config.codebook_size}",
-            "precision": precision_name(pipeline.dtype),
+            "precision": dtype_name(pipeline.dtype),
         },
         warnings=[_ONLY_CODES],
         tables=[] if images.labels is None else [_classes_table(found, images)],
@@ -119,7 +116,7 @@ def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Like
     conditions = _conditions(pipeline, images)
 
     def measure(items: range, advance: Advance) -> dict[str, Any]:
-        pixels = images.read(items.start, items.stop)
+        pixels = images.tensor(items.start, items.stop)
         return {".npz": _bits(pipeline, pixels, conditions[items.start : items.stop], advance)}
 
     settings = {
@@ -153,21 +150,15 @@ def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
 
 @torch.inference_mode()
 def _bits(
-    pipeline: Pipeline,
-    pixels: np.ndarray,
-    conditions: list[str | int],
-    advance: Advance,
+    pipeline: Pipeline, pixels: Tensor, conditions: list[str | int], advance: Advance
 ) -> dict[str, np.ndarray]:
-    """Bits (images, rows, columns) float32 of codes, with their condition and without."""
-    tokenizer, grid = pipeline.tokenizer, pipeline.transformer.config.grid
-    size = decoding_batch_size(
-        tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
-    )
+    """Bits (B, rows, columns) float32 of the codes of images, with their condition and without."""
+    tokenizer = pipeline.tokenizer
+    size = batch_limit(tokenizer, *pixels.shape[-2:])
     found: dict[str, list[Tensor]] = {"conditional": [], "unconditional": []}
-    for first in range(0, len(pixels), size):
-        images = torch.from_numpy(np.array(pixels[first : first + size])).movedim(-1, 1)
+    for index, images in enumerate(pixels.split(size)):
         codes = tokenizer.encode(uint8_to_images(images.to(tokenizer.device)))
-        given = pipeline.conditions(conditions[first : first + size])
+        given = pipeline.conditions(conditions[index * size : (index + 1) * size])
         for name, parts in found.items():
             nats = code_log_likelihoods(
                 pipeline.transformer,
@@ -181,14 +172,13 @@ def _bits(
 
 
 def _classes_table(found: Likelihood, images: ImageSet) -> Table:
-    assert images.labels is not None
     rows = []
     for label, name in enumerate(images.class_names):
         own = images.labels == label
-        if own.any():
-            conditional = float(found.conditional[own].mean(dtype=np.float64))
-            unconditional = float(found.unconditional[own].mean(dtype=np.float64))
-            rows.append((name, int(own.sum()), conditional, unconditional - conditional))
+        if np.any(own):
+            part = Likelihood(found.conditional[own], found.unconditional[own], found.pixels)
+            saved = part.bits_per_code_unconditional - part.bits_per_code
+            rows.append((name, len(part.conditional), part.bits_per_code, saved))
     return Table(
         title="Classes",
         columns=("class", "images", "bits per code", "saved by knowing the class"),
@@ -203,12 +193,10 @@ def _map_picture(bits: np.ndarray) -> Picture:
     white, blue = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])
     colours = (white + share[..., None] * (blue - white)).round().astype(np.uint8)
     scale = max(1, _MAP_SIDE // bits.shape[1])
-    image = Image.fromarray(colours).resize(
-        (bits.shape[1] * scale, bits.shape[0] * scale), Image.Resampling.NEAREST
-    )
+    size = (bits.shape[1] * scale, bits.shape[0] * scale)
     return Picture(
         title="Bits by position in the grid",
-        image=image,
+        image=Image.fromarray(colours).resize(size, Image.Resampling.NEAREST),
         note=f"White is {low:.2f} bits, dark blue {high:.2f}. Codes are generated row by row, so "
         f"later ones have more context.",
     )
