@@ -17,6 +17,7 @@ from llamagen.evaluation.features import (
 )
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.metrics import FeatureStatistics
+from llamagen.evaluation.protocols.common import Workplace
 from llamagen.support.errors import InputError
 from tests.evaluation.sets import CoarsePixels, noise, write_noise
 
@@ -90,12 +91,12 @@ def test_reads_statistics_with_images(images, tmp_path):
     statistics = FeatureStatistics.of(np.random.default_rng(0).normal(size=(50, 12)))
     np.savez(tmp_path / "r.npz", arr_0=noise(6), mu=statistics.mean, sigma=statistics.covariance)
     source = ReferenceSource.open(tmp_path / "r.npz")
-    reference = source.compute(network, tmp_path / "f")
+    reference = Workplace(out=tmp_path, network=network, device="cpu").reference(source)
     assert (reference.count, reference.features.pool.shape) == (None, (6, 12))
     np.testing.assert_allclose(reference.pool.mean, statistics.mean)
     assert reference.source.archive is not None
     with pytest.raises(InputError, match="Inception's features, which cannot be compared"):
-        source.compute(CoarsePixels(), tmp_path / "f")
+        Workplace(out=tmp_path, network=CoarsePixels(), device="cpu").reference(source)
 
 
 def test_rejects_damaged_statistics(tmp_path):

@@ -18,7 +18,7 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from llamagen.evaluation.reconstruction import Reconstruction
+    from llamagen.evaluation.protocols.tokenizer import Reconstruction
 
 _SHEET_SIDE = 256
 """Images on the sheet are shrunk to this many pixels."""
@@ -54,7 +54,7 @@ def run(options: Options) -> None:
     storage.require_writable(options.out)
 
     from llamagen.checkpoints import load_tokenizer
-    from llamagen.evaluation.reconstruction import prepare, reconstruct
+    from llamagen.evaluation.protocols.tokenizer import prepare, reconstruct
     from llamagen.support.pictures import save_png
 
     # float32 unless asked otherwise: this command measures the tokenizer, not the precision.

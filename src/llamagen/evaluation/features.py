@@ -1,9 +1,5 @@
 """Features of sets of images, resumable and shared by processes, and what they are compared with.
 
-ADM's .npz files of statistics hold ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``,
-``sigma_s`` (of its spatial ones) and ``arr_0``: images for precision and recall. Of images alone
-everything is computed.
-
 Shapes: B images, D numbers of a pooled feature, S of a spatial one, K classes.
 """
 
@@ -31,9 +27,6 @@ from llamagen.evaluation.metrics import FeatureStatistics
 from llamagen.evaluation.pieces import make_pieces, pieces_of
 from llamagen.support.artifact import Advance
 from llamagen.support.errors import InputError
-
-INCEPTION = "inception"
-"""Start of the fingerprint of the network that ADM's statistics were made with."""
 
 
 class NetworkOutput(NamedTuple):
@@ -113,13 +106,7 @@ def compute_features(
 
     Features of the same images and network that are in the folder are only read.
 
-    Args:
-        network: computes them.
-        images: its input.
-        root: gets a folder for this network and these images.
-        what: kind of images, for the progress bar.
-        batch_size: images in one call of the network.
-        device: the network's.
+    They are kept in a folder in ``root``. ``what`` is the kind of images, for the progress bar.
 
     Raises:
         InputError: an image is damaged, or the network gave NaN or infinity.
@@ -185,12 +172,11 @@ class ReferenceSource:
     def open(
         cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
     ) -> ReferenceSource:
-        """Find a reference: a folder or other source of images, or an .npz file.
+        """Find a reference: images (see ``CollectedImages.open``), or an .npz file in ADM's form.
 
-        Args:
-            source: where it is.
-            config: columns of a data set that is more than a folder.
-            size: crop the middle square of images to this side; see ``CollectedImages``.
+        Such a file holds ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``, ``sigma_s``
+        (of its spatial ones) and ``arr_0``: images for precision and recall. Of images alone
+        everything is computed.
 
         Raises:
             FileNotFoundError: there is none.
@@ -200,31 +186,8 @@ class ReferenceSource:
         if path.suffix.lower() != ".npz":
             return cls(str(source), CollectedImages.open(source, config, size=size))
         names = array_names(path)
-        if "mu" in names:
-            return cls(str(source), ArchivedImages(path) if "arr_0" in names else None, path)
-        return cls(str(source), ArchivedImages(path))
-
-    def compute(
-        self, network: FeatureNetwork, root: Path, *, device: torch.device | str = "cpu"
-    ) -> Reference:
-        """Return the reference with the features of its images; see ``compute_features``.
-
-        Raises:
-            InputError: the statistics were made with another network, or the file is damaged.
-            OSError: the disk is full.
-        """
-        if self.archive is not None and not network.fingerprint.startswith(INCEPTION):
-            raise InputError(
-                f"{self.name} holds statistics of Inception's features, which cannot be compared "
-                f"with those of the {network.name}; give a folder of images"
-            )
-        features = None
-        if self.images is not None:
-            features = compute_features(network, self.images, root, what="reference", device=device)
-        if self.archive is not None:
-            return Reference(self, features, *read_statistics(self.archive))
-        assert features is not None
-        return Reference(self, features, *features.statistics(), len(features))
+        images = None if "mu" in names and "arr_0" not in names else ArchivedImages(path)
+        return cls(str(source), images, path if "mu" in names else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -75,7 +75,7 @@ class CollectedImages(ImageSet):
     """A folder, or any other source of images."""
 
     def __init__(self, images: ImageCollection, *, size: int | None = None) -> None:
-        """``size``: crop the middle square to this side, as published evaluations do.
+        """With ``size``, the middle square cropped to this side, as in published evaluations.
 
         Without it all images must have one size, and are taken as they are.
         """
@@ -185,32 +185,19 @@ def size_text(size: tuple[int, ...]) -> str:
 
 
 def array_names(path: Path) -> list[str]:
-    """Return the names of the arrays in an .npz file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it is no .npz file, or is truncated.
-    """
+    """Return the names of the arrays in an .npz file; raise as ``ArchivedImages``."""
     with _open_archive(path) as archive:
         return [entry.removesuffix(".npy") for entry in archive.namelist()]
 
 
 def read_array(path: Path, name: str) -> np.ndarray:
-    """Return an array of numbers in an .npz file.
-
-    Raises:
-        InputError: it is not there, or the file is damaged.
-    """
+    """Return an array of numbers in an .npz file; InputError if it is missing or damaged."""
     with _open_array(path, name) as (file, shape, dtype):
         return np.frombuffer(file.read(), dtype).reshape(shape)
 
 
 def write_images(path: Path, images: ImageSet, labels: np.ndarray | None = None) -> None:
-    """Write an .npz file that ADM's evaluator reads, a part at a time.
-
-    Raises:
-        OSError: it cannot be written; nothing is left of it.
-    """
+    """Write an .npz file that ADM's evaluator reads, a part at a time, or nothing if that fails."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(images), *images.size, 3)}
     with storage.atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:

@@ -12,8 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SSIM_WINDOW = 7
+"""Side of the averaging window, as in scikit-image."""
+
 _UPDATE_ROWS = 4096
 """Rows whose copy in float64 is in memory at once."""
+_BLOCK = 2048
+"""Rows and columns of the blocks in which distances of all pairs are computed."""
 
 
 class FeatureStatistics:
@@ -33,19 +38,17 @@ class FeatureStatistics:
     @classmethod
     def of(cls, features: np.ndarray) -> Self:
         """Return the statistics of features (N, D)."""
-        return cls(_checked(features).shape[1]).update(features)
+        return cls(features.shape[-1]).update(features)
 
     @classmethod
     def from_moments(cls, mean: np.ndarray, covariance: np.ndarray, count: int) -> Self:
         """Return statistics of known mean (D,) and covariance (D, D; divided by count - 1).
 
         Raises:
-            ValueError: the shapes do not fit together, or there are fewer than two features.
+            ValueError: the shapes do not fit together.
         """
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"mean {mean.shape} and covariance {covariance.shape} do not fit")
-        if count < 2:
-            raise ValueError(f"the covariance of {count} features is not defined")
         made = cls(len(mean))
         made.count = count
         made.mean = mean.astype(np.float64)
@@ -59,15 +62,10 @@ class FeatureStatistics:
 
     @property
     def covariance(self) -> np.ndarray:
-        """(D, D), divided by count - 1.
-
-        Raises:
-            ValueError: there are fewer than two features.
-        """
+        """(D, D), divided by count - 1; ValueError if there are fewer than two features."""
         if self.count < 2:
             raise ValueError(f"the covariance of {self.count} features is not defined")
-        result: np.ndarray = self._scatter / (self.count - 1)
-        return result
+        return self._scatter / (self.count - 1)
 
     def update(self, features: np.ndarray) -> Self:
         """Add features (N, D) of any float type; return itself.
@@ -75,7 +73,9 @@ class FeatureStatistics:
         Raises:
             ValueError: they have another width, or hold NaN or infinity.
         """
-        if _checked(features).shape[1] != self.width:
+        if features.ndim != 2:
+            raise ValueError(f"features of shape {features.shape}, expected (N, D)")
+        if features.shape[1] != self.width:
             raise ValueError(f"features of width {features.shape[1]}, expected {self.width}")
         for first in range(0, len(features), _UPDATE_ROWS):
             rows = features[first : first + _UPDATE_ROWS].astype(np.float64)
@@ -108,12 +108,6 @@ class FeatureStatistics:
         self.count = total
 
 
-def _checked(features: np.ndarray) -> np.ndarray:
-    if features.ndim != 2:
-        raise ValueError(f"features of shape {features.shape}, expected (N, D)")
-    return features
-
-
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Return |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), with covariances A and B.
 
@@ -138,8 +132,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def _square_root(covariance: np.ndarray) -> np.ndarray:
     """Symmetric square root of a positive semidefinite matrix."""
     values, vectors = np.linalg.eigh(covariance)
-    result: np.ndarray = (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
-    return result
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
 
 
 def inception_score(probabilities: np.ndarray, *, split: int = 5000) -> float:
@@ -195,32 +188,23 @@ def kernel_distance(
     Raises:
         ValueError: the widths differ, or a side has fewer than two features.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared")
+    _require_same_width(a, b)
     size = min(subset_size, len(a), len(b))
     if size < 2:
         raise ValueError(f"{size} features are too few, expected at least 2")
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x = a[rng.choice(len(a), size, replace=False)].astype(np.float64)
-        y = b[rng.choice(len(b), size, replace=False)].astype(np.float64)
-        inside = _without_diagonal(_kernel(x, x)) + _without_diagonal(_kernel(y, y))
+        x, y = (
+            each[rng.choice(len(each), size, replace=False)].astype(np.float64) for each in (a, b)
+        )
+        inside = sum(kernel.sum() - np.trace(kernel) for kernel in (_kernel(x, x), _kernel(y, y)))
         values.append(inside / (size * (size - 1)) - 2.0 * _kernel(x, y).mean())
     return KernelDistance(mean=float(np.mean(values)), std=float(np.std(values)))
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    result: np.ndarray = (a @ b.T / a.shape[1] + 1.0) ** 3
-    return result
-
-
-def _without_diagonal(matrix: np.ndarray) -> float:
-    return float(matrix.sum() - np.trace(matrix))
-
-
-_BLOCK = 2048
-"""Rows and columns of the blocks in which distances of all pairs are computed."""
+    return (a @ b.T / a.shape[1] + 1.0) ** 3
 
 
 class PrecisionRecall(NamedTuple):
@@ -253,12 +237,10 @@ def precision_recall(
     Raises:
         ValueError: the widths differ, or a set has not more than ``neighbours`` members.
     """
-    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
-        raise ValueError(f"features of shapes {samples.shape} and {reference.shape} do not fit")
-    if min(len(samples), len(reference)) <= neighbours:
-        raise ValueError(
-            f"{min(len(samples), len(reference))} features have no {neighbours} neighbours each"
-        )
+    _require_same_width(samples, reference)
+    fewest = min(len(samples), len(reference))
+    if fewest <= neighbours:
+        raise ValueError(f"{fewest} features have no {neighbours} neighbours each")
     a, b = (each.to(device) for each in _centred(samples, reference))
     return PrecisionRecall(
         precision=_share_inside(a, b, _radii(b, neighbours)),
@@ -275,6 +257,11 @@ def nearest(queries: np.ndarray, known: np.ndarray, *, count: int = 1) -> np.nda
     return torch.cat(found).numpy()
 
 
+def _require_same_width(a: np.ndarray, b: np.ndarray) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared")
+
+
 def _centred(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
     """Both in float32 around the mean of ``b``, where squared distances lose fewer digits."""
     center = b.mean(0, dtype=np.float64)
@@ -286,14 +273,11 @@ def _radii(features: Tensor, neighbours: int) -> Tensor:
     """Squared distance of each member to its k-th nearest neighbour (N,)."""
     found = []
     for rows in features.split(_BLOCK):
-        best: Tensor | None = None
+        best = rows.new_empty(len(rows), 0)
         for others in features.split(_BLOCK):
-            distances = _squared_distances(rows, others)
-            if best is not None:
-                distances = torch.cat([best, distances], dim=1)
+            distances = torch.cat([best, _squared_distances(rows, others)], dim=1)
             # One more: a member is its own nearest neighbour.
             best = distances.topk(min(neighbours + 1, distances.shape[1]), largest=False).values
-        assert best is not None
         found.append(best.amax(1))
     return torch.cat(found)
 
@@ -326,17 +310,11 @@ def psnr(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarr
     Returns:
         (N,) float64.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be compared")
+    _require_same_shape("images", a, b)
     squared = np.square(a.astype(np.float64) - b.astype(np.float64))
     error = squared.mean(axis=tuple(range(1, a.ndim)))
     with np.errstate(divide="ignore"):
-        result: np.ndarray = 10.0 * np.log10(data_range**2 / error)
-    return result
-
-
-SSIM_WINDOW = 7
-"""Side of the averaging window, as in scikit-image."""
+        return 10.0 * np.log10(data_range**2 / error)
 
 
 def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
@@ -354,8 +332,7 @@ def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarr
     Returns:
         (N,) float64, at most 1.
     """
-    if a.shape != b.shape:
-        raise ValueError(f"images of shapes {a.shape} and {b.shape} cannot be compared")
+    _require_same_shape("images", a, b)
     if min(a.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(f"images of {a.shape[2]}x{a.shape[1]} are smaller than the 7x7 window")
     x, y = (torch.from_numpy(i.astype(np.float64)).movedim(-1, 1) for i in (a, b))
@@ -368,8 +345,7 @@ def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarr
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
-    result: np.ndarray = similarity.mean(dim=(1, 2, 3)).numpy()
-    return result
+    return similarity.mean(dim=(1, 2, 3)).numpy()
 
 
 def _window_means(x: Tensor) -> Tensor:
@@ -378,24 +354,21 @@ def _window_means(x: Tensor) -> Tensor:
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Return 100 times the cosine of each image's feature to its caption's, negative ones as 0.
+    """Return 100 times the cosine of features (N, D) of images and their captions, at least 0.
 
-    As in Hessel et al. 2021.
-
-    Args:
-        images: (N, D), of any length.
-        texts: (N, D), of any length.
-
-    Returns:
-        (N,) float64, from 0 to 100; papers give the mean, sometimes divided by 100.
+    As in Hessel et al. 2021: (N,) float64, from 0 to 100; papers give the mean, sometimes divided
+    by 100. Features may have any length.
     """
-    if images.shape != texts.shape:
-        raise ValueError(f"features of shapes {images.shape} and {texts.shape} do not fit")
+    _require_same_shape("features", images, texts)
     a, b = (x.astype(np.float64) for x in (images, texts))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     cosines = (a * b).sum(1) / np.maximum(norms, 1e-12)
-    result: np.ndarray = 100.0 * np.maximum(cosines, 0.0)
-    return result
+    return 100.0 * np.maximum(cosines, 0.0)
+
+
+def _require_same_shape(what: str, a: np.ndarray, b: np.ndarray) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{what} of shapes {a.shape} and {b.shape} cannot be compared")
 
 
 class CodebookUse(NamedTuple):
@@ -408,10 +381,7 @@ class CodebookUse(NamedTuple):
 
 
 def codebook_use(counts: np.ndarray) -> CodebookUse:
-    """Return usage and perplexity.
-
-    Args:
-        counts: (codebook size,) occurrences of each code, by ``np.bincount`` with ``minlength``.
+    """Return usage and perplexity from the occurrences of each code (codebook size,).
 
     Raises:
         ValueError: no code occurs.

@@ -43,18 +43,9 @@ _THEMES = {
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _IDENTIFIER = re.compile(r"[a-z0-9_]+")
 _ABBREVIATIONS = {
-    **{word: word.upper() for word in ("clip", "fid", "kid", "lpips", "psnr", "ssim")},
-    "rfid": "rFID",
-    "sfid": "sFID",
-    "rsfid": "rsFID",
+    word.lower(): word
+    for word in ("CLIP", "FID", "KID", "LPIPS", "PSNR", "SSIM", "rFID", "sFID", "rsFID")
 }
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("llamagen", "torch", "numpy", "pillow")},
-    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,7 +102,12 @@ class Report:
     tables: list[Table] = dataclasses.field(default_factory=list)
     curves: list[Curve] = dataclasses.field(default_factory=list)
     pictures: list[Picture] = dataclasses.field(default_factory=list)
-    versions: dict[str, str] = dataclasses.field(default_factory=_versions)
+    versions: dict[str, str] = dataclasses.field(
+        default_factory=lambda: {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("llamagen", "torch", "numpy", "pillow")},
+        }
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the pictures, for JSON."""
@@ -147,17 +143,19 @@ def render_page(report: Report) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        "column_texts": column_texts,
-        "setting_text": setting_text,
-        "spell": spell,
-        "value_text": value_text,
-    }
+    filters = (column_texts, setting_text, spell, value_text)
+    environment.filters |= {each.__name__: each for each in filters}
     environment.tests["measured"] = _is_number
     page = environment.from_string(source.read_text(encoding="utf-8")).render(
         report=report,
         sides={"Evaluated": _summary(report.samples), "Compared with": _summary(report.reference)},
-        charts=[_chart_images(curve) for curve in report.curves],
+        charts=[
+            {
+                theme: _address(draw_chart(curve, theme).encode(), "image/svg+xml")
+                for theme in _THEMES
+            }
+            for curve in report.curves
+        ],
         pictures=[_picture(picture.image) for picture in report.pictures],
     )
     return _printable(page)
@@ -189,16 +187,12 @@ def value_text(value: object) -> str:
 def column_texts(values: Sequence[object]) -> list[str]:
     """Return the cells of a column; its measured numbers have the same number of decimals."""
     texts = [value_text(value) for value in values]
-    rounded = [
-        text
-        for value, text in zip(values, texts, strict=True)
-        if _is_number(value) and math.isfinite(value)
-    ]
+    rounded = [text for value, text in zip(values, texts, strict=True) if _is_finite(value)]
     decimals = max((len(text.partition(".")[2]) for text in rounded), default=0)
     if decimals == 0 or any("e" in text for text in rounded):
         return texts
     return [
-        f"{value:,.{decimals}f}" if _is_number(value) and math.isfinite(value) else text
+        f"{value:,.{decimals}f}" if _is_finite(value) else text
         for value, text in zip(values, texts, strict=True)
     ]
 
@@ -207,7 +201,7 @@ def setting_text(value: object) -> str:
     """Return a setting with all its digits, as one would type it."""
     if isinstance(value, list | tuple):
         return ", ".join(map(setting_text, value)) or value_text(None)
-    return str(value) if _is_number(value) and math.isfinite(value) else value_text(value)
+    return str(value) if _is_finite(value) else value_text(value)
 
 
 def draw_chart(curve: Curve, theme: str) -> str:
@@ -240,20 +234,13 @@ def draw_chart(curve: Curve, theme: str) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["bottom", "left"]].set_color(grid)
         if any(curve.series):
-            names = [_printable(name) for name in curve.series]
+            names = list(map(_printable, curve.series))
             legend = axes.legend(axes.get_lines(), names, frameon=False, labelcolor=ink)
             for text in legend.get_texts():
                 text.set_parse_math(False)
         file = io.StringIO()
         FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None})
     return file.getvalue()
-
-
-def _chart_images(curve: Curve) -> dict[str, str]:
-    """Addresses of a curve's chart for light and dark screens."""
-    return {
-        theme: _address(draw_chart(curve, theme).encode(), "image/svg+xml") for theme in _THEMES
-    }
 
 
 def _picture(image: Image.Image) -> dict[str, Any]:
@@ -285,6 +272,10 @@ def _summary(side: Mapping[str, Any]) -> str:
 def _is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number, of Python or NumPy; truth values are not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return _is_number(value) and math.isfinite(value)
 
 
 def _printable(text: str) -> str:

@@ -50,12 +50,8 @@ class SamplePlan:
     ) -> Self:
         """Plan images of all classes in random order, which the Inception Score's splits need.
 
-        Args:
-            pipeline: class-conditional.
-            count: number of images.
-            order: "balanced" has all classes equally often, "random" samples each image's class.
-            seed: of the order, and of the first image.
-            options: of ``of_prompts``.
+        The order "balanced" has all classes equally often, "random" samples each image's class;
+        ``seed`` is that of the order, too. ``options`` are those of ``of_prompts``.
         """
         rng = np.random.default_rng(seed)
         classes = pipeline.transformer.config.num_classes
@@ -75,14 +71,11 @@ class SamplePlan:
         size: int | None = None,
         **settings: Any,
     ) -> Self:
-        """Plan one image of each prompt, by default with the paper's settings for published models.
+        """Plan one image of each class or text.
 
-        Args:
-            pipeline: the model, whose own settings are the default if it is not published.
-            prompts: classes or texts.
-            seed: of the first image.
-            size: side in pixels to compare images at; see ``compared_side``.
-            settings: of ``SamplingConfig``, those that are not None.
+        ``settings`` are those of ``SamplingConfig``; the others, and those that are None, are the
+        paper's for published models and the model's own for others. For ``size`` see
+        ``compared_side``.
 
         Raises:
             InputError: a value lies outside its setting's range.
@@ -146,14 +139,10 @@ def draw_samples(
 ) -> Samples:
     """Generate the images that are not in a folder yet; called in every process of a run.
 
-    Args:
-        pipeline: generates them.
-        plan: all of them, of all processes.
-        folder: new, empty, or begun with the same plan and model.
-        batch_size: images generated at once; by default as many as fit into memory.
+    By default as many are generated at once as fit into memory.
 
     Raises:
-        InputError: the folder was begun with something else.
+        InputError: the folder is neither new nor begun with the same plan and model.
         OSError: the disk is full, or the folder cannot be written to.
     """
     about = {

@@ -30,6 +30,21 @@ from llamagen.pipeline import Pipeline
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError
 
+Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]
+"""Of the weights; with int8 everything else is bfloat16 where the device is fast at it, and
+"int8-all" has keys and values in 8 bits, too."""
+
+SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
+"""Measurements include guidance and top-k."""
+
+REFERENCE = "reference"
+"""The model's own operations, which every backend is compared with."""
+
+BATCHES = (1, 8)
+"""Numbers of images at once that ``measure_speed`` measures."""
+_SECONDS = 2.0
+"""Generation ends with the first finished row of the grid after this time."""
+
 _READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
 """On a GPU enough that its cache and the time of a launch do not matter."""
 _PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -48,6 +63,19 @@ def machine() -> dict[str, Any]:
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "python": platform.python_version(),
     }
+
+
+def _processor() -> str:
+    """Model name and the instruction sets that decide the speed of bfloat16 and int8."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor()
+    pairs = (line.partition(":") for line in info.read_text().splitlines())
+    lines = {name.strip(): value.strip() for name, _, value in pairs}
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
+    found = [flag for flag in wanted if flag in lines.get("flags", "").split()]
+    family = f"family {lines.get('cpu family')} model {lines.get('model')}"
+    return f"{lines.get('model name', '')} ({family}; {', '.join(found)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,23 +98,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
     size = _PRODUCT_SIZE.get(device.type, _PRODUCT_SIZE["cpu"])
     numbers = torch.ones(count // 4, device=device)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    seconds = time_in_turn(
-        {"read": numbers.sum, "product": lambda: matrix @ matrix}, repeats=_TRIES
-    )
+    candidates = {"read": numbers.sum, "product": lambda: matrix @ matrix}
+    seconds = time_in_turn(candidates, repeats=_TRIES)
     return MachineLimits(count / min(seconds["read"]), 2 * size**3 / min(seconds["product"]))
-
-
-def _processor() -> str:
-    """Model name and the instruction sets that decide the speed of bfloat16 and int8."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor()
-    pairs = (line.partition(":") for line in info.read_text().splitlines())
-    lines = {name.strip(): value.strip() for name, _, value in pairs}
-    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16")
-    found = [flag for flag in wanted if flag in lines.get("flags", "").split()]
-    family = f"family {lines.get('cpu family')} model {lines.get('model')}"
-    return f"{lines.get('model name', '')} ({family}; {', '.join(found)})"
 
 
 def time_in_turn(
@@ -99,23 +113,22 @@ def time_in_turn(
 
     Each is called once before, as a warm-up. ``progress`` is called after every call.
     """
-
-    def timed(run: Callable[[], object]) -> float:
-        _wait()
-        start = time.perf_counter()
-        run()
-        _wait()
-        if progress is not None:
-            progress()
-        return time.perf_counter() - start
-
-    for run in candidates.values():
-        timed(run)
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         for name, run in candidates.items():
-            seconds[name].append(timed(run))
-    return seconds
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            seconds[name].append(time.perf_counter() - start)
+            if progress is not None:
+                progress()
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def median_and_spread(values: Sequence[float], *, unit: float = 1.0) -> str:
@@ -126,28 +139,12 @@ def median_and_spread(values: Sequence[float], *, unit: float = 1.0) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table in Markdown."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join(
         "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |"
         for line in lines
     )
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]
-"""Of the weights; with int8 everything else is bfloat16 where the device is fast at it, and
-"int8-all" has keys and values in 8 bits, too."""
-
-SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
-"""Measurements include guidance and top-k."""
-
-REFERENCE = "reference"
-"""The model's own operations, which every backend is compared with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,29 +194,29 @@ def measure_decoding(
             # Compile in the warm-up runs, not after many steps.
             CompiledStep.of(each, eager_steps=0)
     limits = {name: measure_limits(each.device, each.dtype) for name, each in models.items()}
+    # Each run and its model.
+    names = {name: name for name in models}
     floats = next((name for name in precisions if not name.startswith("int")), None)
-    count = model.config.num_codes
+    if reference and floats is not None:
+        names = {f"{REFERENCE}, {floats}": floats, **names}
     found = []
     for number in images:
         labels = torch.arange(number, device=model.device) % model.config.num_classes
-        names = {name: name for name in models}
         runs: dict[str, Callable[[], object]] = {}
-        if reference and floats is not None:
-            names = {f"{REFERENCE}, {floats}": floats, **names}
         for run, name in names.items():
             generate = functools.partial(_generate, models[name], labels)
             runs[run] = generate if run == name else reference_only()(generate)
         seconds = time_in_turn(runs, repeats=repeats, progress=on_run)
-        for run, name in names.items():
-            found.append(
-                Measurement(
-                    precision=run,
-                    images=number,
-                    seconds_per_code=[value / count for value in seconds[run]],
-                    floor=floor_seconds(models[name], number, limits[name]),
-                    shares=_shares(models[name], labels) if run == name else None,
-                )
+        found += [
+            Measurement(
+                precision=run,
+                images=number,
+                seconds_per_code=[value / model.config.num_codes for value in seconds[run]],
+                floor=_floor_seconds(models[name], number, limits[name]),
+                shares=_shares(models[name], labels) if run == name else None,
             )
+            for run, name in names.items()
+        ]
     return found
 
 
@@ -236,21 +233,16 @@ def _generate(model: Transformer, labels: Tensor, times: StepTimes | None = None
     return generate_codes(model, labels, seeds=range(len(labels)), sampling=SAMPLING, times=times)
 
 
-def floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> float:
-    """Return the minimum seconds for a code of each image, at the middle of the image."""
+def _floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> float:
+    """The minimum seconds for a code of each image, at the middle of the image."""
     config, rows = model.config, 2 * images
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     weights = sum(m.in_features * m.out_features for m in matrices)
     read = sum(tensor.nbytes for m in matrices for tensor in (*m.parameters(), *m.buffers()))
-    positions = config.condition_length + config.num_codes / 2
-    cache = KVCache.bytes_per_sequence(
-        config, config.condition_length + config.num_codes // 2, model.cache_dtype
-    )
-    attention = 4 * config.layers * config.dim * positions
-    return limits.seconds(
-        read=read + rows * cache,
-        operations=rows * (2 * weights + attention),
-    )
+    length = config.condition_length + config.num_codes // 2
+    cache = KVCache.bytes_per_sequence(config, length, model.cache_dtype)
+    attention = 4 * config.layers * config.dim * (config.condition_length + config.num_codes / 2)
+    return limits.seconds(read=read + rows * cache, operations=rows * (2 * weights + attention))
 
 
 def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
@@ -264,12 +256,6 @@ def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
     products, attention, _ = (float(part) / whole for part in times.parts)
     shares = {"products": products, "attention": attention, "sampling": times.sampling / whole}
     return {**shares, "rest": 1 - sum(shares.values())}
-
-
-BATCHES = (1, 8)
-"""Numbers of images at once that ``measure_speed`` measures."""
-_SECONDS = 2.0
-"""Generation ends with the first finished row of the grid after this time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -370,9 +356,8 @@ def _measure(
     whole = seconds * config.num_codes / codes
     decode_seconds = None
     if pipeline is not None:
-        blank = torch.zeros(images, *config.grid, dtype=torch.int64)
         start = time.perf_counter()
-        pipeline.decode(blank)
+        pipeline.decode(torch.zeros(images, *config.grid, dtype=torch.int64))
         decode_seconds = time.perf_counter() - start
         whole += decode_seconds
     return Speed(
@@ -412,10 +397,10 @@ def _time_rows(
 
 def _how(model: Transformer, sampling: SamplingConfig, *, has_tokenizer: bool) -> str:
     config = model.config
-    guidance = "with" if sampling.guided else "without"
     how = (
-        f"ms/code: time {guidance} guidance, for all images at once, over the {config.num_codes} "
-        f"codes of an image; of a slow model only the first rows are generated."
+        f"ms/code: time {'with' if sampling.guided else 'without'} guidance, for all images at "
+        f"once, over the {config.num_codes} codes of an image; of a slow model only the first rows "
+        f"are generated."
     )
     if config.condition == "text":
         how += (

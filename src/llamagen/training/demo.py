@@ -107,7 +107,7 @@ def run_training_demo(
     Raises:
         InputError: ``out`` cannot be written, or scikit-learn is missing.
     """
-    from llamagen.evaluation.reconstruction import reconstruct
+    from llamagen.evaluation.protocols.tokenizer import reconstruct
     from llamagen.pipeline import Pipeline
     from llamagen.training import (
         TokenizerTraining,

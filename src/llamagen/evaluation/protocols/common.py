@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from llamagen.evaluation.features import (
-    INCEPTION,
     FeatureNetwork,
     Features,
     Reference,
     ReferenceSource,
     compute_features,
+    read_statistics,
 )
 from llamagen.evaluation.image_sets import ImageSet
 from llamagen.evaluation.metrics import (
@@ -67,18 +67,30 @@ class Workplace:
 
     @property
     def has_inception(self) -> bool:
-        """Whether the network is the one that published numbers are defined with."""
-        return self.network.fingerprint.startswith(INCEPTION)
+        """Whether published numbers, and ADM's statistics, are defined with this network."""
+        return self.network.fingerprint.startswith("inception")
 
     def features(self, images: ImageSet, what: str) -> Features:
         """Features of images; see ``compute_features``."""
-        return compute_features(
-            self.network, images, self.out / "features", what=what, device=self.device
-        )
+        root = self.out / "features"
+        return compute_features(self.network, images, root, what=what, device=self.device)
 
     def reference(self, source: ReferenceSource) -> Reference:
-        """A reference with its features; see ``ReferenceSource.compute``."""
-        return source.compute(self.network, self.out / "features", device=self.device)
+        """Return a reference with the features of its images; see ``features``.
+
+        Raises:
+            InputError: the statistics were made with another network, or the file is damaged.
+        """
+        if source.archive is not None and not self.has_inception:
+            raise InputError(
+                f"{source.name} holds statistics of Inception's features, which cannot be compared "
+                f"with those of the {self.network.name}; give a folder of images"
+            )
+        features = None if source.images is None else self.features(source.images, "reference")
+        if source.archive is not None:
+            return Reference(source, features, *read_statistics(source.archive))
+        assert features is not None
+        return Reference(source, features, *features.statistics(), len(features))
 
     def compare(self, report: Report, features: Features, reference: Reference) -> None:
         """Add to a report the metrics of features, their warnings, and the reference."""

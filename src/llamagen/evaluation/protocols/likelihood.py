@@ -18,7 +18,7 @@ from torch import Tensor
 from llamagen.checkpoints.info import dtype_name
 from llamagen.evaluation.image_sets import ImageSet, size_text
 from llamagen.evaluation.pieces import make_pieces, named_pieces
-from llamagen.evaluation.reconstruction import batch_limit
+from llamagen.evaluation.protocols.tokenizer import batch_limit
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.samples import model_size
 from llamagen.generation.likelihood import code_log_likelihoods

@@ -1,26 +1,32 @@
-"""An image tokenizer's reconstructions against the very images it was given (paper section 4.1)."""
+"""Images through an image tokenizer and back, and what got lost on the way (paper section 4.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
+from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints.info import dtype_name
+from llamagen.data.views import center_crop
 from llamagen.evaluation.features import ReferenceSource
 from llamagen.evaluation.image_sets import ImageSet, as_arrays, size_text
-from llamagen.evaluation.metrics import codebook_use
+from llamagen.evaluation.metrics import SSIM_WINDOW, codebook_use, psnr, ssim
 from llamagen.evaluation.pieces import make_pieces, named_pieces
 from llamagen.evaluation.protocols.common import Workplace, few_warnings
 from llamagen.evaluation.published import RECONSTRUCTION, VALIDATION_IMAGES
-from llamagen.evaluation.reconstruction import batch_limit, compare, encode_and_decode
 from llamagen.evaluation.report import Picture, Report, Table
+from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.artifact import Advance
+from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
 
 _SHEET_IMAGES = 24
@@ -34,8 +40,107 @@ _PUBLISHED = Table(
     note="arXiv 2406.06525: ImageNet's 50,000 validation images, against themselves at 256.",
 )
 
-Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Perceptual = Callable[[Tensor, Tensor], Tensor]
 """LPIPS: two batches of images (B, 3, H, W) in [-1, 1] to distances (B,)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """One image before and after."""
+
+    path: Path
+    original: Image.Image
+    """Input of the tokenizer: cropped, RGB."""
+    image: Image.Image
+    psnr: float
+    """In dB, between the two images' bytes."""
+    ssim: float
+    """Structural similarity with the true data range; NaN below 7 pixels a side."""
+    ssim_published: float
+    """As the published code computes it, with a data range of 2 for images in [0, 1]."""
+    codes: np.ndarray
+    """(rows, columns) int64."""
+
+
+def prepare(
+    image: Image.Image, *, downsampling: int, size: int | None = None, max_side: int | None = None
+) -> Image.Image:
+    """Crop an RGB image so that its sides are multiples of a tokenizer's ``downsampling``.
+
+    To the middle square of side ``size``, as in the published evaluation; without it by less than
+    ``downsampling`` pixels a side, once the long side was shrunk to ``max_side``.
+
+    Raises:
+        InputError: ``size`` is not a positive multiple of the downsampling, or the image is
+            smaller than one code.
+    """
+    if size is not None:
+        if size < 1 or size % downsampling:
+            raise InputError(
+                f"size {size} is not a positive multiple of the tokenizer's downsampling "
+                f"{downsampling}; use {max(1, round(size / downsampling)) * downsampling}"
+            )
+        return center_crop(image, size)
+    if max_side is not None and max(image.size) > max_side:
+        image = image.copy()
+        image.thumbnail((max_side, max_side), Image.Resampling.BICUBIC)
+    width, height = (side // downsampling * downsampling for side in image.size)
+    if min(width, height) == 0:
+        raise InputError(
+            f"an image of {image.width}x{image.height} pixels is smaller than one code of "
+            f"{downsampling}x{downsampling}; give a size to enlarge it to"
+        )
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def reconstruct(
+    tokenizer: ImageTokenizer, images: Iterable[tuple[Path, Image.Image]]
+) -> Iterator[Reconstruction]:
+    """Reconstruct prepared images, neighbours of the same size in one batch."""
+    for (width, height), group in itertools.groupby(images, lambda pair: pair[1].size):
+        limit = batch_limit(tokenizer, height, width)
+        while batch := list(itertools.islice(group, limit)):
+            before = np.stack([np.asarray(image) for _, image in batch])
+            codes, decoded = encode_and_decode(tokenizer, before)
+            after = as_arrays(decoded)
+            measured = compare(before, after)
+            for index, (path, image) in enumerate(batch):
+                yield Reconstruction(
+                    path=path,
+                    original=image,
+                    image=Image.fromarray(after[index]),
+                    **{name: float(values[index]) for name, values in measured.items()},
+                    codes=codes[index].cpu().numpy(),
+                )
+
+
+def batch_limit(tokenizer: ImageTokenizer, height: int, width: int) -> int:
+    """Return how many images of a size fit into memory at once."""
+    grid = tokenizer.config.grid_of(height, width)
+    return decoding_batch_size(
+        tokenizer.config, grid, device=tokenizer.device, dtype=tokenizer.dtype
+    )
+
+
+@torch.inference_mode()
+def encode_and_decode(tokenizer: ImageTokenizer, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return codes (B, h, w) of bytes (B, H, W, 3), and their float32 images (B, 3, H, W)."""
+    images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device)
+    codes = accelerate(tokenizer).encode(uint8_to_images(images))
+    return codes, tokenizer.decode(codes).float()
+
+
+def compare(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
+    """Return PSNR and both kinds of SSIM of pairs of images (N, H, W, 3) uint8, each (N,).
+
+    SSIM is NaN where a side is below 7 pixels.
+    """
+    similarity, published = np.full((2, len(before)), np.nan)
+    if min(before.shape[1:3]) >= SSIM_WINDOW:
+        similarity = ssim(before, after)
+        published = ssim(before / 255.0, after / 255.0, data_range=2.0)
+    return {"psnr": psnr(before, after), "ssim": similarity, "ssim_published": published}
 
 
 class Reconstructions(ImageSet):
@@ -49,13 +154,9 @@ class Reconstructions(ImageSet):
         *,
         compared_size: int | None = None,
     ) -> None:
-        """Prepare; ``compute`` fills the folder.
+        """Name their folder in ``root``, which ``compute`` fills.
 
-        Args:
-            tokenizer: reconstructs.
-            originals: its input.
-            root: gets a folder for this tokenizer and these images.
-            compared_size: side in pixels that reconstructions are resized to (bicubic, in float).
+        Reconstructions are resized to squares of side ``compared_size``; see ``as_arrays``.
 
         Raises:
             InputError: the tokenizer cannot encode images of this size.
@@ -141,7 +242,7 @@ def evaluate_tokenizer(
     reconstructions.compute(perceptual)
     originals, tokenizer = reconstructions.originals, reconstructions.tokenizer
     pieces = reconstructions.pieces
-    psnr = pieces.rows("psnr")
+    decibels = pieces.rows("psnr")
     report = Report(
         protocol="tokenizer",
         title=f"{name}: {len(originals):,} reconstructions",
@@ -158,7 +259,7 @@ def evaluate_tokenizer(
             "precision": dtype_name(tokenizer.dtype),
         },
         warnings=_protocol_warnings(originals, reference),
-        pictures=[_sheet(reconstructions, psnr)],
+        pictures=[_sheet(reconstructions, decibels)],
     )
     if place is not None:
         features = place.features(reconstructions, "reconstructions")
@@ -168,7 +269,7 @@ def evaluate_tokenizer(
             report.tables.append(_PUBLISHED)
     counts = [pieces.read_npz(piece)["counts"] for piece in range(len(pieces))]
     use = codebook_use(np.sum(counts, axis=0))
-    finite = psnr[np.isfinite(psnr)]
+    finite = decibels[np.isfinite(decibels)]
     report.metrics |= {
         "psnr": float(finite.mean()) if len(finite) else float("inf"),
         "ssim": float(pieces.rows("ssim").mean()),
@@ -203,16 +304,14 @@ def _protocol_warnings(originals: ImageSet, reference: ReferenceSource) -> list[
     return warnings + few_warnings(len(originals), VALIDATION_IMAGES, *which)
 
 
-def _sheet(reconstructions: Reconstructions, psnr: np.ndarray) -> Picture:
+def _sheet(reconstructions: Reconstructions, decibels: np.ndarray) -> Picture:
     count = min(len(reconstructions), _SHEET_IMAGES)
+    sides = [each.read(0, count) for each in (reconstructions.originals, reconstructions)]
     pictures, captions = [], []
-    pairs = zip(
-        reconstructions.originals.read(0, count), reconstructions.read(0, count), strict=True
-    )
-    for (original, reconstruction), decibels in zip(pairs, psnr, strict=False):
-        image = Image.fromarray(reconstruction)
-        pictures += [Image.fromarray(original).resize(image.size), image]
-        captions += ["original", f"{decibels:.1f} dB"]
+    for before, after, value in zip(*sides, decibels[:count], strict=True):
+        image = Image.fromarray(after)
+        pictures += [Image.fromarray(before).resize(image.size), image]
+        captions += ["original", f"{value:.1f} dB"]
     scale = max(1, 64 // pictures[0].width)
     return Picture(
         title="Originals and reconstructions",
