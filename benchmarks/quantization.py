@@ -185,7 +185,7 @@ def main() -> None:
     side = pipe.transformer.config.grid[0] * pipe.tokenizer.config.downsampling
     results = {}
     for source in arguments.sources:
-        images = CollectedImages.open(source, size=side)
+        images = CollectedImages(source, size=side)
         name = Path(source).stem
         results[name] = measure(pipes, images, arguments.images)
         print_table(

@@ -25,7 +25,7 @@ from tests.evaluation.sets import CoarsePixels, noise, write_noise
 @pytest.fixture
 def images(tmp_path, monkeypatch):
     monkeypatch.setattr(pieces, "PIECE", 4)
-    return CollectedImages.open(write_noise(tmp_path / "images", 10))
+    return CollectedImages(write_noise(tmp_path / "images", 10))
 
 
 def test_pieces_equal_one_pass(images, tmp_path):
@@ -51,11 +51,11 @@ def test_resumes(images, tmp_path):
 
 
 def test_other_networks_and_images_have_other_folders(images, tmp_path):
-    other = CollectedImages.open(write_noise(tmp_path / "other", 10, seed=1))
+    other = CollectedImages(write_noise(tmp_path / "other", 10, seed=1))
     pairs = [
         (CoarsePixels(), images),
         (CoarsePixels("coarse 2"), images),
-        (CoarsePixels(), CollectedImages.open(tmp_path / "images", size=8)),
+        (CoarsePixels(), CollectedImages(tmp_path / "images", size=8)),
     ]
     assert len({feature_folder(tmp_path, *pair) for pair in pairs}) == 3
     # Names and sizes of files say which images they are.
@@ -90,7 +90,7 @@ def test_reads_statistics_with_images(images, tmp_path):
     network = CoarsePixels("inception made up")
     statistics = FeatureStatistics.of(np.random.default_rng(0).normal(size=(50, 12)))
     np.savez(tmp_path / "r.npz", arr_0=noise(6), mu=statistics.mean, sigma=statistics.covariance)
-    source = ReferenceSource.open(tmp_path / "r.npz")
+    source = ReferenceSource(tmp_path / "r.npz")
     reference = Workplace(out=tmp_path, network=network, device="cpu").reference(source)
     assert (reference.count, reference.features.pool.shape) == (None, (6, 12))
     np.testing.assert_allclose(reference.pool.mean, statistics.mean)

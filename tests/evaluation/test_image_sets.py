@@ -14,32 +14,32 @@ from tests.evaluation.sets import CLASSES, noise, write_noise
 
 def test_reads_a_folder_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "_PART", 4)
-    images = CollectedImages.open(write_noise(tmp_path / "a", 10))
+    images = CollectedImages(write_noise(tmp_path / "a", 10))
     assert (len(images), images.size) == (10, (16, 16))
     assert set(images.class_names) == set(CLASSES)
     parts = list(images.parts())
     assert [len(part) for part in parts] == [4, 4, 2]
     np.testing.assert_array_equal(np.concatenate(parts), images.read(0, 10))
-    assert CollectedImages.open(tmp_path / "a", size=8).size == (8, 8)
+    assert CollectedImages(tmp_path / "a", size=8).size == (8, 8)
 
 
 def test_identity_changes_with_the_images(tmp_path):
     folder = write_noise(tmp_path / "a", 10)
-    before = CollectedImages.open(folder).identity
-    assert CollectedImages.open(folder).identity == before
-    assert CollectedImages.open(folder, size=8).identity != before
+    before = CollectedImages(folder).identity
+    assert CollectedImages(folder).identity == before
+    assert CollectedImages(folder, size=8).identity != before
     Image.fromarray(noise(1, 32)[0]).resize((16, 16)).save(
         folder / "cat" / "000.png", optimize=True
     )
     Image.effect_noise((16, 16), 90).convert("RGB").save(folder / "cat" / "000.png")
-    assert CollectedImages.open(folder).identity != before
+    assert CollectedImages(folder).identity != before
 
 
 def test_reads_captions(tmp_path):
     write_noise(tmp_path, 2)
     table = tmp_path / "metadata.csv"
     table.write_text("file_name,text\ncat/000.png,a cat\ndog/001.png,\n")
-    images = CollectedImages.open(table)
+    images = CollectedImages(table)
     assert images.captions == ("a cat", "")
     # Reports say what was given, and compare by it whether two sets are the same.
     assert images.name == str(table)
@@ -51,15 +51,15 @@ def test_rejects_images_of_different_sizes(tmp_path):
     with pytest.raises(
         InputError, match=r"20x16 pixels, but .* 16x16; use images of one size, or crop"
     ):
-        CollectedImages.open(folder).read(0, 4)
-    assert CollectedImages.open(folder, size=16).read(0, 4).shape == (4, 16, 16, 3)
+        CollectedImages(folder).read(0, 4)
+    assert CollectedImages(folder, size=16).read(0, 4).shape == (4, 16, 16, 3)
 
 
 def test_rejects_a_damaged_image(tmp_path):
     folder = write_noise(tmp_path / "a", 3)
     (folder / "cat" / "000.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"000.png cannot be read .* repair or remove it"):
-        CollectedImages.open(folder).read(0, 3)
+        CollectedImages(folder).read(0, 3)
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -72,7 +72,7 @@ def test_reads_archives_of_numpy(tmp_path, save):
 
 def test_numpy_reads_our_archives(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "_PART", 3)
-    images = CollectedImages.open(write_noise(tmp_path / "a", 8))
+    images = CollectedImages(write_noise(tmp_path / "a", 8))
     write_images(tmp_path / "a.npz", images, images.labels)
     with np.load(tmp_path / "a.npz") as arrays:
         np.testing.assert_array_equal(arrays["arr_0"], images.read(0, 8))

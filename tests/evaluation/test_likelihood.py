@@ -27,7 +27,7 @@ def small_pieces(monkeypatch):
 
 def test_bits_equal_the_loss(tmp_path):
     pipe = tiny_pipeline()
-    images = CollectedImages.open(write_noise(tmp_path / "a", 10))
+    images = CollectedImages(write_noise(tmp_path / "a", 10))
     found = measure_likelihood(pipe, images, tmp_path)
     assert found.conditional.shape == (10, 4, 4)
     pixels = torch.from_numpy(images.read(0, 10)).movedim(-1, 1)
@@ -50,7 +50,7 @@ def test_bits_equal_the_loss(tmp_path):
 
 def test_resumes(tmp_path, monkeypatch):
     pipe = tiny_pipeline()
-    images = CollectedImages.open(write_noise(tmp_path / "a", 10))
+    images = CollectedImages(write_noise(tmp_path / "a", 10))
     whole = measure_likelihood(pipe, images, tmp_path / "l")
     (path,) = (tmp_path / "l").rglob("piece-00001.npz")
     path.unlink()
@@ -68,11 +68,11 @@ def test_captions_need_no_padding(tmp_path):
         "file_name,text\ncat/000.png,a cat\ndog/001.png,a much longer dog\n"
     )
     pipe = tiny_text_pipeline()
-    images = CollectedImages.open(tmp_path)
+    images = CollectedImages(tmp_path)
     both = measure_likelihood(pipe, images, tmp_path / "l")
     # Each caption gives what it gives alone, whatever padding the batch needs.
     (tmp_path / "metadata.csv").write_text("file_name,text\ncat/000.png,a cat\n")
-    one = CollectedImages.open(tmp_path)
+    one = CollectedImages(tmp_path)
     alone = measure_likelihood(pipe, one, tmp_path / "l")
     np.testing.assert_allclose(both.conditional[0], alone.conditional[0], rtol=1e-4)
     assert not np.allclose(both.conditional[0], both.unconditional[0])
@@ -82,11 +82,11 @@ def test_rejects_images_that_do_not_fit(tmp_path):
     pipe = tiny_pipeline()
     folder = write_noise(tmp_path / "a", 4, side=32)
     with pytest.raises(InputError, match="32x32 pixels, but tiny draws 16x16; crop them with size"):
-        measure_likelihood(pipe, CollectedImages.open(folder), tmp_path / "l")
+        measure_likelihood(pipe, CollectedImages(folder), tmp_path / "l")
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (16, 16)).save(flat / "a.png")
     with pytest.raises(InputError, match="has no classes, but tiny draws them"):
-        measure_likelihood(pipe, CollectedImages.open(flat), tmp_path / "l")
+        measure_likelihood(pipe, CollectedImages(flat), tmp_path / "l")
     with pytest.raises(InputError, match=r"not every image of .* has a caption"):
-        measure_likelihood(tiny_text_pipeline(), CollectedImages.open(flat), tmp_path / "l")
+        measure_likelihood(tiny_text_pipeline(), CollectedImages(flat), tmp_path / "l")

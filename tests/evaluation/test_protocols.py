@@ -29,7 +29,7 @@ from tests.tiny_models import tiny_pipeline, tiny_text_pipeline, tiny_tokenizer
 
 @pytest.fixture
 def reference(tmp_path):
-    return ReferenceSource.open(write_noise(tmp_path / "real", 40))
+    return ReferenceSource(write_noise(tmp_path / "real", 40))
 
 
 def place(tmp_path, fingerprint="inception made up"):
@@ -82,10 +82,10 @@ def test_metrics_of_another_network_have_other_names(tmp_path, reference):
 
 
 def test_tokenizer_is_compared_with_its_images(tmp_path):
-    images = CollectedImages.open(write_noise(tmp_path / "real", 20))
+    images = CollectedImages(write_noise(tmp_path / "real", 20))
     tokenizer = tiny_tokenizer()
     made = Reconstructions(tokenizer, images, tmp_path / "r")
-    source = ReferenceSource.open(tmp_path / "real")
+    source = ReferenceSource(tmp_path / "real")
     report = evaluate_tokenizer("tiny", made, source, place(tmp_path))
     pixels = torch.from_numpy(images.read(0, 20)).movedim(-1, 1)
     codes = tokenizer.encode(pixels.float() / 127.5 - 1)
@@ -100,11 +100,11 @@ def test_tokenizer_is_compared_with_its_images(tmp_path):
 
 
 def test_reconstructions_against_statistics_are_flagged(tmp_path):
-    images = CollectedImages.open(write_noise(tmp_path / "real", 20))
+    images = CollectedImages(write_noise(tmp_path / "real", 20))
     statistics = FeatureStatistics.of(pooled(noise(30, seed=4)))
     np.savez(tmp_path / "train.npz", mu=statistics.mean, sigma=statistics.covariance)
     made = Reconstructions(tiny_tokenizer(), images, tmp_path / "r", compared_size=8)
-    source = ReferenceSource.open(tmp_path / "train.npz")
+    source = ReferenceSource(tmp_path / "train.npz")
     report = evaluate_tokenizer("tiny", made, source, place(tmp_path))
     assert made.size == (8, 8)
     assert "VQ-16 then gets 4.28 instead of its published 2.19" in report.warnings[0]
@@ -112,30 +112,30 @@ def test_reconstructions_against_statistics_are_flagged(tmp_path):
 
 
 def test_tokenizer_needs_no_network(tmp_path):
-    images = CollectedImages.open(write_noise(tmp_path / "real", 6))
+    images = CollectedImages(write_noise(tmp_path / "real", 6))
     made = Reconstructions(tiny_tokenizer(), images, tmp_path / "r")
     report = evaluate_tokenizer(
         "tiny",
         made,
-        ReferenceSource.open(tmp_path / "real"),
+        ReferenceSource(tmp_path / "real"),
         None,
         perceptual=lambda a, b: (a - b).abs().mean((1, 2, 3)),
     )
     assert "rfid" not in report.metrics
     assert report.metrics["lpips"] > 0
     assert "enlarged" not in " ".join(report.warnings)
-    large = ReferenceSource.open(tmp_path / "real", size=32)
+    large = ReferenceSource(tmp_path / "real", size=32)
     made = Reconstructions(tiny_tokenizer(), large.images, tmp_path / "r")
     report = evaluate_tokenizer("tiny", made, large, None)
     assert "images of 16x16 pixels were enlarged to 32x32" in " ".join(report.warnings)
-    odd = CollectedImages.open(tmp_path / "real", size=10)
+    odd = CollectedImages(tmp_path / "real", size=10)
     with pytest.raises(InputError, match="positive multiples of the tokenizer's downsampling 4"):
         Reconstructions(tiny_tokenizer(), odd, tmp_path)
 
 
 def test_folder_compares_two_sets(tmp_path, reference):
     folder = write_noise(tmp_path / "mine", 30, seed=2)
-    images = CollectedImages.open(folder)
+    images = CollectedImages(folder)
     report = evaluate_folder(images, reference, place(tmp_path))
     expected = frechet_distance(
         *(
@@ -152,21 +152,21 @@ def test_folder_compares_two_sets(tmp_path, reference):
 def test_copies_are_flagged(tmp_path, reference):
     folder = write_noise(tmp_path / "mine", 20, seed=2)
     (folder / "cat" / "copy.png").write_bytes((folder / "cat" / "000.png").read_bytes())
-    report = evaluate_folder(CollectedImages.open(folder), reference, place(tmp_path))
+    report = evaluate_folder(CollectedImages(folder), reference, place(tmp_path))
     assert "1 of 21 images are copies of others among them (of number 0)" in report.warnings
 
 
 def test_another_size_is_flagged(tmp_path, reference):
-    images = CollectedImages.open(write_noise(tmp_path / "mine", 20, side=32))
+    images = CollectedImages(write_noise(tmp_path / "mine", 20, side=32))
     report = evaluate_folder(images, reference, place(tmp_path))
     assert "images have 32x32 pixels, the reference 16x16" in report.warnings[0]
 
 
 def test_rejects_a_reference_of_another_network(tmp_path):
     np.savez(tmp_path / "r.npz", mu=np.zeros(7), sigma=np.eye(7))
-    images = CollectedImages.open(write_noise(tmp_path / "mine", 5))
+    images = CollectedImages(write_noise(tmp_path / "mine", 5))
     with pytest.raises(InputError, match=r"features of 7 numbers, but the network gives 12"):
-        evaluate_folder(images, ReferenceSource.open(tmp_path / "r.npz"), place(tmp_path))
+        evaluate_folder(images, ReferenceSource(tmp_path / "r.npz"), place(tmp_path))
 
 
 class FakeClip:
@@ -193,7 +193,7 @@ def test_t2i_has_fid_and_clip_score(tmp_path, reference):
 
 
 def test_likelihood_by_class_adds_up(tmp_path):
-    images = CollectedImages.open(write_noise(tmp_path / "real", 12))
+    images = CollectedImages(write_noise(tmp_path / "real", 12))
     report = evaluate_likelihood(tiny_pipeline(), images, tmp_path / "out")
     (table,) = report.tables
     counts = np.array([row[1] for row in table.rows])

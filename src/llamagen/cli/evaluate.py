@@ -136,7 +136,7 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
 
         assert source is not None
         config = SourceConfig(**dataclasses.asdict(self.source))
-        return ReferenceSource.open(source, config, size=size)
+        return ReferenceSource(source, config, size=size)
 
     def find_images(self, source: str | None, size: int | None) -> ImageSet:
         """Return images that an option names, which may not be statistics."""

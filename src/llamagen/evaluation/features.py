@@ -159,20 +159,17 @@ def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:
     return joined
 
 
-@dataclasses.dataclass(frozen=True)
 class ReferenceSource:
     """What images are compared with; its features may still have to be computed."""
 
-    name: str
-    images: ImageSet | None
     archive: Path | None = None
     """An .npz file with statistics, which are of other images than ``images``."""
+    images: ImageSet | None = None
 
-    @classmethod
-    def open(
-        cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
-    ) -> ReferenceSource:
-        """Find a reference: images (see ``CollectedImages.open``), or an .npz file in ADM's form.
+    def __init__(
+        self, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
+    ) -> None:
+        """Find images (see ``CollectedImages``), or an .npz file in ADM's form.
 
         Such a file holds ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``, ``sigma_s``
         (of its spatial ones) and ``arr_0``: images for precision and recall. Of images alone
@@ -182,12 +179,14 @@ class ReferenceSource:
             FileNotFoundError: there is none.
             InputError: it is none.
         """
-        path = Path(source)
+        self.name, path = str(source), Path(source)
         if path.suffix.lower() != ".npz":
-            return cls(str(source), CollectedImages.open(source, config, size=size))
+            self.images = CollectedImages(source, config, size=size)
+            return
         names = array_names(path)
-        images = None if "mu" in names and "arr_0" not in names else ArchivedImages(path)
-        return cls(str(source), images, path if "mu" in names else None)
+        self.archive = path if "mu" in names else None
+        if "arr_0" in names or "mu" not in names:
+            self.images = ArchivedImages(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +202,7 @@ class Reference:
     """Images that the statistics are of; None where the file does not say."""
 
 
-def read_statistics(
-    path: Path,
-) -> tuple[FeatureStatistics, FeatureStatistics | None, int | None]:
+def read_statistics(path: Path) -> tuple[FeatureStatistics, FeatureStatistics | None, int | None]:
     """Read statistics of pooled and of spatial features, and the number of images.
 
     Raises:
@@ -229,11 +226,7 @@ def read_statistics(
 
 
 def write_statistics(path: Path, features: Features) -> None:
-    """Write statistics as ADM's evaluator, and ``read_statistics``, read them.
-
-    Raises:
-        OSError: the file cannot be written; nothing is left of it.
-    """
+    """Write statistics as ADM's evaluator, and ``read_statistics``, read them, or nothing."""
     pool, spatial = features.statistics()
     arrays = {"mu": pool.mean, "sigma": pool.covariance, "count": np.array(pool.count)}
     if spatial is not None:

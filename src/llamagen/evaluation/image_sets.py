@@ -20,7 +20,7 @@ from torch import Tensor
 
 import llamagen.support.storage as storage
 from llamagen.data.columns import SourceConfig
-from llamagen.data.images import CorruptImageError, ImageCollection, ImageFolder
+from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.data.sources import open_images
 from llamagen.data.views import center_crop
 from llamagen.models.tokenizer import images_to_uint8
@@ -74,12 +74,17 @@ class ImageSet(abc.ABC):
 class CollectedImages(ImageSet):
     """A folder, or any other source of images."""
 
-    def __init__(self, images: ImageCollection, *, size: int | None = None) -> None:
-        """With ``size``, the middle square cropped to this side, as in published evaluations.
+    def __init__(
+        self, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
+    ) -> None:
+        """Find images; see ``open_images``.
 
-        Without it all images must have one size, and are taken as they are.
+        With ``size`` the middle square is cropped to this side, as in published evaluations; else
+        all images must have one size, and are taken as they are.
         """
-        self.name = images.name
+        images = open_images(source, config)
+        # A collection of a table has the name of the folder that the table lies in.
+        self.name = str(source)
         self._images, self._side = images, size
         # An image that is replaced under its old name is another one.
         paths = images.paths if isinstance(images, ImageFolder) else []
@@ -92,16 +97,6 @@ class CollectedImages(ImageSet):
                 max(each, key=lambda caption: caption.weight).text if each else ""
                 for each in images.captions
             )
-
-    @classmethod
-    def open(
-        cls, source: str | Path, config: SourceConfig | None = None, *, size: int | None = None
-    ) -> CollectedImages:
-        """Find images; see ``open_images``."""
-        found = cls(open_images(source, config), size=size)
-        # A collection of a table has the name of the folder that the table lies in.
-        found.name = str(source)
-        return found
 
     def __len__(self) -> int:
         return len(self._images)

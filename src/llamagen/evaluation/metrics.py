@@ -138,11 +138,8 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
 def inception_score(probabilities: np.ndarray, *, split: int = 5000) -> float:
     """Return exp(mean KL(p(y|x) || p(y))), averaged over consecutive splits (Salimans et al. 2016).
 
-    Each split has its own p(y): images must come in random class order.
-
-    Args:
-        probabilities: (N, classes), each row summing to 1.
-        split: images of a split, by default as in ADM's evaluator; the last may have fewer.
+    Each split of the rows (N, classes) has its own p(y): images must come in random class order.
+    Splits are by default as large as in ADM's evaluator; the last may have fewer images.
 
     Raises:
         ValueError: there are no images, or ``split`` is not positive.
@@ -162,28 +159,16 @@ def inception_score(probabilities: np.ndarray, *, split: int = 5000) -> float:
     return float(np.mean(scores))
 
 
-class KernelDistance(NamedTuple):
-    """Squared maximum mean discrepancy over subsets."""
-
-    mean: float
-    """Unbiased, so it can be a little below zero."""
-    std: float
-    """Spread over the subsets."""
-
-
 def kernel_distance(
     a: np.ndarray, b: np.ndarray, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
-) -> KernelDistance:
+) -> tuple[float, float]:
     """Return the distance (KID, Binkowski et al. 2018) of random subsets of features.
 
-    The kernel is (x . y / D + 1)^3.
+    This is the squared maximum mean discrepancy of features (N, D) and (M, D), with the kernel
+    (x . y / D + 1)^3. Subsets are without repetition, and limited to the smaller side.
 
-    Args:
-        a: features (N, D).
-        b: features (M, D).
-        subsets: number of subsets.
-        subset_size: features of a subset, without repetition; limited to the smaller side.
-        seed: of the subsets.
+    Returns:
+        The mean, unbiased and so perhaps a little below zero, and the spread over the subsets.
 
     Raises:
         ValueError: the widths differ, or a side has fewer than two features.
@@ -195,12 +180,11 @@ def kernel_distance(
     rng = np.random.default_rng(seed)
     values = []
     for _ in range(subsets):
-        x, y = (
-            each[rng.choice(len(each), size, replace=False)].astype(np.float64) for each in (a, b)
-        )
+        rows = (each[rng.choice(len(each), size, replace=False)] for each in (a, b))
+        x, y = (each.astype(np.float64) for each in rows)
         inside = sum(kernel.sum() - np.trace(kernel) for kernel in (_kernel(x, x), _kernel(y, y)))
         values.append(inside / (size * (size - 1)) - 2.0 * _kernel(x, y).mean())
-    return KernelDistance(mean=float(np.mean(values)), std=float(np.std(values)))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -225,14 +209,9 @@ def precision_recall(
 ) -> PrecisionRecall:
     """Return how many samples look real, and how much of the reference the samples cover.
 
-    As in Kynkaanniemi et al. 2019: each set has a manifold, which is a ball around each member as
-    large as the distance to its k-th nearest neighbour in the set.
-
-    Args:
-        samples: features (N, D).
-        reference: features (M, D) of real images.
-        neighbours: k.
-        device: of the distances, which are computed in float32 around the reference's mean.
+    As in Kynkaanniemi et al. 2019: each set of features, (N, D) and (M, D), has a manifold, which
+    is a ball around each member as large as the distance to its k-th nearest neighbour in the set.
+    Distances are computed on ``device``, in float32 around the reference's mean.
 
     Raises:
         ValueError: the widths differ, or a set has not more than ``neighbours`` members.
@@ -251,10 +230,8 @@ def precision_recall(
 def nearest(queries: np.ndarray, known: np.ndarray, *, count: int = 1) -> np.ndarray:
     """Return indices (N, count) of the rows of ``known`` (M, D) nearest to ``queries`` (N, D)."""
     a, b = _centred(queries, known)
-    found = [
-        _squared_distances(rows, b).topk(count, largest=False).indices for rows in a.split(_BLOCK)
-    ]
-    return torch.cat(found).numpy()
+    distances = (_squared_distances(rows, b) for rows in a.split(_BLOCK))
+    return torch.cat([each.topk(count, largest=False).indices for each in distances]).numpy()
 
 
 def _require_same_width(a: np.ndarray, b: np.ndarray) -> None:
@@ -300,15 +277,10 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def psnr(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
-    """Return the peak signal-to-noise ratio of each pair, in dB; infinite where they are equal.
+    """Return the peak signal-to-noise ratio (N,) of pairs, in dB; infinite where they are equal.
 
-    Args:
-        a: (N, H, W, C), of any number type.
-        b: the same shape.
-        data_range: distance from the smallest to the largest possible value; 255 for bytes.
-
-    Returns:
-        (N,) float64.
+    Images are (N, H, W, C), of any number type, and ``data_range`` is the distance from the
+    smallest to the largest possible value.
     """
     _require_same_shape("images", a, b)
     squared = np.square(a.astype(np.float64) - b.astype(np.float64))
@@ -318,19 +290,12 @@ def psnr(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarr
 
 
 def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarray:
-    """Return the mean structural similarity of each pair of images (Wang et al. 2004).
+    """Return the mean structural similarity (N,), at most 1, of pairs (Wang et al. 2004).
 
-    Averaged over channels, with a uniform 7x7 window and sample covariances, as in scikit-image and
-    the published code. That code used a data range of 2 for images in [0, 1], which makes its
-    results too high: ``data_range=2`` on images in [0, 1] reproduces them, the true range is right.
-
-    Args:
-        a: (N, H, W, C), of any number type, H and W at least 7.
-        b: the same shape.
-        data_range: distance from the smallest to the largest possible value; 255 for bytes.
-
-    Returns:
-        (N,) float64, at most 1.
+    Images are as for ``psnr``, H and W at least 7. Averaged over channels, with a uniform 7x7
+    window and sample covariances, as in scikit-image and the published code. That code used a data
+    range of 2 for images in [0, 1], which makes its results too high: ``data_range=2`` on images in
+    [0, 1] reproduces them, the true range is right.
     """
     _require_same_shape("images", a, b)
     if min(a.shape[1:3]) < SSIM_WINDOW:
@@ -371,17 +336,11 @@ def _require_same_shape(what: str, a: np.ndarray, b: np.ndarray) -> None:
         raise ValueError(f"{what} of shapes {a.shape} and {b.shape} cannot be compared")
 
 
-class CodebookUse(NamedTuple):
-    """Use of a codebook by the codes of a set of images."""
+def codebook_use(counts: np.ndarray) -> tuple[float, float]:
+    """Return usage and perplexity of a codebook from the occurrences of each code.
 
-    usage: float
-    """Share of the codes that occur, from 0 to 1."""
-    perplexity: float
-    """exp of the entropy of the codes' frequencies: the effective number of codes."""
-
-
-def codebook_use(counts: np.ndarray) -> CodebookUse:
-    """Return usage and perplexity from the occurrences of each code (codebook size,).
+    The share of the codes that occur, and exp of the entropy of the codes' frequencies: the
+    effective number of codes.
 
     Raises:
         ValueError: no code occurs.
@@ -391,4 +350,4 @@ def codebook_use(counts: np.ndarray) -> CodebookUse:
         raise ValueError("there are no codes")
     frequencies = counts[counts > 0].astype(np.float64) / total
     entropy = -(frequencies * np.log(frequencies)).sum()
-    return CodebookUse(usage=float((counts > 0).mean()), perplexity=float(np.exp(entropy)))
+    return float((counts > 0).mean()), float(np.exp(entropy))

@@ -98,8 +98,9 @@ def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
     size = _PRODUCT_SIZE.get(device.type, _PRODUCT_SIZE["cpu"])
     numbers = torch.ones(count // 4, device=device)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    candidates = {"read": numbers.sum, "product": lambda: matrix @ matrix}
-    seconds = time_in_turn(candidates, repeats=_TRIES)
+    seconds = time_in_turn(
+        {"read": numbers.sum, "product": lambda: matrix @ matrix}, repeats=_TRIES
+    )
     return MachineLimits(count / min(seconds["read"]), 2 * size**3 / min(seconds["product"]))
 
 
@@ -178,15 +179,9 @@ def measure_decoding(
 ) -> list[Measurement]:
     """Time whole images with guidance and top-k 2000.
 
-    For each number of images all precisions run in turn, the reference among them.
-
-    Args:
-        model: class-conditional, in the precision that quantised weights go with.
-        precisions: of the weights.
-        images: numbers of images generated at once.
-        repeats: timings of each.
-        reference: measure the reference, too, in the first precision of floating-point weights.
-        on_run: called after every run.
+    For each number of images at once all precisions run in turn, and before them the reference in
+    the first precision of floating-point weights. ``on_run`` is called after every run. The model
+    is class-conditional, in the precision that quantised weights go with.
     """
     models: dict[str, Transformer] = {p: _with_precision(model, p) for p in precisions}
     for each in models.values():
@@ -280,7 +275,6 @@ class SpeedSummary:
     device: str
     dtype: str
     machine: dict[str, Any]
-    """See ``machine``."""
     estimates: tuple[Speed, ...]
     """One per number of images, the smallest first."""
     how: str
@@ -295,15 +289,10 @@ def measure_speed(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
 ) -> SpeedSummary:
-    """Generate images for a few seconds, with the model's own sampling settings.
+    """Generate images for a few seconds, some numbers of them at once.
 
-    The text encoder is not loaded; conditions of text have the maximum length.
-
-    Args:
-        source: as for ``describe_model``, with a transformer in it.
-        images: numbers of images generated at once.
-        device: where to compute.
-        dtype: precision of the weights; by default the one that images are generated in.
+    With the model's own sampling settings, by default in the precision that images are generated
+    in. The text encoder is not loaded; conditions of text have the maximum length.
 
     Raises:
         FileNotFoundError: a file of the model is missing.

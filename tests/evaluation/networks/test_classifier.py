@@ -34,7 +34,7 @@ def images(tmp_path):
         path = tmp_path / "images" / ("left" if left else "right") / f"{index:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(array.astype(np.uint8)).save(path)
-    return CollectedImages.open(tmp_path / "images")
+    return CollectedImages(tmp_path / "images")
 
 
 def test_learns(images, tmp_path):
@@ -80,4 +80,4 @@ def test_rejects_images_without_classes(images, tmp_path):
     flat.mkdir()
     Image.new("RGB", (8, 8)).save(flat / "a.png")
     with pytest.raises(InputError, match="has no classes to train a classifier on"):
-        train_classifier(CollectedImages.open(flat), tmp_path / "c", SMALL, QUICK)
+        train_classifier(CollectedImages(flat), tmp_path / "c", SMALL, QUICK)

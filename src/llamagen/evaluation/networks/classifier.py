@@ -9,6 +9,7 @@ Shapes: B images of H x W pixels.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,11 +88,8 @@ class Classifier(PretrainedModel[ClassifierConfig]):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         self.config = config
-        first, *rest = config.channels
-        self.stem = _convolution(3, first)
-        self.levels = nn.ModuleList(
-            _Level(a, b) for a, b in zip(config.channels, rest, strict=False)
-        )
+        self.stem = _convolution(3, config.channels[0])
+        self.levels = nn.ModuleList(_Level(a, b) for a, b in itertools.pairwise(config.channels))
         self.head = nn.Linear(config.channels[-1], config.classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -116,11 +114,10 @@ class ClassifierFeatures:
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
         self.fingerprint = f"classifier {classifier.fingerprint()}"
-        accuracy = classifier.accuracy
-        known = "" if accuracy is None else f", {accuracy:.0%} right on held-out images"
-        self.name = (
-            f"classifier trained on the reference ({classifier.config.classes} classes{known})"
-        )
+        about = f"{classifier.config.classes} classes"
+        if classifier.accuracy is not None:
+            about += f", {classifier.accuracy:.0%} right on held-out images"
+        self.name = f"classifier trained on the reference ({about})"
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> NetworkOutput:
@@ -131,25 +128,11 @@ class ClassifierFeatures:
 
 
 def load_classifier(folder: Path, *, device: torch.device | str = "cpu") -> Classifier:
-    """Read the files of ``save_classifier``.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        InputError: it holds something else.
-    """
+    """Read a classifier; FileNotFoundError or InputError if there is none in the folder."""
     model = Classifier.from_folder(folder, device=device)
     model.labels = Labels.load(folder / FILE_NAME)
     model.accuracy = float(read_json(folder / _MEASURED_NAME)["accuracy"])
     return model
-
-
-def save_classifier(model: Classifier, folder: Path) -> None:
-    """Write the model, its class names and accuracy; the configuration last."""
-    assert model.labels is not None
-    with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
-        model.save_pretrained(temporary)
-        model.labels.save(temporary / FILE_NAME)
-        storage.write_json(temporary / _MEASURED_NAME, {"accuracy": model.accuracy})
 
 
 def open_classifier(
@@ -181,15 +164,10 @@ def train_classifier(
     device: torch.device | str = "cpu",
     progress: Callable[[int], object] | None = None,
 ) -> Classifier:
-    """Train a classifier into a folder, or resume its training.
+    """Train a classifier into a folder that is new, empty, or begun by this.
 
-    Args:
-        images: with labels; all are held in memory, at ``config.size``.
-        folder: gets the model's folder; new, empty, or begun by this.
-        config: the architecture.
-        training: the settings.
-        device: where it is trained.
-        progress: called with the number of further steps.
+    All images are held in memory, at ``config.size``; ``progress`` is called with the number of
+    further steps.
 
     Raises:
         InputError: the images have no classes, or there are too few of them.
@@ -217,7 +195,10 @@ def train_classifier(
         parts = pixels[held_out].split(256)
         found = [model(model.prepare(part.to(model.device))).argmax(1).cpu() for part in parts]
     model.accuracy = int((torch.cat(found) == labels[held_out]).sum()) / len(held_out)
-    save_classifier(model, folder)
+    with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
+        model.save_pretrained(temporary)
+        model.labels.save(temporary / FILE_NAME)
+        storage.write_json(temporary / _MEASURED_NAME, {"accuracy": model.accuracy})
     (folder / _STATE_NAME).unlink(missing_ok=True)
     return model
 

@@ -1,10 +1,9 @@
-"""Inception-v3 as FID uses it: the graph that was published with TensorFlow on 2015-12-05.
+"""Inception-v3 (arXiv 1512.00567) as FID uses it: the graph published with TensorFlow in 2015.
 
 FID, sFID, Inception Score, precision and recall are defined by the outputs of this one graph, with
 its peculiarities: resizing without half-pixel centres, average pooling that leaves padding out, a
-maximum where the paper has an average in the last block, 1008 outputs for 1000 classes. The
-architecture is that of arXiv 1512.00567; weights and their names are those of the public
-conversion for torch.
+maximum where the paper has an average in the last block, 1008 outputs for 1000 classes. Weights and
+their names are those of the public conversion for torch.
 
 Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 """
@@ -154,15 +153,11 @@ _BLOCKS = {
 
 
 class InceptionV3(nn.Module):
-    """A ``FeatureNetwork``, with the state-dict keys of the public file.
-
-    Nothing takes a gradient, and ``train()`` changes nothing.
-    """
+    """A ``FeatureNetwork``, with the state-dict keys of the public file; nothing is trained."""
 
     name = "Inception-v3 (2015, as FID uses it)"
 
     def __init__(self) -> None:
-        """A network with arbitrary weights; ``from_weights`` loads those of FID."""
         super().__init__()
         self.Conv2d_1a_3x3 = _ConvUnit(3, _Layer(32, _3x3, 2))
         self.Conv2d_2a_3x3 = _ConvUnit(32, _Layer(32, _3x3, padded=False))
@@ -188,12 +183,10 @@ class InceptionV3(nn.Module):
     ) -> Self:
         """Load the network.
 
-        Args:
-            source: a .pth or .safetensors file, a folder with the public file, an address
-                (https://...) or a file on the hub ("owner/name/file"). Without it the public file
-                is taken from the cache (``storage.cache_folder``), from torch.hub's, or
-                downloaded. Under its own name only the known content is accepted.
-            device: where the network goes.
+        ``source`` is a .pth or .safetensors file, a folder with the public file, an address
+        (https://...) or a file on the hub ("owner/name/file"). Without it the public file is taken
+        from the cache (``storage.cache_folder``), from torch.hub's, or downloaded. Under its own
+        name only the known content is accepted.
 
         Raises:
             InputError: there is no such file, it is damaged or another network's, or the download
@@ -225,14 +218,10 @@ class InceptionV3(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> NetworkOutput:
-        """Return features of images, in float32 also under autocast, and without TF32 on CUDA.
+        """Return features of uint8 (B, 3, H, W), in float32 also under autocast, without TF32.
 
-        Args:
-            images: uint8 (B, 3, H, W), of any size.
-
-        Returns:
-            2048 numbers at least 0 for FID, precision and recall; for sFID 2023 of them, 17 rows of
-            17 positions of 7 channels; logits without the bias that the last layer has.
+        2048 pooled numbers at least 0 for FID, precision and recall; 2023 for sFID: 17 rows of 17
+        positions of 7 channels; 1008 logits without the bias that the last layer has.
 
         Raises:
             InputError: the images are of another type or shape.
@@ -306,17 +295,10 @@ class _ConvUnit(nn.Module):
 
 
 def resize_bilinear(images: Tensor, side: int) -> Tensor:
-    """Resize as TensorFlow's ResizeBilinear did in 2015.
+    """Resize float32 (B, C, H, W) to (B, C, side, side) as TensorFlow's ResizeBilinear did in 2015.
 
     A pixel is a point at its upper left corner, there is no antialiasing, and the last row and
     column are repeated. Other ways of resizing change FID (arXiv 2104.11222).
-
-    Args:
-        images: float32 (B, C, H, W).
-        side: pixels of the square's side.
-
-    Returns:
-        (B, C, side, side), the same on every device.
     """
     top, bottom, down = (each.to(images.device) for each in _neighbours(images.shape[-2], side))
     left, right, across = (each.to(images.device) for each in _neighbours(images.shape[-1], side))
@@ -344,11 +326,10 @@ def _exact_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    cudnn = torch.backends.cudnn
+    switch: tuple[Any, str, Any] = (torch.backends.cudnn, "allow_tf32", False)
     # torch does not let its old switch be used once somebody has used the new one.
-    switch: tuple[Any, str, Any] = (cudnn, "allow_tf32", False)
-    if hasattr(cudnn, "conv"):
-        switch = (cudnn.conv, "fp32_precision", "ieee")
+    if hasattr(torch.backends.cudnn, "conv"):
+        switch = (torch.backends.cudnn.conv, "fp32_precision", "ieee")
     owner, name, exact = switch
     before = getattr(owner, name)
     setattr(owner, name, exact)

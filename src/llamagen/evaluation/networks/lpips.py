@@ -1,8 +1,7 @@
 """LPIPS, a perceptual distance of images (arXiv 1801.03924).
 
 Both images go through VGG16; at five depths the squared differences of their features are weighted
-by a head that was fitted to people's judgements. The weights are two public files, VGG16 trained on
-ImageNet and the five heads; they are downloaded once, or read from the user's files.
+by a head that was fitted to people's judgements.
 
 Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 """
@@ -94,7 +93,9 @@ class Lpips(nn.Module):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
                 channels = width
             self._taps.add(len(layers) - 1)
-            self.add_module(f"lin{stage}", _Head(width))
+            # The identity stands in for the dropout with which heads are fitted.
+            head = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
+            self.add_module(f"lin{stage}", nn.ModuleDict({"model": head}))
         self.features = nn.Sequential(*layers)
         # Not on the current device, which is "meta" for weights that are read later.
         for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
@@ -130,7 +131,7 @@ class Lpips(nn.Module):
         # Stage by stage: features of references, which need no gradient, are dropped at once.
         stages = zip(self._features(images), self._features(references), strict=True)
         for stage, (a, b) in enumerate(stages):
-            head = self.get_submodule(f"lin{stage}")
+            head = self.get_submodule(f"lin{stage}.model")
             with torch.autocast(images.device.type, enabled=False):
                 a, b = (F.normalize(each.float(), dim=1, eps=1e-10) for each in (a, b))
                 distances = distances + head((a - b).square()).mean((1, 2, 3))
@@ -145,18 +146,6 @@ class Lpips(nn.Module):
             x = layer(x)
             if i in self._taps:
                 yield x
-
-
-class _Head(nn.Module):
-    """Weighted sum of C channels, no weight below 0: (B, C, h, w) -> (B, 1, h, w)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        # The identity stands in for the dropout with which heads are fitted.
-        self.model = nn.Sequential(nn.Identity(), nn.Conv2d(channels, 1, 1, bias=False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x)
 
 
 def load_lpips(source: Path | None = None) -> Lpips:
@@ -185,11 +174,7 @@ def load_lpips(source: Path | None = None) -> Lpips:
 
 
 def save_lpips(model: Lpips, path: Path) -> None:
-    """Write all weights atomically into one .safetensors file, which ``load_lpips`` reads.
-
-    Raises:
-        OSError: the disk is full, or the folder cannot be written to.
-    """
+    """Write all weights atomically into one .safetensors file, which ``load_lpips`` reads."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors.torch.save(state, metadata={"format": "pt"})
     with storage.atomic_file(path) as temporary:

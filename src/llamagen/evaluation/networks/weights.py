@@ -48,12 +48,8 @@ def writable_cache(purpose: str) -> Path:
 def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
     """Return the file in the cache, downloaded if it is not there.
 
-    Several processes at once each download for themselves, so let one of them go first.
-
-    Args:
-        file: on the web.
-        purpose: of the file, for error messages.
-        remedy: what the user can do without it, for error messages.
+    Several processes at once each download for themselves, so let one of them go first. Errors name
+    the purpose of the file and a remedy, which the user has without it.
 
     Raises:
         InputError: the download failed, or the cache holds another file under this name.
@@ -137,13 +133,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def build(
     make: Callable[[], ModuleT], tensors: Mapping[str, Tensor], *, source: str, kind: str
 ) -> ModuleT:
-    """Return a network with existing weights, as float32 on the CPU.
+    """Return a network with existing weights, its whole state, as float32 on the CPU.
 
-    Args:
-        make: builds it on the device "meta": buffers outside its state need a device of their own.
-        tensors: the whole state.
-        source: of the weights, for error messages.
-        kind: name of the network, for error messages.
+    ``make`` builds it on the device "meta": buffers outside its state need a device of their own.
+    Errors name ``source``, of the weights, and the ``kind`` of network.
 
     Raises:
         InputError: names or shapes are not the network's, or weights are not finite.
@@ -165,7 +158,8 @@ def build(
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
         empty = torch.empty(tensor.shape, dtype=torch.float32, memory_format=layout)
         own[name] = empty.copy_(tensor)
-    model.load_state_dict(own, assign=True)
+    # Checked above; normalisations would miss their counters of the training.
+    model.load_state_dict(own, strict=False, assign=True)
     return model
 
 

@@ -129,8 +129,8 @@ class Workplace:
             found = precision_recall(features.pool, known, device=self.device)
             # Half of the images: subsets of all would all be the same one.
             size = min(_KERNEL_SUBSET, min(count, len(known)) // 2)
-            kernel = kernel_distance(features.pool, known, subset_size=size)
-            metrics |= {**found._asdict(), "kid": kernel.mean, "kid_std": kernel.std}
+            kid, kid_std = kernel_distance(features.pool, known, subset_size=size)
+            metrics |= {**found._asdict(), "kid": kid, "kid_std": kid_std}
         warnings = [
             f"{number} {what} for features of {width} numbers: their covariance has no full rank, "
             f"and the Frechet distance says little"

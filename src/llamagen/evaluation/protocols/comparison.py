@@ -59,16 +59,10 @@ def evaluate_classes(
 ) -> Report:
     """Generate images of all classes and compare them; called in every process of a run.
 
-    Images and features that are in the folder are not computed again.
-
-    Args:
-        pipeline: class-conditional.
-        plan: see ``SamplePlan.of_classes``.
-        reference: statistics, or images at the size of the samples.
-        place: network, device and folder.
-        order: of the plan, for the report.
-        batch_size: images generated at once; by default as many as fit into memory.
-        npz: file that the samples are written to in the form of ADM's evaluator.
+    Images and features that are in the folder are not computed again. ``order`` is that of the
+    plan, for the report; by default as many images are generated at once as fit into memory. A
+    reference of images has the size of the samples, which are also written to ``npz`` in the form
+    of ADM's evaluator.
 
     Raises:
         InputError: model, reference, network and folder do not fit together.
@@ -137,14 +131,10 @@ def evaluate_sweep(
         pictures.append(samples_sheet(samples, title=name))
     metrics = list(next(iter(found.values())).metrics)
     frechet = metrics[0]
-    (top_k, guidance), scores = min(found.items(), key=lambda item: item[1].metrics[frechet])
-    settings = Table(
-        title="Settings",
-        columns=("top-k", "guidance", *metrics),
-        rows=tuple(
-            (top_k or "all", guidance, *map(scores.metrics.get, metrics))
-            for (top_k, guidance), scores in found.items()
-        ),
+    (top_k, guidance), best = min(found.items(), key=lambda item: item[1].metrics[frechet])
+    rows = tuple(
+        (pair[0] or "all", pair[1], *map(scores.metrics.get, metrics))
+        for pair, scores in found.items()
     )
     return Report(
         protocol="sweep",
@@ -152,7 +142,7 @@ def evaluate_sweep(
         metrics={
             "best_guidance_scale": guidance,
             "best_top_k": float(top_k),
-            f"best_{frechet}": scores.metrics[frechet],
+            f"best_{frechet}": best.metrics[frechet],
         },
         reference={
             "source": reference.name,
@@ -161,8 +151,8 @@ def evaluate_sweep(
         },
         samples={**_about(pipeline, samples), "folder": str(root)},
         settings={"model": pipeline.name, "seed": plan.seed, "classes": order},
-        warnings=[_CHOSEN, *scores.warnings],
-        tables=[settings],
+        warnings=[_CHOSEN, *best.warnings],
+        tables=[Table(title="Settings", columns=("top-k", "guidance", *metrics), rows=rows)],
         curves=[_curve(found, name) for name in metrics],
         pictures=pictures,
     )
@@ -180,14 +170,8 @@ def evaluate_texts(
 ) -> Report:
     """Generate an image of each caption and compare; called in every process of a run.
 
-    Args:
-        pipeline: text-conditional.
-        plan: see ``SamplePlan.of_prompts``.
-        out: folder of the samples.
-        place: with the network for FID; None leaves it out.
-        reference: the captions' own images; None leaves the FID out.
-        clip: for the CLIP score; None leaves it out.
-        batch_size: images generated at once; by default as many as fit into memory.
+    Without ``place`` or ``reference``, the captions' own images, the FID is left out; without
+    ``clip`` the CLIP score. See ``evaluate_classes``.
 
     Raises:
         InputError: model, captions, reference and folder do not fit together.
@@ -210,9 +194,8 @@ def evaluate_texts(
         which = "captions", "COCO's val2014"
         report.warnings += few_warnings(len(samples), TEXT_SAMPLES, *which)
         if samples.size != (SIZE, SIZE):
-            report.warnings.append(
-                f"images are compared at {size_text(samples.size)}, not at {SIZE}x{SIZE}"
-            )
+            found = size_text(samples.size)
+            report.warnings.append(f"images are compared at {found}, not at {SIZE}x{SIZE}")
         report.pictures += neighbours_sheets(samples, features, compared)
         place.compare(report, features, compared)
     if clip is not None:
@@ -230,8 +213,7 @@ def evaluate_folder(
 ) -> Report:
     """Compare two sets of images; called in every process of a run.
 
-    The statistics of the reference are written to ``save_reference`` in the form of ADM's
-    evaluator.
+    The reference's statistics are written to ``save_reference`` in the form of ADM's evaluator.
 
     Raises:
         InputError: images, reference and network do not fit together.
@@ -255,11 +237,9 @@ def evaluate_folder(
         },
         settings={"order": "shuffled, with seed 0"},
         warnings=_size_warnings(images, reference.images, "images"),
-        pictures=[
-            samples_sheet(images, title="Images"),
-            *neighbours_sheets(images, features, compared),
-        ],
+        pictures=[samples_sheet(images, title="Images")],
     )
+    report.pictures += neighbours_sheets(images, features, compared)
     # Folders come in class order, which the Inception Score's splits must not.
     order = np.random.default_rng(0).permutation(len(features))
     shuffled = dataclasses.replace(features, probabilities=features.probabilities[order])
@@ -268,7 +248,7 @@ def evaluate_folder(
 
 
 def _about(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
-    """A report's entries about generated images."""
+    """Entries of a report."""
     return {
         "images": len(samples),
         "size": size_text(samples.size),
@@ -279,7 +259,7 @@ def _about(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
 
 
 def _settings(pipeline: Pipeline, plan: SamplePlan) -> dict[str, Any]:
-    """A report's entries about how images were generated."""
+    """Entries of a report."""
     return {
         "model": pipeline.name,
         **dataclasses.asdict(plan.sampling),
@@ -303,10 +283,10 @@ def _add_classes(
     """Add how often a classifier finds each class where it was wanted."""
     rows = []
     for label in np.unique(wanted).tolist():
-        own = wanted == label
-        confused = np.bincount(found[own & (found != label)], minlength=len(names))
+        own = found[wanted == label]
+        confused = np.bincount(own[own != label], minlength=len(names))
         other = names[int(confused.argmax())] if confused.any() else None
-        rows.append((names[label], int(own.sum()), float((found[own] == label).mean()), other))
+        rows.append((names[label], len(own), float((own == label).mean()), other))
     report.metrics["classifier_accuracy"] = float(np.mean([row[2] for row in rows]))
     report.tables.append(
         Table(

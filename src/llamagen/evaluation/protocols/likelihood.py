@@ -97,15 +97,10 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
 def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Likelihood:
     """Return the bits of all images; called in every process of a run, which share the work.
 
-    Results of the same images and model that are in the folder are only read.
-
-    Args:
-        pipeline: tokenizer and transformer.
-        images: with the model's classes, or with captions; of the size of the model's images.
-        root: gets a folder for this model and these images.
+    Results of the same images and model that are in a folder in ``root`` are only read.
 
     Raises:
-        InputError: images and model do not fit together.
+        InputError: images and model differ in size, or in classes or captions.
         OSError: the disk is full.
     """
     if images.size != model_size(pipeline):

@@ -183,10 +183,9 @@ class Reconstructions(ImageSet):
         return self.pieces.rows("images", first, last)
 
     def compute(self, perceptual: Perceptual | None) -> None:
-        """Make those that are not in the folder yet; called in every process of a run.
+        """Make the pieces that are not there yet; called in every process of a run.
 
-        Beside the images, pieces hold PSNR, both kinds of SSIM and LPIPS (NaN without
-        ``perceptual``) of each, and the occurrences of each code.
+        They hold images, what ``compare`` finds, LPIPS (or NaN), and the occurrences of each code.
         """
         codebook_size = self.tokenizer.config.codebook_size
 
@@ -228,12 +227,8 @@ def evaluate_tokenizer(
 ) -> Report:
     """Reconstruct images and compare them with themselves; called in every process of a run.
 
-    Args:
-        name: the tokenizer's.
-        reconstructions: of the images.
-        reference: for rFID: the images themselves, at the size they are compared at.
-        place: with the network for rFID; None leaves it out.
-        perceptual: LPIPS; None leaves it out.
+    ``name`` is the tokenizer's. The reference for rFID are the images themselves, at the size they
+    are compared at. Without ``place`` rFID is left out, without ``perceptual`` LPIPS.
 
     Raises:
         InputError: tokenizer, images and network do not fit together.
@@ -268,14 +263,14 @@ def evaluate_tokenizer(
         if place.network.name.startswith("Inception"):
             report.tables.append(_PUBLISHED)
     counts = [pieces.read_npz(piece)["counts"] for piece in range(len(pieces))]
-    use = codebook_use(np.sum(counts, axis=0))
+    usage, perplexity = codebook_use(np.sum(counts, axis=0))
     finite = decibels[np.isfinite(decibels)]
     report.metrics |= {
         "psnr": float(finite.mean()) if len(finite) else float("inf"),
         "ssim": float(pieces.rows("ssim").mean()),
         "ssim_published": float(pieces.rows("ssim_published").mean()),
-        "codebook_usage": use.usage,
-        "codebook_perplexity": use.perplexity,
+        "codebook_usage": usage,
+        "codebook_perplexity": perplexity,
     }
     if perceptual is not None:
         report.metrics["lpips"] = float(pieces.rows("lpips").mean())
