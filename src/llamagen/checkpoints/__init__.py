@@ -1,7 +1,6 @@
 """Models in folders, in the package, in published .pt files and on the hub."""
 
 from llamagen.checkpoints.index import (
-    INDEX_NAME,
     TEXT_ENCODER_FOLDER,
     PipelineIndex,
     is_pipeline_folder,
@@ -11,25 +10,20 @@ from llamagen.checkpoints.index import (
 from llamagen.checkpoints.load import load_model, load_tokenizer, load_transformer
 from llamagen.checkpoints.names import (
     PUBLIC_MODELS,
-    PublicModel,
     demo_sampling,
     find_public,
     find_shipped,
     nearest_names,
     shipped_models,
 )
-from llamagen.checkpoints.published import Checkpoint, read_checkpoint
-from llamagen.checkpoints.sources import PipelineSource, Source, resolve_pipeline
+from llamagen.checkpoints.published import read_checkpoint
+from llamagen.checkpoints.sources import PipelineSource, resolve_pipeline
 
 __all__ = [
-    "INDEX_NAME",
     "PUBLIC_MODELS",
     "TEXT_ENCODER_FOLDER",
-    "Checkpoint",
     "PipelineIndex",
     "PipelineSource",
-    "PublicModel",
-    "Source",
     "demo_sampling",
     "find_public",
     "find_shipped",

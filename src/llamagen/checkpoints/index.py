@@ -7,13 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import llamagen.support.storage as storage
-from llamagen.config import (
-    SamplingConfig,
-    TextConfig,
-    config_from_dict,
-    config_to_dict,
-    read_json,
-)
+from llamagen.config import SamplingConfig, TextConfig, config_from_dict, config_to_dict, read_json
 from llamagen.support.errors import InputError
 
 INDEX_NAME = "model_index.json"

@@ -6,19 +6,18 @@ arguments stored with them.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 
 from llamagen.backends.cpu.convolution import accelerate
-from llamagen.checkpoints.names import PublicModel
-from llamagen.checkpoints.published import Checkpoint, read_checkpoint
-from llamagen.checkpoints.sources import Location, Source, folder_kind, locate
+from llamagen.checkpoints.published import Checkpoint
+from llamagen.checkpoints.sources import Location, Source, locate
 from llamagen.config import (
-    TOKENIZER_PRESETS,
     TRANSFORMER_PRESETS,
     Grid,
     TokenizerConfig,
@@ -49,7 +48,8 @@ def load_tokenizer(
         InputError: there is no such model, it is another one, it is damaged, or it cannot be
             downloaded.
     """
-    return _load_tokenizer(locate(source, "tokenizer"), device, dtype)
+    model: ImageTokenizer = _load(ImageTokenizer, locate(source, "tokenizer"), device, dtype)
+    return model
 
 
 def load_transformer(
@@ -70,7 +70,9 @@ def load_transformer(
         device: as for ``load_tokenizer``.
         dtype: as for ``load_tokenizer``.
     """
-    return _load_transformer(locate(source, "transformer"), grid, heads, device, dtype)
+    found = locate(source, "transformer")
+    model: Transformer = _load(Transformer, found, device, dtype, grid, heads)
+    return model
 
 
 def load_model(
@@ -83,81 +85,48 @@ def load_model(
 ) -> ImageTokenizer | Transformer:
     """Load whichever of the two models ``source`` is; arguments and errors as for the two."""
     found = locate(source)
-    checkpoint = None if found.path.is_dir() else read_checkpoint(found.path)
-    kind = folder_kind(found.path) if checkpoint is None else checkpoint.kind
-    if kind == ImageTokenizer.kind:
-        return _load_tokenizer(found, device, dtype, checkpoint)
-    return _load_transformer(found, grid, heads, device, dtype, checkpoint)
+    model = ImageTokenizer if found.kind == ImageTokenizer.kind else Transformer
+    loaded: ImageTokenizer | Transformer = _load(model, found, device, dtype, grid, heads)
+    return loaded
 
 
-def public_config(public: PublicModel) -> TransformerConfig:
-    """Return the configuration of a published transformer."""
-    return dataclasses.replace(
-        TRANSFORMER_PRESETS[public.preset], condition=public.condition, grid=public.grid
-    )
-
-
-def _load_tokenizer(
+def _load(
+    model: type[Any],
     found: Location,
     device: torch.device | str,
     dtype: torch.dtype | None,
-    checkpoint: Checkpoint | None = None,
-) -> ImageTokenizer:
-    if found.path.is_dir():
-        return accelerate(ImageTokenizer.from_folder(found.path, device=device, dtype=dtype))
-    checkpoint = _of_kind(ImageTokenizer.kind, checkpoint or read_checkpoint(found.path))
-    if found.public is None:
+    grid: Grid | None = None,
+    heads: int | None = None,
+) -> Any:
+    checkpoint, source = found.checkpoint, str(found.path)
+    config: Any
+    if checkpoint is None:
+        config = model.read_config(found.path)
+    elif checkpoint.kind != model.kind:
+        raise InputError(
+            f"{source} holds another model ({checkpoint.kind}), expected: {model.kind}"
+        )
+    elif found.public is not None:
+        source, config = found.public.name, found.public.config
+    elif model is ImageTokenizer:
         config = infer_tokenizer_config(checkpoint)
     else:
-        config = TOKENIZER_PRESETS[found.public.preset]
-    model = ImageTokenizer.from_tensors(
-        config,
-        checkpoint.tensors,
-        shapes=checkpoint.shapes,
-        source=checkpoint.source,
-        device=device,
-        dtype=dtype,
-    )
-    return accelerate(model)
-
-
-def _load_transformer(
-    found: Location,
-    grid: Grid | None,
-    heads: int | None,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    checkpoint: Checkpoint | None = None,
-) -> Transformer:
-    given = {"grid": None if grid is None else tuple(grid), "heads": heads}
-    if found.path.is_dir():
-        config = Transformer.read_config(found.path)
-        for name, value in given.items():
-            _agreed(str(found.path), name, value, getattr(config, name))
-        return Transformer.from_folder(found.path, device=device, dtype=dtype)
-    checkpoint = _of_kind(Transformer.kind, checkpoint or read_checkpoint(found.path))
-    if found.public is None:
         config = infer_transformer_config(checkpoint, grid=grid, heads=heads)
+    if isinstance(config, TransformerConfig):
+        _agreed(source, "grid", None if grid is None else tuple(grid), config.grid)
+        _agreed(source, "heads", heads, config.heads)
+    if checkpoint is None:
+        loaded = model.from_folder(found.path, device=device, dtype=dtype)
     else:
-        config = public_config(found.public)
-        for name, value in given.items():
-            _agreed(found.public.name, name, value, getattr(config, name))
-    return Transformer.from_tensors(
-        config,
-        checkpoint.tensors,
-        shapes=checkpoint.shapes,
-        source=checkpoint.source,
-        device=device,
-        dtype=dtype,
-    )
-
-
-def _of_kind(kind: str, checkpoint: Checkpoint) -> Checkpoint:
-    if checkpoint.kind != kind:
-        raise InputError(
-            f"{checkpoint.source} holds another model ({checkpoint.kind}), expected: {kind}"
+        loaded = model.from_tensors(
+            config,
+            checkpoint.tensors,
+            shapes=checkpoint.shapes,
+            source=checkpoint.source,
+            device=device,
+            dtype=dtype,
         )
-    return checkpoint
+    return accelerate(loaded) if isinstance(loaded, ImageTokenizer) else loaded
 
 
 def infer_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
@@ -169,10 +138,11 @@ def infer_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
     Raises:
         InputError: a weight that tells the size is missing or has an impossible shape.
     """
-    base = _size(checkpoint, "encoder.conv_in.weight", 0)
+    size, count = partial(_size, checkpoint), partial(_count, checkpoint)
+    base = size("encoder.conv_in.weight", 0)
     widths = [
-        _size(checkpoint, f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0)
-        for level in range(_count(checkpoint, r"encoder\.conv_blocks\.(\d+)\."))
+        size(f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0)
+        for level in range(count(r"encoder\.conv_blocks\.(\d+)\."))
     ]
     if any(width % base for width in widths):
         raise InputError(
@@ -180,14 +150,14 @@ def infer_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
             f"of its first convolution's {base}"
         )
     values = {
-        "codebook_size": _size(checkpoint, "quantize.embedding.weight", 0),
-        "codebook_dim": _size(checkpoint, "quantize.embedding.weight", 1),
+        "codebook_size": size("quantize.embedding.weight", 0),
+        "codebook_dim": size("quantize.embedding.weight", 1),
         "codebook_l2_norm": bool(checkpoint.arguments.get("codebook_l2_norm", True)),
         "base_channels": base,
         "channel_multipliers": tuple(width // base for width in widths),
-        "encoder_blocks": _count(checkpoint, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        "decoder_blocks": _count(checkpoint, r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
-        "z_channels": _size(checkpoint, "encoder.conv_out.weight", 0),
+        "encoder_blocks": count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "decoder_blocks": count(r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
+        "z_channels": size("encoder.conv_out.weight", 0),
     }
     return config_from_dict(TokenizerConfig, values, checkpoint.source)
 
@@ -208,10 +178,10 @@ def infer_transformer_config(
         InputError: a weight that tells the size is missing or has an impossible shape, ``grid`` or
             ``heads`` contradict the stored arguments, or nothing tells the number of heads.
     """
-    source, arguments = checkpoint.source, checkpoint.arguments
-    dim = _size(checkpoint, "tok_embeddings.weight", 1)
+    source, arguments, size = checkpoint.source, checkpoint.arguments, partial(_size, checkpoint)
+    dim = size("tok_embeddings.weight", 1)
     layers = _count(checkpoint, r"layers\.(\d+)\.")
-    ffn_dim = _size(checkpoint, "layers.0.feed_forward.w1.weight", 0)
+    ffn_dim = size("layers.0.feed_forward.w1.weight", 0)
     heads = _agreed(source, "heads", heads, _recorded_heads(arguments, dim))
     if heads is None:
         sizes = (dim, layers, ffn_dim)
@@ -237,7 +207,7 @@ def infer_transformer_config(
         "heads": heads,
         "kv_heads": None if kv_heads == heads else kv_heads,
         "hidden_dim": None if ffn_dim == swiglu_hidden_dim(dim) else ffn_dim,
-        "codebook_size": _size(checkpoint, "tok_embeddings.weight", 0),
+        "codebook_size": size("tok_embeddings.weight", 0),
         "grid": grid,
         "qk_norm": "layers.0.attention.q_norm.weight" in checkpoint.shapes,
         **_condition(checkpoint),
@@ -246,13 +216,11 @@ def infer_transformer_config(
 
 
 def _condition(checkpoint: Checkpoint) -> dict[str, Any]:
+    size = partial(_size, checkpoint)
     if "cls_embedding.uncond_embedding" in checkpoint.shapes:
-        return {
-            "condition": "text",
-            "text_length": _size(checkpoint, "cls_embedding.uncond_embedding", 0),
-            "text_dim": _size(checkpoint, "cls_embedding.uncond_embedding", 1),
-        }
-    rows = _size(checkpoint, "cls_embedding.embedding_table.weight", 0)
+        length, dim = (size("cls_embedding.uncond_embedding", axis) for axis in (0, 1))
+        return {"condition": "text", "text_length": length, "text_dim": dim}
+    rows = size("cls_embedding.embedding_table.weight", 0)
     if checkpoint.arguments.get("num_classes") == rows:
         raise InputError(
             f"{checkpoint.source} was trained without a row for no class, which guidance needs: it "
@@ -265,9 +233,8 @@ def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
     """Return the key and value heads: the fused projection has heads + 2 kv_heads of them."""
     rows = _size(checkpoint, "layers.0.attention.wqkv.weight", 0)
     if dim >= heads >= 1 and dim % heads == 0:
-        total, rest = divmod(rows, dim // heads)
-        kv_heads, odd = divmod(total - heads, 2)
-        if rest == 0 and odd == 0 and kv_heads >= 1:
+        kv_heads, rest = divmod(rows - dim, 2 * (dim // heads))
+        if rest == 0 and kv_heads >= 1:
             return kv_heads
     raise InputError(
         f"{checkpoint.source}: {heads} heads do not fit a width of {dim} and an attention "
@@ -275,7 +242,7 @@ def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
     )
 
 
-def _recorded_heads(arguments: Any, dim: int) -> int | None:
+def _recorded_heads(arguments: Mapping[str, Any], dim: int) -> int | None:
     """Return the heads that stored arguments tell, by a number or a preset's name (GPT-B)."""
     heads = arguments.get("n_head")
     if isinstance(heads, int):
@@ -284,7 +251,7 @@ def _recorded_heads(arguments: Any, dim: int) -> int | None:
     return known.heads if known is not None and known.dim == dim else None
 
 
-def _recorded_grid(arguments: Any) -> Grid | None:
+def _recorded_grid(arguments: Mapping[str, Any]) -> Grid | None:
     size, factor = arguments.get("image_size"), arguments.get("downsample_size")
     if isinstance(size, int) and isinstance(factor, int) and size >= factor >= 1:
         return (size // factor, size // factor)
@@ -293,7 +260,7 @@ def _recorded_grid(arguments: Any) -> Grid | None:
 
 def _agreed(source: str, name: str, given: Any, known: Any) -> Any:
     """Return the caller's value or the known one, which must not differ if there are both."""
-    if given is not None and known is not None and given != known:
+    if None not in (given, known) and given != known:
         raise InputError(
             f"{source} was trained with {name} {_shown(known)}, not {_shown(given)}; leave "
             f"`{name}` out"
@@ -302,7 +269,7 @@ def _agreed(source: str, name: str, given: Any, known: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    return f"{value[0]}x{value[1]}" if isinstance(value, tuple) else str(value)
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _size(checkpoint: Checkpoint, name: str, axis: int) -> int:
@@ -319,5 +286,4 @@ def _count(checkpoint: Checkpoint, pattern: str) -> int:
 
     If some are left out, the weights of the last are missing from the model that is then expected.
     """
-    found = (re.match(pattern, name) for name in checkpoint.shapes)
-    return len({match[1] for match in found if match is not None})
+    return len({match[1] for name in checkpoint.shapes if (match := re.match(pattern, name))})

@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llamagen.checkpoints.index import is_pipeline_folder
-from llamagen.config import Grid, SamplingConfig, TextConfig
+from llamagen.config import (
+    TOKENIZER_PRESETS,
+    TRANSFORMER_PRESETS,
+    Grid,
+    SamplingConfig,
+    TextConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
 
 Kind = Literal["image tokenizer", "transformer"]
 
@@ -37,6 +45,14 @@ class PublicModel:
     """Settings of a transformer's published demo."""
     text: TextConfig | None = None
     """Text encoder of a transformer conditioned on text."""
+
+    @property
+    def config(self) -> TokenizerConfig | TransformerConfig:
+        """The model's configuration."""
+        if self.kind == "image tokenizer":
+            return TOKENIZER_PRESETS[self.preset]
+        config = TRANSFORMER_PRESETS[self.preset]
+        return dataclasses.replace(config, condition=self.condition, grid=self.grid)
 
 
 _CLASS_DEMO = SamplingConfig(guidance_scale=4.0, top_k=2000)
@@ -83,9 +99,7 @@ PUBLIC_MODELS: tuple[PublicModel, ...] = (
 
 def shipped_models() -> list[str]:
     """Return the names of the models that come with the package, which are pipeline folders."""
-    if not _SHIPPED.is_dir():
-        return []
-    return sorted(path.name for path in _SHIPPED.iterdir() if is_pipeline_folder(path))
+    return sorted(path.name for path in _SHIPPED.glob("*") if is_pipeline_folder(path))
 
 
 def find_shipped(name: str) -> Path | None:
@@ -106,7 +120,8 @@ def find_public(name: str) -> PublicModel | None:
 
 def nearest_names(name: str) -> list[str]:
     """Return up to three names of known models that ``name`` may be a misspelling of."""
-    names = [*shipped_models(), *(model.name for model in PUBLIC_MODELS)]
-    known = {name.lower(): name for name in names}
+    known = {
+        known.lower(): known for known in (*shipped_models(), *(m.name for m in PUBLIC_MODELS))
+    }
     wanted = name.lower().replace("_", "-")
     return [known[near] for near in difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)]

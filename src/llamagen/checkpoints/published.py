@@ -12,10 +12,11 @@ import argparse
 import ctypes
 import dataclasses
 import errno
+import itertools
 import mmap
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,21 +69,17 @@ def load_pickle(path: Path, *, mapped: bool) -> Any:
         # EINVAL: it named a place outside of itself.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise InputError(_reason(path, error)) from error
-
-
-def _reason(path: Path, error: Exception) -> str:
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if asked is not None:
-        return (
-            f"{path} was not loaded: it asks to run {asked[1].rstrip('.')}, which weights do not "
-            f"need and which may harm this machine; get the file from its maker, best as "
-            f".safetensors"
-        )
-    detail = " ".join(str(error).split()) or type(error).__name__
-    if len(detail) > 120:
-        detail = detail[:120] + "..."
-    return f"{path} is truncated or not a checkpoint ({detail}); copy or download it again"
+        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = detail if len(detail) <= 120 else f"{detail[:120]}..."
+        reason = f"is truncated or not a checkpoint ({detail}); copy or download it again"
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if asked is not None:
+            reason = (
+                f"was not loaded: it asks to run {asked[1].rstrip('.')}, which weights do not need "
+                f"and which may harm this machine; get the file from its maker, best as "
+                f".safetensors"
+            )
+        raise InputError(f"{path} {reason}") from error
 
 
 def release_pages(tensor: Tensor) -> None:
@@ -146,11 +143,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _from_safetensors(path: Path) -> Checkpoint:
     shapes = safetensors_shapes(path)
-    names = _clean_names(shapes, str(path))
-    name_of = {stored: name for name, stored in names.items()}
+    names = _clean_names(shapes, path)
     kind = _kind_of(names)
     if kind is None:
         raise _neither(path, shapes)
+    name_of = {stored: name for name, stored in names.items()}
     return Checkpoint(
         source=str(path),
         kind=kind,
@@ -166,15 +163,14 @@ def _from_pickle(path: Path, *, mapped: bool) -> Checkpoint:
         raise InputError(
             f"{path} holds a {type(content).__name__}, expected a dictionary of weights"
         )
-    found: dict[str | None, tuple[Kind, dict[str, Tensor]]] = {}
-    for holder in (*_HOLDERS, None):
-        weights = _weights(content if holder is None else content.get(holder), str(path))
-        kind = _kind_of(weights)
-        if kind is not None:
+    holders = {name: content[name] for name in _HOLDERS if isinstance(content.get(name), Mapping)}
+    found: dict[str, tuple[Kind, dict[str, Tensor]]] = {}
+    for holder, inner in (*holders.items(), ("", content)):
+        weights = _weights(inner, path)
+        if (kind := _kind_of(weights)) is not None:
             found[holder] = (kind, weights)
     if not found:
-        inner = next((content[h] for h in _HOLDERS if isinstance(content.get(h), Mapping)), content)
-        raise _neither(path, inner)
+        raise _neither(path, next(iter(holders.values()), content))
     kind, weights = next(iter(found.values()))
     if "ema" in found and kind == "image tokenizer":
         kind, weights = found["ema"]
@@ -186,64 +182,51 @@ def _from_pickle(path: Path, *, mapped: bool) -> Checkpoint:
         kind=kind,
         shapes={name: tuple(tensor.shape) for name, tensor in weights.items()},
         arguments=arguments if isinstance(arguments, Mapping) else {},
-        tensors=_handed_over(weights, mapped=mapped),
+        tensors=_read_once(weights, mapped=mapped),
     )
 
 
-def _weights(content: object, source: str) -> dict[str, Tensor]:
-    """Return the tensors of a dictionary by clean names; empty if there are none."""
-    if not isinstance(content, Mapping):
-        return {}
-    stored = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    return {name: stored[old] for name, old in _clean_names(stored, source).items()}
+def _weights(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a dictionary by clean names."""
+    stored = [name for name in content if isinstance(name, str) and torch.is_tensor(content[name])]
+    return {name: content[old] for name, old in _clean_names(stored, path).items()}
 
 
-def _clean_names(stored: Iterable[str], source: str) -> dict[str, str]:
+def _clean_names(stored: Iterable[str], path: Path) -> dict[str, str]:
     """Return stored names of weights by their names without the prefixes of wrappers.
 
     torch.compile's ``_orig_mod.`` may be anywhere, DDP's ``module.`` at the start or behind it.
     """
     names: dict[str, str] = {}
     for old in stored:
-        name = old.replace("_orig_mod.", "")
-        while name.startswith("module."):
-            name = name.removeprefix("module.")
+        name = re.sub(r"^(module\.)+", "", old.replace("_orig_mod.", ""))
         if name in _NOT_WEIGHTS:
             continue
         if name in names:
             raise InputError(
-                f"{source} holds two weights {name}, as {names[name]} and {old}; keep one of them"
+                f"{path} holds two weights {name}, as {names[name]} and {old}; keep one of them"
             )
         names[name] = old
     return names
 
 
 def _kind_of(names: Iterable[str]) -> Kind | None:
-    for name in names:
-        for kind, mark in _MARKS.items():
-            if mark.match(name):
-                return kind
-    return None
+    kinds = (kind for name in names for kind, mark in _MARKS.items() if mark.match(name))
+    return next(kinds, None)
 
 
 def _neither(path: Path, content: Mapping[Any, Any]) -> InputError:
-    first = ", ".join(str(name) for name in list(content)[:3])
+    if not content:
+        return InputError(f"{path} is neither an image tokenizer nor a transformer: it is empty")
+    first = ", ".join(map(str, itertools.islice(content, 3)))
     more = ", ..." if len(content) > 3 else ""
     return InputError(
         f"{path} is neither an image tokenizer nor a transformer of this architecture: it holds "
         f"{first}{more}"
-        if first
-        else f"{path} is neither an image tokenizer nor a transformer: it is empty"
     )
 
 
-def _handed_over(
-    weights: dict[str, Tensor], *, mapped: bool
-) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def _read_once(weights: dict[str, Tensor], *, mapped: bool) -> NamedTensors:
     """Yield each weight, and drop it once the next is asked for."""
     for name in list(weights):
         tensor = weights.pop(name)

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 import llamagen.checkpoints as checkpoints
 from llamagen.backends import CompiledStep, StepTimes, reference_only
-from llamagen.checkpoints.info import dtype_name, is_text_encoder, path_of
+from llamagen.checkpoints.info import is_text_encoder, path_of
 from llamagen.checkpoints.sources import Source
 from llamagen.config import SamplingConfig
 from llamagen.generation import generate_codes
 from llamagen.models.transformer import KVCache, Transformer
 from llamagen.models.transformer.quantization import QuantizedLinear, quantize
 from llamagen.pipeline import Pipeline
-from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.devices import dtype_name, find_device, find_dtype
 from llamagen.support.errors import InputError
 
 Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]

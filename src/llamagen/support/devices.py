@@ -65,6 +65,11 @@ def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return DTYPES[name]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a precision, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def keep_freed_memory() -> None:
     """Make this process keep the memory of freed tensors for new ones (glibc only).
 

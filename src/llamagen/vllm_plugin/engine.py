@@ -13,6 +13,7 @@ import uuid
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
@@ -25,7 +26,7 @@ from llamagen.generation.engine import Progress, ProgressCallback, refuse_edits
 from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import check_seed
 from llamagen.models.transformer import Transformer
-from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.devices import dtype_name, find_device, find_dtype
 from llamagen.support.errors import InputError, NotFiniteError
 from llamagen.vllm_plugin import require_vllm
 from llamagen.vllm_plugin.export import ExportOptions, temporary_export
@@ -42,7 +43,7 @@ _BATCH = 1024
 _CPU_BLOCK = 128
 """Positions that vLLM's cache on a CPU hands out at a time."""
 _CPU_IMAGES = 256
-"""Images that vLLM draws at once unless it is told otherwise, at most."""
+"""Images that vLLM generates at once on a CPU unless it is told otherwise, at most."""
 _CPU_SHARE = 0.4
 """Of the free memory."""
 
@@ -93,19 +94,19 @@ class VllmEngine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        self._open = ExitStack()
-        try:
-            folder = self._open.enter_context(temporary_export(source, export))
+        with ExitStack() as resources:
+            folder = resources.enter_context(temporary_export(source, export))
             device = find_device("auto")
             if dtype is None and isinstance(source, Transformer):
                 dtype = source.dtype
             precision = find_dtype(dtype, device)
             self._prompts = Prompts(folder, precision)
-            _check_options(self._prompts.config, tensor_parallel_size, options)
+            config = self._prompts.config
+            _check_options(config, tensor_parallel_size, options)
             arguments: dict[str, Any] = {
                 "model": str(folder),
                 "skip_tokenizer_init": True,
-                "dtype": str(precision).removeprefix("torch."),
+                "dtype": dtype_name(precision),
                 "tensor_parallel_size": tensor_parallel_size,
                 "data_parallel_size": data_parallel_size,
                 "enable_prompt_embeds": self._prompts.takes_embeddings,
@@ -113,9 +114,9 @@ class VllmEngine:
                 **options,
             }
             if device.type == "cpu":
-                _limit_memory(arguments, self._prompts.config, precision)
+                _limit_memory(arguments, config, precision)
             self._loop = asyncio.new_event_loop()
-            self._open.callback(self._loop.call_soon_threadsafe, self._loop.stop)
+            resources.callback(self._loop.call_soon_threadsafe, self._loop.stop)
             run = self._loop.run_forever
             threading.Thread(target=run, name="llamagen-vllm", daemon=True).start()
 
@@ -125,14 +126,11 @@ class VllmEngine:
             try:
                 self._engine: Any = self._run(start())
             except (TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())
-                raise InputError(f"vLLM refuses to start with these options: {reason}") from error
-        except BaseException:
-            self._open.close()
-            raise
-        self._finish = weakref.finalize(self, _close, self._engine, self._open)
-
-        self.grid: Grid = self._prompts.config.model.grid
+                raise InputError(
+                    f"vLLM refuses to start with these options: {_one_line(error)}"
+                ) from error
+            self._finish = weakref.finalize(self, _close, self._engine, resources.pop_all())
+        self.grid: Grid = config.model.grid
         """Rows and columns of an image."""
         scheduled = self._engine.vllm_config.scheduler_config.max_num_seqs
         self.max_images: int = scheduled * data_parallel_size
@@ -168,17 +166,17 @@ class VllmEngine:
         codes = torch.zeros(len(requests), rows * columns, dtype=torch.int64)
         size = batch_size or _BATCH
 
-        async def generate(first: int, last: int) -> None:
-            batch = _Batch(codes[first:last], self.grid, first, on_progress)
+        async def generate(first: int) -> None:
+            part = requests[first : first + size]
+            batch = _Batch(codes[first : first + size], self.grid, first, on_progress)
             # The first failure ends the others' requests.
             async with asyncio.TaskGroup() as group:
-                for image in range(first, last):
-                    put = batch.putter(image - first)
-                    group.create_task(self._stream(requests[image], put))
+                for image, request in enumerate(part):
+                    group.create_task(self._stream(request, partial(batch.put, image)))
 
         for first in range(0, len(requests), size):
             try:
-                self._run(generate(first, min(first + size, len(requests))))
+                self._run(generate(first))
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from None
         return codes.view(-1, rows, columns)
@@ -198,10 +196,9 @@ class VllmEngine:
         async def pump() -> None:
             try:
                 await self._stream(request, put)
+                put(None)
             except Exception as error:  # noqa: BLE001  told to whoever waits
                 put(error)
-            else:
-                put(None)
 
         future = asyncio.run_coroutine_threadsafe(pump(), self._loop)
         try:
@@ -229,7 +226,7 @@ class VllmEngine:
                     done = len(codes) // columns
                     put(codes[: done * columns])
         except VLLMClientError as error:
-            raise InputError(f"vLLM refuses the request: {' '.join(str(error).split())}") from error
+            raise InputError(f"vLLM refuses the request: {_one_line(error)}") from error
         finally:
             await stream.aclose()
         if done != rows:
@@ -270,23 +267,21 @@ class _Batch:
         self._first, self._on_progress = first, on_progress
         self._rows = [0] * len(codes)
 
-    def putter(self, image: int) -> Callable[[list[int]], None]:
-        """Return a function that takes all codes of an image so far, whole rows of them."""
+    def put(self, image: int, codes: list[int]) -> None:
+        """Take all codes of an image so far, whole rows of them."""
         rows, columns = self._grid
-
-        def put(codes: list[int]) -> None:
-            before = min(self._rows)
-            self._rows[image] = len(codes) // columns
-            self._codes[image, : len(codes)] = torch.tensor(codes)
-            if self._on_progress is None:
-                return
+        before = min(self._rows)
+        self._rows[image] = len(codes) // columns
+        self._codes[image, : len(codes)] = torch.tensor(codes)
+        if self._on_progress is not None:
             for row in range(before + 1, min(self._rows) + 1):
-                shown = self._codes.clone()
-                shown[:, row * columns :] = 0
-                shown = shown.view(-1, rows, columns)
+                shown = self._codes.clone().view(-1, rows, columns)
+                shown[:, row:] = 0
                 self._on_progress(Progress(first=self._first, row=row, rows=rows, codes=shown))
 
-        return put
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _close(engine: Any, resources: ExitStack) -> None:
@@ -317,15 +312,16 @@ def _limit_memory(arguments: dict[str, Any], config: LlamaGenConfig, dtype: torc
 
     By itself vLLM takes nearly all memory of the machine, and does not start if some is in use.
     """
-    if {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys():
+    chosen = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys()
+    if chosen or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return
-    if os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        return
-    processes = arguments["tensor_parallel_size"] * arguments["data_parallel_size"]
+    tensor_parallel_size = arguments["tensor_parallel_size"]
     positions = -(-config.max_position_embeddings // _CPU_BLOCK) * _CPU_BLOCK
     heads = config.num_hidden_layers * config.num_key_value_heads
     image = 2 * heads * positions * config.head_dim * dtype.itemsize
     images = arguments.get("max_num_seqs") or _CPU_IMAGES
-    own = image * images // arguments["tensor_parallel_size"]
+    processes = tensor_parallel_size * arguments["data_parallel_size"]
     free = psutil.virtual_memory().available * _CPU_SHARE / processes
-    arguments["kv_cache_memory_bytes"] = int(max(image, min(own, free)))
+    arguments["kv_cache_memory_bytes"] = int(
+        max(image, min(image * images // tensor_parallel_size, free))
+    )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import llamagen.support.storage as storage
 from llamagen.checkpoints import resolve_pipeline
 from llamagen.checkpoints.load import load_transformer
-from llamagen.checkpoints.sources import Source, folder_kind, locate
+from llamagen.checkpoints.sources import Source, locate
 from llamagen.config import (
     Grid,
     SamplingConfig,
@@ -29,6 +29,7 @@ from llamagen.config import (
 from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import refuse_quantized
+from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ FIELDS = frozenset(
 )
 """Fields of ``TransformerConfig`` that the plugin's model implements. A model in which any other
 one is not at its default is refused."""
-
-GENERATION_NAME = "generation_config.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,34 +130,54 @@ def read_exported(folder: Path | str) -> LlamaGenConfig:
 def _fill(
     source: Source | Transformer, folder: Path, options: ExportOptions, *, link: bool
 ) -> None:
-    own = options.sampling
-    if not isinstance(source, Transformer):
-        path = Path(source).expanduser()
-        if is_exported(path):
-            exported = read_exported(path)
-            config, sampling = exported.model, own or exported.default_sampling
-            _weights(path / WEIGHTS_NAME, folder, link=link)
-            _describe(folder, config, options, sampling, read_json(path / CONFIG_NAME)["dtype"])
-            return
+    from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+
+    config, sampling = _place_weights(source, folder, link=link)
+    if options.grid is not None:
+        config = dataclasses.replace(config, grid=options.grid)
+    sampling = options.sampling or sampling
+    (dtype,) = (
+        read().dtype
+        for name, read in read_safetensors(folder / WEIGHTS_NAME)
+        if name == "norm.weight"
+    )
+    exported = LlamaGenConfig(
+        transformer=config_to_dict(config),
+        streams=2 if options.guidance else 1,
+        negative_prompts=options.negative_prompts,
+        sampling=config_to_dict(sampling),
+        dtype=dtype_name(dtype),
+    )
+    storage.write_json(folder / CONFIG_NAME, exported.to_diff_dict())
+    generation: dict[str, Any] = {
+        "max_new_tokens": config.num_codes,
+        "eos_token_id": exported.end_id,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+    if sampling.top_k > 0:
+        generation["top_k"] = sampling.top_k
+    storage.write_json(folder / "generation_config.json", generation)
+
+
+def _place_weights(
+    source: Source | Transformer, folder: Path, *, link: bool
+) -> tuple[TransformerConfig, SamplingConfig]:
+    """Put the weights into ``folder``; return the model's configuration and own settings."""
+    sampling, weights = SamplingConfig(), None
+    if isinstance(source, Transformer):
+        config = source.config
+    elif is_exported(path := Path(source).expanduser()):
+        exported = read_exported(path)
+        config, sampling, weights = exported.model, exported.default_sampling, path / WEIGHTS_NAME
+    else:
         found = resolve_pipeline(source)
-        own = own or found.sampling
-        location = locate(found.transformer, "transformer").path
-        if location.is_dir() and folder_kind(location) == Transformer.kind:
-            config = Transformer.read_config(location)
-            _check(config)
-            _weights(location / WEIGHTS_NAME, folder, link=link)
-            _describe(folder, config, options, own, _stored_dtype(location / WEIGHTS_NAME))
-            return
-        source = load_transformer(found.transformer)
-    _check(source.config)
-    source.save_pretrained(folder)
-    (folder / "README.md").unlink(missing_ok=True)
-    dtype = str(source.dtype).removeprefix("torch.")
-    _describe(folder, source.config, options, own or SamplingConfig(), dtype)
-
-
-def _check(config: TransformerConfig) -> None:
-    """Raise InputError if vLLM's model does not compute what this configuration says."""
+        sampling, path = found.sampling, locate(found.transformer, "transformer").path
+        if path.is_dir():
+            config, weights = Transformer.read_config(path), path / WEIGHTS_NAME
+        else:
+            source = load_transformer(found.transformer)
+            config = source.config
     refuse_quantized(config, "be exported for vLLM")
     unknown = non_default_fields(config, FIELDS)
     if unknown:
@@ -166,47 +185,14 @@ def _check(config: TransformerConfig) -> None:
             f"vLLM's model does not implement {', '.join(unknown)} of this transformer; generate "
             f"with engine 'native'"
         )
-
-
-def _weights(path: Path, folder: Path, *, link: bool) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; copy or download the folder again")
-    if link:
-        (folder / WEIGHTS_NAME).symlink_to(path.resolve())
+    if weights is None:
+        assert isinstance(source, Transformer)
+        source.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+    elif not weights.is_file():
+        raise FileNotFoundError(f"{weights} does not exist; copy or download the folder again")
+    elif link:
+        (folder / WEIGHTS_NAME).symlink_to(weights.resolve())
     else:
-        shutil.copyfile(path, folder / WEIGHTS_NAME)
-
-
-def _stored_dtype(path: Path) -> str:
-    (dtype,) = (read().dtype for name, read in read_safetensors(path) if name == "norm.weight")
-    return str(dtype).removeprefix("torch.")
-
-
-def _describe(
-    folder: Path,
-    config: TransformerConfig,
-    options: ExportOptions,
-    sampling: SamplingConfig,
-    dtype: str,
-) -> None:
-    from llamagen.vllm_plugin.hf_config import LlamaGenConfig
-
-    if options.grid is not None:
-        config = dataclasses.replace(config, grid=options.grid)
-    described = LlamaGenConfig(
-        transformer=config_to_dict(config),
-        streams=2 if options.guidance else 1,
-        negative_prompts=options.negative_prompts,
-        sampling=config_to_dict(sampling),
-        dtype=dtype,
-    )
-    storage.write_json(folder / CONFIG_NAME, described.to_diff_dict())
-    generation: dict[str, Any] = {
-        "max_new_tokens": config.num_codes,
-        "eos_token_id": described.end_id,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-    }
-    if sampling.top_k > 0:
-        generation["top_k"] = sampling.top_k
-    storage.write_json(folder / GENERATION_NAME, generation)
+        shutil.copyfile(weights, folder / WEIGHTS_NAME)
+    return config, sampling

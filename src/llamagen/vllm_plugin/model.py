@@ -12,7 +12,7 @@ process, E head dimension, F that of the cache.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,14 +42,17 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sequence import IntermediateTensors
 
-_RENAMED = {
-    "attention.wqkv": "attention.qkv_proj",
-    "attention.wo": "attention.o_proj",
-    "feed_forward.w1": "feed_forward.gate_up_proj",
-    "feed_forward.w3": "feed_forward.gate_up_proj",
-    "feed_forward.w2": "feed_forward.down_proj",
+_RENAMED: dict[str, tuple[str, int | None]] = {
+    "attention.wqkv": ("attention.qkv_proj", None),
+    "attention.wo": ("attention.o_proj", None),
+    "feed_forward.w1": ("feed_forward.gate_up_proj", 0),
+    "feed_forward.w3": ("feed_forward.gate_up_proj", 1),
+    "feed_forward.w2": ("feed_forward.down_proj", None),
 }
-"""Weights of ``Transformer`` that have another name here."""
+"""Weights of ``Transformer`` that have another name here, and which part of it they are."""
+
+_CLASS_TABLE = "cls_embedding.embedding_table.weight"
+_CODE_TABLE = "tok_embeddings.weight"
 
 _MASKED = 4096.0
 """Queries times keys of padding, before the scale: far below what exp can tell from zero."""
@@ -67,21 +70,18 @@ class CodeAttention(nn.Module):
         self.padding = config.head_dim - model.head_dim
         self.heads = model.heads // processes
         self.kv_heads = max(1, model.num_kv_heads // processes)
+        quantized: dict[str, Any] = {"quant_config": vllm_config.quant_config}
         self.qkv_proj = QKVParallelLinear(
             model.dim,
             model.head_dim,
             model.heads,
             model.num_kv_heads,
             bias=False,
-            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.qkv_proj",
+            **quantized,
         )
         self.o_proj = RowParallelLinear(
-            model.dim,
-            model.dim,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.o_proj",
+            model.dim, model.dim, bias=False, prefix=f"{prefix}.o_proj", **quantized
         )
         self.attention = Attention(
             self.streams * self.heads,
@@ -89,8 +89,8 @@ class CodeAttention(nn.Module):
             model.head_dim**-0.5,
             num_kv_heads=self.streams * self.kv_heads,
             cache_config=vllm_config.cache_config,
-            quant_config=vllm_config.quant_config,
             prefix=f"{prefix}.attention",
+            **quantized,
         )
 
     def forward(self, x: Tensor, rope: Tensor, masked: Tensor | None) -> Tensor:
@@ -111,8 +111,7 @@ class CodeAttention(nn.Module):
             k[..., self.head_dim] = -_MASKED * masked.expand(-1, -1, self.kv_heads).flatten(1)
         out = self.attention(q.flatten(1), k.flatten(1), v.flatten(1))
         out = out.view(-1, self.heads, self.head_dim + self.padding)[..., : self.head_dim]
-        out, _ = self.o_proj(out.flatten(1))
-        return out
+        return self.o_proj(out.flatten(1))[0]
 
     def _rotate(self, part: Tensor, rope: Tensor) -> Tensor:
         """(T S, heads, E) to (T, S heads, E), rotated by each position's cell."""
@@ -126,27 +125,19 @@ class FeedForward(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         model = vllm_config.model_config.hf_config.model
+        options: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
         self.gate_up_proj = MergedColumnParallelLinear(
-            model.dim,
-            [model.ffn_dim] * 2,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.gate_up_proj",
+            model.dim, [model.ffn_dim] * 2, prefix=f"{prefix}.gate_up_proj", **options
         )
         self.down_proj = RowParallelLinear(
-            model.ffn_dim,
-            model.dim,
-            bias=False,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.down_proj",
+            model.ffn_dim, model.dim, prefix=f"{prefix}.down_proj", **options
         )
         self.activation = SiluAndMul()
 
     def forward(self, x: Tensor) -> Tensor:
         """(T S, D) to the same shape."""
         hidden, _ = self.gate_up_proj(x)
-        out, _ = self.down_proj(self.activation(hidden))
-        return out
+        return self.down_proj(self.activation(hidden))[0]
 
 
 class CodeBlock(nn.Module):
@@ -170,9 +161,7 @@ class CodeBlock(nn.Module):
         return self.feed_forward(x), residual
 
 
-@support_torch_compile(
-    dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0},
-)
+@support_torch_compile(dynamic_arg_dims={"input_ids": 0, "positions": -1, "inputs_embeds": 0})
 class CodeStack(nn.Module):
     """Embedding, blocks and the last norm."""
 
@@ -184,18 +173,16 @@ class CodeStack(nn.Module):
         self.first_code = config.first_code
         self.ids = config.first_code + model.codebook_size
         self.masks_padding = config.masks_padding
+        quant_config = vllm_config.quant_config
         self.embedding = VocabParallelEmbedding(
-            self.ids,
-            model.dim,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.embedding",
+            self.ids, model.dim, quant_config=quant_config, prefix=f"{prefix}.embedding"
         )
         self.layers = nn.ModuleList(
             CodeBlock(vllm_config, f"{prefix}.layers.{layer}") for layer in range(model.layers)
         )
         self.norm = RMSNorm(model.dim, eps=model.norm_eps)
-        device = self.embedding.weight.device
         # Row 0 is for every condition position, row 1 + i for code i.
+        device = self.embedding.weight.device
         table = rope_table(model.grid, model.head_dim, model.rope_base, device)
         self.register_buffer("rope", table.roll(1, dims=0), persistent=False)
         self.rope: Tensor
@@ -227,8 +214,7 @@ class CodeStack(nn.Module):
         masked = None
         if self.masks_padding:
             # Padding is embedded as zeros; see prompts.
-            padding = (residual == 0).all(-1).view(-1, self.streams, 1)
-            masked = padding.to(residual.dtype)
+            masked = (residual == 0).all(-1).view(-1, self.streams, 1).to(residual.dtype)
         x = torch.zeros_like(residual)
         for layer in self.layers:
             x, residual = layer(x, residual, rope, masked)
@@ -243,18 +229,14 @@ class LlamaGenForImageCodes(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: LlamaGenConfig = vllm_config.model_config.hf_config
-        self.config = config
         _refuse_what_does_not_work(vllm_config)
+        self.config: LlamaGenConfig = vllm_config.model_config.hf_config
         self._prefill_has_codes = vllm_config.use_v2_model_runner
-        base = f"{prefix}.model" if prefix else "model"
-        self.model = CodeStack(vllm_config=vllm_config, prefix=base)
-        codes = config.model.codebook_size
+        inside = f"{prefix}." if prefix else ""
+        self.model = CodeStack(vllm_config=vllm_config, prefix=f"{inside}model")
+        codes, dim = self.config.model.codebook_size, self.config.model.dim
         self.output = ParallelLMHead(
-            codes,
-            config.model.dim,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.output" if prefix else "output",
+            codes, dim, quant_config=vllm_config.quant_config, prefix=f"{inside}output"
         )
         self.logits_processor = LogitsProcessor(codes)
 
@@ -310,43 +292,30 @@ class LlamaGenForImageCodes(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load the weights of a ``Transformer`` by their names; return those that were filled."""
         parameters = dict(self.named_parameters())
-        loaded: set[str] = set()
         tables: dict[str, Tensor] = {}
+        loaded: set[str] = set()
 
-        def fill(name: str, tensor: Tensor, part: str | int | None = None) -> None:
-            parameter = parameters[name]
-            load = getattr(parameter, "weight_loader", default_weight_loader)
-            load(parameter, tensor, *(() if part is None else (part,)))
+        def fill(name: str, tensor: Tensor, part: int | None = None) -> None:
+            load = getattr(parameters[name], "weight_loader", default_weight_loader)
+            load(parameters[name], tensor, *(() if part is None else (part,)))
             loaded.add(name)
 
         for name, tensor in weights:
             if name.startswith("cls_embedding.cap_proj") or name.endswith("uncond_embedding"):
                 continue  # texts are projected before they come here
-            if name in ("cls_embedding.embedding_table.weight", "tok_embeddings.weight"):
+            if name in (_CLASS_TABLE, _CODE_TABLE):
                 tables[name] = tensor
                 continue
-            target = name if name == "output.weight" else f"model.{name}"
-            for ours, theirs in _RENAMED.items():
-                target = target.replace(ours, theirs)
-            if name.endswith("attention.wqkv.weight"):
-                for part, rows in zip("qkv", tensor.split(self._qkv_sizes()), strict=True):
-                    fill(target, rows, part)
-            elif target.endswith("gate_up_proj.weight"):
-                fill(target, tensor, 0 if name.endswith("w1.weight") else 1)
-            else:
-                fill(target, tensor)
-        codes = tables["tok_embeddings.weight"]
+            target, part = name if name == "output.weight" else f"model.{name}", None
+            for theirs, (ours, which) in _RENAMED.items():
+                if theirs in name:
+                    target, part = target.replace(theirs, ours), which
+            fill(target, tensor, part)
+        codes = tables[_CODE_TABLE]
         # A text has no embedding of its own here; its id has a row all the same.
-        front = tables.get(
-            "cls_embedding.embedding_table.weight", codes.new_zeros(1, codes.shape[1])
-        )
+        front = tables.get(_CLASS_TABLE, codes.new_zeros(1, codes.shape[1]))
         fill("model.embedding.weight", torch.cat([front, codes]))
         return loaded
-
-    def _qkv_sizes(self) -> list[int]:
-        model = self.config.model
-        queries, keys = model.heads * model.head_dim, model.num_kv_heads * model.head_dim
-        return [queries, keys, keys]
 
 
 def _refuse_what_does_not_work(vllm_config: VllmConfig) -> None:

@@ -104,29 +104,20 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         """
         if self._config is None or logits.shape[0] == 0:
             return logits
-        if ctx is not None:
-            return self._sample(logits, *self._by_slot(ctx))
-        # Rows without a request are in batches that vLLM makes up to measure memory.
-        rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
-        return self._sample(
-            logits,
-            [request for request, _, _ in rows],
-            [given + len(drawn) for _, given, drawn in rows],
-        )
-
-    def _by_slot(self, ctx: Any) -> tuple[list[Request | None], list[int]]:
-        """Requests and code indices of a batch of V2."""
-        assert self._config is not None
+        if ctx is None:
+            # Rows without a request are in batches that vLLM makes up to measure memory.
+            rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
+            requests = [request for request, _, _ in rows]
+            return self._sample(logits, requests, [given + len(drawn) for _, given, drawn in rows])
         assert self._prompt_lengths is not None
         slots = ctx.idx_mapping_np.tolist()
         seen = ctx.seq_lens_upper_bound_np[: len(slots)].tolist()
         # In front of the codes stands a label, or a text that is the whole prompt.
-        in_front = [
-            int(self._prompt_lengths.np[slot]) if self._config.is_text else 1 for slot in slots
-        ]
-        # Where only a part of a prompt has been read, the draw is thrown away.
+        is_text, lengths = self._config.is_text, self._prompt_lengths
+        in_front = [int(lengths.np[slot]) if is_text else 1 for slot in slots]
+        # Where only a part of a prompt has been read, the sample is thrown away.
         indices = [max(0, end - start) for end, start in zip(seen, in_front, strict=True)]
-        return [self._slots.get(slot) for slot in slots], indices
+        return self._sample(logits, [self._slots.get(slot) for slot in slots], indices)
 
     def _request(
         self, params: SamplingParams, prompt: Sequence[int] | None = None
@@ -152,15 +143,14 @@ def _check_prompt(config: LlamaGenConfig, prompt: Sequence[int]) -> None:
     """Raise InputError unless a prompt is a label with codes behind it."""
     if config.is_text:
         raise InputError("the prompt is made of ids, but this model takes prompt_embeds")
-    label, codes = prompt[0], prompt[1:]
+    label, *codes = prompt
     if label > config.end_id:
         raise InputError(
             f"the prompt begins with {label}, expected a label from 0 to {config.end_id - 1}"
         )
-    last = config.first_code + config.model.codebook_size - 1
+    first, last = config.first_code, config.first_code + config.model.codebook_size - 1
     for code in codes:
-        if not config.first_code <= code <= last:
+        if not first <= code <= last:
             raise InputError(
-                f"the prompt has {code} behind its label, expected codes from {config.first_code} "
-                f"to {last}"
+                f"the prompt has {code} behind its label, expected codes from {first} to {last}"
             )

@@ -78,35 +78,25 @@ class Prompts:
                     "this engine takes no negative prompts; start it (or export its model) with "
                     "negative_prompts"
                 )
-        if self.config.is_text:
-            return {"prompt_embeds": self._text(condition, unconditional)}
-        if unconditional is None or int(unconditional) == self.config.end_id:
-            return {"prompt_token_ids": [int(condition)]}
-        pair = self._condition(torch.stack([condition, unconditional]).cpu())  # (2, 1, D)
-        return {"prompt_embeds": pair.view(1, -1)}
-
-    def _text(self, features: Tensor, unconditional: Tensor | None) -> Tensor:
-        """(C, S D), embeddings of one or two texts."""
-        own = features.cpu().unsqueeze(0)
-        embedded = self._condition(own)[0]
-        if self.config.streams == 1:
-            return embedded
         if unconditional is None:
-            unconditional = self._condition.unconditional(own)[0]
-        other = self._condition(unconditional.cpu().unsqueeze(0))[0]
+            unconditional = self._condition.unconditional(condition.unsqueeze(0))[0]
+        if not self.config.is_text and int(unconditional) == self.config.end_id:
+            return {"prompt_token_ids": [int(condition)]}
+        streams = (condition, unconditional)[: self.config.streams]
+        embedded = [self._condition(each.cpu().unsqueeze(0))[0] for each in streams]  # (C, D)
         # Zeros in front are the padding that the model masks.
-        length = max(len(embedded), len(other))
-        padded = [F.pad(each, (0, 0, length - len(each), 0)) for each in (embedded, other)]
-        return torch.cat(padded, dim=-1)
+        length = max(map(len, embedded))
+        padded = [F.pad(each, (0, 0, length - len(each), 0)) for each in embedded]
+        return {"prompt_embeds": torch.cat(padded, dim=-1)}
 
     def _check(self, condition: Tensor) -> None:
         """Raise InputError unless this is a condition of one image."""
-        wanted = 2 if self.config.is_text else 0
-        if condition.ndim != wanted:
-            what = "text features (length, width)" if wanted else "one label"
+        is_text = self.config.is_text
+        if condition.ndim != (2 if is_text else 0):
+            what = "text features (length, width)" if is_text else "one label"
             raise InputError(
                 f"the condition has shape {tuple(condition.shape)}, expected {what} of one image"
             )
         self._condition.check(condition.unsqueeze(0))
-        if wanted and condition.shape[0] == 0:
+        if is_text and len(condition) == 0:
             raise InputError("the text features are empty; give at least one")
