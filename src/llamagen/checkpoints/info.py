@@ -169,7 +169,8 @@ def _cached(repo: str, file: str) -> Path | None:
 
 def _alone(name: str, part: PartSummary) -> ModelSummary:
     """Return the summary of a model that is no pipeline."""
-    memory = {precision: size for precision, size in part.memory.items() if precision != "int8"}
+    memory: dict[Precision, int] = dict(part.memory)
+    memory.pop("int8", None)
     return ModelSummary(
         name=name,
         parts=(dataclasses.replace(part, memory=memory),),
