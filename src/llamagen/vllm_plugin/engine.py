@@ -1,6 +1,6 @@
 """vLLM as an engine: its asynchronous engine, on an event loop in a thread of its own.
 
-So programs with and without an event loop use it alike; vLLM's other engine knows no data
+Programs with and without an event loop thus use it alike; vLLM's synchronous engine has no data
 parallelism within a program.
 """
 
@@ -213,9 +213,8 @@ class VllmEngine:
         """Generate one image; hand over all codes so far after each finished row or several."""
         from vllm.exceptions import VLLMClientError
 
-        config = self._prompts.config
+        config, (rows, columns) = self._prompts.config, self.grid
         params = sampling_params(config, request.sampling, request.seed)
-        rows, columns = self.grid
         codes: list[int] = []
         done = 0
         stream = self._engine.generate(self._prompt(request), params, f"image-{uuid.uuid4().hex}")
@@ -322,6 +321,5 @@ def _limit_memory(arguments: dict[str, Any], config: LlamaGenConfig, dtype: torc
     images = arguments.get("max_num_seqs") or _CPU_IMAGES
     processes = tensor_parallel_size * arguments["data_parallel_size"]
     free = psutil.virtual_memory().available * _CPU_SHARE / processes
-    arguments["kv_cache_memory_bytes"] = int(
-        max(image, min(image * images // tensor_parallel_size, free))
-    )
+    wanted = image * images // tensor_parallel_size
+    arguments["kv_cache_memory_bytes"] = int(max(image, min(wanted, free)))

@@ -14,12 +14,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from llamagen.config import (
-    SamplingConfig,
-    TransformerConfig,
-    config_from_dict,
-    config_to_dict,
-)
+from llamagen.config import SamplingConfig, TransformerConfig, config_from_dict, config_to_dict
 from llamagen.support.errors import InputError
 
 ARCHITECTURE = "LlamaGenForImageCodes"
@@ -61,17 +56,13 @@ class LlamaGenConfig(PretrainedConfig):
         if streams not in (1, 2):
             raise InputError(f"streams is {streams}, expected 2 (with guidance) or 1 (without)")
         # Plain values: transformers copies, compares and writes what it finds here.
-        self.transformer = config_to_dict(
-            config_from_dict(TransformerConfig, transformer or {}, source="transformer")
-        )
+        self.transformer = _complete(TransformerConfig, transformer, "transformer")
         self.streams = streams
         self.negative_prompts = negative_prompts
-        self.sampling = config_to_dict(
-            config_from_dict(SamplingConfig, sampling or {}, source="sampling")
+        self.sampling = _complete(SamplingConfig, sampling, "sampling")
+        super().__init__(
+            **{"architectures": [ARCHITECTURE], "tie_word_embeddings": False, **kwargs}
         )
-        kwargs.setdefault("architectures", [ARCHITECTURE])
-        kwargs.setdefault("tie_word_embeddings", False)
-        super().__init__(**kwargs)
 
     @property
     def model(self) -> TransformerConfig:
@@ -81,10 +72,8 @@ class LlamaGenConfig(PretrainedConfig):
     @property
     def default_sampling(self) -> SamplingConfig:
         """Settings for requests that say nothing; without guidance where there is none."""
-        settings = dict(self.sampling)
-        if self.streams == 1:
-            settings |= {"guidance_scale": 1.0, "guidance_stop": None}
-        return config_from_dict(SamplingConfig, settings, source="sampling")
+        plain = {"guidance_scale": 1.0, "guidance_stop": None} if self.streams == 1 else {}
+        return config_from_dict(SamplingConfig, {**self.sampling, **plain}, source="sampling")
 
     @property
     def is_text(self) -> bool:
@@ -152,3 +141,7 @@ class LlamaGenConfig(PretrainedConfig):
     def mrope_section(self) -> list[int] | None:
         """Tells vLLM that the model counts positions itself: a prompt's length is not its own."""
         return [1, 1, 1] if self.is_text else None
+
+
+def _complete(kind: type[Any], values: dict[str, Any] | None, source: str) -> dict[str, Any]:
+    return config_to_dict(config_from_dict(kind, values or {}, source=source))

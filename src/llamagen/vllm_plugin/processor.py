@@ -133,10 +133,10 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
             check_guidance(config, sampling)
             if prompt is not None:
                 _check_prompt(config, prompt)
+            return Request.of(sampling, seed, config.model.num_codes)
         except InputError as error:
             _log.error("a request ends without codes: %s", error)
             return None
-        return Request.of(sampling, seed, config.model.num_codes)
 
 
 def _check_prompt(config: LlamaGenConfig, prompt: Sequence[int]) -> None:

@@ -63,7 +63,7 @@ class CodeSampling:
             (B, I), by ids: 0 for the chosen code, -inf for everything else. A request that cannot
             be served, has all its codes or has logits that are not finite gets the id that ends it.
         """
-        count = len(requests)
+        count, codes = len(requests), self.codebook_size
         settings, uniforms, served = [_GREEDY] * count, [0.0] * count, [False] * count
         scales = np.ones(count, dtype=np.float32)
         for row, (request, index) in enumerate(zip(requests, indices, strict=True)):
@@ -73,20 +73,18 @@ class CodeSampling:
                 served[row] = True
         if self._sampler is None or settings != self._settings:
             self._settings = settings
-            self._sampler = fastest_sampler(settings, self.codebook_size, logits.device)
+            self._sampler = fastest_sampler(settings, codes, logits.device)
         each = np.arange(count, dtype=np.int64)
         rows = Rows(each, np.where(scales == 1.0, -1, each), scales)
-        conditional = logits[:, : self.codebook_size]
-        unconditional = conditional
-        if (scales != 1.0).any():
-            unconditional = logits[:, self.codebook_size : 2 * self.codebook_size]
+        start = codes if (scales != 1.0).any() else 0
+        conditional, unconditional = logits[:, :codes], logits[:, start : start + codes]
         # Whether all is finite is not asked: that would synchronise with the device at every step.
-        codes, finite = self._sampler(
+        drawn, finite = self._sampler(
             conditional, unconditional, rows, _to_device(logits.device, uniforms)
         )
         if not all(served):
             finite &= _to_device(logits.device, served)
-        ids = torch.where(finite, codes + self.first_code, self.first_code - 1)
+        ids = torch.where(finite, drawn + self.first_code, self.first_code - 1)
         return logits.fill_(-torch.inf).scatter_(1, ids.unsqueeze(-1), 0.0)
 
 
@@ -95,9 +93,6 @@ _GREEDY = SamplingConfig(guidance_scale=1.0, temperature=0.0)
 
 def _to_device(device: torch.device, values: list[float] | list[bool]) -> Tensor:
     """Copy a few numbers to the device, without waiting for it."""
-    on_host = torch.tensor(
-        values, dtype=torch.bool if isinstance(values[0], bool) else torch.float32
-    )
-    if device.type == "cuda":
-        on_host = on_host.pin_memory()
-    return on_host.to(device, non_blocking=True)
+    dtype = torch.bool if isinstance(values[0], bool) else torch.float32
+    pinned = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return pinned.to(device, non_blocking=True)

@@ -98,6 +98,6 @@ def read_settings(params: SamplingParams, defaults: SamplingConfig) -> tuple[Sam
 
 def _integer(name: str, value: Any) -> int:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value != int(value):
+    if not (is_number and math.isfinite(value) and value == int(value)):
         raise InputError(f"{name} is {value!r}, expected an integer")
     return int(value)
