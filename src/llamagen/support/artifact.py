@@ -352,7 +352,7 @@ class Artifact:
         """Return the differences to the settings on the disk, in words; "" if there are none."""
         form = self.form
         found = _filled(_read(self.folder / form.settings_name, form), missing or {})
-        before, now = _flat(_as_json(found)), _flat(self.settings)
+        before, now = flattened(_as_json(found)), flattened(self.settings)
         names = [
             name
             for name in dict.fromkeys([*now, *before])
@@ -458,12 +458,12 @@ def _filled(values: Settings, missing: Settings) -> dict[str, Any]:
     return filled
 
 
-def _flat(values: Settings, prefix: str = "") -> dict[str, Any]:
+def flattened(values: Settings, prefix: str = "") -> dict[str, Any]:
     """Return nested settings by dotted names."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         is_nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
+        flat |= flattened(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return flat
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import re
 import urllib.parse
-from collections.abc import Callable
 
 from llamagen.support.errors import importing
 
@@ -36,11 +35,7 @@ def _address(scheme: str) -> _Rule:
     return _rule(rf"\b(?:{start}|{domain})")
 
 
-_BEFORE_HTML = (
-    _rule("<person>", "person"),
-    _address("https?"),
-    _address("www"),
-)
+_BEFORE_HTML = (_rule("<person>", "person"), _address("https?"), _address("www"))
 
 _SIGNS = (
     _rule(r"@\w+\b"),  # names on social networks
@@ -104,16 +99,17 @@ _DASHES = re.compile("[-_]")
 def clean_caption(caption: str) -> str:
     """Return a caption cleaned as for the published models: twice. It may be empty.
 
-    Raises:
-        InputError: packages are not installed.
+    Raises InputError if packages are not installed.
     """
     return _clean_once(_clean_once(caption))
 
 
 def _clean_once(caption: str) -> str:
-    fix_text, without_tags = _libraries()
+    with importing("cleaning captions needs", "'llamagen[text]', or switch the cleaning off"):
+        from bs4 import BeautifulSoup
+        from ftfy import fix_text
     text = urllib.parse.unquote_plus(caption).strip().lower()
-    text = without_tags(_apply(_BEFORE_HTML, text))
+    text = str(BeautifulSoup(_apply(_BEFORE_HTML, text), "html.parser").text)
     text = _apply(_SIGNS, text)
     if len(_DASHES.findall(text)) > _MAX_DASHES:
         text = _DASHES.sub(" ", text)
@@ -126,11 +122,3 @@ def _apply(rules: tuple[_Rule, ...], text: str) -> str:
     for pattern, replacement in rules:
         text = pattern.sub(replacement, text)
     return text
-
-
-def _libraries() -> tuple[Callable[[str], str], Callable[[str], str]]:
-    """Return functions that repair wrongly decoded text, and that remove tags."""
-    with importing("cleaning captions needs", "'llamagen[text]', or switch the cleaning off"):
-        from bs4 import BeautifulSoup
-        from ftfy import fix_text
-    return fix_text, lambda text: str(BeautifulSoup(text, "html.parser").text)

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import logging
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -44,16 +44,14 @@ class Tokens(NamedTuple):
 class TextEncoder(nn.Module):
     """A T5 encoder with its tokenizer and the preparation of captions."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: TextConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, config: TextConfig) -> None:
         """See ``from_pretrained`` and ``small``; ``model`` is a ``transformers.T5EncoderModel``."""
         super().__init__()
-        t5: Any = model
+        self.model = model
         # One module under both names: shared weights would become two when they are moved from the
         # "meta" device.
-        t5.set_input_embeddings(t5.get_input_embeddings())
-        self.model: Any = model
-        self.tokenizer = tokenizer
-        self.config = config
+        self.model.set_input_embeddings(self.model.get_input_embeddings())
+        self.tokenizer, self.config = tokenizer, config
 
     @classmethod
     def from_pretrained(
@@ -63,12 +61,9 @@ class TextEncoder(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
     ) -> Self:
-        """Load an encoder; of a whole T5 model, its encoder's weights only.
+        """Load an encoder, by default FLAN-T5-XL as in the published models.
 
-        Args:
-            config: encoder to load, by default FLAN-T5-XL as in the published models.
-            device: device of the weights.
-            dtype: precision of the weights. T5 overflows in float16.
+        Of a whole T5 model, only the encoder's weights are loaded. T5 overflows in float16.
 
         Raises:
             InputError: there is no such encoder, it is of another family, or packages are not
@@ -85,19 +80,14 @@ class TextEncoder(nn.Module):
             family = transformers.AutoConfig.from_pretrained(source).model_type
             if family not in ("t5", "mt5", "umt5"):
                 raise InputError(f"text encoder {source} is of the family {family}, expected t5")
-            kinds = {"mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
-            kind = getattr(transformers, kinds.get(family, "T5EncoderModel"))
+            kind = getattr(transformers, f"{family.upper()}EncoderModel")
             model = kind.from_pretrained(source, dtype=dtype)
             tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         return cls(model.to(device).eval(), tokenizer, config)
 
     @classmethod
     def small(cls, config: SmallTextEncoderConfig, *, clean: bool = True) -> Self:
-        """Return a byte-level encoder with random weights, to train with a transformer.
-
-        Raises:
-            InputError: packages are not installed.
-        """
+        """Return a byte-level encoder with random weights, to train with a transformer."""
         transformers = import_transformers("text encoders need")
         model = transformers.T5EncoderModel(
             transformers.T5Config(
@@ -139,27 +129,17 @@ class TextEncoder(nn.Module):
         return next(self.parameters()).device
 
     def prepare(self, caption: str) -> str:
-        """Return a caption as it is encoded, which may be empty.
-
-        Raises:
-            InputError: it has control characters.
-        """
-        odd = next(
-            (c for c in caption if unicodedata.category(c) == "Cc" and c not in "\t\r\n"), ""
-        )
-        if odd:
-            raise InputError(
-                f"the text {_shortened(caption)} has the control character U+{ord(odd):04X} in it; "
-                f"remove it"
-            )
+        """Return a caption as encoded, perhaps ""; raise InputError if it has control characters."""
+        for character in caption:
+            if unicodedata.category(character) == "Cc" and character not in "\t\r\n":
+                raise InputError(
+                    f"the text {_shortened(caption)} has the control character "
+                    f"U+{ord(character):04X} in it; remove it"
+                )
         return clean_caption(caption) if self.config.clean else caption.strip()
 
     def require_text(self, caption: str) -> str:
-        """Return a caption as it is encoded.
-
-        Raises:
-            InputError: it is empty, also after cleaning, or has control characters.
-        """
+        """See ``prepare``; InputError also if nothing is left of the caption."""
         prepared = self.prepare(caption)
         if not prepared:
             why = "is empty" if not caption.strip() else "is empty once it is cleaned"
@@ -172,21 +152,19 @@ class TextEncoder(nn.Module):
         ids: list[list[int]] = self.tokenizer(
             list(prepared), truncation=True, max_length=limit, add_special_tokens=True
         )["input_ids"]
-        if warn:
-            for text, tokens in zip(prepared, ids, strict=True):
-                if len(tokens) == limit and self._length(text) > limit:
-                    _log.warning(
-                        "only the first %d tokens of the text %s are read", limit, _shortened(text)
-                    )
+        for text, tokens in zip(prepared, ids, strict=True) if warn else ():
+            if len(tokens) == limit < len(self.tokenizer(text, add_special_tokens=True).input_ids):
+                _log.warning(
+                    "only the first %d tokens of the text %s are read", limit, _shortened(text)
+                )
         return ids
 
     def tokens(self, ids: Sequence[Sequence[int]]) -> Tokens:
         """Stack the tokens of several captions."""
-        length = max(map(len, ids))
-        pad = self.tokenizer.pad_token_id
-        rows = [[pad] * (length - len(row)) + list(row) for row in ids]
-        masks = [[False] * (length - len(row)) + [True] * len(row) for row in ids]
-        return Tokens(torch.tensor(rows), torch.tensor(masks))
+        mask = _padding_mask(ids)
+        together = torch.full(mask.shape, self.tokenizer.pad_token_id)
+        together[mask] = torch.tensor(list(itertools.chain.from_iterable(ids)))
+        return Tokens(together, mask)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""
@@ -219,8 +197,8 @@ class TextEncoder(nn.Module):
         for batch in length_batches([len(row) for row in ids], tokens_at_once):
             tokens = self.tokens([ids[i] for i in batch])
             features = self(tokens.ids.to(self.device), tokens.mask.to(self.device)).cpu()
-            for row, index in enumerate(batch):
-                found[index] = features[row].clone()
+            for row, index in zip(features, batch, strict=True):
+                found[index] = row.clone()
             if progress is not None:
                 progress(len(batch))
         return found
@@ -243,9 +221,6 @@ class TextEncoder(nn.Module):
             self.model.save_pretrained(temporary)
             self.tokenizer.save_pretrained(temporary)
 
-    def _length(self, text: str) -> int:
-        return len(self.tokenizer(text, add_special_tokens=True)["input_ids"])
-
 
 def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list[int]]:
     """Yield indices in batches of one length, the longest first, of at most so many tokens."""
@@ -256,19 +231,22 @@ def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list
         yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
-def padded(features: Sequence[Tensor], length: int | None = None) -> tuple[Tensor, Tensor]:
-    """Stack features (L, W) of several captions, left-padded with zeros to a length.
+def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack features (L, W) of several captions, left-padded with zeros to one length, at least 1.
 
     Returns:
         (B, L, W), and (B, L) bool, False where there is padding.
     """
-    length = length or max(len(each) for each in features)
-    together = features[0].new_zeros(len(features), length, features[0].shape[-1])
-    mask = torch.zeros(len(features), length, dtype=torch.bool)
-    for row, each in enumerate(features):
-        together[row, length - len(each) :] = each
-        mask[row, length - len(each) :] = True
+    mask = _padding_mask(features)
+    together = features[0].new_zeros(*mask.shape, features[0].shape[-1])
+    together[mask] = torch.cat(list(features))
     return together, mask
+
+
+def _padding_mask(rows: Sequence[Sized]) -> Tensor:
+    lengths = torch.tensor([len(row) for row in rows])
+    length = max(1, int(lengths.max()))
+    return torch.arange(length) >= length - lengths[:, None]
 
 
 def _shortened(text: str) -> str:

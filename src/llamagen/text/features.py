@@ -10,10 +10,11 @@ Shapes: N captions, L tokens of a caption, W width of a feature.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -63,12 +64,7 @@ class TextManifest:
 
 
 def _ends(artifact: Artifact, shard: int) -> np.ndarray:
-    """Check the files of a shard; return the end of each caption's features.
-
-    Raises:
-        FileNotFoundError: one of them is missing.
-        InputError: one is damaged, or belongs to another store.
-    """
+    """Check the files of a shard; return the end of each caption's features."""
     artifact.check_files(shard)
     values = artifact.read_json(shard)
     try:
@@ -147,8 +143,6 @@ class TextStore:
     def features(self, captions: Sequence[str]) -> list[Tensor]:
         """Return features (L, W) bfloat16 of each caption; (0, W) of those that are not there."""
         found = [torch.empty(0, self.width, dtype=torch.bfloat16) for _ in captions]
-        if len(self._keys) == 0 or not captions:
-            return found
         wanted = np.array([_key(caption) for caption in captions], dtype=np.uint64)
         near = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         for row in np.flatnonzero(self._keys[near] == wanted):
@@ -194,7 +188,7 @@ def extract_text(
         captions: not cleaned; may have duplicates.
         out: folder of the store; new, empty, or begun with the same arguments.
         shard_size: captions of a shard.
-        tokens_at_once: tokens of a batch.
+        tokens_at_once: maximum number of tokens of a batch.
         rank: this process makes every ``world_size``-th shard, from this one on.
         world_size: processes that work on the store.
         progress: show a bar, if there is a terminal.
@@ -218,15 +212,8 @@ def extract_text(
     )
     artifact = _artifact(out, config_to_dict(plan))
     artifact.rank, artifact.world_size = rank, world_size
-
-    def make(items: range, advance: Advance) -> Mapping[str, Any]:
-        texts = unique[items.start : items.stop]
-        return _encode(encoder, texts, tokens_at_once, advance)
-
-    with (
-        artifact.begin(),
-        artifact.progress_bar("encoding", "caption", shown=progress) as bar,
-    ):
+    make = functools.partial(_encode, encoder, unique, tokens_at_once)
+    with artifact.begin(), artifact.progress_bar("encoding", "caption", shown=progress) as bar:
         start = time.perf_counter()
         count = artifact.make(make, bar.update)
         seconds = time.perf_counter() - start
@@ -236,22 +223,20 @@ def extract_text(
 
 def _encode(
     encoder: TextEncoder,
-    texts: Sequence[str],
+    captions: Sequence[str],
     tokens_at_once: int,
-    advance: Callable[[int], object],
+    items: range,
+    advance: Advance,
 ) -> Mapping[str, Any]:
-    prepared = [encoder.prepare(text) for text in texts]
+    prepared = [encoder.prepare(captions[item]) for item in items]
     filled = [i for i, text in enumerate(prepared) if text]
     encoded = encoder.encode(
         [prepared[i] for i in filled], tokens_at_once=tokens_at_once, progress=advance
     )
-    lengths = np.zeros(len(texts), dtype=np.int64)
+    lengths = np.zeros(len(items), dtype=np.int64)
     lengths[filled] = [len(each) for each in encoded]
     whole = torch.cat([torch.empty(0, encoder.width), *encoded]).to(torch.bfloat16)
-    return {
-        ".npy": whole.view(torch.int16).numpy(),
-        ".json": {"ends": np.cumsum(lengths).tolist()},
-    }
+    return {".npy": whole.view(torch.int16).numpy(), ".json": {"ends": np.cumsum(lengths).tolist()}}
 
 
 def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:

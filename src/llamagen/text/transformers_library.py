@@ -14,11 +14,7 @@ from llamagen.support.errors import InputError, importing
 
 
 def import_transformers(who: str) -> Any:
-    """Return the library.
-
-    Raises:
-        InputError: it is not installed; ``who`` needs it ("text encoders need").
-    """
+    """Return the library, or raise InputError; ``who`` needs it ("text encoders need")."""
     with importing(who, "'llamagen[text]'"):
         import transformers
     return transformers
@@ -41,15 +37,12 @@ def quietly() -> Iterator[None]:
 
 @contextlib.contextmanager
 def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
-    """Context to load a model in, without progress bars and with errors of one line.
+    """Load a model in the block, without progress bars; every error becomes an InputError.
 
     Args:
         what: noun for the model, in messages.
         source: folder or hub repository.
         remedy: end of messages.
-
-    Raises:
-        InputError: it cannot be loaded.
     """
     try:
         with quietly(), contextlib.nullcontext() if Path(source).is_dir() else hub_errors(source):

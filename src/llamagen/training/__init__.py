@@ -6,45 +6,35 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llamagen.training.config import (
-        LoopConfig,
-        TokenizerTraining,
-        TransformerTraining,
-    )
-    from llamagen.training.loop import TrainingInterrupted, TrainingResult
-    from llamagen.training.recipes import load_recipe
-    from llamagen.training.tokenizer_task import train_tokenizer
-    from llamagen.training.transformer_task import train_transformer
+    from llamagen.training.config import LoopConfig as LoopConfig
+    from llamagen.training.config import TokenizerTraining as TokenizerTraining
+    from llamagen.training.config import TransformerTraining as TransformerTraining
+    from llamagen.training.loop import TrainingInterrupted as TrainingInterrupted
+    from llamagen.training.loop import TrainingResult as TrainingResult
+    from llamagen.training.recipes import load_recipe as load_recipe
+    from llamagen.training.tokenizer_task import train_tokenizer as train_tokenizer
+    from llamagen.training.transformer_task import train_transformer as train_transformer
 
 # As in ``llamagen``: a command that only describes its options need not wait for torch.
 _HOMES = {
-    "LoopConfig": "llamagen.training.config",
-    "TokenizerTraining": "llamagen.training.config",
-    "TrainingInterrupted": "llamagen.training.loop",
-    "TrainingResult": "llamagen.training.loop",
-    "TransformerTraining": "llamagen.training.config",
-    "load_recipe": "llamagen.training.recipes",
-    "train_tokenizer": "llamagen.training.tokenizer_task",
-    "train_transformer": "llamagen.training.transformer_task",
+    "LoopConfig": "config",
+    "TokenizerTraining": "config",
+    "TrainingInterrupted": "loop",
+    "TrainingResult": "loop",
+    "TransformerTraining": "config",
+    "load_recipe": "recipes",
+    "train_tokenizer": "tokenizer_task",
+    "train_transformer": "transformer_task",
 }
 
-__all__ = [
-    "LoopConfig",
-    "TokenizerTraining",
-    "TrainingInterrupted",
-    "TrainingResult",
-    "TransformerTraining",
-    "load_recipe",
-    "train_tokenizer",
-    "train_transformer",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'llamagen.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(f"llamagen.training.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

@@ -8,16 +8,16 @@ processes can read them. Random generators need no state: each step seeds its ow
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import pickle
 import shutil
 import tempfile
-import threading
 import warnings
 import zlib
 from collections.abc import Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,22 +67,15 @@ class Checkpoint:
 
     def read_state(self) -> dict[str, Any]:
         """Return the plain values and small tensors that were saved."""
-        state: dict[str, Any] = torch.load(
-            self.path / _STATE_NAME, map_location="cpu", weights_only=True
-        )
-        return state
+        return torch.load(self.path / _STATE_NAME, map_location="cpu", weights_only=True)
 
     def read_tensors(self, tensors: NestedTensors) -> None:
         """Fill ``tensors`` in place, each process its shards; all processes call it.
 
-        Raises:
-            InputError: the checkpoint does not hold these tensors.
+        Raises InputError if the checkpoint does not hold these tensors.
         """
         with _errors_of_dcp():
-            load(
-                {name: dict(group) for name, group in tensors.items()},
-                storage_reader=_Reader(self.path / _TENSORS_NAME),
-            )
+            load(_plain(tensors), storage_reader=_Reader(self.path / _TENSORS_NAME))
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -90,22 +83,17 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
     Damaged ones are reported and renamed. Leftovers of an interrupted save are removed.
     """
-    found = _latest(folder) if distributed.is_main() else None
     # Only the main process looks, since it renames what is damaged.
-    return distributed.gathered(found)[0]
+    return distributed.gathered(_latest(folder) if distributed.is_main() else None)[0]
 
 
 def read_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
-    """Return the checkpoint of a step, by default the latest; changes nothing.
-
-    Raises:
-        InputError: there is none, or it is damaged.
-    """
-    paths = {_step_of(path): path for path in _find(folder)}
+    """Return the checkpoint of a step, by default the latest, or raise InputError."""
+    paths = _find(folder)
     if not paths:
         raise InputError(f"there are no checkpoints in {folder}; name the folder of a run")
     if step is not None and step not in paths:
-        known = ", ".join(str(number) for number in sorted(paths))
+        known = ", ".join(map(str, paths))
         raise InputError(f"there is no checkpoint of step {step} in {folder}; there is {known}")
     path = paths[max(paths) if step is None else step]
     try:
@@ -124,12 +112,9 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path, *, keep: int, keep_every: int = 0) -> None:
         """Keep the latest ``keep`` checkpoints and those of multiples of ``keep_every`` steps."""
-        self._folder = folder
-        self._keep = keep
-        self._keep_every = keep_every
-        self._writing: Future[Any] | None = None
-        self._finishing: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._saving: Future[Any] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
         # Its own group: the threads that write communicate while the training does.
         self._group = dist.new_group(backend="gloo") if distributed.world_size() > 1 else None
 
@@ -152,7 +137,14 @@ class CheckpointWriter:
         self.wait()
         path = self._folder / f"{_PREFIX}{step:07d}"
         temporary = self._begin(path, state)
-        self._writing = _write(temporary / _TENSORS_NAME, tensors, self._group)
+        with _errors_of_dcp():
+            writing = async_save(
+                _plain(tensors),
+                storage_writer=FileSystemWriter(temporary / _TENSORS_NAME),
+                process_group=self._group,
+            )
+        assert isinstance(writing, Future)
+        self._saving = writing
         if distributed.is_main():
             about = {
                 "step": step,
@@ -161,47 +153,30 @@ class CheckpointWriter:
                 "processes": distributed.world_size(),
                 **about,
             }
-            self._finishing = threading.Thread(
-                target=self._finish, args=(self._writing, temporary, path, about), daemon=True
-            )
-            self._finishing.start()
+            self._saving = self._thread.submit(self._finish, writing, temporary, path, about)
 
     def wait(self) -> None:
-        """Wait until nothing is being written any more; all processes call it.
-
-        Raises:
-            OSError: writing has failed.
-        """
-        if self._writing is None:
-            return
-        if self._finishing is not None:
-            self._finishing.join()
-            self._finishing = None
-        elif not distributed.is_main():
-            self._error = _error_of(self._writing)
-        self._writing = None
-        own, self._error = self._error, None
-        self._raise_together(own)
+        """Wait until all is written, or raise OSError; all processes call it."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            self._raise_together(_cause(saving.exception()))
 
     def check(self) -> None:
         """Raise as ``wait`` does if writing has failed already, without waiting."""
-        if self._writing is not None:
-            done = self._finishing is None or not self._finishing.is_alive()
-            if all(distributed.gathered(done and self._writing.done())):
-                self.wait()
+        if self._saving is not None and all(distributed.gathered(self._saving.done())):
+            self.wait()
 
     def close(self) -> None:
         """Let the checkpoint that is being written be finished when a run ends early.
 
         Without communication: a lost process may be what ended the run.
         """
-        if self._finishing is not None:
-            self._finishing.join(_GRACE)
+        if self._saving is not None and distributed.is_main():
+            wait([self._saving], timeout=_GRACE)
 
     def _begin(self, path: Path, state: dict[str, Any]) -> Path:
         """Make the temporary folder, with the state in it; return its path in every process."""
-        error: OSError | None = None
-        name = ""
+        error, name = None, ""
         if distributed.is_main():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,24 +192,22 @@ class CheckpointWriter:
         return Path(distributed.gathered(name)[0])
 
     def _finish(
-        self, writing: Future[Any], temporary: Path, path: Path, about: dict[str, Any]
+        self,
+        writing: Future[Any],
+        temporary: Path,
+        path: Path,
+        about: dict[str, Any],
     ) -> None:
         """Turn a written folder into the checkpoint; a thread of the main process runs it."""
         try:
-            error = _error_of(writing)
-            if error is not None:
-                raise error
+            writing.result()
             with storage.atomic_folder(path) as last:
                 for part in list(temporary.iterdir()):
                     part.rename(last / part.name)
-                about["files"] = _checksums(last)
-                storage.write_json(last / _ABOUT_NAME, about)
-            for old in _find(self._folder)[: -self._keep]:
-                if self._keep_every == 0 or _step_of(old) % self._keep_every:
+                storage.write_json(last / _ABOUT_NAME, {**about, "files": _checksums(last)})
+            for step, old in list(_find(self._folder).items())[: -self._keep]:
+                if self._keep_every == 0 or step % self._keep_every:
                     shutil.rmtree(old)
-        except BaseException as caught:  # noqa: BLE001
-            # wait() raises it.
-            self._error = caught
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -248,40 +221,22 @@ class CheckpointWriter:
                 raise OSError(f"process {number} could not save a checkpoint ({reason})")
 
 
-def _write(path: Path, tensors: NestedTensors, group: Any) -> Future[Any]:
-    """Copy the tensors and write them in a thread."""
-    with _errors_of_dcp():
-        response = async_save(
-            {name: dict(group) for name, group in tensors.items()},
-            storage_writer=FileSystemWriter(path),
-            process_group=group,
-        )
-    assert isinstance(response, Future)
-    return response
+def _plain(tensors: NestedTensors) -> dict[str, Any]:
+    """Return plain dictionaries, which are what DCP takes."""
+    return {name: dict(group) for name, group in tensors.items()}
 
 
-def _error_of(writing: Future[Any]) -> BaseException | None:
-    """Wait; return the error, with DCP's own replaced by its cause."""
-    error = writing.exception()
-    return None if error is None else _cause(error)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """Return the first error of any process behind one of DCP's."""
+def _cause(error: BaseException | None) -> BaseException | None:
+    """Return the first error of any process behind one of DCP's; others as they are."""
     if isinstance(error, CheckpointException):
-        for fault, _ in error.failures.values():
-            return fault
+        return next((fault for fault, _ in error.failures.values()), error)
     return error
 
 
 class _errors_of_dcp:  # noqa: N801
-    """Context that raises the cause of DCP's errors, which are no ``Exception``.
+    """Context that raises the cause of DCP's errors; a generator would lose the traceback."""
 
-    A class, because a generator would lose the traceback.
-    """
-
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, CheckpointException):
@@ -309,22 +264,20 @@ class _Reader(FileSystemReader):
 class _IndexUnpickler(pickle.Unpickler):
     """Unpickler that is limited to the classes of DCP's index."""
 
-    _MODULES = frozenset({"torch.distributed.checkpoint.metadata"})
     _NAMES = frozenset(
         {
             ("torch", "Size"),
             ("torch.serialization", "_get_layout"),
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
             ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-            *(("pathlib", name) for name in ("Path", "PosixPath", "WindowsPath")),
-            *(("pathlib._local", name) for name in ("Path", "PosixPath", "WindowsPath")),
             ("collections", "OrderedDict"),
+            *itertools.product(("pathlib", "pathlib._local"), ("Path", "PosixPath", "WindowsPath")),
         }
     )
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_index = module in self._MODULES and "." not in name
+        is_index = module == "torch.distributed.checkpoint.metadata" and "." not in name
         if not (is_dtype or is_index or (module, name) in self._NAMES):
             raise pickle.UnpicklingError(
                 f"its index names {module}.{name}, which is no part of one"
@@ -338,7 +291,7 @@ _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.Unpi
 def _latest(folder: Path) -> Checkpoint | None:
     for leftover in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(leftover)
-    for path in reversed(_find(folder)):
+    for path in reversed(_find(folder).values()):
         try:
             return _verified(path)
         except _DAMAGE as error:
@@ -381,10 +334,7 @@ def _checksum(path: Path) -> str:
     return f"{value:08x}"
 
 
-def _find(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name.removeprefix(_PREFIX).isdecimal()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix(_PREFIX))
+def _find(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints in a folder by their steps, in order."""
+    paths = {path.name.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*")}
+    return dict(sorted((int(step), path) for step, path in paths.items() if step.isdecimal()))

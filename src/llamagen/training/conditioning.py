@@ -161,7 +161,7 @@ class FeatureConditioning(CaptionConditioning):
     def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         found = self._features.features(captions)
         # At least one position, even without a feature: a sequence starts with its condition.
-        texts, mask = padded(found, max([1, *(len(each) for each in found)]))
+        texts, mask = padded(found)
         mask[:, -1] = True
         return texts, mask, [len(each) > 0 for each in found]
 

@@ -1,8 +1,7 @@
-"""Recipes: everything that determines a training run, as plain data.
+"""Recipes: everything that determines a training run, as plain data. Nothing here imports torch.
 
-The command line's flags and the YAML files are a recipe's fields. Each field declares its range or
-its choices once. Nothing here imports torch. Longer than most files: half of it is the text of
-``--help``.
+The command line's flags and the YAML files are a recipe's fields; each declares its range or its
+choices once. Half of this file is the text of ``--help``.
 """
 
 from __future__ import annotations
@@ -48,9 +47,7 @@ def _at_least(minimum: int, default: int | None) -> Any:
 
 def _weight(default: float | None) -> Any:
     return _checked(
-        default,
-        lambda value: math.isfinite(value) and value >= 0,
-        "a finite number of at least 0",
+        default, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0"
     )
 
 
@@ -61,12 +58,10 @@ def _fraction(default: float) -> Any:
 @functools.cache
 def _choices(cls: Any) -> dict[str, tuple[Any, ...]]:
     """Return the values of each field that is a ``Literal``, or a tuple of them."""
-    hints = typing.get_type_hints(cls)
-    parts = {name: (hint, *typing.get_args(hint)) for name, hint in hints.items()}
     return {
         name: typing.get_args(part)
-        for name, some in parts.items()
-        for part in some
+        for name, hint in typing.get_type_hints(cls).items()
+        for part in (hint, *typing.get_args(hint))
         if typing.get_origin(part) is Literal
     }
 
@@ -78,16 +73,13 @@ class _Checked:
         cls: Any = type(self)
         choices = _choices(cls)
         for field in dataclasses.fields(cls):
-            name, value = field.name, getattr(self, field.name)
-            for each in value if isinstance(value, tuple) else (value,):
-                if name in choices:
-                    known = ", ".join(choices[name])
-                    _require(each in choices[name], f"{name} is {each!r}, expected one of {known}")
-            if value is not None and "valid" in field.metadata:
-                _require(
-                    field.metadata["valid"](value),
-                    f"{name} is {value}, expected {field.metadata['expected']}",
-                )
+            name, value, check = field.name, getattr(self, field.name), field.metadata
+            if name in choices:
+                known = f"expected one of {', '.join(choices[name])}"
+                for each in value if isinstance(value, tuple) else (value,):
+                    _require(each in choices[name], f"{name} is {each!r}, {known}")
+            if value is not None and check:
+                _require(check["valid"](value), f"{name} is {value}, expected {check['expected']}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -301,12 +293,11 @@ class TokenizerTraining(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.trained == "decoder":
-            _require(
-                self.revive_codes_every == 0,
-                f"revive_codes_every is {self.revive_codes_every}, but with trained decoder the "
-                f"codebook is frozen; set it to 0",
-            )
+        _require(
+            self.trained == "all" or self.revive_codes_every == 0,
+            f"revive_codes_every is {self.revive_codes_every}, but with trained decoder the "
+            f"codebook is frozen; set it to 0",
+        )
         if self.init is None:
             self.model.grid_of(*self.images.shape)
         _require(

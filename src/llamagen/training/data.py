@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,14 @@ from llamagen.support.errors import InputError
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.run_folder import SKIPPED_NAME, start_run
 
+if TYPE_CHECKING:
+    # At run time only where data is streamed: it needs an optional package.
+    from llamagen.data.streaming import ImageStream
+
 CODES_FOLDER = "codes"
 """The codes of the images, in the run's folder."""
+
+Recipe = TokenizerTraining | TransformerTraining
 
 
 class Images(NamedTuple):
@@ -35,7 +41,7 @@ class Images(NamedTuple):
     """May be empty."""
 
 
-def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled: bool) -> Images:
+def find_run_images(recipe: Recipe, *, labelled: bool) -> Images:
     """Find the images of a run. To be called in every process.
 
     Raises:
@@ -58,9 +64,8 @@ def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled
             f"and text, or name the column of captions with `caption_columns`"
         )
     if recipe.validation_data is None and source.validation_split is None:
-        training, held_out = found.split(recipe.images.validation_fraction)
+        found, held_out = found.split(recipe.images.validation_fraction)
     else:
-        training = found
         with distributed.main_first():
             held_out = open_images(
                 recipe.validation_data or data,
@@ -69,10 +74,10 @@ def find_run_images(recipe: TokenizerTraining | TransformerTraining, *, labelled
                 labelled=labelled,
                 class_names=found.class_names if labelled else None,
             )
-    return Images(training, held_out.thinned(recipe.images.max_validation_images))
+    return Images(found, held_out.thinned(recipe.images.max_validation_images))
 
 
-def _named(recipe: TokenizerTraining | TransformerTraining) -> str:
+def _named(recipe: Recipe) -> str:
     if recipe.data is None:
         raise InputError(
             "no images were named; give `data` a folder, Parquet or tar files, or hf:owner/name"
@@ -80,34 +85,9 @@ def _named(recipe: TokenizerTraining | TransformerTraining) -> str:
     return recipe.data
 
 
-class TrainingSource(Protocol):
-    """A source of batches of images."""
-
-    def training_batches(
-        self,
-        augmentation: Augmentation,
-        *,
-        first: int,
-        last: int,
-        workers: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> Iterator[ImageBatch]:
-        """Yield the batches of the steps from ``first`` up to but not including ``last``."""
-
-    def digest(self) -> str:
-        """Return a short text that changes when the images do."""
-
-    def state_dict(self) -> dict[int, tuple[int, ...]]:
-        """Return the position of this process, beyond the number of the step."""
-
-    def load_state_dict(self, state: Mapping[int, Any]) -> None:
-        """Continue from what the processes' ``state_dict`` returned."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """A ``TrainingSource`` of images in a random order that is a function of the step."""
+    """Images in a random order that is a function of the step; used as an ``ImageStream``."""
 
     images: ImageCollection
     order: DataOrder
@@ -117,21 +97,21 @@ class Shuffled:
         return training_batches(self.images, self.order, augmentation, **part)
 
     def digest(self) -> str:
-        """Return that of the images."""
+        """Return a short text that changes when the images do."""
         return self.images.digest()
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
-        """Return nothing."""
+        """Return this process's position beyond the number of the step: none."""
         return {}
 
     def load_state_dict(self, state: Mapping[int, Any]) -> None:
-        """Do nothing."""
+        """Continue from what the processes' ``state_dict`` returned."""
 
 
 class TokenizerImages(NamedTuple):
     """Images that an image tokenizer is trained and validated on."""
 
-    training: TrainingSource
+    training: Shuffled | ImageStream
     validation: ImageCollection
     """May be empty."""
     shown: ImageCollection
@@ -170,8 +150,8 @@ def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
         raise InputError(
             f"{data} cannot be streamed; that is for hub data sets, Parquet and tar files"
         )
-    size, seed = recipe.loop.batch_size, recipe.loop.seed
-    training = ImageStream(data, source, batch_size=size, seed=seed)
+    order: dict[str, Any] = {"batch_size": recipe.loop.batch_size, "seed": recipe.loop.seed}
+    training = ImageStream(data, source, **order)
     limit, name = recipe.images.max_validation_images, source.validation_split
     validation: ImageCollection
     if recipe.validation_data is not None:
@@ -180,7 +160,7 @@ def _streamed(recipe: TokenizerTraining) -> TokenizerImages:
             found = open_images(recipe.validation_data, indexed, split=name, labelled=False)
         validation = found.thinned(limit)
     elif name is not None:
-        split = ImageStream(data, source, batch_size=size, seed=seed, split=name)
+        split = ImageStream(data, source, split=name, **order)
         validation = InMemory(list(split.first_images(limit)), f"{data} {name}")
     else:
         raise InputError(
@@ -222,16 +202,14 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSp
     if recipe.encode == "once":
         training = _extracted(recipe, tokenizer, images.training, views, "training")
     else:
-        encoder = None
-        if recipe.loop.precision == "bfloat16":
-            encoder = copy.deepcopy(tokenizer).to(torch.bfloat16).eval()
+        is_half = recipe.loop.precision == "bfloat16"
         training = LiveCodes(
             tokenizer,
             images.training,
             views,
             skipped=SkippedFiles(recipe.out / SKIPPED_NAME),
             workers=recipe.images.workers,
-            encoder=encoder,
+            encoder=copy.deepcopy(tokenizer).to(torch.bfloat16).eval() if is_half else None,
         )
     rows = np.arange(len(training))
     if len(images.validation) == 0:
@@ -272,21 +250,19 @@ def _stored_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Cod
         raise InputError("give either images (`data`) or a store of codes (`codes`), not both")
     assert recipe.codes is not None
     training = validation = CodeStore.open(recipe.codes)
+    train_rows: Sequence[int] = range(len(training))
     if recipe.validation_codes is None:
-        keys = training.keys(range(len(training)))
-        train_rows, val_rows = split_keys(keys, recipe.images.validation_fraction)
+        fraction = recipe.images.validation_fraction
+        train_rows, val_rows = split_keys(training.keys(train_rows), fraction)
     else:
         validation = CodeStore.open(recipe.validation_codes)
-        train_rows, val_rows = list(range(len(training))), list(range(len(validation)))
+        val_rows = list(range(len(validation)))
     for store in (training, validation):
         store.check_tokenizer(tokenizer.fingerprint())
         # Read now, so that damaged ones leave no run behind.
         _ = store.labels, store.captions([0])
     start_run(recipe)
-    chosen = spread(len(val_rows), recipe.images.max_validation_images)
+    val_rows = [val_rows[i] for i in spread(len(val_rows), recipe.images.max_validation_images)]
     return CodeSplits(
-        training,
-        np.array(train_rows, dtype=np.int64),
-        validation,
-        np.array([val_rows[index] for index in chosen], dtype=np.int64),
+        training, np.array(train_rows, np.int64), validation, np.array(val_rows, np.int64)
     )

@@ -32,6 +32,7 @@ from llamagen.data.captions import Caption
 from llamagen.data.images import ImageCollection, ImageFolder
 from llamagen.data.live_codes import MemoryCodes
 from llamagen.data.loader import DataOrder
+from llamagen.data.store import CodeStore
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
 from llamagen.support.devices import find_device
@@ -56,6 +57,8 @@ from llamagen.training.transformer_task import TransformerTask
 
 _STEPS = 2
 _CAPTION_TOKENS = 24
+_BYTES = 4
+"""Of a weight, which is float32 in training."""
 _GB = 1e9
 
 _Data = tuple[str, int | None]
@@ -71,14 +74,15 @@ def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
     """
     with distributed.process_group(recipe.loop.device), tempfile.TemporaryDirectory() as folder:
         require_shares(recipe.loop)
-        own: Any = recipe
-        own = open_run(own)
-        loop = dataclasses.replace(own.loop, trackers=())
+        recipe = open_run(recipe)  # type: ignore[type-var]  # it is of one kind or the other
+        loop = dataclasses.replace(recipe.loop, trackers=())
         device = find_device(loop.device)
         # A folder for each process: they need not share a disk.
-        own = dataclasses.replace(own, out=Path(folder), loop=loop)
-        is_tokenizer = isinstance(recipe, TokenizerTraining)
-        data, make = _tokenizer(own) if is_tokenizer else _transformer(own)
+        recipe = dataclasses.replace(recipe, out=Path(folder), loop=loop)
+        if isinstance(recipe, TokenizerTraining):
+            data, make = _tokenizer(recipe)
+        else:
+            data, make = _transformer(recipe)
         # Without memory first: the model may not fit.
         with torch.device("meta"):
             _report(make(), data, loop, device)
@@ -92,11 +96,11 @@ def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
 
 def _tokenizer(recipe: TokenizerTraining) -> tuple[_Data, Callable[[], Task]]:
     size, seed = recipe.loop.batch_size, recipe.loop.seed
-    few: ImageCollection
     if recipe.source.streaming and recipe.data is not None:
         images = tokenizer_images(recipe)
         data: _Data = (f"streamed, {images.training.digest()}", None)
     else:
+        few: ImageCollection
         if recipe.data is None:
             data, few = ("none named; two steps on noise", None), _noise(recipe)
         else:
@@ -139,8 +143,6 @@ def _transformer_data(recipe: TransformerTraining) -> tuple[_Data, tuple[str, ..
     data: _Data = ("none named", None)
     names: tuple[str, ...] = ()
     if recipe.codes is not None:
-        from llamagen.data.store import CodeStore
-
         store = CodeStore.open(recipe.codes)
         data, names = (f"{len(store)} images with codes", len(store)), store.class_names
     elif recipe.data is not None:
@@ -202,28 +204,24 @@ def _counted(images: Images) -> _Data:
 
 
 def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> None:
-    """Print everything but the steps.
-
-    Raises:
-        InputError: weights, gradients and optimiser alone do not fit into the memory.
-    """
+    """Print everything but the steps; raise InputError if the model alone exceeds the memory."""
     processes = distributed.world_size()
-    models = [task.model, *([] if task.adversary is None else [task.adversary])]
-    total = sum(_bytes(model) for model in models)
-    trained = sum(_bytes(model, trained=True) for model in models)
-    mean = _bytes(task.model, trained=True) if loop.ema_decay > 0 else 0
-    checkpoint = total + 2 * trained + mean
+    models = [task.model] if task.adversary is None else [task.model, task.adversary]
+    trained = sum(_weights(model, trained=True) for model in models)
+    mean = _weights(task.model, trained=True) if loop.ema_decay > 0 else 0
+    checkpoint = _BYTES * (sum(map(_weights, models)) + 2 * trained + mean)
     shards = (loop.shard_processes or processes) if loop.parallel == "fsdp" else 1
-    needed = (checkpoint + trained) / shards
+    needed = (checkpoint + _BYTES * trained) / shards
+    description, count = data
     epochs = ""
-    if data[1] is not None:
-        epochs = f", {loop.steps * loop.batch_size / data[1]:.1f} times through the data"
-    parameters, trainable = _bytes(task.model) // 4, _bytes(task.model, trained=True) // 4
-    lines = {"parameters": f"{parameters:,} ({trainable:,} trained)"}
+    if count is not None:
+        epochs = f", {loop.steps * loop.batch_size / count:.1f} times through the data"
+    own = f"{_weights(task.model):,} ({_weights(task.model, trained=True):,} trained)"
+    lines = {"parameters": own}
     if task.adversary is not None:
-        lines["discriminator"] = f"{_bytes(task.adversary) // 4:,} parameters"
+        lines["discriminator"] = f"{_weights(task.adversary):,} parameters"
     lines |= {
-        "data": data[0],
+        "data": description,
         "steps": f"{loop.steps:,} of {loop.batch_size} images{epochs}",
         "processes": f"{processes}, each {loop.part_size(processes)} images at a time",
         "precision": loop.precision,
@@ -236,8 +234,9 @@ def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> 
     width = max(map(len, lines))
     for name, text in lines.items():
         _say(f"{name:<{width}}  {text}")
-    is_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
     if needed > free:
         raise InputError(
             f"the run needs at least {needed / _GB:.1f} GB on {device}, which has "
@@ -245,9 +244,9 @@ def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> 
         )
 
 
-def _bytes(model: torch.nn.Module, *, trained: bool = False) -> int:
-    """Return the bytes of a model's weights, which are float32 in training."""
-    return sum(4 * p.numel() for p in model.parameters() if p.requires_grad or not trained)
+def _weights(model: torch.nn.Module, *, trained: bool = False) -> int:
+    """Return the number of a model's weights, or of those that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _peak_memory(device: torch.device) -> float:

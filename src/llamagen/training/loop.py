@@ -1,15 +1,13 @@
-"""The training loop of both models.
+"""The training loop of both models; what differs between them is a ``Task``.
 
-What differs between them is a ``Task``. Every random number of a step comes from the run's seed
-and the step's number, so an interrupted run continues exactly, and what happens between steps
-(validation, samples) cannot change it.
+Every random number of a step comes from the run's seed and the step's number, so an interrupted
+run continues exactly, and what happens between steps (validation, samples) cannot change it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import math
 import signal
@@ -43,6 +41,7 @@ from llamagen.training.parallel import (
     place,
     release_gathered,
     require_shares,
+    seed_of,
     shards_model,
     whole_state,
 )
@@ -62,10 +61,9 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingResult:
-    """Result of a finished run."""
+    """Result of a finished run in the folder ``out``."""
 
     out: Path
-    """The run's folder."""
     model: Path
     """The exported model's folder."""
     steps: int
@@ -89,14 +87,8 @@ def fit(
 ) -> TrainingResult:
     """Train ``task`` until the configured step, from the beginning or from a checkpoint.
 
-    All processes of the run call it, within ``distributed.process_group``.
-
-    Args:
-        task: what to train.
-        config: how.
-        out: the run's folder.
-        quiet: no progress on the terminal.
-        recipe: description of the run for trackers.
+    All processes of the run call it, within ``distributed.process_group``. ``out`` is the run's
+    folder; ``quiet`` shows no progress on the terminal; ``recipe`` describes the run to trackers.
 
     Raises:
         InputError: the data has changed since the run began, the run is past the wanted steps,
@@ -105,10 +97,9 @@ def fit(
         TrainingInterrupted: the process was asked to stop; the run was saved.
         OSError: a checkpoint could not be written; the earlier ones are intact.
     """
-    require_shares(config)
     with own_random_numbers(config.device), _lost_processes(out):
         run = _Run(task, config, out, quiet=quiet, recipe=recipe or {})
-        with run.closing(), _stop_signals() as signals:
+        with contextlib.closing(run), _stop_signals() as signals:
             batches = task.batches(run.step, config.steps)
             while run.step < config.steps:
                 run.take_step(batches)
@@ -136,18 +127,12 @@ def time_steps(task: Task, config: LoopConfig, out: Path, *, steps: int) -> floa
 
     ``task``'s model is changed; ``out`` is an empty folder for temporary files.
     """
-    require_shares(config)
-    seconds = 0.0
-    with own_random_numbers(config.device):
-        run = _Run(task, config, out, quiet=True, recipe={})
-        with run.closing():
-            batches = task.batches(0, steps)
-            for _ in range(steps):
-                start = time.perf_counter()
-                # Reads the gradients' norm: nothing is left to wait for on a GPU.
-                run.take_step(batches)
-                seconds = time.perf_counter() - start
-    return seconds
+    with (
+        own_random_numbers(config.device),
+        contextlib.closing(_Run(task, config, out, quiet=True, recipe={})) as run,
+    ):
+        batches = task.batches(0, steps)
+        return [run.take_step(batches) for _ in range(steps)][-1]
 
 
 class _Run:
@@ -156,6 +141,7 @@ class _Run:
     def __init__(
         self, task: Task, config: LoopConfig, out: Path, *, quiet: bool, recipe: Mapping[str, Any]
     ) -> None:
+        require_shares(config)
         self.task, self.config, self.out = task, config, out
         self.device = find_device(config.device)
         self.step = 0
@@ -165,8 +151,7 @@ class _Run:
         self.meter = Meter()
         self._exported: Path | None = None
         self._clock = time.perf_counter()
-        self._step_seconds = 0.0
-        self._steps_timed = 0
+        self._step_seconds: list[float] = []
         checkpoint = latest_checkpoint(checkpoint_folder(out))
         if checkpoint is not None:
             check_same_data(checkpoint.about["data"], task.data, out)
@@ -183,16 +168,11 @@ class _Run:
             checkpoint_folder(out), keep=config.keep_checkpoints, keep_every=config.keep_every
         )
         main = distributed.is_main()
-        self.log = trackers.MetricsLog(
-            out / trackers.METRICS_NAME if main else None, last_step=self.step
-        )
-        optional = config.trackers if main else ()
-        others = [trackers.TRACKERS[name](out, recipe) for name in optional]
+        log_path = out / trackers.METRICS_NAME if main else None
+        self.log = trackers.MetricsLog(log_path, last_step=self.step)
+        others = [trackers.TRACKERS[name](out, recipe) for name in config.trackers if main]
         self.console = trackers.Console(
-            steps=config.steps,
-            first=self.step,
-            description=f"training {task.name}",
-            quiet=quiet or not main,
+            steps=config.steps, first=self.step, name=task.name, quiet=quiet or not main
         )
         self.trackers: list[trackers.Tracker] = [self.log, self.console, *others]
         if checkpoint is not None:
@@ -208,39 +188,37 @@ class _Run:
         if new:
             task.prepare()
         self.models: dict[str, nn.Module] = {"model": task.model}
-        self.called = [callable_form(task.module, self.device)]
-        rates = {"model": config.lr, "adversary": task.adversary_lr}
+        modules = {"model": task.module}
         if task.adversary is not None:
-            self.models["adversary"] = task.adversary.to(self.device).train()
-            self.called.append(callable_form(task.adversary, self.device))
+            self.models["adversary"] = modules["adversary"] = task.adversary.to(self.device).train()
+        self.called = {name: callable_form(each, self.device) for name, each in modules.items()}
+        rates = {"model": config.lr, "adversary": task.adversary_lr}
         self.optimizers = {
             name: make_optimizer(model, config, lr=rates[name])
             for name, model in self.models.items()
         }
 
-    @contextlib.contextmanager
-    def closing(self) -> Iterator[None]:
-        """Close writer and trackers when the block ends, with an error or without."""
-        try:
-            yield
-        finally:
-            self.writer.close()
-            for tracker in self.trackers:
-                tracker.close()
+    def close(self) -> None:
+        self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def due(self, every: int) -> bool:
         """Return whether an action that is due every so many steps, and at the end, is due."""
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
-    def take_step(self, batches: Iterator[Batch]) -> None:
-        """Fetch a batch and update the weights with it."""
+    def take_step(self, batches: Iterator[Batch]) -> float:
+        """Fetch a batch and update the weights with it; return the seconds that it took."""
         start = time.perf_counter()
         batch = {name: rows.to(self.device) for name, rows in next(batches).items()}
-        _seed_step(self.config.seed, self.step)
+        # Processes have different images, so different dropout.
+        others = (distributed.rank(),) if distributed.rank() else ()
+        torch.manual_seed(seed_of(self.config.seed, self.step, *others))
         for optimizer in self.optimizers.values():
             set_learning_rate(optimizer, learning_rate(self.config, self.step))
         seen = self._backward(batch)
         max_norm = self.config.clip_norm or math.inf
+        # Reading them waits for a GPU, so that a step's time is that of its computation.
         norms = {
             _NORMS[name]: number(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
             for name, model in self.models.items()
@@ -260,24 +238,23 @@ class _Run:
             self._skip_step(norms)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        self._step_seconds += time.perf_counter() - start
-        self._steps_timed += 1
+        self._step_seconds.append(time.perf_counter() - start)
         self.console.stepped()
+        return self._step_seconds[-1]
 
     def _backward(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Accumulate the gradients of a batch; return the metrics of its parts."""
         parts = self.config.gradient_accumulation
         chunks = {name: rows.chunk(parts) for name, rows in batch.items()}
-        model, *adversaries = self.called
         seen = []
         for index in range(parts):
-            with gradients_stay_here(*self.called, when=index + 1 < parts):
+            with gradients_stay_here(*self.called.values(), when=index + 1 < parts):
                 with autocast(self.device, self.config):
                     losses = self.task.losses(
-                        model,
+                        self.called["model"],
                         {name: rows[index] for name, rows in chunks.items()},
                         step=self.step,
-                        adversary=adversaries[0] if adversaries else None,
+                        adversary=self.called.get("adversary"),
                     )
                 (losses.total / parts).backward()
                 if losses.adversary is not None:
@@ -300,26 +277,24 @@ class _Run:
             )
 
     def log_metrics(self) -> None:
-        """Log the means since the last time."""
         self.writer.check()
-        values = self.meter.means()
-        values |= self.task.statistics()
-        values["lr"] = learning_rate(self.config, self.step - 1) * self.config.lr
-        values["skipped_steps"] = self.skipped_steps
-        values |= self._speed()
+        values = {
+            **self.meter.means(),
+            **self.task.statistics(),
+            "lr": learning_rate(self.config, self.step - 1) * self.config.lr,
+            "skipped_steps": self.skipped_steps,
+            **self._speed(),
+        }
         self.meter.clear()
         self._record("train", values)
 
     def _speed(self) -> dict[str, float]:
         """Return the throughput since the last time, of all processes together."""
-        seconds = max(self._step_seconds, 1e-9)
-        images = self._steps_timed * self.config.batch_size / seconds
-        self._step_seconds, self._steps_timed = 0.0, 0
-        values = {"images_per_second": images}
-        values |= {
-            f"{name}_per_second": images * count
-            for name, count in self.task.units_per_image.items()
-        }
+        seconds = max(sum(self._step_seconds), 1e-9)
+        images = len(self._step_seconds) * self.config.batch_size / seconds
+        self._step_seconds.clear()
+        units = {"images": 1.0, **self.task.units_per_image}
+        values = {f"{name}_per_second": images * count for name, count in units.items()}
         flops = self.task.flops_per_image()
         peak = peak_flops(self.device, self.config.precision)
         if flops is not None and peak is not None:
@@ -335,26 +310,23 @@ class _Run:
         """Run a block in eval mode, without gradients, with the mean weights if there are any."""
         module = self.task.module
         release_gathered(module)
-        with contextlib.ExitStack() as stack:
-            if self.ema is not None:
-                stack.enter_context(self.ema.in_place())
-            stack.callback(module.train, module.training)
+        with self.ema.in_place() if self.ema else contextlib.nullcontext(), torch.no_grad():
             module.eval()
-            stack.enter_context(torch.no_grad())
-            yield
-            release_gathered(module)
+            try:
+                yield
+                release_gathered(module)
+            finally:
+                module.train()
 
     def validate(self) -> None:
-        """Log the metrics on held-out images."""
         with self._evaluated(), autocast(self.device, self.config):
             values = self.task.validate()
         if values:
             self._record("validation", values)
 
     def draw_samples(self) -> None:
-        """Write this step's sheet of samples."""
         path = self.out / "samples" / f"step-{self.step:07d}.png"
-        with self._evaluated(), self._whole_model(self.device) as model:
+        with self._whole_model(self.device) as model:
             if model is not None:
                 self.task.draw_samples(model, path)
                 for tracker in self.trackers:
@@ -362,38 +334,39 @@ class _Run:
 
     @contextlib.contextmanager
     def _whole_model(self, device: torch.device) -> Iterator[nn.Module | None]:
-        """Yield the unsharded model in the main process, None in the others, which wait for it."""
-        if shards_model(self.config):
-            state = whole_state(self.task.model)
-            model = self.task.whole_model(state).to(device) if distributed.is_main() else None
-        else:
+        """Yield the whole model, evaluated, in the main process; the others get None and wait.
+
+        A sharded one is gathered on ``device``; others stay where they are.
+        """
+        with self._evaluated():
             model = self.task.module if distributed.is_main() else None
-        try:
-            yield model
-        finally:
-            distributed.barrier()
+            if shards_model(self.config):
+                state = whole_state(self.task.model)
+                if model is not None:
+                    model = self.task.whole_model(state).to(device)
+            try:
+                yield model
+            finally:
+                distributed.barrier()
 
     def save(self) -> None:
         """Begin to write a checkpoint; write the model's folder and the curves."""
         self.seconds += time.perf_counter() - self._clock
         self._clock = time.perf_counter()
-        self.writer.save(
-            step=self.step,
-            tensors=self._tensors(),
-            state={
-                "meter": self.meter.state_dict(),
-                "task": self.task.state_dict(),
-                "seconds": self.seconds,
-                "skipped_steps": self.skipped_steps,
-                "skipped_in_a_row": self._skipped_in_a_row,
-            },
-            about={"data": dict(self.task.data), "model": self.task.describe()},
-        )
+        state = {
+            "meter": self.meter.state_dict(),
+            "task": self.task.state_dict(),
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+        about = {"data": dict(self.task.data), "model": self.task.describe()}
+        self.writer.save(step=self.step, tensors=self._tensors(), state=state, about=about)
         if self.config.export or self.step == self.config.steps:
             self._export()
         if distributed.is_main():
+            path = self.out / trackers.CURVES_NAME
             try:
-                path = self.out / trackers.CURVES_NAME
                 trackers.draw_curves(self.log.records, self.task.panels, path)
             except InputError as error:
                 # The numbers are in metrics.jsonl: not worth ending a run for.
@@ -409,7 +382,7 @@ class _Run:
         return tensors
 
     def _export(self) -> None:
-        with self._evaluated(), self._whole_model(torch.device("cpu")) as model:
+        with self._whole_model(torch.device("cpu")) as model:
             if model is not None:
                 self._exported = self.task.export(model, self.out)
 
@@ -425,9 +398,8 @@ class _Run:
         self.task.load_state_dict(state["task"])
 
     def result(self) -> TrainingResult:
-        """Return the result of the finished run."""
+        # The run may have ended before, and its model's folder been moved away since.
         if not distributed.gathered(self._exported)[0]:
-            # The run had ended before; its model's folder may have been moved away since.
             self._export()
         exported = distributed.gathered(self._exported)[0]
         assert exported is not None
@@ -446,21 +418,20 @@ class _Run:
 def _stop_signals() -> Iterator[list[int]]:
     """Yield a list that the first Ctrl-C or SIGTERM is appended to; a second one acts as usual."""
     received: list[int] = []
-    previous: dict[int, Any] = {}
+    # Python allows handlers in the main thread only.
+    allowed = threading.current_thread() is threading.main_thread()
+    previous = {each: signal.getsignal(each) for each in _SIGNALS if allowed}
 
     def restore() -> None:
         for each, handler in previous.items():
             signal.signal(each, handler)
-        previous.clear()
 
     def receive(number: int, _frame: object) -> None:
         received.append(number)
         restore()
 
-    # Python allows handlers in the main thread only.
-    if threading.current_thread() is threading.main_thread():
-        for each in _SIGNALS:
-            previous[each] = signal.signal(each, receive)
+    for each in previous:
+        signal.signal(each, receive)
     try:
         yield received
     finally:
@@ -489,14 +460,6 @@ def own_random_numbers(device: str, seed: int = 0) -> Iterator[None]:
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _seed_step(seed: int, step: int) -> None:
-    # Hashed: the CPU's generator uses 32 bits of a seed only, and steps must not share them with
-    # the seeds of other runs. Processes have different images, so different dropout.
-    own = f" {distributed.rank()}" if distributed.rank() else ""
-    digest = hashlib.sha256(f"{seed} {step}{own}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def autocast(device: torch.device, config: LoopConfig) -> torch.autocast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +13,6 @@ from llamagen.config import TransformerConfig
 from llamagen.support import distributed
 
 _PEAK_BFLOAT16 = {
-    # Dense, without sparsity, in FLOP/s, from NVIDIA's data sheets. The first name that occurs in
-    # the device's counts.
     "H200": 989e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -25,6 +24,7 @@ _PEAK_BFLOAT16 = {
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+"""FLOP/s without sparsity, from NVIDIA's data sheets. The first name in a device's counts."""
 
 
 class Meter:
@@ -32,14 +32,14 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Add one scalar per name."""
         for name, value in values.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        self._counts.update(values.keys())
 
     def means(self) -> dict[str, float]:
         """Return the mean of each name's values since ``clear``, over all processes."""
@@ -63,10 +63,8 @@ class Meter:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue from what ``state_dict`` returned."""
-        self._sums = {
-            name: torch.tensor(total, device=device) for name, total in state["sums"].items()
-        }
-        self._counts = dict(state["counts"])
+        self._sums = {k: torch.tensor(v, device=device) for k, v in state["sums"].items()}
+        self._counts = collections.Counter(state["counts"])
 
 
 class CodebookUsage:

@@ -1,7 +1,4 @@
-"""Models over the processes of a run: DDP, FSDP2, hybrid sharding, or one process.
-
-DDP wraps a model for the call; FSDP2 turns its parameters into sharded ``DTensor``.
-"""
+"""Models over the processes of a run: DDP, FSDP2, hybrid sharding, or one process."""
 
 from __future__ import annotations
 
@@ -13,10 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,17 +25,13 @@ warnings.filterwarnings("ignore", message="Grad strides do not match", category=
 
 
 def require_shares(config: LoopConfig) -> None:
-    """Check that a batch and a sharded model can be split evenly over the processes.
-
-    Raises:
-        InputError: says which number does not divide which.
-    """
-    processes = distributed.world_size()
-    if config.batch_size % (processes * config.gradient_accumulation):
+    """Raise InputError if batch or sharded model cannot be split evenly over the processes."""
+    processes, accumulation = distributed.world_size(), config.gradient_accumulation
+    if config.batch_size % (processes * accumulation):
         raise InputError(
             f"batch_size {config.batch_size} cannot be split over {processes} processes and "
-            f"gradient_accumulation {config.gradient_accumulation}; make it a multiple of "
-            f"{processes * config.gradient_accumulation}"
+            f"gradient_accumulation {accumulation}; make it a multiple of "
+            f"{processes * accumulation}"
         )
     shards = config.shard_processes
     if config.parallel == "fsdp" and shards is not None and processes % shards:
@@ -77,11 +67,11 @@ def place(
     mesh = init_device_mesh(
         device.type, (processes // shards, shards), mesh_dim_names=("replicate", "shard")
     )
-    half = torch.bfloat16 if config.precision == "bfloat16" else None
-    # Autocast decides the precision of each operation. Casting the inputs of blocks would round
-    # the rotary angles.
     policy = MixedPrecisionPolicy(
-        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=torch.bfloat16 if config.precision == "bfloat16" else None,
+        reduce_dtype=torch.float32,
+        # Autocast decides the precision of each operation; this would round the rotary angles.
+        cast_forward_inputs=False,
     )
     # By default the root keeps its gathered weights after a forward pass, which would be stale
     # once the weights of the EMA are swapped in.
@@ -92,10 +82,7 @@ def place(
 
 
 def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return ``model`` wrapped so that gradients are averaged over the processes.
-
-    DDP broadcasts the main process's weights.
-    """
+    """Return ``model``, with DDP wrapped: it broadcasts the main process's weights."""
     if distributed.world_size() == 1 or isinstance(model, FSDPModule):
         return model
     with warnings.catch_warnings():
@@ -111,12 +98,7 @@ def callable_form(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def gradients_stay_here(*called: nn.Module, when: bool) -> Iterator[None]:
-    """Accumulate gradients without exchanging them in this context, if ``when``.
-
-    Args:
-        called: results of ``callable_form``.
-        when: whether a further part of the batch follows.
-    """
+    """Accumulate gradients of ``callable_form``'s results without exchanging them, if ``when``."""
     with contextlib.ExitStack() as stack:
         for model in called:
             if isinstance(model, DistributedDataParallel) and when:
@@ -126,10 +108,19 @@ def gradients_stay_here(*called: nn.Module, when: bool) -> Iterator[None]:
         yield
 
 
+def seed_of(*names: object) -> int:
+    """Return the 64-bit seed that belongs to a run's seed and a step, a weight or the like.
+
+    A hash: the CPU's generator uses 32 bits of a seed only, which steps of other runs must not
+    share.
+    """
+    digest = hashlib.sha256(" ".join(map(str, names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
 def seeded(seed: int, *names: object) -> torch.Generator:
     """Return the random generator that belongs to a name."""
-    digest = hashlib.sha256(" ".join(map(str, (seed, *names))).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
+    return torch.Generator().manual_seed(seed_of(seed, *names))
 
 
 @torch.no_grad()
@@ -150,13 +141,9 @@ def initialise(model: nn.Module, seed: int, init_tensor: Callable[..., None]) ->
 def set_tensor(parameter: Tensor, whole: Tensor) -> None:
     """Copy ``whole`` into a parameter, or this process's shard of it into its shard."""
     if isinstance(parameter, DTensor):
-        own = distribute_tensor(
-            whole.to(parameter.device),
-            parameter.device_mesh,
-            parameter.placements,
-            # Every process has all of it: no communication.
-            src_data_rank=None,
-        )
+        mesh, placements = parameter.device_mesh, parameter.placements
+        # Every process has all of it: no communication.
+        own = distribute_tensor(whole.to(parameter.device), mesh, placements, src_data_rank=None)
         local(parameter).copy_(local(own))
     else:
         parameter.copy_(whole)
@@ -180,11 +167,9 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """Return the unsharded state of a model; all processes call it.
+    """Return the whole state of a sharded model, on the CPU, in the main process; elsewhere {}.
 
-    That of a sharded model is on the CPU, in the main process only; elsewhere it is empty.
+    All processes call it.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model.state_dict()
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)

@@ -12,12 +12,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from llamagen.config import (
-    TOKENIZER_PRESETS,
-    TRANSFORMER_PRESETS,
-    config_from_dict,
-    preset,
-)
+from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, config_from_dict, preset
 from llamagen.support.errors import InputError
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 
@@ -37,53 +32,43 @@ _Loader.add_implicit_resolver(
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
-    names = [entry.name for entry in _packaged().iterdir()]
+    names = (entry.name for entry in _packaged().iterdir())
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
 def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
-    """Read a recipe.
+    """Read a YAML file, or a recipe that comes with the package, by its name.
 
-    Args:
-        cls: ``TokenizerTraining`` or ``TransformerTraining``.
-        source: a YAML file, or the name of a recipe that comes with the package. Fields that the
-            file leaves out have their defaults. ``model`` is a preset's name, or fields of the
-            model, optionally with the ``preset`` that they change.
+    Fields that it leaves out have their defaults. ``model`` is a preset's name, or fields of the
+    model, optionally with the ``preset`` that they change.
 
     Raises:
         FileNotFoundError: no such file.
         InputError: no such name, not YAML, an unknown field, or an invalid value.
     """
-    text, name = _read(str(source))
+    text, source = _read(str(source))
     try:
         # The loader is a safe one.
         values = yaml.load(text, Loader=_Loader)  # noqa: S506
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"{name} is not valid YAML: {reason}") from error
+        raise InputError(f"{source} is not valid YAML: {reason}") from error
     if not isinstance(values, Mapping):
-        raise InputError(f"{name} holds no recipe; expected fields such as 'model:' and 'loop:'")
-    return recipe_from_dict(cls, values, name)
-
-
-def recipe_from_dict(cls: type[RecipeT], values: Mapping[str, Any], source: str) -> RecipeT:
-    """Return the recipe with these fields, as read from YAML; ``source`` names them in errors."""
+        raise InputError(f"{source} holds no recipe; expected fields such as 'model:' and 'loop:'")
     merged = dict(values)
-    defaults = cls()
-    for field in dataclasses.fields(cls):
-        default = getattr(defaults, field.name)
+    for name, default in vars(cls()).items():
         if not dataclasses.is_dataclass(default):
             continue
-        given = merged.get(field.name)
-        if field.name == "model":
+        given = merged.get(name)
+        if name == "model":
             try:
                 default, given = _model(cls, given)
             except InputError as error:
                 raise InputError(f"{source}: {error}") from error
         if not isinstance(given, Mapping | None):
-            raise InputError(f"{source}: {field.name} is {given!r}, expected fields below it")
+            raise InputError(f"{source}: {name} is {given!r}, expected fields below it")
         # A stage's own defaults of the loop stay where the file gives other fields only.
-        merged[field.name] = {**dataclasses.asdict(default), **(given or {})}
+        merged[name] = {**dataclasses.asdict(default), **(given or {})}
     return config_from_dict(cls, merged, source)
 
 
@@ -99,11 +84,7 @@ def recipe_to_yaml(recipe: TokenizerTraining | TransformerTraining) -> str:
 
 
 def preset_model(cls: type[RecipeT], name: str) -> Any:
-    """Return the ``model`` of a recipe of type ``cls`` that is the preset called ``name``.
-
-    Raises:
-        InputError: there is no such preset.
-    """
+    """Return the ``model`` of a recipe of type ``cls`` that is a preset, or raise InputError."""
     if cls is TokenizerTraining:
         return preset(TOKENIZER_PRESETS, name)
     return preset(TRANSFORMER_PRESETS, name).architecture
@@ -127,8 +108,8 @@ def _packaged() -> Any:
 def _read(source: str) -> tuple[str, str]:
     """Return the text of a recipe and a name for it."""
     if source in recipe_names():
-        resource = _packaged() / f"{source}.yaml"
-        return resource.read_text(encoding="utf-8"), f"recipe {source}"
+        packaged = _packaged() / f"{source}.yaml"
+        return packaged.read_text(encoding="utf-8"), f"recipe {source}"
     path = Path(source)
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:

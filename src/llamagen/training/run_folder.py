@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import llamagen.support.storage as storage
 from llamagen.config import sampling_settings
 from llamagen.support import distributed
+from llamagen.support.artifact import flattened
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError
 from llamagen.training import checkpoint
@@ -41,10 +42,9 @@ MAY_CHANGE = frozenset(
 
 
 def open_run(recipe: RecipeT) -> RecipeT:
-    """Check that ``recipe`` can start or resume a run in its folder; changes nothing.
+    """Return ``recipe``, which can start or resume a run in its folder, with a precision chosen.
 
-    Returns:
-        The recipe with its precision decided; a resumed run keeps its own.
+    A resumed run keeps its own. Nothing is changed.
 
     Raises:
         InputError: the folder holds something else, or a run that differs in more than
@@ -58,9 +58,9 @@ def open_run(recipe: RecipeT) -> RecipeT:
         if recorded is not None:
             precision = recorded.loop.precision
         else:
-            fast = str(find_dtype("auto", device)).removeprefix("torch.")
             # float16 needs scaled gradients.
-            precision = "bfloat16" if fast == "bfloat16" else "float32"
+            is_fast = str(find_dtype("auto", device)) == "torch.bfloat16"
+            precision = "bfloat16" if is_fast else "float32"
         # It is measured, so processes might decide differently.
         precision = distributed.gathered(precision)[0]
     recipe = dataclasses.replace(recipe, loop=dataclasses.replace(loop, precision=precision))
@@ -70,11 +70,7 @@ def open_run(recipe: RecipeT) -> RecipeT:
 
 
 def start_run(recipe: TokenizerTraining | TransformerTraining) -> None:
-    """Make the run's folder, if need be, and write the recipe.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
+    """Make the run's folder, if need be, and write the recipe; raise InputError if it cannot be."""
     # All processes have checked the folder by now.
     distributed.barrier()
     if distributed.is_main():
@@ -124,7 +120,7 @@ def _recorded(recipe: RecipeT) -> RecipeT | None:
 
 
 def _check_same(recorded: RecipeT, recipe: RecipeT) -> None:
-    before, now = _flat(recipe_to_dict(recorded)), _flat(recipe_to_dict(recipe))
+    before, now = flattened(recipe_to_dict(recorded)), flattened(recipe_to_dict(recipe))
     # A cosine ends at the last step: with other steps all learning rates are others.
     fixed = {"loop.steps"} if recipe.loop.schedule == "cosine" else set()
     for name, value in now.items():
@@ -133,13 +129,3 @@ def _check_same(recorded: RecipeT, recipe: RecipeT) -> None:
                 f"the run in {recipe.out} began with {name} {before[name]}, now it is {value}; "
                 f"restore it, or give another `out` for a new run"
             )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -75,13 +75,10 @@ class Task(abc.ABC):
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
     ) -> Losses:
-        """Return the losses of a batch, or of a part of it.
+        """Return the losses of this process's rows of a batch, or of a part of them.
 
-        Args:
-            model: ``self.module``, perhaps wrapped by torch.
-            batch: this process's rows, on its device.
-            step: finished steps.
-            adversary: ``self.adversary``, likewise.
+        ``model`` and ``adversary`` are ``self.module`` and ``self.adversary``, perhaps wrapped by
+        torch; ``step`` counts the finished steps.
         """
 
     def after_step(self, step: int) -> None:  # noqa: B027

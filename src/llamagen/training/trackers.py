@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +26,7 @@ _SHOWN = ("loss", "bits_per_code", "psnr", "codebook_usage", "grad_norm", "lr", 
 """Metrics of a line on the terminal, in this order."""
 _COLUMNS = 2
 _PANEL = (5.6, 3.4)
-"""Width and height of a panel of curves in inches."""
+"""Width and height of a panel of curves, in inches."""
 
 
 class Tracker(abc.ABC):
@@ -66,10 +67,8 @@ class MetricsLog(Tracker):
 
     def latest(self, split: str) -> dict[str, float]:
         """Return the last metrics of ``split``; empty if there are none."""
-        for record in reversed(self.records):
-            if record["split"] == split:
-                return {k: v for k, v in record.items() if k not in ("step", "split")}
-        return {}
+        last: dict[str, Any] = next((r for r in reversed(self.records) if r["split"] == split), {})
+        return {name: value for name, value in last.items() if name not in ("step", "split")}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -87,13 +86,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class Console(Tracker):
     """Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, *, steps: int, first: int, description: str, quiet: bool) -> None:
-        self._steps = steps
-        self._quiet = quiet
+    def __init__(self, *, steps: int, first: int, name: str, quiet: bool) -> None:
+        self._steps, self._quiet = steps, quiet
         self._bar = tqdm(
             total=steps,
             initial=first,
-            desc=description,
+            desc=f"training {name}",
             unit="step",
             dynamic_ncols=True,
             # None: no bar where stderr is not a terminal.
@@ -113,9 +111,9 @@ class Console(Tracker):
         ]
         if split == "train" and not self._bar.disable:
             self._bar.set_postfix_str(", ".join(shown[:2] + shown[-1:]), refresh=False)
-            return
-        label = "" if split == "train" else f"{split}: "
-        self.line(f"step {step}/{self._steps}  {label}{'  '.join(shown)}")
+        else:
+            label = "" if split == "train" else f"{split}: "
+            self.line(f"step {step}/{self._steps}  {label}{'  '.join(shown)}")
 
     def line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -196,15 +194,12 @@ raises InputError if its package is not installed."""
 def draw_curves(
     records: Sequence[Mapping[str, Any]], panels: Mapping[str, Sequence[str]], path: Path
 ) -> None:
-    """Draw metrics over steps into a PNG.
+    """Draw metrics over steps into a PNG; raise InputError if matplotlib is not installed.
 
     Args:
         records: lines of metrics.jsonl.
         panels: title -> names of its metrics; a metric has a line for each split that has it.
         path: of the picture.
-
-    Raises:
-        InputError: matplotlib is not installed.
     """
     with importing("curves need", "'llamagen[train]'"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -215,18 +210,17 @@ def draw_curves(
     for number, (title, names) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, _COLUMNS, number, title=title, xlabel="step")
         axis.grid(visible=True, alpha=0.3)
-        for name in names:
-            for split in ("train", "validation"):
-                own = [r for r in records if r["split"] == split and name in r]
-                if own:
-                    held_out = split != "train"
-                    axis.plot(
-                        [record["step"] for record in own],
-                        [record[name] for record in own],
-                        label=name.replace("_", " ") + (f" ({split})" if held_out else ""),
-                        marker="o" if held_out else None,
-                        markersize=3,
-                    )
+        for name, split in itertools.product(names, ("train", "validation")):
+            own = [record for record in records if record["split"] == split and name in record]
+            if own:
+                held_out = split == "validation"
+                axis.plot(
+                    [record["step"] for record in own],
+                    [record[name] for record in own],
+                    label=name.replace("_", " ") + (" (validation)" if held_out else ""),
+                    marker="o" if held_out else None,
+                    markersize=3,
+                )
         if axis.lines:
             axis.legend(fontsize="small")
     with storage.atomic_file(path) as temporary:
