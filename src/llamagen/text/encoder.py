@@ -129,7 +129,7 @@ class TextEncoder(nn.Module):
         return next(self.parameters()).device
 
     def prepare(self, caption: str) -> str:
-        """Return a caption as encoded, perhaps ""; raise InputError if it has control characters."""
+        """Return a caption as it is encoded, maybe ""; InputError if it has control characters."""
         for character in caption:
             if unicodedata.category(character) == "Cc" and character not in "\t\r\n":
                 raise InputError(
