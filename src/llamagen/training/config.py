@@ -12,7 +12,7 @@ import math
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from llamagen.config import (
     SamplingConfig,
@@ -438,3 +438,7 @@ class TransformerTraining(_Checked):
             "lora_rank is given without a model to adapt; name one with init",
         )
         check_crop_ranges(self.crop_ranges)
+
+
+Recipe = TokenizerTraining | TransformerTraining
+RecipeT = TypeVar("RecipeT", TokenizerTraining, TransformerTraining)

@@ -20,7 +20,7 @@ from llamagen.data.views import Augmentation, Views
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
 from llamagen.support.errors import InputError
-from llamagen.training.config import TokenizerTraining, TransformerTraining
+from llamagen.training.config import Recipe, TokenizerTraining, TransformerTraining
 from llamagen.training.run_folder import SKIPPED_NAME, start_run
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 CODES_FOLDER = "codes"
 """The codes of the images, in the run's folder."""
-
-Recipe = TokenizerTraining | TransformerTraining
 
 
 class Images(NamedTuple):

@@ -10,6 +10,7 @@ import dataclasses
 import resource
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
-from llamagen.training.config import LoopConfig, TokenizerTraining, TransformerTraining
+from llamagen.training.config import LoopConfig, Recipe, TokenizerTraining, TransformerTraining
 from llamagen.training.data import (
     CodeSplits,
     Images,
@@ -65,7 +66,7 @@ _Data = tuple[str, int | None]
 """Description of the data, and its number of images, if that is known."""
 
 
-def dry_run(recipe: TokenizerTraining | TransformerTraining) -> None:
+def dry_run(recipe: Recipe) -> None:
     """Print what ``recipe`` amounts to, then take two of its steps. All processes call it.
 
     Raises:
@@ -157,28 +158,21 @@ def _start(recipe: TransformerTraining, **sizes: Any) -> Start:
     if public is not None and recipe.lora.lora_rank == 0:
         model = preset_model(TransformerTraining, public.preset)
         recipe = dataclasses.replace(recipe, init=None, model=model)
-    published = TextConfig()
     text = recipe.text
-    if text.text_encoder != published.encoder or text.text_features is not None:
+    if text.text_encoder != TextConfig().encoder or text.text_features is not None:
         return find_start(recipe, **sizes)
     text = dataclasses.replace(text, text_encoder=None)
     start = find_start(dataclasses.replace(recipe, text=text), **sizes)
     if recipe.condition == "class":
         return start
-    config = dataclasses.replace(start.config, text_dim=TransformerConfig().text_dim)
-    features: Any = _RandomFeatures(config.text_dim)
-    return dataclasses.replace(start, text=TextSide(features=features), config=config)
-
-
-@dataclasses.dataclass
-class _RandomFeatures:
-    """A store of text features that has some of every caption."""
-
-    width: int
-    identity: str = "random"
-
-    def features(self, captions: list[str]) -> list[torch.Tensor]:
-        return [torch.randn(_CAPTION_TOKENS, self.width) for _ in captions]
+    width = TransformerConfig().text_dim
+    random: Any = types.SimpleNamespace(
+        width=width,
+        identity="random",
+        features=lambda captions: [torch.randn(_CAPTION_TOKENS, width) for _ in captions],
+    )
+    config = dataclasses.replace(start.config, text_dim=width)
+    return dataclasses.replace(start, text=TextSide(features=random), config=config)
 
 
 def _tokenizer_config(source: str) -> TokenizerConfig:

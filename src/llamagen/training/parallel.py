@@ -51,12 +51,8 @@ def place(
 ) -> None:
     """Move ``model`` to the device, or with FSDP this process's shard of it.
 
-    Args:
-        model: with the same weights in every process; or, with FSDP, on the "meta" device, and
-            then its memory is not initialised.
-        config: whether and how to shard.
-        device: this process's.
-        units: the parts of the model whose weights are gathered one after another.
+    With FSDP it may be on the "meta" device; then its memory is not initialised. The weights of
+    each of ``units`` are gathered together, one unit after another.
     """
     if not shards_model(config):
         model.to(device)

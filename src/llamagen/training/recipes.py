@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, config_from_dict, preset
 from llamagen.support.errors import InputError
-from llamagen.training.config import TokenizerTraining, TransformerTraining
+from llamagen.training.config import Recipe, RecipeT, TokenizerTraining
 
-RecipeT = TypeVar("RecipeT", TokenizerTraining, TransformerTraining)
+_PACKAGED = Path(__file__).parent.parent / "assets" / "recipes"
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,8 +31,7 @@ _Loader.add_implicit_resolver(
 
 def recipe_names() -> list[str]:
     """Return the names of the recipes that come with the package."""
-    names = (entry.name for entry in _packaged().iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return sorted(path.stem for path in _PACKAGED.glob("*.yaml"))
 
 
 def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
@@ -72,13 +70,13 @@ def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
     return config_from_dict(cls, merged, source)
 
 
-def recipe_to_dict(recipe: TokenizerTraining | TransformerTraining) -> dict[str, Any]:
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as values that YAML and JSON can hold."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
     return plain
 
 
-def recipe_to_yaml(recipe: TokenizerTraining | TransformerTraining) -> str:
+def recipe_to_yaml(recipe: Recipe) -> str:
     """Return the recipe as a YAML file that ``load_recipe`` reads."""
     return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False, default_flow_style=None)
 
@@ -101,16 +99,11 @@ def _model(cls: type[RecipeT], given: Any) -> tuple[Any, Any]:
     return (cls().model if name is None else preset_model(cls, str(name))), fields
 
 
-def _packaged() -> Any:
-    return importlib.resources.files("llamagen") / "assets" / "recipes"
-
-
 def _read(source: str) -> tuple[str, str]:
     """Return the text of a recipe and a name for it."""
-    if source in recipe_names():
-        packaged = _packaged() / f"{source}.yaml"
-        return packaged.read_text(encoding="utf-8"), f"recipe {source}"
     path = Path(source)
+    if source in recipe_names():
+        return (_PACKAGED / f"{source}.yaml").read_text(encoding="utf-8"), f"recipe {source}"
     if not path.is_file():
         if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
             raise FileNotFoundError(f"{source} does not exist; give a recipe file")

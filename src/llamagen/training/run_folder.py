@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import llamagen.support.storage as storage
 from llamagen.config import sampling_settings
@@ -14,10 +14,8 @@ from llamagen.support.artifact import flattened
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError
 from llamagen.training import checkpoint
-from llamagen.training.config import TokenizerTraining, TransformerTraining
+from llamagen.training.config import Recipe, RecipeT
 from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yaml
-
-RecipeT = TypeVar("RecipeT", TokenizerTraining, TransformerTraining)
 
 RECIPE_NAME = "recipe.yaml"
 SKIPPED_NAME = "skipped.txt"
@@ -50,10 +48,9 @@ def open_run(recipe: RecipeT) -> RecipeT:
         InputError: the folder holds something else, or a run that differs in more than
             ``MAY_CHANGE``, or one that shall not be resumed.
     """
-    loop = recipe.loop
-    device = find_device(loop.device)
+    device = find_device(recipe.loop.device)
     recorded = _recorded(recipe)
-    precision = loop.precision
+    precision = recipe.loop.precision
     if precision == "auto":
         if recorded is not None:
             precision = recorded.loop.precision
@@ -63,13 +60,13 @@ def open_run(recipe: RecipeT) -> RecipeT:
             precision = "bfloat16" if is_fast else "float32"
         # It is measured, so processes might decide differently.
         precision = distributed.gathered(precision)[0]
-    recipe = dataclasses.replace(recipe, loop=dataclasses.replace(loop, precision=precision))
+    recipe = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, precision=precision))
     if recorded is not None:
         _check_same(recorded, recipe)
     return recipe
 
 
-def start_run(recipe: TokenizerTraining | TransformerTraining) -> None:
+def start_run(recipe: Recipe) -> None:
     """Make the run's folder, if need be, and write the recipe; raise InputError if it cannot be."""
     # All processes have checked the folder by now.
     distributed.barrier()

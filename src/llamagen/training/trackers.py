@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
 import json
 import sys
@@ -47,10 +48,7 @@ class MetricsLog(Tracker):
     """metrics.jsonl: one JSON object per line, with ``step``, ``split`` and metrics."""
 
     def __init__(self, path: Path | None, *, last_step: int) -> None:
-        """Drop the lines after ``last_step``: a resumed run repeats those steps.
-
-        Without a path the lines are in memory only.
-        """
+        """Drop the lines after ``last_step``, which a resumed run repeats. None: in memory only."""
         self.path = path
         self.records: list[dict[str, Any]] = []
         if path is not None:
@@ -74,12 +72,9 @@ class MetricsLog(Tracker):
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return all complete lines of a metrics file; the last may be cut off by a crash."""
     records: list[dict[str, Any]] = []
-    if path.exists():
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+            records.append(json.loads(line))  # noqa: PERF401  # those before a damaged line stay
     return records
 
 
