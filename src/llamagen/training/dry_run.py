@@ -22,13 +22,7 @@ from PIL import Image
 
 import llamagen.checkpoints as checkpoints
 from llamagen.checkpoints.names import find_public
-from llamagen.config import (
-    TOKENIZER_PRESETS,
-    TextConfig,
-    TokenizerConfig,
-    TransformerConfig,
-    preset,
-)
+from llamagen.config import TextConfig, TokenizerConfig, TransformerConfig
 from llamagen.data.captions import Caption
 from llamagen.data.images import ImageCollection, ImageFolder
 from llamagen.data.live_codes import MemoryCodes
@@ -179,7 +173,7 @@ def _tokenizer_config(source: str) -> TokenizerConfig:
     """Return a tokenizer's architecture; that of a published one is known without its weights."""
     public = find_public(source)
     if public is not None:
-        return preset(TOKENIZER_PRESETS, public.preset)
+        return preset_model(TokenizerTraining, public.preset)
     return checkpoints.load_tokenizer(source, device="meta").config
 
 

@@ -23,28 +23,11 @@ from torch import Tensor, nn
 from llamagen.support import distributed
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
-from llamagen.training import trackers
+from llamagen.training import optimizer as optim
+from llamagen.training import parallel, trackers
 from llamagen.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
 from llamagen.training.config import LoopConfig
 from llamagen.training.metrics import Meter, peak_flops
-from llamagen.training.optimizer import (
-    Ema,
-    learning_rate,
-    make_optimizer,
-    optimizer_tensors,
-    set_learning_rate,
-)
-from llamagen.training.parallel import (
-    callable_form,
-    gradients_stay_here,
-    number,
-    place,
-    release_gathered,
-    require_shares,
-    seed_of,
-    shards_model,
-    whole_state,
-)
 from llamagen.training.run_folder import check_same_data, checkpoint_folder
 from llamagen.training.task import Batch, Task
 
@@ -141,7 +124,7 @@ class _Run:
     def __init__(
         self, task: Task, config: LoopConfig, out: Path, *, quiet: bool, recipe: Mapping[str, Any]
     ) -> None:
-        require_shares(config)
+        parallel.require_shares(config)
         self.task, self.config, self.out = task, config, out
         self.device = find_device(config.device)
         self.step = 0
@@ -161,7 +144,7 @@ class _Run:
                     f"give `steps` a larger number than that, or another `out`"
                 )
         self._place(new=checkpoint is None)
-        self.ema = Ema(task.model, config.ema_decay) if config.ema_decay > 0 else None
+        self.ema = optim.Ema(task.model, config.ema_decay) if config.ema_decay > 0 else None
         if checkpoint is not None:
             self._restore(checkpoint)
         self.writer = CheckpointWriter(
@@ -184,17 +167,19 @@ class _Run:
         if config.compile:
             for block in task.blocks():
                 block.compile()
-        place(task.module.train(), config, self.device, units=task.blocks())
+        parallel.place(task.module.train(), config, self.device, units=task.blocks())
         if new:
             task.prepare()
         self.models: dict[str, nn.Module] = {"model": task.model}
         modules = {"model": task.module}
         if task.adversary is not None:
             self.models["adversary"] = modules["adversary"] = task.adversary.to(self.device).train()
-        self.called = {name: callable_form(each, self.device) for name, each in modules.items()}
+        self.called = {
+            name: parallel.callable_form(each, self.device) for name, each in modules.items()
+        }
         rates = {"model": config.lr, "adversary": task.adversary_lr}
         self.optimizers = {
-            name: make_optimizer(model, config, lr=rates[name])
+            name: optim.make_optimizer(model, config, lr=rates[name])
             for name, model in self.models.items()
         }
 
@@ -213,14 +198,14 @@ class _Run:
         batch = {name: rows.to(self.device) for name, rows in next(batches).items()}
         # Processes have different images, so different dropout.
         others = (distributed.rank(),) if distributed.rank() else ()
-        torch.manual_seed(seed_of(self.config.seed, self.step, *others))
+        torch.manual_seed(parallel.seed_of(self.config.seed, self.step, *others))
         for optimizer in self.optimizers.values():
-            set_learning_rate(optimizer, learning_rate(self.config, self.step))
+            optim.set_learning_rate(optimizer, optim.learning_rate(self.config, self.step))
         seen = self._backward(batch)
         max_norm = self.config.clip_norm or math.inf
         # Reading them waits for a GPU, so that a step's time is that of its computation.
         norms = {
-            _NORMS[name]: number(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
+            _NORMS[name]: parallel.number(nn.utils.clip_grad_norm_(model.parameters(), max_norm))
             for name, model in self.models.items()
         }
         self.step += 1
@@ -248,7 +233,7 @@ class _Run:
         chunks = {name: rows.chunk(parts) for name, rows in batch.items()}
         seen = []
         for index in range(parts):
-            with gradients_stay_here(*self.called.values(), when=index + 1 < parts):
+            with parallel.gradients_stay_here(*self.called.values(), when=index + 1 < parts):
                 with autocast(self.device, self.config):
                     losses = self.task.losses(
                         self.called["model"],
@@ -281,7 +266,7 @@ class _Run:
         values = {
             **self.meter.means(),
             **self.task.statistics(),
-            "lr": learning_rate(self.config, self.step - 1) * self.config.lr,
+            "lr": optim.learning_rate(self.config, self.step - 1) * self.config.lr,
             "skipped_steps": self.skipped_steps,
             **self._speed(),
         }
@@ -309,12 +294,12 @@ class _Run:
     def _evaluated(self) -> Iterator[None]:
         """Run a block in eval mode, without gradients, with the mean weights if there are any."""
         module = self.task.module
-        release_gathered(module)
+        parallel.release_gathered(module)
         with self.ema.in_place() if self.ema else contextlib.nullcontext(), torch.no_grad():
             module.eval()
             try:
                 yield
-                release_gathered(module)
+                parallel.release_gathered(module)
             finally:
                 module.train()
 
@@ -340,8 +325,8 @@ class _Run:
         """
         with self._evaluated():
             model = self.task.module if distributed.is_main() else None
-            if shards_model(self.config):
-                state = whole_state(self.task.model)
+            if parallel.shards_model(self.config):
+                state = parallel.whole_state(self.task.model)
                 if model is not None:
                     model = self.task.whole_model(state).to(device)
             try:
@@ -378,7 +363,7 @@ class _Run:
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
         for name, optimizer in self.optimizers.items():
-            tensors[_OPTIMIZERS[name]] = optimizer_tensors(self.models[name], optimizer)
+            tensors[_OPTIMIZERS[name]] = optim.optimizer_tensors(self.models[name], optimizer)
         return tensors
 
     def _export(self) -> None:
