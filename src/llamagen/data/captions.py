@@ -67,9 +67,7 @@ class CaptionTable:
     def __init__(self, folder: Path, images: int) -> None:
         """Open what ``write_captions`` wrote into ``folder``.
 
-        Raises:
-            FileNotFoundError: it is not there.
-            InputError: it is damaged, or of another number of images.
+        FileNotFoundError or InputError if it is missing, damaged, or of other images.
         """
         content, ends = folder / _CONTENT_NAME, folder / _ENDS_NAME
         for path in (content, ends):

@@ -79,15 +79,8 @@ def classes_of(
     """Return the label of each image, and the names of all classes, from a column of labels.
 
     Integers are labels of classes named "0", "1" and so on; other values are names of classes.
-
-    Args:
-        values: one per image.
-        where: the table, for messages.
-        class_names: the allowed classes; by default those that occur.
-
-    Raises:
-        InputError: a value is missing, a number is negative or too large, or a class is none of
-            ``class_names``.
+    InputError if a value is missing, a number is negative or too large, or a class is none of
+    ``class_names``, by default those that occur. ``where`` is the table, for messages.
     """
     missing = next((i for i, value in enumerate(values) if value is None or value == ""), None)
     if missing is not None:
@@ -166,9 +159,6 @@ def read_annotations(
         labelled: use the column of labels, if there is one.
         known_labels: default names of that column, first choice first.
         class_names: the allowed classes; by default those that occur.
-
-    Raises:
-        InputError: a column is not there, or a label is missing or out of range.
     """
     labels: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()

@@ -22,7 +22,7 @@ from llamagen.data.columns import (
     read_annotations,
 )
 from llamagen.data.images import CorruptImageError, ImageCollection, decode_image
-from llamagen.support.errors import InputError, importing
+from llamagen.support.errors import InputError, importing, one_line
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
 """Suffixes of files -> the library's name of the format."""
@@ -31,11 +31,7 @@ HUB = "hf:"
 
 
 def import_datasets() -> ModuleType:
-    """Return the library.
-
-    Raises:
-        InputError: it is not installed.
-    """
+    """Return the library; InputError if it is not installed."""
     with importing("hub data sets, Parquet and tar files need", "'llamagen[data]'"):
         import datasets
     return datasets
@@ -78,8 +74,8 @@ def _try(action: Any, source: str) -> Any:
         full = next((e for e in reasons if isinstance(e, OSError) and e.errno is not None), None)
         if full is not None and not isinstance(error, FileNotFoundError):
             raise full from error
-        shown = " ".join(str(error.__cause__ or error).split())
-        raise InputError(f"{source} cannot be read as a data set ({shown})") from error
+        reason = one_line(error.__cause__ or error)
+        raise InputError(f"{source} cannot be read as a data set ({reason})") from error
 
 
 class Table(ImageCollection):
@@ -94,11 +90,7 @@ class Table(ImageCollection):
         labelled: bool = True,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        """Find the columns.
-
-        Raises:
-            InputError: there is no column of images, or a label is missing or out of range.
-        """
+        """Find the columns; InputError if there are no images, or for a label that is missing."""
         datasets = import_datasets()
         config = config or SourceConfig()
         self.name = name
@@ -182,21 +174,16 @@ def _sizes(chunk: Any) -> np.ndarray:
 
 
 def image_column(features: Mapping[str, Any], config: SourceConfig, name: str) -> str:
-    """Return the column of images: that of ``config``, else found by type or name.
-
-    Raises:
-        InputError: there is none.
-    """
-    datasets = import_datasets()
-    typed = [column for column, feature in features.items() if isinstance(feature, datasets.Image)]
-    names = list(features)
-    found = find_column("image", config.image_column, [*typed, *IMAGE_NAMES], names, name)
-    if found is None:
-        raise InputError(
-            f"{name} has no column of images (it has {', '.join(names)}); name it with "
-            f"`image_column`"
-        )
-    return found
+    """Return the column of images: that of ``config``, else by type or name, else InputError."""
+    image = import_datasets().Image
+    typed = [column for column, feature in features.items() if isinstance(feature, image)]
+    known = [*typed, *IMAGE_NAMES]
+    if found := find_column("image", config.image_column, known, list(features), name):
+        return found
+    raise InputError(
+        f"{name} has no column of images (it has {', '.join(features)}); name it with "
+        f"`image_column`"
+    )
 
 
 def undecoded(dataset: Any, column: str) -> Any:
@@ -205,15 +192,10 @@ def undecoded(dataset: Any, column: str) -> Any:
 
 
 def decode(value: Any, path: Path) -> Image.Image:
-    """Decode an image of the library's: bytes, or the path of a file.
-
-    Raises:
-        CorruptImageError: it is missing, or no whole image.
-        OSError: its file cannot be reached.
-    """
-    if value is None or (value.get("bytes") is None and not value.get("path")):
-        raise CorruptImageError(path, "there is no image")
-    content = value.get("bytes")
+    """Decode an image of the library's, as bytes or the path of a file; see ``open_image``."""
+    content = (value or {}).get("bytes")
     if content is None:
+        if not (value or {}).get("path"):
+            raise CorruptImageError(path, "there is no image")
         content = Path(value["path"]).read_bytes()
     return decode_image(content, path)

@@ -154,8 +154,7 @@ def make_store(
 def _finished(artifact: Artifact) -> CodeStore | None:
     """Write the manifest, and return the store; None if shards of other processes are missing.
 
-    Raises:
-        InputError: no image is readable.
+    InputError if no image is readable.
     """
     if not artifact.is_done():
         return None
@@ -360,7 +359,11 @@ def _child(
     threads: int,
 ) -> None:
     """Make some shards; send the numbers of images done, or an exception."""
-    become_child(threads)
+    # Ctrl-C reaches every process of the terminal; the parent ends its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    keep_freed_memory()
     try:
         job.tokenizer.to(find_device(device))
         artifact.make(job.shard_maker(artifact, batch_size), connection.send)
@@ -373,8 +376,8 @@ def run_children(
 ) -> Generator[int, None, None]:
     """Run ``target`` in a process for each of ``arguments``; yield the integers that they send.
 
-    Its first argument is a connection, through which it sends integers or an exception. It should
-    call ``become_child`` first. If one process fails or dies, the others are ended.
+    Its first argument is a connection, through which it sends integers or an exception. If one
+    process fails or dies, the others are ended.
     """
     context = multiprocessing.get_context("spawn")
     children: dict[Connection, SpawnProcess] = {}
@@ -419,17 +422,7 @@ def _check_end(child: SpawnProcess) -> None:
         )
 
 
-def become_child(threads: int) -> None:
-    """Make this process end with its parent, and not at Ctrl-C."""
-    # Ctrl-C reaches every process of the terminal; the parent ends its children.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-
-
 def _end_with_parent() -> None:
-    """End when the parent was killed."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)

@@ -145,11 +145,9 @@ class CorruptImageError(InputError):
 
 
 def find_images(folder: Path | str) -> list[Path]:
-    """Return all image files under ``folder``, sorted; links are followed, hidden files left out.
+    """Return all image files under ``folder``, sorted; InputError if there are none.
 
-    Raises:
-        FileNotFoundError: there is no such folder.
-        InputError: it is not a folder, or there is no image in it.
+    Links are followed, hidden files left out.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -205,11 +203,7 @@ class ImageFolder(ImageCollection):
 
         If every image lies in a subfolder, the subfolders' names are the classes, in alphabetical
         order, or numerical if all are numbers. If none does, the images have no labels.
-
-        Args:
-            folder: folder with images.
-            class_names: the allowed classes, for a folder that belongs to another one
-                (validation); by default those that occur.
+        ``class_names`` are the allowed classes, of a folder for validation.
 
         Raises:
             FileNotFoundError: there is no such folder.

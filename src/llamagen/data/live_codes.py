@@ -44,13 +44,8 @@ class LiveCodes(CodeSourceBase):
     ) -> None:
         """Prepare; nothing is read.
 
-        Args:
-            tokenizer: tokenizer that identifies the codes.
-            images: images to encode.
-            views: views of an image; one at a time is encoded.
-            skipped: list of damaged files.
-            workers: threads that read images.
-            encoder: the same tokenizer in the precision to encode with.
+        ``views`` are encoded one at a time, by ``encoder``, the tokenizer in another precision, if
+        it is given. ``workers`` are threads that read images; damaged ones go to ``skipped``.
         """
         self._encoder = accelerate(encoder or tokenizer)
         self._images = images
@@ -82,11 +77,7 @@ class LiveCodes(CodeSourceBase):
         return None if captions is None else [captions[index] for index in indices]
 
     def readable(self, indices: np.ndarray) -> np.ndarray:
-        """Return these images, each unreadable one replaced by the next readable one.
-
-        Raises:
-            InputError: none can be read.
-        """
+        """Replace unreadable images by the next readable ones; InputError if there are none."""
         wanted = list(dict.fromkeys(indices.tolist()))
         self._read, found = {}, {}
         for index, result in zip(wanted, self._threads.map(self._source.read, wanted), strict=True):
@@ -100,11 +91,8 @@ class LiveCodes(CodeSourceBase):
     @torch.inference_mode()
     def rows(self, indices: np.ndarray, views: np.ndarray | int) -> np.ndarray:
         """Return codes (N, rows, columns) of a view of each image that ``readable`` returned."""
-        numbers = np.broadcast_to(np.asarray(views), len(indices))
-        crops = [
-            np.asarray(self._views.view(self._read[index], number))
-            for index, number in zip(indices.tolist(), numbers.tolist(), strict=True)
-        ]
+        pairs = np.broadcast(indices, views)
+        crops = [np.asarray(self._views.view(self._read[i], number)) for i, number in pairs]
         pixels = torch.from_numpy(np.stack(crops)).movedim(-1, 1)
         codes = self._encoder.encode(uint8_to_images(pixels.to(self._encoder.device)))
         return codes.cpu().numpy()

@@ -74,8 +74,7 @@ def import_published(
     Damaged files are skipped; an interrupted import can be resumed.
 
     Args:
-        tokenizer: tokenizer that made the codes, with weights in float32. Only the range of the
-            codes can be checked.
+        tokenizer: it made the codes; weights in float32. Only the range of codes can be checked.
         root: folder with the two folders, or the one with codes.
         out: folder of the store.
         shard_size: images of a shard.
@@ -162,7 +161,6 @@ def _read_shard(
 ) -> Mapping[str, Any]:
     codes = np.empty((len(items), source.views, *plan.grid), dtype=plan.dtype)
     keys: list[str] = []
-    labels: list[int] = []
     skipped = []
     for number in source.numbers[items.start : items.stop]:
         path = source.codes / f"{number}.npy"
@@ -172,18 +170,10 @@ def _read_shard(
             _log.warning("skipped: %s cannot be read (%s)", path, error)
             skipped.append((path.name, str(error)))
         else:
-            if source.labels is not None:
-                labels.append(_read_label(source.labels / path.name))
             keys.append(path.name)
         advance(1)
-    return shard_content(
-        plan,
-        codes,
-        keys=keys,
-        labels=labels if source.labels else None,
-        captions=None,
-        skipped=skipped,
-    )
+    labels = None if source.labels is None else [_read_label(source.labels / k) for k in keys]
+    return shard_content(plan, codes, keys=keys, labels=labels, captions=None, skipped=skipped)
 
 
 def _read_codes(path: Path, plan: StorePlan) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import glob
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,10 +24,10 @@ from llamagen.data.columns import (
     read_annotations,
 )
 from llamagen.data.images import ImageCollection, ImageFolder
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
-TABLES = ("metadata.csv", "metadata.jsonl")
-"""Names of the tables of a folder."""
+_TABLES = (".csv", ".jsonl")
+"""Suffixes of tables of images; metadata.csv or metadata.jsonl is that of its folder."""
 _REST = "more"
 """Key of a row's fields beyond those of the header."""
 
@@ -57,43 +58,36 @@ def open_images(
             ``class_names``.
     """
     config = config or SourceConfig()
+    path, name = Path(source), str(source)
     if is_library_source(source):
-        dataset = library.load(str(source), split or config.split, config)
-        return library.Table(
-            dataset, str(source), config, labelled=labelled, class_names=class_names
-        )
-    path = Path(source)
-    table = path if path.suffix.lower() in (".csv", ".jsonl") and path.is_file() else None
-    table = table or find_table(path)
-    if table is not None:
-        return open_table(table, config, labelled=labelled, class_names=class_names)
+        dataset = library.load(name, split or config.split, config)
+        return library.Table(dataset, name, config, labelled=labelled, class_names=class_names)
+    is_table = path.suffix.lower() in _TABLES and path.is_file()
+    if table := path if is_table else _find_table(path):
+        return _open_table(table, config, labelled, class_names)
     if labelled:
         return ImageFolder.scan(path, class_names=class_names)
     return ImageFolder.scan_unlabelled(path)
 
 
 def is_library_source(source: str | Path) -> bool:
-    """Return whether the ``datasets`` library reads a source.
+    """Return whether the ``datasets`` library reads a source; InputError if nothing can.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        InputError: it is a file of another kind.
+    FileNotFoundError for files of its formats that do not exist.
     """
-    text = str(source)
-    if text.startswith(library.HUB):
+    path, name = Path(source), str(source)
+    if name.startswith(library.HUB):
         return True
-    path = Path(source)
     if path.is_dir():
-        if find_table(path) is not None:
-            return False
-        inside = (entry.suffix.lower() for entry in path.glob("*") if entry.is_file())
-        # A level below, as in the "data" folder of a data set cloned from the hub.
-        below = (entry.suffix.lower() for entry in path.glob("data/*") if entry.is_file())
-        return any(suffix in library.FORMATS for suffix in (*inside, *below))
+        # A level below, too, as in the "data" folder of a data set cloned from the hub.
+        entries = itertools.chain(path.glob("*"), path.glob("data/*"))
+        return _find_table(path) is None and any(
+            entry.suffix.lower() in library.FORMATS and entry.is_file() for entry in entries
+        )
     is_known = path.suffix.lower() in library.FORMATS
     # Not Path.glob: patterns may be absolute.
-    if path.is_file() or glob.glob(text):  # noqa: PTH207
-        if not is_known and path.suffix.lower() not in (".csv", ".jsonl"):
+    if path.is_file() or glob.glob(name):  # noqa: PTH207
+        if not is_known and path.suffix.lower() not in _TABLES:
             raise InputError(
                 f"{source} is no source of images; give a folder, a table (.csv, .jsonl), or "
                 f"files ending in {', '.join(library.FORMATS)}"
@@ -104,49 +98,30 @@ def is_library_source(source: str | Path) -> bool:
     return False
 
 
-def read_table(path: Path, *, text_column: str = "text") -> list[dict[str, Any]]:
-    """Return the rows of a table.
-
-    Args:
-        path: .csv or .tsv with a header; .jsonl with an object or text on each line; .json with a
-            list of these, or COCO's captions; .txt with a text on each line. Empty lines are left
-            out.
-        text_column: name of the column of plain texts.
-
-    Raises:
-        InputError: the file is of another form, damaged, or has no rows.
-    """
+def _read_table(path: Path, *, text_column: str = "text") -> list[dict[str, Any]]:
+    """Return the rows of a table; plain texts are in ``text_column``."""
     kind = path.suffix.lower()
     try:
         rows = _parse(path.read_text(encoding="utf-8-sig"), kind, text_column)
     except (ValueError, csv.Error) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} cannot be read as {kind or 'text'} ({reason})") from error
+        raise InputError(
+            f"{path} cannot be read as {kind or 'text'} ({one_line(error)})"
+        ) from error
     if not rows:
         raise InputError(f"{path} has no rows in it; add some, or give another file")
     return rows
 
 
-def find_table(folder: Path) -> Path | None:
+def _find_table(folder: Path) -> Path | None:
     """Return the table of a folder, if it has one."""
-    return next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    tables = (folder / f"metadata{suffix}" for suffix in _TABLES)
+    return next(filter(Path.is_file, tables), None)
 
 
-def open_table(
-    table: Path,
-    config: SourceConfig | None = None,
-    *,
-    labelled: bool = True,
-    class_names: Sequence[str] | None = None,
+def _open_table(
+    table: Path, config: SourceConfig, labelled: bool, class_names: Sequence[str] | None
 ) -> ImageFolder:
-    """Return the images of a table (.csv, .jsonl); see ``open_images``.
-
-    Raises:
-        InputError: the table is empty or damaged, has no column of file names, names missing
-            files or files outside its folder, or a label is missing.
-    """
-    config = config or SourceConfig()
-    rows = read_table(table)
+    rows = _read_table(table)
     columns, where = list(rows[0]), str(table)
     column = find_column("file name", config.image_column, FILE_NAMES, columns, where)
     if column is None:
@@ -176,8 +151,7 @@ def _parse(text: str, kind: str, text_column: str) -> list[dict[str, Any]]:
         return list(csv.DictReader(file, restkey=_REST, strict=True))
     if kind == ".tsv":
         # A tab ends a field whatever quotes there are; PartiPrompts has lone ones.
-        reader = csv.DictReader(lines, restkey=_REST, delimiter="\t", quoting=csv.QUOTE_NONE)
-        return list(reader)
+        return [*csv.DictReader(lines, restkey=_REST, delimiter="\t", quoting=csv.QUOTE_NONE)]
     if kind == ".jsonl":
         values = [json.loads(line) for line in lines]
     elif kind == ".json":
@@ -206,13 +180,11 @@ def _image_path(table: Path, number: int, name: Any) -> Path:
             f"row {number} of {table} names {name}, outside the table's folder; move the table "
             f"above all images"
         )
-    path = table.parent / relative
-    if not path.is_file():
-        raise InputError(
-            f"row {number} of {table} names {name}, which is not there; add the file or remove "
-            f"the row"
-        )
-    return path
+    if (path := table.parent / relative).is_file():
+        return path
+    raise InputError(
+        f"row {number} of {table} names {name}, which is not there; add the file or remove the row"
+    )
 
 
 class FilePrompt(NamedTuple):
@@ -227,7 +199,9 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
     """Read the prompts of a file.
 
     Args:
-        path: see ``read_table``.
+        path: .csv or .tsv with a header; .jsonl with an object or text on each line; .json with a
+            list of these, or COCO's captions; .txt with a text on each line. Empty lines are left
+            out.
         column: column of the prompt; by default the first of prompt, text, caption and so on that
             exists, in any case.
 
@@ -238,7 +212,7 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of prompts")
-    rows = read_table(path, text_column="prompt")
+    rows = _read_table(path, text_column="prompt")
     field = _prompt_column(path, list(rows[0]), column)
     prompts = []
     for number, row in enumerate(rows, start=1):
@@ -255,10 +229,9 @@ def _prompt_column(path: Path, names: list[str], wanted: str | None) -> str:
     known = ("prompt", *CAPTION_NAMES)
     found = (by_lower.get(name) for name in known) if wanted is None else (wanted,)
     column = next((name for name in found if name in names), None)
-    if column is None:
-        missing = "no column of prompts" if wanted is None else f"no column {wanted!r}"
-        raise InputError(
-            f"{path} has {missing} (it has {', '.join(names)}); name one of them with "
-            f"`prompt_column`"
-        )
-    return column
+    if column is not None:
+        return column
+    missing = "no column of prompts" if wanted is None else f"no column {wanted!r}"
+    raise InputError(
+        f"{path} has {missing} (it has {', '.join(names)}); name one of them with `prompt_column`"
+    )

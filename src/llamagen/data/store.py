@@ -257,15 +257,7 @@ class CodeStore(CodeSourceBase):
         return self.manifest.codes_used / self.codebook_size
 
     def rows(self, indices: np.ndarray, views: np.ndarray | int = 0) -> np.ndarray:
-        """Return codes (B, rows, columns) of one view each of some images.
-
-        Args:
-            indices: (B,) images.
-            views: (B,) the view of each, or one for all.
-
-        Raises:
-            IndexError: there is no such image or view.
-        """
+        """Return codes (B, rows, columns) of images (B,) in a view of each (B,), or one for all."""
         indices, views = np.broadcast_arrays(np.asarray(indices), np.asarray(views))
         _check_range(views, self.views, "view")
         codes = np.empty((len(indices), *self.grid), dtype=self.manifest.plan.dtype)
@@ -279,11 +271,7 @@ class CodeStore(CodeSourceBase):
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        """(N,) int64; None for images without classes.
-
-        Raises:
-            InputError: a label is none of the store's classes, or a file is damaged.
-        """
+        """(N,) int64, or InputError for a damaged shard; None for images without classes."""
         if not self.manifest.plan.labelled:
             return None
         parts, classes = [np.empty(0, dtype=np.int64)], len(self.class_names)
@@ -303,13 +291,7 @@ class CodeStore(CodeSourceBase):
         return np.concatenate(parts)
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
-        """Return the captions of some images; None for a store without captions.
-
-        Raises:
-            IndexError: there is no such image.
-            FileNotFoundError: the file of captions is missing.
-            InputError: the file of captions is damaged.
-        """
+        """Return the captions of some images; None for a store without; see ``CaptionTable``."""
         if not self.manifest.plan.captioned:
             return None
         table = self._captions = self._captions or CaptionTable(self.folder, len(self))
@@ -318,7 +300,7 @@ class CodeStore(CodeSourceBase):
         return [table[index] for index in wanted.tolist()]
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> list[str]:
-        """Return the paths of some images within their folder; IndexError if there are none."""
+        """Return the paths of some images within the folder that they came from."""
         wanted = np.asarray(indices, dtype=np.int64)
         found = np.empty(len(wanted), dtype=object)
         for shard, chosen, within in self._by_shard(wanted):

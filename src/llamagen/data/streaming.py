@@ -69,11 +69,7 @@ class ImageStream:
         seed: int,
         split: str | None = None,
     ) -> None:
-        """Open the data set.
-
-        Raises:
-            InputError: it cannot be opened, or has no column of images.
-        """
+        """Open the data set; InputError if it cannot be opened, or has no column of images."""
         dataset = library.load(source, split or config.split, config)
         features = dataset.features
         if features is None:
@@ -121,10 +117,8 @@ class ImageStream:
     ) -> Iterator[ImageBatch]:
         """Yield batches; see ``loader.training_batches``.
 
-        Unreadable images are replaced by others of the batch.
-
-        Raises:
-            InputError: the parts cannot be shared by so many processes, or there are no images.
+        Unreadable images are replaced by others of the batch. InputError if the processes cannot
+        share the parts evenly, or there are no images.
         """
         if self.parts % world_size:
             raise InputError(

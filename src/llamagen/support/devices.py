@@ -25,11 +25,7 @@ _WORTH_IT = 1.5
 
 
 def find_device(name: str | torch.device = "auto") -> torch.device:
-    """Return a device by name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        InputError: there is no such device here.
-    """
+    """Return a device by name, or InputError; "auto" is CUDA, else MPS, else the CPU."""
     if isinstance(name, torch.device):
         return name
     if name == "auto":
@@ -51,11 +47,7 @@ def find_device(name: str | torch.device = "auto") -> torch.device:
 
 
 def find_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """Return a precision by name; "auto" or None is bfloat16 where that is fast.
-
-    Raises:
-        InputError: there is no such precision.
-    """
+    """Return a precision by name, or InputError; "auto" or None is bfloat16 where that is fast."""
     if isinstance(name, torch.dtype):
         return name
     if name in (None, "auto"):

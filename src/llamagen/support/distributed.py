@@ -102,10 +102,7 @@ def summed(values: Mapping[str, float]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Run a block in the main process, then in the others: for downloads into a shared cache.
-
-    If it fails in the main process, the others run it all the same.
-    """
+    """Run a block in the main process, then, even if it failed, in the others: for downloads."""
     if not is_main():
         barrier()
     try:
@@ -119,10 +116,7 @@ def main_first() -> Iterator[None]:
 def process_group(device: str) -> Iterator[torch.device]:
     """Join the process group, if there are several processes; yield this process's device.
 
-    On "cuda" that is the GPU of its local rank.
-
-    Raises:
-        InputError: this machine has no such device, or fewer GPUs than processes.
+    On "cuda" that is the GPU of its local rank; InputError if the machine has none for it.
     """
     launch = Launch.read()
     if launch is None or dist.is_initialized():

@@ -34,8 +34,7 @@ class Labels:
     def find(self, text: str | int) -> int:
         """Return the index of a class by its index, name or alias, in any case.
 
-        Raises:
-            InputError: no class, or more than one, has this name; similar names are in the message.
+        InputError, with similar names, if no class has this name, or more than one.
         """
         if isinstance(text, int) or text.strip().isdecimal():
             index = int(text)
@@ -71,12 +70,7 @@ class Labels:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Read the file of ``save``; strings are names without aliases.
-
-        Raises:
-            FileNotFoundError: no such file.
-            InputError: the file is not a list of names.
-        """
+        """Read the file of ``save``, or a list of names; InputError if it holds something else."""
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist")
         try:

@@ -40,11 +40,7 @@ class Launch:
 
 
 def own_device(device: torch.device, launch: Launch) -> torch.device:
-    """Return the device of this process: on "cuda" the GPU of its local rank.
-
-    Raises:
-        InputError: this machine has fewer GPUs than processes, or the device cannot be shared.
-    """
+    """Return the device of this process: on "cuda" the GPU of its local rank, or InputError."""
     import torch
 
     if launch.world_size == 1:

@@ -26,21 +26,12 @@ def folder_lock(
     """Lock a folder for a run while the block is executed.
 
     A run of one process locks it exclusively. The processes of a larger run share it, but not with
-    a process of another run that has the same rank or is alone.
-
-    Args:
-        folder: it must exist.
-        rank: number of this process in its run.
-        world_size: processes of the run.
-        timeout: seconds to wait for another run to end; may be ``math.inf``.
-
-    Raises:
-        InputError: another run holds the folder.
+    a process of another run that has the same rank or is alone. InputError if another run still
+    holds the folder, which must exist, after ``timeout`` seconds (may be ``math.inf``).
     """
+    folder, deadline = Path(folder), time.monotonic() + timeout
     with contextlib.ExitStack() as held:
         if fcntl is not None:
-            deadline = time.monotonic() + timeout
-            folder = Path(folder)
             held.enter_context(_lock_file(folder / _NAME, world_size == 1, deadline))
             if world_size > 1:
                 held.enter_context(_lock_file(folder / f"{_NAME}-{rank}", True, deadline))

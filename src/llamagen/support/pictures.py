@@ -120,12 +120,7 @@ def image_bytes(
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Return the metadata that ``save_png`` wrote.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: the file is no image, or has no metadata.
-    """
+    """Return the metadata that ``save_png`` wrote; InputError if the file has none."""
     try:
         with Image.open(path) as image:
             text = getattr(image, "text", {}).get(METADATA_KEY)

@@ -102,12 +102,7 @@ def write_json(path: Path | str, values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: the file does not hold a JSON object.
-    """
+    """Read a JSON object from a file; InputError if it holds something else."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
@@ -122,22 +117,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Return the folder of what outlives a process: ``LLAMAGEN_CACHE``, else the user's cache.
-
-    Raises:
-        RuntimeError: the user has no home.
-    """
+    """Return the folder of what outlives a process: ``LLAMAGEN_CACHE``, else the user's cache."""
     if own := os.environ.get("LLAMAGEN_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llamagen"
 
 
 def require_writable(folder: Path | str) -> Path:
-    """Create ``folder`` if need be, and check before long work that files can be written there.
-
-    Raises:
-        InputError: it cannot be created or written to.
-    """
+    """Create ``folder`` if need be; InputError, before long work, if it cannot be written to."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
