@@ -119,11 +119,13 @@ def find_column(
     kind: str, wanted: str | None, known: Sequence[str], columns: Sequence[str], where: str
 ) -> str | None:
     """Return the column asked for (InputError if missing), or the first known one there is."""
-    if wanted is not None and wanted not in columns:
-        raise InputError(
-            f"{where} has no column {wanted!r} for the {kind}; it has {', '.join(columns)}"
-        )
-    return wanted or next((name for name in known if name in columns), None)
+    if wanted is None:
+        return next((name for name in known if name in columns), None)
+    if wanted in columns:
+        return wanted
+    raise InputError(
+        f"{where} has no column {wanted!r} for the {kind}; it has {', '.join(columns)}"
+    )
 
 
 def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) -> dict[str, float]:

@@ -161,13 +161,12 @@ def _finished(artifact: Artifact) -> CodeStore | None:
     plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
     counts: list[int] = []
     skipped: list[tuple[str, str]] = []
-    used = np.zeros(plan.codebook_size, dtype=bool)
+    used = np.zeros(math.ceil(plan.codebook_size / 8), dtype=np.uint8)
     classes = 0
     for info in shard_infos(artifact):
         counts.append(len(info.keys))
         skipped += info.skipped
-        bits = np.frombuffer(bytes.fromhex(info.used), dtype=np.uint8)
-        used |= np.unpackbits(bits, count=plan.codebook_size).astype(bool)
+        used |= np.frombuffer(bytes.fromhex(info.used), dtype=np.uint8)
         classes = max(classes, 1 + max(info.labels or (-1,)))
     if sum(counts) == 0:
         file, reason = skipped[0]
@@ -176,7 +175,7 @@ def _finished(artifact: Artifact) -> CodeStore | None:
             f"and choose another folder (`out`)"
         )
     if skipped:
-        lines = [f"{file}\t{reason}\n" for file, reason in skipped]
+        lines = (f"{file}\t{reason}\n" for file, reason in skipped)
         storage.write_text(artifact.folder / SKIPPED_NAME, "".join(lines))
     if plan.captioned:
         # Outside the shards: training reads captions of images in any order.
@@ -188,7 +187,7 @@ def _finished(artifact: Artifact) -> CodeStore | None:
         "skipped": len(skipped),
         "shards": counts,
         "class_names": plan.class_names or numbered,
-        "codes_used": int(used.sum()),
+        "codes_used": int(np.unpackbits(used).sum()),
         "llamagen": importlib.metadata.version("llamagen"),
     }
     artifact.finish(results)

@@ -213,7 +213,15 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a file of prompts")
     rows = _read_table(path, text_column="prompt")
-    field = _prompt_column(path, list(rows[0]), column)
+    by_lower = {name.lower(): name for name in rows[0]}
+    known = (by_lower.get(name) for name in ("prompt", *CAPTION_NAMES))
+    field = next(filter(None, known), None) if column is None else column
+    if field is None or field not in rows[0]:
+        missing = "no column of prompts" if column is None else f"no column {column!r}"
+        raise InputError(
+            f"{path} has {missing} (it has {', '.join(rows[0])}); name one of them with "
+            f"`prompt_column`"
+        )
     prompts = []
     for number, row in enumerate(rows, start=1):
         found = row.get(field)
@@ -222,16 +230,3 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
         about = {name: value for name, value in row.items() if name != field}
         prompts.append(FilePrompt(found.strip(), about))
     return prompts
-
-
-def _prompt_column(path: Path, names: list[str], wanted: str | None) -> str:
-    by_lower = {name.lower(): name for name in names}
-    known = ("prompt", *CAPTION_NAMES)
-    found = (by_lower.get(name) for name in known) if wanted is None else (wanted,)
-    column = next((name for name in found if name in names), None)
-    if column is not None:
-        return column
-    missing = "no column of prompts" if wanted is None else f"no column {wanted!r}"
-    raise InputError(
-        f"{path} has {missing} (it has {', '.join(names)}); name one of them with `prompt_column`"
-    )

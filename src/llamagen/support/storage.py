@@ -42,8 +42,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     # Absolute: the name of "." is empty.
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
-    try:
+    with tempfile.TemporaryDirectory(
+        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", ignore_cleanup_errors=True
+    ) as name:
+        temporary = Path(name)
         temporary.chmod(0o777 & ~_umask())
         yield temporary
         for file in temporary.rglob("*"):
@@ -53,8 +55,6 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             _swap(temporary, path)
         else:
             temporary.replace(path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
