@@ -5,7 +5,6 @@ Images are decoded as those of folders are.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+import llamagen.support.storage as storage
 from llamagen.data.columns import (
     IMAGE_NAMES,
     LABEL_NAMES,
@@ -136,10 +136,9 @@ class Table(ImageCollection):
 
     def digest(self) -> str:
         """Return a short text that depends on the rows and the sizes of their images."""
-        whole = hashlib.sha256(self._rows.tobytes())
-        for chunk in self._dataset.data.column(self._column).chunks:
-            whole.update(_sizes(chunk).tobytes())
-        return whole.hexdigest()[:16]
+        chunks = self._dataset.data.column(self._column).chunks
+        sizes = (_sizes(chunk).tobytes() for chunk in chunks)
+        return storage.short_digest([self._rows.tobytes(), *sizes])
 
 
 class InMemory(ImageCollection):

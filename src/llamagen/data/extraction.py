@@ -9,7 +9,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -323,9 +322,8 @@ def _encode(
 
 def _source_digest(images: ImageCollection) -> str:
     """Return a short text that depends on the names, labels and captions of images."""
-    whole = hashlib.sha256(images.digest().encode())
-    whole.update(json.dumps([images.class_names, images.labels, images.captions]).encode())
-    return whole.hexdigest()[:16]
+    about = json.dumps([images.class_names, images.labels, images.captions])
+    return storage.short_digest([images.digest().encode(), about.encode()])
 
 
 def _make_in_processes(

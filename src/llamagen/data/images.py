@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+import llamagen.support.storage as storage
 from llamagen.data.captions import Captions
 from llamagen.data.columns import sort_names
 from llamagen.support.errors import InputError, one_line
@@ -102,10 +103,8 @@ class ImageCollection(abc.ABC):
 
     def digest(self) -> str:
         """Return a short text that depends on the names of the images."""
-        whole = hashlib.sha256()
-        for index in range(len(self)):
-            whole.update(_key_bytes(self.key(index)) + b"\0")
-        return whole.hexdigest()[:16]
+        keys = map(self.key, range(len(self)))
+        return storage.short_digest(_key_bytes(key) + b"\0" for key in keys)
 
 
 def split_keys(keys: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:

@@ -6,7 +6,6 @@ Shapes: N images, rows x columns codes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import llamagen.support.storage as storage
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import Grid
 from llamagen.data.captions import Captions
@@ -61,7 +61,7 @@ class LiveCodes(CodeSourceBase):
         self.class_names = images.class_names
         self.labels = None if images.labels is None else np.array(images.labels, dtype=np.int64)
         known = (tokenizer.fingerprint(), images.digest(), views)
-        self.identity = hashlib.sha256(repr(known).encode()).hexdigest()[:16]
+        self.identity = storage.short_digest([repr(known).encode()])
 
     def __len__(self) -> int:
         return len(self._images)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -112,7 +111,7 @@ class Artifact:
     def identity(self) -> str:
         """Short text that depends on every setting that is not free."""
         values = {name: v for name, v in self.settings.items() if name not in self.form.free}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return storage.short_digest([json.dumps(values, sort_keys=True).encode()])
 
     def __len__(self) -> int:
         """Return the number of pieces."""

@@ -1,12 +1,13 @@
-"""Atomic writing of files and folders; JSON files."""
+"""Atomic writing of files and folders; JSON files; digests."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds a {type(values).__name__}, expected a JSON object")
     return values
+
+
+def short_digest(parts: Iterable[bytes]) -> str:
+    """Return a short text that depends on every byte of the parts, read one after another."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(part)
+    return whole.hexdigest()[:16]
 
 
 def cache_folder() -> Path:
