@@ -47,7 +47,7 @@ from llamagen.data.views import Views
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.artifact import Advance, Artifact, MakePiece
-from llamagen.support.devices import find_device, keep_freed_memory
+from llamagen.support.devices import dtype_name, find_device, keep_freed_memory
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 
@@ -247,7 +247,7 @@ class _Job:
         return StorePlan.of(
             tokenizer,
             grid=grid,
-            precision=str(self.dtype).removeprefix("torch."),
+            precision=dtype_name(self.dtype),
             views=StoreViews(
                 kind=views.kind,
                 count=len(views),

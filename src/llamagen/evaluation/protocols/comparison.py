@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from llamagen.checkpoints.info import dtype_name
 from llamagen.evaluation.features import ReferenceSource, write_statistics
 from llamagen.evaluation.image_sets import ImageSet, size_text, write_images
 from llamagen.evaluation.metrics import clip_score
@@ -30,6 +29,7 @@ from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_sa
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support.artifact import Advance
+from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 
 _SAMPLES_FOLDER = "samples"

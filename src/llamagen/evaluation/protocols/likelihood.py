@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.checkpoints.info import dtype_name
 from llamagen.evaluation.image_sets import ImageSet, size_text
 from llamagen.evaluation.pieces import make_pieces, named_pieces
 from llamagen.evaluation.protocols.tokenizer import batch_limit
@@ -25,6 +24,7 @@ from llamagen.generation.likelihood import code_log_likelihoods
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline import Pipeline
 from llamagen.support.artifact import Advance
+from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 
 _ONLY_CODES = (

@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen.backends.cpu.convolution import accelerate
-from llamagen.checkpoints.info import dtype_name
 from llamagen.data.views import center_crop
 from llamagen.evaluation.features import ReferenceSource
 from llamagen.evaluation.image_sets import ImageSet, as_arrays, size_text
@@ -26,6 +25,7 @@ from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.artifact import Advance
+from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
 
