@@ -61,10 +61,8 @@ def run(options: Options) -> None:
     model = _model(options, device, usual)
     name = str(usual).removeprefix("torch.")
     chosen = options.precisions or (cast("Precision", name), "int8", "int8-all")
-    kinds = len(chosen) + options.reference
-    with tqdm(
-        total=len(options.images) * kinds * (options.repeats + 1), unit="run", disable=None
-    ) as bar:
+    runs = len(options.images) * (len(chosen) + options.reference) * (options.repeats + 1)
+    with tqdm(total=runs, unit="run", disable=None) as bar:
         found = bench.measure_decoding(
             model,
             chosen,
@@ -74,12 +72,12 @@ def run(options: Options) -> None:
             on_run=bar.update,
         )
     about = bench.machine()
-    print(f"{options.model or options.preset}, {model.config.num_codes} codes, with guidance")
+    label = options.model or options.preset
+    print(f"{label}, {model.config.num_codes} codes, with guidance")
     print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")
     print(_table(found))
     if options.out is not None:
-        measured = [dataclasses.asdict(each) for each in found]
-        results = {"model": options.model or options.preset, "measured": measured}
+        results = {"model": label, "measured": [dataclasses.asdict(each) for each in found]}
         storage.write_json(options.out, {"machine": about, "results": results})
         print(options.out)
 
@@ -114,17 +112,15 @@ def _table(found: list[Measurement]) -> str:
 
     header = ["weights", "images (rows)", "ms/code", "floor", "of reference", "time goes to"]
     references = {m.images: m.median for m in found if m.precision.startswith(REFERENCE)}
-    rows = []
-    for m in found:
-        reference = references.get(m.images)
-        rows.append(
-            [
-                m.precision,
-                f"{m.images} ({2 * m.images})",
-                median_and_spread(m.seconds_per_code, unit=1000),
-                f"{1000 * m.floor:.1f}",
-                "" if reference is None else f"{reference / m.median:.2f}x",
-                ", ".join(f"{name} {share:.0%}" for name, share in (m.shares or {}).items()),
-            ]
-        )
+    rows = [
+        [
+            m.precision,
+            f"{m.images} ({2 * m.images})",
+            median_and_spread(m.seconds_per_code, unit=1000),
+            f"{1000 * m.floor:.1f}",
+            f"{references[m.images] / m.median:.2f}x" if m.images in references else "",
+            ", ".join(f"{name} {share:.0%}" for name, share in (m.shares or {}).items()),
+        ]
+        for m in found
+    ]
     return table(header, rows)

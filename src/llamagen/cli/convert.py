@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from llamagen.checkpoints import PipelineSource
     from llamagen.models.tokenizer import ImageTokenizer
     from llamagen.models.transformer import Transformer
+    from llamagen.pipeline import Pipeline
     from llamagen.support.labels import Labels
 
     Parts = dict[str, tuple[str, ImageTokenizer | Transformer]]
@@ -63,7 +64,7 @@ def run(options: Options) -> None:
         options = dataclasses.replace(options, sources=sources)
     parts = _load(options)
     with storage.atomic_folder(out) as folder:
-        _save(parts, folder, options, found)
+        _assemble(parts, options, found).save_pretrained(folder)
     for source, model in parts.values():
         print(f"{source}: {_summary(model)}")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
@@ -75,8 +76,7 @@ def _require_place(out: Path, *, overwrite: bool) -> None:
     import llamagen.support.storage as storage
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        is_model = any((out / name).is_file() for name in ("config.json", "model_index.json"))
-        if not is_model:
+        if not any((out / name).is_file() for name in ("config.json", "model_index.json")):
             raise InputError(f"{out} exists and is no model folder; choose another --out")
         if not overwrite:
             raise InputError(f"{out} holds a model already; give --overwrite to replace it")
@@ -130,29 +130,30 @@ def _load(options: Options) -> Parts:
     return parts
 
 
-def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | None) -> None:
+def _assemble(
+    parts: Parts, options: Options, found: PipelineSource | None
+) -> Pipeline | ImageTokenizer | Transformer:
+    """Return the only model, or the pipeline of both."""
     from llamagen.checkpoints import demo_sampling, find_public
     from llamagen.models.tokenizer import ImageTokenizer
     from llamagen.models.transformer import Transformer
     from llamagen.pipeline import Pipeline
 
     if len(parts) == 1:
-        ((_, model),) = parts.values()
-        model.save_pretrained(folder)
-        return
+        return next(iter(parts.values()))[1]
     source, transformer = parts[Transformer.kind]
     _, tokenizer = parts[ImageTokenizer.kind]
     assert isinstance(transformer, Transformer)
     assert isinstance(tokenizer, ImageTokenizer)
     labels = _labels(transformer, options.labels)
-    sampling, text = demo_sampling(transformer.config.condition), None
     if found is None:
         public = find_public(source)
         name = options.out.resolve().name if public is None else public.name
+        sampling, text = demo_sampling(transformer.config.condition), None
     else:
         name, sampling, text = found.name, found.sampling, found.text
         labels = labels if options.labels is not None else found.labels
-    pipeline = Pipeline(
+    return Pipeline(
         tokenizer,
         transformer,
         labels=labels,
@@ -160,21 +161,19 @@ def _save(parts: Parts, folder: Path, options: Options, found: PipelineSource | 
         sampling=sampling,
         text_encoder=text,
     )
-    pipeline.save_pretrained(folder)
 
 
 def _labels(transformer: Transformer, path: Path | None) -> Labels | None:
     from llamagen.support.labels import Labels
 
-    config = transformer.config
-    if config.condition == "text":
-        if path is not None:
-            raise InputError("the transformer is conditioned on text; leave --labels out")
-        return None
+    is_text = transformer.config.condition == "text"
     if path is not None:
+        if is_text:
+            raise InputError("the transformer is conditioned on text; leave --labels out")
         return Labels.load(path)
     imagenet = Labels.imagenet()
-    return imagenet if len(imagenet) == config.num_classes else None
+    is_imagenet = not is_text and len(imagenet) == transformer.config.num_classes
+    return imagenet if is_imagenet else None
 
 
 def _summary(model: ImageTokenizer | Transformer) -> str:

@@ -45,7 +45,7 @@ def run(options: Draw | Train) -> None:
 def _draw(options: Draw) -> str:
     from llamagen.pipeline.demo import run_demo
 
-    result = run_demo(options.out, device=options.device, seed=options.seed)
+    result = run_demo(**vars(options))
     return f"""{result.images} images in {result.seconds:.1f} s, none picked
 
 sheet      {result.sheet}
@@ -56,9 +56,7 @@ draw more  llamagen generate --model emoji --prompt "sunflower" -n 8
 def _train(options: Train) -> str:
     from llamagen.training.demo import run_training_demo
 
-    result = run_training_demo(
-        options.out, device=options.device, seed=options.seed, steps=options.steps
-    )
+    result = run_training_demo(**vars(options))
     times = ", ".join(f"{name} {value:.0f} s" for name, value in result.seconds.items())
     return f"""
 reconstruction PSNR      {result.psnr:.1f} dB (held-out scans)

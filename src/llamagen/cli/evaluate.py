@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -11,7 +12,6 @@ import tyro
 from llamagen.cli.options import (
     DeviceOptions,
     QuantizationOptions,
-    SettingOptions,
     given_settings,
     require_at_least,
     setting_options,
@@ -22,26 +22,18 @@ from llamagen.support.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from llamagen.evaluation.features import FeatureNetwork, ReferenceSource
+    from llamagen.evaluation.features import ReferenceSource
     from llamagen.evaluation.image_sets import ImageSet
     from llamagen.evaluation.networks.lpips import Lpips
     from llamagen.evaluation.protocols.common import Workplace
     from llamagen.evaluation.report import Report
     from llamagen.pipeline import Pipeline
 
-    class ClassSettings:
-        """An option for each field of ``SamplingConfig``."""
+_PAPERS = "the paper's for published models, else the model's own"
 
-    class SweepSettings:
-        """As ``ClassSettings``, without those of which a sweep tries several values."""
-else:
-    _DEFAULT = "the paper's for published models, else the model's own"
-    ClassSettings = setting_options(default=_DEFAULT)
-    SweepSettings = setting_options(default=_DEFAULT, without=("guidance_scale", "top_k"))
-
-_MODEL = ("model", "no model was named; give --model")
-_IMAGES = ("images", "no images were named; give a folder")
-_REFERENCE = ("reference", "no reference was named; give --reference an .npz file or images")
+_MODEL = {"model": "no model was named; give --model"}
+_IMAGES = {"images": "no images were named; give a folder"}
+_REFERENCE = {"reference": "no reference was named; give --reference an .npz file or images"}
 
 Count = Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])]
 
@@ -64,20 +56,26 @@ class NetworkOptions:
     classifier_flip: bool = False
     """Whether mirror images keep their class."""
 
-    def open(self, out: Path, reference: ImageSet | None, device: torch.device) -> FeatureNetwork:
-        """Load, download or train the network; called in every process."""
+    def place(self, out: Path, reference: ReferenceSource, device: torch.device) -> Workplace:
+        """Load, download or train the network; return it with the folder of a comparison's results.
+
+        Called in every process.
+        """
         from llamagen.evaluation.networks.classifier import ClassifierTraining, open_classifier
         from llamagen.evaluation.networks.inception import InceptionV3
+        from llamagen.evaluation.protocols.common import Workplace
         from llamagen.support import distributed
 
         if self.network == "classifier":
             require_at_least(1, self, "classifier_steps")
             training = ClassifierTraining(steps=self.classifier_steps, flip=self.classifier_flip)
             folder = self.classifier or out / "classifier"
-            return open_classifier(folder, reference, device, training)
+            network = open_classifier(folder, reference.images, device, training)
+            return Workplace(out=out, network=network, device=device)
         try:
             with distributed.main_first():
-                return InceptionV3.from_weights(self.inception, device=device)
+                inception = InceptionV3.from_weights(self.inception, device=device)
+                return Workplace(out=out, network=inception, device=device)
         except InputError as error:
             raise InputError(
                 f"{error}; or compare in a classifier's features with --network classifier"
@@ -101,11 +99,11 @@ class ImageSourceOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(QuantizationOptions, DeviceOptions):
+class EvaluationOptions(QuantizationOptions, DeviceOptions, abc.ABC):
     """Where the report goes, and how images of a data set are found."""
 
-    needs: ClassVar[tuple[tuple[str, str], ...]] = ()
-    """Names of options that must be given, each with the error without it."""
+    needs: ClassVar[dict[str, str]] = {}
+    """Options that must be given -> the error without them."""
     min_count: ClassVar[int] = 1
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("evaluation")
@@ -113,46 +111,35 @@ class EvaluationOptions(QuantizationOptions, DeviceOptions):
     command resumes where it stopped, and under torchrun the processes share the work."""
     source: ImageSourceOptions = dataclasses.field(default_factory=ImageSourceOptions)
 
-    def evaluate(self, device: torch.device) -> Report:
+    @abc.abstractmethod
+    def _evaluate(self, device: torch.device) -> Report:
         """Compute the report; called in every process of a run."""
-        raise NotImplementedError
 
-    def load(self, model: str | None, device: torch.device) -> Pipeline:
+    def _load(self, model: str | None, device: torch.device) -> Pipeline:
         """Return the pipeline, loaded in the main process first."""
         from llamagen.pipeline import Pipeline
         from llamagen.support import distributed
 
         assert model is not None
+        dtype = None if self.dtype == "auto" else self.dtype
         with distributed.main_first():
-            pipeline = Pipeline.from_pretrained(
-                model, device=device, dtype=None if self.dtype == "auto" else self.dtype
-            )
+            pipeline = Pipeline.from_pretrained(model, device=device, dtype=dtype)
             self.quantize(pipeline)
             return pipeline
 
-    def find(self, source: str | None, size: int | None) -> ReferenceSource:
+    def _find(self, source: str | None, size: int | None) -> ReferenceSource:
         """Return images or statistics that an option names."""
         from llamagen.evaluation.features import ReferenceSource
 
         assert source is not None
-        config = SourceConfig(**dataclasses.asdict(self.source))
-        return ReferenceSource(source, config, size=size)
+        return ReferenceSource(source, SourceConfig(**vars(self.source)), size=size)
 
-    def find_images(self, source: str | None, size: int | None) -> ImageSet:
+    def _find_images(self, source: str | None, size: int | None) -> ImageSet:
         """Return images that an option names, which may not be statistics."""
-        found = self.find(source, size)
+        found = self._find(source, size)
         if found.images is None or found.archive is not None:
             raise InputError(f"{source} holds statistics; give the images themselves")
         return found.images
-
-    def workplace(
-        self, compare: NetworkOptions, reference: ReferenceSource, device: torch.device
-    ) -> Workplace:
-        """Return the network of a comparison, with the folder of its results."""
-        from llamagen.evaluation.protocols.common import Workplace
-
-        network = compare.open(self.out, reference.images, device)
-        return Workplace(out=self.out, network=network, device=device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,13 +162,14 @@ class SampleOptions(EvaluationOptions):
     """Images generated at once. Default: as many as fit into memory."""
     compare: NetworkOptions = dataclasses.field(default_factory=NetworkOptions)
 
-    def find_reference(self, pipeline: Pipeline) -> ReferenceSource:
-        """Return the reference, at the size at which samples are compared."""
+    def _place(self, pipeline: Pipeline, device: torch.device) -> tuple[ReferenceSource, Workplace]:
+        """Return the reference, at the size at which samples are compared, and the network."""
         from llamagen.evaluation.samples import compared_side
 
-        return self.find(self.reference, compared_side(pipeline, self.size))
+        reference = self._find(self.reference, compared_side(pipeline, self.size))
+        return reference, self.compare.place(self.out, reference, device)
 
-    def plan(self) -> dict[str, Any]:
+    def _plan(self) -> dict[str, Any]:
         """Return arguments of a ``SamplePlan``."""
         return {"seed": self.seed, "size": self.size, **given_settings(self)}
 
@@ -190,34 +178,34 @@ class SampleOptions(EvaluationOptions):
 class ClassOptions(SampleOptions):
     """Which classes are generated."""
 
-    needs: ClassVar[tuple[tuple[str, str], ...]] = (_REFERENCE, _MODEL)
+    needs = _REFERENCE | _MODEL
 
     count: Count = 50_000
     """Samples, of each setting."""
     classes: Literal["balanced", "random"] = "balanced"
     """All classes equally often, in random order; or the class of each sampled at random."""
 
-    def prepare(self, device: torch.device) -> dict[str, Any]:
+    def _arguments(self, device: torch.device) -> dict[str, Any]:
         """Return the arguments that ``evaluate_classes`` and ``evaluate_sweep`` share."""
         from llamagen.evaluation.samples import SamplePlan
 
-        pipeline = self.load(self.model, device)
+        pipeline = self._load(self.model, device)
         if pipeline.labels is None:
             raise InputError(f"{pipeline.name} draws texts, not classes; use evaluate t2i")
-        plan = SamplePlan.of_classes(pipeline, self.count, order=self.classes, **self.plan())
-        reference = self.find_reference(pipeline)
+        plan = SamplePlan.of_classes(pipeline, self.count, order=self.classes, **self._plan())
+        reference, place = self._place(pipeline, device)
         return {
             "pipeline": pipeline,
             "plan": plan,
             "reference": reference,
-            "place": self.workplace(self.compare, reference, device),
+            "place": place,
             "order": self.classes,
             "batch_size": self.batch_size,
         }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Classes(ClassSettings, ClassOptions):
+class Classes(setting_options(_PAPERS), ClassOptions):  # type: ignore[misc]
     """Generate images of all classes and compare them with a reference: FID and its relatives.
 
     The published protocol: 50,000 samples, all classes equally often, compared at 256x256 with
@@ -227,21 +215,22 @@ class Classes(ClassSettings, ClassOptions):
     npz: Path | None = None
     """Also write the samples as ADM's evaluator takes them."""
 
-    def evaluate(self, device: torch.device) -> Report:
-        """See ``EvaluationOptions``."""
+    def _evaluate(self, device: torch.device) -> Report:
         from llamagen.evaluation.protocols.comparison import evaluate_classes
 
-        return evaluate_classes(**self.prepare(device), npz=self.npz)
+        return evaluate_classes(**self._arguments(device), npz=self.npz)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep(SweepSettings, ClassOptions):
+class Sweep(
+    setting_options(_PAPERS, without=("guidance_scale", "top_k")),  # type: ignore[misc]
+    ClassOptions,
+):
     """Generate and compare at many sampling settings: which guidance scale and top-k are best."""
 
-    needs = (
-        *ClassOptions.needs,
-        ("guidance_scales", "there are no settings to try; give --guidance-scales and --top-ks"),
-        ("top_ks", "there are no settings to try; give --guidance-scales and --top-ks"),
+    needs = ClassOptions.needs | dict.fromkeys(
+        ("guidance_scales", "top_ks"),
+        "there are no settings to try; give --guidance-scales and --top-ks",
     )
 
     count: Count = 5_000
@@ -251,24 +240,23 @@ class Sweep(SweepSettings, ClassOptions):
     top_ks: tuple[int, ...] = (0,)
     """Top-ks to try with each; 0 means all."""
 
-    def evaluate(self, device: torch.device) -> Report:
-        """See ``EvaluationOptions``."""
+    def _evaluate(self, device: torch.device) -> Report:
         from llamagen.evaluation.protocols.comparison import evaluate_sweep
 
         return evaluate_sweep(
-            **self.prepare(device), guidance_scales=self.guidance_scales, top_ks=self.top_ks
+            **self._arguments(device), guidance_scales=self.guidance_scales, top_ks=self.top_ks
         )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Texts(SettingOptions, SampleOptions):
+class Texts(setting_options(), SampleOptions):  # type: ignore[misc]
     """Generate an image of each caption and compare: FID and CLIP score.
 
     The published protocol: 30,000 captions of COCO's val2014, FID at 256x256 against their images,
     and the CLIP score of ViT-B/32.
     """
 
-    needs = (("prompts_file", "no captions were named; give --prompts-file"), _MODEL)
+    needs = {"prompts_file": "no captions were named; give --prompts-file"} | _MODEL
     min_count = 1
 
     prompts_file: Path | None = None
@@ -283,8 +271,7 @@ class Texts(SettingOptions, SampleOptions):
     clip: str | None = "openai/clip-vit-base-patch32"
     """CLIP model for the CLIP score: hub repository or folder; "none" leaves it out."""
 
-    def evaluate(self, device: torch.device) -> Report:
-        """See ``EvaluationOptions``."""
+    def _evaluate(self, device: torch.device) -> Report:
         from llamagen.data.sources import read_prompts
         from llamagen.evaluation.networks.clip import ClipEncoder
         from llamagen.evaluation.protocols.comparison import evaluate_texts
@@ -297,18 +284,17 @@ class Texts(SettingOptions, SampleOptions):
         assert self.prompts_file is not None
         texts = [text for text, _ in read_prompts(self.prompts_file, column=self.prompt_column)]
         count = min(self.count, len(texts))
-        pipeline = self.load(self.model, device)
+        chosen = [texts[index * len(texts) // count] for index in range(count)]
+        pipeline = self._load(self.model, device)
         if pipeline.labels is not None:
             raise InputError(f"{pipeline.name} draws classes, not texts; use evaluate c2i")
-        chosen = [texts[index * len(texts) // count] for index in range(count)]
-        plan = SamplePlan.of_prompts(pipeline, chosen, **self.plan())
+        plan = SamplePlan.of_prompts(pipeline, chosen, **self._plan())
         clip = reference = place = None
         if not without_clip:
             with distributed.main_first():
                 clip = ClipEncoder.from_pretrained(str(self.clip), device=device)
         if self.reference is not None:
-            reference = self.find_reference(pipeline)
-            place = self.workplace(self.compare, reference, device)
+            reference, place = self._place(pipeline, device)
         return evaluate_texts(
             pipeline, plan, self.out, place, reference, clip, batch_size=self.batch_size
         )
@@ -322,7 +308,7 @@ class Tokenizer(EvaluationOptions):
     very same images; at 384 and 512 reconstructions are resized to 256 before they are compared.
     """
 
-    needs = (_IMAGES,)
+    needs = _IMAGES
 
     images: tyro.conf.Positional[str | None] = None
     """Images: a folder, an .npz file, or any other source that training takes."""
@@ -341,32 +327,27 @@ class Tokenizer(EvaluationOptions):
     """File or folder of LPIPS's weights. Default: the cache, or a download with --lpips yes."""
     compare: NetworkOptions = dataclasses.field(default_factory=NetworkOptions)
 
-    def evaluate(self, device: torch.device) -> Report:
-        """See ``EvaluationOptions``."""
+    def _evaluate(self, device: torch.device) -> Report:
         from llamagen.checkpoints import load_tokenizer
         from llamagen.checkpoints.names import find_public
         from llamagen.evaluation.protocols.tokenizer import Reconstructions, evaluate_tokenizer
         from llamagen.evaluation.published import SIZE
         from llamagen.support import distributed
-        from llamagen.support.devices import find_dtype
 
         # float32 unless asked otherwise: this command measures the tokenizer, not the precision.
-        exact = "float32" if self.dtype == "auto" else self.dtype
+        _, dtype = self.resolve(auto="float32")
         size = self.size or (SIZE if find_public(self.tokenizer) else None)
-        images = self.find_images(self.images, size)
+        images = self._find_images(self.images, size)
         with distributed.main_first():
-            tokenizer = load_tokenizer(
-                self.tokenizer, device=device, dtype=find_dtype(exact, device)
-            )
+            tokenizer = load_tokenizer(self.tokenizer, device=device, dtype=dtype)
         compared = SIZE if size is not None and size > SIZE else None
-        reference = self.find(self.reference or self.images, compared or size)
+        reference = self._find(self.reference or self.images, compared or size)
+        folder = self.out / "reconstructions"
         return evaluate_tokenizer(
             self.tokenizer,
-            Reconstructions(
-                tokenizer, images, self.out / "reconstructions", compared_size=compared
-            ),
+            Reconstructions(tokenizer, images, folder, compared_size=compared),
             reference,
-            self.workplace(self.compare, reference, device) if self.rfid else None,
+            self.compare.place(self.out, reference, device) if self.rfid else None,
             perceptual=self._perceptual(device),
         )
 
@@ -387,9 +368,8 @@ class Tokenizer(EvaluationOptions):
 class Folder(EvaluationOptions):
     """Compare any images with any others: FID and its relatives."""
 
-    needs = tuple(
-        (name, "two sets of images are needed: llamagen evaluate folder A B")
-        for name in ("images", "reference")
+    needs = dict.fromkeys(
+        ("images", "reference"), "two sets of images are needed: llamagen evaluate folder A B"
     )
 
     images: tyro.conf.Positional[str | None] = None
@@ -404,13 +384,12 @@ class Folder(EvaluationOptions):
     """Also write the reference's statistics, as ADM's evaluator reads them."""
     compare: NetworkOptions = dataclasses.field(default_factory=NetworkOptions)
 
-    def evaluate(self, device: torch.device) -> Report:
-        """See ``EvaluationOptions``."""
+    def _evaluate(self, device: torch.device) -> Report:
         from llamagen.evaluation.protocols.comparison import evaluate_folder
 
-        images = self.find_images(self.images, self.size)
-        reference = self.find(self.reference, self.size)
-        place = self.workplace(self.compare, reference, device)
+        images = self._find_images(self.images, self.size)
+        reference = self._find(self.reference, self.size)
+        place = self.compare.place(self.out, reference, device)
         return evaluate_folder(images, reference, place, save_reference=self.save_reference)
 
 
@@ -418,7 +397,7 @@ class Folder(EvaluationOptions):
 class Likelihood(EvaluationOptions):
     """Measure how likely a model finds held-out images: bits per code, per pixel, by place."""
 
-    needs = (_IMAGES, _MODEL)
+    needs = _IMAGES | _MODEL
 
     images: tyro.conf.Positional[str | None] = None
     """Images with the model's classes, or with captions: whatever training takes. Not those that
@@ -426,20 +405,19 @@ class Likelihood(EvaluationOptions):
     model: str | None = None
     """Name, pipeline folder or hub repository."""
 
-    def evaluate(self, device: torch.device) -> Report:
-        """See ``EvaluationOptions``."""
+    def _evaluate(self, device: torch.device) -> Report:
         from llamagen.evaluation.protocols.likelihood import evaluate_likelihood
         from llamagen.evaluation.samples import model_size
 
-        pipeline = self.load(self.model, device)
+        pipeline = self._load(self.model, device)
         height, width = model_size(pipeline)
-        images = self.find_images(self.images, height if height == width else None)
+        images = self._find_images(self.images, height if height == width else None)
         return evaluate_likelihood(pipeline, images, self.out)
 
 
 def run(options: EvaluationOptions) -> None:
     """Evaluate in all processes of torchrun; write and print the report in the main one."""
-    for name, message in options.needs:
+    for name, message in options.needs.items():
         if not getattr(options, name):
             raise InputError(message)
     count = getattr(options, "count", options.min_count)
@@ -452,7 +430,7 @@ def run(options: EvaluationOptions) -> None:
     storage.require_writable(options.out)
     device, _ = options.resolve()
     with distributed.process_group(str(device.type)) as own:
-        report = options.evaluate(own)
+        report = options._evaluate(own)
         if not distributed.is_main():
             return
     save_report(report, options.out)

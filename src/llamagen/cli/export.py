@@ -1,4 +1,4 @@
-"""Write the model folder of a training run's checkpoint, also while the run goes on."""
+"""``llamagen export`` and ``llamagen export-vllm``: model folders of runs, and for vLLM."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import tyro
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of ``llamagen export``."""
+class Run:
+    """Write the model folder of a training run's checkpoint, also while the run goes on."""
 
     run: tyro.conf.Positional[Path]
     """Folder of the run."""
@@ -26,15 +26,30 @@ class Options:
     """Image tokenizer of a transformer, if it is no longer where the recipe says."""
 
 
-def run(options: Options) -> None:
-    """Export, and print where the model is."""
-    from llamagen.training.export import export_run
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vllm:
+    """Write a model folder that vLLM loads by itself, for ``vllm serve`` and other programs."""
 
-    model = export_run(
-        options.run,
-        options.out,
-        step=options.step,
-        weights=options.weights,
-        tokenizer=options.tokenizer,
-    )
-    print(model)
+    model: tyro.conf.Positional[str]
+    """Name (c2i-L-384), pipeline folder, hub repository, transformer, or an exported folder."""
+    out: Path
+    """Folder to write; an older one of this kind is replaced."""
+    guidance: bool = True
+    """Serve requests with guidance. Without it a request costs half as much, and has none."""
+    negative_prompts: bool = False
+    """Serve prompts that guidance leads away from, instead of "no class" or "no text"."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of an image. Default: those that the model was trained on."""
+
+
+def run(options: Run | Vllm) -> None:
+    """Export, and print where the model is."""
+    if isinstance(options, Run):
+        from llamagen.training.export import export_run
+
+        print(export_run(**vars(options)))
+        return
+    from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
+
+    given = dict(vars(options))
+    print(export_for_vllm(given.pop("model"), given.pop("out"), ExportOptions(**given)))

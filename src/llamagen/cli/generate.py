@@ -1,17 +1,22 @@
-"""Draw images of texts or classes, as PNG files that record how to make them again."""
+"""``llamagen generate`` and ``llamagen edit``: the commands that make images."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from llamagen.cli.options import (
-    CHOICES,
+    DeviceOptions,
     EngineOptions,
-    ImageOptions,
+    QuantizationOptions,
     given_settings,
     require_at_least,
+    setting_options,
 )
 from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.support.errors import InputError
@@ -20,15 +25,99 @@ if TYPE_CHECKING:
     import torch
 
     from llamagen.generation.engine import Progress
-    from llamagen.pipeline import Pipeline
+    from llamagen.pipeline import Pipeline, PipelineOutput
+    from llamagen.pipeline.editing import Editor
 
 _BATCH = 16
 """Images of a file of prompts that are drawn at once, unless said otherwise."""
+_CHOICES = ("negative_prompt", "blend", "blend_share", "best_of", "rank_by")
+"""Options that are arguments of a pipeline besides the sampling settings."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(EngineOptions, ImageOptions):
-    """Options of ``llamagen generate``."""
+class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # type: ignore[misc]
+    """Options of the commands that make images."""
+
+    negative_prompt: str | None = None
+    """Text, or class, that guidance leads away from. Default: the model's "no text"."""
+    blend: str | None = None
+    """Text, or class, that every prompt or class is blended with."""
+    blend_share: float | None = None
+    """How much that counts, from 0 to 1. Default: 0.5."""
+    best_of: int = 1
+    """Candidates for each image, of which the best is returned."""
+    rank_by: Literal["likelihood", "condition"] = "likelihood"
+    """How the best is chosen: likelihood, the most likely codes, which tend to be plain; or
+    condition, those that the prompt or class makes more likely."""
+    prompts: Annotated[tuple[str, ...], tyro.conf.arg(name="prompt", aliases=["-p"])] = ()
+    """Prompts, for text-conditional models; one text or several."""
+    classes: Annotated[tuple[str, ...], tyro.conf.arg(name="class", aliases=["-c"])] = ()
+    """Classes, for class-conditional models; by name or number, one or several."""
+    count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
+    """Images of each prompt or class."""
+    seed: int | None = None
+    """Seed of the first image; the next get the next numbers. Default: random; 0 for a file of
+    prompts."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
+    """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
+
+    @property
+    def _sheet_only(self) -> bool:
+        return self.out.suffix.lower() == ".png"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the pipeline's arguments that all these commands have.
+
+        Raises:
+            InputError: a setting lies outside its range.
+        """
+        return {
+            "prompt": [*self.prompts, *self.classes],
+            "num_images_per_prompt": self.count,
+            "seed": self.seed,
+            **given_settings(self, *_CHOICES),
+        }
+
+    def require_out(self) -> None:
+        """Check, before any image is made, that they can be saved.
+
+        Raises:
+            InputError: ``out`` is a file of another kind.
+            OSError: it cannot be written to.
+        """
+        import llamagen.support.storage as storage
+
+        if not self._sheet_only and self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} is a file; give --out a folder or a name ending in .png")
+        storage.require_writable(self.out.parent if self._sheet_only else self.out)
+
+    def save(self, output: PipelineOutput, *, columns: int | None = None) -> None:
+        """Save images, with a sheet if they are several, and print where; or the sheet alone."""
+        from llamagen.support.pictures import image_grid, save_png
+
+        alone = len(output.images) == 1
+        if not self._sheet_only:
+            for image, metadata in zip(output.images, output.metadata, strict=True):
+                path = self.out / f"{_file_stem(metadata)}.png"
+                save_png(image, path, metadata=metadata)
+                print(path)
+        if self._sheet_only or not alone:
+            path = self.out if self._sheet_only else self.out / "sheet.png"
+            sheet = output.images[0] if alone else image_grid(output.images, columns=columns)
+            save_png(sheet, path, metadata=output.metadata[0] if alone else None)
+            print(path)
+
+
+def _file_stem(metadata: dict[str, Any]) -> str:
+    text = str(metadata.get("class", metadata.get("prompt", "image")))
+    # File names of 255 bytes are the longest almost anywhere, of which a letter may take four.
+    name = re.sub(r"[^\w]+", "-", text).strip("-").lower()[:50].strip("-")
+    return f"{name or 'image'}-{metadata['seed']}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(EngineOptions, _ImageOptions):
+    """Draw images of texts or classes, as PNG files that record how to make them again."""
 
     model: str | None = None
     """Name (emoji, c2i-L-384, t2i-XL-256), pipeline folder, hub repository, or a transformer to
@@ -58,48 +147,111 @@ class Options(EngineOptions, ImageOptions):
     one by one. Default: chosen."""
 
 
-def run(options: Options) -> None:
-    """Generate images, save them and print where they are."""
-    if options.prompts_file is not None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _EditOptions(_ImageOptions, abc.ABC):
+    """Options of the commands that edit an image."""
+
+    image: tyro.conf.Positional[Path]
+    """The image. It is resized so that its short side is the model's, and its middle cut out."""
+    model: str
+    """Name (emoji, cifar10, c2i-L-384), pipeline folder or hub repository."""
+
+    @abc.abstractmethod
+    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        """Edit with the ``arguments`` that all edits have, and this one's own."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Complete(_EditOptions):
+    """Keep the upper part of an image and draw the rest."""
+
+    keep_rows: int | None = None
+    """Rows of codes that are kept. Default: half of them."""
+
+    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        return editor.complete(**arguments, keep_rows=self.keep_rows)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inpaint(_EditOptions):
+    """Draw a marked part of an image anew."""
+
+    mask: Path
+    """An image of the same size, white where to draw; or, if any of it is transparent, transparent
+    there."""
+    keep_pixels: bool = True
+    """Leave what is not marked as it is, instead of what codes make of it."""
+    best_of: int = 4
+    """Candidates for each image, of which the best is returned: the others may not fit what is
+    below the marked part."""
+
+    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        return editor.inpaint(**arguments, mask=self.mask, keep_pixels=self.keep_pixels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outpaint(_EditOptions):
+    """Extend an image downwards and to the right."""
+
+    below: int = 0
+    """Rows of codes to draw below it."""
+    right: int = 0
+    """Columns of codes to draw on its right."""
+
+    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        return editor.outpaint(**arguments, below=self.below, right=self.right)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vary(_EditOptions):
+    """Draw variations of an image: codes here and there are kept, the others drawn."""
+
+    keep: float = 0.5
+    """Share of the codes that is kept, above 0 and below 1."""
+
+    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
+        return editor.vary(**arguments, keep=self.keep)
+
+
+def run(options: Generate | _EditOptions) -> None:
+    """Make images, save them and print where they are."""
+    if isinstance(options, _EditOptions):
+        _edit(options)
+    elif options.prompts_file is not None:
         _draw_file(options, options.prompts_file)
-        return
-    if options.like is not None:
-        options = _like(options, options.like)
+    else:
+        _draw(options if options.like is None else _like(options, options.like))
+
+
+def _draw(options: Generate) -> None:
     if options.model is None:
         raise InputError("no model was named; give --model, for example --model c2i-L-384")
     if options.prompts and options.classes:
         raise InputError("give either --prompt or --class, not both")
-    wanted = [*options.prompts, *options.classes]
-    if not wanted:
+    if not options.prompts and not options.classes:
         raise InputError(
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    arguments = given_settings(options, *CHOICES)
+    arguments = options.arguments()
     options.require_out()
     device, dtype = options.resolve()
     pipe = _load(options.model, options, device, dtype)
     from tqdm import tqdm
 
-    rows = len(wanted) * options.count * pipe.transformer.config.grid[0]
+    rows = len(arguments["prompt"]) * options.count * pipe.transformer.config.grid[0]
     with tqdm(total=rows, desc="drawing", unit="row", disable=None) as bar:
 
         def show(progress: Progress) -> None:
             bar.update(progress.codes.shape[0])
 
         output = pipe(
-            wanted,
-            num_images_per_prompt=options.count,
-            seed=options.seed,
-            batch_size=options.batch_size,
-            window=options.window,
-            callback=show,
-            **arguments,
+            **arguments, batch_size=options.batch_size, window=options.window, callback=show
         )
     options.save(output, columns=options.columns)
 
 
-def _load(source: str, options: Options, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def _load(source: str, options: Generate, device: torch.device, dtype: torch.dtype) -> Pipeline:
     from llamagen.pipeline import Pipeline
 
     engine_options = options.vllm_options()
@@ -126,7 +278,7 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
     return pipe
 
 
-def _draw_file(options: Options, path: Path) -> None:
+def _draw_file(options: Generate, path: Path) -> None:
     """Draw all prompts of a file into the output folder."""
     if options.prompts or options.classes or options.like is not None:
         raise InputError("--prompts-file goes without --prompt, --class and --like")
@@ -142,7 +294,7 @@ def _draw_file(options: Options, path: Path) -> None:
     from llamagen.support.devices import keep_freed_memory
     from llamagen.support.launch import Launch, own_device
 
-    arguments = given_settings(options, *CHOICES)
+    arguments = given_settings(options, *_CHOICES)
     if options.best_of == 1:
         del arguments["best_of"], arguments["rank_by"]
     device, dtype = options.resolve()
@@ -169,7 +321,7 @@ def _draw_file(options: Options, path: Path) -> None:
     print(options.out)
 
 
-def _like(options: Options, path: Path) -> Options:
+def _like(options: Generate, path: Path) -> Generate:
     """Return the options where those at their defaults are as an image has recorded them."""
     from llamagen.support.pictures import read_metadata
 
@@ -193,5 +345,22 @@ def _like(options: Options, path: Path) -> Options:
             recorded["prompts"] = (recorded["prompt"],)
         elif "class_index" in recorded:
             recorded["classes"] = (recorded["class_index"],)
-    unset = {name for name in names if getattr(options, name) == getattr(Options, name, None)}
+    unset = {name for name in names if getattr(options, name) == getattr(Generate, name, None)}
     return dataclasses.replace(options, **{n: recorded[n] for n in unset & recorded.keys()})
+
+
+def _edit(options: _EditOptions) -> None:
+    if bool(options.prompts) == bool(options.classes):
+        raise InputError("say what the image is of, with either --prompt or --class")
+    arguments = options.arguments()
+    options.require_out()
+    if not options.image.is_file():
+        raise FileNotFoundError(f"{options.image} does not exist; give an image file")
+    device, dtype = options.resolve()
+
+    from llamagen.pipeline import Pipeline
+    from llamagen.pipeline.editing import Editor
+
+    pipe = Pipeline.from_pretrained(options.model, device=device, dtype=dtype)
+    options.quantize(pipe)
+    options.save(options._edit(Editor(pipe), {"image": options.image, **arguments}))

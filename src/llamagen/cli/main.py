@@ -1,9 +1,9 @@
 """The ``llamagen`` program: its commands, their options as dataclasses, and its errors.
 
-Every command is a module with two public names: a frozen dataclass ``Options``, whose fields are
-the flags, and ``run(options)``. Several commands may share a module, each with a dataclass of its
-own. It may have a class method ``defaults(arguments)``, which takes what it knows (a recipe file)
-off the arguments and returns the options to start from and the rest.
+Every command is a module with a frozen dataclass ``Options``, whose fields are the flags, and
+``run(options)``; several may share a module, each with a dataclass of its own. That may have a
+class method ``defaults(arguments)``, which takes what it knows (a recipe file) off the arguments
+and returns the options to start from and the rest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import importlib
 import importlib.metadata
+import inspect
 import os
 import re
 import sys
@@ -23,16 +24,16 @@ from typing import NoReturn
 from llamagen.support.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("llamagen.cli.generate", "draw images of texts or classes"),
-    "edit complete": ("llamagen.cli.edit:Complete", "keep the upper part of an image"),
-    "edit inpaint": ("llamagen.cli.edit:Inpaint", "draw a marked part of an image anew"),
-    "edit outpaint": ("llamagen.cli.edit:Outpaint", "extend an image down and to the right"),
-    "edit vary": ("llamagen.cli.edit:Vary", "draw variations of an image"),
+    "generate": ("llamagen.cli.generate:Generate", "draw images of texts or classes"),
+    "edit complete": ("llamagen.cli.generate:Complete", "keep the upper part of an image"),
+    "edit inpaint": ("llamagen.cli.generate:Inpaint", "draw a marked part of an image anew"),
+    "edit outpaint": ("llamagen.cli.generate:Outpaint", "extend an image down and to the right"),
+    "edit vary": ("llamagen.cli.generate:Vary", "draw variations of an image"),
     "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
     "train tokenizer": ("llamagen.cli.train:Tokenizer", "train an image tokenizer on a folder"),
     "train transformer": ("llamagen.cli.train:Transformer", "train a transformer on a folder"),
-    "extract-codes": ("llamagen.cli.extract_codes", "encode a folder of images once, into shards"),
-    "extract-text": ("llamagen.cli.extract_text", "encode captions once, into shards"),
+    "extract-codes": ("llamagen.cli.extract:Codes", "encode a folder of images once, into shards"),
+    "extract-text": ("llamagen.cli.extract:Text", "encode captions once, into shards"),
     "evaluate c2i": ("llamagen.cli.evaluate:Classes", "FID and the like of images drawn by class"),
     "evaluate t2i": ("llamagen.cli.evaluate:Texts", "FID and CLIP score of images drawn of texts"),
     "evaluate tokenizer": ("llamagen.cli.evaluate:Tokenizer", "rFID, PSNR, SSIM of a tokenizer"),
@@ -40,8 +41,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate likelihood": ("llamagen.cli.evaluate:Likelihood", "bits per code of held-out images"),
     "evaluate sweep": ("llamagen.cli.evaluate:Sweep", "FID at many guidance scales and top-ks"),
     "serve": ("llamagen.cli.serve", "draw images for clients over HTTP, and on a web page"),
-    "export": ("llamagen.cli.export", "write the model of a training run's checkpoint"),
-    "export-vllm": ("llamagen.cli.export_vllm", "write a folder that vllm serve accepts"),
+    "export": ("llamagen.cli.export:Run", "write the model of a training run's checkpoint"),
+    "export-vllm": ("llamagen.cli.export:Vllm", "write a folder that vllm serve accepts"),
     "convert": ("llamagen.cli.convert", "turn published .pt checkpoints into model folders"),
     "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
     "bench": ("llamagen.cli.bench", "measure how fast this machine decodes"),
@@ -67,16 +68,9 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 if it worked, 2 on bad input, 1 on a fault of the machine."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in ("-V", "--version"):
-        print(f"llamagen {importlib.metadata.version('llamagen')}")
-        sys.exit(0)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        sys.exit(0)
-    command = _find_command(words)
-    if command is None:
-        sys.exit(_USAGE_ERROR)
+    command = ""
     try:
+        command = _find_command(words)
         _run(command, words[len(command.split()) :])
     except InputError as error:
         _fail(_with_flags(str(error), command), _USAGE_ERROR)
@@ -85,9 +79,28 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except BrokenPipeError:
         # The reader of the output has gone; a flush at exit would fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
     except OSError as error:
         _fail(_describe(error), _USAGE_ERROR if isinstance(error, FileNotFoundError) else 1)
+    sys.exit(0)
+
+
+def _find_command(words: list[str]) -> str:
+    """Return the command that ``words`` start with; exit if they ask for a list or the version."""
+    first = words[0] if words else "help"
+    for length in (2, 1):
+        if (command := " ".join(words[:length])) in COMMANDS:
+            return command
+    family = {name: text for name, (_, text) in COMMANDS.items() if name.split()[0] == first}
+    if first in ("-V", "--version"):
+        print(f"llamagen {importlib.metadata.version('llamagen')}")
+    elif first in ("-h", "--help", "help"):
+        print(_overview())
+    elif family and words[1:2] in (["-h"], ["--help"]):
+        print("\n".join(f"llamagen {name}: {text}" for name, text in family.items()))
+    elif family:
+        raise InputError(f"{first} needs one more word: {' or '.join(family)}")
+    else:
+        raise InputError(f"there is no command {first!r}; choose one of {', '.join(COMMANDS)}")
     sys.exit(0)
 
 
@@ -107,7 +120,7 @@ def _run(command: str, arguments: list[str]) -> None:
     options = tyro.cli(
         kind,
         prog=f"llamagen {command}",
-        description=(module if kind.__name__ == "Options" else kind).__doc__,
+        description=inspect.getdoc(module if kind.__name__ == "Options" else kind),
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         **keywords,
@@ -136,28 +149,12 @@ def _refuse_removed(arguments: Sequence[str]) -> None:
                 raise InputError(f"{removed} was removed: {_REMOVED[removed]}")
 
 
-def _find_command(words: list[str]) -> str | None:
-    """Return the command that ``words`` start with; None after saying why there is none."""
-    for length in (2, 1):
-        if " ".join(words[:length]) in COMMANDS:
-            return " ".join(words[:length])
-    family = [name for name in COMMANDS if name.split()[0] == words[0]]
-    if family and words[1:2] in (["-h"], ["--help"]):
-        print("\n".join(f"llamagen {name}: {COMMANDS[name][1]}" for name in family))
-        sys.exit(0)
-    if family:
-        _report(f"{words[0]} needs one more word: {' or '.join(family)}")
-    else:
-        _report(f"there is no command {words[0]!r}; choose one of {', '.join(COMMANDS)}")
-    return None
-
-
 def _with_flags(message: str, command: str) -> str:
     """Return an error of the library, which names parameters as `this`, with --this for flags.
 
     What is no flag of the command stays as it is.
     """
-    flags = _flags(_implementation(command)[1])
+    flags = _flags(_implementation(command)[1]) if command else {}
 
     def replace(match: re.Match[str]) -> str:
         name = _OPTION_OF.get(match[1], match[1])
@@ -176,40 +173,35 @@ def _flags(options: type) -> dict[str, str]:
         if dataclasses.is_dataclass(kind):
             found |= _flags(typing.cast("type", kind))
         elif tyro.conf.Positional not in notes:
-            given = [note.name for note in notes if getattr(note, "name", None)]
-            found[name] = given[0] if given else name.replace("_", "-")
+            given = (note.name for note in notes if getattr(note, "name", None))
+            found[name] = next(given, name.replace("_", "-"))
     return found
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: llamagen COMMAND [OPTIONS]\n",
-            "Train, sample and evaluate autoregressive image models.\n",
-            "commands:",
-            *lines,
-            "\nllamagen COMMAND --help lists a command's options and their defaults.",
-            "llamagen --version prints the version.",
-        ]
-    )
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"""usage: llamagen COMMAND [OPTIONS]
+
+Train, sample and evaluate autoregressive image models.
+
+commands:
+{lines}
+
+llamagen COMMAND --help lists a command's options and their defaults.
+llamagen --version prints the version."""
 
 
 def _describe(error: OSError) -> str:
     """Return one line about a fault of files or memory."""
     if error.errno is None:
         return str(error)
-    where = f"{error.filename}: " if error.filename else ""
+    what = os.strerror(error.errno)
     if error.errno == errno.ENOSPC:
-        return f"{where}the disk is full; free some space and run the command again"
-    return f"{where}{os.strerror(error.errno)}"
-
-
-def _report(message: str) -> None:
-    print(f"llamagen: error: {' '.join(message.split())}", file=sys.stderr)
+        what = "the disk is full; free some space and run the command again"
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def _fail(message: str, status: int) -> NoReturn:
-    _report(message)
+    print(f"llamagen: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)

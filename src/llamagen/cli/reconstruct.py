@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,28 +53,43 @@ def run(options: Options) -> None:
 
     paths = _find(options.images)
     storage.require_writable(options.out)
+    from tqdm import tqdm
 
     from llamagen.checkpoints import load_tokenizer
     from llamagen.evaluation.protocols.tokenizer import prepare, reconstruct
     from llamagen.support.pictures import save_png
 
     # float32 unless asked otherwise: this command measures the tokenizer, not the precision.
-    exact = "float32" if options.dtype == "auto" else options.dtype
-    device, dtype = dataclasses.replace(options, dtype=exact).resolve()
+    device, dtype = options.resolve(auto="float32")
     tokenizer = load_tokenizer(options.tokenizer, device=device, dtype=dtype)
     config = tokenizer.config
     # A size that does not fit is found before the first image is read.
     if options.size is not None:
         config.grid_of(options.size, options.size)
-    skipped: list[str] = []
     fit = functools.partial(
-        prepare,
-        downsampling=config.downsampling,
-        size=options.size,
-        max_side=options.max_side,
+        prepare, downsampling=config.downsampling, size=options.size, max_side=options.max_side
     )
+    skipped: list[str] = []
     prepared = ((path, fit(image)) for path, image in _readable(paths, skipped))
-    rows, pairs, codes = _save(reconstruct(tokenizer, prepared), paths, options)
+    names = _output_names(paths)
+    rows: list[dict[str, Any]] = []
+    pairs: list[Reconstruction] = []
+    codes: set[int] = set()
+    found = reconstruct(tokenizer, prepared)
+    for item in tqdm(found, total=len(paths), unit="image", disable=None):
+        save_png(item.image, options.out / names[item.path])
+        codes.update(item.codes.flatten().tolist())
+        rows.append(
+            {
+                "image": str(item.path),
+                "reconstruction": names[item.path],
+                "width": item.image.width,
+                "height": item.image.height,
+                **{name: getattr(item, name) for name in _METRICS},
+            }
+        )
+        if len(pairs) < options.sheet:
+            pairs.append(item)
     if not rows:
         raise InputError(f"none of the {len(paths)} image files could be read: {skipped[0]}")
     means = {name: statistics.fmean(row[name] for row in rows) for name in _METRICS}
@@ -96,46 +112,15 @@ def run(options: Options) -> None:
     print(options.out / "sheet.png")
 
 
-def _save(
-    found: Iterable[Reconstruction], paths: list[Path], options: Options
-) -> tuple[list[dict[str, Any]], list[Reconstruction], set[int]]:
-    """Save all images; return their rows of the report, the first few, and the codes used."""
-    from tqdm import tqdm
-
-    from llamagen.support.pictures import save_png
-
-    names = _output_names(paths)
-    rows: list[dict[str, Any]] = []
-    first: list[Reconstruction] = []
-    codes: set[int] = set()
-    for item in tqdm(found, total=len(paths), unit="image", disable=None):
-        save_png(item.image, options.out / names[item.path])
-        codes.update(item.codes.flatten().tolist())
-        rows.append(
-            {
-                "image": str(item.path),
-                "reconstruction": names[item.path],
-                "width": item.image.width,
-                "height": item.image.height,
-                **{name: getattr(item, name) for name in _METRICS},
-            }
-        )
-        if len(first) < options.sheet:
-            first.append(item)
-    return rows, first, codes
-
-
 def _find(inputs: Sequence[Path]) -> list[Path]:
     from llamagen.data.images import find_images
 
     if not inputs:
         raise InputError("no images were named; give files or a folder")
-    paths: list[Path] = []
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; give image files or a folder")
-        paths += find_images(path) if path.is_dir() else [path]
-    return paths
+    return [file for path in inputs for file in (find_images(path) if path.is_dir() else [path])]
 
 
 def _readable(paths: list[Path], skipped: list[str]) -> Iterator[tuple[Path, Image.Image]]:
@@ -153,13 +138,11 @@ def _readable(paths: list[Path], skipped: list[str]) -> Iterator[tuple[Path, Ima
 def _output_names(paths: list[Path]) -> dict[Path, str]:
     """Return a file name for each image; those of the same name get numbers."""
     names: dict[Path, str] = {}
-    used: set[str] = {"sheet.png"}
+    used = {"sheet.png"}
     for path in paths:
-        name, number = f"{path.stem}.png", 2
-        while name in used:
-            name, number = f"{path.stem}-{number}.png", number + 1
-        used.add(name)
-        names[path] = name
+        candidates = (f"{path.stem}{f'-{n}' if n > 1 else ''}.png" for n in itertools.count(1))
+        names[path] = next(name for name in candidates if name not in used)
+        used.add(names[path])
     return names
 
 

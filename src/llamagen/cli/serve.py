@@ -10,12 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from llamagen.cli.options import (
-    DeviceOptions,
-    EngineOptions,
-    QuantizationOptions,
-    require_at_least,
-)
+from llamagen.cli.options import DeviceOptions, EngineOptions, QuantizationOptions, require_at_least
 from llamagen.serving.settings import ServerOptions, ServerSettings
 from llamagen.support.errors import InputError
 
@@ -25,8 +20,6 @@ if TYPE_CHECKING:
     from llamagen.generation.engine import Engine
     from llamagen.pipeline import Pipeline
     from llamagen.serving.metrics import ServerMetrics
-
-_KEY_VARIABLE = "LLAMAGEN_API_KEY"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +65,10 @@ def run(options: Options) -> None:
     models = []
     for name, source in sources.items():
         pipeline = _load(source, options, device, dtype)
-        engine = _engine(name, source, pipeline, options.batch_size, vllm_options, metrics)
+        if vllm_options is None:
+            engine = _native_engine(name, pipeline, options.batch_size, metrics)
+        else:
+            engine = _vllm_engine(source, pipeline, options.batch_size, vllm_options)
         in_flight = engine.max_images + options.max_queue
         models.append(ServedModel(name, pipeline, engine, metrics=metrics, max_in_flight=in_flight))
     app = create_app(models, metrics=metrics, settings=settings)
@@ -94,23 +90,19 @@ def _sources(options: Options) -> dict[str, str]:
 
 
 def _api_key(options: Options) -> str | None:
-    key = os.environ.get(_KEY_VARIABLE)
-    if options.api_key_file is not None:
-        key = options.api_key_file.read_text(encoding="utf-8").strip()
-        if not key:
-            raise InputError(f"{options.api_key_file} is empty; put the key into it")
-    return key or None
+    if options.api_key_file is None:
+        return os.environ.get("LLAMAGEN_API_KEY") or None
+    key = options.api_key_file.read_text(encoding="utf-8").strip()
+    if not key:
+        raise InputError(f"{options.api_key_file} is empty; put the key into it")
+    return key
 
 
 def _load(source: str, options: Options, device: torch.device, dtype: torch.dtype) -> Pipeline:
     from llamagen.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(
-        source,
-        text_encoder=options.text_encoder,
-        device=device,
-        dtype=dtype,
-        engine=options.engine,
+        source, text_encoder=options.text_encoder, device=device, dtype=dtype, engine=options.engine
     )
     options.quantize(pipeline)
     # Loaded now, so that the first request neither waits for it nor finds that it is damaged.
@@ -118,28 +110,27 @@ def _load(source: str, options: Options, device: torch.device, dtype: torch.dtyp
     return pipeline
 
 
-def _engine(
-    name: str,
-    source: str,
-    pipeline: Pipeline,
-    batch_size: int | None,
-    vllm_options: dict[str, Any] | None,
-    metrics: ServerMetrics,
+def _native_engine(
+    name: str, pipeline: Pipeline, batch_size: int | None, metrics: ServerMetrics
 ) -> Engine:
-    """Start what generates the codes of a model."""
-    if vllm_options is None:
-        from llamagen.generation.engine import NativeEngine
+    from llamagen.generation.engine import NativeEngine
 
-        def observe(images: int, _: int, seconds: float) -> None:
-            metrics.stepped(name, images, seconds)
+    engine = NativeEngine(
+        pipeline.transformer,
+        max_images=batch_size,
+        observer=lambda images, _, seconds: metrics.stepped(name, images, seconds),
+    )
+    engine.start()
+    return engine
 
-        engine = NativeEngine(pipeline.transformer, max_images=batch_size, observer=observe)
-        engine.start()
-        return engine
+
+def _vllm_engine(
+    source: str, pipeline: Pipeline, batch_size: int | None, options: dict[str, Any]
+) -> Engine:
     from llamagen.vllm_plugin.engine import VllmEngine
     from llamagen.vllm_plugin.export import ExportOptions
 
     limit = {} if batch_size is None else {"max_num_seqs": batch_size}
     # The file, not the transformer: its weights are then linked to, and not written once more.
     export = ExportOptions(negative_prompts=True)
-    return VllmEngine(source, export=export, dtype=pipeline.dtype, **vllm_options, **limit)
+    return VllmEngine(source, export=export, dtype=pipeline.dtype, **options, **limit)

@@ -34,6 +34,7 @@ class _Options:
 
     kind: ClassVar[Any]
     """Type of ``training``."""
+    training: Any
 
     @classmethod
     def defaults(cls, arguments: list[str]) -> tuple[Self, list[str]]:
@@ -48,8 +49,7 @@ class _Options:
         training = cls.kind() if recipe is None else load_recipe(cls.kind, recipe)
         if preset is not None:
             training = dataclasses.replace(training, model=preset_model(cls.kind, preset))
-        values: dict[str, Any] = {"recipe": recipe, "preset": preset, "training": training}
-        return cls(**values), rest
+        return cls(recipe=recipe, preset=preset, training=training), rest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,8 @@ def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
     remaining = iter(arguments)
     for word in remaining:
         if word == flag:
-            value = next(remaining, None)
-            if value is None or value.startswith("--"):
+            value = next(remaining, "--")
+            if value.startswith("--"):
                 raise InputError(f"{flag} needs a value")
         elif word.startswith(f"{flag}="):
             value = word.partition("=")[2]

@@ -21,14 +21,9 @@ from llamagen.serving.schemas import Health, ModelCard, ModelList, SettingCard
 from llamagen.serving.settings import ServerSettings
 from llamagen.support.errors import InputError
 
-_ERROR_SCHEMA = "#/components/schemas/ErrorResponse"
-
 
 def create_app(
-    models: Sequence[ServedModel],
-    *,
-    metrics: ServerMetrics,
-    settings: ServerSettings | None = None,
+    models: Sequence[ServedModel], *, metrics: ServerMetrics, settings: ServerSettings | None = None
 ) -> FastAPI:
     """Return the server's application, ready for uvicorn or any other ASGI server.
 
@@ -75,10 +70,9 @@ def _describe_errors_as_they_are(app: FastAPI) -> None:
         schema = describe()
         for operation in (each for path in schema["paths"].values() for each in path.values()):
             if operation["responses"].pop("422", None):
-                bad = {"application/json": {"schema": {"$ref": _ERROR_SCHEMA}}}
-                operation["responses"].setdefault(
-                    "400", {"description": "Bad request", "content": bad}
-                )
+                error = {"schema": {"$ref": "#/components/schemas/ErrorResponse"}}
+                bad = {"description": "Bad request", "content": {"application/json": error}}
+                operation["responses"].setdefault("400", bad)
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
         return schema
@@ -97,18 +91,14 @@ def _add_other_routes(app: FastAPI, served: Served) -> None:
         """One of them."""
         return _card(served.model(name), served.settings)
 
-    probe: dict[str, Any] = {
-        "response_model": Health,
-        "responses": {503: {"model": Health}},
-        "tags": ["server"],
-    }
+    unwell: dict[int | str, Any] = {503: {"model": Health}}
 
-    @app.get("/health", **probe)
+    @app.get("/health", response_model=Health, responses=unwell, tags=["server"])
     async def health() -> Any:
         """Whether the process answers, and its engines can draw; if not, it must start anew."""
         return Health(status="ok") if served.alive else JSONResponse({"status": "failed"}, 503)
 
-    @app.get("/ready", **probe)
+    @app.get("/ready", response_model=Health, responses=unwell, tags=["server"])
     async def ready() -> Any:
         """Whether requests should be sent here; not while the server is about to end."""
         if app.state.gate.draining:
@@ -145,8 +135,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http_error(_: Request, error: StarletteHTTPException) -> JSONResponse:
         kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
         code = "not_found" if error.status_code == 404 else None
-        if isinstance(error, NoModelError):
-            code = "model_not_found"
+        code = "model_not_found" if isinstance(error, NoModelError) else code
         body = error_body(str(error.detail), kind, code=code)
         return JSONResponse(body, error.status_code, headers=error.headers)
 
@@ -159,10 +148,6 @@ def _add_error_handlers(app: FastAPI) -> None:
 def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
     pipeline = model.pipeline
     own = dataclasses.asdict(pipeline.sampling)
-    declared = [
-        {**dataclasses.asdict(each), "type": each.type.__name__, "default": own[each.name]}
-        for each in sampling_settings()
-    ]
     return ModelCard(
         id=model.name,
         created=model.created,
@@ -175,5 +160,10 @@ def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
         edits=model.engine.can_edit,
         classes=None if pipeline.labels is None else list(pipeline.labels.names),
         settings=own,
-        declared_settings=[SettingCard.model_validate(each) for each in declared],
+        declared_settings=[
+            SettingCard.model_validate(
+                {**dataclasses.asdict(each), "type": each.type.__name__, "default": own[each.name]}
+            )
+            for each in sampling_settings()
+        ],
     )

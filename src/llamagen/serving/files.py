@@ -5,11 +5,10 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class StoredFile:
+class StoredFile(NamedTuple):
     """File of an image."""
 
     content: bytes
@@ -18,18 +17,17 @@ class StoredFile:
 
 
 class FileStore:
-    """Holds files until they expire or newer ones need their memory. Not for several threads."""
+    """Holds files until they expire or newer ones need their memory. Not for several threads.
+
+    Args:
+        lifetime: seconds that a file is kept.
+        memory: bytes that all files may take.
+        clock: seconds.
+    """
 
     def __init__(
         self, *, lifetime: float, memory: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """Start empty.
-
-        Args:
-            lifetime: seconds that a file is kept.
-            memory: bytes that all files may take.
-            clock: seconds.
-        """
         self._lifetime = lifetime
         self._memory = memory
         self._clock = clock

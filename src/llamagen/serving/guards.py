@@ -16,10 +16,8 @@ _OPEN = ("/health", "/ready")
 """Answered without a key and also while draining: probes ask them."""
 _GUARDED = ("/v1", "/metrics")
 """Nothing else needs the key: the page and the description of the API say nothing secret."""
-
 _UPLOADS = ("/v1/images/edits", "/v1/images/variations")
 """Where a body may hold images."""
-
 _BODY_SECONDS = 30
 
 
@@ -40,6 +38,17 @@ class _Body:
     length: int = 0
     parts: list[bytes] = field(default_factory=list)
 
+    def replayed(self, receive: Receive) -> Receive:
+        """Return what gives this body, then what comes after it."""
+        content = b"".join(self.parts)
+        self.parts.clear()
+        waiting: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def replayed() -> Message:
+            return waiting.pop() if waiting else await receive()
+
+        return replayed
+
 
 class Guards:
     """ASGI middleware that answers what must not reach the API."""
@@ -59,36 +68,28 @@ class Guards:
             return
         is_upload = scope["path"] in _UPLOADS
         body = _Body(self._settings.max_upload if is_upload else self._settings.max_body)
-        refusal = self._refusal(scope, body.limit)
-        if refusal is not None:
-            await _refused(*refusal)(scope, receive, send)
+        if (refusal := self._refusal(scope, body.limit)) is not None:
+            await refusal(scope, receive, send)
             return
         self._running += 1
         try:
-            try:
-                async with asyncio.timeout(_BODY_SECONDS):
-                    refusal = await self._read(receive, body, is_upload=is_upload)
-            except TimeoutError:
-                refusal = 408, f"the body did not come within {_BODY_SECONDS} seconds"
-            if refusal is None:
-                await self._app(scope, _replayed(body, receive), send)
-            else:
-                await _refused(*refusal)(scope, receive, send)
+            refusal = await self._read(receive, body, is_upload=is_upload)
+            await (refusal or self._app)(scope, body.replayed(receive), send)
         finally:
             self._running -= 1
             self._held -= body.length
 
-    def _refusal(self, scope: Scope, limit: int) -> tuple[int, str] | None:
+    def _refusal(self, scope: Scope, limit: int) -> JSONResponse | None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if self._gate.draining:
-            return 503, "the server is about to end; ask another, or try again later"
+            return _refused(503, "the server is about to end; ask another, or try again later")
         if self._running >= self._settings.max_connections:
-            return 429, "too many requests at once; try again later"
+            return _refused(429, "too many requests at once; try again later")
         if scope["path"].startswith(_GUARDED) and not self._has_key(headers):
-            return 401, "a valid API key is needed, as Authorization: Bearer KEY"
+            return _refused(401, "a valid API key is needed, as Authorization: Bearer KEY")
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
-            return 413, f"the body has more than {limit} bytes"
+            return _refused(413, f"the body has more than {limit} bytes")
         return None
 
     def _has_key(self, headers: dict[bytes, bytes]) -> bool:
@@ -98,34 +99,26 @@ class Guards:
         wanted = self._settings.api_key.encode()
         return hmac.compare_digest(given.strip(), wanted) and kind.lower() == b"bearer"
 
-    async def _read(
-        self, receive: Receive, body: _Body, *, is_upload: bool
-    ) -> tuple[int, str] | None:
+    async def _read(self, receive: Receive, body: _Body, *, is_upload: bool) -> JSONResponse | None:
         """Read a whole body, whatever length it said; or return why not."""
-        while True:
-            message = await receive()
-            part = message.get("body", b"")
-            body.parts.append(part)
-            body.length += len(part)
-            self._held += len(part)
-            if body.length > body.limit:
-                return 413, f"the body has more than {body.limit} bytes"
-            if is_upload and self._held > self._settings.max_upload_memory:
-                return 429, "too many images are being sent at once; try again later"
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                return None
-
-
-def _replayed(body: _Body, receive: Receive) -> Receive:
-    """Return what gives a body that was read, then what comes after it."""
-    content = b"".join(body.parts)
-    body.parts.clear()
-    waiting: list[Message] = [{"type": "http.request", "body": content, "more_body": False}]
-
-    async def replayed() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return replayed
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    part = message.get("body", b"")
+                    body.parts.append(part)
+                    body.length += len(part)
+                    self._held += len(part)
+                    if body.length > body.limit:
+                        return _refused(413, f"the body has more than {body.limit} bytes")
+                    if is_upload and self._held > self._settings.max_upload_memory:
+                        return _refused(
+                            429, "too many images are being sent at once; try again later"
+                        )
+                    if message["type"] != "http.request" or not message.get("more_body", False):
+                        return None
+        except TimeoutError:
+            return _refused(408, f"the body did not come within {_BODY_SECONDS} seconds")
 
 
 def error_body(

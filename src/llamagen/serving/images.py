@@ -19,9 +19,8 @@ from starlette.types import Receive, Scope, Send
 from llamagen.pipeline.editing import INPAINTING_CANDIDATES, Edit, Editor
 from llamagen.serving.files import FileStore
 from llamagen.serving.guards import error_body
-from llamagen.serving.jobs import Job, Update
 from llamagen.serving.metrics import ServerMetrics
-from llamagen.serving.models import QueueFullError, Reservation, ServedModel
+from llamagen.serving.models import Job, QueueFullError, Reservation, ServedModel, Update
 from llamagen.serving.schemas import (
     EditRequest,
     ErrorResponse,
@@ -45,13 +44,13 @@ _Result = TypeVar("_Result")
 
 _EDIT_FILES = {"image": True, "mask": False}
 _VARIATION_FILES = {"image": True}
-_OPTIONS = {
-    "inpaint": (),
-    "complete": ("keep_rows",),
-    "outpaint": ("below", "right"),
-    "vary": ("keep",),
+_EDITS: dict[str, tuple[Callable[..., Edit], tuple[str, ...]]] = {
+    "inpaint": (Editor.inpainting, ()),
+    "complete": (Editor.completion, ("keep_rows",)),
+    "outpaint": (Editor.outpainting, ("below", "right")),
+    "vary": (Editor.variation, ("keep",)),
 }
-"""Fields that only one kind of edit takes."""
+"""Kind of edit -> what plans it, and the fields that only it takes."""
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
@@ -105,10 +104,8 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         "response_model_exclude_none": True,
         "tags": ["images"],
     }
-    answers: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}},
-        **ERRORS,
-    }
+    stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    answers = {200: stream, **ERRORS}
 
     @app.post("/v1/images/generations", responses=answers, **shared)
     async def generate(body: ImageRequest, request: Request) -> Any:
@@ -174,7 +171,7 @@ def _kind_of_edit(body: EditRequest, *, masked: bool) -> str:
         raise InputError(f"mask goes with edit inpaint, and this is {kind}; leave it out")
     if not masked and kind == "inpaint":
         raise InputError("mask is missing; send an image file that marks what is to be drawn anew")
-    for owner, names in _OPTIONS.items():
+    for owner, (_, names) in _EDITS.items():
         for name in names:
             if owner != kind and getattr(body, name) is not None:
                 raise InputError(f"{name} goes with edit {owner}, and this is {kind}; leave it out")
@@ -182,17 +179,14 @@ def _kind_of_edit(body: EditRequest, *, masked: bool) -> str:
 
 
 def _planner(
-    kind: str,
-    body: EditRequest | VariationRequest,
-    files: dict[str, bytes],
-    limits: ServerSettings,
+    kind: str, body: EditRequest | VariationRequest, files: dict[str, bytes], limits: ServerSettings
 ) -> Callable[[Editor], Edit]:
     """Return what plans an edit, in a thread that unpacks the images."""
 
     def plan(editor: Editor) -> Edit:
+        method, names = _EDITS[kind]
+        options = {name: value for name in names if (value := getattr(body, name)) is not None}
         grid = editor.pipeline.transformer.config.grid
-        options = {name: getattr(body, name) for name in _OPTIONS[kind]}
-        options = {name: value for name, value in options.items() if value is not None}
         for name, own in zip(("below", "right"), grid, strict=True):
             longest = limits.max_extension * own
             if options.get(name, 0) > longest:
@@ -200,16 +194,11 @@ def _planner(
                     f"{name} is {options[name]}, but this server draws {longest} at most"
                 )
         pixels = limits.max_upload_pixels
-        image = open_upload(files.pop("image"), "image", max_pixels=pixels)
+        images = [open_upload(files.pop("image"), "image", max_pixels=pixels)]
         if kind == "inpaint":
             mask = open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False)
-            return editor.inpainting(image, mask)
-        plans: dict[str, Callable[..., Edit]] = {
-            "complete": editor.completion,
-            "outpaint": editor.outpainting,
-            "vary": editor.variation,
-        }
-        return plans[kind](image, **options)
+            images.append(mask)
+        return method(editor, *images, **options)
 
     return plan
 
@@ -282,19 +271,15 @@ class _Images:
 
     async def files(self) -> list[tuple[int, bytes]]:
         """Return seed and file of all images, in order; each is decoded as soon as it is drawn."""
-        making: dict[int, asyncio.Task[tuple[int, bytes]]] = {}
-
-        async def file(update: Update) -> tuple[int, bytes]:
-            return update.seed, await self._file(update)
-
+        making: dict[int, tuple[int, asyncio.Task[bytes]]] = {}
         async with (
             asyncio.timeout(self._timeout),
             contextlib.aclosing(self._model.updates(self._job)) as updates,
         ):
             async for update in updates:
                 if update.done:
-                    making[update.index] = asyncio.create_task(file(update))
-            files = [await making[index] for index in range(self._job.images)]
+                    making[update.index] = update.seed, asyncio.create_task(self._file(update))
+            files = [(seed, await file) for _, (seed, file) in sorted(making.items())]
         self.room.made = True
         return files
 
@@ -340,10 +325,10 @@ class _Images:
         except Exception as error:  # noqa: BLE001
             _log.exception("a stream failed")
             message = "the images could not be drawn"
-            if isinstance(error, InputError):
-                message = str(error)
-            elif isinstance(error, TimeoutError):
-                message = "the images took too long"
+            if isinstance(error, (InputError, TimeoutError)):
+                message = (
+                    str(error) if isinstance(error, InputError) else "the images took too long"
+                )
             yield f"event: error\ndata: {json.dumps(error_body(message, 'server_error'))}\n\n"
 
     async def _event(self, update: Update, number: int) -> ImageEvent:
@@ -364,12 +349,12 @@ class _Images:
 
     async def _file(self, update: Update) -> bytes:
         image = await self._model.image(self._job, update)
-        compression = self._body.output_compression
+        quality = self._body.output_compression
         return await asyncio.to_thread(
             image_bytes,
             image,
             self._kind,
-            quality=90 if compression is None else compression,
+            quality=90 if quality is None else quality,
             metadata=self._model.metadata(self._job, update.seed),
         )
 

@@ -30,18 +30,10 @@ class ServerMetrics:
         self.in_flight = new(Gauge, "images_in_flight", "Images accepted and not yet made.")
         self.waiting = new(Gauge, "images_waiting", "Images of which no code is drawn yet.")
         self.batch = new(Histogram, "batch_images", "Images in a step.", buckets=_BATCH)
-        self.step = new(
-            Histogram,
-            "step_seconds",
-            "Time of a step: one code of every image.",
-            buckets=_STEP_SECONDS,
-        )
-        self.wait = new(
-            Histogram,
-            "first_row_seconds",
-            "Time from a request to the first row of its first image.",
-            buckets=_SECONDS,
-        )
+        text = "Time of a step: one code of every image."
+        self.step = new(Histogram, "step_seconds", text, buckets=_STEP_SECONDS)
+        text = "Time from a request to the first row of its first image."
+        self.wait = new(Histogram, "first_row_seconds", text, buckets=_SECONDS)
         self.total = new(Histogram, "request_seconds", "Time of a whole request.", buckets=_SECONDS)
 
     def stepped(self, model: str, images: int, seconds: float) -> None:

@@ -1,30 +1,90 @@
-"""A served model: pipeline, engine and decoder, and its images in flight."""
+"""A served model: pipeline, engine and decoder; the images of requests while they are generated.
+
+Images of a request are generated side by side, each the best of some candidates. One that has
+candidates, or is generated in several windows, is reported once, when it is done; other images
+also row by row.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.config import Grid
-from llamagen.generation.engine import Engine
+from llamagen.config import Grid, SamplingConfig
+from llamagen.generation.engine import Engine, EngineError
+from llamagen.generation.request import UNKNOWN
 from llamagen.generation.seeds import one_seed_each
 from llamagen.pipeline import Pipeline
 from llamagen.pipeline.conditions import Condition
-from llamagen.pipeline.editing import Edit, Editor
-from llamagen.pipeline.ranking import check_ranking, score_images
+from llamagen.pipeline.editing import Edit, Editor, Window
+from llamagen.pipeline.ranking import Ranking, check_ranking, score_images
 from llamagen.serving.decoding import ImageDecoder
-from llamagen.serving.jobs import Job, RunningJob, Update
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.schemas import RequestBody
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, NotFiniteError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Job:
+    """Images of one request."""
+
+    condition: Condition
+    seeds: tuple[int, ...]
+    """Of all candidates: those of the first image, then those of the next."""
+    sampling: SamplingConfig
+    best_of: int
+    """Candidates of each image."""
+    rank_by: Ranking
+    edit: Edit | None
+    """None for images that are drawn from nothing."""
+    grid: Grid
+    """Rows and columns of codes of an image."""
+    begun: float
+    """When it was asked for (``time.perf_counter``)."""
+
+    @property
+    def images(self) -> int:
+        """Images that were asked for."""
+        return len(self.seeds) // self.best_of
+
+    @property
+    def input_tokens(self) -> int:
+        """Positions of the condition."""
+        condition = self.condition.condition
+        return 1 if condition.ndim == 0 else len(condition)
+
+    @property
+    def windows(self) -> int:
+        """Windows of the model's grid in which an image is generated, one after another."""
+        return 1 if self.edit is None else len(self.edit.windows)
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether unfinished images can be shown."""
+        return self.best_of == 1 and self.windows == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """Progress of an image of a job."""
+
+    index: int
+    """Of the image in the job."""
+    seed: int
+    rows: int
+    """Finished rows of its codes."""
+    codes: list[int]
+    """Those rows in raster order, or all codes of an image that is done."""
+    done: bool
 
 
 class QueueFullError(RuntimeError):
@@ -37,7 +97,15 @@ class QueueFullError(RuntimeError):
 
 
 class ServedModel:
-    """A model as the API uses it."""
+    """A model as the API uses it.
+
+    Args:
+        name: what clients call it.
+        pipeline: reads prompts and decodes codes.
+        engine: generates codes with the pipeline's transformer.
+        metrics: of the server.
+        max_in_flight: images accepted and not yet made, waiting ones among them.
+    """
 
     def __init__(
         self,
@@ -48,22 +116,13 @@ class ServedModel:
         metrics: ServerMetrics,
         max_in_flight: int,
     ) -> None:
-        """Put a model into service.
-
-        Args:
-            name: what clients call it.
-            pipeline: reads prompts and decodes codes.
-            engine: generates codes with the pipeline's transformer.
-            metrics: of the server.
-            max_in_flight: images accepted and not yet made, waiting ones among them.
-        """
         self.name = name
         self.pipeline = pipeline
         self.engine = engine
         self.grid = engine.grid
         self.created = int(time.time())
         self.max_in_flight = max_in_flight
-        self._metrics = metrics
+        self.metrics = metrics
         self.decoder = ImageDecoder(pipeline.decode, engine.grid)
         self._in_flight = 0
         self._seconds_per_image = 1.0
@@ -146,11 +205,13 @@ class ServedModel:
         return Reservation(self, job)
 
     def updates(self, job: Job) -> AsyncGenerator[Update, None]:
-        """Generate a job's images side by side; see ``RunningJob.updates``."""
-        running = RunningJob(
-            job, self.engine, model=self.name, metrics=self._metrics, rank=self._best
-        )
-        return running.updates()
+        """Generate a job's images side by side; yield an update for each finished row or image.
+
+        Raises:
+            EngineError: an image could not be generated.
+            InputError: the engine refuses one.
+        """
+        return _RunningJob(self, job).updates()
 
     async def _best(self, job: Job, candidates: Tensor) -> int:
         """Return the index of the best of a job's ``candidates`` (best_of, rows, columns).
@@ -196,15 +257,15 @@ class ServedModel:
 
     def _count(self, images: int) -> None:
         self._in_flight += images
-        self._metrics.in_flight.labels(self.name).set(self._in_flight)
+        self.metrics.in_flight.labels(self.name).set(self._in_flight)
 
     def _release(self, job: Job, *, made: bool) -> None:
         images = len(job.seeds)
         self._count(-images)
         if made:
             seconds = time.perf_counter() - job.begun
-            self._metrics.images.labels(self.name).inc(job.images)
-            self._metrics.total.labels(self.name).observe(seconds)
+            self.metrics.images.labels(self.name).inc(job.images)
+            self.metrics.total.labels(self.name).observe(seconds)
             self._seconds_per_image += 0.2 * (seconds / images - self._seconds_per_image)
 
 
@@ -222,3 +283,101 @@ class Reservation:
 
     def __exit__(self, *_: object) -> None:
         self._model._release(self._job, made=self.made)
+
+
+class _RunningJob:
+    """A job while its images are generated."""
+
+    def __init__(self, model: ServedModel, job: Job) -> None:
+        self._model = model
+        self._job = job
+        self._begun = False
+        self._updates: asyncio.Queue[Update | BaseException] = asyncio.Queue()
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """See ``ServedModel.updates``."""
+        tasks = [asyncio.create_task(self._image(index)) for index in range(self._job.images)]
+        try:
+            left = len(tasks)
+            while left:
+                update = await self._updates.get()
+                if isinstance(update, BaseException):
+                    raise update
+                left -= update.done
+                yield update
+        finally:
+            await _end(tasks)
+
+    async def _image(self, index: int) -> None:
+        update: Update | Exception
+        try:
+            update = await self._generated(index)
+        except Exception as error:  # noqa: BLE001
+            update = error
+            if not isinstance(error, InputError) or isinstance(error, NotFiniteError):
+                # All that the client is told. A new one each time: the error may be that of other
+                # images too, and its traceback would grow with each time it is raised.
+                update = EngineError("the image could not be drawn")
+                update.__cause__ = error
+        self._updates.put_nowait(update)
+
+    async def _generated(self, index: int) -> Update:
+        """Generate the candidates of an image in each of its windows; keep the best of them."""
+        job = self._job
+        seeds = job.seeds[index * job.best_of : (index + 1) * job.best_of]
+        rows, columns = self._model.grid
+        windows: Sequence[Window] = [Window(slice(0, rows), slice(0, columns))]
+        whole = torch.full((rows, columns), UNKNOWN)
+        if job.edit is not None:
+            windows = job.edit.windows
+            whole = job.edit.known(seeds[:1])[0]
+        best = 0
+        for window in windows:
+            part = window.of(whole)
+            known = None if job.edit is None else part.flatten()
+            tasks = [
+                asyncio.create_task(self._codes_of(index, window.seed(seed), known))
+                for seed in seeds
+            ]
+            try:
+                candidates = torch.tensor(await asyncio.gather(*tasks)).view(-1, rows, columns)
+            finally:
+                await _end(tasks)
+            if len(candidates) > 1:
+                best = await self._model._best(job, candidates)
+            part.copy_(candidates[best])
+        # An image of several windows may have the codes of several candidates.
+        seed = seeds[0] if len(windows) > 1 or windows[0].number is not None else seeds[best]
+        return Update(index, seed, len(whole), whole.flatten().tolist(), done=True)
+
+    async def _codes_of(self, index: int, seed: int, known: Tensor | None) -> list[int]:
+        job, (rows, columns) = self._job, self._model.grid
+        request = job.condition.request(seed=seed, sampling=job.sampling, known_codes=known)
+        name, metrics = self._model.name, self._model.metrics
+        waiting = metrics.waiting.labels(name)
+        codes: list[int] = []
+        counted = 0
+        waiting.inc()
+        try:
+            async with aclosing(self._model.engine.stream(request, client=self)) as stream:
+                async for codes in stream:
+                    if counted == 0:
+                        waiting.dec()
+                    if not self._begun:
+                        self._begun = True
+                        metrics.wait.labels(name).observe(time.perf_counter() - job.begun)
+                    metrics.codes.labels(name).inc(len(codes) - counted)
+                    counted = len(codes)
+                    if job.row_by_row and counted < rows * columns:
+                        row = counted // columns
+                        self._updates.put_nowait(Update(index, seed, row, codes, done=False))
+        finally:
+            if counted == 0:
+                waiting.dec()
+        return codes
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

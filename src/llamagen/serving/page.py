@@ -42,9 +42,8 @@ def add_page(app: FastAPI) -> None:
 
 
 def _add_file(app: FastAPI, path: str, name: str) -> None:
+    content = (importlib.resources.files("llamagen") / "assets" / "ui" / name).read_bytes()
     media_type = _MEDIA_TYPES[PurePath(name).suffix] + "; charset=utf-8"
-    resource = importlib.resources.files("llamagen") / "assets" / "ui" / name
-    content = resource.read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
     headers = {**_HEADERS, "ETag": tag}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -23,20 +23,13 @@ def _setting_field(setting: Setting) -> Any:
         "allow_inf_nan": False if setting.type is float else None,
     }
     given = {name: value for name, value in limits.items() if value is not None}
-    declared: Any = Field(
-        default=None, description=f"{setting.help} Default: the model's own.", **given
-    )
-    return setting.annotation | None, declared
+    description = f"{setting.help} Default: the model's own."
+    return setting.annotation | None, Field(default=None, description=description, **given)
 
 
-if TYPE_CHECKING:
-
-    class _Settings(BaseModel):
-        """A field for each of ``SamplingConfig``, None by default."""
-else:
-    _Settings = create_model(
-        "Settings", **{each.name: _setting_field(each) for each in sampling_settings()}
-    )
+_Settings: Any = create_model(
+    "Settings", **{each.name: _setting_field(each) for each in sampling_settings()}
+)
 
 
 class _Common(BaseModel):
@@ -93,13 +86,13 @@ class _Common(BaseModel):
     user: str | None = Field(None, max_length=1000, description="Not kept.")
 
 
-class RequestBody(_Settings, _Common):
+class RequestBody(_Settings, _Common):  # type: ignore[misc]
     """Body of any request for images."""
 
     def given_settings(self) -> dict[str, Any]:
         """Return the sampling settings that were given, by name."""
-        values = {each.name: getattr(self, each.name) for each in sampling_settings()}
-        return {name: value for name, value in values.items() if value is not None}
+        names = {each.name for each in sampling_settings()}
+        return self.model_dump(include=names, exclude_none=True)
 
 
 class _StreamRequest(RequestBody):

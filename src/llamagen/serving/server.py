@@ -48,7 +48,13 @@ def serve(app: FastAPI, *, host: str, port: int, drain_timeout: float) -> None:
     Raises:
         InputError: the address cannot be listened on.
     """
-    listener = _listen(host, port)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"cannot listen on {host} port {port} ({error}); choose another with `host` or `port`"
+        ) from error
     config = uvicorn.Config(
         app,
         log_level="info",
@@ -61,13 +67,3 @@ def serve(app: FastAPI, *, host: str, port: int, drain_timeout: float) -> None:
     shown = f"[{address}]" if ":" in address else address
     print(f"llamagen serves at http://{shown}:{chosen}", flush=True)
     Server(config, app).run(sockets=[listener])
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        raise InputError(
-            f"cannot listen on {host} port {port} ({error}); choose another with `host` or `port`"
-        ) from error
