@@ -32,6 +32,11 @@ _Settings: Any = create_model(
 )
 
 
+def _optional(description: str, **limits: Any) -> Any:
+    """Declare a field that may be left out."""
+    return Field(None, description=description, **limits)
+
+
 class _Common(BaseModel):
     """Fields of all requests for images, beside the sampling settings."""
 
@@ -42,7 +47,7 @@ class _Common(BaseModel):
         description="What to draw: a text, or the name or number of a class.",
         examples=["llama"],
     )
-    model: str | None = Field(None, description="One of /v1/models. Default: the first of them.")
+    model: str | None = _optional("One of /v1/models. Default: the first of them.")
     n: int | None = Field(1, ge=1, le=1000, description="Images.")
     size: str | None = Field(
         "auto", max_length=20, description="auto, or the size that the images will have."
@@ -51,39 +56,30 @@ class _Common(BaseModel):
         "b64_json", description="The images themselves, or where to fetch them for a time."
     )
     output_format: OutputFormat | None = "png"
-    output_compression: int | None = Field(
-        None, ge=0, le=100, description="Quality of jpeg and webp. Default: 90."
+    output_compression: int | None = _optional(
+        "Quality of jpeg and webp. Default: 90.", ge=0, le=100
     )
-    negative_prompt: str | None = Field(
-        None, min_length=1, description="What guidance leads away from."
+    negative_prompt: str | None = _optional("What guidance leads away from.", min_length=1)
+    blend: str | None = _optional(
+        "A second prompt or class: what is likely for both is drawn.", min_length=1
     )
-    blend: str | None = Field(
-        None,
-        min_length=1,
-        description="A second prompt or class: what is likely for both is drawn.",
-    )
-    blend_share: _Number | None = Field(
-        None, ge=0, le=1, description="How much of it. Default: 0.5."
-    )
-    best_of: int | None = Field(
-        None,
+    blend_share: _Number | None = _optional("How much of it. Default: 0.5.", ge=0, le=1)
+    best_of: int | None = _optional(
+        "Candidates for each image, of which the best is sent. Default: 1, and 4 where an image is "
+        "filled in.",
         ge=1,
         le=16,
-        description="Candidates for each image, of which the best is sent. Default: 1, and 4 where "
-        "an image is filled in.",
     )
-    rank_by: Ranking | None = Field(
-        None,
-        description="The best: likelihood (default), or condition, what the prompt makes likelier.",
+    rank_by: Ranking | None = _optional(
+        "The best: likelihood (default), or condition, what the prompt makes likelier."
     )
-    seed: int | None = Field(
-        None,
+    seed: int | None = _optional(
+        "Of the first image, or its first candidate; the next get the next numbers. Default: "
+        "random.",
         ge=0,
         le=MAX_SEED - 16_000,
-        description="Of the first image, or its first candidate; the next get the next numbers. "
-        "Default: random.",
     )
-    user: str | None = Field(None, max_length=1000, description="Not kept.")
+    user: str | None = _optional("Not kept.", max_length=1000)
 
 
 class RequestBody(_Settings, _Common):  # type: ignore[misc]
@@ -108,11 +104,11 @@ class _StreamRequest(RequestBody):
         description="Unfinished images to send of each image, evenly over its rows. There are none "
         "of images with candidates, and of images that are extended.",
     )
-    quality: Literal["auto", "standard"] | None = Field(
-        None, description="There are no levels: use the settings above."
+    quality: Literal["auto", "standard"] | None = _optional(
+        "There are no levels: use the settings above."
     )
     background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = Field(None, description="Nothing is moderated.")
+    moderation: Literal["auto", "low"] | None = _optional("Nothing is moderated.")
 
 
 class ImageRequest(_StreamRequest):
@@ -124,32 +120,23 @@ class ImageRequest(_StreamRequest):
 class EditRequest(_StreamRequest):
     """Form of ``POST /v1/images/edits``, without its files."""
 
-    edit: Literal["inpaint", "complete", "outpaint", "vary"] | None = Field(
-        None, description="Default: inpaint with a mask, complete without one."
+    edit: Literal["inpaint", "complete", "outpaint", "vary"] | None = _optional(
+        "Default: inpaint with a mask, complete without one."
     )
-    keep_rows: int | None = Field(
-        None,
-        ge=1,
-        le=2**31,
-        description="For complete: rows of codes that are kept. Default: half of them.",
+    keep_rows: int | None = _optional(
+        "For complete: rows of codes that are kept. Default: half of them.", ge=1, le=2**31
     )
-    below: int | None = Field(
-        None, ge=0, le=2**31, description="For outpaint: rows of codes to draw below."
-    )
-    right: int | None = Field(
-        None, ge=0, le=2**31, description="For outpaint: columns to draw on the right."
-    )
-    keep: _Number | None = Field(
-        None, gt=0, lt=1, description="For vary: share of the codes that is kept. Default: 0.5."
+    below: int | None = _optional("For outpaint: rows of codes to draw below.", ge=0, le=2**31)
+    right: int | None = _optional("For outpaint: columns to draw on the right.", ge=0, le=2**31)
+    keep: _Number | None = _optional(
+        "For vary: share of the codes that is kept. Default: 0.5.", gt=0, lt=1
     )
 
 
 class VariationRequest(RequestBody):
     """Form of ``POST /v1/images/variations``, without its file."""
 
-    keep: _Number | None = Field(
-        None, gt=0, lt=1, description="Share of the codes that is kept. Default: 0.5."
-    )
+    keep: _Number | None = _optional("Share of the codes that is kept. Default: 0.5.", gt=0, lt=1)
 
 
 class ImageData(BaseModel):
@@ -207,9 +194,9 @@ class ImageEvent(BaseModel):
     size: str
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
-    partial_image_index: int | None = Field(None, description="Of partial images, from 0.")
+    partial_image_index: int | None = _optional("Of partial images, from 0.")
     rows: int = Field(description="Finished rows of the grid.")
-    usage: Usage | None = Field(None, description="Of completed images.")
+    usage: Usage | None = _optional("Of completed images.")
 
 
 class SettingCard(BaseModel):

@@ -29,9 +29,10 @@ let last = null;
 export const KINDS = Object.fromEntries([...kind.options].map(({ value, text }) => [value, text]));
 
 // Whether an image is there to be edited.
-export function isEditing() {
-  return source !== null && card.edits;
-}
+const isEditing = () => source !== null && card.edits;
+const color = () => getComputedStyle(canvas).color;
+const cellSize = () => ({ row: canvas.height / card.rows, column: canvas.width / card.columns });
+const fileOf = (from) => new Promise((resolve) => from.toBlob(resolve, "image/png"));
 
 // Makes everything fit a model.
 export function setModel(chosen) {
@@ -67,9 +68,9 @@ export async function setImage(file) {
 // What the request says of the edit; null if there is none.
 export async function edit() {
   if (!isEditing()) return null;
-  const wanted = { edit: kind.value, image: await file(picture) };
+  const wanted = { edit: kind.value, image: await fileOf(picture) };
   for (const name of OPTIONS[kind.value]) wanted[name] = Number(byId(name).value);
-  if (kind.value === "inpaint") wanted.mask = await file(blackAndWhite());
+  if (kind.value === "inpaint") wanted.mask = await fileOf(blackAndWhite());
   return wanted;
 }
 
@@ -97,9 +98,8 @@ function remove() {
 
 function show() {
   byId("editing").hidden = !isEditing();
-  for (const part of document.querySelectorAll("[data-edit]")) {
+  for (const part of document.querySelectorAll("[data-edit]"))
     part.hidden = part.disabled = !isEditing() || part.dataset.edit !== kind.value;
-  }
   byId("keep-value").value = byId("keep").value;
   const paints = kind.value === "inpaint";
   canvas.tabIndex = paints ? 0 : -1;
@@ -116,21 +116,19 @@ function prepare() {
   if (source === null) return;
   const { width, height } = picture;
   const scale = Math.max(width / source.width, height / source.height);
-  const pen = picture.getContext("2d");
-  pen.imageSmoothingQuality = "high";
-  pen.fillStyle = "white";
-  pen.fillRect(0, 0, width, height);
   const [w, h] = [source.width * scale, source.height * scale];
+  const pen = picture.getContext("2d");
+  Object.assign(pen, { imageSmoothingQuality: "high", fillStyle: "white" });
+  pen.fillRect(0, 0, width, height);
   pen.drawImage(source, (width - w) / 2, (height - h) / 2, w, h);
 }
 
 function redraw() {
   const { width, height } = canvas;
-  const [row, column] = [height / card.rows, width / card.columns];
+  const { row, column } = cellSize();
   const pen = canvas.getContext("2d");
   pen.drawImage(picture, 0, 0);
-  pen.globalAlpha = 0.6;
-  pen.fillStyle = color();
+  Object.assign(pen, { globalAlpha: 0.6, fillStyle: color() });
   if (kind.value === "inpaint") pen.drawImage(mask, 0, 0);
   if (kind.value === "complete") {
     const kept = Number(byId("keep_rows").value) * row;
@@ -138,14 +136,9 @@ function redraw() {
   }
   pen.globalAlpha = 1;
   if (kind.value === "inpaint" && canvas.matches(":focus-visible")) {
-    pen.strokeStyle = color();
-    pen.lineWidth = Math.max(1, width / 128);
+    Object.assign(pen, { strokeStyle: color(), lineWidth: Math.max(1, width / 128) });
     pen.strokeRect(cursor.column * column, cursor.row * row, column, row);
   }
-}
-
-function color() {
-  return getComputedStyle(canvas).color;
 }
 
 function clear() {
@@ -156,7 +149,7 @@ function clear() {
 function stroke(from, to) {
   brush.globalCompositeOperation = byId("erase").checked ? "destination-out" : "source-over";
   brush.strokeStyle = brush.fillStyle = color();
-  brush.lineWidth = (Number(byId("brush").value) * mask.width) / card.columns;
+  brush.lineWidth = Number(byId("brush").value) * cellSize().column;
   brush.beginPath();
   brush.moveTo(...from);
   brush.lineTo(...to);
@@ -181,8 +174,7 @@ function blackAndWhite() {
   const pen = made.getContext("2d");
   pen.drawImage(mask, 0, 0);
   for (const [how, fill] of [["source-in", "white"], ["destination-over", "black"]]) {
-    pen.globalCompositeOperation = how;
-    pen.fillStyle = fill;
+    Object.assign(pen, { globalCompositeOperation: how, fillStyle: fill });
     pen.fillRect(0, 0, made.width, made.height);
   }
   return made;
@@ -196,13 +188,8 @@ async function paintAsBefore(file) {
   // What was black is not painted.
   for (let at = 0; at < pixels.data.length; at += 4) pixels.data[at + 3] = pixels.data[at];
   brush.putImageData(pixels, 0, 0);
-  brush.globalCompositeOperation = "source-in";
-  brush.fillStyle = color();
+  Object.assign(brush, { globalCompositeOperation: "source-in", fillStyle: color() });
   brush.fillRect(0, 0, mask.width, mask.height);
-}
-
-function file(from) {
-  return new Promise((resolve) => from.toBlob(resolve, "image/png"));
 }
 
 function place(event) {
@@ -220,16 +207,13 @@ canvas.addEventListener("pointermove", (event) => {
   if (canvas.hasPointerCapture(event.pointerId)) stroke(last, (last = place(event)));
 });
 canvas.addEventListener("keydown", (event) => {
-  if (kind.value !== "inpaint") return;
   const move = MOVES[event.key];
-  if (!move) return;
+  if (!move || kind.value !== "inpaint") return;
   event.preventDefault();
   cursor.row = Math.min(card.rows - 1, Math.max(0, cursor.row + move[0]));
   cursor.column = Math.min(card.columns - 1, Math.max(0, cursor.column + move[1]));
-  const middle = [
-    ((cursor.column + 0.5) * canvas.width) / card.columns,
-    ((cursor.row + 0.5) * canvas.height) / card.rows,
-  ];
+  const { column, row } = cellSize();
+  const middle = [(cursor.column + 0.5) * column, (cursor.row + 0.5) * row];
   if (event.key === " ") stroke(middle, middle);
   else redraw();
 });

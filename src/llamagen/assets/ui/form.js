@@ -16,6 +16,10 @@ const MOST_PARTIAL_IMAGES = 64;
 let cards = [];
 let card = null;
 
+export const chosenModel = () => card;
+const prompt = () => byId(card.kind === "class" ? "class" : "text");
+const number = (input) => (input.value === "" ? undefined : Number(input.value));
+
 // Shows the form for some models, the first of them chosen.
 export function showModels(models) {
   cards = models;
@@ -25,10 +29,6 @@ export function showModels(models) {
   // Only where the button below stays in sight.
   byId("settings").open = matchMedia("(min-width: 60rem) and (min-height: 52rem)").matches;
   form.hidden = false;
-}
-
-export function chosenModel() {
-  return card;
 }
 
 // Returns whether everything is filled in; if not, the browser tells what is missing.
@@ -84,10 +84,7 @@ export async function editImage(entry) {
 }
 
 // The name of a setting, for people.
-export function label(name) {
-  const words = name.replaceAll("_", " ");
-  return words[0].toUpperCase() + words.slice(1);
-}
+export const label = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
 
 // The field of a setting that the server declares.
 function settingField({ name, type, help, minimum, exclusive_minimum, maximum, choices, optional }) {
@@ -120,14 +117,6 @@ function setShare(value) {
   byId("share-value").value = share.value;
 }
 
-function prompt() {
-  return byId(card.kind === "class" ? "class" : "text");
-}
-
-function number(input) {
-  return input.value === "" ? undefined : Number(input.value);
-}
-
 function choose(id) {
   const before = card;
   card = cards.find((each) => each.id === id);
@@ -157,12 +146,12 @@ function showClasses(names) {
 
 function idea(name) {
   const [item, button] = ["li", "button"].map((tag) => document.createElement(tag));
+  item.append(button);
   button.textContent = name;
   button.onclick = () => {
     prompt().value = name;
     form.requestSubmit();
   };
-  item.append(button);
   return item;
 }
 
@@ -176,14 +165,12 @@ model.addEventListener("change", () => choose(model.value));
 byId("reset").addEventListener("click", reset);
 
 // A field that is wrong must be seen.
-form.addEventListener(
-  "invalid",
-  ({ target }) => {
-    const closed = target.closest("details:not([open])");
-    if (closed) closed.open = true;
-  },
-  { capture: true },
-);
+function openAround({ target }) {
+  const closed = target.closest("details:not([open])");
+  if (closed) closed.open = true;
+}
+
+form.addEventListener("invalid", openAround, { capture: true });
 share.addEventListener("input", () => setShare(share.value));
 
 for (const field of [byId("text"), negative]) {

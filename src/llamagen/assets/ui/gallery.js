@@ -21,11 +21,17 @@ let viewed = null;
 let current = null;
 let actions = { again() {}, use() {}, edit() {} };
 
+const newestFirst = (a, b) => b.entry.run - a.entry.run || a.entry.index - b.entry.index;
+const title = ({ prompt, seed }) => `${prompt}, seed ${seed}`;
+// What an image was made of, beside a prompt.
+const editOf = ({ edit, keep_rows, below, right, keep, image, mask }) =>
+  edit && { edit, keep_rows, below, right, keep, image, mask };
+const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+
 // Shows what this browser has kept. The actions are called with an entry.
 export async function openGallery(callbacks) {
   actions = callbacks;
-  pictures = (await keptEntries()).map(picture);
-  pictures.sort((a, b) => b.entry.run - a.entry.run || a.entry.index - b.entry.index);
+  pictures = (await keptEntries()).map(picture).sort(newestFirst);
   arrange();
 }
 
@@ -40,8 +46,7 @@ export function addRun(request, card) {
     show: (event) => slots[event.index].show(event),
     end: () => {
       current = null;
-      const unfinished = slots.filter((each) => !each.done);
-      for (const each of unfinished) each.card.remove();
+      for (const each of slots) if (!each.done) each.card.remove();
       if (latest.children.length === 0) arrange();
     },
   };
@@ -77,8 +82,7 @@ function slot(request, card, run, index) {
       ...{ blend, blend_share, best_of, edit: editOf(request) },
       file: new Blob([bytes(event.b64_json)], { type: "image/png" }),
     });
-    made.card = shown;
-    finishCard(made);
+    finishCard(made, shown);
     insert(made);
     keep(made.entry);
   }
@@ -93,16 +97,9 @@ function size(request, card) {
   return [width + (right * width) / card.columns, height + (below * height) / card.rows];
 }
 
-// What an image was made of, beside a prompt.
-function editOf({ edit, keep_rows, below, right, keep, image, mask }) {
-  return edit && { edit, keep_rows, below, right, keep, image, mask };
-}
-
 function insert(made) {
-  const { run, index } = made.entry;
-  const before = pictures.findIndex(({ entry }) => entry.run < run || entry.index > index);
-  pictures.splice(before < 0 ? pictures.length : before, 0, made);
-  const here = pictures.filter(({ entry }) => entry.run === run).length;
+  pictures = [...pictures, made].sort(newestFirst);
+  const here = pictures.filter(({ entry }) => entry.run === made.entry.run).length;
   for (const gone of pictures.splice(Math.max(MOST, here))) discard(gone);
 }
 
@@ -128,11 +125,7 @@ function arrange() {
 }
 
 function cardOf(made, beside) {
-  if (!made.card) {
-    made.card = newCard(made.entry, beside);
-    made.card.querySelector("img").hidden = false;
-    finishCard(made);
-  }
+  if (!made.card) finishCard(made, newCard(made.entry, beside));
   return made.card;
 }
 
@@ -152,13 +145,13 @@ function fit(element, { width, height }, most) {
   element.classList.toggle("pixels", isSmall);
 }
 
-function finishCard(made) {
-  const { card, entry, url } = made;
-  const [open, image] = [card.querySelector(".picture"), card.querySelector("img")];
+function finishCard(made, card) {
+  const { entry, url } = made;
+  made.card = card;
   card.classList.add("done");
   card.querySelector(".seed").textContent = `seed ${entry.seed}`;
-  image.alt = title(entry);
-  image.src = url;
+  const [open, image] = [card.querySelector(".picture"), card.querySelector("img")];
+  Object.assign(image, { hidden: false, alt: title(entry), src: url });
   Object.assign(open, { disabled: false, onclick: () => view(made) });
   const [download, again, edit] = card.querySelectorAll(".actions > *");
   setDownload(download, made);
@@ -221,14 +214,6 @@ function setDownload(link, { entry, url }) {
     .match(/[\p{L}\p{N}]+/gu) ?? ["image"];
   link.href = url;
   link.download = `${words.join("-").slice(0, 60)}-${entry.seed}.png`;
-}
-
-function title(entry) {
-  return `${entry.prompt}, seed ${entry.seed}`;
-}
-
-function bytes(base64) {
-  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
 }
 
 viewer.addEventListener("click", (event) => {

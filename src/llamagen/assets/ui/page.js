@@ -11,6 +11,9 @@ const draw = byId("draw");
 const stop = byId("stop");
 const results = byId("results");
 
+const say = (text) => byId("status").replaceChildren(text);
+const images = (count) => (count === 1 ? "1 image" : `${count} images`);
+
 // Ends the request that is under way.
 let running = null;
 
@@ -79,14 +82,6 @@ class Progress {
     byId("progress-text").textContent = `Drawing ${images(this.count)} · ${percent}%`;
     if (completed) say(`${this.ready} of ${this.count} ready.`);
   }
-}
-
-function say(text) {
-  byId("status").textContent = text;
-}
-
-function images(count) {
-  return count === 1 ? "1 image" : `${count} images`;
 }
 
 function setBusy(busy) {

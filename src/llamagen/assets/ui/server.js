@@ -11,13 +11,8 @@ export class ServerError extends Error {
   }
 }
 
-export function hasKey() {
-  return Boolean(kept[KEY]);
-}
-
-export function setKey(value) {
-  kept[KEY] = value;
-}
+export const hasKey = () => Boolean(kept[KEY]);
+export const setKey = (value) => Object.assign(kept, { [KEY]: value });
 
 function storage() {
   try {
@@ -28,10 +23,7 @@ function storage() {
   }
 }
 
-export async function listModels() {
-  const response = await ask("v1/models");
-  return (await response.json()).data;
-}
+export const listModels = async () => (await (await ask("v1/models")).json()).data;
 
 // Asks for images; returns their events, to be read with "for await".
 export async function startImages(request, signal) {
