@@ -30,30 +30,29 @@ class Options:
 
 def run(options: Options) -> None:
     """Print the description."""
+    print(_description(options))
+
+
+def _description(options: Options) -> str:
     source = options.source
     is_image = source is not None and Path(source).suffix.lower() == ".png"
     if options.measure and (source is None or is_image):
         raise InputError("--measure goes with a model; name one, for example emoji")
     if source is None:
-        print(_json(_known()) if options.as_json else _overview())
-        return
+        return _json(_known()) if options.as_json else _overview()
     if is_image:
         from llamagen.support.pictures import read_metadata
 
-        print(_json(read_metadata(source)))
-        return
+        return _json(read_metadata(source))
     from llamagen.checkpoints.info import describe_model
     from llamagen.evaluation.speed import measure_speed
 
     summary = describe_model(source)
     speed = measure_speed(source) if options.measure else None
     if options.as_json:
-        data = dataclasses.asdict(summary)
-        print(_json(data if speed is None else {**data, "speed": dataclasses.asdict(speed)}))
-        return
-    print("\n\n".join(_paragraphs(summary)))
-    if speed is not None:
-        print(f"\n{_speed(speed)}")
+        measured = {} if speed is None else {"speed": dataclasses.asdict(speed)}
+        return _json(dataclasses.asdict(summary) | measured)
+    return "\n\n".join(_paragraphs(summary) + ([] if speed is None else [_speed(speed)]))
 
 
 def _overview() -> str:
@@ -135,8 +134,8 @@ def _architecture(part: PartSummary, summary: ModelSummary) -> str:
         rows["downsampling"] = _downsampling(config)
         rows["codebook"] = f"{config['codebook_size']} x {config['codebook_dim']}"
     else:
-        sizes = ("layers", "heads", "dim")
-        rows["layers, heads, dim"] = ", ".join(str(config.get(name, "?")) for name in sizes)
+        sizes = (str(config.get(name, "?")) for name in ("layers", "heads", "dim"))
+        rows["layers, heads, dim"] = ", ".join(sizes)
     if part.kind == "transformer" and summary.grid is not None and summary.kv_cache is not None:
         grid = " x ".join(map(str, summary.grid))
         rows["condition"] = summary.condition

@@ -16,10 +16,13 @@ from llamagen.config import sampling_settings
 from llamagen.serving.guards import Gate, Guards, error_body
 from llamagen.serving.images import ERRORS, NoModelError, Served, add_image_routes
 from llamagen.serving.metrics import ServerMetrics
-from llamagen.serving.models import QueueFullError, ServedModel
+from llamagen.serving.models import ServedModel
 from llamagen.serving.schemas import Health, ModelCard, ModelList, SettingCard
 from llamagen.serving.settings import ServerSettings
 from llamagen.support.errors import InputError
+
+_KINDS = {404: ("invalid_request_error", "not_found"), 429: ("rate_limit_error", "queue_full")}
+"""Status -> type and code of an error that the endpoints raise."""
 
 
 def create_app(
@@ -126,15 +129,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         body = error_body(message, "invalid_request_error", param=param, code=first["type"])
         return JSONResponse(body, 400)
 
-    @app.exception_handler(QueueFullError)
-    async def queue_full(_: Request, error: QueueFullError) -> JSONResponse:
-        body = error_body(str(error), "rate_limit_error", code="queue_full")
-        return JSONResponse(body, 429, headers={"Retry-After": str(error.retry_after)})
-
     @app.exception_handler(StarletteHTTPException)
     async def http_error(_: Request, error: StarletteHTTPException) -> JSONResponse:
-        kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-        code = "not_found" if error.status_code == 404 else None
+        other = "server_error" if error.status_code >= 500 else "invalid_request_error"
+        kind, code = _KINDS.get(error.status_code, (other, None))
         code = "model_not_found" if isinstance(error, NoModelError) else code
         body = error_body(str(error.detail), kind, code=code)
         return JSONResponse(body, error.status_code, headers=error.headers)

@@ -20,7 +20,7 @@ from llamagen.pipeline.editing import INPAINTING_CANDIDATES, Edit, Editor
 from llamagen.serving.files import FileStore
 from llamagen.serving.guards import error_body
 from llamagen.serving.metrics import ServerMetrics
-from llamagen.serving.models import Job, QueueFullError, Reservation, ServedModel, Update
+from llamagen.serving.models import Job, PlanEdit, ServedModel, Update
 from llamagen.serving.schemas import (
     EditRequest,
     ErrorResponse,
@@ -180,7 +180,7 @@ def _kind_of_edit(body: EditRequest, *, masked: bool) -> str:
 
 def _planner(
     kind: str, body: EditRequest | VariationRequest, files: dict[str, bytes], limits: ServerSettings
-) -> Callable[[Editor], Edit]:
+) -> PlanEdit:
     """Return what plans an edit, in a thread that unpacks the images."""
 
     def plan(editor: Editor) -> Edit:
@@ -204,29 +204,24 @@ def _planner(
 
 
 async def _answer(
-    served: Served,
-    body: RequestBody,
-    request: Request,
-    edit: Callable[[Editor], Edit] | None = None,
+    served: Served, body: RequestBody, request: Request, edit: PlanEdit | None = None
 ) -> Any:
     """Answer a request for images, at once or by a stream."""
     model = served.model(body.model)
     status = 500
     try:
         job = await _job(model, body, served.settings, edit)
-        images = _Images(model, job, body, model.reserve(job), served.settings.timeout)
+        room = model.reserve(job)
+        images = _Images(model, job, body, served.settings.timeout)
         if getattr(body, "stream", False):
             status = 200
-            return _EventStream(images.events(), images.room)
-        with images.room:
+            return _EventStream(images.events(), room)
+        with room:
             files = await _unless_gone(request, images.files())
         status = 200
         return images.response(files, served.files, str(request.base_url))
     except (InputError, HTTPException) as error:
         status = getattr(error, "status_code", 400)
-        raise
-    except QueueFullError:
-        status = 429
         raise
     except TimeoutError as error:
         status = 504
@@ -236,10 +231,7 @@ async def _answer(
 
 
 async def _job(
-    model: ServedModel,
-    body: RequestBody,
-    settings: ServerSettings,
-    edit: Callable[[Editor], Edit] | None,
+    model: ServedModel, body: RequestBody, settings: ServerSettings, edit: PlanEdit | None
 ) -> Job:
     """Return the job of a request; raise InputError if it is too large or cannot be done."""
     if (body.n or 1) > settings.max_images:
@@ -258,10 +250,7 @@ async def _job(
 class _Images:
     """Images of a request, on their way into its answer."""
 
-    def __init__(
-        self, model: ServedModel, job: Job, body: RequestBody, room: Reservation, timeout: float
-    ) -> None:
-        self.room = room
+    def __init__(self, model: ServedModel, job: Job, body: RequestBody, timeout: float) -> None:
         self._model = model
         self._job = job
         self._body = body
@@ -280,7 +269,7 @@ class _Images:
                 if update.done:
                     making[update.index] = update.seed, asyncio.create_task(self._file(update))
             files = [(seed, await file) for _, (seed, file) in sorted(making.items())]
-        self.room.made = True
+        self._model.finished(self._job)
         return files
 
     def response(
@@ -320,15 +309,15 @@ class _Images:
                         shown[update.index] += 1
                         data = event.model_dump_json(exclude_none=True)
                         yield f"event: {event.type}\ndata: {data}\n\n"
-            self.room.made = True
+            self._model.finished(self._job)
         # The status was sent long ago: the client is told in the stream.
         except Exception as error:  # noqa: BLE001
             _log.exception("a stream failed")
             message = "the images could not be drawn"
-            if isinstance(error, (InputError, TimeoutError)):
-                message = (
-                    str(error) if isinstance(error, InputError) else "the images took too long"
-                )
+            if isinstance(error, InputError):
+                message = str(error)
+            elif isinstance(error, TimeoutError):
+                message = "the images took too long"
             yield f"event: error\ndata: {json.dumps(error_body(message, 'server_error'))}\n\n"
 
     async def _event(self, update: Update, number: int) -> ImageEvent:
@@ -379,7 +368,7 @@ def _partial_rows(rows: int, count: int) -> set[int]:
 class _EventStream(StreamingResponse):
     """Server-sent events. The room that they need is released however the stream ends."""
 
-    def __init__(self, events: AsyncIterator[str], room: Reservation) -> None:
+    def __init__(self, events: AsyncIterator[str], room: contextlib.ExitStack) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._room = room

@@ -12,10 +12,11 @@ import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any
 
 import torch
+from fastapi import HTTPException
 from PIL import Image
 from torch import Tensor
 
@@ -31,6 +32,9 @@ from llamagen.serving.decoding import ImageDecoder
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.schemas import RequestBody
 from llamagen.support.errors import InputError, NotFiniteError
+
+PlanEdit = Callable[[Editor], Edit]
+"""Reads what is edited and how; waits for the model."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,15 +91,6 @@ class Update:
     done: bool
 
 
-class QueueFullError(RuntimeError):
-    """Refusal of a request because too many images wait."""
-
-    def __init__(self, message: str, *, retry_after: int) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-        """Seconds after which there is likely to be room."""
-
-
 class ServedModel:
     """A model as the API uses it.
 
@@ -136,7 +131,7 @@ class ServedModel:
         scale = self.pipeline.tokenizer.config.downsampling
         return f"{columns * scale}x{rows * scale}"
 
-    async def job(self, body: RequestBody, edit: Callable[[Editor], Edit] | None = None) -> Job:
+    async def job(self, body: RequestBody, edit: PlanEdit | None = None) -> Job:
         """Return the job of a request, its prompt read, and its image if one is edited.
 
         Args:
@@ -182,12 +177,12 @@ class ServedModel:
             begun=begun,
         )
 
-    def reserve(self, job: Job) -> Reservation:
-        """Reserve room for a job's images.
+    def reserve(self, job: Job) -> ExitStack:
+        """Reserve room for a job's images, until the returned context ends.
 
         Raises:
             InputError: the server never takes so many.
-            QueueFullError: too many wait now.
+            HTTPException: of status 429, too many wait now; Retry-After says for how long.
         """
         images = len(job.seeds)
         if images > self.max_in_flight:
@@ -197,12 +192,12 @@ class ServedModel:
             raise InputError(f"{asked}, but this server takes {self.max_in_flight} images at once")
         if self._in_flight + images > self.max_in_flight:
             wait = max(1, min(60, round(self._seconds_per_image * images)))
-            raise QueueFullError(
-                f"{self._in_flight} images are being drawn or wait already; try again later",
-                retry_after=wait,
-            )
+            message = f"{self._in_flight} images are being drawn or wait already; try again later"
+            raise HTTPException(429, message, {"Retry-After": str(wait)})
         self._count(images)
-        return Reservation(self, job)
+        room = ExitStack()
+        room.callback(self._count, -images)
+        return room
 
     def updates(self, job: Job) -> AsyncGenerator[Update, None]:
         """Generate a job's images side by side; yield an update for each finished row or image.
@@ -259,30 +254,12 @@ class ServedModel:
         self._in_flight += images
         self.metrics.in_flight.labels(self.name).set(self._in_flight)
 
-    def _release(self, job: Job, *, made: bool) -> None:
-        images = len(job.seeds)
-        self._count(-images)
-        if made:
-            seconds = time.perf_counter() - job.begun
-            self.metrics.images.labels(self.name).inc(job.images)
-            self.metrics.total.labels(self.name).observe(seconds)
-            self._seconds_per_image += 0.2 * (seconds / images - self._seconds_per_image)
-
-
-class Reservation:
-    """Room for the images of a request; a context manager."""
-
-    def __init__(self, model: ServedModel, job: Job) -> None:
-        self._model = model
-        self._job = job
-        self.made = False
-        """Set when all images are made."""
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._model._release(self._job, made=self.made)
+    def finished(self, job: Job) -> None:
+        """Count the images of a job, all of which are made."""
+        seconds = time.perf_counter() - job.begun
+        self.metrics.images.labels(self.name).inc(job.images)
+        self.metrics.total.labels(self.name).observe(seconds)
+        self._seconds_per_image += 0.2 * (seconds / len(job.seeds) - self._seconds_per_image)
 
 
 class _RunningJob:
