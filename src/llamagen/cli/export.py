@@ -47,9 +47,18 @@ def run(options: Run | Vllm) -> None:
     if isinstance(options, Run):
         from llamagen.training.export import export_run
 
-        print(export_run(**vars(options)))
+        model = export_run(
+            options.run,
+            options.out,
+            step=options.step,
+            weights=options.weights,
+            tokenizer=options.tokenizer,
+        )
+        print(model)
         return
     from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
 
-    given = dict(vars(options))
-    print(export_for_vllm(given.pop("model"), given.pop("out"), ExportOptions(**given)))
+    export = ExportOptions(
+        guidance=options.guidance, negative_prompts=options.negative_prompts, grid=options.grid
+    )
+    print(export_for_vllm(options.model, options.out, export))
