@@ -33,6 +33,8 @@ from llamagen.training.task import Batch, Task
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPTIMIZERS = {"model": "optimizer", "adversary": "adversary_optimizer"}
+_CURVES_EVERY = 60.0
+"""Seconds between pictures of the metrics: drawing one takes longer than the steps of a small model."""
 _NORMS = {"model": "grad_norm", "adversary": "discriminator_grad_norm"}
 
 _log = logging.getLogger(__name__)
@@ -96,6 +98,7 @@ def fit(
                 if run.due(config.save_every) or stopping:
                     run.save()
                 if stopping and run.step < config.steps:
+                    run.draw_curves()
                     run.writer.wait()
                     raise TrainingInterrupted(
                         f"stopped after step {run.step} of {config.steps}; everything is "
@@ -133,7 +136,7 @@ class _Run:
         self._skipped_in_a_row = 0
         self.meter = Meter()
         self._exported: Path | None = None
-        self._clock = time.perf_counter()
+        self._clock = self._curves_drawn = time.perf_counter()
         self._step_seconds: list[float] = []
         checkpoint = latest_checkpoint(checkpoint_folder(out))
         if checkpoint is not None:
@@ -335,7 +338,7 @@ class _Run:
                 distributed.barrier()
 
     def save(self) -> None:
-        """Begin to write a checkpoint; write the model's folder and the curves."""
+        """Begin to write a checkpoint; write the model's folder, and now and then the curves."""
         self.seconds += time.perf_counter() - self._clock
         self._clock = time.perf_counter()
         state = {
@@ -349,6 +352,12 @@ class _Run:
         self.writer.save(step=self.step, tensors=self._tensors(), state=state, about=about)
         if self.config.export or self.step == self.config.steps:
             self._export()
+        if self.step == self.config.steps or self._clock - self._curves_drawn >= _CURVES_EVERY:
+            self.draw_curves()
+
+    def draw_curves(self) -> None:
+        """Draw the logged metrics as a picture."""
+        self._curves_drawn = time.perf_counter()
         if distributed.is_main():
             path = self.out / trackers.CURVES_NAME
             try:
