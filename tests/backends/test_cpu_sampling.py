@@ -57,19 +57,27 @@ def sample_evenly(setting, logits, count, variant="native"):
     return codes
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_samples_the_codes_of_the_reference(variant):
+@pytest.fixture(scope="module")
+def samples_of_the_reference():
+    """Logits, random numbers and the codes that the reference samples with every setting."""
     generator = torch.Generator().manual_seed(0)
-    sampler = CpuSampler(SETTINGS, kernels=kernels_of(variant))
     reference = ReferenceSampler(SETTINGS, torch.device("cpu"))
-    same = []
+    samples = []
     for _ in range(4):
         logits = torch.randn(2 * len(SETTINGS), CODES, generator=generator) * 3
         uniforms = torch.rand(len(SETTINGS), generator=generator)
-        (expected, all_finite), (found, finite) = (
-            each(logits, logits, rows_of(SETTINGS), uniforms) for each in (reference, sampler)
-        )
-        assert all_finite.all()
+        codes, finite = reference(logits, logits, rows_of(SETTINGS), uniforms)
+        assert finite.all()
+        samples.append((logits, uniforms, codes))
+    return samples
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_samples_the_codes_of_the_reference(variant, samples_of_the_reference):
+    sampler = CpuSampler(SETTINGS, kernels=kernels_of(variant))
+    same = []
+    for logits, uniforms, expected in samples_of_the_reference:
+        found, finite = sampler(logits, logits, rows_of(SETTINGS), uniforms)
         assert finite.all()
         same.append(expected == found)
     # A number can fall between two codes to the last digit.

@@ -34,7 +34,7 @@ from llamagen.training.task import Batch, Task
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPTIMIZERS = {"model": "optimizer", "adversary": "adversary_optimizer"}
 _CURVES_EVERY = 60.0
-"""Seconds between pictures of the metrics: drawing one takes longer than the steps of a small model."""
+"""Seconds between pictures of the metrics: each takes as long as many steps of a small model."""
 _NORMS = {"model": "grad_norm", "adversary": "discriminator_grad_norm"}
 
 _log = logging.getLogger(__name__)
