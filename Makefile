@@ -18,15 +18,20 @@ PYTEST_ARGS ?=
 PYTEST := python -m pytest -n auto --dist worksteal
 # What computes codes and pixels. The rest of tests/backends limits instruction sets itself.
 NUMERIC := tests/parity tests/models tests/generation tests/pipeline
+# Kernels compiled to end the process at the first invalid address or undefined operation: those for
+# this processor, and those for AMX as emulated.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
+SANITIZED := tests/backends/test_cpu_step.py tests/backends/test_cpu_sampling.py tests/backends/test_convolution.py
 
 .PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
-.PHONY: test test-limited test-newest test-vllm
+.PHONY: test test-limited test-sanitized test-newest test-vllm
 
 help:
 	@echo "make demo     draw a sheet with the models that come with the package (seconds)"
 	@echo "make demo-train  train on handwritten digits and draw some (4 to 9 minutes)"
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
 	@echo "make test-limited  run the numeric tests as processors without AVX-512 or AVX2 would"
+	@echo "make test-sanitized  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make test-newest  run the tests with the newest release of every dependency"
 	@echo "make test-vllm  run the tests of the vLLM plugin, in an environment of their own"
 	@echo "make lint     ruff and mypy"
@@ -74,6 +79,13 @@ test-limited: $(VENV)/.installed-dev
 		$(BIN)/$(PYTEST) $(NUMERIC); fi
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 LLAMAGEN_KERNEL_FLAGS=-march=x86-64 \
 		$(BIN)/$(PYTEST) $(NUMERIC)
+
+# Python itself is not instrumented, so what it loads first must be the sanitizer (with the library of
+# C++, whose exceptions it watches), and what it leaves to the system is no leak.
+test-sanitized: $(VENV)/.installed-dev
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 CC=gcc LLAMAGEN_KERNEL_FLAGS="-O1 $(SANITIZE)" \
+		$(BIN)/python -m pytest $(SANITIZED) -p no:xdist -k "convolution or native or amx or not (avx or sse2 or thread)"
 
 $(NEWEST_VENV)/.installed: pyproject.toml
 	@test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)

@@ -269,3 +269,26 @@ def test_a_tokenizer_uses_torch_until_a_backend_is_attached(kernels, monkeypatch
     assert isinstance(tiny_pipeline().tokenizer.decoder.conv_in.operations, CpuOperations)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert isinstance(other.decoder.conv_in.operations, CpuOperations)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_changes_no_pixel(kernels, tokenizer, dtype):
+    codes = torch.randint(64, (2, 24, 16))
+    wanted = tokenizer.decode(codes)
+    torch.set_default_dtype(dtype)
+    try:
+        found = tokenizer.decode(codes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, wanted)
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_denormals(only_kernels):
+    norm = torch.nn.GroupNorm(16, 16).to(torch.bfloat16)
+    norm.weight.zero_()
+    norm.bias.fill_(2.0**-129)
+    found = norm_silu(norm, torch.zeros(1, 16, 2, 2, dtype=torch.bfloat16))
+    assert torch.equal(found, torch.full_like(found, 2.0**-130))

@@ -175,11 +175,6 @@ EMULATED __m512i _mm512_cvtepu16_epi32(__m256i x) {
   return (__m512i)__builtin_convertvector((__m256bh)x, emulated_u32);
 }
 
-EMULATED __m256bh _mm512_cvtneps_pbh(__m512 x) {
-  emulated_u32 bits = (emulated_u32)x;
-  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, __m256bh);
-}
-
 typedef union {
   float f32[16][16];
   int32_t i32[16][16];

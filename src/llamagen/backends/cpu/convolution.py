@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from ctypes import c_int32, c_void_p
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
-from llamagen.backends.cpu.library import fields
+from llamagen.backends.cpu.library import Scratch, Struct, address, fields
 from llamagen.models.tokenizer.layers import TorchOperations
 from llamagen.models.tokenizer.model import ImageTokenizer
 
@@ -48,16 +47,26 @@ class CpuOperations(TorchOperations):
         """See ``TorchOperations``."""
         kernels = _kernels_for(x, weight, bias)
         channels = x.shape[1]
-        if kernels is None or channels % _LANES or not weight.shape == bias.shape == (channels,):
+        sizes = (*weight.shape, *bias.shape)
+        if (
+            kernels is None
+            or sizes != (channels, channels)
+            or channels % _LANES
+            or channels % groups
+        ):
             return super().norm_silu(x, groups, weight, bias, eps=eps, in_place=in_place)
-        x, weight, bias = _channels_last(x), weight.contiguous(), bias.contiguous()
+        x = x.contiguous(memory_format=torch.channels_last)
         y = x if in_place else torch.empty_like(x)
-        call = _Normalization(
-            *(x.shape[0], x.shape[2] * x.shape[3], channels, groups),
-            *(x.dtype == torch.bfloat16, torch.get_num_threads(), eps),
-            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr(), y.data_ptr()),
+        images, pixels, dtype = x.shape[0], x.shape[2] * x.shape[3], x.dtype
+        weight, bias = weight.contiguous(), bias.contiguous()
+        kernels.normalize(
+            _Normalization(
+                *(images, pixels, channels, groups, dtype == torch.bfloat16),
+                *(torch.get_num_threads(), eps, _pixels(x, dtype, x.shape)),
+                *(address(each, dtype, (channels,)) for each in (weight, bias)),
+                _pixels(y, dtype, x.shape),
+            )
         )
-        kernels.normalize(call)
         return y
 
     def convolve(
@@ -84,21 +93,27 @@ class CpuOperations(TorchOperations):
             or (x.dtype == torch.bfloat16 and kernels.has_amx)
         ):
             return super().convolve(x, weight, bias, residual=residual, upsample=upsample, out=out)
-        x, weight, bias = _channels_last(x), weight.contiguous(), bias.contiguous()
-        residual = None if residual is None else _channels_last(residual)
-        if out is None or not _can_hold(out, shape, x.dtype):
-            out = torch.empty(shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
-        call = _Convolution(
-            *(shape[0], *shape[2:], inputs, outputs),
-            *(x.dtype == torch.bfloat16, upsample, torch.get_num_threads()),
-            *(x.data_ptr(), weight.data_ptr(), bias.data_ptr()),
-            *(None if residual is None else residual.data_ptr(), out.data_ptr()),
+        x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
+        weight, bias = weight.contiguous(), bias.contiguous()
+        if residual is not None:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+        if out is None or not _can_hold(out, shape, dtype):
+            out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
+        kernels.convolve(
+            _Convolution(
+                *(shape[0], *shape[2:], inputs, outputs),
+                *(dtype == torch.bfloat16, upsample, torch.get_num_threads()),
+                _pixels(x, dtype, x.shape),
+                address(weight, dtype, (outputs, inputs, 3, 3)),
+                address(bias, dtype, (outputs,)),
+                None if residual is None else _pixels(residual, dtype, shape),
+                _pixels(out, dtype, shape),
+            )
         )
-        kernels.convolve(call)
         return out
 
 
-class _Convolution(ctypes.Structure):
+class _Convolution(Struct):
     """As in ``convolution.c``."""
 
     _fields_ = fields(
@@ -107,7 +122,7 @@ class _Convolution(ctypes.Structure):
     )
 
 
-class _Normalization(ctypes.Structure):
+class _Normalization(Struct):
     """As in ``convolution.c``."""
 
     _fields_ = fields(
@@ -127,8 +142,7 @@ class _Kernels:
         features = int(library.convolution_features())
         self.is_fast = bool(features & 1)
         self.has_amx = bool(features & 2)
-        # Kept between calls: fresh memory costs as much as the computation in it.
-        self._local = threading.local()
+        self._scratch = Scratch()
 
     def convolve(self, call: _Convolution) -> None:
         """Compute ``call.y``."""
@@ -139,12 +153,7 @@ class _Kernels:
         self._run(self._library.norm_silu, self._library.normalization_scratch, call)
 
     def _run(self, function: Any, scratch_size: Any, call: _Convolution | _Normalization) -> None:
-        size = scratch_size(ctypes.byref(call))
-        scratch: Tensor | None = getattr(self._local, "scratch", None)
-        if scratch is None or scratch.numel() < size:
-            scratch = torch.empty(size, dtype=torch.uint8, device="cpu")
-            self._local.scratch = scratch
-        call.scratch = scratch.data_ptr()
+        call.scratch = self._scratch.address(scratch_size(ctypes.byref(call)))
         function(ctypes.byref(call))
 
 
@@ -172,14 +181,12 @@ def load_kernels() -> _Kernels | None:
     return kernels if kernels.is_fast else None
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
+def _pixels(x: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Where an image's channels, (B, C, H, W) in the order (B, H, W, C), begin."""
+    images, channels, height, width = shape
+    return address(x.permute(0, 2, 3, 1), dtype, (images, height, width, channels))
 
 
 def _can_hold(out: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    return (
-        out.shape == shape
-        and out.dtype == dtype
-        and out.device.type == "cpu"
-        and out.is_contiguous(memory_format=torch.channels_last)
-    )
+    is_ordered = out.is_contiguous(memory_format=torch.channels_last)
+    return (out.shape, out.dtype, out.device.type, is_ordered) == (shape, dtype, "cpu", True)

@@ -1,4 +1,4 @@
-"""The compiled kernels as Python sees them: structures, and functions with types.
+"""The compiled kernels as Python sees them: structures, functions with types, and pointers.
 
 The structures mirror those of ``matmul.h``, ``step.c`` and ``sampling.h``, field by field.
 """
@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
-from ctypes import c_int32, c_void_p
+from ctypes import byref, c_int32, c_void_p
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from llamagen.backends.cpu.build import compiled_library
 
-FLOAT32, BFLOAT16, INT8 = range(3)
-
+WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""``Matrix.type``."""
 MAX_CODES = 1 << 20
 """Largest codebook: sampling has a fixed amount of memory for sums."""
 MAX_HEAD_DIM = 256
@@ -34,13 +35,22 @@ def fields(*groups: tuple[Any, str]) -> tuple[tuple[str, Any], ...]:
     return tuple((name, kind) for kind, names in groups for name in names.split())
 
 
-class Matrix(ctypes.Structure):
+class Struct(ctypes.Structure):
+    """A structure that refuses integers that do not fit, of which ctypes keeps the lower bits."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, int) and (getattr(self, name) or 0) != value:
+            raise OverflowError(f"{name} is {value}, which the kernels cannot count")
+
+
+class Matrix(Struct):
     """Weights (outputs, inputs) where they are."""
 
     _fields_ = fields((c_void_p, "data scales"), (c_int32, "type outputs inputs"))
 
 
-class Layer(ctypes.Structure):
+class Layer(Struct):
     """Weights of one block."""
 
     _fields_ = fields(
@@ -48,7 +58,7 @@ class Layer(ctypes.Structure):
     )
 
 
-class Model(ctypes.Structure):
+class Model(Struct):
     """Sizes and weights of a transformer."""
 
     _fields_ = fields(
@@ -60,7 +70,7 @@ class Model(ctypes.Structure):
     )
 
 
-class Step(ctypes.Structure):
+class Step(Struct):
     """Tokens of a step, the cache, and memory for logits and scratch."""
 
     _fields_ = fields(
@@ -88,13 +98,26 @@ SAMPLING_ROW = np.dtype(
 """Addresses of a row's logits (0 without unconditional ones), its settings, and the code."""
 
 
+class Scratch(threading.local):
+    """Memory of each thread. It is kept: fresh memory costs as much as the computation in it."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def address(self, size: int) -> int:
+        """Return where ``size`` bytes of it begin, whose content is arbitrary."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device="cpu")
+        return address(self._memory, torch.uint8, self._memory.shape)
+
+
 class Kernels:
-    """The functions of the compiled library. Their memory is the caller's."""
+    """The functions of the compiled library."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.step_scratch.restype = ctypes.c_size_t
-        library.sampling_scratch.restype = ctypes.c_size_t
+        self._scratch = Scratch()
+        library.step_scratch.restype = library.sampling_scratch.restype = ctypes.c_size_t
 
     @property
     def features(self) -> frozenset[str]:
@@ -103,27 +126,21 @@ class Kernels:
         names = ("avx512_bf16", "amx", "vnni", "threads")
         return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
 
-    def scratch_bytes(self, model: Model, rows: int, positions: int, threads: int) -> int:
-        """Bytes of ``Step.scratch`` for ``rows`` tokens that attend to up to ``positions``."""
-        return int(self._library.step_scratch(ctypes.byref(model), rows, positions, threads))
+    def run_step(self, model: Model, step: Step, positions: int) -> None:
+        """Compute the logits, and store the keys and values of what is fed.
 
-    def run_step(self, model: Model, step: Step) -> None:
-        """Compute the logits, and store the keys and values of what is fed."""
-        self._library.run_step(ctypes.byref(model), ctypes.byref(step))
+        Sequences have up to ``positions``.
+        """
+        library = self._library
+        size = library.step_scratch(byref(model), step.rows, c_int32(positions), step.threads)
+        step.scratch = self._scratch.address(size)
+        library.run_step(byref(model), byref(step))
 
-    def sampling_scratch_bytes(self, codes: int, threads: int) -> int:
-        """Bytes of scratch that sampling takes."""
-        return int(self._library.sampling_scratch(codes, threads))
-
-    def sample_codes(self, rows: np.ndarray, codes: int, threads: int, scratch: Tensor) -> None:
+    def sample_codes(self, rows: np.ndarray, codes: int, threads: int) -> None:
         """Fill ``code`` and ``finite`` of ``rows`` (N,) of type ``SAMPLING_ROW``."""
-        self._library.sample_codes(
-            c_void_p(array_address(rows, SAMPLING_ROW, rows.shape)),
-            len(rows),
-            codes,
-            threads,
-            c_void_p(scratch.data_ptr()),
-        )
+        scratch = self._scratch.address(self._library.sampling_scratch(codes, threads))
+        start = address(rows, SAMPLING_ROW, rows.shape)
+        self._library.sample_codes(c_void_p(start), len(rows), codes, threads, c_void_p(scratch))
 
 
 @functools.cache
@@ -137,47 +154,39 @@ def load_kernels() -> Kernels | None:
 
 
 def address(
-    tensor: Tensor,
-    dtype: torch.dtype,
+    buffer: Tensor | np.ndarray,
+    dtype: torch.dtype | DTypeLike,
     shape: Sequence[int],
-    stride: Sequence[int] | None = None,
+    strides: Sequence[int] | None = None,
 ) -> int:
-    """Return where a tensor begins, for the kernels.
+    """Return where a buffer begins. Every pointer that the kernels get is from here.
 
-    They check nothing, so this does: its type and shape, and that it is contiguous or has the given
-    strides, in the memory of the CPU.
+    They check nothing, so this does: type, shape, that the memory is the CPU's, and that a tensor
+    has the given strides or the buffer is contiguous.
     """
-    if tensor.dtype != dtype or tensor.shape != tuple(shape) or tensor.device.type != "cpu":
+    if isinstance(buffer, Tensor):
+        device, start = buffer.device.type, buffer.data_ptr()
+        fits = buffer.is_contiguous() if strides is None else buffer.stride() == tuple(strides)
+    else:
+        device, start = "cpu", int(buffer.ctypes.data)
+        fits = strides is None and buffer.flags.c_contiguous
+    if buffer.dtype != dtype or buffer.shape != tuple(shape) or device != "cpu":
         raise ValueError(
-            f"a tensor is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
+            f"a buffer is {tuple(buffer.shape)} {buffer.dtype} on {device}, expected "
             f"{tuple(shape)} {dtype} on a CPU"
         )
-    fits = tensor.is_contiguous() if stride is None else tensor.stride() == tuple(stride)
     if not fits:
-        raise ValueError(
-            f"strides are {tensor.stride()}, expected {stride or 'those as allocated'}"
-        )
-    return tensor.data_ptr()
+        raise ValueError(f"a buffer has gaps, expected {strides or 'contiguous memory'}")
+    return start
 
 
-def array_address(array: np.ndarray, dtype: DTypeLike, shape: Sequence[int]) -> int:
-    """Return where an array of NumPy's begins; see ``address``."""
-    if array.dtype != dtype or array.shape != tuple(shape) or not array.flags.c_contiguous:
-        raise ValueError(
-            f"an array is {array.shape} {array.dtype}, expected contiguous {tuple(shape)} "
-            f"{np.dtype(dtype)}"
-        )
-    return int(array.ctypes.data)
-
-
-def row_addresses(matrix: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Return where rows of a matrix begin, as unsigned integers.
-
-    Each row is contiguous; ``rows`` must have been checked.
-    """
+def row_addresses(matrix: Tensor, dtype: torch.dtype, width: int) -> np.ndarray:
+    """Return where the rows of a matrix (N, width) begin, (N,); each row is contiguous."""
     stride = matrix.stride(0)
-    start = address(matrix, matrix.dtype, matrix.shape, (stride, 1))
-    return np.uintp(start) + rows.astype(np.uintp) * np.uintp(stride * matrix.itemsize)
+    start = address(matrix, dtype, (len(matrix), width), (stride, 1))
+    return np.uintp(start) + np.arange(len(matrix), dtype=np.uintp) * np.uintp(
+        stride * matrix.itemsize
+    )
 
 
 def check_indices(values: np.ndarray, count: int, low: int, end: int, name: str) -> None:

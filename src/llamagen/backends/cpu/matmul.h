@@ -306,7 +306,7 @@ static void pack_amx(const Layout *l, const float *rows, Activations a, int chun
     factors[row] = INT16_LIMIT / max;
     a.scales[lane + row] = max * (1.0f / INT16_LIMIT);
   }
-  SplitInt16 to = split_int16_of(l, a, lane);
+  SplitInt16 to = l->use_int ? split_int16_of(l, a, lane) : (SplitInt16){0};
   for (int k = 0; k < a.size; k += LANES) {
     v16 x[LANES];
     for (int row = 0; row < LANES; row++)

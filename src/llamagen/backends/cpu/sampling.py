@@ -57,12 +57,10 @@ class CpuSampler:
         assert kernels is not None, "the kernels cannot be compiled here"
         self._kernels = kernels
         self._rows = np.zeros(len(settings), dtype=library.SAMPLING_ROW)
-        for name in ("temperature", "top_p"):
+        for name in ("temperature", "top_p", "min_p"):
             self._rows[name] = [getattr(each, name) for each in settings]
-        self._rows["min_p"] = [getattr(each, "min_p", 0.0) for each in settings]
         # More than all codes are all of them.
-        self._rows["top_k"] = [min(each.top_k, library.MAX_CODES) for each in settings]
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._rows["top_k"] = [max(0, min(each.top_k, library.MAX_CODES)) for each in settings]
 
     @classmethod
     def supports(
@@ -92,23 +90,19 @@ class CpuSampler:
             (D,) int64 codes, and (D,) bool, False where logits are not finite.
         """
         own, count, codes = self._rows, len(self._rows), conditional.shape[-1]
-        if codes % library.OUTPUTS or codes > library.MAX_CODES or unconditional.shape[-1] != codes:
+        if codes % library.OUTPUTS or not 0 < codes <= library.MAX_CODES:
             raise ValueError(f"logits of {codes} codes, expected a multiple of {library.OUTPUTS}")
         if rows.scales.shape != (count,) or uniforms.shape != (count,):
             raise ValueError(f"{len(uniforms)} numbers, expected one for each of {count} rows")
         # The addresses are of these, which are copies where they are not as the kernels take them.
-        conditional, other = _float_rows(conditional), _float_rows(unconditional)
-        own["conditional"] = _addresses(conditional, rows.conditional, count)
+        first, second = _float_rows(conditional), _float_rows(unconditional)
+        own["conditional"] = _addresses(first, codes, rows.conditional, count)
         guided = (rows.unconditional >= 0) & (rows.scales != 1.0)
         others = np.where(guided, rows.unconditional, 0)
-        own["unconditional"] = np.where(guided, _addresses(other, others, count), 0)
+        own["unconditional"] = np.where(guided, _addresses(second, codes, others, count), 0)
         own["guidance_scale"] = rows.scales
         own["uniform"] = uniforms.numpy()
-        threads = max(1, min(torch.get_num_threads(), count))
-        need = self._kernels.sampling_scratch_bytes(codes, threads)
-        if self._scratch.numel() < need:
-            self._scratch = torch.empty(need, dtype=torch.uint8)
-        self._kernels.sample_codes(own, codes, threads, self._scratch)
+        self._kernels.sample_codes(own, codes, max(1, min(torch.get_num_threads(), count)))
         return torch.from_numpy(own["code"].copy()), torch.from_numpy(own["finite"] != 0)
 
 
@@ -117,7 +111,7 @@ def _float_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _addresses(logits: Tensor, rows: np.ndarray, count: int) -> np.ndarray:
+def _addresses(logits: Tensor, codes: int, rows: np.ndarray, count: int) -> np.ndarray:
     """Where rows of ``logits`` begin."""
     library.check_indices(rows, count, 0, len(logits), "rows of logits")
-    return library.row_addresses(logits, rows)
+    return library.row_addresses(logits, torch.float32, codes)[rows]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from llamagen.backends.cpu import library
 from llamagen.backends.cpu.library import Kernels, load_kernels
 from llamagen.backends.step import StepTimes
 from llamagen.config import Grid, non_default_fields
-from llamagen.models.transformer.blocks import RMSNorm
+from llamagen.models.transformer.blocks import RMSNorm, TransformerBlock
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
 from llamagen.models.transformer.kv_cache import KVCache
 from llamagen.models.transformer.model import Transformer
@@ -29,11 +28,6 @@ from llamagen.models.transformer.tokens import Tokens
 from llamagen.support.errors import InputError
 
 _MODEL_DTYPES = (torch.float32, torch.bfloat16)
-_WEIGHT_TYPES = {
-    torch.float32: library.FLOAT32,
-    torch.bfloat16: library.BFLOAT16,
-    torch.int8: library.INT8,
-}
 
 
 class CpuStep:
@@ -56,11 +50,7 @@ class CpuStep:
     at its default is refused."""
 
     def __init__(
-        self,
-        model: Transformer,
-        times: StepTimes | None = None,
-        *,
-        kernels: Kernels | None = None,
+        self, model: Transformer, times: StepTimes | None = None, *, kernels: Kernels | None = None
     ) -> None:
         """Prepare steps of a model that ``supports`` accepts.
 
@@ -74,21 +64,23 @@ class CpuStep:
         self._kernels = kernels
         self._source = model
         self._config = model.config
-        self._times = times
-        self._references: list[object] = []  # to what the structures point to
+        self._references: list[object] = [times]  # what the structures point to
         self._model = self._model_struct(model)
-        self._addresses = self._embedding_addresses(model)
+        tables = [table.weight.detach() for table in _tables(model)]
+        self._references += tables
+        self._embeddings = np.concatenate(
+            [library.row_addresses(table, model.dtype, model.config.dim) for table in tables]
+        )
+        """Where the embedding of each code, and behind those of each class, begins."""
         self.is_wide = "amx" in kernels.features and model.dtype == torch.bfloat16
         """See ``Step``."""
         self._step = library.Step()
         if times is not None:
-            self._step.seconds = library.array_address(times.parts, np.float64, (3,))
+            self._step.seconds = library.address(times.parts, np.float64, (3,))
         self._cache: weakref.ref[KVCache] | None = None
         self._cache_shape = (0, 0)
         self._grid: Grid | None = None
-        self._scratch_for: tuple[int, ...] = ()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._logits = torch.empty(0, self._config.codebook_size, dtype=torch.float32)
+        self._logits = self._empty_logits(0)
 
     @classmethod
     def supports(cls, model: Transformer) -> bool:
@@ -96,11 +88,10 @@ class CpuStep:
         if model.device.type != "cpu" or model.dtype not in _MODEL_DTYPES or model.training:
             return False
         config = model.config
-        linears: list[nn.Module] = [model.output]
-        for block in model.blocks:
-            attention, feed_forward = block.attention, block.feed_forward
-            linears += [attention.wqkv, attention.wo]
-            linears += [feed_forward.w1, feed_forward.w3, feed_forward.w2]
+        linears = [
+            model.output,
+            *(linear for block in model.blocks for linear in _matrices(block).values()),
+        ]
         return (
             not non_default_fields(config, cls.FIELDS)
             and config.head_dim <= library.MAX_HEAD_DIM
@@ -125,28 +116,41 @@ class CpuStep:
         Raises:
             InputError: there is no such code or class.
         """
-        count, step = len(tokens), self._step
+        count, outputs, step = len(tokens), len(tokens.wanted), self._step
         if tokens.features is None:
-            embedded = None
-            addresses = self._addresses_of(tokens.ids, count)
+            embedded, embeddings = None, self._embeddings_of(tokens.ids, count)
         else:
             embedded = self._project(tokens, tokens.features)
-            addresses = library.row_addresses(embedded, np.arange(count))
+            embeddings = library.row_addresses(embedded, self._source.dtype, self._config.dim)
         if self._cache is None or self._cache() is not cache:
             self._use_cache(cache)
         if grid != self._grid:
             self._use_grid(grid)
+        arrays = self._checked_indices(tokens, grid[0] * grid[1])
+        for name, array in arrays.items():
+            setattr(step, name, library.address(array, np.int32, array.shape))
+        step.embeddings = library.address(embeddings, np.uintp, (count,))
+        if np.array_equal(tokens.wanted, np.arange(count)):
+            step.wanted = None  # all of them
+        if outputs > len(self._logits):
+            self._logits = self._empty_logits(outputs)
+            step.logits = library.address(self._logits, torch.float32, self._logits.shape)
+        step.rows, step.sequences, step.outputs = count, len(arrays["slots"]), outputs
+        step.threads = torch.get_num_threads()
+        self._kernels.run_step(self._model, step, self._cache_shape[1])
+        del arrays, embeddings, embedded  # to which the step pointed
+        return self._logits[:outputs]
+
+    def _checked_indices(self, tokens: Tokens, cells: int) -> dict[str, np.ndarray]:
+        """Arrays of ``Step`` for tokens, of which the cache and the grid hold all."""
+        count, wanted = len(tokens), tokens.wanted
         sequences, positions = self._cache_shape
-        cells = grid[0] * grid[1]
         library.check_indices(tokens.sequences, count, 0, sequences, "sequences")
         library.check_indices(tokens.positions, count, 0, positions, "positions")
         library.check_indices(tokens.cells, count, -1, cells, "cells")
-        wanted = tokens.wanted
-        outputs = len(wanted)
-        library.check_indices(wanted, outputs, 0, count, "wanted tokens")
-        if outputs > count:
-            raise ValueError(f"{outputs} wanted tokens, expected at most {count}")
-
+        library.check_indices(wanted, len(wanted), 0, count, "wanted tokens")
+        if len(wanted) > count:
+            raise ValueError(f"{len(wanted)} wanted tokens, expected at most {count}")
         starts = np.flatnonzero(np.diff(tokens.sequences, prepend=-1))
         slots = tokens.sequences[starts]
         if not (np.diff(slots) > 0).all():
@@ -158,31 +162,7 @@ class CpuStep:
             "slots": slots,
             "wanted": wanted,
         }
-        arrays = {name: np.ascontiguousarray(own, np.int32) for name, own in indices.items()}
-        arrays["embeddings"] = addresses
-        for name, array in arrays.items():
-            setattr(step, name, array.ctypes.data)
-        if np.array_equal(wanted, np.arange(count)):
-            step.wanted = None  # all of them
-
-        threads = torch.get_num_threads()
-        scratch_for = (count, positions, threads)
-        if scratch_for != self._scratch_for:
-            self._reserve_scratch(*scratch_for)
-        if outputs > len(self._logits):
-            self._logits = torch.empty(outputs, self._config.codebook_size, dtype=torch.float32)
-            step.logits = self._logits.data_ptr()
-        step.rows, step.sequences, step.outputs, step.threads = count, len(slots), outputs, threads
-        self._kernels.run_step(self._model, step)
-        del arrays, embedded  # to which the step pointed
-        return self._logits[:outputs]
-
-    def _reserve_scratch(self, count: int, positions: int, threads: int) -> None:
-        need = self._kernels.scratch_bytes(self._model, count, positions, threads)
-        if self._scratch.numel() < need:
-            self._scratch = torch.zeros(need, dtype=torch.uint8)
-            self._step.scratch = self._scratch.data_ptr()
-        self._scratch_for = (count, positions, threads)
+        return {name: np.ascontiguousarray(own, np.int32) for name, own in indices.items()}
 
     def _use_cache(self, cache: KVCache) -> None:
         """Point to a cache's memory, after checking it."""
@@ -193,25 +173,26 @@ class CpuStep:
         stride = cache.keys[0].stride()
         if stride[2:] != (config.head_dim, 1):
             raise ValueError(f"strides are {stride}, expected heads of {config.head_dim} in a row")
+        scale_stride = (stride[0] // config.head_dim, stride[1] // config.head_dim, 1)
 
-        def pointers(tensors: Sequence[Tensor], *, scales: bool = False) -> object:
-            if scales and not tensors:
-                return None
+        def pointers(tensors: list[Tensor], *layout: Any) -> Any:
             if len(tensors) != config.layers:
                 raise ValueError(f"a cache of {len(tensors)} layers, expected {config.layers}")
-            layout: tuple[Any, ...] = (dtype, shape, stride)
-            if scales:
-                strides = (stride[0] // config.head_dim, stride[1] // config.head_dim, 1)
-                layout = (torch.float32, shape[:3], strides)
             found = (library.address(tensor, *layout) for tensor in tensors)
             return (ctypes.c_void_p * len(tensors))(*found)
 
-        step.keys, step.values = pointers(cache.keys), pointers(cache.values)
-        step.key_scales = pointers(cache.key_scales, scales=True)
-        step.value_scales = pointers(cache.value_scales, scales=True)
+        step.keys = pointers(cache.keys, dtype, shape, stride)
+        step.values = pointers(cache.values, dtype, shape, stride)
+        step.key_scales = step.value_scales = None
+        if dtype == torch.int8:
+            step.key_scales = pointers(cache.key_scales, torch.float32, shape[:3], scale_stride)
+            step.value_scales = pointers(cache.value_scales, torch.float32, shape[:3], scale_stride)
         step.slot_stride, step.head_stride = stride[:2]
         self._cache = weakref.ref(cache)
         self._cache_shape = (sequences, positions)
+
+    def _empty_logits(self, count: int) -> Tensor:
+        return torch.empty(count, self._config.codebook_size, dtype=torch.float32, device="cpu")
 
     def _use_grid(self, grid: Grid) -> None:
         config = self._config
@@ -220,7 +201,7 @@ class CpuStep:
         self._step.rope = library.address(self._rope, torch.float32, shape)
         self._grid = grid
 
-    def _addresses_of(self, ids: Tensor, count: int) -> np.ndarray:
+    def _embeddings_of(self, ids: Tensor, count: int) -> np.ndarray:
         """Addresses (N,) of the embeddings of codes and classes."""
         numbers = ids.numpy()
         if numbers.shape != (count,) or numbers.dtype != np.int64:
@@ -228,14 +209,13 @@ class CpuStep:
         try:
             # A negative index would count from the end.
             if len(numbers) and int(numbers.min()) >= 0:
-                return self._addresses.take(numbers)
+                return self._embeddings.take(numbers)
         except IndexError:
             pass
-        size = self._config.codebook_size
-        classes = len(self._addresses) - size
+        size, end = self._config.codebook_size, len(self._embeddings)
         raise InputError(
             f"ids run from {numbers.min()} to {numbers.max()}, but this model has codes 0 to "
-            f"{size - 1}" + (f" and classes {size} to {size + classes - 1}" if classes else "")
+            f"{size - 1}" + (f" and classes {size} to {end - 1}" if end > size else "")
         )
 
     def _project(self, tokens: Tokens, features: Tensor) -> Tensor:
@@ -250,57 +230,39 @@ class CpuStep:
         assert features.shape == (len(tokens), width), f"text features {tuple(features.shape)}"
         library.check_indices(tokens.positions, len(tokens), 0, length, "positions")
         positions = torch.from_numpy(tokens.positions.astype(np.int64))
-        embedded = torch.empty(len(tokens), self._config.dim, dtype=self._source.dtype)
+        options: Any = {"dtype": self._source.dtype, "device": "cpu"}
+        embedded = torch.empty(len(tokens), self._config.dim, **options)
         for sequence in np.unique(tokens.sequences):
             (own,) = (tokens.sequences == sequence).nonzero()
-            text = torch.zeros(length, width, dtype=self._source.dtype)
+            text = torch.zeros(length, width, **options)
             text[positions[own]] = features[own].to(text.dtype)
             embedded[own] = condition.project(text)[positions[own]]
         return embedded
-
-    def _embedding_addresses(self, model: Transformer) -> np.ndarray:
-        """Where the embedding of each code, and behind those of each class, begins."""
-        tables = [table.weight.detach() for table in _tables(model)]
-        self._references += tables
-        return np.concatenate(
-            [library.row_addresses(table, np.arange(len(table))) for table in tables]
-        )
 
     def _model_struct(self, model: Transformer) -> library.Model:
         config = model.config
         layers = (library.Layer * config.layers)()
         for block, layer in zip(model.blocks, layers, strict=True):
-            layer.attention_norm = self._norm(block.attention_norm)
-            layer.ffn_norm = self._norm(block.ffn_norm)
-            layer.q_norm = self._norm(block.attention.q_norm)
-            layer.k_norm = self._norm(block.attention.k_norm)
-            layer.qkv = self._matrix(block.attention.wqkv)
-            layer.out = self._matrix(block.attention.wo)
-            layer.gate = self._matrix(block.feed_forward.w1)
-            layer.up = self._matrix(block.feed_forward.w3)
-            layer.down = self._matrix(block.feed_forward.w2)
+            layer.attention_norm = self._norm(block.attention_norm, config.dim)
+            layer.ffn_norm = self._norm(block.ffn_norm, config.dim)
+            layer.q_norm = self._norm(block.attention.q_norm, config.head_dim)
+            layer.k_norm = self._norm(block.attention.k_norm, config.head_dim)
+            for name, linear in _matrices(block).items():
+                setattr(layer, name, self._matrix(linear))
         self._references.append(layers)
         return library.Model(
-            layers=config.layers,
-            width=config.dim,
-            hidden=config.ffn_dim,
-            heads=config.heads,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            codes=config.codebook_size,
-            is_bf16=model.dtype == torch.bfloat16,
-            eps=config.norm_eps,
-            layer=layers,
-            norm=self._norm(model.norm),
-            output=self._matrix(model.output),
+            *(config.layers, config.dim, config.ffn_dim, config.heads, config.num_kv_heads),
+            *(config.head_dim, config.codebook_size, model.dtype == torch.bfloat16),
+            *(config.norm_eps, layers, self._norm(model.norm, config.dim)),
+            self._matrix(model.output),
         )
 
-    def _norm(self, norm: RMSNorm | None) -> int | None:
+    def _norm(self, norm: RMSNorm | None, size: int) -> int | None:
         if norm is None:
             return None
         weight = norm.weight.detach().float().contiguous()
         self._references.append(weight)
-        return library.address(weight, torch.float32, weight.shape)
+        return library.address(weight, torch.float32, (size,))
 
     def _matrix(self, linear: nn.Linear | QuantizedLinear) -> library.Matrix:
         weight = linear.weight.detach()
@@ -308,27 +270,30 @@ class CpuStep:
         scales = linear.scales if isinstance(linear, QuantizedLinear) else None
         self._references += [weight, scales]
         return library.Matrix(
-            data=library.address(weight, weight.dtype, (outputs, inputs)),
-            scales=None if scales is None else library.address(scales, torch.float32, (outputs,)),
-            type=_WEIGHT_TYPES[weight.dtype],
-            outputs=outputs,
-            inputs=inputs,
+            library.address(weight, weight.dtype, (outputs, inputs)),
+            None if scales is None else library.address(scales, torch.float32, (outputs,)),
+            *(library.WEIGHT_TYPES[weight.dtype], outputs, inputs),
         )
+
+
+def _matrices(block: TransformerBlock) -> dict[str, Any]:
+    """Those of ``library.Layer``."""
+    attention, ffn = block.attention, block.feed_forward
+    linears = (attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2)
+    return dict(zip(("qkv", "out", "gate", "up", "down"), linears, strict=True))
 
 
 def _tables(model: Transformer) -> list[nn.Embedding]:
     """The tables of embeddings: of codes, and of classes if the model has them."""
     condition = model.cls_embedding
-    return [
-        model.tok_embeddings,
-        *([condition.embedding_table] if isinstance(condition, ClassCondition) else []),
-    ]
+    is_class = isinstance(condition, ClassCondition)
+    return [model.tok_embeddings, *([condition.embedding_table] if is_class else [])]
 
 
 def _is_plain_table(table: nn.Module, dtype: torch.dtype) -> bool:
-    if type(table) is not nn.Embedding:
-        return False
-    return table.weight.dtype == dtype and table.weight.is_contiguous()
+    return (
+        type(table) is nn.Embedding and table.weight.dtype == dtype and table.weight.is_contiguous()
+    )
 
 
 def _is_supported_linear(linear: nn.Module, dtype: torch.dtype) -> bool:
@@ -340,6 +305,5 @@ def _is_supported_linear(linear: nn.Module, dtype: torch.dtype) -> bool:
         known = known and linear.scales.is_contiguous()
     else:
         return False
-    outputs, inputs = linear.out_features, linear.in_features
-    fits = outputs % library.OUTPUTS == 0 and inputs % library.INPUTS == 0
+    fits = linear.out_features % library.OUTPUTS == 0 == linear.in_features % library.INPUTS
     return known and fits and linear.weight.is_contiguous()

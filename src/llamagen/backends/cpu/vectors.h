@@ -76,18 +76,14 @@ INLINE v16 load_bf16(const bf16 *p) {
 #endif
 }
 
-// Rounds to nearest, ties to even, as torch does.
+// Rounds to nearest, ties to even, as torch does. AVX512_BF16's instruction would lose denormals.
 INLINE u32x16 round_bf16(v16 x) {
   u32x16 bits = (u32x16)x;
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
 
 INLINE void store_bf16(bf16 *p, v16 x) {
-#if HAS_AVX512_BF16
-  __m256bh rounded = _mm512_cvtneps_pbh((__m512)x);
-#else
   u16x16 rounded = __builtin_convertvector(round_bf16(x), u16x16);
-#endif
   memcpy(p, &rounded, sizeof rounded);
 }
 
