@@ -19,9 +19,10 @@ PYTEST := python -m pytest -n auto --dist worksteal
 # What computes codes and pixels. The rest of tests/backends limits instruction sets itself.
 NUMERIC := tests/parity tests/models tests/generation tests/pipeline
 # Kernels compiled to end the process at the first invalid address or undefined operation: those for
-# this processor, and those for AMX as emulated.
+# this processor, and those for AMX as emulated (where the tests in company take minutes: one does).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
-SANITIZED := tests/backends/test_cpu_step.py tests/backends/test_cpu_sampling.py tests/backends/test_convolution.py
+KERNELS := $(addprefix tests/backends/test_,cpu_step.py cpu_sampling.py convolution.py)
+SANITIZED := convolution or native or amx and (not company or int8 and cache_dtype1) or not (amx or avx or sse2 or thread)
 
 .PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
 .PHONY: test test-limited test-sanitized test-newest test-vllm
@@ -85,7 +86,7 @@ test-limited: $(VENV)/.installed-dev
 test-sanitized: $(VENV)/.installed-dev
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 CC=gcc LLAMAGEN_KERNEL_FLAGS="-O1 $(SANITIZE)" \
-		$(BIN)/python -m pytest $(SANITIZED) -p no:xdist -k "convolution or native or amx or not (avx or sse2 or thread)"
+		$(BIN)/python -m pytest $(KERNELS) -p no:xdist -k "$(SANITIZED)"
 
 $(NEWEST_VENV)/.installed: pyproject.toml
 	@test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)

@@ -168,7 +168,7 @@ def address(
         device, start = buffer.device.type, buffer.data_ptr()
         fits = buffer.is_contiguous() if strides is None else buffer.stride() == tuple(strides)
     else:
-        device, start = "cpu", int(buffer.ctypes.data)
+        device, start = "cpu", buffer.__array_interface__["data"][0]
         fits = strides is None and buffer.flags.c_contiguous
     if buffer.dtype != dtype or buffer.shape != tuple(shape) or device != "cpu":
         raise ValueError(

@@ -286,8 +286,9 @@ def _matrices(block: TransformerBlock) -> dict[str, Any]:
 def _tables(model: Transformer) -> list[nn.Embedding]:
     """The tables of embeddings: of codes, and of classes if the model has them."""
     condition = model.cls_embedding
-    is_class = isinstance(condition, ClassCondition)
-    return [model.tok_embeddings, *([condition.embedding_table] if is_class else [])]
+    if isinstance(condition, ClassCondition):
+        return [model.tok_embeddings, condition.embedding_table]
+    return [model.tok_embeddings]
 
 
 def _is_plain_table(table: nn.Module, dtype: torch.dtype) -> bool:
