@@ -31,7 +31,6 @@ from llamagen.training.metrics import Meter, peak_flops
 from llamagen.training.run_folder import check_same_data, checkpoint_folder
 from llamagen.training.task import Batch, Task
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _OPTIMIZERS = {"model": "optimizer", "adversary": "adversary_optimizer"}
 _CURVES_EVERY = 60.0
 """Seconds between pictures of the metrics: each takes as long as many steps of a small model."""
@@ -412,24 +411,17 @@ class _Run:
 def _stop_signals() -> Iterator[list[int]]:
     """Yield a list that the first Ctrl-C or SIGTERM is appended to; a second one acts as usual."""
     received: list[int] = []
-    # Python allows handlers in the main thread only.
-    allowed = threading.current_thread() is threading.main_thread()
-    previous = {each: signal.getsignal(each) for each in _SIGNALS if allowed}
+    with contextlib.ExitStack() as restored:
 
-    def restore() -> None:
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        def receive(number: int, _frame: object) -> None:
+            received.append(number)
+            restored.close()
 
-    def receive(number: int, _frame: object) -> None:
-        received.append(number)
-        restore()
-
-    for each in previous:
-        signal.signal(each, receive)
-    try:
+        # Python allows handlers in the main thread only.
+        if threading.current_thread() is threading.main_thread():
+            for each in (signal.SIGINT, signal.SIGTERM):
+                restored.callback(signal.signal, each, signal.signal(each, receive))
         yield received
-    finally:
-        restore()
 
 
 @contextlib.contextmanager
