@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     # At run time only where data is streamed: it needs an optional package.
     from llamagen.data.streaming import ImageStream
 
-CODES_FOLDER = "codes"
-"""The codes of the images, in the run's folder."""
-
 
 class Images(NamedTuple):
     """Images of a run; the two sets have no image in common unless two sources do."""
@@ -225,7 +222,7 @@ def _extracted(
     name: str,
 ) -> CodeSource:
     """Return the codes of images, in the run's folder; every process makes its share of them."""
-    folder = recipe.out / CODES_FOLDER / name
+    folder = recipe.out / "codes" / name
     extraction = extract_store(
         tokenizer,
         images,

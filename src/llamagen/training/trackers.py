@@ -20,9 +20,7 @@ from llamagen.support.errors import importing
 
 METRICS_NAME = "metrics.jsonl"
 CURVES_NAME = "curves.png"
-TENSORBOARD_FOLDER = "tensorboard"
 
-_WANDB_ID_NAME = "wandb-id.txt"
 _SHOWN = ("loss", "bits_per_code", "psnr", "codebook_usage", "grad_norm", "lr", "images_per_second")
 """Metrics of a line on the terminal, in this order."""
 _COLUMNS = 2
@@ -128,7 +126,7 @@ class TensorBoard(Tracker):
         del recipe
         with importing("tracker tensorboard needs", "'llamagen[train]'"):
             from torch.utils.tensorboard.writer import SummaryWriter
-        self._writer = SummaryWriter(str(out / TENSORBOARD_FOLDER))
+        self._writer = SummaryWriter(str(out / "tensorboard"))
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """See ``Tracker``."""
@@ -152,7 +150,7 @@ class Wandb(Tracker):
         with importing("tracker wandb needs", "wandb"):
             import wandb
         self._wandb = wandb
-        id_path = out / _WANDB_ID_NAME
+        id_path = out / "wandb-id.txt"
         if not id_path.exists():
             storage.write_text(id_path, wandb.util.generate_id() + "\n")
         self._run = wandb.init(
