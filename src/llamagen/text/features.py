@@ -207,7 +207,7 @@ def extract_text(
         fingerprint=encoder.fingerprint(),
         width=encoder.width,
         captions=len(unique),
-        captions_digest=_digest(unique),
+        captions_digest=storage.short_digest(_bytes(caption) + b"\0" for caption in unique),
         shard_size=shard_size,
     )
     artifact = _artifact(out, config_to_dict(plan))
@@ -264,12 +264,8 @@ def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:
 
 def _key(caption: str) -> int:
     """Return a 64-bit hash: 50 million captions collide with a probability of 1 in 15,000."""
-    digest = hashlib.blake2b(caption.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+    return int.from_bytes(hashlib.blake2b(_bytes(caption), digest_size=8).digest(), "big")
 
 
-def _digest(captions: Sequence[str]) -> str:
-    whole = hashlib.sha256()
-    for caption in captions:
-        whole.update(caption.encode("utf-8", "surrogatepass") + b"\0")
-    return whole.hexdigest()[:16]
+def _bytes(caption: str) -> bytes:
+    return caption.encode("utf-8", "surrogatepass")
