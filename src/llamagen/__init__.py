@@ -21,25 +21,6 @@ if TYPE_CHECKING:
     from llamagen.support.errors import InputError
     from llamagen.support.labels import Labels
 
-# Name -> the module that defines it. Importing torch takes seconds; a program that only wants a
-# configuration, or --help, should not wait for it.
-_HOMES = {
-    "Editor": "llamagen.pipeline.editing",
-    "ImageTokenizer": "llamagen.models.tokenizer",
-    "InputError": "llamagen.support.errors",
-    "KVCache": "llamagen.models.transformer",
-    "Labels": "llamagen.support.labels",
-    "Pipeline": "llamagen.pipeline",
-    "PipelineOutput": "llamagen.pipeline",
-    "SamplingConfig": "llamagen.config",
-    "TOKENIZER_PRESETS": "llamagen.config",
-    "TRANSFORMER_PRESETS": "llamagen.config",
-    "TokenizerConfig": "llamagen.config",
-    "Transformer": "llamagen.models.transformer",
-    "TransformerConfig": "llamagen.config",
-    "generate_codes": "llamagen.generation",
-}
-
 __all__ = [
     "TOKENIZER_PRESETS",
     "TRANSFORMER_PRESETS",
@@ -57,11 +38,21 @@ __all__ = [
     "generate_codes",
 ]
 
+# In the order in which they are searched. Importing torch takes seconds; a program that only wants
+# a configuration, or --help, should not wait for it.
+_MODULES = (
+    *("config", "support.errors", "support.labels", "models.tokenizer", "models.transformer"),
+    *("generation", "pipeline", "pipeline.editing"),
+)
+
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'llamagen' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in __all__:
+        for module in _MODULES:
+            found = getattr(importlib.import_module(f"llamagen.{module}"), name, None)
+            if found is not None:
+                return found
+    raise AttributeError(f"module 'llamagen' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -59,7 +59,7 @@ def test_flags_of_the_environment_come_before_those_of_the_call(cache, source, m
     assert len(libraries(cache)) == 3
 
 
-def test_goes_without_kernels_where_there_is_no_compiler(monkeypatch, caplog):
+def test_no_kernels_without_compiler(monkeypatch, caplog):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CC", "no-such-compiler")
     with caplog.at_level(logging.WARNING):
@@ -67,7 +67,7 @@ def test_goes_without_kernels_where_there_is_no_compiler(monkeypatch, caplog):
     assert "there is no compiler for C here; install gcc or clang" in caplog.text
 
 
-def test_goes_without_kernels_where_the_compiler_fails(tmp_path, cache, monkeypatch, caplog):
+def test_no_kernels_if_the_compiler_fails(tmp_path, cache, monkeypatch, caplog):
     broken = tmp_path / "broken-cc"
     broken.write_text("#!/bin/sh\necho 'step.c:1: error: out of ideas' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -78,7 +78,7 @@ def test_goes_without_kernels_where_the_compiler_fails(tmp_path, cache, monkeypa
     assert not cache.exists()
 
 
-def test_uses_what_is_there_without_a_compiler(cache, source, monkeypatch):
+def test_uses_existing_build_without_compiler(cache, source, monkeypatch):
     build.compiled_library(source=source)
     monkeypatch.setenv("PATH", "")
     assert build._compiler() is None
@@ -180,7 +180,7 @@ def test_compiles_into_a_temporary_folder_where_the_cache_is_not_executable(
     assert len(libraries(cache)) == 1
 
 
-def test_goes_without_kernels_where_nothing_can_be_loaded(source, monkeypatch, caplog):
+def test_no_kernels_if_loading_fails(source, monkeypatch, caplog):
     def refuse(name):
         raise OSError("failed to map segment from shared object")
 

@@ -120,7 +120,7 @@ def test_per_image_has_the_strides_of_one_image():
         assert per_image(torch.exp, x)[:1].stride() == per_image(torch.exp, x[:1]).stride()
 
 
-def test_per_image_leaves_training_and_empty_batches_whole():
+def test_per_image_keeps_training_and_empty_batches_together():
     calls = []
 
     def count(x):

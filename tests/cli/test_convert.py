@@ -82,7 +82,7 @@ def test_one_model(run, files, tmp_path):
     assert names(tmp_path) == ["deep", "one.pt", "t", "two.pt"]
 
 
-def test_a_whole_pipeline_in_another_precision(run, fails, tmp_path):
+def test_converts_pipeline_to_another_precision(run, fails, tmp_path):
     made = run("convert", "emoji", "--quantization", "int8", "--out", tmp_path / "small")
     assert made.status == 0, made.err
     ours, theirs = (

@@ -6,7 +6,7 @@ from llamagen.checkpoints.names import shipped_models
 from llamagen.pipeline.demo import PER_CLASS, PROMPTS
 
 
-def test_a_sheet_of_every_shipped_model_and_what_to_do_next(run, tmp_path):
+def test_writes_sheets_and_prints_next_commands(run, tmp_path):
     result = run("demo", "--out", tmp_path / "demo", "--seed", 1)
     assert result.status == 0, result.err
     assert str(tmp_path / "demo" / "sheet.png") in result.out

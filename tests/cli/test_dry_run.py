@@ -81,7 +81,7 @@ def test_published_weights_are_not_downloaded(run, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["c2i-3B-256", "c2i-XXL-384"])
-def test_what_does_not_fit_is_refused_before_it_is_built(fails, monkeypatch, name):
+def test_rejects_mismatched_settings_before_building(fails, monkeypatch, name):
     memory = collections.namedtuple("Memory", "available")(8e9)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     line = fails("train", "transformer", "--recipe", name, "--dry-run", "--device", "cpu")

@@ -106,7 +106,7 @@ def test_t2i(run, real, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_does(model_folder, real, tmp_path):
+def test_two_processes_match_one(model_folder, real, tmp_path):
     def evaluate(out, *launcher):
         words = [*launcher, "evaluate", "c2i", "--model", str(model_folder)]
         words += ["--reference", str(real), "-n", "600", *CLASSIFIER, "--dtype", "float32"]

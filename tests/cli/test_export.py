@@ -50,7 +50,7 @@ def test_rejects_other_folders_than_runs(fails, runs, tmp_path):
     assert "there is no checkpoint of step 3" in line
 
 
-def test_adapters_change_what_is_drawn(run, runs, tmp_path):
+def test_adapters_change_samples(run, runs, tmp_path):
     model, adapter = runs / "base" / "pipeline", runs / "adapted" / "adapter"
     pictures = []
     for name, more in (("plain", []), ("adapted", ["--adapter", adapter])):

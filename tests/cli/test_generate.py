@@ -63,7 +63,7 @@ def test_the_same_image_again(generate, run, model_folder, tmp_path):
         ({"quantization": "int4"}, "made with int4, which was removed"),
     ],
 )
-def test_rejects_images_made_with_what_was_removed(
+def test_rejects_images_of_removed_features(
     generate, fails, model_folder, tmp_path, recorded, message
 ):
     generate("--class", "dog", "--seed", 5)
@@ -129,14 +129,14 @@ def test_no_model_and_unknown_model(fails, tmp_path):
     assert "c2i-L-384" in line or "c2i-XL-384" in line
 
 
-def test_places_that_cannot_be_written(fails, model_folder, tmp_path):
+def test_rejects_unwritable_paths(fails, model_folder, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = ("generate", "--model", model_folder, "--class", "dog", "--out")
     assert "is a file" in fails(*arguments, tmp_path / "file")
     assert "cannot write" in fails(*arguments, tmp_path / "file" / "below")
 
 
-def test_a_full_disk_leaves_whole_images_only(fails, model_folder, tmp_path, monkeypatch):
+def test_full_disk_leaves_only_complete_images(fails, model_folder, tmp_path, monkeypatch):
     real, calls = os.replace, []
 
     def full_after_two(*arguments):
@@ -174,7 +174,7 @@ def text_folder(tmp_path_factory):
 
 
 class TestPrompts:
-    def test_drawn_and_drawn_again(self, run, text_folder, tmp_path):
+    def test_generates_reproducibly(self, run, text_folder, tmp_path):
         model = ("generate", "--model", text_folder, "--dtype", "float32")
         result = run(
             *(*model, "--prompt", "A red heart", "x/y" * 100, "-n", 2, "--seed", 3),
@@ -203,7 +203,7 @@ class TestPrompts:
 
 
 class TestPromptsFile:
-    def test_drawn_and_gone_on_with(self, run, text_folder, tmp_path):
+    def test_generates_and_resumes(self, run, text_folder, tmp_path):
         (tmp_path / "p.tsv").write_text("Prompt\tCategory\nllama\tAnimals\na heart\tAbstract\n")
         command = ("generate", "--model", text_folder, "--prompts-file", tmp_path / "p.tsv")
         command += ("-n", 2, "--dtype", "float32", "--out", tmp_path / "out")

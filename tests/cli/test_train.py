@@ -61,7 +61,7 @@ def test_both_stages_and_generation(run, train_tokenizer, digits, tmp_path):
     assert drawn.status == 0, drawn.err
 
 
-def test_the_same_command_goes_on(train_tokenizer):
+def test_same_command_resumes(train_tokenizer):
     train_tokenizer()
     again = train_tokenizer("--steps", "3")
     assert again.out.startswith("going on after step 2 of the run in ")

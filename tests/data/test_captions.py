@@ -33,7 +33,7 @@ def test_splits_only_at_a_separator():
     assert captions_of({"text": "a|b"}, {"text": 1.0}, None) == (("a|b", 1.0),)
 
 
-def test_draws_by_weight():
+def test_samples_by_weight():
     captions = (Caption("long", 0.7), Caption("short", 0.3))
     drawn = [draw_caption(captions, number / 1000) for number in range(1000)]
     assert drawn.count("short") == pytest.approx(300, abs=1)

@@ -47,7 +47,7 @@ def test_known_order():
     assert order.random(Draw(0, 4)).randrange(1000) == KNOWN_NUMBER
 
 
-def test_each_draw_has_its_own_generator():
+def test_each_sample_has_its_own_generator():
     order = DataOrder(count=6, batch_size=6, seed=3)
     numbers = {
         order.random(Draw(epoch, index)).random() for epoch in range(3) for index in range(6)

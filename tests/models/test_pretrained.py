@@ -50,7 +50,7 @@ def test_round_trip(tmp_path, make, stored, wanted):
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-def test_what_is_in_a_folder(tmp_path, make):
+def test_folder_contents(tmp_path, make):
     model = make()
     model.save_pretrained(tmp_path / "m")
     names = sorted(path.name for path in (tmp_path / "m").iterdir())
@@ -89,7 +89,7 @@ def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_leaves_the_old_folder_whole(tmp_path, monkeypatch):
+def test_full_disk_keeps_old_folder(tmp_path, monkeypatch):
     tiny_transformer(seed=1).save_pretrained(tmp_path / "m")
     before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     for target in ("llamagen.models.pretrained.save_file", "llamagen.support.storage.write_json"):
@@ -148,7 +148,7 @@ def test_weights_do_not_depend_on_the_file_afterwards(tmp_path):
     assert same(loaded, tiny_transformer())
 
 
-def test_what_is_no_model_here(tmp_path):
+def test_rejects_other_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub repository"):
         Transformer.from_pretrained(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match=r"config\.json does not exist"):

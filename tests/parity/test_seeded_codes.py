@@ -352,7 +352,7 @@ def test_codes(name):
 
 
 @pytest.mark.parametrize("name", IN_PARALLEL)
-def test_several_codes_per_pass_are_those_drawn_one_by_one(name):
+def test_several_codes_per_pass_match_one_by_one(name):
     assert_same(CASES[name].draw(window=4), table()[name])
 
 
@@ -364,13 +364,13 @@ def test_images_are_the_same_alone_and_among_others(name):
 
 
 @pytest.mark.parametrize("name", ["cifar10: best of 3 by condition", "text: best of 3"])
-def test_the_seed_of_the_kept_candidate_draws_it_again(name):
+def test_seed_of_kept_candidate_reproduces_it(name):
     expected = table()[name]
     assert_same(CASES[name].draw(best_of=1, seed=expected["seeds"]), expected)
 
 
 @pytest.mark.parametrize("name", ON_THE_REFERENCE)
-def test_reference_path_draws_the_same_codes(name):
+def test_reference_path_matches(name):
     with reference_only():
         assert_same(CASES[name].draw(), table()[name])
 

@@ -36,7 +36,7 @@ def pixels(image):
     return np.asarray(image)
 
 
-def test_what_codes_are_encoded_from(editor, image):
+def test_encodes_rgb_of_the_models_size(editor, image):
     assert torch.equal(editor.encode(image), editor.encode(image.convert("RGBA")))
     large = image.resize((48, 32), Image.Resampling.NEAREST)
     assert editor.prepare(large).size == (16, 16)
@@ -76,7 +76,7 @@ def test_a_completion_of_ones_own_image_is_that_image(editor):
     assert torch.equal(again.codes, drawn.codes)
 
 
-def test_what_is_not_marked_stays(editor, image):
+def test_unmasked_codes_stay(editor, image):
     codes = editor.encode(image)
     output = editor.inpaint(image, mask(5, 4, 9, 8), "dog", seed=1, num_images_per_prompt=2)
     for each in output.codes:
@@ -144,7 +144,7 @@ def test_a_larger_grid(editor, image, below, right):
     assert torch.equal(again.codes, output.codes)
 
 
-def test_a_larger_grid_is_drawn_as_windows_of_the_models_own(editor, image):
+def test_larger_grid_is_generated_in_windows(editor, image):
     output = editor.outpaint(image, "dog", below=2, seed=2)
     window = torch.full((4, 4), -1)
     window[:2] = editor.encode(image)[2:]
@@ -195,7 +195,7 @@ def test_texts(image):
         (lambda e, i: e.complete(Image.new("F", (16, 16)), "dog"), "floating-point pixels"),
     ],
 )
-def test_what_cannot_be_done(editor, image, edit, message):
+def test_rejects_impossible_edits(editor, image, edit, message):
     with pytest.raises(InputError, match=message):
         edit(editor, image)
 

@@ -68,7 +68,7 @@ def test_a_blend_is_described(pipe):
     assert texts.metadata[0]["blend"] == "a longer text of a cat"
 
 
-def test_what_cannot_be(pipe):
+def test_rejects_invalid_arguments(pipe):
     with pytest.raises(InputError, match="wolf"):
         pipe("dog", blend="wolf")
     with pytest.raises(InputError, match="3 prompts to blend with for 1 prompts"):

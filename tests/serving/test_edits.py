@@ -393,7 +393,7 @@ def test_nothing_reaches_the_file_system(server, photo, monkeypatch):
     assert send(server, image=padded).status_code == 200
 
 
-def test_rejects_what_the_engine_cannot_do(pipelines, photo, mask):
+def test_rejects_edits_the_engine_does_not_support(pipelines, photo, mask):
     with running({"classes": pipelines["classes"]}) as server:
         server.models["classes"].engine.can_edit = False
         for answer in (

@@ -66,7 +66,7 @@ def test_without_a_page(server):
 
 
 @pytest.mark.slow
-def test_it_offers_what_the_model_takes(page):
+def test_shows_the_models_controls(page):
     assert [option.text for option in page.all("#model option")] == ["classes", "texts"]
     offered = page.run("return [...document.querySelectorAll('#classes option')].map(o => o.value)")
     assert offered == ["cat", "dog", "red fox", "grey fox", "crane"]
@@ -142,7 +142,7 @@ def test_a_downloaded_file_says_how_it_was_made(page, server):
 
 
 @pytest.mark.slow
-def test_prompts_and_what_to_avoid(page):
+def test_prompts_and_negative_prompts(page):
     page.choose("texts")
     page.fill(text="a small house", negative="snow", count=1, guidance_scale=2.5)
     page.one("negative").send_keys("\ue007")
@@ -347,7 +347,7 @@ def in_flight(server):
 
 
 @pytest.mark.slow
-def test_pressing_twice_draws_once(page, slowly):
+def test_pressing_twice_generates_once(page, slowly):
     page.fill(**{"class": "cat", "count": 1})
     page.press("draw")
     page.until(page.busy)

@@ -78,7 +78,7 @@ def assert_drawn(page, wanted):
     assert np.array_equal(np.asarray(Image.open(path)), np.asarray(wanted.images[0]))
 
 
-def test_a_painted_part_is_drawn_anew(page, editor, photo, tmp_path):
+def test_painted_region_is_regenerated(page, editor, photo, tmp_path):
     take(page, photo)
     page.fill(**{"class": "red fox", "count": 1, "seed": 5})
     page.press("draw")
@@ -171,7 +171,7 @@ def test_the_other_edits(page, editor, photo):
     assert "edit" not in read_metadata(page.download())
 
 
-def test_a_drawn_image_is_edited(page, editor):
+def test_generated_image_is_edited(page, editor):
     page.draw(**{"class": "crane", "count": 1, "seed": 8})
     first = Image.open(page.download()).convert("RGB")
     page.press("#latest .card.done .edits")

@@ -38,7 +38,7 @@ def parquet(own_cache, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streamed_training_goes_on_exactly(parquet, tmp_path, workers):
+def test_streamed_training_resumes_exactly(parquet, tmp_path, workers):
     def train(out, steps):
         recipe = tokenizer_recipe(
             parquet, out, source=STREAMED, codebook_init="data", steps=steps, save_every=1
@@ -55,7 +55,7 @@ def test_streamed_training_goes_on_exactly(parquet, tmp_path, workers):
     assert records(tmp_path / "parts")[-1] == records(tmp_path / "whole")[-1]
 
 
-def test_streaming_says_what_it_needs(parquet, digits, tokenizer_folder, tmp_path):
+def test_rejects_unusable_streaming(parquet, digits, tokenizer_folder, tmp_path):
     plain = dataclasses.replace(STREAMED, validation_split=None)
     for data, source, message in (
         (parquet, plain, "give `validation_split` or `validation_data`"),

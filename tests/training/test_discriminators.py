@@ -174,7 +174,7 @@ def test_they_learn_to_tell_smooth_from_rough(name):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_rejects_sizes_it_cannot_judge():
+def test_rejects_unsupported_sizes():
     with pytest.raises(InputError, match=r"images of 32x16 pixels .* at least 24; .* stylegan"):
         make_discriminator("patchgan", height=16, width=32)
     with pytest.raises(InputError, match=r"images of 8x32 pixels are too small .* at least 16"):

@@ -172,7 +172,7 @@ class TestExport:
         for name, tensor in found.transformer.state_dict().items():
             torch.testing.assert_close(tensor, expected.transformer.state_dict()[name])
 
-    def test_what_is_not_there(self, digits, tmp_path):
+    def test_rejects_missing_run_mean_or_checkpoint(self, digits, tmp_path):
         with pytest.raises(FileNotFoundError, match="is no run"):
             export_run(tmp_path, tmp_path / "out")
         train_tokenizer(tokenizer_recipe(digits, tmp_path / "run", steps=2), quiet=True)

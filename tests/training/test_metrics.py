@@ -21,7 +21,7 @@ class TestMeter:
         meter.clear()
         assert meter.means() == {}
 
-    def test_goes_on_where_it_was(self):
+    def test_resumes(self):
         whole, first, second = Meter(), Meter(), Meter()
         values = [0.1, 0.2, 0.7]
         for value in values:
@@ -67,7 +67,7 @@ class TestCodebookUsage:
         usage.add(torch.tensor([4, 4, 4, 4]))
         assert usage.share() == 1 / 8
 
-    def test_goes_on_where_it_was(self):
+    def test_resumes(self):
         first, second = CodebookUsage(8, window=4), CodebookUsage(8, window=4)
         first.add(torch.tensor([0, 1]))
         second.load_state_dict(first.state_dict())

@@ -143,7 +143,7 @@ def test_resumed_on_other_numbers_of_processes(digits, tokenizer_folder, tmp_pat
     assert losses("parts") == pytest.approx(losses("whole"), rel=1e-5)
 
 
-def test_same_number_of_processes_goes_on_exactly(digits, tokenizer_folder, tmp_path):
+def test_same_number_of_processes_resumes_exactly(digits, tokenizer_folder, tmp_path):
     def train(out, steps):
         command = transformer_command(
             digits, tokenizer_folder, tmp_path / out, "--parallel", "fsdp", steps=steps

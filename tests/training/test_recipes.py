@@ -151,7 +151,7 @@ def test_preset_model_is_the_preset():
         assert TransformerConfig(**vars(preset_model(TransformerTraining, name))) == config
 
 
-def test_a_whole_configuration_gives_its_architecture():
+def test_complete_configuration_gives_its_architecture():
     recipe = TransformerTraining(model=TRANSFORMER_PRESETS["L"])
     assert recipe == TransformerTraining(model=TRANSFORMER_PRESETS["L"].architecture)
 

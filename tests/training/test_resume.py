@@ -48,7 +48,7 @@ def make_run(request, digits, tokenizer_folder):
     [{}, {"ema_decay": 0.9, "gradient_accumulation": 2, "warmup_steps": 3}],
     ids=["plain", "ema-accumulation-warmup"],
 )
-def test_two_and_two_is_four(make_run, tmp_path, changes):
+def test_resumed_run_matches_uninterrupted(make_run, tmp_path, changes):
     make_run(tmp_path / "whole", **changes)
     make_run(tmp_path / "parts", steps=2, **changes)
     # What the caller did with random numbers in between has no influence.

@@ -34,12 +34,12 @@ def out(finished, tmp_path):
         ({"codebook_init": "data"}, "began with codebook_init random, now it is data"),
     ],
 )
-def test_what_would_change_the_result_is_refused(digits, out, changes, message):
+def test_rejects_changes_that_affect_the_result(digits, out, changes, message):
     with pytest.raises(InputError, match=message):
         train_tokenizer(tokenizer_recipe(digits, out, **{"steps": 2, **changes}), quiet=True)
 
 
-def test_what_may_change(digits, out):
+def test_accepts_changes_that_do_not_affect_the_result(digits, out):
     recipe = tokenizer_recipe(
         digits, out, steps=3, log_every=1, save_every=1, keep_checkpoints=1, precision="auto"
     )
@@ -141,7 +141,7 @@ def test_another_tokenizer(digits, tokenizer_folder, tmp_path):
         train_transformer(transformer_recipe(digits, tmp_path / "other", out, steps=2), quiet=True)
 
 
-def test_precision_stays_what_it_was(digits, out, monkeypatch):
+def test_resumed_run_keeps_precision(digits, out, monkeypatch):
     monkeypatch.setattr("llamagen.training.run_folder.find_dtype", lambda *_: "torch.bfloat16")
     assert open_run(tokenizer_recipe(digits, out, precision="auto")).loop.precision == "float32"
     fresh = tokenizer_recipe(digits, out / "fresh", precision="auto")

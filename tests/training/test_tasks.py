@@ -75,7 +75,7 @@ class TestTokenizer:
         with Image.open(out / "samples" / "step-0000004.png") as sheet:
             assert sheet.width > 4 * 64
 
-    def test_ema_is_what_is_exported(self, digits, tmp_path):
+    def test_exports_ema(self, digits, tmp_path):
         results = [
             train_tokenizer(
                 tokenizer_recipe(digits, tmp_path / str(decay), ema_decay=decay), quiet=True
@@ -221,7 +221,7 @@ class TestTransformer:
         result = fit(task, recipe.loop, tmp_path, quiet=True)
         assert result.validation["bits_per_code"] < 0.1
 
-    def test_batches_draw_labels_and_views(self, tmp_path):
+    def test_batches_sample_labels_and_views(self, tmp_path):
         numbers = np.arange(5 * 3).reshape(5, 3, 1, 1)
         store = MemoryCodes(numbers, np.arange(5) * 10, ())
         recipe = transformer_recipe(None, "", tmp_path, batch_size=5)
@@ -288,7 +288,7 @@ class TestTransformer:
         ],
         ids=["missing shard", "another version", "label outside the range"],
     )
-    def test_a_store_that_is_not_whole(
+    def test_rejects_incomplete_store(
         self, digits, tokenizer_folder, tmp_path, file, changes, message
     ):
         tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)

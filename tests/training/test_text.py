@@ -77,7 +77,7 @@ def test_folder_of_the_run(captioned, tokenizer_folder, tmp_path):
     assert not torch.equal(features[0], features[1])
 
 
-def test_goes_on_exactly(captioned, tokenizer_folder, tmp_path):
+def test_resumes_exactly(captioned, tokenizer_folder, tmp_path):
     def train(name, steps):
         recipe = text_recipe(captioned, tokenizer_folder, tmp_path / name, steps=steps)
         train_transformer(recipe, quiet=True)
@@ -88,7 +88,7 @@ def test_goes_on_exactly(captioned, tokenizer_folder, tmp_path):
     assert_same_state(state(tmp_path / "parts", 4), state(tmp_path / "whole", 4))
 
 
-def test_draws_what_it_is_told(tmp_path):
+def test_samples_follow_prompts(tmp_path):
     """Four sequences, known by their captions only: each prompt gives its own."""
     rng = np.random.default_rng(0)
     captions = [((Caption(text, 1.0),)) for text in ("red heart", "blue heart", "cat", "red cat")]
@@ -132,7 +132,7 @@ def test_images_without_captions_weigh_nothing(tmp_path):
         make_text_task(text_recipe(None, "", tmp_path), empty)
 
 
-def test_captions_are_drawn_by_their_weights(tmp_path):
+def test_captions_are_sampled_by_weight(tmp_path):
     store = MemoryCodes(
         np.zeros((1, 1, 4, 4)), texts=[(Caption("long", 0.7), Caption("short", 0.3))]
     )
@@ -238,7 +238,7 @@ class TestStoredFeatures:
             losses.append(task._loss(task.module, batch))
         torch.testing.assert_close(losses[0], losses[1], rtol=1e-2, atol=1e-2)
 
-    def test_what_does_not_fit(self, captioned, tokenizer_folder, features, tmp_path):
+    def test_rejects_mismatched_settings(self, captioned, tokenizer_folder, features, tmp_path):
         text = TextTraining(text_features=features.folder, text_encoder="google/flan-t5-xl")
         recipe = text_recipe(captioned, tokenizer_folder, tmp_path / "out", text=text)
         with pytest.raises(InputError, match="not by google/flan-t5-xl"):
@@ -268,7 +268,7 @@ def test_from_a_smaller_grid_to_a_larger_one(captioned, tokenizer_folder, tmp_pa
     assert train_transformer(longer, quiet=True).steps == 3
 
 
-def test_what_does_not_fit(digits, captioned, tokenizer_folder, tmp_path):
+def test_rejects_mismatched_settings(digits, captioned, tokenizer_folder, tmp_path):
     out = tmp_path / "out"
     for changes, message in (
         ({"data": str(digits)}, "have no captions; add a metadata.csv"),

@@ -116,7 +116,7 @@ def test_adaptive_weight(digits, tmp_path):
         pytest.param("stylegan", "non-saturating", marks=pytest.mark.slow),
     ],
 )
-def test_every_kind_trains_and_goes_on(digits, tmp_path, name, kind):
+def test_every_kind_trains_and_resumes(digits, tmp_path, name, kind):
     adversarial = {"discriminator": name, "adversarial_loss": kind, "adversarial_start": 1}
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         recipe = recipe_with(digits, tmp_path / out, adversarial=adversarial, steps=steps)
@@ -228,7 +228,7 @@ class TestFineTuning:
         second = train_tokenizer(recipe, quiet=True)
         assert second.validation["psnr"] == pytest.approx(first.validation["psnr"], abs=1e-4)
 
-    def test_goes_on_without_the_source(self, digits, tokenizer_folder, tmp_path):
+    def test_resumes_without_the_source(self, digits, tokenizer_folder, tmp_path):
         import shutil
 
         source = shutil.copytree(tokenizer_folder, tmp_path / "source")

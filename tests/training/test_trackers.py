@@ -52,7 +52,7 @@ class Wandb(types.ModuleType):
         self.finished += 1
 
 
-def test_wandb_goes_on_with_one_run(digits, tokenizer_folder, tmp_path, monkeypatch):
+def test_wandb_resumes_the_same_run(digits, tokenizer_folder, tmp_path, monkeypatch):
     wandb = Wandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for steps in (2, 4):

@@ -98,14 +98,14 @@ def test_logits_that_are_not_finite_end_the_request(start):
         ({"seed": -1}, "seed is -1"),
     ],
 )
-def test_settings_that_cannot_be(engine, given, message):
+def test_rejects_invalid_settings(engine, given, message):
     with pytest.raises(VLLMValidationError, match=message) as caught:
         draw(engine, extra_args=given)
     assert "\n" not in str(caught.value)
     assert len(draw(engine)[0]) == 16
 
 
-def test_what_vllm_lets_through_ends_without_codes(engine, start):
+def test_unchecked_invalid_settings_end_without_codes(engine, start):
     """An unknown name alone could be meant for somebody else, and must not end the engine."""
     assert draw(engine, extra_args={"guidance_scal": 3.0}) == [[END]]
     single = start(tiny_transformer(), ExportOptions(guidance=False))
@@ -114,7 +114,7 @@ def test_what_vllm_lets_through_ends_without_codes(engine, start):
 
 
 @pytest.mark.parametrize("prompt", [(7000,), (CLASSES + 1,), (1, 0), (1, 7000)])
-def test_prompts_that_are_no_label(engine, prompt):
+def test_prompts_without_valid_label(engine, prompt):
     (ids,) = draw(engine, prompt, max_tokens=4)
     assert ids == [END]
     assert len(draw(engine)[0]) == 16

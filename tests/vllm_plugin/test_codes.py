@@ -81,7 +81,7 @@ def test_preempted_requests_get_the_same_codes(start, kind):
 
 
 @pytest.mark.parametrize("chunked", [True, False])
-def test_long_texts_read_in_pieces_or_whole(start, chunked):
+def test_long_texts_with_and_without_chunked_prefill(start, chunked):
     model = tiny_transformer(condition="text", text_length=100)
     images = text_images(12, longest=12)
     images += [

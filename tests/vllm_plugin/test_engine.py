@@ -160,7 +160,7 @@ def test_sizes_go_with_vllm(capsys):
         ({"no_such_option": 1}, "vLLM refuses to start with these options.*no_such_option"),
     ],
 )
-def test_options_that_cannot_be(options, message):
+def test_rejects_invalid_options(options, message):
     from llamagen.vllm_plugin.engine import VllmEngine
 
     with pytest.raises(InputError, match=message):

@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_pipeline, tiny_tokenizer, tiny_transformer
 pytest.importorskip("transformers")
 
 
-def test_a_folder_says_what_vllm_asks_for(tmp_path):
+def test_folder_has_vllms_settings(tmp_path):
     model = tiny_transformer(dim=80, kv_heads=2, num_classes=5)
     folder = export_for_vllm(model, tmp_path / "out", ExportOptions(grid=(2, 3)))
     config = read_exported(folder)
@@ -73,7 +73,7 @@ def test_pipelines_folders_and_exports_can_be_exported(tmp_path):
         assert folder == first
 
 
-def test_what_cannot_be_exported(tmp_path):
+def test_rejects_invalid_sources(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(InputError, match="choose another name"):
@@ -119,7 +119,7 @@ def test_texts_of_two_lengths_are_padded_in_front(tmp_path):
         (torch.tensor(0.5), "integer"),
     ],
 )
-def test_conditions_that_are_no_label(tmp_path, condition, message):
+def test_rejects_invalid_labels(tmp_path, condition, message):
     prompts = Prompts(export_for_vllm(tiny_transformer(), tmp_path / "out"), torch.float32)
     with pytest.raises(InputError, match=message):
         prompts.of(condition)
@@ -134,7 +134,7 @@ def test_conditions_that_are_no_label(tmp_path, condition, message):
         (torch.zeros(1, 3, 16), "of one image"),
     ],
 )
-def test_features_that_do_not_fit(tmp_path, features, message):
+def test_rejects_mismatched_features(tmp_path, features, message):
     model = tiny_transformer(condition="text")
     prompts = Prompts(export_for_vllm(model, tmp_path / "out"), torch.float32)
     with pytest.raises(InputError, match=message):

@@ -132,7 +132,7 @@ def test_positions_do_not_depend_on_the_prompts_length():
     ("speculative", "stages", "message"),
     [(object(), 1, "speculative decoding"), (None, 2, "pipeline parallelism")],
 )
-def test_what_would_draw_wrong_codes_is_refused(speculative, stages, message):
+def test_rejects_unsupported_modes(speculative, stages, message):
     from llamagen.vllm_plugin.model import _refuse_what_does_not_work
 
     config = SimpleNamespace(

@@ -44,7 +44,7 @@ def test_each_row_is_sampled_by_its_own_settings_and_seed():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_row_that_cannot_be_sampled_gets_the_id_that_ends_it(value):
+def test_invalid_rows_get_the_end_id(value):
     sample = CodeSampling(codebook_size=CODES, first_code=FIRST)
     plain = Request.of(SamplingConfig(guidance_scale=1.0), 0, LENGTH)
     guided = Request.of(SamplingConfig(guidance_scale=2.0), 0, LENGTH)

@@ -95,7 +95,7 @@ class ImageSourceOptions:
     caption_columns: tuple[str, ...] = ()
     """Columns of captions. Default: text, caption or txt if there is one."""
     caption_separator: str | None = None
-    """What stands between several captions in one value, as "|"."""
+    """Separator of several captions in one value, as "|"."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +151,8 @@ class SampleOptions(EvaluationOptions):
     model: str | None = None
     """Name (c2i-L-384, t2i-XL-256), pipeline folder or hub repository."""
     reference: str | None = None
-    """What samples are compared with: ADM's .npz file, or images: a folder of class folders, or
-    any other source that training takes."""
+    """Reference of the comparison: ADM's .npz file, or images: a folder of class folders, or any
+    other source that training takes."""
     size: int | None = None
     """Side in pixels at which images are compared. Default: 256 for published models, as
     published; for others the size of their images."""
@@ -373,10 +373,10 @@ class Folder(EvaluationOptions):
     )
 
     images: tyro.conf.Positional[str | None] = None
-    """What is evaluated: a folder of images, an .npz file with them, or any other source that
+    """Images to evaluate: a folder of images, an .npz file with them, or any other source that
     training takes."""
     reference: tyro.conf.Positional[str | None] = None
-    """What it is compared with: the same, or an .npz file of ADM's statistics."""
+    """Reference of the comparison: likewise, or an .npz file of ADM's statistics."""
     size: int | None = None
     """Side in pixels that the middle square of each image is cropped to. Default: images are taken
     as they are, and must have one size."""

@@ -160,7 +160,7 @@ def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:
 
 
 class ReferenceSource:
-    """What images are compared with; its features may still have to be computed."""
+    """Reference of a comparison; its features may still have to be computed."""
 
     archive: Path | None = None
     """An .npz file with statistics, which are of other images than ``images``."""

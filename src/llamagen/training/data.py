@@ -114,7 +114,7 @@ class TokenizerImages(NamedTuple):
 
     @property
     def identity(self) -> dict[str, str]:
-        """What must stay the same when a run continues."""
+        """Digests of the images, which must not change when a run resumes."""
         return {
             "the set of training images": self.training.digest(),
             "the set of validation images": self.validation.digest(),

@@ -17,7 +17,7 @@ from llamagen.text.encoder import TextEncoder
 from llamagen.training.losses import chunked_cross_entropy
 
 TRANSFORMER = "transformer."
-"""What the names of the transformer's weights begin with."""
+"""Prefix of the names of the transformer's weights."""
 _ENCODER = "encoder.model."
 _NEIGHBOUR_BIAS = 6.0
 """Against 80 others, nine tenths of the attention."""

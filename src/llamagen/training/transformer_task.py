@@ -45,7 +45,7 @@ from llamagen.training.transformer_start import Start, find_start
 PIPELINE_FOLDER = "pipeline"
 """The exported pipeline, in the run's folder."""
 ADAPTER_FOLDER = "adapter"
-"""What was trained of a fine-tuned model (LoRA), in the run's folder."""
+"""The LoRA adapter of a fine-tuned model, in the run's folder."""
 
 _SHEET_CLASSES = 10
 _SHEET_TEXT = 24

@@ -31,7 +31,7 @@ def test_shapes_of_every_size(size):
 
 
 @pytest.mark.parametrize("size", [(15, 16), (16, 2), (0, 16)])
-def test_sizes_that_are_no_whole_codes(size):
+def test_rejects_sizes_not_divisible_by_downsampling(size):
     with pytest.raises(InputError, match="downsampling 4"):
         tiny_tokenizer().encode(torch.zeros(1, 3, *size))
 

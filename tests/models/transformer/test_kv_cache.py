@@ -84,7 +84,7 @@ def test_int8_rounds_to_half_a_step():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_is_what_is_planned_with(dtype):
+def test_memory_matches_estimate(dtype):
     model = tiny_transformer().to(dtype)
     sizes = {}
     for cache_dtype in (None, torch.int8):

@@ -71,7 +71,7 @@ def test_folders_of_other_versions(tmp_path):
         Transformer.from_pretrained(tmp_path)
 
 
-def test_whole_numbers_without_a_config_that_says_so(tmp_path):
+def test_rejects_int8_weights_of_unquantised_config(tmp_path):
     model = tiny_transformer()
     tensors = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -99,7 +99,7 @@ def heads_by_torch(projected, rope, heads, kv_heads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 2)])
-def test_turned_heads_are_those_of_rope(dtype, heads, kv_heads):
+def test_rotated_heads_match_apply_rope(dtype, heads, kv_heads):
     torch.manual_seed(0)
     rope = rope_table((3, 4), 8, 10000.0, torch.device("cpu"))[[-1, -1, *range(11)]]
     x = torch.randn(2, 13, (heads + 2 * kv_heads) * 8).to(dtype).requires_grad_()
@@ -117,7 +117,7 @@ def test_turned_heads_are_those_of_rope(dtype, heads, kv_heads):
     assert not ours[1][:, :, :2].any()
 
 
-def test_turned_heads_gradients_are_those_of_finite_differences():
+def test_rotated_heads_gradients_match_finite_differences():
     torch.manual_seed(0)
     rope = rope_table((2, 2), 4, 10000.0, torch.device("cpu"))[[-1, 0, 1, 2, 3]]
     x = torch.randn(2, 5, 4 * 4, dtype=torch.float64, requires_grad=True)

@@ -145,7 +145,7 @@ def _fingerprint(source: Path, flags: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What a processor can do, where the system says it."""
+    """Return the processor's instruction sets, or its name if the system does not list them."""
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return platform.processor()
