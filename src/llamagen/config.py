@@ -1,8 +1,7 @@
 """Configurations of the two models, the sampling settings, and the presets.
 
-Everything here is plain data: frozen, keyword-only dataclasses that validate themselves, turn
-into JSON and come back. Nothing here imports torch, so a command line can describe its options
-without paying for it.
+Frozen, keyword-only dataclasses that validate themselves, turn into JSON and come back. Nothing
+here imports torch, so a command line can describe its options without paying for it.
 """
 
 from __future__ import annotations
@@ -37,19 +36,14 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
         InputError: a key is unknown or missing, a value has the wrong type, or the
             configuration refuses the combination.
     """
+    # Literal types, tuples and paths arrive from JSON as strings and lists.
+    types = dacite.Config(
+        strict=True, cast=[tuple], type_hooks={Path: lambda path: Path(str(path))}
+    )
     try:
-        # Literal types, tuples and paths arrive from JSON as strings and lists.
-        types = dacite.Config(strict=True, cast=[tuple], type_hooks={Path: _path})
         return dacite.from_dict(cls, dict(values), types)
-    except dacite.DaciteError as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{source}: {reason}") from error
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
-
-
-def _path(value: Any) -> Path:
-    return Path(str(value))
+    except (dacite.DaciteError, InputError) as error:
+        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
 
 
 def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
@@ -66,20 +60,17 @@ def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
-    """Return the configuration as values that JSON can hold (tuples become lists)."""
-    plain: dict[str, Any] = json.loads(json.dumps(_plain(config)))
-    return plain
+    """Return the configuration as values that JSON can hold, without added fields at defaults."""
 
+    def plain(value: Any) -> Any:
+        return {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if not field.metadata.get("added") or getattr(value, field.name) != field.default
+        }
 
-def _plain(value: Any) -> Any:
-    """Return nested configurations as dictionaries, without added fields at their defaults."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    return {
-        field.name: _plain(getattr(value, field.name))
-        for field in dataclasses.fields(value)
-        if not field.metadata.get("added") or getattr(value, field.name) != field.default
-    }
+    found: dict[str, Any] = json.loads(json.dumps(plain(config), default=plain))
+    return found
 
 
 def _added(default: Any) -> Any:
@@ -98,7 +89,7 @@ def _require(condition: bool, message: str) -> None:
 def _require_positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        _require(value >= 1, f"{name} is {value}, expected at least 1")
+        _require(value is None or value >= 1, f"{name} is {value}, expected at least 1")
 
 
 def _require_fraction(config: Any, *names: str) -> None:
@@ -223,19 +214,16 @@ class TransformerArchitecture:
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "layers", "heads")
+        _require_positive(self, "dim", "layers", "heads", "hidden_dim")
         _require(
             self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0,
             f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
             f"multiple of 4 (2-D RoPE rotates pairs by row and by column)",
         )
-        if self.kv_heads is not None:
-            _require(
-                self.kv_heads >= 1 and self.heads % self.kv_heads == 0,
-                f"kv_heads {self.kv_heads} must divide heads {self.heads}",
-            )
-        if self.hidden_dim is not None:
-            _require_positive(self, "hidden_dim")
+        _require(
+            self.num_kv_heads >= 1 and self.heads % self.num_kv_heads == 0,
+            f"kv_heads {self.kv_heads} must divide heads {self.heads}",
+        )
         _require(self.rope_base > 0, f"rope_base is {self.rope_base}, expected a positive number")
         _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}, expected a positive number")
         _require_fraction(self, "token_dropout", "attention_dropout", "residual_dropout")
@@ -348,13 +336,11 @@ class SmallTextEncoderConfig:
     """Bytes of a caption that are read, with one for its end."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "layers", "heads", "max_length")
+        _require_positive(self, "dim", "layers", "heads", "hidden_dim", "max_length")
         _require_fraction(self, "dropout")
         _require(
             self.dim % self.heads == 0, f"heads {self.heads} must divide the text's dim {self.dim}"
         )
-        if self.hidden_dim is not None:
-            _require_positive(self, "hidden_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -385,9 +371,7 @@ class Setting:
     @property
     def type(self) -> type[float] | type[int] | type[str]:
         """Python type of its values, None aside."""
-        if self.choices:
-            return str
-        return float if isinstance(self.default, float) else int
+        return str if self.choices else float if isinstance(self.default, float) else int
 
     @property
     def annotation(self) -> Any:
@@ -403,39 +387,28 @@ class Setting:
         if value is None and self.optional:
             return None
         if self.choices:
-            _require(
-                value in self.choices,
-                f"{self.name} is {value!r}, expected one of {', '.join(self.choices)}",
-            )
-            return str(value)
-        wanted = self.type
-        is_number = isinstance(value, numbers.Integral if wanted is int else numbers.Real)
-        _require(
-            is_number and not isinstance(value, bool) and math.isfinite(value),
-            f"{self.name} is {value!r}, expected {self.described_range}",
-        )
-        too_small = self.minimum is not None and (
-            value <= self.minimum if self.exclusive_minimum else value < self.minimum
-        )
-        too_large = self.maximum is not None and value > self.maximum
-        _require(
-            not too_small and not too_large,
-            f"{self.name} is {value}, expected {self.described_range}",
-        )
-        return wanted(value)
+            fits = value in self.choices
+        else:
+            kind = numbers.Integral if self.type is int else numbers.Real
+            fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+            if fits and self.minimum is not None:
+                is_minimum = value == self.minimum and not self.exclusive_minimum
+                fits = is_minimum or value > self.minimum
+            fits = fits and (self.maximum is None or value <= self.maximum)
+        _require(fits, f"{self.name} is {value!r}, expected {self.described_range}")
+        return self.type(value)
 
     @property
     def described_range(self) -> str:
         """The values it can have, as messages say it."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
         kind = "a finite number" if self.type is float else "an integer"
         if self.minimum is None:
             return kind
-        lower = (
-            f"above {self.minimum:g}" if self.exclusive_minimum else f"at least {self.minimum:g}"
-        )
+        lower = "above" if self.exclusive_minimum else "of at least"
         upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
-        none = ", or none" if self.optional else ""
-        return f"{kind} of {lower}{upper}{none}".replace("of above", "above")
+        return f"{kind} {lower} {self.minimum:g}{upper}{', or none' if self.optional else ''}"
 
 
 def _setting(default: Any, help: str, **declared: Any) -> Any:  # noqa: A002

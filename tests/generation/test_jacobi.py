@@ -10,7 +10,7 @@ from llamagen.backends import ReferenceStep
 from llamagen.config import SamplingConfig
 from llamagen.generation import GenerationRequest, apply_guidance, batch, generate_codes
 from llamagen.generation.batch import Batch
-from llamagen.generation.sampling import code_probabilities
+from llamagen.generation.sampling import Filters
 from llamagen.generation.schedules.jacobi import JacobiSchedule
 from llamagen.support.errors import InputError, NotFiniteError
 from tests.tiny_models import tiny_transformer
@@ -59,7 +59,8 @@ def exact_distribution(model, label, sampling):
         mixed = apply_guidance(logits, model(images[:, :-1], none), sampling.guidance_scale)
         stop = count if sampling.guidance_stop is None else sampling.guidance_stop
         logits = torch.cat([mixed[:, :stop], logits[:, stop:]], dim=1)
-    each = code_probabilities(logits, sampling).gather(-1, images.unsqueeze(-1))
+    probabilities = Filters.of([sampling])(logits).softmax(-1)
+    each = probabilities.gather(-1, images.unsqueeze(-1))
     return each.double().prod(1).squeeze(-1)
 
 

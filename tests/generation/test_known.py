@@ -8,11 +8,11 @@ from llamagen.generation import (
     UNKNOWN,
     GenerationRequest,
     NativeEngine,
-    RowCallback,
     generate_codes,
     sample_codes,
     uniform_draws,
 )
+from llamagen.generation.generate import RowCallback
 from llamagen.generation.sampling import Filters
 from llamagen.support.errors import InputError
 from tests.tiny_models import tiny_transformer

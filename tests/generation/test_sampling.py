@@ -13,7 +13,6 @@ from llamagen.generation.sampling import (
     apply_min_p,
     apply_top_k,
     apply_top_p,
-    code_probabilities,
     guidance_scale_at,
     sample_codes,
     sample_from,
@@ -81,14 +80,12 @@ def test_guidance_schedules(settings, expected):
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_code_probabilities():
+def test_filters_apply_in_their_order():
     logits = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
-    cold = code_probabilities(logits, SamplingConfig(temperature=0.0, top_k=2))
-    assert cold.tolist() == [[1, 0, 0, 0]]
     sampling = SamplingConfig(temperature=0.5, top_k=3, top_p=0.6)
     # Squares of 4, 3 and 2 are to each other as 16, 9 and 4; the first two exceed 0.6.
     expected = torch.tensor([[16 / 25, 9 / 25, 0, 0]])
-    torch.testing.assert_close(code_probabilities(logits, sampling), expected)
+    torch.testing.assert_close(Filters.of([sampling])(logits).softmax(-1), expected)
 
 
 SETTINGS = [

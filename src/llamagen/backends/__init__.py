@@ -45,11 +45,9 @@ def use_reference() -> bool:
 
 
 def fastest_step(model: Transformer, times: StepTimes | None = None) -> Step:
-    """The fastest backend for a model, to be used as long as its weights stay where they are.
+    """The fastest backend for a model in eval mode, as long as its weights stay where they are.
 
-    Args:
-        model: in eval mode.
-        times: where the time goes is added to it, by backends that measure it.
+    Where the time goes is added to ``times``, by backends that measure it.
     """
     if not use_reference():
         if CpuStep.supports(model):

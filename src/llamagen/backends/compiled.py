@@ -7,14 +7,13 @@ tokens fed to each and the positions that attention reaches over, all rounded up
 
 Compiling takes tens of seconds for each shape, so it begins once a model has been used for a while.
 
-Shapes: R sequences, T tokens fed to each.
+Shapes: R sequences, T tokens fed to each, M of them wanted.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from llamagen.config import Grid, non_default_fields
 from llamagen.models.transformer import NO_CELL, KVCache, Tokens, Transformer
+from llamagen.models.transformer.tokens import to_index
 
 _EAGER_STEPS = 1024
 """Steps of a model before it is compiled: a single image should not wait for that."""
@@ -62,10 +62,9 @@ class CompiledStep:
     @classmethod
     def of(cls, model: Transformer, *, eager_steps: int = _EAGER_STEPS) -> CompiledStep:
         """The step of a model, made once: what is compiled stays."""
-        step = _steps.get(model)
-        if step is None:
-            step = _steps[model] = cls(model, eager_steps=eager_steps)
-        return step
+        if model not in _steps:
+            _steps[model] = cls(model, eager_steps=eager_steps)
+        return _steps[model]
 
     def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:
         """See ``Step``."""
@@ -73,23 +72,22 @@ class CompiledStep:
         is_condition = tokens.features is not None or bool((tokens.cells == NO_CELL).any())
         if is_condition or self._steps <= self._eager_steps:
             return self._model.step(tokens, cache, grid=grid)
-        inputs = _StaticInputs.of(tokens, cache, self._model.device)
-        key = (*inputs.ids.shape, inputs.end, grid)
+        ids, cells, positions, wanted, end = _static_inputs(tokens, cache, self._model.device)
+        key = (*ids.shape, end, grid)
         step = self._compiled.get(key)
         if step is None and len(self._compiled) >= _MAX_SHAPES:
             return self._model.step(tokens, cache, grid=grid)
-        table = self._model.rope_table(grid)
         for part in (*cache.keys, *cache.values, *cache.key_scales, *cache.value_scales):
             torch._dynamo.mark_static_address(part)
-        arguments = (inputs.ids, inputs.cells, inputs.positions, table, cache)
+        arguments = (ids, cells, positions, self._model.rope_table(grid), cache)
         if step is None:
-            step = self._compiled[key] = self._compile(inputs.end)
+            step = self._compiled[key] = self._compile(end)
             with torch._dynamo.config.patch(recompile_limit=2 * _MAX_SHAPES):
                 logits = step(*arguments)
         else:
             torch.compiler.cudagraph_mark_step_begin()
             logits = step(*arguments)
-        return logits.flatten(0, 1)[inputs.wanted]
+        return logits.flatten(0, 1)[wanted]
 
     def _compile(self, end: int) -> Callable[..., Tensor]:
         model = self._model
@@ -105,51 +103,35 @@ class CompiledStep:
 _steps: weakref.WeakKeyDictionary[Transformer, CompiledStep] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class _StaticInputs:
+def _static_inputs(
+    tokens: Tokens, cache: KVCache, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
     """Tokens as a rectangle over the cache's first sequences, in use or not.
 
     Sequences that are fed fewer tokens repeat their last one. Those that are fed none, or are not
     in use, get one behind their length, which stays unused.
+
+    Returns:
+        Ids, cells and positions (R, T), the indices (M,) of those wanted among the R * T tokens,
+        and the positions that attention reaches over.
     """
-
-    ids: Tensor
-    """(R, T) int64, as ``cells`` and ``positions``."""
-    cells: Tensor
-    positions: Tensor
-    wanted: Tensor
-    """(M,) int64, into the R * T tokens."""
-    end: int
-    """Positions that attention reaches over."""
-
-    @classmethod
-    def of(cls, tokens: Tokens, cache: KVCache, device: torch.device) -> _StaticInputs:
-        numbers, starts, counts = np.unique(tokens.sequences, return_index=True, return_counts=True)
-        rows = min(_power_of_two(int(numbers[-1]) + 1), cache.max_sequences)
-        width = _power_of_two(int(counts.max()))
-        gather = np.zeros((rows, width), dtype=np.int64)
-        gather[numbers] = starts[:, None] + np.minimum(np.arange(width), counts[:, None] - 1)
-        is_fed = np.zeros(rows, dtype=bool)
-        is_fed[numbers] = True
-        lengths = np.zeros(rows, dtype=np.int64)
-        lengths[: min(rows, cache.sequences)] = cache.lengths[:rows]
-        unused = np.minimum(lengths, cache.positions - 1)[:, None]
-        positions = np.where(is_fed[:, None], tokens.positions[gather], unused)
-        cells = np.where(is_fed[:, None], tokens.cells[gather], 0)
-        end = -(-(int(tokens.positions.max()) + 1) // _POSITION_STEP) * _POSITION_STEP
-        row_of = np.repeat(numbers, counts)
-        column = np.arange(len(tokens)) - np.repeat(starts, counts)
-
-        def to_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-
-        return cls(
-            ids=tokens.ids[to_device(gather)],
-            cells=to_device(cells),
-            positions=to_device(positions),
-            wanted=to_device((row_of * width + column)[tokens.wanted]),
-            end=min(end, cache.positions),
-        )
+    numbers, fed, wanted_rows, wanted_columns = tokens.rectangle()
+    rows = min(_power_of_two(int(numbers[-1]) + 1), cache.max_sequences)
+    width = _power_of_two(fed.shape[1])
+    gather = np.zeros((rows, width), dtype=np.int64)
+    gather[numbers] = np.pad(fed, ((0, 0), (0, width - fed.shape[1])), mode="edge")
+    is_fed = np.isin(np.arange(rows), numbers)[:, None]
+    lengths = np.zeros((rows, 1), dtype=np.int64)
+    lengths[: cache.sequences, 0] = cache.lengths[:rows]
+    unused = np.minimum(lengths, cache.positions - 1)
+    end = -(-(int(tokens.positions.max()) + 1) // _POSITION_STEP) * _POSITION_STEP
+    return (
+        tokens.ids[to_index(gather, device)],
+        to_index(np.where(is_fed, tokens.cells[gather], 0), device),
+        to_index(np.where(is_fed, tokens.positions[gather], unused), device),
+        to_index(numbers[wanted_rows] * width + wanted_columns, device),
+        min(end, cache.positions),
+    )
 
 
 def _is_on_gpu(model: Transformer) -> bool:

@@ -26,6 +26,7 @@ from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidanc
 from llamagen.generation.schedules import MAX_TOKENS, Pass, Schedule, new_schedule
 from llamagen.generation.seeds import check_seed, uniform_draws
 from llamagen.models.transformer import NO_CELL, Tokens, Transformer
+from llamagen.models.transformer.tokens import to_index
 from llamagen.support.errors import InputError, NotFiniteError
 
 NOT_FINITE = -1
@@ -114,10 +115,9 @@ class Batch:
 
     def has_capacity(self, requests: Sequence[GenerationRequest]) -> bool:
         """Whether all of some requests can join now."""
-        used = sum(image.request.sequences for image in self.images)
-        used += sum(request.sequences for request in requests)
-        images = len(self.images) + len(requests)
-        return images <= self.max_images and used <= self._cache.max_sequences
+        everyone = [*(image.request for image in self.images), *requests]
+        sequences = sum(request.sequences for request in everyone)
+        return len(everyone) <= self.max_images and sequences <= self._cache.max_sequences
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InputError if the model cannot take a request, or it can never join."""
@@ -143,18 +143,18 @@ class Batch:
         sequences = self.sequences + sum(request.sequences for request in requests)
         joined = [self._join(request, sequences) for request in requests]
         started = [
-            (image, role, condition)
+            ((image, role), condition)
             for image in joined
             for role, condition in self._conditions(image.request).items()
         ]
         first = self._cache.add(len(started)).start
-        self._sequences += [(image, role) for image, role, _ in started]
-        tokens = self._condition_tokens([condition for *_, condition in started], first)
+        self._sequences += [key for key, _ in started]
+        tokens = self._condition_tokens([condition for _, condition in started], first)
         logits = self._step(tokens, self._cache, self.grid)
         self._cache.lengths[first:] = (tokens.positions[tokens.wanted] + 1).tolist()
         self.images += joined
         passes = {image: image.schedule.first_pass() for image in joined}
-        rows = {key: row for row, key in enumerate(self._sequences[first:])}
+        rows = {key: row for row, (key, _) in enumerate(started)}
         self._accept(passes, self._sample(logits, passes, rows))
         return joined
 
@@ -167,10 +167,7 @@ class Batch:
         budget = max(1, MAX_TOKENS // max(1, self.sequences))
         passes = {image: image.schedule.next_pass(budget) for image in running}
         self._drop_unguided(passes)
-        sequences: list[int] = []
-        positions: list[int] = []
-        cells: list[int] = []
-        images: list[int] = []
+        fed: list[tuple[int, int, int, int]] = []  # sequence, position, cell, row of the codes
         wanted: list[int] = []
         first_rows: dict[tuple[GenerationState, _Role], int] = {}
         guesses: list[tuple[int, Sequence[int]]] = []
@@ -178,22 +175,17 @@ class Batch:
             if image not in passes:
                 continue
             feed, _, predicted_by, codes = passes[image]
-            start, length = len(cells), self._cache.lengths[number]
             if codes is not None:
-                guesses.append((start, codes))
+                guesses.append((len(fed), codes))
             first_rows[image, role] = len(wanted)
-            wanted += [start + token for token in predicted_by]
-            sequences += [number] * len(feed)
-            positions += range(length, length + len(feed))
-            cells += feed
-            images += [image.row] * len(feed)
-        tokens = Tokens(
-            ids=self._fed_codes(images, cells, guesses),
-            sequences=np.array(sequences, dtype=np.int32),
-            positions=np.array(positions, dtype=np.int32),
-            cells=np.array(cells, dtype=np.int32),
-            wanted=np.array(wanted, dtype=np.int64),
-        )
+            wanted += [len(fed) + token for token in predicted_by]
+            places = enumerate(feed, self._cache.lengths[number])
+            fed += [(number, position, cell, image.row) for position, cell in places]
+        sequences, positions, cells, rows = np.array(fed, dtype=np.int32).T
+        ids = self._codes[self._index(rows, cells)]
+        for start, own in guesses:
+            ids[start : start + len(own)] = torch.tensor(own, device=ids.device)
+        tokens = Tokens(ids, sequences, positions, cells, np.array(wanted, dtype=np.int64))
         logits = self._step(tokens, self._cache, self.grid)
         accepted = self._accept(passes, self._sample(logits, passes, first_rows))
         for number, (image, _) in enumerate(self._sequences):
@@ -225,9 +217,8 @@ class Batch:
     def clear(self) -> None:
         """Take all images out, in whatever state a failed step has left them."""
         self._free_rows = list(reversed(range(self.max_images)))
-        self.images, self._sequences = [], []
+        self.images, self._sequences, self._cache.lengths = [], [], []
         self._sampler = None
-        self._cache.clear()
 
     def _join(self, request: GenerationRequest, sequences: int) -> GenerationState:
         known = request.known_codes
@@ -237,12 +228,10 @@ class Batch:
         self._not_finite[row] = 0
         self._uniforms[row] = uniform_draws([request.seed], self.total)[0].to(self.model.device)
         if known is not None:
-            own = known.flatten().to(self.model.device, torch.int64)
-            self._known[row] = own
-            self._codes[row] = own.clamp(min=0)
-        schedule = new_schedule(
-            request, self.total, is_wide=self._step.is_wide, sequences=sequences
-        )
+            self._known[row] = known.flatten()
+            self._codes[row] = self._known[row].clamp(min=0)
+        is_wide = self._step.is_wide
+        schedule = new_schedule(request, self.total, is_wide=is_wide, sequences=sequences)
         return GenerationState(request, schedule, row, self.total)
 
     def _conditions(self, request: GenerationRequest) -> dict[_Role, Tensor]:
@@ -258,36 +247,27 @@ class Batch:
             found[_Role.BLEND] = request.blend
         return {role: condition.to(self.model.device) for role, condition in found.items()}
 
-    def _condition_tokens(self, conditions: Sequence[Tensor], first: int) -> Tokens:
-        lengths = [1 if condition.ndim == 0 else len(condition) for condition in conditions]
-        numbers = np.arange(first, first + len(conditions), dtype=np.int32)
+    def _condition_tokens(self, conditions: list[Tensor], first: int) -> Tokens:
+        lengths = [len(condition) if condition.ndim else 1 for condition in conditions]
         ids, features = torch.zeros(0, dtype=torch.int64), None
         if self.model.config.condition == "class":
-            ids = torch.stack(list(conditions)).to(torch.int64) + self.model.config.codebook_size
+            ids = torch.stack(conditions).to(torch.int64) + self.model.config.codebook_size
         else:
-            features = torch.cat(list(conditions))
+            features = torch.cat(conditions)
         return Tokens(
             ids=ids,
-            sequences=np.repeat(numbers, lengths),
+            sequences=np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths),
             positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
             cells=np.full(sum(lengths), NO_CELL, dtype=np.int32),
             wanted=np.cumsum(lengths, dtype=np.int64) - 1,
             features=features,
         )
 
-    def _fed_codes(
-        self, images: list[int], cells: list[int], guesses: list[tuple[int, Sequence[int]]]
-    ) -> Tensor:
-        """The codes (N,) of cells of images."""
-        codes = self._codes[self._index(images, cells)]
-        for start, own in guesses:
-            codes[start : start + len(own)] = torch.tensor(own, device=codes.device)
-        return codes
-
-    def _index(self, images: list[int], cells: list[int]) -> tuple[Tensor, Tensor]:
-        index = torch.tensor([images, cells], dtype=torch.int64)
-        rows, columns = index.to(self._codes.device, non_blocking=True)
-        return rows, columns
+    def _index(
+        self, rows: Sequence[int] | np.ndarray, cells: Sequence[int] | np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        device = self._codes.device
+        return to_index(np.array(rows), device), to_index(np.array(cells), device)
 
     def _sample(
         self,
@@ -302,34 +282,21 @@ class Batch:
         if not any(one.sample for one in passes.values()):
             return []
         began = time.perf_counter()
-        conditional: list[int] = []
-        unconditional: list[int] = []
-        scales: list[float] = []
-        blended: list[int] = []
-        blends: list[int] = []
-        shares: list[float] = []
-        images: list[int] = []
-        cells: list[int] = []
+        # Of each code: rows of its logits, guidance scale, row and cell of the codes.
+        sampled: list[tuple[int, int, float, int, int]] = []
+        blends: list[tuple[int, int, float]] = []
         for image, one in passes.items():
-            request, count = image.request, len(one.sample)
-            own = first_rows[image, _Role.CONDITIONAL]
-            other = first_rows.get((image, _Role.UNCONDITIONAL))
-            mixed = first_rows.get((image, _Role.BLEND))
+            own, negative, blend = (first_rows.get((image, role), -1) for role in _Role)
             for number, cell in enumerate(one.sample):
-                scale = guidance_scale_at(request.sampling, cell, self.total)
-                scales.append(scale)
-                unconditional.append(-1 if other is None or scale == 1.0 else other + number)
-            conditional += range(own, own + count)
-            if mixed is not None:
-                blended += range(own, own + count)
-                blends += range(mixed, mixed + count)
-                shares += [request.blend_share] * count
-            images += [image.row] * count
-            cells += one.sample
-        mixed_logits = _blend(logits, blended, blends, shares) if blends else logits
-        where = self._index(images, cells)
+                scale = guidance_scale_at(image.request.sampling, cell, self.total)
+                other = -1 if negative < 0 or scale == 1.0 else negative + number
+                sampled.append((own + number, other, scale, image.row, cell))
+                if blend >= 0:
+                    blends.append((own + number, blend + number, image.request.blend_share))
+        conditional, unconditional, scales, rows, cells = zip(*sampled, strict=True)
+        where = self._index(rows, cells)
         codes, finite = self._sampler_of(passes)(
-            mixed_logits,
+            _blend(logits, blends) if blends else logits,
             logits,
             Rows(
                 np.array(conditional, dtype=np.int64),
@@ -396,16 +363,14 @@ def check_request(request: GenerationRequest, model: Transformer, grid: Grid) ->
     check_share(request.blend_share)
     if request.window is not None and request.window < 1:
         raise InputError(f"window is {request.window}, expected at least 1 code")
-    for condition in (request.condition, request.negative, request.blend):
-        if condition is not None:
-            model.cls_embedding.check(condition.unsqueeze(0))
-    known = request.known_codes
+    for condition in request.conditions:
+        model.cls_embedding.check(condition.unsqueeze(0))
+    known, size = request.known_codes, model.config.codebook_size
     if known is None:
         return
     if tuple(known.shape) not in (grid, (grid[0] * grid[1],)):
         raise InputError(f"known codes have shape {tuple(known.shape)}, expected {grid}")
     smallest, largest = int(known.min()), int(known.max())
-    size = model.config.codebook_size
     if largest >= size or smallest < UNKNOWN:
         raise InputError(
             f"known codes reach from {smallest} to {largest}, expected codes below {size}, or "
@@ -424,12 +389,11 @@ def check_share(share: float) -> float:
     return share
 
 
-def _blend(
-    logits: Tensor, blended: Sequence[int], blends: Sequence[int], shares: Sequence[float]
-) -> Tensor:
-    """Logits (R, V) whose rows ``blended`` are mixed with the rows ``blends``."""
+def _blend(logits: Tensor, blends: Sequence[tuple[int, int, float]]) -> Tensor:
+    """Logits (R, V) in which rows are mixed with others: (row, other row, share of the other)."""
     logits = logits.float()
-    index = torch.tensor([blended, blends], device=logits.device)
+    rows, others, shares = zip(*blends, strict=True)
+    index = torch.tensor([rows, others], device=logits.device)
     share = torch.tensor(shares, dtype=torch.float32, device=logits.device).unsqueeze(1)
     mixed = logits[index[0]].lerp(logits[index[1]], share)
     return logits.index_copy(0, index[0], mixed)

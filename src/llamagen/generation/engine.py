@@ -8,6 +8,7 @@ publishes finished rows. Scaling beyond one device is vLLM's business (``llamage
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import sys
 import threading
@@ -120,9 +121,7 @@ class Engine(Protocol):
     ) -> AsyncGenerator[list[int], None]:
         """Generate one image's codes, for servers.
 
-        Args:
-            request: the image.
-            client: whose image it is; no client waits until another's images are all generated.
+        No ``client`` waits until another's images are all generated.
 
         Yields:
             All codes so far, in raster order, when a row of the grid is finished; at last all.
@@ -241,8 +240,7 @@ class NativeEngine:
             return torch.zeros(0, rows, columns, dtype=torch.int64)
         size = min(batch_size or self.batch_size(requests), self._batch_limit)
         found: list[Tensor] = []
-        first = 0
-        while first < len(requests):
+        while (first := sum(map(len, found))) < len(requests):
             part = requests[first : first + size]
             try:
                 found.append(self._generate_batch(part, first, on_progress, times))
@@ -251,8 +249,6 @@ class NativeEngine:
                     raise
                 size = self._batch_limit = max(1, len(part) // 2)
                 _log.warning("out of GPU memory; going on with batches of %d", size)
-                continue
-            first += len(part)
         return torch.cat(found).view(-1, rows, columns)
 
     def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
@@ -260,7 +256,7 @@ class NativeEngine:
         size = sampling_batch_size(
             self.model,
             sequences=max(request.sequences for request in requests),
-            condition_length=_condition_length(requests),
+            condition_length=max(request.condition_length for request in requests),
             window=max(request.window or 1 for request in requests),
         )
         return min(size, self._batch_limit)
@@ -277,22 +273,17 @@ class NativeEngine:
             self.model,
             len(requests),
             max_sequences=sum(request.sequences for request in requests),
-            condition_length=_condition_length(requests),
+            condition_length=max(request.condition_length for request in requests),
             grid=self.grid,
             times=times,
         )
         images = batch.add(requests)
-        reported = 0
-        while True:
-            finished = min(image.final for image in images) // columns
+        for row in range(1, rows + 1):
+            while min(image.final for image in images) < row * columns:
+                batch.step()
             if on_progress is not None:
-                for row in range(reported + 1, finished + 1):
-                    codes = batch.codes_of(images, row * columns).view(-1, rows, columns)
-                    on_progress(Progress(first=first, row=row, rows=rows, codes=codes))
-            reported = finished
-            if finished == rows:
-                break
-            batch.step()
+                codes = batch.codes_of(images, row * columns).view(-1, rows, columns)
+                on_progress(Progress(first=first, row=row, rows=rows, codes=codes))
         batch.check_finite(images)
         return batch.codes_of(images, batch.total)
 
@@ -368,9 +359,8 @@ class NativeEngine:
                 self._running = {}
                 self._batch.clear()
         with self._changed:
-            waiting = [handle for handles in self._waiting.values() for handle in handles]
-            self._waiting = {}
-        for handle in [*waiting, *self._running.values()]:
+            waiting, self._waiting = self._waiting, {}
+        for handle in itertools.chain(*waiting.values(), self._running.values()):
             handle.send(EngineError("the engine is closed"))
 
     def _next_handles(self, batch: Batch) -> list[_Handle]:
@@ -406,29 +396,18 @@ class NativeEngine:
             finished = image.final // columns
             if finished > image.published_rows:
                 image.published_rows = finished
-                handle.send(_update(batch, image, finished * columns))
+                handle.send(_codes_or_error(batch, image, finished * columns))
             if image.is_finished:
                 batch.remove(image)
                 del self._running[image]
 
 
-def _condition_length(requests: Sequence[GenerationRequest]) -> int:
-    """Positions of the longest condition; a negative one of the model's own is as long."""
-    conditions = [
-        condition
-        for request in requests
-        for condition in (request.condition, request.negative, request.blend)
-        if condition is not None
-    ]
-    return max(1 if condition.ndim == 0 else len(condition) for condition in conditions)
-
-
-def _update(batch: Batch, image: GenerationState, count: int) -> list[int] | Exception:
+def _codes_or_error(batch: Batch, image: GenerationState, count: int) -> list[int] | NotFiniteError:
     """The first ``count`` codes of an image."""
-    if image.is_finished:
-        try:
+    try:
+        if image.is_finished:
             batch.check_finite([image])
-        except NotFiniteError as error:
-            return error
+    except NotFiniteError as error:
+        return error
     codes: list[int] = batch.codes_of([image], count)[0, :count].tolist()
     return codes

@@ -6,6 +6,7 @@ Shapes: B images, C condition length.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,17 +72,12 @@ def generate_codes(
     if unconditional is not None:
         mask = condition_mask if unconditional_mask is None else unconditional_mask
         negatives = without_padding(unconditional, mask)
+    of_all: dict[str, Any] = {"sampling": sampling or SamplingConfig(), "window": window}
+    known_codes = [None] * images if known is None else known
     requests = [
-        GenerationRequest(
-            condition=own,
-            seed=seed,
-            sampling=sampling or SamplingConfig(),
-            negative=negative,
-            known_codes=known_codes,
-            window=window,
-        )
-        for own, seed, negative, known_codes in zip(
-            conditions, seeds, negatives, [None] * images if known is None else known, strict=True
+        GenerationRequest(condition=own, seed=seed, negative=negative, known_codes=codes, **of_all)
+        for own, seed, negative, codes in zip(
+            conditions, seeds, negatives, known_codes, strict=True
         )
     ]
     return NativeEngine(model, grid=grid).generate(

@@ -40,7 +40,6 @@ def code_log_likelihoods(
     by_shape: dict[torch.Size, list[int]] = {}
     for index, condition in enumerate(each):
         by_shape.setdefault(condition.shape, []).append(index)
-    grid = (codes.shape[1], codes.shape[2])
     flat = codes.flatten(1).to(model.device)
     batch = max(1, _MAX_LOGITS // (flat.shape[1] * model.config.codebook_size))
     found = torch.empty(flat.shape, dtype=torch.float32, device=model.device)
@@ -55,7 +54,7 @@ def code_log_likelihoods(
             own[:, :-1],
             torch.stack([each[member] for member in members]).to(model.device),
             drop_condition=torch.full((len(members),), not conditional, device=model.device),
-            grid=grid,
+            grid=(codes.shape[1], codes.shape[2]),
         )
         nats = F.cross_entropy(logits.float().flatten(0, 1), own.flatten(), reduction="none")
         found[members] = -nats.view(len(members), -1)

@@ -31,11 +31,8 @@ def sampling_batch_size(
 ) -> int:
     """Return how many images can be generated at once, from 1 to ``MAX_BATCH``.
 
-    Args:
-        model: in the precision and on the device to compute with.
-        sequences: of each image.
-        condition_length: positions of the condition; by default the model's maximum.
-        window: codes of each image that a pass predicts.
+    Each has ``sequences`` with ``condition_length`` positions of a condition (by default the
+    model's maximum), and a pass predicts ``window`` codes of it.
     """
     config = model.config
     length = config.condition_length if condition_length is None else condition_length

@@ -42,6 +42,16 @@ class GenerationRequest:
     them one by one; by default more where that is faster."""
 
     @property
+    def conditions(self) -> list[Tensor]:
+        """Those of its conditions that are given."""
+        return [each for each in (self.condition, self.negative, self.blend) if each is not None]
+
+    @property
+    def condition_length(self) -> int:
+        """Positions of the longest condition; a negative one of the model's own is as long."""
+        return max(len(each) if each.ndim else 1 for each in self.conditions)
+
+    @property
     def sequences(self) -> int:
         """Sequences of the transformer that it needs, at most."""
         return 1 + self.sampling.guided + (self.blend is not None)

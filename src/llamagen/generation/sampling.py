@@ -21,6 +21,7 @@ from torch import Tensor
 from llamagen.backends import use_reference
 from llamagen.backends.cpu.sampling import CpuSampler
 from llamagen.config import SamplingConfig
+from llamagen.models.transformer.tokens import to_index
 
 GREEDY_TEMPERATURE = 1e-6
 """Temperatures below it take the most likely code: logits divided by less would overflow."""
@@ -88,17 +89,11 @@ def apply_min_p(logits: Tensor, p: Value) -> Tensor:
 
 
 def sample_from(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Sample from softmax(logits) by inverting its cumulative distribution.
+    """Sample codes (D,) int64 from softmax(logits) by inverting its cumulative distribution.
 
-    One uniform number per row decides its code, so neither other rows nor the device's random
-    generator have any influence.
-
-    Args:
-        logits: (D, V) float32, -inf where a code cannot be sampled.
-        uniforms: (D,) in [0, 1).
-
-    Returns:
-        (D,) int64 codes.
+    ``logits`` (D, V) are float32, -inf where a code cannot be sampled. One of the ``uniforms`` (D,)
+    in [0, 1) decides each row's code, so neither other rows nor the device's random generator have
+    any influence.
     """
     weights = logits.softmax(-1)
     # In float32 the sum over 16384 codes would shift the later codes' probabilities. MPS has no
@@ -129,13 +124,10 @@ class Filters:
     def of(cls, rows: Sequence[SamplingConfig], device: torch.device | str = "cpu") -> Filters:
         """Return the filters of some rows, in their order, to be used on ``device``."""
         greedy = [row.temperature < GREEDY_TEMPERATURE for row in rows]
-        divisors = [
-            1.0 if is_greedy else row.temperature
-            for row, is_greedy in zip(rows, greedy, strict=True)
-        ]
+        temperatures = [max(row.temperature, GREEDY_TEMPERATURE) for row in rows]
         return cls(
             greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
-            temperature=_column(divisors, device),
+            temperature=_column(temperatures, device),
             top_k=_column([row.top_k for row in rows], device),
             # Rounding may let all probabilities together exceed 1.
             top_p=_column([row.top_p if row.top_p < 1.0 else 2.0 for row in rows], device),
@@ -155,29 +147,13 @@ class Filters:
 
 
 def sample_codes(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
-    """Sample one code per row.
-
-    Args:
-        logits: (D, V) float32, guided where guidance is wanted.
-        filters: of the same rows.
-        uniforms: (D,) in [0, 1).
-
-    Returns:
-        (D,) int64 codes.
-    """
+    """Sample codes (D,) from guided logits (D, V) float32, with ``uniforms`` (D,) in [0, 1)."""
     if filters.greedy is not None and bool(filters.greedy.all()):
         return logits.argmax(-1)
     codes = sample_from(filters(logits), uniforms)
     if filters.greedy is None:
         return codes
     return torch.where(filters.greedy, logits.argmax(-1), codes)
-
-
-def code_probabilities(logits: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Return the probabilities (..., V) with which guided logits (..., V) are sampled."""
-    if sampling.temperature < GREEDY_TEMPERATURE:
-        return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-    return Filters.of([sampling])(logits).softmax(-1)
 
 
 @dataclass(slots=True)
@@ -223,24 +199,16 @@ class ReferenceSampler:
         self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See ``Sampler``."""
-        logits = conditional[self._to_device(rows.conditional)].float()
-        guided = (rows.unconditional >= 0) & (rows.scales != 1.0)
-        if guided.any():
-            every = bool(guided.all())
-            own = logits if every else logits[self._to_device(guided.nonzero()[0])]
-            other = unconditional[self._to_device(rows.unconditional[guided])].float()
-            scales = self._to_device(rows.scales[guided]).unsqueeze(-1)
-            mixed = apply_guidance(own, other, scales)
-            if every:
-                logits = mixed
-            else:
-                logits = logits.clone()
-                logits[self._to_device(guided.nonzero()[0])] = mixed
-        finite = logits.isfinite().all(-1)
-        return sample_codes(logits, self._filters, uniforms), finite
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        logits = conditional[to_index(rows.conditional, self._device)].float()
+        guided = np.flatnonzero((rows.unconditional >= 0) & (rows.scales != 1.0))
+        if len(guided) > 0:
+            others = to_index(rows.unconditional[guided], self._device)
+            scales = torch.from_numpy(rows.scales[guided]).to(self._device, non_blocking=True)
+            own = slice(None) if len(guided) == len(logits) else to_index(guided, self._device)
+            logits[own] = apply_guidance(
+                logits[own], unconditional[others].float(), scales.unsqueeze(-1)
+            )
+        return sample_codes(logits, self._filters, uniforms), logits.isfinite().all(-1)
 
 
 def _column(values: Sequence[Any], device: torch.device | str) -> Any:

@@ -28,9 +28,8 @@ def check_seed(seed: int) -> int:
 def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Return a seed for each of ``count`` images.
 
-    Args:
-        seed: of the first, the next get the next numbers; or one of each; random if None.
-        count: images.
+    ``seed`` is that of the first, and the next get the next numbers; or one of each; None for a
+    random one.
 
     Raises:
         InputError: there are several, but not as many as images.

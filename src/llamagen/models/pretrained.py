@@ -7,6 +7,7 @@ or initial values and fills it tensor by tensor, so it never holds the weights t
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -103,13 +104,12 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         expected = model.state_dict()
         needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
         check_shapes(needed, shapes, source=source, kind=cls.kind)
-        parameters = {name for name, _ in model.named_parameters()}
+        parameters = dict(model.named_parameters())
         for name, read in tensors:
             tensor, is_parameter = read(), name in parameters
             # What a quantised layer keeps has a type of its own, whatever the model's is.
             kept = (dtype or tensor.dtype) if is_parameter else expected[name].dtype
-            wants_floats = is_parameter or kept.is_floating_point
-            if tensor.is_floating_point() != wants_floats:
+            if tensor.is_floating_point() != (is_parameter or kept.is_floating_point):
                 usual = "floating-point numbers" if is_parameter else "quantised weights"
                 raise InputError(
                     f"{source}: {name} holds {tensor.dtype}, expected {usual}; weights that were "
@@ -137,11 +137,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         Args:
             save_directory: the folder; other files in it stay.
             repo_id: where to push to; by default a repository with the folder's name.
-            push_to_hub: upload the folder to the hub as well.
+            push_to_hub: upload the folder as well, and return the address of the hub's commit.
             options: of ``push_to_hub``.
-
-        Returns:
-            The address of the hub's commit, if there is one.
 
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
@@ -293,17 +290,16 @@ def check_shapes(
     Raises:
         InputError: names the first tensor that is missing, superfluous or of another shape.
     """
-    for name, shape in expected.items():
+    for name in [*expected, *found]:
         if name not in found:
-            raise InputError(f"{source}: not this {kind}: weight {name} {shape} is missing")
-        if tuple(found[name]) != shape:
-            raise InputError(
-                f"{source}: not this {kind}: weight {name} has shape {tuple(found[name])}, "
-                f"expected {shape}"
-            )
-    for name in found:
-        if name not in expected:
-            raise InputError(f"{source}: not this {kind}: there is no weight {name} in it")
+            reason = f"weight {name} {expected[name]} is missing"
+        elif name not in expected:
+            reason = f"there is no weight {name} in it"
+        elif (shape := tuple(found[name])) != expected[name]:
+            reason = f"weight {name} has shape {shape}, expected {expected[name]}"
+        else:
+            continue
+        raise InputError(f"{source}: not this {kind}: {reason}")
 
 
 class _NoInitialValues(TorchFunctionMode):
@@ -339,15 +335,15 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield the tensors of a safetensors file, read on demand."""
-
-    # Opened anew for each tensor: pages of a mapping stay in memory until it is closed.
-    def read(name: str) -> Tensor:
-        with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
-
     for name in safetensors_shapes(path):
-        yield name, lambda name=name: read(name)  # type: ignore[misc]
+        yield name, functools.partial(_read_tensor, path, name)
+
+
+def _read_tensor(path: Path, name: str) -> Tensor:
+    # Opened anew for each tensor: pages of a mapping stay in memory until it is closed.
+    with safe_open(path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
 
 
 def is_repo_id(text: str) -> bool:
@@ -372,22 +368,18 @@ def hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
     Raises:
         InputError: no such repository or file, no access to it, no network and no copy.
     """
-    wanted = repo if file is None else f"{file} of {repo}"
+    hub, wanted = constants.ENDPOINT, repo if file is None else f"{file} of {repo}"
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set; unset it, or download it first"
     else:
-        reason = (
-            f"{constants.ENDPOINT} did not answer as a hub does; check the network, a proxy and "
-            f"HF_ENDPOINT"
-        )
+        reason = f"{hub} did not answer as a hub does; check the network, a proxy and HF_ENDPOINT"
     missing = f"{wanted} is not on this machine, neither as a file nor as a download, and {reason}"
     # The first that fits: some derive from others.
     messages: dict[type[Exception], str] = {
         errors.GatedRepoError: f"the hub gives {repo} only to those who accept its terms: do so at "
-        f"{constants.ENDPOINT}/{repo}, and log in with `hf auth login`",
-        errors.RepositoryNotFoundError: f"there is no repository {repo} on the hub "
-        f"({constants.ENDPOINT}), and no such folder here; check the name, and log in with "
-        f"`hf auth login` if it is private",
+        f"{hub}/{repo}, and log in with `hf auth login`",
+        errors.RepositoryNotFoundError: f"there is no repository {repo} on the hub ({hub}), and no "
+        f"such folder here; check the name, and log in with `hf auth login` if it is private",
         errors.RevisionNotFoundError: f"{repo} on the hub has no such revision; check its name",
         errors.LocalEntryNotFoundError: missing,
         errors.OfflineModeIsEnabled: missing,
@@ -404,5 +396,5 @@ def hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"the download of {wanted} from {constants.ENDPOINT} failed ({reason}); try again"
+            f"the download of {wanted} from {hub} failed ({reason}); try again"
         ) from error

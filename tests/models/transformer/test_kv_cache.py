@@ -75,8 +75,7 @@ def test_int8_rounds_to_half_a_step():
     given = torch.randn(2, 3, 5, 4, model.config.head_dim)  # keys and values of five positions
     given[0, 1, 3, 2] = 0
     index = (torch.arange(3).unsqueeze(1), torch.arange(5).expand(3, 5))
-    cache.write(1, index, *given)
-    read = cache.read(1, slice(0, 3), 5, torch.float32)
+    read = cache.update(index, slice(0, 3), 5, 1, *given)
     for stored, wanted in zip(read, given.transpose(2, 3), strict=True):
         step = wanted.abs().amax(-1, keepdim=True) / 127
         assert stored.dtype == torch.float32

@@ -20,13 +20,9 @@ MAX_TOKENS = 32
 def new_schedule(
     request: GenerationRequest, total: int, *, is_wide: bool, sequences: int
 ) -> Schedule:
-    """Return the schedule of an image that starts.
+    """Return the schedule of an image of ``total`` codes, which starts.
 
-    Args:
-        request: the image.
-        total: its codes.
-        is_wide: see ``backends.Step``.
-        sequences: of the whole batch, the image's included.
+    ``is_wide`` as in ``backends.Step``; ``sequences`` of the whole batch, the image's included.
     """
     known = request.known_codes
     # Found faster for few images on CPUs with AMX, where sixteen rows of a pass cost what one

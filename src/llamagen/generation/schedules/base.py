@@ -27,10 +27,8 @@ class Schedule(Protocol):
     needs_codes: bool
     """Whether ``accept`` reads the codes, which makes the host wait for the device."""
 
-    @property
-    def final(self) -> int:
-        """Number of codes that are final: those of the first cells in raster order."""
-        ...
+    final: int
+    """Number of codes that are final: those of the first cells in raster order."""
 
     def first_pass(self) -> Pass:
         """Return the pass that reads the condition."""
@@ -39,8 +37,7 @@ class Schedule(Protocol):
     def next_pass(self, max_tokens: int) -> Pass:
         """Return the next pass, of an image that is not finished.
 
-        Args:
-            max_tokens: tokens of this image up to which a pass costs little more time.
+        Up to ``max_tokens`` tokens of this image, a pass costs little more time.
         """
         ...
 

@@ -34,18 +34,15 @@ class JacobiSchedule:
     needs_codes = True
 
     def __init__(self, total: int, window: int | None = None) -> None:
-        """Start an image.
+        """Start an image of ``total`` codes, ``window`` of which a pass predicts.
 
-        Args:
-            total: codes of the image.
-            window: codes that a pass predicts, at least 1; by default it grows where drafts hold
-                and ends where they do not.
+        By default the window grows where drafts hold and ends where they do not.
         """
         self._total = total
         self._window = window
-        self._final = 0
+        self.final = 0
         self._drafts: list[int] = []
-        """Guesses at the codes of the cells from ``_final`` on."""
+        """Guesses at the codes of the cells from ``final`` on."""
         self._last = 0
         """The last final code."""
         self._repeated = 0
@@ -53,25 +50,21 @@ class JacobiSchedule:
         self._codes_per_pass = 2.0
         self._windows = 0
 
-    @property
-    def final(self) -> int:
-        """See ``Schedule``."""
-        return self._final
-
     def first_pass(self) -> Pass:
         """See ``Schedule``."""
         return Pass((), (0,), (0,))
 
     def next_pass(self, max_tokens: int) -> Pass:
         """See ``Schedule``."""
-        width = max(1, min(self._width(max_tokens), self._total - self._final))
+        start = self.final
+        width = max(1, min(self._width(max_tokens), self._total - start))
         # Cleverer guesses, such as the code above in the grid, save no passes.
         self._drafts += [self._repeated] * (width - 1 - len(self._drafts))
         # What is fed stands before what is predicted.
-        start = self._final
-        feed = range(start - 1, start - 1 + width)
         codes = [self._last, *self._drafts[: width - 1]]
-        return Pass(feed, range(start, start + width), range(width), codes)
+        return Pass(
+            range(start - 1, start - 1 + width), range(start, start + width), range(width), codes
+        )
 
     def _width(self, max_tokens: int) -> int:
         if self._window is not None:
@@ -88,12 +81,11 @@ class JacobiSchedule:
         final = held + 1
         if len(codes) > 1:
             self._windows += 1
-            step = min(self._windows + 1, 8)
-            self._codes_per_pass += (final - self._codes_per_pass) / step
-        is_first = self._final == 0
+            self._codes_per_pass += (final - self._codes_per_pass) / min(self._windows + 1, 8)
+        is_first = self.final == 0
         # A guess may have led to logits that are not finite (-1): any code is as good.
         guesses = [max(code, 0) for code in codes]
         self._last, self._repeated = guesses[held], guesses[-1]
         self._drafts = guesses[final:]
-        self._final += final
+        self.final += final
         return 0 if is_first else final

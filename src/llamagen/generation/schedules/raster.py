@@ -16,45 +16,33 @@ class RasterSchedule:
     needs_codes = False
 
     def __init__(self, total: int, known: Sequence[bool] | None = None) -> None:
-        """Start an image.
-
-        Args:
-            total: codes of the image.
-            known: for each of them whether it is known; by default none is.
-        """
-        self._unknown = [cell for cell in range(total) if known is None or not known[cell]]
+        """Start an image of ``total`` codes, of which those ``known`` are not sampled."""
+        unknown = [cell for cell in range(total) if known is None or not known[cell]]
+        self._unknown = iter([*unknown, total])
         self._total = total
+        self.final = next(self._unknown)
         self._fed = 0
-        self._next = 0
-        """Index into ``_unknown``."""
-
-    @property
-    def final(self) -> int:
-        """See ``Schedule``."""
-        return self._unknown[self._next] if self._next < len(self._unknown) else self._total
 
     def first_pass(self) -> Pass:
         """See ``Schedule``."""
-        return Pass((), *self._sampled(0, 0))
+        return self._pass(0)
 
     def next_pass(self, max_tokens: int) -> Pass:
         """See ``Schedule``."""
         del max_tokens
-        end = min(self.final, self._fed + _MAX_KNOWN)
-        feed = range(self._fed, end)
-        return Pass(feed, *self._sampled(end, len(feed) - 1))
+        return self._pass(min(self.final, self._fed + _MAX_KNOWN))
 
-    def _sampled(self, fed: int, row: int) -> tuple[Sequence[int], Sequence[int]]:
-        """The code behind the first ``fed`` ones, if it is to be sampled."""
-        is_unknown = self.final == fed < self._total
-        self._sampling = is_unknown
-        self._end = fed
-        return ((fed,), (row,)) if is_unknown else ((), ())
+    def _pass(self, end: int) -> Pass:
+        """Feed the codes before ``end``; sample the one there, unless it is known."""
+        feed = range(self._fed, end)
+        self._end, self._is_sampling = end, end == self.final < self._total
+        sampled = ((end,), (max(0, len(feed) - 1),)) if self._is_sampling else ((), ())
+        return Pass(feed, *sampled)
 
     def accept(self, codes: Sequence[int]) -> int:
         """See ``Schedule``."""
         del codes
-        fed = self._end - self._fed
-        self._fed = self._end
-        self._next += self._sampling
-        return fed
+        accepted, self._fed = self._end - self._fed, self._end
+        if self._is_sampling:
+            self.final = next(self._unknown)
+        return accepted

@@ -6,7 +6,8 @@ K key-value heads, E head dimension.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +21,16 @@ from llamagen.models.transformer.rope import apply_rope
 class AttentionMask(NamedTuple):
     """Which positions may attend to which, in the cheapest form that expresses it."""
 
-    causal: bool
+    causal: bool = False
     """Each position attends to itself and to what stands before it."""
-    allowed: Tensor | None
+    allowed: Tensor | None = None
     """(B or 1, 1, T, L) bool, where ``causal`` alone does not express it."""
     valid: Tensor | None = None
     """(B, L) bool, where ``allowed`` is causality and padding (False)."""
 
 
-class LayerCache(Protocol):
-    """Stores the new keys and values of a layer and returns those to attend to."""
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, T, K, E); return those of L positions, (B, K, L, E)."""
-        ...
+UpdateCache = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Stores a layer's new keys and values (B, T, K, E); returns those to attend to, (B, K, L, E)."""
 
 
 class RMSNorm(nn.Module):
@@ -62,23 +59,20 @@ class Attention(nn.Module):
         self.kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
         self.attention_dropout = config.attention_dropout
-        width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.wqkv = nn.Linear(config.dim, width, bias=False)
+        heads = self.heads + 2 * self.kv_heads
+        self.wqkv = nn.Linear(config.dim, heads * self.head_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
         self.resid_dropout = training_ops.Dropout(config.residual_dropout)
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: UpdateCache | None
     ) -> Tensor:
         """``x`` (B, T, D) with ``rope`` ([B,] T, E / 2, 2) to (B, T, D)."""
         q, k, v = self._heads(self.wqkv(x), rope)
         if cache is not None:
-            k, v = cache.update(self.layer, k.transpose(1, 2), v.transpose(1, 2))
+            k, v = cache(self.layer, k.transpose(1, 2), v.transpose(1, 2))
         dropout = self.attention_dropout if self.training else 0.0
         is_causal = dropout == 0 and (mask.causal or mask.valid is not None)
         if self.training and is_causal and training_ops.should_use_causal_attention(q, k):
@@ -97,8 +91,7 @@ class Attention(nn.Module):
 
     def _heads(self, projected: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, T, (H + 2K) E) to queries, keys and values (B, heads, T, E), RoPE applied."""
-        is_normed = self.q_norm is not None
-        if not is_normed and rope.ndim == 3 and training_ops.should_use(projected):
+        if self.q_norm is None and rope.ndim == 3 and training_ops.should_use(projected):
             return training_ops.rotated_heads(projected, rope, self.heads, self.kv_heads)
         heads = projected.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2K, E)
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
@@ -134,9 +127,8 @@ class DropPath(nn.Module):
         """(B, T, D) to the same shape; branches that remain are scaled up to preserve the mean."""
         if not self.training or self.probability == 0.0:
             return branch
-        keep_probability = 1.0 - self.probability
-        scale = branch.new_empty(branch.shape[0], 1, 1)
-        return branch * scale.bernoulli_(keep_probability).div_(keep_probability)
+        keep = 1.0 - self.probability
+        return branch * branch.new_empty(branch.shape[0], 1, 1).bernoulli_(keep).div_(keep)
 
 
 class TransformerBlock(nn.Module):
@@ -151,7 +143,7 @@ class TransformerBlock(nn.Module):
         self.drop_path = DropPath(config.drop_path * layer / max(config.layers - 1, 1))
 
     def forward(
-        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: UpdateCache | None
     ) -> Tensor:
         """``x`` (B, T, D) with ``rope`` ([B,] T, E / 2, 2) to (B, T, D)."""
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache))

@@ -38,11 +38,10 @@ class ClassCondition(nn.Module):
                 f"class labels have shape {tuple(labels.shape)} and type {labels.dtype}, "
                 f"expected one integer per image"
             )
-        if labels.numel() > 0 and not (
-            0 <= int(labels.min()) and int(labels.max()) <= self.num_classes
-        ):
+        low, high = map(int, labels.aminmax()) if labels.numel() else (0, 0)
+        if low < 0 or high > self.num_classes:
             raise InputError(
-                f"class labels run from {int(labels.min())} to {int(labels.max())}, but this "
+                f"class labels run from {low} to {high}, but this "
                 f"model has classes 0 to {self.num_classes - 1} ({self.num_classes} is no class)"
             )
 
@@ -75,8 +74,7 @@ class TextCondition(nn.Module):
 
         Features stand at the end of the condition, so C below text_length takes the last C.
         """
-        length = features.shape[1]
-        return self.uncond_embedding[-length:].expand(features.shape)
+        return self.uncond_embedding[-features.shape[1] :].expand(features.shape)
 
     def check(self, features: Tensor) -> None:
         """Raise InputError unless ``features`` is (B, C, text_dim) with C <= text_length."""

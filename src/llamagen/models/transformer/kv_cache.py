@@ -1,6 +1,7 @@
 """The key-value cache: a value that whoever generates owns, never part of the model.
 
-Shapes: S sequences there is room for, K key-value heads, L positions, E head dimension.
+Shapes: S sequences there is room for, K key-value heads, L positions, E head dimension; of a step
+R sequences and T tokens fed to each.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class KVCache:
     keys: list[Tensor]
     """One (S, K, L, E) tensor per layer."""
     values: list[Tensor]
-    """One (S, K, L, E) tensor per layer."""
+    """Likewise."""
     key_scales: list[Tensor] = field(default_factory=list)
     """One (S, K, L) float32 tensor per layer where keys are int8, else empty."""
     value_scales: list[Tensor] = field(default_factory=list)
@@ -50,16 +51,16 @@ class KVCache:
         dtype: torch.dtype,
     ) -> KVCache:
         """Return a cache for ``sequences`` of ``positions``; ``dtype`` is the model's, or int8."""
-        shape = (sequences, config.num_kv_heads, positions, config.head_dim)
+        shape = (sequences, config.num_kv_heads, positions)
 
-        def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+        def allocate(*shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
             # Zeros: what attention masks out must still be finite.
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
 
-        cache = cls(allocate(shape, dtype), allocate(shape, dtype))
+        cache = cls(allocate(*shape, config.head_dim), allocate(*shape, config.head_dim))
         if dtype == torch.int8:
-            cache.key_scales = allocate(shape[:-1], torch.float32)
-            cache.value_scales = allocate(shape[:-1], torch.float32)
+            cache.key_scales = allocate(*shape, dtype=torch.float32)
+            cache.value_scales = allocate(*shape, dtype=torch.float32)
         return cache
 
     @property
@@ -86,53 +87,50 @@ class KVCache:
 
     def remove(self, sequence: int) -> None:
         """End a sequence; the last one takes its number."""
-        last = self.sequences - 1
+        last, length = self.sequences - 1, self.lengths[-1]
         if sequence != last:
-            length = self.lengths[last]
             for part in (*self.keys, *self.values, *self.key_scales, *self.value_scales):
                 part[sequence, :, :length] = part[last, :, :length]
             self.lengths[sequence] = length
         self.lengths.pop()
 
-    def clear(self) -> None:
-        """End all sequences."""
-        self.lengths = []
+    def update(
+        self,
+        index: tuple[Tensor, Tensor],
+        sequences: slice | Tensor,
+        end: int,
+        layer: int,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Store keys and values (R, T, K, E) of a layer; return all (R, K, end, E) up to ``end``.
 
-    def write(self, layer: int, index: tuple[Tensor, Tensor], keys: Tensor, values: Tensor) -> None:
-        """Store keys and values (R, T, K, E) of a layer.
-
-        ``index`` is the sequences (R, 1) and the positions (R, T), int64.
+        Args:
+            index: sequences (R, 1) and positions (R, T) that are written, int64.
+            sequences: those that are read.
+            end: positions that are read.
+            layer: number of the layer.
+            keys: what is written.
+            values: likewise.
         """
-        where = (index[0], slice(None), index[1])
-        for stored, scales, new in (
-            (self.keys, self.key_scales, keys),
-            (self.values, self.value_scales, values),
-        ):
+        written, read = (index[0], slice(None), index[1]), (sequences, slice(None), slice(end))
+
+        def part(stored: list[Tensor], scales: list[Tensor], new: Tensor) -> Tensor:
             if not scales:
-                stored[layer][where] = new
-                continue
+                stored[layer][written] = new
+                return stored[layer][read]
             floats = new.float()
             largest = floats.abs().amax(-1).clamp(min=_SMALLEST_SCALE)
             integers = (floats * (_INT8_MAX / largest).unsqueeze(-1)).round().to(torch.int8)
-            stored[layer][where] = integers
-            scales[layer][where] = largest * (1.0 / _INT8_MAX)
+            stored[layer][written] = integers
+            scales[layer][written] = largest * (1.0 / _INT8_MAX)
+            return (stored[layer][read] * scales[layer][read].unsqueeze(-1)).to(new.dtype)
 
-    def read(
-        self, layer: int, sequences: slice | Tensor, positions: int, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Return the first ``positions`` keys and values (R, K, positions, E) of a layer."""
-        where = (sequences, slice(None), slice(positions))
-
-        def part(stored: list[Tensor], scales: list[Tensor]) -> Tensor:
-            own = stored[layer][where]
-            return (own * scales[layer][where].unsqueeze(-1)).to(dtype) if scales else own
-
-        return part(self.keys, self.key_scales), part(self.values, self.value_scales)
+        return part(self.keys, self.key_scales, keys), part(self.values, self.value_scales, values)
 
     @staticmethod
     def bytes_per_sequence(config: TransformerConfig, positions: int, dtype: torch.dtype) -> int:
         """Return the memory that one sequence takes."""
-        per_head = config.head_dim * dtype.itemsize
-        if dtype == torch.int8:
-            per_head += torch.float32.itemsize
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        per_head = config.head_dim * dtype.itemsize + scale
         return 2 * config.layers * config.num_kv_heads * positions * per_head

@@ -4,14 +4,14 @@ A condition (one class embedding, or projected text features) stands in front of
 model predicts each code from the condition and the codes before it in raster order. One class
 serves both kinds of condition, training and sampling; a KV cache is an argument, never state.
 
-Shapes: B batch, T codes given, C condition length, D width, V codebook size; of a step N tokens in
-R sequences, M logits that are wanted.
+Shapes: B batch, T codes given, C condition length, D width, V codebook size; of a step N tokens, M
+of them wanted, as a rectangle R sequences of T.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+import functools
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,15 +23,15 @@ from llamagen.config import Grid, TransformerConfig
 from llamagen.models.pretrained import PretrainedModel
 from llamagen.models.transformer.blocks import (
     AttentionMask,
-    LayerCache,
     RMSNorm,
     TransformerBlock,
+    UpdateCache,
 )
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
 from llamagen.models.transformer.kv_cache import KVCache
 from llamagen.models.transformer.quantization import QuantizedLinear, make_quantized
 from llamagen.models.transformer.rope import rope_table
-from llamagen.models.transformer.tokens import NO_CELL, Tokens
+from llamagen.models.transformer.tokens import NO_CELL, Tokens, to_index
 from llamagen.models.transformer.training_ops import Dropout
 
 
@@ -102,35 +102,12 @@ class Transformer(PretrainedModel[TransformerConfig]):
             std = self.config.text_dim**-0.5 if is_text else 0.02
             nn.init.normal_(tensor, std=std, generator=generator)
 
-    def forward(
-        self,
-        codes: Tensor,
-        condition: Tensor,
-        *,
-        condition_mask: Tensor | None = None,
-        drop_condition: Tensor | None = None,
-        grid: Grid | None = None,
-    ) -> Tensor:
+    def forward(self, codes: Tensor, condition: Tensor, **options: Any) -> Tensor:
         """Return the logits of the next code at every position, given the codes before it.
 
-        Args:
-            codes: (B, T) int, the first T codes in raster order; in training all but the last.
-            condition: labels (B,) or text features (B, C, text_dim), real features last.
-            condition_mask: (B, C) bool, False where text features are padding.
-            drop_condition: (B,) bool, True where the condition is replaced by "no condition".
-            grid: rows and columns of the image; by default the configuration's.
-
-        Returns:
-            (B, T + 1, V) logits; row t is the prediction of code t.
+        Takes what ``hidden_states`` takes. Returns (B, T + 1, V) logits; row t predicts code t.
         """
-        hidden = self.hidden_states(
-            codes,
-            condition,
-            condition_mask=condition_mask,
-            drop_condition=drop_condition,
-            grid=grid,
-        )
-        return self.output(hidden)
+        return self.output(self.hidden_states(codes, condition, **options))
 
     def hidden_states(
         self,
@@ -141,14 +118,21 @@ class Transformer(PretrainedModel[TransformerConfig]):
         drop_condition: Tensor | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
-        """As ``forward``, but the normalised states (B, T + 1, D) in front of the output head."""
+        """Return the normalised states (B, T + 1, D) in front of the output head.
+
+        Args:
+            codes: (B, T) int, the first T codes in raster order; in training all but the last.
+            condition: labels (B,) or text features (B, C, text_dim), real features last.
+            condition_mask: (B, C) bool, False where text features are padding.
+            drop_condition: (B,) bool, True where the condition is replaced by "no condition".
+            grid: rows and columns of the image; by default the configuration's.
+        """
         embedded = self.cls_embedding(condition, drop_condition)  # (B, C, D)
         length = embedded.shape[1]
         x = torch.cat([embedded, self.tok_embeddings(codes)], dim=1)
-        cells = [*(NO_CELL for _ in range(length)), *range(codes.shape[1])]
-        rope = self.rope_table(grid or self.config.grid)[cells]
+        rope = self.rope_table(grid)[[NO_CELL] * length + list(range(codes.shape[1]))]
         mask = _training_mask(x.shape[1], condition_mask, x.device)
-        return self._run(x, rope, mask, cache=None)[:, length - 1 :]
+        return self._run(x, rope, mask)[:, length - 1 :]
 
     def new_cache(self, sequences: int, positions: int) -> KVCache:
         """Return an empty cache, where this model is."""
@@ -182,11 +166,25 @@ class Transformer(PretrainedModel[TransformerConfig]):
             cache: holds the positions before those of the tokens.
             grid: rows and columns of the image; by default the configuration's.
         """
-        batch = _Rectangle.of(tokens, self.device)
-        x = self.embed(tokens)[batch.gather]  # (R, T, D)
-        rope = self.rope_table(grid or self.config.grid)[batch.cells]
-        hidden = self._run(x, rope, batch.mask(), batch.view(cache, x.dtype))
-        return self.output(hidden.flatten(0, 1)[batch.wanted])
+        numbers, gather, rows, columns = tokens.rectangle()
+        first, count, width = int(numbers[0]), *gather.shape
+        host_positions = tokens.positions[gather]
+        end = int(host_positions.max()) + 1
+        positions = to_index(host_positions, self.device)
+        if np.array_equal(host_positions, np.tile(np.arange(end), (count, 1))):
+            mask = AttentionMask(causal=True)
+        elif (host_positions == end - 1).all():
+            mask = AttentionMask()
+        else:
+            mask = _mask_up_to(positions, end)
+        sequences = to_index(numbers, self.device)
+        are_neighbours = numbers[-1] - first + 1 == count
+        read = slice(first, first + count) if are_neighbours else sequences
+        update = functools.partial(cache.update, (sequences.unsqueeze(1), positions), read, end)
+        x = self.embed(tokens)[to_index(gather, self.device)]  # (R, T, D)
+        rope = self.rope_table(grid)[to_index(tokens.cells[gather], self.device)]
+        hidden = self._run(x, rope, mask, update).flatten(0, 1)
+        return self.output(hidden[to_index(rows * width + columns, self.device)])
 
     def step_rectangle(
         self, ids: Tensor, rope: Tensor, positions: Tensor, cache: KVCache, end: int
@@ -204,14 +202,12 @@ class Transformer(PretrainedModel[TransformerConfig]):
             (R, T, V) logits.
         """
         sequences = torch.arange(len(ids), device=ids.device).unsqueeze(1)
-        allowed = torch.arange(end, device=ids.device) <= positions.unsqueeze(-1)
-        mask = AttentionMask(causal=False, allowed=allowed.unsqueeze(1))
-        x = self.tok_embeddings(ids)
-        view = _StepCache(cache, slice(0, len(ids)), (sequences, positions), end, x.dtype)
-        return self.output(self._run(x, rope, mask, view))
+        update = functools.partial(cache.update, (sequences, positions), slice(0, len(ids)), end)
+        mask = _mask_up_to(positions, end)
+        return self.output(self._run(self.tok_embeddings(ids), rope, mask, update))
 
     def _run(
-        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: LayerCache | None
+        self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: UpdateCache | None = None
     ) -> Tensor:
         x = self.tok_dropout(x)
         for block in self.layers:
@@ -221,82 +217,16 @@ class Transformer(PretrainedModel[TransformerConfig]):
                 x = block(x, rope, mask, cache)
         return self.norm(x)
 
-    def rope_table(self, grid: Grid) -> Tensor:
+    def rope_table(self, grid: Grid | None) -> Tensor:
         """Return cosines and sines of a grid's cells; see ``rope.rope_table``."""
-        return rope_table(grid, self.config.head_dim, self.config.rope_base, self.device)
+        config = self.config
+        return rope_table(grid or config.grid, config.head_dim, config.rope_base, self.device)
 
 
-@dataclass(frozen=True)
-class _Rectangle:
-    """Tokens as R sequences of T tokens; shorter ones repeat their last token.
-
-    Repeating is harmless: the same key and value are stored at the same position twice.
-    """
-
-    gather: Tensor | tuple[int, int]
-    sequences: slice | Tensor
-    index: tuple[Tensor, Tensor]
-    cells: Tensor
-    wanted: Tensor
-    end: int
-    host_positions: np.ndarray
-
-    @classmethod
-    def of(cls, tokens: Tokens, device: torch.device) -> _Rectangle:
-        numbers, starts, counts = np.unique(tokens.sequences, return_index=True, return_counts=True)
-        width = int(counts.max())
-        columns = np.minimum(np.arange(width), counts[:, None] - 1)
-        gather = starts[:, None] + columns  # (R, T)
-        # Index of each token in the rectangle.
-        rows = np.repeat(np.arange(len(numbers)), counts)
-        places = rows * width + np.arange(len(tokens)) - starts[rows]
-
-        def to_device(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-
-        first, last = int(numbers[0]), int(numbers[-1]) + 1
-        sequences = to_device(numbers)
-        positions = tokens.positions[gather]
-        return cls(
-            gather=to_device(gather),
-            sequences=slice(first, last) if last - first == len(numbers) else sequences,
-            index=(sequences.unsqueeze(1), to_device(positions)),
-            cells=to_device(tokens.cells[gather]),
-            wanted=to_device(places[tokens.wanted]),
-            end=int(positions.max()) + 1,
-            host_positions=positions,
-        )
-
-    def view(self, cache: KVCache, dtype: torch.dtype) -> _StepCache:
-        return _StepCache(cache, self.sequences, self.index, self.end, dtype)
-
-    def mask(self) -> AttentionMask:
-        """Attention of each token to all positions up to its own."""
-        positions, count = self.host_positions, self.host_positions.shape[1]
-        if count == self.end and bool((positions == np.arange(count)).all()):
-            return AttentionMask(causal=True, allowed=None)
-        if bool((positions == self.end - 1).all()):
-            return AttentionMask(causal=False, allowed=None)
-        index = torch.arange(self.end, device=self.index[1].device)
-        allowed = (index <= self.index[1].unsqueeze(-1)).unsqueeze(1)
-        return AttentionMask(causal=False, allowed=allowed)
-
-
-@dataclass(frozen=True)
-class _StepCache:
-    """The positions of a cache that a step writes and reads."""
-
-    cache: KVCache
-    sequences: slice | Tensor
-    index: tuple[Tensor, Tensor]
-    """Sequences (R, 1) and positions (R, T) that are written."""
-    end: int
-    dtype: torch.dtype
-
-    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``LayerCache``."""
-        self.cache.write(layer, self.index, keys, values)
-        return self.cache.read(layer, self.sequences, self.end, self.dtype)
+def _mask_up_to(positions: Tensor, end: int) -> AttentionMask:
+    """Attention of tokens at ``positions`` (R, T) to all positions up to their own."""
+    allowed = torch.arange(end, device=positions.device) <= positions.unsqueeze(-1)
+    return AttentionMask(allowed=allowed.unsqueeze(1))
 
 
 def _training_mask(
@@ -308,9 +238,9 @@ def _training_mask(
     only, so that its softmax is defined; nothing else attends to it.
     """
     if condition_mask is None:
-        return AttentionMask(causal=True, allowed=None)
-    index = torch.arange(length, device=device)
-    query, key = index.unsqueeze(-1), index
+        return AttentionMask(causal=True)
+    key = torch.arange(length, device=device)
+    query = key.unsqueeze(-1)
     valid = F.pad(condition_mask.bool(), (0, length - condition_mask.shape[1]), value=True)
     allowed = ((key <= query) & valid[:, None, None, :]) | (key == query)
-    return AttentionMask(causal=False, allowed=allowed, valid=valid)
+    return AttentionMask(allowed=allowed, valid=valid)

@@ -16,14 +16,6 @@ from torch import Tensor, nn
 from llamagen.config import TransformerConfig
 from llamagen.support.errors import InputError
 
-_MATRICES = (
-    "attention.wqkv",
-    "attention.wo",
-    "feed_forward.w1",
-    "feed_forward.w3",
-    "feed_forward.w2",
-)
-
 
 class QuantizedLinear(nn.Module):
     """A linear layer without bias: ``weight`` (outputs, inputs) int8 times ``scales`` (outputs,).
@@ -83,8 +75,10 @@ def quantize(model: Any) -> None:
 
 def make_quantized(model: Any, *, fill: bool = False) -> None:
     """Give a ``Transformer`` quantised layers: those of its weights, or empty ones."""
-    blocks = [f"layers.{layer}.{name}" for layer in range(len(model.layers)) for name in _MATRICES]
-    for name in [*blocks, "output"]:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name in names:
+        if name.startswith("cls_embedding."):
+            continue
         linear = model.get_submodule(name)
         quantized = QuantizedLinear(linear.in_features, linear.out_features)
         if fill:

@@ -29,19 +29,11 @@ def rope_table(grid: Grid, head_dim: int, base: float, device: torch.device) -> 
     """
     # A table first made while sampling must also serve a later training step.
     with torch.inference_mode(False), torch.no_grad():
-        rows, columns = grid
         half = head_dim // 2
         exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
         frequencies = 1.0 / base**exponents  # (E / 4,)
-        by_row = torch.arange(rows, device=device).unsqueeze(-1) * frequencies
-        by_column = torch.arange(columns, device=device).unsqueeze(-1) * frequencies
-        angles = torch.cat(
-            [
-                by_row.unsqueeze(1).expand(rows, columns, -1),
-                by_column.unsqueeze(0).expand(rows, columns, -1),
-            ],
-            dim=-1,
-        ).flatten(0, 1)  # (rows * columns, E / 2)
+        cells = torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid))
+        angles = (cells.unsqueeze(-1) * frequencies).flatten(1)  # (rows * columns, E / 2)
         table = torch.stack([angles.cos(), angles.sin()], dim=-1)
         return torch.cat([table, table.new_zeros(1, half, 2)])
 

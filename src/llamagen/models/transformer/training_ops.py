@@ -64,12 +64,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        width = x.shape[-1]
         lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = lengths.square_().div_(width).add_(eps).rsqrt_()  # (..., 1)
+        scale = lengths.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, scale)
-        out = torch.empty_like(x, dtype=dtype)
-        return torch.mul(x * scale, weight, out=out)
+        return torch.mul(x * scale, weight, out=torch.empty_like(x, dtype=dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -88,13 +86,9 @@ class _RMSNorm(torch.autograd.Function):
 def rotated_heads(
     projected: Tensor, rope: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries (B, H, T, E), keys and values (B, K, T, E), the first two rotated.
+    """Split ``projected`` (B, T, (H + 2K) E); rotate by ``rope`` (T, E / 2, 2), see ``apply_rope``.
 
-    Args:
-        projected: (B, T, (H + 2K) E).
-        rope: (T, E / 2, 2), as ``apply_rope`` takes it.
-        heads: H.
-        kv_heads: K.
+    Returns queries (B, H, T, E), keys and values (B, K, T, E), the first two rotated.
     """
     q, k, v = _RotatedHeads.apply(projected, rope, heads, kv_heads)
     return q, k, v
@@ -110,11 +104,10 @@ class _RotatedHeads(torch.autograd.Function):
         ctx.save_for_backward(rope)
         ctx.counts = [heads, kv_heads, kv_heads]
         parts = projected.unflatten(-1, (sum(ctx.counts), -1))  # (B, T, H + 2K, E)
-        unrotated = parts[:, :, : heads + kv_heads]
+        unrotated, v = parts.split([heads + kv_heads, kv_heads], dim=2)
         rotated = _empty_float32(unrotated).copy_(unrotated)
         _pairs(rotated).mul_(torch.view_as_complex(rope).unsqueeze(1))
         q, k = rotated.split(ctx.counts[:2], dim=2)
-        v = parts[:, :, heads + kv_heads :]
         return tuple(_heads_first(part, projected.dtype) for part in (q, k, v))
 
     @staticmethod
@@ -153,12 +146,8 @@ def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def should_use_causal_attention(q: Tensor, k: Tensor) -> bool:
     """Whether ``causal_attention`` is the faster one for these queries and keys (B, H, T, E)."""
-    return (
-        should_use(q)
-        and q.dtype == torch.bfloat16
-        and q.shape == k.shape
-        and q.shape[2] <= _MAX_LENGTH
-    )
+    fits = q.dtype == torch.bfloat16 and q.shape == k.shape and q.shape[2] <= _MAX_LENGTH
+    return should_use(q) and fits
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -167,13 +156,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = Non
     Matrix products over a few heads at a time, so that their scores stay in caches. Beyond
     ``_MAX_STORED_LENGTH`` positions they are recomputed in the backward pass, and no more than one
     chunk of them is ever in memory. Scores are rounded to the input's precision, as unfused
-    attention under autocast does.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        valid: (B, T) bool; what is False is padding, which only itself attends to.
+    attention under autocast does. What is False in ``valid`` (B, T) is padding, which only itself
+    attends to.
     """
     padding = None
     if valid is not None and not valid.all():
@@ -187,15 +171,13 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = Non
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None) -> Tensor:
-        store = q.shape[2] <= _MAX_STORED_LENGTH
         stored = []
         queries, keys, values = (_rows(x) for x in (q, k, v))
-        out = torch.empty_like(queries)
-        bias = _causal_bias(q)
+        out, bias = torch.empty_like(queries), _causal_bias(q)
         for part in _chunks(queries):
             weights = _weights(queries, keys, bias, padding, part)
             torch.bmm(weights, values[part], out=out[part])
-            if store:
+            if q.shape[2] <= _MAX_STORED_LENGTH:
                 stored.append(weights)
         ctx.save_for_backward(q, k, v, padding, *stored)
         return out.view(q.shape)
@@ -203,8 +185,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        shape = grad.shape
-        scale = shape[-1] ** -0.5
+        shape, scale = grad.shape, grad.shape[-1] ** -0.5
         q, k, v, padding, *stored = ctx.saved_tensors
         bias = _causal_bias(q)
         q, k, v, grad = (_rows(x) for x in (q, k, v, grad))
