@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +33,8 @@ NOT_FINITE = -1
 """Stands for a code whose logits were not finite."""
 
 
-class _Role(enum.IntEnum):
-    """Condition of one of an image's sequences."""
-
-    CONDITIONAL = 0
-    UNCONDITIONAL = 1
-    BLEND = 2
+_Role = enum.IntEnum("_Role", ["CONDITIONAL", "UNCONDITIONAL", "BLEND"])
+"""Condition of one of an image's sequences."""
 
 
 @dataclass(eq=False)
@@ -166,7 +162,7 @@ class Batch:
             return
         budget = max(1, MAX_TOKENS // max(1, self.sequences))
         passes = {image: image.schedule.next_pass(budget) for image in running}
-        self._drop_unguided(passes)
+        self._end_sequences(lambda image, role: image in passes and _is_unneeded(image, role))
         fed: list[tuple[int, int, int, int]] = []  # sequence, position, cell, row of the codes
         wanted: list[int] = []
         first_rows: dict[tuple[GenerationState, _Role], int] = {}
@@ -208,9 +204,7 @@ class Batch:
 
     def remove(self, image: GenerationState) -> None:
         """Take an image out, finished or not."""
-        for number in reversed(range(len(self._sequences))):
-            if self._sequences[number][0] is image:
-                self._drop(number)
+        self._end_sequences(lambda own, _: own is image)
         self.images.remove(image)
         self._free_rows.append(image.row)
 
@@ -221,31 +215,27 @@ class Batch:
         self._sampler = None
 
     def _join(self, request: GenerationRequest, sequences: int) -> GenerationState:
-        known = request.known_codes
-        row = self._free_rows.pop()
-        self._codes[row] = 0
-        self._known[row] = UNKNOWN
+        row, known = self._free_rows.pop(), request.known_codes
+        self._known[row] = UNKNOWN if known is None else known.flatten()
+        self._codes[row] = self._known[row].clamp(min=0)
+        self._uniforms[row] = uniform_draws([request.seed], self.total)[0]
         self._not_finite[row] = 0
-        self._uniforms[row] = uniform_draws([request.seed], self.total)[0].to(self.model.device)
-        if known is not None:
-            self._known[row] = known.flatten()
-            self._codes[row] = self._known[row].clamp(min=0)
         is_wide = self._step.is_wide
         schedule = new_schedule(request, self.total, is_wide=is_wide, sequences=sequences)
         return GenerationState(request, schedule, row, self.total)
 
     def _conditions(self, request: GenerationRequest) -> dict[_Role, Tensor]:
         """Conditions of an image's sequences: labels () or features (C, text_dim)."""
-        found = {_Role.CONDITIONAL: request.condition}
-        if request.sampling.guided:
-            negative = request.negative
-            if negative is None:
-                own = request.condition.unsqueeze(0).to(self.model.device)
-                negative = self.model.cls_embedding.unconditional(own)[0]
-            found[_Role.UNCONDITIONAL] = negative
-        if request.blend is not None:
-            found[_Role.BLEND] = request.blend
-        return {role: condition.to(self.model.device) for role, condition in found.items()}
+        device, negative = self.model.device, request.negative
+        if negative is None and request.sampling.guided:
+            own = request.condition.unsqueeze(0).to(device)
+            negative = self.model.cls_embedding.unconditional(own)[0]
+        found = {
+            _Role.CONDITIONAL: request.condition,
+            _Role.UNCONDITIONAL: negative if request.sampling.guided else None,
+            _Role.BLEND: request.blend,
+        }
+        return {role: each.to(device) for role, each in found.items() if each is not None}
 
     def _condition_tokens(self, conditions: list[Tensor], first: int) -> Tokens:
         lengths = [len(condition) if condition.ndim else 1 for condition in conditions]
@@ -341,20 +331,19 @@ class Batch:
             self._sampler = (rows, fastest_sampler(settings, size, self.model.device))
         return self._sampler[1]
 
-    def _drop_unguided(self, passes: dict[GenerationState, Pass]) -> None:
-        """End unconditional sequences that no code needs any more."""
+    def _end_sequences(self, is_over: Callable[[GenerationState, _Role], bool]) -> None:
         for number in reversed(range(len(self._sequences))):
-            image, role = self._sequences[number]
-            stop = image.request.sampling.guidance_stop
-            is_due = image in passes and stop is not None and image.final >= stop
-            if role is _Role.UNCONDITIONAL and is_due:
-                self._drop(number)
+            if is_over(*self._sequences[number]):
+                # The last one takes its number, as in the cache.
+                self._cache.remove(number)
+                self._sequences[number] = self._sequences[-1]
+                self._sequences.pop()
 
-    def _drop(self, number: int) -> None:
-        """End a sequence; the last one takes its number, as in the cache."""
-        self._cache.remove(number)
-        self._sequences[number] = self._sequences[-1]
-        self._sequences.pop()
+
+def _is_unneeded(image: GenerationState, role: _Role) -> bool:
+    """Whether no code needs the logits of an image's sequence any more."""
+    stop = image.request.sampling.guidance_stop
+    return role is _Role.UNCONDITIONAL and stop is not None and image.final >= stop
 
 
 def check_request(request: GenerationRequest, model: Transformer, grid: Grid) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -172,17 +173,13 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         storage.write_json(save_directory / CONFIG_NAME, values)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # a misspelt option shall not be ignored
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
+        **download: Any,
     ) -> Self:
         """Load a model from a folder, or from a hub repository that holds such a folder.
 
@@ -190,11 +187,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             pretrained_model_name_or_path: the folder or "owner/name".
             device: where the model goes.
             dtype: precision of the weights; None keeps the stored one.
-            revision: branch, tag or commit of the repository.
-            cache_dir: where downloads are kept; by default in huggingface_hub's cache.
-            force_download: download again what is in the cache.
-            local_files_only: take what is in the cache, without looking at the hub.
-            token: access token of the hub; by default the one that you are logged in with.
+            download: options of ``huggingface_hub.snapshot_download``: revision, cache_dir,
+                force_download, local_files_only, token and others.
 
         Raises:
             FileNotFoundError: there is neither such a folder nor such a repository, or a file is
@@ -203,6 +197,10 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
                 is damaged.
         """
         source = str(pretrained_model_name_or_path)
+        # A misspelt option shall not be ignored where nothing is downloaded.
+        options = inspect.signature(snapshot_download).bind(
+            source, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **download
+        )
         folder = Path(source)
         if not folder.is_dir():
             if not is_repo_id(source):
@@ -210,17 +208,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
                     f"{source} is neither a folder nor a hub repository (owner/name)"
                 )
             with hub_errors(source):
-                folder = Path(
-                    snapshot_download(
-                        source,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                        token=token,
-                        allow_patterns=[CONFIG_NAME, WEIGHTS_NAME],
-                    )
-                )
+                folder = Path(snapshot_download(*options.args, **options.kwargs))
         return cls.from_folder(folder, device=device, dtype=dtype)
 
     @classmethod

@@ -6,6 +6,7 @@ and width of a feature map.
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import torch.nn.functional as F
@@ -92,19 +93,18 @@ class Level(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
         config: TokenizerConfig,
-        *,
         blocks: int,
+        channels: tuple[int, int],
+        *,
         attention: bool,
-        resample: dict[str, nn.Module],
+        **resample: nn.Module,
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
+        widths = [channels[0]] + [channels[1]] * blocks
         self.res = nn.ModuleList(ResidualBlock(a, b, config) for a, b in itertools.pairwise(widths))
         self.attn = nn.ModuleList(
-            SpatialAttention(out_channels, config) for _ in range(blocks if attention else 0)
+            SpatialAttention(channels[1], config) for _ in range(blocks if attention else 0)
         )
         self.resample_names = list(resample)
         for name, module in resample.items():
@@ -134,21 +134,13 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
-        widths = [config.base_channels * m for m in config.channel_multipliers]
-        last = len(widths) - 1
-        self.conv_in = Conv3x3(3, config.base_channels)
+        widths = [config.base_channels * m for m in (1, *config.channel_multipliers)]
+        *inner, last = itertools.pairwise(widths)
+        level = functools.partial(Level, config, config.encoder_blocks)
+        self.conv_in = Conv3x3(3, widths[0])
         self.conv_blocks = nn.Sequential(
-            *(
-                Level(
-                    config.base_channels if level == 0 else widths[level - 1],
-                    width,
-                    config,
-                    blocks=config.encoder_blocks,
-                    attention=level == last,
-                    resample={"downsample": Downsample(width)} if level != last else {},
-                )
-                for level, width in enumerate(widths)
-            )
+            *(level(pair, attention=False, downsample=Downsample(pair[1])) for pair in inner),
+            level(last, attention=True),
         )
         self.mid = _middle(widths[-1], config)
         self.norm_out = NormSiLU(config.norm_groups, widths[-1])
@@ -167,21 +159,16 @@ class Decoder(nn.Module):
         super().__init__()
         # Lowest resolution first.
         widths = [config.base_channels * m for m in reversed(config.channel_multipliers)]
-        last = len(widths) - 1
+        *inner, last = itertools.pairwise([widths[0], *widths])
+        level = functools.partial(Level, config, config.decoder_blocks)
         self.conv_in = Conv3x3(config.z_channels, widths[0])
         self.mid = _middle(widths[0], config)
         self.conv_blocks = nn.Sequential(
             *(
-                Level(
-                    widths[max(level - 1, 0)],
-                    width,
-                    config,
-                    blocks=config.decoder_blocks,
-                    attention=level == 0,
-                    resample={"upsample": Upsample(width)} if level != last else {},
-                )
-                for level, width in enumerate(widths)
-            )
+                level(pair, attention=number == 0, upsample=Upsample(pair[1]))
+                for number, pair in enumerate(inner)
+            ),
+            level(last, attention=not inner),
         )
         self.norm_out = NormSiLU(config.norm_groups, widths[-1])
         self.conv_out = Conv3x3(widths[-1], 3)

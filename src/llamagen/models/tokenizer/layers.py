@@ -69,13 +69,9 @@ class TorchOperations:
     ) -> Tensor:
         """Return a 3x3 convolution with zero padding: (B, C_in, H, W) to (B, C_out, H, W).
 
-        Args:
-            x: the input.
-            weight: (C_out, C_in, 3, 3).
-            bias: (C_out,).
-            residual: (B, C_out, H, W), added to the result.
-            upsample: double H and W of ``x`` before, by nearest neighbour.
-            out: a tensor that is not needed any more, whose memory the result may take.
+        ``residual`` is added to the result, ``upsample`` doubles H and W of ``x`` before, by
+        nearest neighbour, and ``out`` is a tensor that is not needed any more, whose memory the
+        result may take.
         """
         del out
         if upsample:

@@ -11,13 +11,7 @@ from torch import Tensor
 from llamagen.config import TokenizerConfig
 from llamagen.models.pretrained import PretrainedModel
 from llamagen.models.tokenizer.autoencoder import Decoder, Encoder
-from llamagen.models.tokenizer.layers import (
-    Conv2d,
-    Conv3x3,
-    NormSiLU,
-    TorchOperations,
-    per_image,
-)
+from llamagen.models.tokenizer.layers import Conv2d, Conv3x3, NormSiLU, TorchOperations, per_image
 from llamagen.models.tokenizer.quantizers import Quantized, new_quantizer
 from llamagen.support.errors import InputError
 
@@ -85,8 +79,8 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
         Raises:
             InputError: a side of the images is not a multiple of the downsampling.
         """
-        quantized: Quantized = self.quantize(self.encode_latents(images))
-        return quantized.codes
+        codes: Tensor = self.quantize(self.encode_latents(images)).codes
+        return codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -98,9 +92,10 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
             InputError: a code lies outside the codebook.
         """
         size = self.config.codebook_size
-        if codes.numel() > 0 and not (0 <= int(codes.min()) and int(codes.max()) < size):
+        low, high = map(int, codes.aminmax()) if codes.numel() else (0, 0)
+        if low < 0 or high >= size:
             raise InputError(
-                f"codes run from {int(codes.min())} to {int(codes.max())}, but this tokenizer has "
+                f"codes run from {low} to {high}, but this tokenizer has "
                 f"{size} codes (0 to {size - 1}); use the tokenizer that made them"
             )
         return self.decode_latents(self.quantize.lookup(codes.to(self.device)))

@@ -105,13 +105,8 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values (R, T, K, E) of a layer; return all (R, K, end, E) up to ``end``.
 
-        Args:
-            index: sequences (R, 1) and positions (R, T) that are written, int64.
-            sequences: those that are read.
-            end: positions that are read.
-            layer: number of the layer.
-            keys: what is written.
-            values: likewise.
+        They are stored at ``index``: the sequences (R, 1) and positions (R, T) int64, and read from
+        the same ``sequences``, which are a slice where they are neighbours.
         """
         written, read = (index[0], slice(None), index[1]), (sequences, slice(None), slice(end))
 

@@ -78,8 +78,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
 
     def parameter_count(self) -> int:
         """Number of weights, quantised or not."""
-        quantized = [m for m in self.modules() if isinstance(m, QuantizedLinear)]
-        return super().parameter_count() + sum(m.in_features * m.out_features for m in quantized)
+        quantized = [m.weight.numel() for m in self.modules() if isinstance(m, QuantizedLinear)]
+        return super().parameter_count() + sum(quantized)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -159,12 +159,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         """Feed tokens to sequences of ``cache``; return the logits (M, V) of those wanted.
 
         Keys and values are stored at the tokens' positions; ``cache.lengths`` is left to the
-        caller, who knows how many of the tokens are final.
-
-        Args:
-            tokens: what is fed.
-            cache: holds the positions before those of the tokens.
-            grid: rows and columns of the image; by default the configuration's.
+        caller, who knows how many of the tokens are final. ``grid`` as in ``hidden_states``.
         """
         numbers, gather, rows, columns = tokens.rectangle()
         first, count, width = int(numbers[0]), *gather.shape
@@ -191,15 +186,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
     ) -> Tensor:
         """As ``step`` for codes in static shapes: nothing depends on a value on the host.
 
-        Args:
-            ids: (R, T) codes for the cache's first R sequences.
-            rope: (R, T, E / 2, 2), of their cells.
-            positions: (R, T), each below ``end``.
-            cache: holds the positions before those of the codes.
-            end: positions that attention reaches over.
-
-        Returns:
-            (R, T, V) logits.
+        Feeds codes ``ids`` (R, T) with ``rope`` (R, T, E / 2, 2) at ``positions`` (R, T), each
+        below ``end``, to the cache's first R sequences. Returns logits (R, T, V).
         """
         sequences = torch.arange(len(ids), device=ids.device).unsqueeze(1)
         update = functools.partial(cache.update, (sequences, positions), slice(0, len(ids)), end)

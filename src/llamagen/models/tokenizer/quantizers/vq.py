@@ -52,8 +52,7 @@ class VectorQuantizer(Quantizer):
     def forward(self, latents: Tensor) -> Quantized:
         """See ``Quantizer``. In bfloat16 nearby codes would be indistinguishable."""
         with torch.autocast(latents.device.type, enabled=False):
-            z = per_image(self.compared, latents)
-            codebook = self.codebook()
+            z, codebook = per_image(self.compared, latents), self.codebook()
             nearest = functools.partial(_nearest, codebook=codebook.detach())
             codes = per_image(nearest, z.detach().movedim(1, -1))
             vectors = F.embedding(codes, codebook).movedim(-1, 1)
@@ -102,7 +101,5 @@ def _assignment_entropy(rows: Tensor, codebook: Tensor) -> Tensor:
     distances = squared - 2 * rows @ codebook.T
     log_p = F.log_softmax(-distances / _ENTROPY_TEMPERATURE, dim=-1)
     p = log_p.exp()
-    sample_entropy = -(p * log_p).sum(-1).mean()
     mean_p = p.mean(0)
-    mean_entropy = -(mean_p * (mean_p + 1e-5).log()).sum()
-    return sample_entropy - mean_entropy
+    return (mean_p * (mean_p + 1e-5).log()).sum() - (p * log_p).sum(-1).mean()
