@@ -130,11 +130,8 @@ class TokenizerConfig:
     """Dropout inside residual blocks, in training."""
 
     def __post_init__(self) -> None:
-        _require_positive(
-            self,
-            *("codebook_size", "codebook_dim", "base_channels", "encoder_blocks"),
-            *("decoder_blocks", "z_channels", "norm_groups"),
-        )
+        _require_positive(self, "codebook_size", "codebook_dim", "base_channels", "z_channels")
+        _require_positive(self, "encoder_blocks", "decoder_blocks", "norm_groups")
         _require_fraction(self, "dropout")
         _require(
             self.quantizer in QUANTIZERS,
@@ -220,12 +217,11 @@ class TransformerArchitecture:
             f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
             f"multiple of 4 (2-D RoPE rotates pairs by row and by column)",
         )
-        _require(
-            self.num_kv_heads >= 1 and self.heads % self.num_kv_heads == 0,
-            f"kv_heads {self.kv_heads} must divide heads {self.heads}",
-        )
-        _require(self.rope_base > 0, f"rope_base is {self.rope_base}, expected a positive number")
-        _require(self.norm_eps > 0, f"norm_eps is {self.norm_eps}, expected a positive number")
+        if self.num_kv_heads < 1 or self.heads % self.num_kv_heads:
+            raise InputError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
+        for name in ("rope_base", "norm_eps"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name} is {value}, expected a positive number")
         _require_fraction(self, "token_dropout", "attention_dropout", "residual_dropout")
         _require_fraction(self, "ffn_dropout", "drop_path")
 
@@ -267,29 +263,23 @@ class TransformerConfig(TransformerArchitecture):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "codebook_size", "num_classes", "text_length", "text_dim")
-        _require(
-            min(self.grid) >= 1,
-            f"grid is {self.grid}, expected two positive numbers (rows, columns)",
-        )
-        _require(
-            str(self.condition) in ("class", "text"),
-            f"condition is {self.condition!r}, expected 'class' or 'text'",
-        )
-        _require(
-            self.quantization != "int4",
-            "quantization int4 is no longer supported; convert the model that it was made from "
-            "again, with int8",
-        )
-        _require(
-            self.quantization in (None, "int8"),
-            f"quantization is {self.quantization!r}, expected 'int8' or none",
-        )
+        if min(self.grid) < 1:
+            raise InputError(f"grid is {self.grid}, expected two positive numbers (rows, columns)")
+        if str(self.condition) not in ("class", "text"):
+            raise InputError(f"condition is {self.condition!r}, expected 'class' or 'text'")
+        if self.quantization == "int4":
+            raise InputError(
+                "quantization int4 is no longer supported; convert the model that it was made from "
+                "again, with int8"
+            )
+        if self.quantization not in (None, "int8"):
+            raise InputError(f"quantization is {self.quantization!r}, expected 'int8' or none")
 
     @property
     def architecture(self) -> TransformerArchitecture:
         """The part that does not depend on the data."""
-        names = [field.name for field in dataclasses.fields(TransformerArchitecture)]
-        return TransformerArchitecture(**{name: getattr(self, name) for name in names})
+        fields = dataclasses.fields(TransformerArchitecture)
+        return TransformerArchitecture(**{each.name: getattr(self, each.name) for each in fields})
 
     @property
     def condition_length(self) -> int:
@@ -338,9 +328,8 @@ class SmallTextEncoderConfig:
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "layers", "heads", "hidden_dim", "max_length")
         _require_fraction(self, "dropout")
-        _require(
-            self.dim % self.heads == 0, f"heads {self.heads} must divide the text's dim {self.dim}"
-        )
+        if self.dim % self.heads:
+            raise InputError(f"heads {self.heads} must divide the text's dim {self.dim}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

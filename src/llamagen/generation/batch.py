@@ -256,8 +256,8 @@ class Batch:
     def _index(
         self, rows: Sequence[int] | np.ndarray, cells: Sequence[int] | np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        device = self._codes.device
-        return to_index(np.array(rows), device), to_index(np.array(cells), device)
+        index = to_index(np.array([rows, cells]), self._codes.device)
+        return index[0], index[1]
 
     def _sample(
         self,

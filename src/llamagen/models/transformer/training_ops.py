@@ -108,7 +108,8 @@ class _RotatedHeads(torch.autograd.Function):
         rotated = _empty_float32(unrotated).copy_(unrotated)
         _pairs(rotated).mul_(torch.view_as_complex(rope).unsqueeze(1))
         q, k = rotated.split(ctx.counts[:2], dim=2)
-        return tuple(_heads_first(part, projected.dtype) for part in (q, k, v))
+        to = {"copy": True, "memory_format": torch.contiguous_format}
+        return tuple(part.transpose(1, 2).to(projected.dtype, **to) for part in (q, k, v))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -136,12 +137,6 @@ def _empty_float32(x: Tensor) -> Tensor:
 def _pairs(x: Tensor) -> Tensor:
     """View neighbouring pairs of the last dimension as complex numbers."""
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-
-
-def _heads_first(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T, H, E) to (B, H, T, E) that is contiguous."""
-    batch, length, heads, width = x.shape
-    return x.new_empty(batch, heads, length, width, dtype=dtype).copy_(x.transpose(1, 2))
 
 
 def should_use_causal_attention(q: Tensor, k: Tensor) -> bool:
