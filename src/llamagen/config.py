@@ -378,8 +378,8 @@ class Setting:
         if self.choices:
             fits = value in self.choices
         else:
-            kind = numbers.Integral if self.type is int else numbers.Real
-            fits = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+            is_number = isinstance(value, numbers.Integral if self.type is int else numbers.Real)
+            fits = is_number and not isinstance(value, bool) and math.isfinite(value)
             if fits and self.minimum is not None:
                 is_minimum = value == self.minimum and not self.exclusive_minimum
                 fits = is_minimum or value > self.minimum
