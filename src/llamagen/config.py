@@ -28,13 +28,10 @@ Grid = tuple[int, int]
 
 
 def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str) -> ConfigT:
-    """Build the dataclass ``cls`` from plain values, as read from JSON or YAML.
+    """Build the dataclass ``cls`` from plain values, as read from JSON or YAML at ``source``.
 
-    ``source`` names where the values come from, for the error message.
-
-    Raises:
-        InputError: a key is unknown or missing, a value has the wrong type, or the
-            configuration refuses the combination.
+    Raises InputError, which names the source, if a key is unknown or missing, a value has the wrong
+    type, or the configuration refuses the combination.
     """
     # Literal types, tuples and paths arrive from JSON as strings and lists.
     types = dacite.Config(
@@ -49,8 +46,7 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
 def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
     """Return the fields that are not at their defaults, except those ``implemented``.
 
-    A backend names the fields that it implements, and refuses a configuration with any other: so a
-    new field is never silently ignored.
+    A backend that refuses a configuration with any never ignores a new field silently.
     """
     return [
         field.name
@@ -74,10 +70,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def _added(default: Any) -> Any:
-    """Return a field that came later: written only where it is not at its default.
-
-    So fingerprints and plans of folders that were written before it stay the same.
-    """
+    """Return a field that came later: written off its default only, so old fingerprints stay."""
     return dataclasses.field(default=default, metadata={"added": True})
 
 
@@ -154,8 +147,7 @@ class TokenizerConfig:
     def grid_of(self, height: int, width: int) -> Grid:
         """Return the grid of codes of an image of ``height`` x ``width`` pixels.
 
-        Raises:
-            InputError: a side is not a positive multiple of the downsampling.
+        Raises InputError if a side is not a positive multiple of the downsampling.
         """
         factor = self.downsampling
         if min(height, width) < factor or height % factor or width % factor:
@@ -334,26 +326,23 @@ class SmallTextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Declaration of one sampling setting: everything that a flag, a form or a schema needs.
+    """Declaration of one sampling setting, from which whatever users meet derives.
 
-    Command line, HTTP schema, web page, image metadata, evaluation settings and vLLM's extra
-    arguments derive from it, so a new setting is one row in ``SamplingConfig``.
+    That is the command line, HTTP schema, web page, image metadata, evaluation settings and vLLM's
+    extra arguments, so a new setting is one row in ``SamplingConfig``.
     """
 
     help: str
     """One or two sentences for users: of flags, of the HTTP API and on the page."""
     minimum: float | None = None
-    """Smallest value."""
     exclusive_minimum: bool = False
     """Whether ``minimum`` itself is too small."""
     maximum: float | None = None
-    """Largest value."""
     choices: tuple[str, ...] = ()
     """The values of a setting that is a word."""
     name: str = ""
     """The field's name: also the flag, the JSON field and the metadata key."""
     default: float | int | str | None = None
-    """The field's default."""
     optional: bool = False
     """Whether None is a value."""
 
@@ -368,11 +357,7 @@ class Setting:
         return Literal.__getitem__(self.choices) if self.choices else self.type
 
     def parse(self, value: Any) -> Any:
-        """Return ``value`` as a plain Python number or word, whatever library it is from.
-
-        Raises:
-            InputError: it is not a value that the setting can have.
-        """
+        """Return ``value`` as a plain number or word; raise InputError if it does not fit."""
         if value is None and self.optional:
             return None
         if self.choices:
@@ -412,9 +397,6 @@ class SamplingConfig:
     """Settings of sampling codes from the transformer's logits (paper sections 3.3 and 4.2).
 
     The order is fixed: guidance, temperature, top-k, top-p, min-p, draw.
-
-    Raises:
-        InputError: a value lies outside its setting's range.
     """
 
     guidance_scale: float = _setting(
@@ -481,8 +463,7 @@ class SamplingConfig:
     def replace(self, **values: Any) -> SamplingConfig:
         """Return a copy with other values; those that are None are left as they are.
 
-        Raises:
-            InputError: there is no such setting, or a value lies outside its range.
+        Raises InputError if there is no such setting, or a value lies outside its range.
         """
         known = [setting.name for setting in sampling_settings()]
         for name in values:
@@ -530,11 +511,7 @@ TRANSFORMER_PRESETS: dict[str, TransformerConfig] = {  # parameters with 1000 cl
 
 
 def preset(presets: Mapping[str, ConfigT], name: str) -> ConfigT:
-    """Return the preset of a name, ignoring case.
-
-    Raises:
-        InputError: there is no such preset; the message lists those there are.
-    """
+    """Return the preset of a name, ignoring case; raise InputError with all names if none fits."""
     for known, config in presets.items():
         if known.lower() == name.lower():
             return config

@@ -10,21 +10,12 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
-from llamagen.backends.compiled import CompiledStep
-from llamagen.backends.cpu.step import CpuStep
-from llamagen.backends.step import ReferenceStep, Step, StepTimes
+from llamagen.backends.compiled import CompiledStep as CompiledStep
+from llamagen.backends.cpu.step import CpuStep as CpuStep
+from llamagen.backends.step import ReferenceStep as ReferenceStep
+from llamagen.backends.step import Step as Step
+from llamagen.backends.step import StepTimes as StepTimes
 from llamagen.models.transformer import Transformer
-
-__all__ = [
-    "CompiledStep",
-    "CpuStep",
-    "ReferenceStep",
-    "Step",
-    "StepTimes",
-    "fastest_step",
-    "reference_only",
-    "use_reference",
-]
 
 _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
 

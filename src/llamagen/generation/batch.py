@@ -128,8 +128,7 @@ class Batch:
     def add(self, requests: Sequence[GenerationRequest]) -> list[GenerationState]:
         """Start images: read their conditions and sample the first code of each.
 
-        Raises:
-            InputError: a request is not one that the model can take; none has joined.
+        Raises InputError, and lets none join, if a request is not one that the model can take.
         """
         for request in requests:
             self.check(request)
@@ -368,11 +367,7 @@ def check_request(request: GenerationRequest, model: Transformer, grid: Grid) ->
 
 
 def check_share(share: float) -> float:
-    """Return how much the second of two conditions counts.
-
-    Raises:
-        InputError: it lies outside 0 to 1.
-    """
+    """Return how much the second of two conditions counts; raise InputError outside 0 to 1."""
     if not 0.0 <= share <= 1.0:
         raise InputError(f"blend_share is {share}, expected a number from 0 to 1")
     return share

@@ -330,25 +330,25 @@ class NativeEngine:
         """Allocate the batch and start the thread that serves ``stream``, unless it runs."""
         if self._thread is None:
             self._batch = Batch(self.model, self.max_images, grid=self.grid)
-            self._thread = threading.Thread(target=self._run, name="llamagen-engine", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(self._batch,), name="llamagen-engine", daemon=True
+            )
             self._thread.start()
 
-    def _run(self) -> None:
-        assert self._batch is not None
+    def _run(self, batch: Batch) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._running or self._closing):
-                    self._changed.wait()
+                self._changed.wait_for(lambda: self._waiting or self._running or self._closing)
                 if self._closing:
                     break
-                admitted = self._next_handles(self._batch)
+                admitted = self._next_handles(batch)
             try:
                 if admitted:
-                    joined = self._batch.add([handle.request for handle in admitted])
+                    joined = batch.add([handle.request for handle in admitted])
                     self._running |= dict(zip(joined, admitted, strict=True))
-                    self._publish(self._batch)
+                    self._publish(batch)
                 if self._running:
-                    self._advance(self._batch)
+                    self._advance(batch)
             # Whatever it was: those who wait are told, and the engine goes on.
             except Exception as error:  # noqa: BLE001
                 _log.exception("a step of the engine failed")
@@ -357,7 +357,7 @@ class NativeEngine:
                     failure.__cause__ = error
                     handle.send(failure)
                 self._running = {}
-                self._batch.clear()
+                batch.clear()
         with self._changed:
             waiting, self._waiting = self._waiting, {}
         for handle in itertools.chain(*waiting.values(), self._running.values()):

@@ -92,14 +92,8 @@ def without_padding(condition: Tensor, mask: Tensor | None) -> list[Tensor]:
     """Split conditions into those of single images, without padding.
 
     Exact: padding is never attended to, and condition positions carry no position of their own
-    (see ``rope_table``).
-
-    Args:
-        condition: labels (B,) or text features (B, C, text_dim).
-        mask: (B, C), False or 0 where text features are padding; None if none are.
-
-    Raises:
-        InputError: the mask has another shape, or leaves nothing of an image's condition.
+    (see ``rope_table``). Raises InputError if the mask has another shape than ``condition``, labels
+    (B,) or text features (B, C, text_dim), or leaves nothing of an image's condition.
     """
     if mask is None:
         return list(condition)

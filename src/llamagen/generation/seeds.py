@@ -15,11 +15,7 @@ MAX_SEED = 2**63 - 1
 
 
 def check_seed(seed: int) -> int:
-    """Return ``seed``.
-
-    Raises:
-        InputError: it lies outside 0 to 2^63 - 1.
-    """
+    """Return ``seed``; raise InputError unless it lies between 0 and 2^63 - 1."""
     if not 0 <= seed <= MAX_SEED:
         raise InputError(f"seed is {seed}, expected an integer from 0 to {MAX_SEED}")
     return seed
@@ -28,11 +24,8 @@ def check_seed(seed: int) -> int:
 def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
     """Return a seed for each of ``count`` images.
 
-    ``seed`` is that of the first, and the next get the next numbers; or one of each; None for a
-    random one.
-
-    Raises:
-        InputError: there are several, but not as many as images.
+    ``seed`` is that of the first, and the next get the next numbers; or None for a random one; or
+    as many as there are images, else InputError is raised.
     """
     if seed is None:
         # Small enough to be typed again.

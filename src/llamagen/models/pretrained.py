@@ -191,10 +191,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
                 force_download, local_files_only, token and others.
 
         Raises:
-            FileNotFoundError: there is neither such a folder nor such a repository, or a file is
-                missing.
-            InputError: the repository cannot be read, it holds another kind of model, or a file
-                is damaged.
+            FileNotFoundError: there is no such folder or repository, or a file in it is missing.
+            InputError: the repository cannot be read, holds another kind of model, or is damaged.
         """
         source = str(pretrained_model_name_or_path)
         # A misspelt option shall not be ignored where nothing is downloaded.
@@ -219,12 +217,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Load the model in ``folder``.
-
-        Raises:
-            FileNotFoundError: the folder or one of its two files is missing.
-            InputError: the folder holds another kind of model, or a file is damaged.
-        """
+        """Load the model in ``folder``; errors as those of ``from_pretrained``."""
         folder = Path(folder)
         config = cls.read_config(folder)
         path = folder / WEIGHTS_NAME
@@ -273,11 +266,7 @@ def check_shapes(
     source: str,
     kind: str,
 ) -> None:
-    """Check that weights are exactly those a model needs.
-
-    Raises:
-        InputError: names the first tensor that is missing, superfluous or of another shape.
-    """
+    """Raise InputError for the first weight that is missing, superfluous or of another shape."""
     for name in [*expected, *found]:
         if name not in found:
             reason = f"weight {name} {expected[name]} is missing"
@@ -309,8 +298,7 @@ class _NoInitialValues(TorchFunctionMode):
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return name and shape of every tensor in a safetensors file, from its header.
 
-    Raises:
-        InputError: the file is truncated or not a safetensors file.
+    Raises InputError if the file is truncated or not a safetensors file.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -349,12 +337,9 @@ _HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]
 
 @contextmanager
 def hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
-    """Turn errors of a download from ``repo`` into one line with a remedy.
+    """Turn errors of a download from ``repo`` into an InputError of one line, with a remedy.
 
     Faults of this machine, such as a full disk, stay the OSError that they are.
-
-    Raises:
-        InputError: no such repository or file, no access to it, no network and no copy.
     """
     hub, wanted = constants.ENDPOINT, repo if file is None else f"{file} of {repo}"
     if constants.HF_HUB_OFFLINE:

@@ -60,8 +60,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
     def encode_latents(self, images: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in [-1, 1] as latents before quantisation (B, E, h, w).
 
-        Raises:
-            InputError: a side of the images is not a multiple of the downsampling.
+        Raises InputError if a side of the images is not a multiple of the downsampling.
         """
         self.config.grid_of(images.shape[-2], images.shape[-1])
         pixels = images.shape[-2] * images.shape[-1]
@@ -76,8 +75,7 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W) in [-1, 1] to codes (B, H / f, W / f), f the downsampling.
 
-        Raises:
-            InputError: a side of the images is not a multiple of the downsampling.
+        Raises InputError if a side of the images is not a multiple of it.
         """
         codes: Tensor = self.quantize(self.encode_latents(images)).codes
         return codes
@@ -86,10 +84,8 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
     def decode(self, codes: Tensor) -> Tensor:
         """Decode codes (B, h, w) to images (B, 3, h * f, w * f), about in [-1, 1] but not clamped.
 
-        Codes may lie on the CPU whatever the device: then nothing waits for the device.
-
-        Raises:
-            InputError: a code lies outside the codebook.
+        Codes may lie on the CPU whatever the device: then nothing waits for the device. Raises
+        InputError if a code lies outside the codebook.
         """
         size = self.config.codebook_size
         low, high = map(int, codes.aminmax()) if codes.numel() else (0, 0)

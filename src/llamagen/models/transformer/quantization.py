@@ -63,11 +63,7 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize(model: Any) -> None:
-    """Replace the matrices of a ``Transformer`` by int8 ones, in place.
-
-    Raises:
-        InputError: the model is quantised already.
-    """
+    """Replace the matrices of a ``Transformer`` by int8 ones, in place; refuse if they are."""
     refuse_quantized(model.config, "be quantised again")
     make_quantized(model, fill=True)
     model.config = dataclasses.replace(model.config, quantization="int8")

@@ -49,10 +49,6 @@ class Quantizer(nn.Module, abc.ABC):
         """
 
     def replace_codes(self, codes: Tensor, latents: Tensor) -> None:
-        """Move ``codes`` (N,) to ``latents`` (N, E), as they are compared.
-
-        Raises:
-            InputError: the quantiser's codes stand where they are.
-        """
+        """Move ``codes`` (N,) to ``latents`` (N, E), as they are compared, if they can be moved."""
         del codes, latents
         raise InputError("this quantizer has no trained codebook; its codes cannot be moved")
