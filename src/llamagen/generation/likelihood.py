@@ -19,11 +19,7 @@ _MAX_LOGITS = 1 << 27
 
 @torch.inference_mode()
 def code_log_likelihoods(
-    model: Transformer,
-    codes: Tensor,
-    conditions: Iterable[Tensor],
-    *,
-    conditional: bool = True,
+    model: Transformer, codes: Tensor, conditions: Iterable[Tensor], *, conditional: bool = True
 ) -> Tensor:
     """Return log-probabilities of codes, each given those before it; without guidance and filters.
 

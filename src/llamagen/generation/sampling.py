@@ -148,12 +148,12 @@ class Filters:
 
 def sample_codes(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
     """Sample codes (D,) from guided logits (D, V) float32, with ``uniforms`` (D,) in [0, 1)."""
-    if filters.greedy is not None and bool(filters.greedy.all()):
-        return logits.argmax(-1)
-    codes = sample_from(filters(logits), uniforms)
     if filters.greedy is None:
-        return codes
-    return torch.where(filters.greedy, logits.argmax(-1), codes)
+        return sample_from(filters(logits), uniforms)
+    best = logits.argmax(-1)
+    if bool(filters.greedy.all()):
+        return best
+    return torch.where(filters.greedy, best, sample_from(filters(logits), uniforms))
 
 
 @dataclass(slots=True)
@@ -174,13 +174,7 @@ class Sampler(Protocol):
     def __call__(
         self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sample one code per row.
-
-        Args:
-            conditional: (R, V) logits.
-            unconditional: (R', V) logits; may be the same.
-            rows: of the D codes.
-            uniforms: (D,) in [0, 1).
+        """Sample one code per row, with logits (R, V) and (R', V) and ``uniforms`` (D,) in [0, 1).
 
         Returns:
             (D,) int64 codes, and (D,) bool, False where logits are not finite.

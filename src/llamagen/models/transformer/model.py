@@ -21,12 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.models.pretrained import PretrainedModel
-from llamagen.models.transformer.blocks import (
-    AttentionMask,
-    RMSNorm,
-    TransformerBlock,
-    UpdateCache,
-)
+from llamagen.models.transformer.blocks import AttentionMask, RMSNorm, TransformerBlock, UpdateCache
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
 from llamagen.models.transformer.kv_cache import KVCache
 from llamagen.models.transformer.quantization import QuantizedLinear, make_quantized
