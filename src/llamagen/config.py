@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import numbers
-import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -343,8 +342,7 @@ class Setting:
     name: str = ""
     """The field's name: also the flag, the JSON field and the metadata key."""
     default: float | int | str | None = None
-    optional: bool = False
-    """Whether None is a value."""
+    """The field's default; if None, None is a value."""
 
     @property
     def type(self) -> type[float] | type[int] | type[str]:
@@ -358,7 +356,7 @@ class Setting:
 
     def parse(self, value: Any) -> Any:
         """Return ``value`` as a plain number or word; raise InputError if it does not fit."""
-        if value is None and self.optional:
+        if value is None and self.default is None:
             return None
         if self.choices:
             fits = value in self.choices
@@ -382,7 +380,8 @@ class Setting:
             return kind
         lower = "above" if self.exclusive_minimum else "of at least"
         upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
-        return f"{kind} {lower} {self.minimum:g}{upper}{', or none' if self.optional else ''}"
+        none = ", or none" if self.default is None else ""
+        return f"{kind} {lower} {self.minimum:g}{upper}{none}"
 
 
 def _setting(default: Any, help: str, **declared: Any) -> Any:  # noqa: A002
@@ -475,14 +474,8 @@ class SamplingConfig:
 @functools.cache
 def sampling_settings() -> tuple[Setting, ...]:
     """Return the declarations of all fields of ``SamplingConfig``, in their order."""
-    types = typing.get_type_hints(SamplingConfig)
     return tuple(
-        dataclasses.replace(
-            field.metadata["setting"],
-            name=field.name,
-            default=field.default,
-            optional=type(None) in typing.get_args(types[field.name]),
-        )
+        dataclasses.replace(field.metadata["setting"], name=field.name, default=field.default)
         for field in dataclasses.fields(SamplingConfig)
     )
 
