@@ -6,7 +6,6 @@ Shapes: B images, C channels, H and W height and width of a feature map.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,10 +100,11 @@ class NormSiLU(nn.GroupNorm):
     def __init__(self, groups: int, channels: int) -> None:
         super().__init__(groups, channels, eps=1e-6)
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
         """See ``TorchOperations.norm_silu``."""
-        norm = (self.num_groups, self.weight, self.bias)
-        return self.operations.norm_silu(x, *norm, eps=self.eps, **options)
+        return self.operations.norm_silu(
+            x, self.num_groups, self.weight, self.bias, eps=self.eps, in_place=in_place
+        )
 
 
 class Conv3x3(nn.Conv2d):
@@ -116,6 +116,15 @@ class Conv3x3(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        residual: Tensor | None = None,
+        upsample: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """See ``TorchOperations.convolve``."""
-        return self.operations.convolve(x, self.weight, self.bias, **options)
+        return self.operations.convolve(
+            x, self.weight, self.bias, residual=residual, upsample=upsample, out=out
+        )
