@@ -342,7 +342,8 @@ class Setting:
     name: str = ""
     """The field's name: also the flag, the JSON field and the metadata key."""
     default: float | int | str | None = None
-    """The field's default; if None, None is a value."""
+    optional: bool = False
+    """Whether None is a value: where it is the default."""
 
     @property
     def type(self) -> type[float] | type[int] | type[str]:
@@ -356,7 +357,7 @@ class Setting:
 
     def parse(self, value: Any) -> Any:
         """Return ``value`` as a plain number or word; raise InputError if it does not fit."""
-        if value is None and self.default is None:
+        if value is None and self.optional:
             return None
         if self.choices:
             fits = value in self.choices
@@ -380,7 +381,7 @@ class Setting:
             return kind
         lower = "above" if self.exclusive_minimum else "of at least"
         upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
-        none = ", or none" if self.default is None else ""
+        none = ", or none" if self.optional else ""
         return f"{kind} {lower} {self.minimum:g}{upper}{none}"
 
 
@@ -475,8 +476,13 @@ class SamplingConfig:
 def sampling_settings() -> tuple[Setting, ...]:
     """Return the declarations of all fields of ``SamplingConfig``, in their order."""
     return tuple(
-        dataclasses.replace(field.metadata["setting"], name=field.name, default=field.default)
-        for field in dataclasses.fields(SamplingConfig)
+        dataclasses.replace(
+            each.metadata["setting"],
+            name=each.name,
+            default=each.default,
+            optional=each.default is None,
+        )
+        for each in dataclasses.fields(SamplingConfig)
     )
 
 
