@@ -35,11 +35,8 @@ def captions_of(
 ) -> Captions:
     """Return the captions of an image from a row of a table.
 
-    Args:
-        values: the row.
-        columns: weights of the columns of captions. Several captions of a column share its
-            weight; the others share that of an empty column.
-        separator: of several captions in a text.
+    ``columns`` have weights: several captions of a column, divided by ``separator``, share its
+    weight; the other columns share that of an empty one.
     """
     parts = {name: _texts(values.get(name), separator) for name in columns}
     whole = sum(columns[name] for name, texts in parts.items() if texts)

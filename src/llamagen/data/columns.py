@@ -151,16 +151,10 @@ def read_annotations(
     known_labels: Sequence[str] = LABEL_NAMES,
     class_names: Sequence[str] | None = None,
 ) -> Annotations:
-    """Return the labels and captions of a table.
+    """Return the labels, if ``labelled``, and captions of a table.
 
-    Args:
-        values: returns the values of a column.
-        columns: names of the columns.
-        config: the columns to use.
-        where: the table, for messages.
-        labelled: use the column of labels, if there is one.
-        known_labels: default names of that column, first choice first.
-        class_names: the allowed classes; by default those that occur.
+    ``values`` returns those of a column, ``where`` is the table, for messages. ``known_labels`` are
+    default names of the column of labels, first choice first; see ``classes_of`` for the rest.
     """
     labels: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()

@@ -38,16 +38,10 @@ def import_datasets() -> ModuleType:
 
 
 def load(source: str, split: str, config: SourceConfig) -> Any:
-    """Open a source as a ``Dataset``, or as an ``IterableDataset`` to stream.
+    """Open a source as a ``Dataset``, or as an ``IterableDataset`` to stream; else InputError.
 
-    Args:
-        source: "hf:owner/name" or "hf:owner/name@revision", a folder, a file, or a pattern such
-            as "shards/train-*.tar".
-        split: split; "train" for files and patterns.
-        config: subset, and whether to stream.
-
-    Raises:
-        InputError: there is no such data set or split, or the library cannot read it.
+    It is "hf:owner/name" or "hf:owner/name@revision", a folder, a file, or a pattern such as
+    "shards/train-*.tar"; ``split`` is "train" for files and patterns.
     """
     datasets = import_datasets()
     arguments: dict[str, Any] = {"split": split, "streaming": config.streaming}

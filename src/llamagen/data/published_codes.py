@@ -33,16 +33,9 @@ def export_published(store: CodeStore, root: Path | str, *, name: str | None = N
 
     ``<root>/<name>_codes/N.npy`` holds the codes of image N, int64 of shape (1, V, codes), or
     (1, codes) for a single view; ``<root>/<name>_labels/N.npy`` its label, of shape (1,), if there
-    are labels. Existing files are kept, so an interrupted export can be resumed.
-
-    Args:
-        store: store of codes.
-        root: folder above both.
-        name: first part of both folders' names; the published training expects the default,
-            imagenet and the height of the images.
-
-    Raises:
-        InputError: a folder cannot be written to, or holds other codes.
+    are labels. The published training expects the default name: imagenet and the height of the
+    images. Existing files are kept, so an interrupted export can be resumed; InputError if they
+    hold other codes.
     """
     name = name or f"imagenet{store.manifest.plan.views.height}"
     codes, label_folder = (Path(root) / f"{name}_{kind}" for kind in ("codes", "labels"))
