@@ -98,18 +98,15 @@ def extract_store(
         batch_size: views encoded at once; by default as many as fit into memory.
         workers: processes that read images, for each process that encodes.
         dtype: precision to encode with.
-        compiled: use torch.compile: it takes half a minute, and makes small tokenizers faster on a
-            GPU.
-        processes: processes to start for encoding. CUDA devices are assigned to them in turn; on
-            a CPU they share the threads.
+        compiled: use torch.compile: half a minute, then small tokenizers are faster on a GPU.
+        processes: number to start for encoding; they get CUDA devices in turn, or share threads.
         rank: number of this process, which makes every ``world_size``-th shard.
         world_size: processes that work on the store and were not started here.
         overwrite: delete a store of other images, views or tokenizer first.
         progress: show a progress bar on a terminal.
 
     Raises:
-        InputError: the folder holds something else, the size does not fit the tokenizer, or no
-            image is readable.
+        InputError: the folder holds something else, the size does not fit, or no image is readable.
         ChildProcessError: a process died, for example out of memory; the others were ended.
         OSError: the disk is full, or an image file cannot be reached.
     """

@@ -206,8 +206,7 @@ class ImageFolder(ImageCollection):
 
         Raises:
             FileNotFoundError: there is no such folder.
-            InputError: there are no images, some lie beside the class folders, or a class is none
-                of ``class_names``.
+            InputError: there are no images, some lie beside the class folders, or a class is new.
         """
         root, paths = Path(folder), tuple(find_images(folder))
         parts = [path.relative_to(root).parts for path in paths]

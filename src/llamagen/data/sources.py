@@ -49,13 +49,11 @@ def open_images(
         config: columns and split.
         split: replaces that of ``config``.
         labelled: use the classes, if there are any.
-        class_names: the allowed classes, for images that belong to others (validation); by
-            default those that occur.
+        class_names: the allowed classes, of images for validation; by default those that occur.
 
     Raises:
         FileNotFoundError: there is no such folder or file.
-        InputError: there are no images, or the source is damaged, or a class is none of
-            ``class_names``.
+        InputError: there are no images, the source is damaged, or a class is not allowed.
     """
     config = config or SourceConfig()
     path, name = Path(source), str(source)
@@ -202,8 +200,7 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
         path: .csv or .tsv with a header; .jsonl with an object or text on each line; .json with a
             list of these, or COCO's captions; .txt with a text on each line. Empty lines are left
             out.
-        column: column of the prompt; by default the first of prompt, text, caption and so on that
-            exists, in any case.
+        column: of the prompt; by default the first of prompt, text, caption and so on, in any case.
 
     Raises:
         FileNotFoundError: no such file.

@@ -127,19 +127,13 @@ class Artifact:
 
     @contextlib.contextmanager
     def begin(
-        self,
-        *,
-        overwrite: bool | None = None,
-        missing: Settings | None = None,
-        timeout: float = 1.0,
+        self, *, overwrite: bool | None = None, missing: Settings | None = None
     ) -> Iterator[None]:
         """Write or compare the settings; hold the folder's lock during the block.
 
         Args:
-            overwrite: delete an artifact of this format with other settings. None where callers
-                have no such option.
+            overwrite: delete an artifact of other settings; None if callers have no such option.
             missing: values, nested like the settings, of those that older folders lack.
-            timeout: seconds to wait for another run in the folder; may be ``math.inf``.
 
         Raises:
             InputError: the folder holds something else, was begun with other settings, is in use,
@@ -148,7 +142,7 @@ class Artifact:
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; choose a folder (`out`)")
         storage.require_writable(self.folder)
-        with folder_lock(self.folder, self.rank, self.world_size, timeout=timeout):
+        with folder_lock(self.folder, self.rank, self.world_size):
             path = self.folder / self.form.settings_name
             if not path.exists():
                 self._require_empty()
@@ -390,9 +384,7 @@ class Artifact:
 def read_manifest(folder: Path | str, form: Format) -> tuple[Settings, Settings]:
     """Return the settings and the results of a finished artifact.
 
-    Raises:
-        FileNotFoundError: there is none.
-        InputError: it is not complete, damaged, or of another version.
+    FileNotFoundError if there is none, InputError if it is incomplete or cannot be read.
     """
     folder = Path(folder)
     path = folder / form.manifest_name
