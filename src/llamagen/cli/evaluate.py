@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -185,8 +186,10 @@ class ClassOptions(SampleOptions):
     classes: Literal["balanced", "random"] = "balanced"
     """All classes equally often, in random order; or the class of each sampled at random."""
 
-    def _arguments(self, device: torch.device) -> dict[str, Any]:
-        """Return the arguments that ``evaluate_classes`` and ``evaluate_sweep`` share."""
+    def _compare(
+        self, protocol: Callable[..., Report], device: torch.device, **options: Any
+    ) -> Report:
+        """Call ``evaluate_classes`` or ``evaluate_sweep`` with ``options`` of its own."""
         from llamagen.evaluation.samples import SamplePlan
 
         pipeline = self._load(self.model, device)
@@ -194,14 +197,8 @@ class ClassOptions(SampleOptions):
             raise InputError(f"{pipeline.name} draws texts, not classes; use evaluate t2i")
         plan = SamplePlan.of_classes(pipeline, self.count, order=self.classes, **self._plan())
         reference, place = self._place(pipeline, device)
-        return {
-            "pipeline": pipeline,
-            "plan": plan,
-            "reference": reference,
-            "place": place,
-            "order": self.classes,
-            "batch_size": self.batch_size,
-        }
+        options |= {"order": self.classes, "batch_size": self.batch_size}
+        return protocol(pipeline, plan, reference, place, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +215,7 @@ class Classes(setting_options(_PAPERS), ClassOptions):  # type: ignore[misc]
     def _evaluate(self, device: torch.device) -> Report:
         from llamagen.evaluation.protocols.comparison import evaluate_classes
 
-        return evaluate_classes(**self._arguments(device), npz=self.npz)
+        return self._compare(evaluate_classes, device, npz=self.npz)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -243,9 +240,8 @@ class Sweep(
     def _evaluate(self, device: torch.device) -> Report:
         from llamagen.evaluation.protocols.comparison import evaluate_sweep
 
-        return evaluate_sweep(
-            **self._arguments(device), guidance_scales=self.guidance_scales, top_ks=self.top_ks
-        )
+        settings = {"guidance_scales": self.guidance_scales, "top_ks": self.top_ks}
+        return self._compare(evaluate_sweep, device, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

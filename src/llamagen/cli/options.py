@@ -71,9 +71,7 @@ class QuantizationOptions:
 def setting_options(default: str = "the model's own", *, without: Collection[str] = ()) -> Any:
     """Return a dataclass with an option for each field of ``SamplingConfig``, None by default.
 
-    Args:
-        default: what None means, for the help.
-        without: names of settings to leave out.
+    ``default`` is what None means, for the help; ``without`` names settings to leave out.
     """
     fields = []
     for setting in sampling_settings():

@@ -99,7 +99,8 @@ def _add_other_routes(app: FastAPI, served: Served) -> None:
     @app.get("/health", response_model=Health, responses=unwell, tags=["server"])
     async def health() -> Any:
         """Whether the process answers, and its engines can draw; if not, it must start anew."""
-        return Health(status="ok") if served.alive else JSONResponse({"status": "failed"}, 503)
+        alive = all(model.engine.alive for model in served.models.values())
+        return Health(status="ok") if alive else JSONResponse({"status": "failed"}, 503)
 
     @app.get("/ready", response_model=Health, responses=unwell, tags=["server"])
     async def ready() -> Any:

@@ -36,11 +36,9 @@ class ImageDecoder:
         self._worker: asyncio.Task[None] | None = None
 
     async def decode(self, codes: Sequence[int], grid: Grid | None = None) -> Image.Image:
-        """Return the image of some codes.
+        """Return the image of some codes: whole rows of the grid from the first on.
 
-        Args:
-            codes: whole rows of the grid from the first on. What is missing is left grey.
-            grid: rows and columns, if they are not the usual ones.
+        What is missing is left grey. ``grid`` is rows and columns if they are not the usual ones.
         """
         future: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Wanted(codes, grid or self.grid, future))

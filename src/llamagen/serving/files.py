@@ -19,10 +19,7 @@ class StoredFile(NamedTuple):
 class FileStore:
     """Holds files until they expire or newer ones need their memory. Not for several threads.
 
-    Args:
-        lifetime: seconds that a file is kept.
-        memory: bytes that all files may take.
-        clock: seconds.
+    A file is kept for ``lifetime`` seconds; all of them may take ``memory`` bytes.
     """
 
     def __init__(

@@ -82,11 +82,6 @@ class Served:
         self.settings = settings
         self.files = FileStore(lifetime=settings.file_lifetime, memory=settings.file_memory)
 
-    @property
-    def alive(self) -> bool:
-        """Whether all engines work."""
-        return all(model.engine.alive for model in self.models.values())
-
     def model(self, name: str | None) -> ServedModel:
         """Return a model; raise an HTTPException of status 404 if there is none of this name."""
         if name is None:

@@ -71,11 +71,6 @@ class Job:
         """Windows of the model's grid in which an image is generated, one after another."""
         return 1 if self.edit is None else len(self.edit.windows)
 
-    @property
-    def row_by_row(self) -> bool:
-        """Whether unfinished images can be shown."""
-        return self.best_of == 1 and self.windows == 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Update:
@@ -332,6 +327,7 @@ class _RunningJob:
         request = job.condition.request(seed=seed, sampling=job.sampling, known_codes=known)
         name, metrics = self._model.name, self._model.metrics
         waiting = metrics.waiting.labels(name)
+        row_by_row = job.best_of == job.windows == 1
         codes: list[int] = []
         counted = 0
         waiting.inc()
@@ -345,7 +341,7 @@ class _RunningJob:
                         metrics.wait.labels(name).observe(time.perf_counter() - job.begun)
                     metrics.codes.labels(name).inc(len(codes) - counted)
                     counted = len(codes)
-                    if job.row_by_row and counted < rows * columns:
+                    if row_by_row and counted < rows * columns:
                         row = counted // columns
                         self._updates.put_nowait(Update(index, seed, row, codes, done=False))
         finally:

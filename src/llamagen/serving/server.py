@@ -39,11 +39,8 @@ class Server(uvicorn.Server):
 def serve(app: FastAPI, *, host: str, port: int, drain_timeout: float) -> None:
     """Serve until a signal ends it; return when everything that ran is finished.
 
-    Args:
-        app: from ``create_app``.
-        host: address to listen on.
-        port: 0 takes a free one, which is logged.
-        drain_timeout: seconds that requests may take to finish after the signal.
+    Port 0 takes a free one, which is printed. Requests may take ``drain_timeout`` seconds to finish
+    after the signal.
 
     Raises:
         InputError: the address cannot be listened on.

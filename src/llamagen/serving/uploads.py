@@ -30,12 +30,7 @@ class _Parser(MultiPartParser):
 async def read_form(
     request: Request, kind: type[_Form], files: Mapping[str, bool]
 ) -> tuple[_Form, dict[str, bytes]]:
-    """Return the fields and the files of a form.
-
-    Args:
-        request: whose body is a form.
-        kind: its fields.
-        files: whether each file must be there, by name.
+    """Return the fields and the files of a form; ``files`` says of each if it must be there.
 
     Raises:
         InputError: the body is no form, or has other files than it must have.
@@ -87,13 +82,9 @@ def form_schema(kind: type[BaseModel], files: Mapping[str, bool]) -> dict[str, A
 
 
 def open_upload(content: bytes, name: str, *, max_pixels: int, convert: bool = True) -> Image.Image:
-    """Return the image of a file that was sent.
+    """Return the image of a file that was sent in the field ``name``.
 
-    Args:
-        content: of the file.
-        name: of the form's field.
-        max_pixels: that it may have; never more than Pillow's own limit.
-        convert: to RGB, upright.
+    It is upright and RGB with ``convert``. It may have ``max_pixels``, or Pillow's own limit.
 
     Raises:
         InputError: it is no image, has too many pixels or is damaged.
@@ -108,9 +99,8 @@ def open_upload(content: bytes, name: str, *, max_pixels: int, convert: bool = T
                 image.load()
                 return to_rgb(image) if convert else image
     except UnidentifiedImageError as error:
-        raise InputError(
-            f"{name} is no image of a known format; send a PNG, for example"
-        ) from error
+        text = f"{name} is no image of a known format; send a PNG, for example"
+        raise InputError(text) from error
     except DECODING_ERRORS as error:
         reason = " ".join(str(error).split()) or "damaged"
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
