@@ -376,10 +376,10 @@ def test_add_an_engine(copy):
         "    def shutdown(self):\n"
         "        pass\n",
     )
-    name = "pipeline/pipeline.py"
+    name = "pipeline/models.py"
     copy.insert(
         name,
-        before="from llamagen.generation.memory import",
+        before="from llamagen.models.tokenizer import",
         text="from llamagen.generation.toy import ToyEngine\n",
     )
     copy.replace(name, "in (NativeEngine, VllmEngine)", "in (NativeEngine, VllmEngine, ToyEngine)")

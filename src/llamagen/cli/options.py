@@ -115,7 +115,7 @@ class EngineOptions:
         Raises:
             InputError: another engine was given options of vLLM's.
         """
-        from llamagen.pipeline.pipeline import ENGINES
+        from llamagen.pipeline.models import ENGINES
         from llamagen.vllm_plugin import keep_vllm_quiet
 
         values = {

@@ -56,37 +56,30 @@ def run_demo(
     """
     storage.require_writable(out)
     start = time.perf_counter()
-    parts, images = [], 0
+    parts, total = [], 0
     for name in shipped_models():
         begun = time.perf_counter()
-        pipe = Pipeline.from_pretrained(name, device=device)
-        drawn, captions = _draw(pipe, seed)
-        parts.append(_sheet(name, drawn, captions, per_class=pipe.labels is not None))
-        images += len(drawn)
-        say(f"{name}: {len(drawn)} images in {time.perf_counter() - begun:.1f} s")
+        part, images = _sheet(name, Pipeline.from_pretrained(name, device=device), seed)
+        parts.append(part)
+        total += images
+        say(f"{name}: {images} images in {time.perf_counter() - begun:.1f} s")
     save_png(stacked(parts), out / "sheet.png")
-    return DemoResult(sheet=out / "sheet.png", images=images, seconds=time.perf_counter() - start)
+    return DemoResult(sheet=out / "sheet.png", images=total, seconds=time.perf_counter() - start)
 
 
 @torch.inference_mode()
-def _draw(pipe: Pipeline, seed: int) -> tuple[list[Image.Image], list[str]]:
-    """Images, and what each is of."""
-    if pipe.labels is None:
-        return pipe(list(PROMPTS), seed=seed).images, list(PROMPTS)
-    names = [pipe.labels.name(index) for index in range(len(pipe.labels))]
+def _sheet(name: str, pipe: Pipeline, seed: int) -> tuple[Image.Image, int]:
+    """Return a sheet of a model's images, and how many these are."""
+    labels = pipe.labels
+    captions = PROMPTS if labels is None else labels.names
     # A row of one image of each class, then the next row.
-    wanted = list(range(len(names))) * PER_CLASS
-    return pipe(wanted, seed=seed).images, names
-
-
-def _sheet(
-    name: str, images: list[Image.Image], captions: list[str], *, per_class: bool
-) -> Image.Image:
+    wanted = list(PROMPTS) if labels is None else list(range(len(captions))) * PER_CLASS
+    images = pipe(wanted, seed=seed).images
     scale = max(1, _SIDE // images[0].width)
-    if not per_class:
-        grid = image_grid(images, columns=_COLUMNS, captions=captions, scale=scale)
-        return titled(grid, f"{name}: by name")
-    columns = len(captions)
-    first = image_grid(images[:columns], columns=columns, captions=captions, scale=scale)
-    rest = image_grid(images[columns:], columns=columns, scale=scale)
-    return titled(stacked([first, rest], gap=0), f"{name}: by class")
+    columns = _COLUMNS if labels is None else len(captions)
+    first, rest = images[: len(captions)], images[len(captions) :]
+    sheet = image_grid(first, columns=columns, captions=captions, scale=scale)
+    if labels is None:
+        return titled(sheet, f"{name}: by name"), len(images)
+    sheet = stacked([sheet, image_grid(rest, columns=columns, scale=scale)], gap=0)
+    return titled(sheet, f"{name}: by class"), len(images)

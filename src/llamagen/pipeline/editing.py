@@ -28,7 +28,7 @@ from llamagen.generation.seeds import derived_seed, one_seed_each, uniform_draws
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline.conditions import Prompts
 from llamagen.pipeline.pipeline import Pipeline, PipelineOutput
-from llamagen.pipeline.ranking import check_best_of
+from llamagen.pipeline.ranking import check_ranking
 from llamagen.support.errors import InputError
 
 ImageSource = Image.Image | Path | str
@@ -60,6 +60,10 @@ class Window:
         return seed if self.number is None else derived_seed(seed, self.number)
 
 
+WHOLE = Window(slice(None), slice(None))
+"""The only window of an image of the model's size."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Edit:
     """Plan of an edit: the codes that stay, and where the others are sampled."""
@@ -68,7 +72,7 @@ class Edit:
     """Its entry in the images' metadata."""
     codes: Tensor
     """(rows, columns) of the whole result, ``UNKNOWN`` where one is to be sampled."""
-    windows: tuple[Window, ...]
+    windows: tuple[Window, ...] = (WHOLE,)
     """Where codes are sampled, one after another."""
     share: float | None = None
     """Share of ``codes`` that is kept; the images' seeds choose which. None keeps all."""
@@ -97,9 +101,12 @@ class Editor:
     """Completes, fills in, extends and varies images with a pipeline's models.
 
     Images of any size and mode are taken: they are resized so that their short side is the
-    model's, and the middle is cut out, as ``prepare`` does. All methods take the settings of
-    ``Pipeline.__call__`` (guidance_scale, top_k, seed, num_images_per_prompt, best_of, ...) and
-    return what it does; the metadata have one more entry, "edit".
+    model's, and the middle is cut out, as ``prepare`` does. All edits take a prompt and the
+    settings of ``Pipeline.__call__`` (guidance_scale, top_k, seed, num_images_per_prompt, best_of,
+    ...) and return what it does; the metadata have one more entry, "edit". They raise
+    ``FileNotFoundError`` where a file does not exist, and ``InputError`` where one is no image, an
+    argument of theirs or a setting is refused, or nothing or everything would be kept. The plan of
+    each edit is a method of its own, for servers, which raises the same.
 
     Example::
 
@@ -119,21 +126,17 @@ class Editor:
                 f"'native'"
             )
         self.pipeline = pipeline
+        self._grid = pipeline.transformer.config.grid
+        self._scale = pipeline.tokenizer.config.downsampling
 
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of the model's images."""
-        rows, columns = self.pipeline.transformer.config.grid
-        scale = self.pipeline.tokenizer.config.downsampling
-        return columns * scale, rows * scale
+        rows, columns = self._grid
+        return columns * self._scale, rows * self._scale
 
     def prepare(self, image: ImageSource) -> Image.Image:
-        """Return the image as the model takes it: RGB, upright, resized and cropped to ``size``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: it is no image that can be read.
-        """
+        """Return the image as the model takes it: RGB, upright, resized and cropped to ``size``."""
         width, height = self.size
         return center_crop(_opened(image), height, width=width)
 
@@ -152,23 +155,15 @@ class Editor:
         keep_rows: int | None = None,
         **settings: Any,
     ) -> PipelineOutput:
-        """Keep the upper part of an image and sample the rest.
+        """Keep ``keep_rows`` rows of codes of an image, by default the upper half; sample the rest.
 
-        Args:
-            image: whose top is kept.
-            prompt: as ``Pipeline`` takes it.
-            keep_rows: rows of codes that are kept; half of them by default.
-            settings: of ``Pipeline.__call__``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: nothing or everything would be kept, or a setting is refused.
+        See the class for the other arguments, and for errors.
         """
         return self._draw(self.completion(image, keep_rows=keep_rows), prompt, **settings)
 
     def completion(self, image: ImageSource, *, keep_rows: int | None = None) -> Edit:
-        """Return the plan of ``complete``; raises the same errors."""
-        rows = self.pipeline.transformer.config.grid[0]
+        """Return the plan of ``complete``."""
+        rows = self._grid[0]
         kept = rows // 2 if keep_rows is None else keep_rows
         if not 0 < kept < rows:
             raise InputError(
@@ -176,7 +171,7 @@ class Editor:
             )
         codes = self.encode(image)
         codes[kept:] = UNKNOWN
-        return Edit({"kind": "complete", "keep_rows": kept}, codes, (self._only_window(),))
+        return Edit({"kind": "complete", "keep_rows": kept}, codes)
 
     def inpaint(
         self,
@@ -191,22 +186,17 @@ class Editor:
         """Sample a marked part of an image anew.
 
         A code is sampled if any pixel of its square is marked. It fits what is above it and on its
-        left; how well that continues below is left to the choice among candidates.
+        left; how well that continues below is left to the choice among ``best_of`` candidates.
 
         Args:
-            image: whose rest is kept.
+            image: see the class, as for the other arguments.
             mask: of the image's size, or of the model's: white where to draw; or, if any of it is
                 transparent, transparent there.
-            prompt: as ``Pipeline`` takes it.
+            prompt: see the class.
             best_of: candidates for each image, of which the most likely is taken.
             keep_pixels: unmarked pixels stay those of the image, instead of those that its codes
                 decode to.
-            settings: of ``Pipeline.__call__``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: the mask has another size, or marks nothing or everything, or a setting is
-                refused.
+            settings: see the class.
         """
         edit = self.inpainting(image, mask, keep_pixels=keep_pixels)
         return self._draw(edit, prompt, best_of=best_of, **settings)
@@ -214,12 +204,11 @@ class Editor:
     def inpainting(
         self, image: ImageSource, mask: ImageSource, *, keep_pixels: bool = True
     ) -> Edit:
-        """Return the plan of ``inpaint``; raises the same errors."""
+        """Return the plan of ``inpaint``."""
         before = _opened(image)
         marked = self._marked(mask, before.size)
-        rows, columns = self.pipeline.transformer.config.grid
-        scale = self.pipeline.tokenizer.config.downsampling
-        cells = marked.reshape(rows, scale, columns, scale).any((1, 3))
+        rows, columns = self._grid
+        cells = marked.reshape(rows, self._scale, columns, self._scale).any((1, 3))
         if not marked.any():
             raise InputError("the mask marks nothing of the image; make white what is to be drawn")
         if cells.all():
@@ -228,12 +217,8 @@ class Editor:
             )
         codes = self.encode(before)
         codes[torch.from_numpy(cells)] = UNKNOWN
-        return Edit(
-            {"kind": "inpaint", "drawn_codes": int(cells.sum())},
-            codes,
-            (self._only_window(),),
-            pixels=(self.prepare(before), Image.fromarray(marked)) if keep_pixels else None,
-        )
+        pixels = (self.prepare(before), Image.fromarray(marked)) if keep_pixels else None
+        return Edit({"kind": "inpaint", "drawn_codes": int(cells.sum())}, codes, pixels=pixels)
 
     def outpaint(
         self,
@@ -244,40 +229,30 @@ class Editor:
         right: int = 0,
         **settings: Any,
     ) -> PipelineOutput:
-        """Extend an image downwards and to the right.
+        """Extend an image by ``below`` rows of codes downwards, ``right`` columns to the right.
 
         The model's grid slides over the larger one, half of it at a time, and codes in it that are
         there already are kept: so codes stand at positions that the model was trained with, and it
         sees half an image of what is above and on the left. Upwards and to the left it cannot draw.
-
-        Args:
-            image: the upper left part of the result.
-            prompt: as ``Pipeline`` takes it.
-            below: rows of codes that are sampled below it.
-            right: columns of codes that are sampled on its right.
-            settings: of ``Pipeline.__call__``; ``best_of`` candidates at each position of the grid.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: nothing is to be drawn, or a setting is refused.
+        There are ``best_of`` candidates at each position of the grid.
         """
         return self._draw(self.outpainting(image, below=below, right=right), prompt, **settings)
 
     def outpainting(self, image: ImageSource, *, below: int = 0, right: int = 0) -> Edit:
-        """Return the plan of ``outpaint``; raises the same errors."""
+        """Return the plan of ``outpaint``."""
         if min(below, right) < 0 or below == right == 0:
             raise InputError(
                 f"{below} rows below and {right} columns on the right are to be drawn; ask for at "
                 f"least one, and none below 0"
             )
-        rows, columns = self.pipeline.transformer.config.grid
+        rows, columns = self._grid
         codes = torch.full((rows + below, columns + right), UNKNOWN)
         codes[:rows, :columns] = self.encode(image)
-        places = itertools.product(_starts(rows, rows + below), _starts(columns, columns + right))
+        corners = itertools.product(_starts(rows, rows + below), _starts(columns, columns + right))
         # The first window is the image itself, where nothing is left to be sampled.
         windows = tuple(
             Window(slice(top, top + rows), slice(left, left + columns), number)
-            for number, (top, left) in enumerate(list(places)[1:])
+            for number, (top, left) in enumerate(list(corners)[1:])
         )
         return Edit({"kind": "outpaint", "below": below, "right": right}, codes, windows)
 
@@ -291,26 +266,16 @@ class Editor:
     ) -> PipelineOutput:
         """Keep codes of an image here and there and sample the others.
 
-        Args:
-            image: to be varied.
-            prompt: as ``Pipeline`` takes it.
-            keep: share of the codes that is kept, above 0 and below 1; the more, the closer to
-                the image. Each image's seed chooses which; its ``best_of`` candidates keep the
-                same.
-            settings: of ``Pipeline.__call__``.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: the share is none, or a setting is refused.
+        ``keep`` is the share that is kept, above 0 and below 1; the more, the closer to the image.
+        Each image's seed chooses which; its ``best_of`` candidates keep the same.
         """
         return self._draw(self.variation(image, keep=keep), prompt, **settings)
 
     def variation(self, image: ImageSource, *, keep: float = 0.5) -> Edit:
-        """Return the plan of ``vary``; raises the same errors."""
+        """Return the plan of ``vary``."""
         if not 0.0 < keep < 1.0:
             raise InputError(f"keep is {keep}, expected a share above 0 and below 1")
-        about = {"kind": "vary", "keep": keep}
-        return Edit(about, self.encode(image), (self._only_window(),), share=keep)
+        return Edit({"kind": "vary", "keep": keep}, self.encode(image), share=keep)
 
     def _draw(
         self,
@@ -324,13 +289,14 @@ class Editor:
         **settings: Any,
     ) -> PipelineOutput:
         """Sample the codes that a plan leaves open, window by window."""
-        check_best_of(best_of)
+        check_ranking(settings.get("rank_by", "likelihood"), best_of)
         prompts = settings.get("prompt_embeds", prompt)
         count = 1 if prompts is None or isinstance(prompts, str | int) else len(prompts)
         # None at all: refused below, with the pipeline's own words.
         seeds = one_seed_each(seed, max(1, count * num_images_per_prompt) * best_of)
-        canvas = edit.known(seeds[::best_of])
-        is_whole = len(edit.windows) == 1 and edit.windows[0].number is None
+        firsts = seeds[::best_of]
+        canvas = edit.known(firsts)
+        is_whole = edit.windows == (WHOLE,)
         for window in edit.windows:
             output = self.pipeline(
                 prompt,
@@ -342,30 +308,24 @@ class Editor:
                 **settings,
             )
             window.of(canvas).copy_(output.codes)
+        images, kept, metadata = output.images, output.seeds, output.metadata
         if not is_whole:
-            output = PipelineOutput(
-                images=[] if output_type == "codes" else self.pipeline.decode(canvas),
-                codes=canvas,
-                seeds=seeds[::best_of],
-                metadata=tuple(
-                    {**about, "seed": first}
-                    for about, first in zip(output.metadata, seeds[::best_of], strict=True)
-                ),
+            # Each window may have kept another candidate: an image is known by its first seed.
+            images = [] if output_type == "codes" else self.pipeline.decode(canvas)
+            kept = firsts
+            metadata = tuple(
+                {**about, "seed": seed} for about, seed in zip(metadata, kept, strict=True)
             )
-        return dataclasses.replace(
-            output,
-            images=[edit.finish(image) for image in output.images],
-            metadata=tuple({**about, "edit": dict(edit.metadata)} for about in output.metadata),
+        return PipelineOutput(
+            images=[edit.finish(image) for image in images],
+            codes=canvas,
+            seeds=kept,
+            metadata=tuple({**about, "edit": dict(edit.metadata)} for about in metadata),
         )
 
-    def _only_window(self) -> Window:
-        rows, columns = self.pipeline.transformer.config.grid
-        return Window(slice(0, rows), slice(0, columns))
-
     def _marked(self, mask: ImageSource, size: tuple[int, int]) -> np.ndarray:
-        """Pixels of the prepared image that are to be drawn anew, (height, width) bool."""
+        """Return which pixels (height, width) of the prepared image are to be drawn anew."""
         if not isinstance(mask, Image.Image):
-            # As it is: what is transparent matters here.
             mask = _opened_as_it_is(mask)
         if mask.size not in (size, self.size):
             raise InputError(
@@ -387,6 +347,7 @@ def _opened(image: ImageSource) -> Image.Image:
 
 
 def _opened_as_it_is(path: Path | str) -> Image.Image:
+    """Return the image in a file, with what is transparent in it."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -398,5 +359,5 @@ def _opened_as_it_is(path: Path | str) -> Image.Image:
 
 
 def _starts(window: int, canvas: int) -> list[int]:
-    """Positions at which a window starts that slides along a canvas, by half of it at a time."""
+    """Return where a window starts that slides along a canvas, by half of it at a time."""
     return [*range(0, canvas - window, max(1, window // 2)), canvas - window]

@@ -43,6 +43,11 @@ class Planned:
     about: Mapping[str, Any]
     """Further metadata of the prompt."""
 
+    @property
+    def entry(self) -> dict[str, Any]:
+        """Its line of the index."""
+        return {**self.about, "file": self.file, "prompt": self.prompt, "seed": self.seed}
+
 
 def plan_images(
     prompts: Sequence[tuple[str, Mapping[str, Any]]], *, images_per_prompt: int, seed: int
@@ -73,7 +78,7 @@ def draw_into_folder(
     progress: Callable[[int], object] | None = None,
     **settings: Any,
 ) -> int:
-    """Generate the images that are not in the folder yet.
+    """Generate the images that are not in the folder yet; return how many these were.
 
     Args:
         pipeline: generates them.
@@ -83,12 +88,9 @@ def draw_into_folder(
         window: as in ``Pipeline``; it changes no image, so it may differ when work goes on.
         rank: this process generates every ``world_size``-th batch, from this one on.
         world_size: processes that share the folder.
-        progress: is called with the number of images newly done. A GPU generates the next batch
-            while one is fetched and saved; a CPU, which would be slower at it, saves first.
+        progress: called with the number of images newly saved. A GPU generates the next batch
+            meanwhile; a CPU, which would be slower at it, saves first.
         settings: arguments of ``Pipeline.__call__``, such as guidance_scale or negative_prompt.
-
-    Returns:
-        The number of images that this call generated.
 
     Raises:
         InputError: the folder holds something else or is in use, or a prompt or setting is refused.
@@ -98,52 +100,38 @@ def draw_into_folder(
     pipeline.check_prompts([image.prompt for image in planned])
     sampling = {setting.name for setting in sampling_settings()} & settings.keys()
     pipeline.sampling.replace(**{name: settings[name] for name in sampling})
-    artifact = Artifact(
-        out,
-        _FORMAT,
-        {
-            "model": pipeline.name,
-            "sampling": dataclasses.asdict(pipeline.sampling)
-            | {name: value for name, value in settings.items() if value is not None},
-            **pipeline.precision,
-        },
-        rank=rank,
-        world_size=world_size,
-    )
-    drawn = 0
-    behind = _batches_behind(pipeline.device)
+    given = {name: value for name, value in settings.items() if value is not None}
+    about = {
+        "model": pipeline.name,
+        "sampling": dataclasses.asdict(pipeline.sampling) | given,
+        **pipeline.precision,
+    }
+    artifact = Artifact(out, _FORMAT, about, rank=rank, world_size=world_size)
+    index = [json.dumps(image.entry, ensure_ascii=False) + "\n" for image in planned]
     saving: list[tuple[int, Future[None]]] = []
+    drawn = 0
 
-    def wait_for_first() -> None:
-        done, saved = saving.pop(0)
+    def finish(images: int, saved: Future[None]) -> None:
         saved.result()
         if progress is not None:
-            progress(done)
+            progress(images)
 
     # On an error, leaving the block waits for the batch that is being saved.
     with (
         artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig())}),
-        ThreadPoolExecutor(1, thread_name_prefix="llamagen-saver") as saver,
+        ThreadPoolExecutor(1, "llamagen-saver") as saver,
     ):
-        artifact.same_text(INDEX_NAME, _index(planned), "other prompts or seeds")
+        artifact.same_text(INDEX_NAME, "".join(index), "other prompts or seeds")
         for batch in batches(planned, batch_size, rank, world_size):
             missing = [image for image in batch if not (out / image.file).is_file()]
             fetch, metadata = _launch(pipeline, missing, window=window, **settings)
             saving.append((len(batch), saver.submit(_save, missing, out, fetch, metadata)))
             drawn += len(missing)
-            if len(saving) > behind:
-                wait_for_first()
-        while saving:
-            wait_for_first()
+            if len(saving) > _batches_behind(pipeline.device):
+                finish(*saving.pop(0))
+        for each in saving:
+            finish(*each)
     return drawn
-
-
-def _index(planned: Sequence[Planned]) -> str:
-    lines = (
-        {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed}
-        for image in planned
-    )
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def batches(
