@@ -19,12 +19,12 @@ from llamagen.pipeline import Pipeline
 from llamagen.support.errors import InputError
 from llamagen.text.features import extract_text
 from llamagen.training import train_transformer
-from llamagen.training.conditioning import TokenConditioning
 from llamagen.training.config import ImageConfig, LoraConfig, TextTraining
 from llamagen.training.data import CodeSplits
 from llamagen.training.dry_run import dry_run
 from llamagen.training.export import export_run
 from llamagen.training.loop import fit
+from llamagen.training.next_code import TokenConditioning
 from llamagen.training.transformer_start import find_start
 from llamagen.training.transformer_task import TransformerTask, make_task
 from tests.tiny_models import tiny_text_encoder, tiny_tokenizer
@@ -126,7 +126,10 @@ def test_images_without_captions_weigh_nothing(tmp_path):
     torch.testing.assert_close(loss([0, 1, 2, 3]), loss([0]))
     assert loss([1, 2]).item() == 0
     some = task._conditioning.batch(store, np.array([0, 1, 2, 3]), None)
-    assert task._conditioning.metrics(some)["without_caption"].item() == 0.75
+    codes = torch.from_numpy(store.rows(np.arange(4), 0).reshape(4, -1))
+    some |= {"codes": codes, "input": codes[:, :-1]}
+    losses = task.losses(task.module, some, step=0, adversary=None)
+    assert losses.metrics["without_caption"].item() == 0.75
     empty = MemoryCodes(store.codes, texts=[()] * 4)
     with pytest.raises(InputError, match="of 4 images in memory, none"):
         make_text_task(text_recipe(None, "", tmp_path), empty)

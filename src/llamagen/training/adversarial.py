@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,18 +117,13 @@ class PatchDiscriminator(nn.Module):
                 nn.BatchNorm2d(after),
                 nn.LeakyReLU(_SLOPE),
             ]
-        modules.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
-        self.main = nn.Sequential(*modules)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw normal weights of deviation 0.02, around 0 or, for the scales of norms, 1."""
+        self.main = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        # Normal weights of deviation 0.02, around 0 or, for the scales of norms, 1.
         for module in self.main:
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
-                nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, 1, h, w), one per patch, of images (B, 3, H, W)."""
@@ -154,7 +150,7 @@ class StyleDiscriminator(nn.Module):
         self.from_rgb = _EqualConv2d(3, widths[0], 1)
         self.blocks = nn.Sequential(*(_HalvingBlock(a, b) for a, b in itertools.pairwise(widths)))
         channels = widths[-1]
-        self.conv = _EqualConv2d(channels + 1, channels, 3)
+        self.conv = _EqualConv2d(channels + 1, channels, 3, padding=1)
         positions = (height >> halvings) * (width >> halvings)
         self.hidden = _EqualLinear(channels * positions, channels)
         self.out = _EqualLinear(channels, 1)
@@ -173,8 +169,7 @@ class StyleDiscriminator(nn.Module):
             )
         h = self.blocks(_activate(self.from_rgb(images)))
         h = _activate(self.conv(_append_deviation(h)))
-        h = _activate(self.hidden(h.flatten(1)))
-        return self.out(h)
+        return self.out(_activate(self.hidden(h.flatten(1))))
 
 
 def _halvings(height: int, width: int) -> int:
@@ -196,6 +191,31 @@ def _halvings(height: int, width: int) -> int:
     return halvings
 
 
+class _Equalised:
+    """Mixin of layers with equalised weights."""
+
+    weight: Tensor
+    bias: Any
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def scaled_weight(self) -> Tensor:
+        return self.weight * (1.0 / math.sqrt(math.prod(self.weight.shape[1:])))
+
+
+class _EqualConv2d(_Equalised, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.scaled_weight(), self.bias, self.stride, self.padding)
+
+
+class _EqualLinear(_Equalised, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.scaled_weight(), self.bias)
+
+
 class _HalvingBlock(nn.Module):
     """Two convolutions and a residual: (B, C_in, 2 h, 2 w) -> (B, C_out, h, w)."""
 
@@ -203,15 +223,14 @@ class _HalvingBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.conv1 = _EqualConv2d(in_channels, in_channels, 3)
-        self.conv2 = _EqualConv2d(in_channels, out_channels, 3, stride=2, padding=0)
+        self.conv1 = _EqualConv2d(in_channels, in_channels, 3, padding=1)
+        self.conv2 = _EqualConv2d(in_channels, out_channels, 3, stride=2)
         self.shortcut = _EqualConv2d(in_channels, out_channels, 1, bias=False)
         # Strided convolutions alias without a low-pass filter before them.
         line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8.0
         self.register_buffer("kernel", line.outer(line)[None, None], persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
         h = _activate(self.conv1(x))
         # (B, C, 2 h + 1, 2 w + 1), of which the strided 3x3 convolution makes h x w.
         h = _activate(self.conv2(self._smooth(h, padding=2)))
@@ -223,46 +242,6 @@ class _HalvingBlock(nn.Module):
         channels = x.shape[1]
         kernel = self.kernel.expand(channels, 1, 4, 4)
         return F.conv2d(x, kernel, stride=stride, padding=padding, groups=channels)
-
-
-class _EqualConv2d(nn.Module):
-    """A convolution with equalised weights, by default of the same resolution."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        size: int,
-        *,
-        stride: int = 1,
-        padding: int | None = None,
-        bias: bool = True,
-    ) -> None:
-        super().__init__()
-        self.stride = stride
-        self.padding = size // 2 if padding is None else padding
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, size, size))
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        self.scale = 1.0 / math.sqrt(in_channels * size * size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See ``nn.Conv2d``."""
-        weight = self.weight * self.scale
-        return F.conv2d(x, weight, self.bias, stride=self.stride, padding=self.padding)
-
-
-class _EqualLinear(nn.Module):
-    """A linear layer with equalised weights."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-        self.scale = 1.0 / math.sqrt(in_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See ``nn.Linear``."""
-        return F.linear(x, self.weight * self.scale, self.bias)
 
 
 def _activate(x: Tensor) -> Tensor:

@@ -11,17 +11,21 @@ import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 import llamagen.support.storage as storage
+from llamagen.evaluation.protocols.tokenizer import reconstruct
+from llamagen.pipeline import Pipeline
 from llamagen.support.errors import importing
 from llamagen.support.pictures import image_grid, save_png, stacked, titled
-
-if TYPE_CHECKING:
-    from llamagen.training import LoopConfig
+from llamagen.training.config import TokenizerTraining, TransformerTraining
+from llamagen.training.loop import TrainingResult
+from llamagen.training.recipes import load_recipe
+from llamagen.training.tokenizer_task import train_tokenizer
+from llamagen.training.transformer_task import train_transformer
 
 SIDE = 32
 """Pixels a side that the scans are enlarged to."""
@@ -58,8 +62,7 @@ class TrainingDemoResult:
     """Pipeline folder, for ``llamagen generate --model``."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Digits:
+class Digits(NamedTuple):
     """The scans, split once and for all."""
 
     train: np.ndarray
@@ -107,16 +110,6 @@ def run_training_demo(
     Raises:
         InputError: ``out`` cannot be written, or scikit-learn is missing.
     """
-    from llamagen.evaluation.protocols.tokenizer import reconstruct
-    from llamagen.pipeline import Pipeline
-    from llamagen.training import (
-        TokenizerTraining,
-        TransformerTraining,
-        load_recipe,
-        train_tokenizer,
-        train_transformer,
-    )
-
     storage.require_writable(out)
     digits = load_digits()
     start = time.perf_counter()
@@ -125,62 +118,61 @@ def run_training_demo(
     _write_tree(data / "held-out", digits.held_out, digits.held_out_labels)
     say(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
     seconds = {"data": time.perf_counter() - start}
-
-    def common(loop: LoopConfig, stage: int) -> dict[str, Any]:
-        loop = dataclasses.replace(
-            loop, device=device, seed=seed, steps=loop.steps if steps is None else steps[stage]
-        )
-        return {
-            "data": str(data / "train"),
-            "validation_data": str(data / "held-out"),
-            "loop": loop,
-        }
-
-    first = load_recipe(TokenizerTraining, "digits-tokenizer")
-    first = dataclasses.replace(first, out=out / "tokenizer", **common(first.loop, 0))
-    tokenizer = train_tokenizer(first)
-    second = load_recipe(TransformerTraining, "digits-transformer")
-    second = dataclasses.replace(
-        second,
-        out=out / "transformer",
-        tokenizer=str(tokenizer.model),
-        **common(second.loop, 1),
-    )
-    transformer = train_transformer(second)
-    seconds |= {"tokenizer": tokenizer.seconds, "transformer": transformer.seconds}
+    runs = _train(out, device, seed, steps)
+    seconds |= {name: run.seconds for name, run in runs.items()}
 
     start = time.perf_counter()
-    pipe = Pipeline.from_pretrained(transformer.model, device=device)
+    pipe = Pipeline.from_pretrained(runs["transformer"].model, device=device)
     generated = pipe(list(range(10)), num_images_per_prompt=PER_DIGIT, seed=seed).images
     seconds["generation"] = time.perf_counter() - start
 
     save_png(_sheet(digits, generated), out / "sheet.png")
+    titles = {"tokenizer": "image tokenizer", "transformer": "transformer"}
     curves = [
-        titled(Image.open(run.out / "curves.png").convert("RGB"), title)
-        for run, title in ((tokenizer, "image tokenizer"), (transformer, "transformer"))
+        titled(Image.open(run.out / "curves.png").convert("RGB"), titles[name])
+        for name, run in runs.items()
     ]
     save_png(stacked(curves), out / "curves.png")
     real = [enlarged(scan) for scan in digits.held_out]
-    reconstructed = reconstruct(
-        pipe.tokenizer, [(Path(str(index)), picture) for index, picture in enumerate(real)]
-    )
+    named = ((Path(str(index)), picture) for index, picture in enumerate(real))
+    reconstructed = [item.image for item in reconstruct(pipe.tokenizer, named)]
     recognised = _classifier(digits)
+    validation = runs["tokenizer"].validation
     result = TrainingDemoResult(
         recognised=recognised(generated, np.arange(10).repeat(PER_DIGIT)),
         recognised_real=recognised(real, digits.held_out_labels),
-        recognised_reconstructed=recognised(
-            [item.image for item in reconstructed], digits.held_out_labels
-        ),
-        psnr=tokenizer.validation["psnr"],
-        codebook_usage=tokenizer.validation["codebook_usage"],
-        bits_per_code=transformer.validation["bits_per_code"],
+        recognised_reconstructed=recognised(reconstructed, digits.held_out_labels),
+        psnr=validation["psnr"],
+        codebook_usage=validation["codebook_usage"],
+        bits_per_code=runs["transformer"].validation["bits_per_code"],
         seconds={name: round(value, 1) for name, value in seconds.items()},
         sheet=str(out / "sheet.png"),
         curves=str(out / "curves.png"),
-        model=str(transformer.model),
+        model=str(runs["transformer"].model),
     )
     storage.write_json(out / "summary.json", dataclasses.asdict(result))
     return result
+
+
+def _train(
+    out: Path, device: str, seed: int, steps: tuple[int, int] | None
+) -> dict[str, TrainingResult]:
+    """Train the tokenizer, then the transformer."""
+
+    def recipe(kind: Any, name: str, steps: int | None, **values: Any) -> Any:
+        found = load_recipe(kind, f"digits-{name}")
+        steps = found.loop.steps if steps is None else steps
+        loop = dataclasses.replace(found.loop, device=device, seed=seed, steps=steps)
+        folder = out / "digits"
+        data = {"data": str(folder / "train"), "validation_data": str(folder / "held-out")}
+        return dataclasses.replace(found, out=out / name, loop=loop, **data, **values)
+
+    first, second = steps or (None, None)
+    tokenizer = train_tokenizer(recipe(TokenizerTraining, "tokenizer", first))
+    transformer = train_transformer(
+        recipe(TransformerTraining, "transformer", second, tokenizer=str(tokenizer.model))
+    )
+    return {"tokenizer": tokenizer, "transformer": transformer}
 
 
 def enlarged(scan: np.ndarray) -> Image.Image:
@@ -201,14 +193,10 @@ def _classifier(digits: Digits) -> Callable[[list[Image.Image], np.ndarray], flo
     model = SVC(gamma=0.001).fit(digits.train.reshape(len(digits.train), -1), digits.train_labels)
 
     def recognised(pictures: list[Image.Image], labels: np.ndarray) -> float:
-        size = (_SCAN_SIDE, _SCAN_SIDE)
-        scans = [
-            np.asarray(picture.convert("L").resize(size, Image.Resampling.BOX), dtype=np.float64)
-            * (_GREYS / 255)
-            for picture in pictures
-        ]
-        found = model.predict(np.stack(scans).reshape(len(scans), -1))
-        return float((found == labels).mean())
+        small = (_SCAN_SIDE, _SCAN_SIDE)
+        greys = [p.convert("L").resize(small, Image.Resampling.BOX) for p in pictures]
+        scans = np.stack([np.asarray(grey, dtype=np.float64) for grey in greys]) * (_GREYS / 255)
+        return float((model.predict(scans.reshape(len(scans), -1)) == labels).mean())
 
     return recognised
 
@@ -226,15 +214,17 @@ def _write_tree(folder: Path, scans: np.ndarray, labels: np.ndarray) -> None:
 
 def _sheet(digits: Digits, generated: list[Image.Image]) -> Image.Image:
     """Return real digits beside generated ones, a row of ten for each digit."""
-    real = []
-    for digit in range(10):
-        scans = digits.held_out[digits.held_out_labels == digit][:PER_DIGIT]
-        real += [enlarged(scan) for scan in scans]
-    parts = [
-        titled(image_grid(pictures, columns=PER_DIGIT, scale=2), title)
-        for pictures, title in (
-            (real, "real digits (held out: no model has seen them)"),
-            (generated, "generated digits (ten of each, not picked)"),
-        )
+    real = [
+        enlarged(scan)
+        for digit in range(10)
+        for scan in digits.held_out[digits.held_out_labels == digit][:PER_DIGIT]
     ]
-    return stacked(parts, across=True)
+    sides = {
+        "real digits (held out: no model has seen them)": real,
+        "generated digits (ten of each, not picked)": generated,
+    }
+    sheets = [
+        titled(image_grid(pictures, columns=PER_DIGIT, scale=2), title)
+        for title, pictures in sides.items()
+    ]
+    return stacked(sheets, across=True)

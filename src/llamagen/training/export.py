@@ -61,7 +61,9 @@ def export_run(
     if source is None:
         raise InputError("no image tokenizer is known; name the one of this run (`tokenizer`)")
     start = start_of(recipe, about, str(checkpoint.path))
-    saved = start.build_empty().saved
+    with torch.device("meta"):
+        empty = start.build()
+    saved = empty.to_empty(device="cpu").saved
     _read(checkpoint, saved, weights, recipe.loop.ema_decay)
     whole = start.whole(saved.state_dict())
     start.pipeline(load_tokenizer(source, dtype=torch.float32), whole).save_pretrained(out)
@@ -75,8 +77,5 @@ def _read(checkpoint: Checkpoint, model: nn.Module, weights: Weights, ema_decay:
         raise InputError(f"{checkpoint.path} has no running mean (ema_decay 0); export 'trained'")
     checkpoint.read_tensors({"model": model.state_dict()})
     if ema_decay > 0 and weights != "trained":
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        means = {name: torch.empty_like(parameter) for name, parameter in trained.items()}
+        means = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         checkpoint.read_tensors({"ema": means})
-        for name, parameter in trained.items():
-            parameter.copy_(means[name])

@@ -64,17 +64,14 @@ def original_name(name: str) -> str:
 
 def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Return the state of a plain transformer, with the low-rank products added to its weights."""
-    scale = config.scale
     merged = {}
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
         if ".base_layer." in name:
-            down, up = (
-                state[name.replace(".base_layer.", f".{part}.{_ADAPTER}.")]
-                for part in ("lora_A", "lora_B")
-            )
-            tensor = tensor + scale * (up @ down)
+            down = state[name.replace(".base_layer.", f".lora_A.{_ADAPTER}.")]
+            up = state[name.replace(".base_layer.", f".lora_B.{_ADAPTER}.")]
+            tensor = tensor + config.scale * (up @ down)
         merged[original_name(name)] = tensor
     return merged
 
@@ -83,10 +80,11 @@ def save_adapter(
     state: Mapping[str, Tensor], config: LoraConfig, folder: Path, *, base: str
 ) -> None:
     """Write the adapter in peft's format; ``base`` names the model that it belongs to."""
-    tensors = {}
-    for name, tensor in state.items():
-        if ".lora_" in name or name.startswith(_CLASS_TABLE):
-            tensors[f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}"] = tensor.contiguous()
+    tensors = {
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": tensor.contiguous()
+        for name, tensor in state.items()
+        if ".lora_" in name or name.startswith(_CLASS_TABLE)
+    }
     settings = _peft_config(config)
     # Not while training: peft would wrap the module and so rename its weights.
     settings.modules_to_save = ["cls_embedding"]

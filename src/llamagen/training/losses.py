@@ -39,25 +39,20 @@ def total_loss(terms: Mapping[str, Term]) -> Tensor:
 
 
 def tokenizer_terms(
-    output: TokenizerOutput,
-    images: Tensor,
-    quantizer: Quantizer,
-    config: TokenizerLossConfig,
+    output: TokenizerOutput, images: Tensor, quantizer: Quantizer, config: TokenizerLossConfig
 ) -> dict[str, Term]:
     """Return the terms of the tokenizer's loss on ``images`` (B, 3, H, W), computed in float32."""
     distance = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
-    entropy = config.entropy_weight > 0
-    losses = quantizer.losses(output.quantized, entropy=entropy)
     reconstruction = distance(output.reconstruction.float(), images)
-    terms = {"reconstruction": Term(reconstruction, config.reconstruction_weight)}
     weights = {
         "codebook": 1.0,
         "commitment": config.commitment_weight,
         "entropy": config.entropy_weight,
     }
-    for name, value in losses.items():
-        terms[name] = Term(value, config.codebook_weight * weights[name])
-    return terms
+    losses = quantizer.losses(output.quantized, entropy=config.entropy_weight > 0)
+    return {"reconstruction": Term(reconstruction, config.reconstruction_weight)} | {
+        name: Term(value, config.codebook_weight * weights[name]) for name, value in losses.items()
+    }
 
 
 def mean_psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
@@ -88,9 +83,6 @@ def chunked_cross_entropy(
         weight: (V, D).
         targets: (N,) int64.
         row_weights: (N,); by default 1 each. The mean is over their sum, or 0 if that is 0.
-
-    Returns:
-        A scalar.
     """
     if row_weights is None:
         shares = hidden.new_full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32)
@@ -140,11 +132,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grads = [
+        hidden, weight = (
             None if grad is None else grad * grad_output.to(grad.dtype)
             for grad in ctx.saved_tensors
-        ]
-        return grads[0], grads[1], None, None
+        )
+        return hidden, weight, None, None
 
 
 def _loss(logits: Tensor, targets: Tensor, shares: Tensor, grad_logits: Tensor | None) -> Tensor:

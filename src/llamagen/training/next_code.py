@@ -1,26 +1,40 @@
 """A transformer in training: codes and conditions in, loss out.
 
-Shapes: B images, L tokens of the longest caption, T codes of an image, V codebook size.
+Shapes: B images, L tokens of the longest caption, T codes of an image, V codebook size, W width of
+a text feature.
 """
 
 from __future__ import annotations
 
+import abc
+import random
 import re
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import SmallTextEncoderConfig
+from llamagen.data.captions import Captions, draw_caption
+from llamagen.data.live_codes import CodeSource
 from llamagen.models.transformer import Transformer
-from llamagen.text.encoder import TextEncoder
+from llamagen.support.errors import InputError
+from llamagen.text.encoder import TextEncoder, padded
+from llamagen.text.features import TextStore
 from llamagen.training.losses import chunked_cross_entropy
+from llamagen.training.task import Batch
 
 TRANSFORMER = "transformer."
 """Prefix of the names of the transformer's weights."""
 _ENCODER = "encoder.model."
 _NEIGHBOUR_BIAS = 6.0
 """Against 80 others, nine tenths of the attention."""
+_CHECKED_IMAGES = 1000
+"""About how many images are checked before a training starts."""
+_MAX_CACHED = 1 << 18
+"""Maximum number of captions whose tokens are cached."""
 
 
 class NextCodeModel(nn.Module):
@@ -120,33 +134,155 @@ def init_encoder_tensor(
     if not name.startswith(_ENCODER):
         return False
     if name.endswith("relative_attention_bias.weight"):
-        _attend_to_neighbours(tensor)
-        return True
-    hidden = config.hidden_dim or 2 * config.dim
-    head = config.dim // config.heads
-    scales = {
-        r"layer_norm|final_layer_norm": None,
-        r"\.q\.": (config.dim * head) ** -0.5,
-        r"\.wo\.": hidden**-0.5,
-        r"shared|embed_tokens": 1.0,
-        r"": config.dim**-0.5,
-    }
-    scale = next(value for pattern, value in scales.items() if re.search(pattern, name))
-    if scale is None:
+        # (buckets, heads): the first half of the buckets are for bytes on the left, the second for
+        # the right; the first few of each are for single distances.
+        buckets, heads = tensor.shape
+        tensor.zero_()
+        for head in range(heads - 1):
+            distance = min(head // 2 + 1, buckets // 4 - 1)
+            tensor[distance + (head % 2) * (buckets // 2), head] = _NEIGHBOUR_BIAS
+    elif re.search("layer_norm|final_layer_norm", name):
         nn.init.ones_(tensor)
     else:
+        scales = {
+            r"\.q\.": (config.dim * (config.dim // config.heads)) ** -0.5,
+            r"\.wo\.": (config.hidden_dim or 2 * config.dim) ** -0.5,
+            r"shared|embed_tokens": 1.0,
+            r"": config.dim**-0.5,
+        }
+        scale = next(value for pattern, value in scales.items() if re.search(pattern, name))
         nn.init.normal_(tensor, std=scale, generator=generator)
     return True
 
 
-def _attend_to_neighbours(bias: Tensor) -> None:
-    """Fill T5's bias (buckets, heads): the next byte on the left, on the right, and so on.
+class Conditioning:
+    """How the images of a store become conditions of the model: here by their classes."""
 
-    The first half of the buckets are for bytes on the left, the second for the right; the first
-    few of each are for single distances.
+    def batch(
+        self, store: CodeSource, rows: np.ndarray, rngs: Sequence[random.Random] | None
+    ) -> Batch:
+        """Return the "condition" of some images, and what goes with it, one row for each.
+
+        Args:
+            store: has the images.
+            rows: of the store.
+            rngs: a random generator for each image; with None the most likely caption is taken.
+
+        Returns:
+            Labels (B,); or texts (B, L) or (B, L, W), a "mask" (B, L) of their tokens, and
+            "weights" (B,).
+        """
+        del rngs
+        assert store.labels is not None
+        return {"condition": torch.from_numpy(store.labels[rows].astype(np.int64))}
+
+    def model_input(self, batch: Batch) -> Tensor:
+        """Return the condition of a batch on its device as the model takes it."""
+        return batch["condition"]
+
+    def check(self, store: CodeSource, rows: np.ndarray) -> None:
+        """Raise InputError if of some of these images none has a condition."""
+
+
+class CaptionConditioning(Conditioning, abc.ABC):
+    """A caption of each image, a random one each time. Images without any have weight 0."""
+
+    def batch(
+        self, store: CodeSource, rows: np.ndarray, rngs: Sequence[random.Random] | None
+    ) -> Batch:
+        """See ``Conditioning``."""
+        captions = captions_of_rows(store, rows)
+        if rngs is None:
+            chosen = [most_likely_caption(each) for each in captions]
+        else:
+            chosen = [
+                draw_caption(each, rng.random()) or ""
+                for each, rng in zip(captions, rngs, strict=True)
+            ]
+        texts, mask, usable = self._texts(chosen)
+        weights = [float(bool(a and b)) for a, b in zip(captions, usable, strict=True)]
+        return {"condition": texts, "mask": mask, "weights": torch.tensor(weights)}
+
+    def check(self, store: CodeSource, rows: np.ndarray) -> None:
+        """See ``Conditioning``."""
+        some = rows[:: max(1, len(rows) // _CHECKED_IMAGES)]
+        if len(some) and not any(map(self._is_usable, captions_of_rows(store, some))):
+            raise InputError(
+                f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
+                f"name the columns with `caption_columns` and make the codes again"
+            )
+
+    @abc.abstractmethod
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        """Return tokens or features of captions, their mask, and which of them are usable."""
+
+    def _is_usable(self, captions: Captions) -> bool:
+        return bool(captions)
+
+
+class TokenConditioning(CaptionConditioning):
+    """Captions as tokens, for a text encoder in the model or for a frozen one."""
+
+    def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
+        """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
+        self._encoder = encoder
+        self._frozen = frozen
+        self._tokens: dict[str, list[int]] = {}
+
+    def model_input(self, batch: Batch) -> Tensor:
+        """See ``Conditioning``."""
+        tokens = batch["condition"]
+        if not self._frozen:
+            return tokens
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            features: Tensor = self._encoder.to(tokens.device)(tokens, batch["mask"])
+        return features
+
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
+        return tokens.ids, tokens.mask, [True] * len(captions)
+
+    def _token_ids(self, caption: str) -> list[int]:
+        # Cleaning takes longer than everything else here, and captions recur every epoch.
+        if caption not in self._tokens:
+            if len(self._tokens) == _MAX_CACHED:
+                self._tokens.clear()
+            prepared = self._encoder.prepare(caption)
+            self._tokens[caption] = self._encoder.token_ids([prepared])[0]
+        return self._tokens[caption]
+
+
+class FeatureConditioning(CaptionConditioning):
+    """Captions as stored features. Those that are not in the store have weight 0."""
+
+    def __init__(self, features: TextStore) -> None:
+        self._features = features
+
+    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        found = self._features.features(captions)
+        # At least one position, even without a feature: a sequence starts with its condition.
+        texts, mask = padded(found)
+        mask[:, -1] = True
+        return texts, mask, [len(each) > 0 for each in found]
+
+    def _is_usable(self, captions: Captions) -> bool:
+        return any(len(f) for f in self._features.features([each.text for each in captions]))
+
+
+def most_likely_caption(captions: Captions) -> str:
+    """Return the text of the caption with the largest weight; "" if there is none."""
+    return max(captions, key=lambda caption: caption.weight).text if captions else ""
+
+
+def captions_of_rows(store: CodeSource, rows: np.ndarray) -> list[Captions]:
+    """Return the captions of some images of a store.
+
+    Raises:
+        InputError: its images have none.
     """
-    buckets, heads = bias.shape
-    bias.zero_()
-    for head in range(heads - 1):
-        distance = min(head // 2 + 1, buckets // 4 - 1)
-        bias[distance + (head % 2) * (buckets // 2), head] = _NEIGHBOUR_BIAS
+    captions = store.captions(rows)
+    if captions is None:
+        raise InputError(
+            f"the codes in {store.folder} have no captions; make them from images with captions"
+        )
+    return captions

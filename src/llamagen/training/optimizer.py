@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from llamagen.training.config import LoopConfig
 from llamagen.training.parallel import local
@@ -79,7 +76,8 @@ class Ema:
         Early on the decay is smaller, so that the random first weights are soon forgotten.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(_locals(self._means), _locals(self._weights), 1.0 - decay)
+        weights = [local(weight) for weight in self._weights.values()]
+        torch._foreach_lerp_([local(mean) for mean in self._means.values()], weights, 1.0 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
@@ -92,15 +90,12 @@ class Ema:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for weight, mean in zip(_locals(self._weights), _locals(self._means), strict=True):
-            held = weight.clone()
-            weight.copy_(mean)
+        for name, weight in self._weights.items():
+            own, mean = local(weight), local(self._means[name])
+            held = own.clone()
+            own.copy_(mean)
             mean.copy_(held)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the mean weights by their names; reading a checkpoint fills them in place."""
         return dict(self._means)
-
-
-def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [local(tensor) for tensor in tensors.values()]

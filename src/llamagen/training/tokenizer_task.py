@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -88,11 +89,10 @@ def make_task(recipe: TokenizerTraining) -> TokenizerTask:
         raise InputError(
             "trained is decoder, but there is no tokenizer whose codes stay; name one with `init`"
         )
-    images = tokenizer_images(recipe)
+    images, perceptual, lpips = tokenizer_images(recipe), recipe.perceptual, None
     with distributed.main_first():
-        lpips = None
-        if recipe.perceptual.perceptual_weight > 0:
-            lpips = load_lpips(recipe.perceptual.perceptual_weights)
+        if perceptual.perceptual_weight > 0:
+            lpips = load_lpips(perceptual.perceptual_weights)
     with own_random_numbers(recipe.loop.device, recipe.loop.seed):
         model = _start(recipe)
         model.config.grid_of(*recipe.images.shape)
@@ -139,9 +139,9 @@ class TokenizerTask(Task):
         self._recent: Tensor | None = None
         self._skipped = SkippedFiles(recipe.out / SKIPPED_NAME)
         self._lpips = lpips
-        terms = ["loss", "reconstruction", "codebook"]
+        self._compared = ("reconstruction",) if lpips is None else ("reconstruction", "perceptual")
         self.panels = {
-            "loss": (*terms, *(["perceptual"] if lpips is not None else [])),
+            "loss": ("loss", "reconstruction", "codebook", *self._compared[1:]),
             "PSNR (dB)": ("psnr",),
             "share of the codes in use": ("codebook_usage",),
             "norm of the gradients": ("grad_norm",),
@@ -161,26 +161,21 @@ class TokenizerTask(Task):
             init_codebook(self.model, self._latents())
 
     def describe(self) -> dict[str, Any]:
-        """Return the architecture."""
+        """See ``Task``."""
         return {"kind": ImageTokenizer.kind, "config": config_to_dict(self.model.config)}
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Yield augmented images as bytes."""
-        read = self._read(first, last, distributed.rank(), distributed.world_size())
-        for batch in read:
+        for batch in self._read(first, last, distributed.rank(), distributed.world_size()):
             self._skipped.add(batch.skipped)
             yield {"pixels": batch.pixels}
 
     def _read(self, first: int, last: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
-        height, width = self.recipe.images.shape
-        augmentation = Augmentation(
-            height=height,
-            width=width,
-            max_scale=self.recipe.augmentation.crop_scale,
-            flip=self.recipe.augmentation.flip,
-        )
+        (height, width), changes = self.recipe.images.shape, self.recipe.augmentation
         return self.images.training.training_batches(
-            augmentation,
+            Augmentation(
+                height=height, width=width, max_scale=changes.crop_scale, flip=changes.flip
+            ),
             first=first,
             last=last,
             workers=self.recipe.images.workers,
@@ -194,13 +189,17 @@ class TokenizerTask(Task):
         """Return the losses of the model and, once it has begun, of the discriminator."""
         images = uint8_to_images(batch["pixels"])
         output = model(images)
+        reconstruction = output.reconstruction.detach()
         terms = self._terms(output, images)
-        metrics = {"psnr": mean_psnr(output.reconstruction.detach(), images)}
-        adversarial = None
-        if adversary is not None and step >= self.recipe.adversarial.adversarial_start:
+        metrics = {"psnr": mean_psnr(reconstruction, images)}
+        adversarial, config = None, self.recipe.adversarial
+        if adversary is not None and step >= config.adversarial_start:
             terms["generator"] = self._generator_term(output.reconstruction, terms, metrics)
-            reconstructions = output.reconstruction.detach()
-            adversarial = self._discriminator_loss(adversary, images, reconstructions, metrics)
+            real, fake = adversary(images), adversary(reconstruction)
+            adversarial = discriminator_loss(config.adversarial_loss, real, fake)
+            metrics["discriminator"] = adversarial.detach()
+            metrics["logits_real"] = real.detach().float().mean()
+            metrics["logits_fake"] = fake.detach().float().mean()
         self._usage.add(output.quantized.codes)
         self._recent = output.quantized.latents.detach()
         metrics |= {name: term.value.detach() for name, term in terms.items()}
@@ -228,42 +227,28 @@ class TokenizerTask(Task):
         )
         if not config.adaptive_weight:
             return Term(value, config.adversarial_weight)
-        compared = {name: terms[name] for name in ("reconstruction", "perceptual") if name in terms}
+        compared = total_loss({name: terms[name] for name in self._compared})
         scale = distributed.mean(
-            adaptive_weight(total_loss(compared), value, self.model.decoder.conv_out.weight)
+            adaptive_weight(compared, value, self.model.decoder.conv_out.weight)
         )
         metrics["adaptive_weight"] = scale
         return Term(value, config.adversarial_weight * scale)
 
-    def _discriminator_loss(
-        self,
-        adversary: nn.Module,
-        images: Tensor,
-        reconstructions: Tensor,
-        metrics: dict[str, Tensor],
-    ) -> Tensor:
-        """Return the discriminator's loss."""
-        real, fake = adversary(images), adversary(reconstructions)
-        loss = discriminator_loss(self.recipe.adversarial.adversarial_loss, real, fake)
-        metrics["discriminator"] = loss.detach()
-        metrics["logits_real"] = real.detach().float().mean()
-        metrics["logits_fake"] = fake.detach().float().mean()
-        return loss
-
     def after_step(self, step: int) -> None:
         """Move unused codes onto latents of the batch."""
         every = self.recipe.revive_codes_every
-        if every > 0 and step % every == 0 and self._recent is not None:
-            dead = self._usage.unused()
-            latents = self._recent.movedim(1, -1).flatten(0, -2)
-            generator = seeded(self.recipe.loop.seed, "revive", step)
-            drawn = torch.randperm(len(latents), generator=generator)[: len(dead)]
-            dead = dead[: len(drawn)]
-            # Their moments in the optimiser have decayed: they had no gradients.
-            moved = distributed.broadcast(latents[drawn.to(latents.device)])
-            self.model.quantize.replace_codes(dead, moved)
-            self._usage.mark_used(dead)
-            self._revived += len(dead)
+        if every == 0 or step % every != 0 or self._recent is None:
+            return
+        dead = self._usage.unused()
+        latents = self._recent.movedim(1, -1).flatten(0, -2)
+        generator = seeded(self.recipe.loop.seed, "revive", step)
+        drawn = torch.randperm(len(latents), generator=generator)[: len(dead)]
+        dead = dead[: len(drawn)]
+        # Their moments in the optimiser have decayed: they had no gradients.
+        moved = distributed.broadcast(latents[drawn.to(latents.device)])
+        self.model.quantize.replace_codes(dead, moved)
+        self._usage.mark_used(dead)
+        self._revived += len(dead)
 
     def statistics(self) -> dict[str, float]:
         """Return the codebook usage of the last images, and how many codes were revived so far."""
@@ -274,24 +259,18 @@ class TokenizerTask(Task):
 
     def validate(self) -> dict[str, float]:
         """Return reconstruction error, PSNR, SSIM, LPIPS if trained with, and codebook usage."""
-        sums: dict[str, float] = {"count": 0.0, "reconstruction": 0.0, "psnr": 0.0, "ssim": 0.0}
-        if self._lpips is not None:
-            sums["perceptual"] = 0.0
+        sums = dict.fromkeys(("count", "reconstruction", "psnr", "ssim", *self._compared[1:]), 0.0)
         used = torch.zeros(self.model.config.codebook_size)
         own = distributed.share(range(len(self.images.validation)))
         for images in self._fixed_images(self.images.validation, own):
             output = self.model(images)
             terms = self._terms(output, images)
-            before, after = (
-                images_to_uint8(x).cpu().movedim(1, -1).numpy()
-                for x in (images, output.reconstruction)
-            )
+            before, after = _pixels(images), _pixels(output.reconstruction)
             sums["count"] += len(images)
             sums["psnr"] += float(psnr(before, after).clip(max=100.0).sum())
             sums["ssim"] += float(ssim(before, after).sum())
-            for name in ("reconstruction", "perceptual"):
-                if name in sums:
-                    sums[name] += float(terms[name].value) * len(images)
+            for name in self._compared:
+                sums[name] += float(terms[name].value) * len(images)
             used[output.quantized.codes.flatten().cpu()] = 1.0
         sums, used = distributed.summed(sums), distributed.maximum(used)
         count = sums.pop("count")
@@ -304,10 +283,8 @@ class TokenizerTask(Task):
         """Draw images and, below each, its reconstruction."""
         shown = self.images.shown.thinned(_SHEET_IMAGES)
         before = torch.cat(list(self._fixed_images(shown, range(len(shown)))))
-        after = model(before).reconstruction
-        originals, decoded = (
-            arrays_to_pil(images_to_uint8(x).cpu().movedim(1, -1).numpy()) for x in (before, after)
-        )
+        originals = arrays_to_pil(_pixels(before))
+        decoded = arrays_to_pil(_pixels(model(before).reconstruction))
         columns = min(8, len(before))
         rows = []
         for start in range(0, len(before), columns):
@@ -324,14 +301,13 @@ class TokenizerTask(Task):
         return out / MODEL_FOLDER
 
     def skipped(self) -> int:
-        """Return the number of files that could not be read so far."""
+        """See ``Task``."""
         return len(self._skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the codebook usage and the position in streamed data."""
-        places: dict[int, Any] = {}
-        for own in distributed.gathered(self.images.training.state_dict()):
-            places |= own
+        gathered = distributed.gathered(self.images.training.state_dict())
+        places = {rank: place for own in gathered for rank, place in own.items()}
         return {"usage": self._usage.state_dict(), "revived": self._revived, "places": places}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -378,3 +354,9 @@ def init_codebook(tokenizer: ImageTokenizer, latents: Tensor) -> None:
     size = tokenizer.config.codebook_size
     drawn = torch.randperm(len(latents))[:size]
     tokenizer.quantize.replace_codes(torch.arange(size), latents[drawn.to(latents.device)])
+
+
+def _pixels(images: Tensor) -> np.ndarray:
+    """Return images (B, 3, H, W) in [-1, 1] as bytes (B, H, W, 3)."""
+    pixels: np.ndarray = images_to_uint8(images).cpu().movedim(1, -1).numpy()
+    return pixels

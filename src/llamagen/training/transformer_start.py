@@ -30,16 +30,17 @@ from llamagen.support.labels import Labels
 from llamagen.text.encoder import TextEncoder
 from llamagen.text.features import TextStore
 from llamagen.training.checkpoint import latest_checkpoint
-from llamagen.training.conditioning import (
-    Conditioning,
-    FeatureConditioning,
-    LabelConditioning,
-    TokenConditioning,
-)
 from llamagen.training.config import TransformerTraining
 from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, original_name
-from llamagen.training.next_code import TRANSFORMER, NextCodeModel, init_encoder_tensor
-from llamagen.training.parallel import initialise, seeded, set_tensor, shards_model
+from llamagen.training.next_code import (
+    TRANSFORMER,
+    Conditioning,
+    FeatureConditioning,
+    NextCodeModel,
+    TokenConditioning,
+    init_encoder_tensor,
+)
+from llamagen.training.parallel import initialise, seeded, set_tensor
 from llamagen.training.run_folder import checkpoint_folder
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
@@ -84,27 +85,21 @@ class Start:
     config: TransformerConfig
     labels: Labels | None = None
     """None if it is conditioned on text."""
-    source_labels: Labels | None = None
-    """Classes of the model to start from, if there is one."""
+    new_classes: bool = False
+    """Whether they are not those of the model to start from."""
     text: TextSide = TextSide()
     """Empty if it is conditioned on classes."""
 
-    def build(self) -> NextCodeModel:
-        """Return the model with arbitrary weights, or on "meta" if it is to be sharded."""
-        loop = self.recipe.loop
-        if shards_model(loop):
-            with torch.device("meta"):
-                model = self._new()
-        else:
-            model = self._new()
-        model.transformer.recompute_blocks = loop.activation_checkpointing == "blocks"
-        return model
-
-    def build_empty(self) -> NextCodeModel:
-        """Return the model on the CPU, for weights that are read from elsewhere."""
-        with torch.device("meta"):
-            model = self._new()
-        return model.to_empty(device="cpu")
+    def build(self, *, lora: bool = True) -> NextCodeModel:
+        """Return the model with arbitrary weights, on torch's default device."""
+        transformer = Transformer(self.config)
+        if lora and self.recipe.lora.lora_rank > 0:
+            add_lora(transformer, self.recipe.lora)
+        if self.text.small is None:
+            return NextCodeModel(transformer)
+        encoder = TextEncoder.small(self.text.small, clean=self.recipe.text.clean_captions)
+        code_sets = self.recipe.text.code_set_weight > 0
+        return NextCodeModel(transformer, encoder, code_sets=code_sets)
 
     def conditioning(self, model: NextCodeModel) -> Conditioning:
         """Return how images become conditions of ``model``."""
@@ -114,17 +109,17 @@ class Start:
             return TokenConditioning(self.text.encoder, frozen=True)
         if self.text.features is not None:
             return FeatureConditioning(self.text.features)
-        return LabelConditioning()
+        return Conditioning()
 
     def fill(self, model: NextCodeModel) -> None:
         """Give the model, or this process's part of it, its first weights."""
-        transformer, small = model.transformer, self.text.small
 
         def init_tensor(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+            small = self.text.small
             if small is not None and init_encoder_tensor(name, tensor, generator, small):
                 return
             if not init_lora_tensor(name, tensor, generator):
-                transformer.init_tensor(_transformer_name(name), tensor, generator)
+                model.transformer.init_tensor(_transformer_name(name), tensor, generator)
 
         initialise(model.saved, self.recipe.loop.seed, init_tensor)
         if self.recipe.init is not None:
@@ -135,7 +130,7 @@ class Start:
         if self.recipe.lora.lora_rank > 0:
             state = merged_state(state, self.recipe.lora)
         with torch.device("meta"):
-            model = self._new(lora=False)
+            model = self.build(lora=False)
         model.saved.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -163,43 +158,25 @@ class Start:
             values["text"] = config_to_dict(self.text.config)
         return values
 
-    def _new(self, *, lora: bool = True) -> NextCodeModel:
-        transformer = Transformer(self.config)
-        if lora and self.recipe.lora.lora_rank > 0:
-            add_lora(transformer, self.recipe.lora)
-        if self.text.small is None:
-            return NextCodeModel(transformer)
-        encoder = TextEncoder.small(self.text.small, clean=self.recipe.text.clean_captions)
-        code_sets = self.recipe.text.code_set_weight > 0
-        return NextCodeModel(transformer, encoder, code_sets=code_sets)
-
     def _copy_source(self, source: str, model: NextCodeModel) -> None:
         found = checkpoints.resolve_pipeline(source)
         state = checkpoints.load_transformer(found.transformer, dtype=torch.float32).state_dict()
-        if self.labels is not None and self._has_other_classes():
-            state[_CLASS_TABLE] = self._new_class_table(model, state[_CLASS_TABLE])
+        if self.new_classes:
+            # Random rows; that of "no class", which guidance needs, stays.
+            table = torch.empty(self.config.num_classes + 1, self.config.dim)
+            generator = seeded(self.recipe.loop.seed, _CLASS_TABLE)
+            model.transformer.init_tensor(_CLASS_TABLE, table, generator)
+            table[-1] = state[_CLASS_TABLE][-1]
+            state[_CLASS_TABLE] = table
         parameters = {_transformer_name(name): value for name, value in model.named_parameters()}
         for name, tensor in state.items():
             set_tensor(parameters[name], tensor)
-        own = None if model.encoder is None else _own_encoder(found)
-        if own is not None:
-            assert model.encoder is not None
-            encoder = TextEncoder.from_pretrained(own, dtype=torch.float32)
+        own = _own_encoder(found)
+        if own is not None and model.encoder is not None:
             trained = dict(model.encoder.named_parameters())
+            encoder = TextEncoder.from_pretrained(own, dtype=torch.float32)
             for name, tensor in encoder.named_parameters():
                 set_tensor(trained[name], tensor)
-
-    def _has_other_classes(self) -> bool:
-        assert self.labels is not None
-        return self.source_labels is None or self.source_labels.names != self.labels.names
-
-    def _new_class_table(self, model: NextCodeModel, old: Tensor) -> Tensor:
-        """Return random rows for the classes; that of "no class", which guidance needs, stays."""
-        table = torch.empty(self.config.num_classes + 1, self.config.dim)
-        generator = seeded(self.recipe.loop.seed, _CLASS_TABLE)
-        model.transformer.init_tensor(_CLASS_TABLE, table, generator)
-        table[-1] = old[-1]
-        return table
 
 
 def find_start(
@@ -239,9 +216,14 @@ def find_start(
     source = checkpoints.load_transformer(found.transformer, device="meta").config
     _check_source(recipe, source, sizes)
     # Dropout is no part of a model: it is the recipe's.
-    dropout: dict[str, Any] = {name: getattr(recipe.model, name) for name in _DROPOUT}
-    config = dataclasses.replace(source, **dropout, **sizes)
-    return Start(recipe=recipe, config=config, labels=labels, source_labels=found.labels, text=text)
+    sizes |= {name: getattr(recipe.model, name) for name in _DROPOUT}
+    return Start(
+        recipe=recipe,
+        config=dataclasses.replace(source, **sizes),
+        labels=labels,
+        new_classes=labels is not None and labels.names != (found.labels and found.labels.names),
+        text=text,
+    )
 
 
 def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str) -> Start:
@@ -326,12 +308,10 @@ def _check_source(
                 f"{recipe.init} has {name} {getattr(source, name)}, but the text encoder "
                 f"{sizes[name]}; use the one that it was trained with"
             )
-    default = TransformerArchitecture()
-    for field in dataclasses.fields(default):
-        asked, usual = getattr(recipe.model, field.name), getattr(default, field.name)
-        actual = getattr(source, field.name)
-        if field.name not in _DROPOUT and asked not in (usual, actual):
+    for name, usual in vars(TransformerArchitecture()).items():
+        asked, actual = getattr(recipe.model, name), getattr(source, name)
+        if name not in _DROPOUT and asked not in (usual, actual):
             raise InputError(
-                f"the recipe's model has {field.name} {asked}, but {recipe.init} has {actual}; "
-                f"leave it out"
+                f"the recipe's model has {name} {asked}, but {recipe.init} has {actual}; leave it "
+                f"out"
             )

@@ -5,6 +5,7 @@ Shapes: B images, T codes of an image.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llamagen.checkpoints import load_tokenizer, resolve_pipeline
-from llamagen.checkpoints.sources import Source
+from llamagen.checkpoints import Source, load_tokenizer, resolve_pipeline
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.loader import DataOrder
@@ -29,14 +29,14 @@ from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import image_grid, save_png
 from llamagen.text.encoder import padded
-from llamagen.training.conditioning import most_likely_caption
 from llamagen.training.config import TransformerTraining
 from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
 from llamagen.training.metrics import training_flops
-from llamagen.training.next_code import NextCodeModel
+from llamagen.training.next_code import NextCodeModel, captions_of_rows, most_likely_caption
+from llamagen.training.parallel import shards_model
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
 from llamagen.training.task import Batch, Losses, Task
@@ -55,7 +55,7 @@ _SHEET_SIDE = 64
 
 
 def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> TrainingResult:
-    """Train a transformer, or continue the run in the recipe's folder.
+    """Train a transformer, or resume the run in the recipe's folder.
 
     Images are encoded once, at the start, and the codes stay in the run's folder; or each time
     they are read, or not at all if the recipe names a store of codes.
@@ -86,13 +86,15 @@ def make_task(recipe: TransformerTraining) -> TransformerTask:
         FileNotFoundError: a folder does not exist.
         InputError: recipe, images and tokenizer do not fit together.
     """
+    source: Source | None = recipe.tokenizer
+    if source is None and recipe.init is not None:
+        source = resolve_pipeline(recipe.init).tokenizer
+    if source is None:
+        raise InputError("no image tokenizer was named; give `tokenizer` a folder or a name")
     with distributed.main_first():
         # float32: the codes are made once and used many times.
-        tokenizer = load_tokenizer(
-            _tokenizer_source(recipe),
-            device=find_device(recipe.loop.device),
-            dtype=torch.float32,
-        )
+        device = find_device(recipe.loop.device)
+        tokenizer = load_tokenizer(source, device=device, dtype=torch.float32)
     codes = find_codes(recipe, tokenizer)
     by_class = recipe.condition == "class"
     start = find_start(
@@ -104,15 +106,6 @@ def make_task(recipe: TransformerTraining) -> TransformerTask:
     codes.training.check_fits(start.config)
     with own_random_numbers(recipe.loop.device):
         return TransformerTask(start, tokenizer, codes)
-
-
-def _tokenizer_source(recipe: TransformerTraining) -> Source:
-    if recipe.tokenizer is not None:
-        return recipe.tokenizer
-    found = None if recipe.init is None else resolve_pipeline(recipe.init).tokenizer
-    if found is None:
-        raise InputError("no image tokenizer was named; give `tokenizer` a folder or a name")
-    return found
 
 
 def _class_names(num_classes: int | None, codes: CodeSource) -> tuple[str, ...]:
@@ -138,11 +131,13 @@ class TransformerTask(Task):
     module: NextCodeModel
 
     def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: CodeSplits) -> None:
-        """A task with a new model, which has its weights after ``prepare``."""
-        recipe = start.recipe
+        """Make a task with a new model, which has its weights after ``prepare``."""
+        recipe, loop = start.recipe, start.recipe.loop
         self.recipe = recipe
         self.start = start
-        self.module = start.build()
+        with torch.device("meta") if shards_model(loop) else contextlib.nullcontext():
+            self.module = start.build()
+        self.module.transformer.recompute_blocks = loop.activation_checkpointing == "blocks"
         self.model = self.module.saved
         self._conditioning = start.conditioning(self.module)
         self._conditioning.check(codes.training, codes.train_rows)
@@ -160,35 +155,48 @@ class TransformerTask(Task):
             self.data["the text features"] = start.text.features.identity
         self._tokenizer = tokenizer
         self._codes = codes
-        self._skipped = self._list_skipped()
+        # Files that have no codes since they could not be read.
+        stores = {store.folder: store for store in (codes.training, codes.validation)}
+        skipped = [
+            CorruptImageError(Path(key), reason)
+            for store in stores.values()
+            for key, reason in store.skipped()
+        ]
+        self._skipped = len(skipped)
+        if distributed.is_main():
+            SkippedFiles(recipe.out / SKIPPED_NAME).add(skipped)
         self._order = DataOrder(
             count=len(codes.train_rows),
-            batch_size=recipe.loop.batch_size,
-            seed=recipe.loop.seed,
+            batch_size=loop.batch_size,
+            seed=loop.seed,
             group=recipe.text.length_group if recipe.condition == "text" else 1,
-            lengths=lambda indices: self._conditioning.lengths(
-                codes.training, codes.train_rows[np.array(indices)]
-            ),
+            lengths=self._caption_lengths,
         )
 
+    def _caption_lengths(self, indices: Sequence[int]) -> list[int]:
+        """Return the characters of the most likely captions, which costs no tokenisation."""
+        rows = self._codes.train_rows[np.array(indices)]
+        captions = captions_of_rows(self._codes.training, rows)
+        return [len(most_likely_caption(each)) for each in captions]
+
     def prepare(self) -> None:
-        """Give the model its first weights."""
+        """See ``Task``."""
         self.start.fill(self.module)
 
     def describe(self) -> dict[str, Any]:
-        """Return the architecture, the classes or the text encoder."""
+        """See ``Task``."""
         return self.start.describe()
 
     def blocks(self) -> list[nn.Module]:
-        """Return the transformer's blocks."""
+        """See ``Task``."""
         return list(self.module.transformer.layers)
 
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """Return a model with this state; low-rank matrices are merged into it."""
+        """See ``Task``; low-rank matrices are merged into it."""
         return self.start.whole(state)
 
     def flops_per_image(self) -> float:
-        """Return those of the matrix products and the attention, forward and backward."""
+        """See ``Task``."""
         return training_flops(self.start.config)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
@@ -225,7 +233,9 @@ class TransformerTask(Task):
         """Return the cross-entropy of all codes, and the loss of the code sets if it is used."""
         del step, adversary
         loss, *auxiliary = self._loss(model, batch).reshape(-1)
-        metrics = {"bits_per_code": bits(loss.detach()), **self._conditioning.metrics(batch)}
+        metrics = {"bits_per_code": bits(loss.detach())}
+        if "weights" in batch:
+            metrics["without_caption"] = 1.0 - batch["weights"].mean()
         for each in auxiliary:
             metrics["code_set_loss"] = each.detach()
             loss = loss + self.recipe.text.code_set_weight * each
@@ -282,22 +292,22 @@ class TransformerTask(Task):
         scale = max(1, _SHEET_SIDE // images[0].width)
         save_png(image_grid(images, columns=columns, captions=names, scale=scale), path)
 
-    def _prompts(self) -> tuple[list[str | int], list[str], int]:
+    def _prompts(self) -> tuple[Sequence[str | int], list[str], int]:
         """Return the prompts of a sheet, the text below each image, and the number of columns."""
         labels, count = self.start.labels, self.recipe.sample_images
         if labels is not None:
             columns = min(_SHEET_CLASSES, len(labels), count)
-            classes = [i * len(labels) // columns for i in range(columns)]
-            shown = [classes[i % columns] for i in range(count)]
-            return list(shown), [labels.name(label) for label in shown], columns
-        codes = self._codes
-        store, rows = codes.validation, codes.val_rows
+            shown = [i % columns * len(labels) // columns for i in range(count)]
+            return shown, [labels.name(label) for label in shown], columns
+        store, rows = self._codes.validation, self._codes.val_rows
         if len(rows) == 0:
-            store, rows = codes.training, codes.train_rows
-        found = store.captions(rows[np.arange(min(count, len(rows))) * len(rows) // count])
-        assert found is not None
-        texts = [most_likely_caption(each) for each in found if each]
-        return list(texts), [_shortened(text) for text in texts], min(_SHEET_CLASSES, len(texts))
+            store, rows = self._codes.training, self._codes.train_rows
+        some = rows[np.arange(min(count, len(rows))) * len(rows) // count]
+        texts = [most_likely_caption(each) for each in captions_of_rows(store, some) if each]
+        shortened = [
+            text if len(text) <= _SHEET_TEXT else f"{text[: _SHEET_TEXT - 1]}…" for text in texts
+        ]
+        return texts, shortened, min(_SHEET_CLASSES, len(texts))
 
     def export(self, model: nn.Module, out: Path) -> Path:
         """Write the pipeline's folder: tokenizer, transformer and labels; the adapter's as well.
@@ -316,21 +326,9 @@ class TransformerTask(Task):
         return out / PIPELINE_FOLDER
 
     def skipped(self) -> int:
-        """Return how many files could not be read so far."""
+        """See ``Task``."""
         training = self._codes.training
         return self._skipped + (training.damaged if isinstance(training, LiveCodes) else 0)
-
-    def _list_skipped(self) -> int:
-        """List the files that have no codes since they could not be read."""
-        stores = {store.folder: store for store in (self._codes.training, self._codes.validation)}
-        errors = [
-            CorruptImageError(Path(key), reason)
-            for store in stores.values()
-            for key, reason in store.skipped()
-        ]
-        if distributed.is_main():
-            SkippedFiles(self.recipe.out / SKIPPED_NAME).add(errors)
-        return len(errors)
 
     def _pipeline_of(self, model: nn.Module) -> Pipeline:
         assert isinstance(model, NextCodeModel)
@@ -341,7 +339,3 @@ def _codes(store: CodeSource, rows: np.ndarray, views: np.ndarray | int) -> Tens
     """Return codes (B, T) of the given rows and views."""
     codes = store.rows(rows, views).reshape(len(rows), -1)
     return torch.from_numpy(codes.astype(np.int64))
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHEET_TEXT else f"{text[: _SHEET_TEXT - 1]}…"
