@@ -104,9 +104,9 @@ class Editor:
     model's, and the middle is cut out, as ``prepare`` does. All edits take a prompt and the
     settings of ``Pipeline.__call__`` (guidance_scale, top_k, seed, num_images_per_prompt, best_of,
     ...) and return what it does; the metadata have one more entry, "edit". They raise
-    ``FileNotFoundError`` where a file does not exist, and ``InputError`` where one is no image, an
-    argument of theirs or a setting is refused, or nothing or everything would be kept. The plan of
-    each edit is a method of its own, for servers, which raises the same.
+    ``FileNotFoundError`` where there is no such file, and ``InputError`` where one is no image, an
+    argument or a setting is refused, or nothing or everything would be kept. The plan of each edit
+    is a method of its own, for servers.
 
     Example::
 
@@ -155,10 +155,7 @@ class Editor:
         keep_rows: int | None = None,
         **settings: Any,
     ) -> PipelineOutput:
-        """Keep ``keep_rows`` rows of codes of an image, by default the upper half; sample the rest.
-
-        See the class for the other arguments, and for errors.
-        """
+        """Keep ``keep_rows`` rows of an image's codes, by default the upper half; draw the rest."""
         return self._draw(self.completion(image, keep_rows=keep_rows), prompt, **settings)
 
     def completion(self, image: ImageSource, *, keep_rows: int | None = None) -> Edit:
@@ -185,18 +182,11 @@ class Editor:
     ) -> PipelineOutput:
         """Sample a marked part of an image anew.
 
-        A code is sampled if any pixel of its square is marked. It fits what is above it and on its
-        left; how well that continues below is left to the choice among ``best_of`` candidates.
-
-        Args:
-            image: see the class, as for the other arguments.
-            mask: of the image's size, or of the model's: white where to draw; or, if any of it is
-                transparent, transparent there.
-            prompt: see the class.
-            best_of: candidates for each image, of which the most likely is taken.
-            keep_pixels: unmarked pixels stay those of the image, instead of those that its codes
-                decode to.
-            settings: see the class.
+        The mask has the image's size, or the model's: white where to draw; or, if any of it is
+        transparent, transparent there. A code is sampled if any pixel of its square is marked. It
+        fits what is above it and on its left; how well that continues below is left to the choice
+        among ``best_of`` candidates. With ``keep_pixels`` unmarked pixels stay those of the image,
+        instead of those that its codes decode to.
         """
         edit = self.inpainting(image, mask, keep_pixels=keep_pixels)
         return self._draw(edit, prompt, best_of=best_of, **settings)
@@ -335,10 +325,11 @@ class Editor:
         alpha = mask.convert("RGBA").getchannel("A")
         # Many programs write an alpha channel where nothing is transparent.
         transparent = bool((np.asarray(alpha) < 255).any())
-        levels = alpha if transparent else mask.convert("L")
+        levels = (alpha if transparent else mask.convert("L")).convert("RGB")
         width, height = self.size
-        levels = center_crop(levels.convert("RGB"), height, width=width).convert("L")
-        bright: np.ndarray = np.asarray(levels) >= 128
+        bright: np.ndarray = (
+            np.asarray(center_crop(levels, height, width=width).convert("L")) >= 128
+        )
         return ~bright if transparent else bright
 
 

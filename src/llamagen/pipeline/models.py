@@ -51,15 +51,14 @@ class PipelineModels:
         """Put the parts together.
 
         Args:
-            tokenizer: turns codes into images.
-            transformer: generates codes.
+            tokenizer: decodes the codes.
+            transformer: generates them.
             labels: class names; by default the classes are numbered.
             name: the model's name, as images record it.
             sampling: settings for calls that give none.
             text_encoder: of a text-conditional model, or what it is loaded from when it is first
                 needed; without it such a model takes ``prompt_embeds`` only.
-            engine: generates the codes: "native", this package, or "vllm", which starts when the
-                first image is asked for.
+            engine: "native", this package, or "vllm", which starts with the first image.
             engine_options: of ``vllm_plugin.engine.VllmEngine``, as tensor_parallel_size.
 
         Raises:
@@ -222,11 +221,11 @@ class PipelineModels:
         self.close()
         refuse_quantized(self.transformer.config, "take an adapter")
         merge_adapter(self.transformer, folder)
-        names = Path(folder) / label_files.FILE_NAME
+        names, classes = Path(folder) / label_files.FILE_NAME, self.transformer.config.num_classes
         if names.is_file():
             self.labels = Labels.load(names)
-        elif self.labels is not None and len(self.labels) != self.transformer.config.num_classes:
-            self.labels = Labels.numbered(self.transformer.config.num_classes)
+        elif self.labels is not None and len(self.labels) != classes:
+            self.labels = Labels.numbered(classes)
         return self
 
     def quantize(
@@ -260,9 +259,7 @@ class PipelineModels:
         return self
 
     def to(
-        self,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
+        self, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
     ) -> Self:
         """Move both models; return the pipeline.
 

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llamagen.config import SamplingConfig
 from llamagen.generation.batch import check_share
-from llamagen.generation.engine import Engine, ProgressCallback, refuse_edits
+from llamagen.generation.engine import ProgressCallback, refuse_edits
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import one_seed_each
@@ -78,11 +79,9 @@ class Pipeline(PipelineModels):
             num_images_per_prompt: images of each.
             seed: image i of the call gets seed + i, or the i-th of several; by default random.
                 The same seed, class and settings give the same image, alone or among others.
-            prompt_embeds: instead of ``prompt`` for text-conditional models, text features
-                (prompts, length, text_dim), real features last.
+            prompt_embeds: text features (prompts, length, text_dim), real ones last, as prompts.
             prompt_attention_mask: (prompts, length), 0 where features are padding.
-            blend: what each prompt is blended with, one for all or one each: logits of both are
-                mixed, so a code is likely where both find it likely.
+            blend: what each prompt is blended with, one for all or one each: logits are mixed.
             blend_share: how much that counts, from 0 to 1.
             known_codes: (rows, columns), or (images, rows, columns), of the images' codes; these
                 stay, -1 stands where one is to be drawn. ``Editor`` makes them of images.
@@ -106,9 +105,13 @@ class Pipeline(PipelineModels):
         sampling = self.sampling.replace(**settings)
         if prompt_embeds is None:
             given = self.conditions(prompt, negative_prompt, blend=blend, blend_share=blend_share)
-        else:
-            self._refuse_with_embeds(prompt, negative_prompt, blend)
+        elif self.labels is None and prompt is negative_prompt is blend is None:
             given = embedded_conditions(prompt_embeds, prompt_attention_mask)
+        else:
+            raise InputError(
+                "prompt_embeds go with text-conditional models, and with no prompt, "
+                "negative_prompt or blend"
+            )
         conditions = [each for each in given for _ in range(num_images_per_prompt * best_of)]
         seeds = one_seed_each(seed, len(conditions))
         known = self._known(known_codes, len(conditions), best_of)
@@ -133,7 +136,13 @@ class Pipeline(PipelineModels):
         images: list[Image.Image] = []
         scores: list[Tensor] = []
         arriving: list[Callable[[], list[Image.Image]]] = []
-        engine = self._engine_for(requests)
+        if not self.can_edit:
+            # Before an engine starts.
+            for request in requests:
+                refuse_edits(request, self.engine)
+        engine = self.code_engine
+        for request in requests:
+            engine.check(request)
         size = batch_size or engine.batch_size(requests)
         for first in range(0, len(requests), size):
             part = requests[first : first + size]
@@ -149,31 +158,39 @@ class Pipeline(PipelineModels):
                 images += arriving.pop(0)()
         for fetch in arriving:
             images += fetch()
-        ranking: dict[str, Any] = {}
         found, kept = torch.cat(codes), list(range(len(requests)))
         if best_of > 1:
-            ranking = {"best_of": best_of, "rank_by": rank_by}
             kept = best_of_each(torch.cat(scores), best_of)
             found = found[kept]
             images = self.decode(found) if output_type == "pil" else []
-        metadata = [
-            {
-                "model": self.name,
-                **conditions[index].metadata,
-                "seed": requests[index].seed,
-                **dataclasses.asdict(requests[index].sampling),
-                **ranking,
-                **self.precision,
-                "device": self.device.type,
-            }
-            for index in kept
-        ]
-        return PipelineOutput(
-            images=images,
-            codes=found,
-            seeds=tuple(requests[index].seed for index in kept),
-            metadata=tuple(metadata),
+        seeds = tuple(requests[index].seed for index in kept)
+        metadata = tuple(
+            self.metadata(
+                conditions[index], seed, requests[index].sampling, best_of=best_of, rank_by=rank_by
+            )
+            for index, seed in zip(kept, seeds, strict=True)
         )
+        return PipelineOutput(images=images, codes=found, seeds=seeds, metadata=metadata)
+
+    def metadata(
+        self,
+        condition: Condition,
+        seed: int,
+        sampling: SamplingConfig,
+        *,
+        best_of: int,
+        rank_by: Ranking,
+    ) -> dict[str, Any]:
+        """Return what is known of an image: model, class or prompt, seed and settings."""
+        return {
+            "model": self.name,
+            **condition.metadata,
+            "seed": seed,
+            **dataclasses.asdict(sampling),
+            **({"best_of": best_of, "rank_by": rank_by} if best_of > 1 else {}),
+            **self.precision,
+            "device": self.device.type,
+        }
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise InputError if a prompt says nothing, or names no class of this model."""
@@ -235,25 +252,6 @@ class Pipeline(PipelineModels):
         )
         for part in codes.split(size):
             yield tokenizer.decode(part)
-
-    def _engine_for(self, requests: Sequence[GenerationRequest]) -> Engine:
-        """Return the engine, once no request has anything wrong with it."""
-        if not self.can_edit:
-            # Before an engine starts.
-            for request in requests:
-                refuse_edits(request, self.engine)
-        engine = self.code_engine
-        for request in requests:
-            engine.check(request)
-        return engine
-
-    def _refuse_with_embeds(self, *prompts: Prompts | None) -> None:
-        """Raise InputError where text features cannot stand for a prompt."""
-        if self.labels is not None or any(prompt is not None for prompt in prompts):
-            raise InputError(
-                "prompt_embeds go with text-conditional models, and with no prompt, "
-                "negative_prompt or blend"
-            )
 
     def _known(self, known: Tensor | None, images: int, best_of: int) -> Sequence[Tensor | None]:
         """Return the known codes of each candidate, (rows, columns)."""

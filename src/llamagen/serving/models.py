@@ -8,7 +8,6 @@ also row by row.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -226,17 +225,11 @@ class ServedModel:
 
     def metadata(self, job: Job, seed: int) -> dict[str, Any]:
         """Return an image's metadata, the same as of ``Pipeline`` and ``Editor``."""
-        ranked = {"best_of": job.best_of, "rank_by": job.rank_by}
-        return {
-            "model": self.name,
-            **job.condition.metadata,
-            "seed": seed,
-            **dataclasses.asdict(job.sampling),
-            **(ranked if job.best_of > 1 else {}),
-            **self.pipeline.precision,
-            "device": self.pipeline.device.type,
-            **({} if job.edit is None else {"edit": dict(job.edit.metadata)}),
-        }
+        made = self.pipeline.metadata(
+            job.condition, seed, job.sampling, best_of=job.best_of, rank_by=job.rank_by
+        )
+        edit = {} if job.edit is None else {"edit": dict(job.edit.metadata)}
+        return {**made, "model": self.name, **edit}
 
     async def close(self) -> None:
         """End all that runs."""

@@ -55,14 +55,9 @@ def adaptive_weight(
 ) -> Tensor:
     """Return the weight that makes both gradients at the last layer equally large, as in VQGAN.
 
-    Args:
-        reconstruction_loss: scalar; all terms that compare pixels or features, weighted.
-        generator_loss: scalar.
-        last_layer: weights that both depend on.
-
-    Returns:
-        The ratio of the norms of their gradients, from 0 to 10,000, without a gradient of its own.
-        The graphs of both losses stay, for the backward pass that follows.
+    It is the ratio of the norms of the gradients of all terms that compare pixels or features, and
+    of the adversarial one, from 0 to 10,000, without a gradient of its own. The graphs of both
+    losses stay, for the backward pass that follows.
     """
     norms = [
         torch.linalg.vector_norm(

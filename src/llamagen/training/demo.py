@@ -38,20 +38,20 @@ _HELD_OUT = 0.2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingDemoResult:
-    """Measurements of the demo."""
+    """Measurements of the demo, of held-out scans unless they say otherwise."""
 
     recognised: float
     """Fraction of the generated digits that a classifier recognises as the requested one."""
     recognised_real: float
-    """The same of the held-out real scans: the classifier's own limit."""
+    """The same of real scans: the classifier's own limit."""
     recognised_reconstructed: float
-    """The same of the held-out scans after the image tokenizer."""
+    """The same of scans after the image tokenizer."""
     psnr: float
-    """Of held-out reconstructions, in dB."""
+    """Of reconstructions, in dB."""
     codebook_usage: float
-    """Fraction of the codes that held-out images use."""
+    """Fraction of the codes that occur."""
     bits_per_code: float
-    """Loss on held-out codes, in bits."""
+    """Loss in bits."""
     seconds: dict[str, float]
     """Duration of each stage."""
     sheet: str
@@ -63,10 +63,9 @@ class TrainingDemoResult:
 
 
 class Digits(NamedTuple):
-    """The scans, split once and for all."""
+    """The scans (N, 8, 8), float64 from 0 (paper) to 16 (ink), split once and for all."""
 
     train: np.ndarray
-    """(N, 8, 8) float64 from 0 (paper) to 16 (ink)."""
     train_labels: np.ndarray
     held_out: np.ndarray
     held_out_labels: np.ndarray
@@ -100,12 +99,8 @@ def run_training_demo(
 
     Stages that were finished or interrupted in ``out`` before are not begun anew.
 
-    Args:
-        out: folder for everything the demo makes.
-        device: as for training.
-        seed: of the training and of the generated digits.
-        steps: of the tokenizer and of the transformer; by default what their recipes say.
-        say: takes one line of progress.
+    ``out`` is the folder for everything the demo makes; ``steps`` are those of the tokenizer and
+    of the transformer, by default what their recipes say; ``say`` takes one line of progress.
 
     Raises:
         InputError: ``out`` cannot be written, or scikit-learn is missing.

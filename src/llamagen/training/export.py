@@ -50,9 +50,8 @@ def export_run(
     checkpoint = read_checkpoint(checkpoint_folder(run), step)
     about = checkpoint.about["model"]
     if about["kind"] == ImageTokenizer.kind:
-        ema_decay = load_recipe(TokenizerTraining, path).loop.ema_decay
         model = ImageTokenizer(config_from_dict(TokenizerConfig, about["config"], "checkpoint"))
-        _read(checkpoint, model, weights, ema_decay)
+        _read(checkpoint, model, weights, load_recipe(TokenizerTraining, path).loop.ema_decay)
         storage.require_writable(out.parent)
         model.save_pretrained(out)
         return out

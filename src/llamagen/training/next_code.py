@@ -75,15 +75,10 @@ class NextCodeModel(nn.Module):
         drop_condition: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the mean cross-entropy of the next codes, in nats.
+        """Return the mean cross-entropy of ``targets`` (B, T), all codes of each image, in nats.
 
-        Args:
-            codes: (B, T - 1) codes that the model is shown.
-            condition: labels (B,) or text features; with an encoder, tokens (B, L).
-            targets: (B, T) codes to be predicted.
-            condition_mask: see ``Transformer.forward``.
-            drop_condition: see ``Transformer.forward``.
-            weights: (B,) weight of each image; by default all alike.
+        Images count by their ``weights`` (B,). ``codes`` (B, T - 1) are what the model is shown;
+        with an encoder, ``condition`` are tokens (B, L). For the rest see ``Transformer.forward``.
 
         Returns:
             A scalar. In training with ``code_sets`` (2,): the loss of the code sets is second.

@@ -56,14 +56,9 @@ _SHEET_SIDE = 64
 
 
 def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> TrainingResult:
-    """Train an image tokenizer, or resume the run in the recipe's folder.
+    """Train a tokenizer, or resume the run in the recipe's folder; ``quiet`` shows no progress.
 
-    Args:
-        recipe: the whole run.
-        quiet: no progress on the terminal.
-
-    Returns:
-        The last metrics; ``model`` is a folder for ``ImageTokenizer.from_pretrained``.
+    The result's ``model`` is a folder for ``ImageTokenizer.from_pretrained``.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -149,9 +144,8 @@ class TokenizerTask(Task):
         adversarial = recipe.adversarial
         if adversarial.adversarial_weight > 0:
             height, width = recipe.images.shape
-            self.adversary = make_discriminator(
-                adversarial.discriminator, height=height, width=width
-            )
+            kind = adversarial.discriminator
+            self.adversary = make_discriminator(kind, height=height, width=width)
             self.adversary_lr = adversarial.lr(recipe.loop.lr)
             self.panels["adversarial losses"] = ("generator", "discriminator")
 
@@ -166,22 +160,18 @@ class TokenizerTask(Task):
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Yield augmented images as bytes."""
-        for batch in self._read(first, last, distributed.rank(), distributed.world_size()):
+        rank, world_size = distributed.rank(), distributed.world_size()
+        for batch in self._read(first=first, last=last, rank=rank, world_size=world_size):
             self._skipped.add(batch.skipped)
             yield {"pixels": batch.pixels}
 
-    def _read(self, first: int, last: int, rank: int, world_size: int) -> Iterator[ImageBatch]:
+    def _read(self, **part: int) -> Iterator[ImageBatch]:
         (height, width), changes = self.recipe.images.shape, self.recipe.augmentation
-        return self.images.training.training_batches(
-            Augmentation(
-                height=height, width=width, max_scale=changes.crop_scale, flip=changes.flip
-            ),
-            first=first,
-            last=last,
-            workers=self.recipe.images.workers,
-            rank=rank,
-            world_size=world_size,
+        augmentation = Augmentation(
+            height=height, width=width, max_scale=changes.crop_scale, flip=changes.flip
         )
+        workers = self.recipe.images.workers
+        return self.images.training.training_batches(augmentation, workers=workers, **part)
 
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
@@ -228,9 +218,8 @@ class TokenizerTask(Task):
         if not config.adaptive_weight:
             return Term(value, config.adversarial_weight)
         compared = total_loss({name: terms[name] for name in self._compared})
-        scale = distributed.mean(
-            adaptive_weight(compared, value, self.model.decoder.conv_out.weight)
-        )
+        last_layer = self.model.decoder.conv_out.weight
+        scale = distributed.mean(adaptive_weight(compared, value, last_layer))
         metrics["adaptive_weight"] = scale
         return Term(value, config.adversarial_weight * scale)
 
@@ -338,7 +327,7 @@ class TokenizerTask(Task):
         steps = math.ceil(self.model.config.codebook_size / per_batch)
         latents, places = [], self.images.training.state_dict()
         # Every process encodes whole batches, so all have the same latents.
-        for batch in self._read(0, steps, rank=0, world_size=1):
+        for batch in self._read(first=0, last=steps, rank=0, world_size=1):
             images = uint8_to_images(batch.pixels.to(self.model.device))
             compared = self.model.quantize.compared(self.model.encode_latents(images))
             latents.append(compared.movedim(1, -1).flatten(0, -2))

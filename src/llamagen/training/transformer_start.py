@@ -184,13 +184,8 @@ def find_start(
 ) -> Start:
     """Return how to start, or what a run started with if its folder holds a checkpoint.
 
-    To be called in every process.
-
-    Args:
-        recipe: the run.
-        codebook_size: number of codes.
-        grid: rows and columns of an image's codes.
-        class_names: of the data; unused by a text-conditional model.
+    To be called in every process, with the codebook and grid of the data's codes, and the names of
+    its classes, which a text-conditional model does not use.
 
     Raises:
         FileNotFoundError: the model to start from does not exist.
@@ -256,8 +251,7 @@ def _find_text(recipe: TransformerTraining, found: checkpoints.PipelineSource | 
                 f"`text_encoder` out"
             )
         return TextSide(config=store.text, features=store)
-    own = None if found is None else _own_encoder(found)
-    name = asked.text_encoder
+    own, name = _own_encoder(found), asked.text_encoder
     if name is None and own is None and found is not None and found.text is not None:
         name = found.text.encoder
     if name is not None:
@@ -274,9 +268,9 @@ def _find_text(recipe: TransformerTraining, found: checkpoints.PipelineSource | 
     return TextSide(small=encoder.small_config(dropout=asked.text_dropout))
 
 
-def _own_encoder(found: checkpoints.PipelineSource) -> TextConfig | None:
+def _own_encoder(found: checkpoints.PipelineSource | None) -> TextConfig | None:
     """Return the text encoder in a pipeline's own folder, if it has one."""
-    if found.folder is None or found.text is None:
+    if found is None or found.folder is None or found.text is None:
         return None
     is_own = Path(found.text.encoder) == found.folder / checkpoints.TEXT_ENCODER_FOLDER
     return found.text if is_own else None

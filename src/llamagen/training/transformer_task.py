@@ -55,17 +55,11 @@ _SHEET_SIDE = 64
 
 
 def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> TrainingResult:
-    """Train a transformer, or resume the run in the recipe's folder.
+    """Train a transformer, or resume the run in the recipe's folder; ``quiet`` shows no progress.
 
     Images are encoded once, at the start, and the codes stay in the run's folder; or each time
-    they are read, or not at all if the recipe names a store of codes.
-
-    Args:
-        recipe: the whole run.
-        quiet: no progress on the terminal.
-
-    Returns:
-        The last metrics; ``model`` is a folder for ``Pipeline.from_pretrained``.
+    they are read, or not at all if the recipe names a store of codes. The result's ``model`` is a
+    folder for ``Pipeline.from_pretrained``.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -157,14 +151,12 @@ class TransformerTask(Task):
         self._codes = codes
         # Files that have no codes since they could not be read.
         stores = {store.folder: store for store in (codes.training, codes.validation)}
-        skipped = [
-            CorruptImageError(Path(key), reason)
-            for store in stores.values()
-            for key, reason in store.skipped()
-        ]
+        skipped = [pair for store in stores.values() for pair in store.skipped()]
         self._skipped = len(skipped)
         if distributed.is_main():
-            SkippedFiles(recipe.out / SKIPPED_NAME).add(skipped)
+            SkippedFiles(recipe.out / SKIPPED_NAME).add(
+                CorruptImageError(Path(key), reason) for key, reason in skipped
+            )
         self._order = DataOrder(
             count=len(codes.train_rows),
             batch_size=loop.batch_size,
@@ -207,8 +199,8 @@ class TransformerTask(Task):
             # One for each image: its process and its part of the batch make no difference.
             rngs = [self._order.random(sample) for sample in samples]
             views = np.array([rng.randrange(store.views) for rng in rngs])
-            rows = self._codes.train_rows[np.array([sample.index for sample in samples])]
-            rows = store.readable(rows)
+            indices = np.array([sample.index for sample in samples])
+            rows = store.readable(self._codes.train_rows[indices])
             drop = torch.tensor([rng.random() < dropout for rng in rngs])
             condition = self._conditioning.batch(store, rows, rngs)
             codes = _codes(store, rows, views)
@@ -216,16 +208,14 @@ class TransformerTask(Task):
 
     def _noisy(self, codes: Tensor, rngs: Sequence[random.Random]) -> Tensor:
         """Return all codes (B, T) but the last of each image, some replaced by random ones."""
-        given = codes[:, :-1]
-        if self.recipe.code_noise == 0:
+        given, noise = codes[:, :-1], self.recipe.code_noise
+        if noise == 0:
             return given
         generators = [np.random.Generator(np.random.Philox(rng.getrandbits(64))) for rng in rngs]
         length, size = given.shape[1], self.start.config.codebook_size
-        noisy = [g.random(length) < g.random() * self.recipe.code_noise for g in generators]
-        others = [g.integers(size, size=length) for g in generators]
-        return torch.where(
-            torch.from_numpy(np.stack(noisy)), torch.from_numpy(np.stack(others)), given
-        )
+        noisy = np.stack([g.random(length) < g.random() * noise for g in generators])
+        others = np.stack([g.integers(size, size=length) for g in generators])
+        return torch.where(torch.from_numpy(noisy), torch.from_numpy(others), given)
 
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
@@ -275,10 +265,7 @@ class TransformerTask(Task):
         return {"loss": float(loss), "bits_per_code": float(bits(loss))}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Draw images of a few classes, one class per column, or of held-out captions.
-
-        With the same seeds every time.
-        """
+        """Draw images of a few classes, one per column, or of held-out captions; of fixed seeds."""
         prompts, names, columns = self._prompts()
         pipeline, features = self._pipeline_of(model), self.start.text.features
         if features is None:
@@ -310,10 +297,7 @@ class TransformerTask(Task):
         return texts, shortened, min(_SHEET_CLASSES, len(texts))
 
     def export(self, model: nn.Module, out: Path) -> Path:
-        """Write the pipeline's folder: tokenizer, transformer and labels; the adapter's as well.
-
-        With LoRA the pipeline has the merged weights.
-        """
+        """Write the pipeline's folder; with LoRA, of merged weights, and the adapter's as well."""
         lora = self.recipe.lora
         if lora.lora_rank > 0:
             assert isinstance(model, NextCodeModel)
