@@ -286,11 +286,10 @@ class TransformerTask(Task):
             columns = min(_SHEET_CLASSES, len(labels), count)
             shown = [i % columns * len(labels) // columns for i in range(count)]
             return shown, [labels.name(label) for label in shown], columns
-        store, rows = self._codes.validation, self._codes.val_rows
-        if len(rows) == 0:
-            store, rows = self._codes.training, self._codes.train_rows
-        some = rows[np.arange(min(count, len(rows))) * len(rows) // count]
-        texts = [most_likely_caption(each) for each in captions_of_rows(store, some) if each]
+        texts, codes = [], self._codes
+        for store, rows in (codes.validation, codes.val_rows), (codes.training, codes.train_rows):
+            some = rows[np.arange(min(count, len(rows))) * len(rows) // count]
+            texts = texts or [most_likely_caption(e) for e in captions_of_rows(store, some) if e]
         shortened = [
             text if len(text) <= _SHEET_TEXT else f"{text[: _SHEET_TEXT - 1]}…" for text in texts
         ]
