@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from llamagen.checkpoints import Source, load_tokenizer, resolve_pipeline
+from llamagen.checkpoints import load_tokenizer, resolve_pipeline
+from llamagen.checkpoints.sources import Source
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.loader import DataOrder
@@ -286,7 +287,8 @@ class TransformerTask(Task):
             columns = min(_SHEET_CLASSES, len(labels), count)
             shown = [i % columns * len(labels) // columns for i in range(count)]
             return shown, [labels.name(label) for label in shown], columns
-        texts, codes = [], self._codes
+        texts: list[str] = []
+        codes = self._codes
         for store, rows in (codes.validation, codes.val_rows), (codes.training, codes.train_rows):
             some = rows[np.arange(min(count, len(rows))) * len(rows) // count]
             texts = texts or [most_likely_caption(e) for e in captions_of_rows(store, some) if e]
