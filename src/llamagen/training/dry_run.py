@@ -32,15 +32,8 @@ from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
+from llamagen.training import data as run_data
 from llamagen.training.config import LoopConfig, Recipe, TokenizerTraining, TransformerTraining
-from llamagen.training.data import (
-    CodeSplits,
-    Images,
-    Shuffled,
-    TokenizerImages,
-    find_run_images,
-    tokenizer_images,
-)
 from llamagen.training.loop import time_steps
 from llamagen.training.parallel import require_shares
 from llamagen.training.recipes import preset_model
@@ -92,17 +85,17 @@ def dry_run(recipe: Recipe) -> None:
 def _tokenizer(recipe: TokenizerTraining) -> tuple[_Data, Callable[[], Task]]:
     size, seed = recipe.loop.batch_size, recipe.loop.seed
     if recipe.source.streaming and recipe.data is not None:
-        images = tokenizer_images(recipe)
+        images = run_data.tokenizer_images(recipe)
         data: _Data = (f"streamed, {images.training.digest()}", None)
     else:
         few: ImageCollection
         if recipe.data is None:
             data, few = ("none named; two steps on noise", None), _noise(recipe)
         else:
-            found = find_run_images(recipe, labelled=False)
+            found = run_data.find_run_images(recipe, labelled=False)
             data, few = _counted(found), found.training.thinned(_STEPS * size)
         order = DataOrder(count=len(few), batch_size=size, seed=seed)
-        images = TokenizerImages(Shuffled(few, order), few.subset([]), few)
+        images = run_data.TokenizerImages(run_data.Shuffled(few, order), few.subset([]), few)
     config = recipe.model if recipe.init is None else _tokenizer_config(recipe.init)
     # Without LPIPS, which would be downloaded.
     return data, lambda: TokenizerTask(recipe, images, ImageTokenizer(config))
@@ -129,7 +122,7 @@ def _transformer(recipe: TransformerTraining) -> tuple[_Data, Callable[[], Task]
     )  # fmt: skip
     return (
         (f"{data[0]}; two steps on random codes", data[1]),
-        lambda: TransformerTask(start, stand_in, CodeSplits(codes, rows, codes, rows[:0])),
+        lambda: TransformerTask(start, stand_in, run_data.CodeSplits(codes, rows, codes, rows[:0])),
     )
 
 
@@ -141,7 +134,7 @@ def _transformer_data(recipe: TransformerTraining) -> tuple[_Data, tuple[str, ..
         store = CodeStore.open(recipe.codes)
         data, names = (f"{len(store)} images with codes", len(store)), store.class_names
     elif recipe.data is not None:
-        found = find_run_images(recipe, labelled=recipe.condition == "class")
+        found = run_data.find_run_images(recipe, labelled=recipe.condition == "class")
         data, names = _counted(found), found.training.class_names
     return data, names or tuple(map(str, range(recipe.num_classes or 1000)))
 
@@ -186,7 +179,7 @@ def _noise(recipe: TokenizerTraining) -> ImageFolder:
     return ImageFolder.scan_unlabelled(folder)
 
 
-def _counted(images: Images) -> _Data:
+def _counted(images: run_data.Images) -> _Data:
     count = len(images.training)
     return f"{count} images, and {len(images.validation)} for validation", count
 
