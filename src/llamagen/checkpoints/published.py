@@ -85,11 +85,8 @@ def load_pickle(path: Path, *, mapped: bool) -> Any:
 def release_pages(tensor: Tensor) -> None:
     """Free the memory of a tensor of a mapped file; it is read from the file again if need be.
 
-    Pages of a mapping that were read stay in memory until the mapping ends, up to the whole file.
-    Without madvise, on other systems than Linux, they do.
-
-    Only for tensors of ``load_pickle(..., mapped=True)`` that nobody has written to: anything but
-    an unchanged part of a file would be lost.
+    Otherwise, as on other systems than Linux, pages stay in memory until the mapping ends. Only
+    for tensors of ``load_pickle(..., mapped=True)`` that nobody has written to: changes are lost.
     """
     if sys.platform != "linux":
         return

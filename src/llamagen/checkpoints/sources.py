@@ -158,25 +158,16 @@ def find_local(source: Source) -> Path | PublicModel | None:
 
 
 def download_file(repo: str, file: str) -> Path:
-    """Download one file, unless it is in the cache.
-
-    Raises:
-        InputError: no such repository or file, no access to it, no network and no copy.
-    """
+    """Download one file, unless it is in the cache; errors as of ``hub_errors``."""
     with hub_errors(repo, file):
         return Path(hf_hub_download(repo, file))
 
 
-def download_folder(repo: str, part: str | None = None) -> Path:
+def download_folder(repo: str, part: Part | None = None) -> Path:
     """Download the necessary files of a model or pipeline folder, unless they are in the cache.
 
-    Args:
-        repo: "owner/name".
-        part: of a pipeline, only the folder of this model ("tokenizer" or "transformer").
-
-    Raises:
-        InputError: no such repository, no access to it, no model folder in it, no network and no
-            copy.
+    With ``part``, only that model of a pipeline. Errors as of ``hub_errors``, and InputError if
+    there is no model folder in ``repo``.
     """
     with hub_errors(repo):
         # The small files first: they say which of the large ones are needed.

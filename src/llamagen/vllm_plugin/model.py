@@ -268,18 +268,11 @@ class LlamaGenForImageCodes(nn.Module):
     def get_mrope_input_positions(
         self, input_tokens: list[int], mm_features: list[object]
     ) -> tuple[Tensor, int]:
-        """Return positions of a text prompt, and the offset of later codes' positions.
+        """Return the positions (3, length) of a text prompt, and the offset of later codes'.
 
         A condition stands at 0 wherever it stands in the prompt, code i at 1 + i: images do not
-        depend on the prompt's length.
-
-        Args:
-            input_tokens: the prompt. V2 puts the codes of a preempted request behind it; there
-                every position of a text has the id 0.
-            mm_features: always empty.
-
-        Returns:
-            (3, length) positions, three times the same, and their offset from the place.
+        depend on the prompt's length. V2 puts the codes of a preempted request behind its prompt,
+        in which every position of a text has the id 0.
         """
         del mm_features
         length = len(input_tokens)

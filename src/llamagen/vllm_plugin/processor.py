@@ -96,11 +96,9 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
     # Both
 
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:
-        """Turn logits (rows, ids) of both streams into those that leave each row one id.
+        """Return logits (rows, ids) that leave each row one id, from those of both streams.
 
-        Args:
-            logits: float32; overwritten.
-            ctx: V2's description of the rows; V1 has none.
+        ``logits`` are float32, and overwritten. ``ctx`` is V2's description of the rows.
         """
         if self._config is None or logits.shape[0] == 0:
             return logits

@@ -26,11 +26,7 @@ class Prompts:
     """Makes the prompts of one exported model."""
 
     def __init__(self, folder: Path | str, dtype: torch.dtype) -> None:
-        """Read the weights of the condition.
-
-        Args:
-            folder: the exported model.
-            dtype: the engine's precision.
+        """Read the weights of the condition in an exported folder, in the engine's precision.
 
         Raises:
             InputError: ``folder`` is no model for vLLM.
@@ -41,18 +37,14 @@ class Prompts:
             self._condition: TextCondition | ClassCondition = kind(self.config.model)
         prefix = "cls_embedding."
         with safe_open(Path(folder) / WEIGHTS_NAME, framework="pt") as file:
-            weights = {
-                name.removeprefix(prefix): file.get_tensor(name).to(dtype)
-                for name in file.keys()  # noqa: SIM118
-                if name.startswith(prefix)
-            }
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
+            weights = {name.removeprefix(prefix): file.get_tensor(name).to(dtype) for name in names}
         self._condition.load_state_dict(weights, assign=True)
 
     @property
     def takes_embeddings(self) -> bool:
         """Whether any prompt is more than a label."""
-        config = self.config
-        return config.is_text or (config.negative_prompts and config.streams == 2)
+        return self.config.is_text or (self.config.negative_prompts and self.config.streams == 2)
 
     @torch.inference_mode()
     def of(self, condition: Tensor, unconditional: Tensor | None = None) -> dict[str, Any]:
