@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from llamagen.evaluation import pieces
+from llamagen.evaluation import image_sets
 from llamagen.evaluation.features import (
     NetworkOutput,
     ReferenceSource,
@@ -24,7 +24,7 @@ from tests.evaluation.sets import CoarsePixels, noise, write_noise
 
 @pytest.fixture
 def images(tmp_path, monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 4)
+    monkeypatch.setattr(image_sets, "PIECE", 4)
     return CollectedImages(write_noise(tmp_path / "images", 10))
 
 

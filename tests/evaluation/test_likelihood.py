@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from llamagen.evaluation import pieces
+from llamagen.evaluation import image_sets
 from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.protocols import likelihood
 from llamagen.evaluation.protocols.likelihood import measure_likelihood
@@ -22,7 +22,7 @@ from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 4)
+    monkeypatch.setattr(image_sets, "PIECE", 4)
 
 
 def test_bits_equal_the_loss(tmp_path):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from llamagen.config import SamplingConfig, sampling_settings
-from llamagen.evaluation import pieces, samples
+from llamagen.evaluation import image_sets
 from llamagen.evaluation.samples import SamplePlan, draw_samples
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.support.errors import InputError
@@ -19,7 +19,7 @@ from tests.tiny_models import tiny_pipeline
 
 @pytest.fixture
 def pipe(monkeypatch):
-    monkeypatch.setattr(pieces, "PIECE", 4)
+    monkeypatch.setattr(image_sets, "PIECE", 4)
     return tiny_pipeline()
 
 
@@ -114,7 +114,7 @@ def test_rejects_a_folder_of_other_samples(pipe, tmp_path):
 def test_progress_counts_every_image_once(pipe, tmp_path, monkeypatch):
     counts = []
     monkeypatch.setattr(
-        samples, "make_pieces", lambda _pieces, make, _text: make(range(10), counts.append)
+        image_sets.Pieces, "compute", lambda _, make, _text: make(range(10), counts.append)
     )
     draw_samples(pipe, plan(pipe), tmp_path, batch_size=3)
     assert counts == [3, 3, 3, 1]

@@ -327,7 +327,7 @@ class Tokenizer(EvaluationOptions):
         from llamagen.checkpoints import load_tokenizer
         from llamagen.checkpoints.names import find_public
         from llamagen.evaluation.protocols.tokenizer import Reconstructions, evaluate_tokenizer
-        from llamagen.evaluation.published import SIZE
+        from llamagen.evaluation.samples import SIZE
         from llamagen.support import distributed
 
         # float32 unless asked otherwise: this command measures the tokenizer, not the precision.

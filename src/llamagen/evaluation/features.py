@@ -20,13 +20,16 @@ from llamagen.evaluation.image_sets import (
     ArchivedImages,
     CollectedImages,
     ImageSet,
+    Pieces,
     array_names,
     read_array,
 )
 from llamagen.evaluation.metrics import FeatureStatistics
-from llamagen.evaluation.pieces import make_pieces, pieces_of
 from llamagen.support.artifact import Advance
 from llamagen.support.errors import InputError
+
+_BATCH = 64
+"""Images in one call of a network."""
 
 
 class NetworkOutput(NamedTuple):
@@ -99,20 +102,17 @@ def compute_features(
     root: Path,
     *,
     what: str = "images",
-    batch_size: int = 64,
     device: torch.device | str = "cpu",
 ) -> Features:
     """Return features of all images; called in every process of a run, which share the work.
 
-    Features of the same images and network that are in the folder are only read.
-
-    They are kept in a folder in ``root``. ``what`` is the kind of images, for the progress bar.
+    They are kept in a folder in ``root``, from which those of the same images and network are only
+    read. ``what`` is the kind of images, for the progress bar.
 
     Raises:
         InputError: an image is damaged, or the network gave NaN or infinity.
-        OSError: the disk is full.
     """
-    pieces = pieces_of(
+    pieces = Pieces(
         feature_folder(root, network, images),
         {
             "network": network.name,
@@ -129,12 +129,12 @@ def compute_features(
 
     def compute(items: range, advance: Advance) -> dict[str, Any]:
         outputs = []
-        for part in images.tensor(items.start, items.stop).split(batch_size):
+        for part in images.tensor(items.start, items.stop).split(_BATCH):
             outputs.append(network(part.contiguous().to(device)))
             advance(len(part))
         return {".npz": _joined(outputs, f"images {items[0]} to {items[-1]} of {images.name}")}
 
-    make_pieces(pieces, compute, f"features of the {what}")
+    pieces.compute(compute, f"features of the {what}")
     parts = [pieces.read_npz(piece) for piece in range(len(pieces))]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Features(whole["pool"], whole.get("spatial"), whole["probabilities"])

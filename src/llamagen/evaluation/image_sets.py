@@ -1,4 +1,4 @@
-"""Sets of images that are evaluated, read in parts: folders, ADM's .npz files, generated samples.
+"""Sets of images that are evaluated, read in parts, and results of them, computed in pieces.
 
 Shapes: B images of H x W pixels, as uint8 (B, H, W, 3).
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import numpy as np
 import torch
@@ -24,9 +25,23 @@ from llamagen.data.images import CorruptImageError, ImageFolder
 from llamagen.data.sources import open_images
 from llamagen.data.views import center_crop
 from llamagen.models.tokenizer import images_to_uint8
+from llamagen.support import distributed
+from llamagen.support.artifact import Artifact, Format, MakePiece, Settings
 from llamagen.support.errors import InputError
 
 _PART = 256
+PIECE = 256
+"""Images of a piece."""
+
+_FORMAT = Format(
+    name="llamagen-evaluation",
+    version=1,
+    noun="results",
+    settings_name="settings.json",
+    piece_name="piece",
+    suffixes=(".npz",),
+    has_header=False,
+)
 
 
 class ImageSet(abc.ABC):
@@ -160,6 +175,51 @@ class ArchivedImages(ImageSet):
         if len(content) != (last - first) * each:
             raise InputError(f"{self.path} ends before image {last}; get it again")
         return np.frombuffer(content, np.uint8).reshape(-1, *self._shape[1:])
+
+
+class Pieces(Artifact):
+    """Results for many images, as .npz files that all processes of a run make."""
+
+    def __init__(self, folder: Path, settings: Settings, count: int, **form: object) -> None:
+        """For ``count`` images; ``form`` are fields of ``Format``."""
+        own = dataclasses.replace(_FORMAT, **form)  # type: ignore[arg-type]
+        super().__init__(folder, own, settings, items=count, piece_size=PIECE)
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+
+    @classmethod
+    def named(cls, root: Path, kind: str, settings: Settings, count: int) -> Self:
+        """Results in a folder of their own in ``root``: other settings have another folder."""
+        pieces = cls(root, settings, count, noun=kind)
+        pieces.folder = root / f"{kind.replace(' ', '-')}-{pieces.identity}"
+        return pieces
+
+    def compute(self, make_piece: MakePiece, description: str) -> None:
+        """Make the pieces that are not there yet; called in every process of a run.
+
+        Each process makes its share and returns once all are there. Progress is shown on a
+        terminal, under ``description``.
+
+        Raises:
+            InputError: the folder was begun with other settings, or is in use.
+            OSError: the disk is full, or the folder cannot be written to.
+        """
+        is_shown = distributed.is_main()
+        with self.begin(), self.progress_bar(description, "image", shown=is_shown) as bar:
+            self.make(make_piece, bar.update)
+        distributed.barrier()
+
+
+class PiecedImages(ImageSet):
+    """Images that are computed piece by piece, in a folder."""
+
+    pieces: Pieces
+
+    def __len__(self) -> int:
+        return self.pieces.items
+
+    def read(self, first: int, last: int) -> np.ndarray:
+        """See ``ImageSet``."""
+        return self.pieces.rows("images", first, last)
 
 
 def as_arrays(images: Tensor, size: int | None = None) -> np.ndarray:

@@ -13,9 +13,7 @@ import numpy as np
 
 from llamagen.checkpoints.names import find_public
 from llamagen.config import SamplingConfig, sampling_settings
-from llamagen.evaluation.image_sets import ImageSet, as_arrays
-from llamagen.evaluation.pieces import make_pieces, pieces_of
-from llamagen.evaluation.published import SIZE, protocol_guidance
+from llamagen.evaluation.image_sets import PiecedImages, Pieces, as_arrays, size_text
 from llamagen.generation import Progress
 from llamagen.pipeline import Pipeline
 from llamagen.support.artifact import Advance
@@ -23,6 +21,21 @@ from llamagen.support.artifact import Advance
 _FIRST_SETTINGS = ("guidance_scale", "guidance_stop", "temperature", "top_k", "top_p")
 
 LabelOrder = Literal["balanced", "random"]
+
+SIZE = 256
+"""Side in pixels at which images of published models are compared."""
+PUBLISHED = (
+    ("B", 16, 2.0, 5.46),
+    ("B", 24, 2.0, 6.09),
+    ("L", 16, 2.0, 3.80),
+    ("L", 24, 2.0, 3.07),
+    ("XL", 24, 1.75, 2.62),
+    ("XXL", 24, 1.75, 2.34),
+    ("3B", 24, 1.65, 2.18),
+)
+"""Model, rows and columns of codes, guidance scale, FID-50k on ImageNet 256x256 against ADM's
+training-set statistics (arXiv 2406.06525). Images of 24x24 codes are resized from 384 to 256."""
+_GUIDANCE = {f"c2i-{name}-{16 * grid}".lower(): scale for name, grid, scale, _ in PUBLISHED}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +94,7 @@ class SamplePlan:
             InputError: a value lies outside its setting's range.
         """
         side = compared_side(pipeline, size)
-        guidance = protocol_guidance(pipeline.name)
+        guidance = _GUIDANCE.get(pipeline.name.lower())
         base = pipeline.sampling if guidance is None else SamplingConfig(guidance_scale=guidance)
         return cls(
             prompts=tuple(prompts),
@@ -112,7 +125,7 @@ def compared_side(pipeline: Pipeline, size: int | None = None) -> int | None:
     return height if height == width else None
 
 
-class Samples(ImageSet):
+class Samples(PiecedImages):
     """The images of a plan, in a folder."""
 
     def __init__(self, folder: Path, plan: SamplePlan, about: dict[str, Any]) -> None:
@@ -121,17 +134,20 @@ class Samples(ImageSet):
         fields = {"prompts": plan.prompts, "seed": plan.seed, "size": plan.size}
         text = json.dumps([fields, about], sort_keys=True)
         self.identity = hashlib.sha256(text.encode()).hexdigest()[:16]
-        settings = {**about, "images": len(self), "identity": self.identity}
-        self.pieces = pieces_of(folder, settings, len(self), noun="samples")
+        settings = {**about, "images": len(plan.prompts), "identity": self.identity}
+        self.pieces = Pieces(folder, settings, len(plan.prompts), noun="samples")
         if all(isinstance(prompt, int) for prompt in plan.prompts):
             self.labels = np.array(plan.prompts)
 
-    def __len__(self) -> int:
-        return len(self.plan.prompts)
-
-    def read(self, first: int, last: int) -> np.ndarray:
-        """See ``ImageSet``."""
-        return self.pieces.rows("images", first, last)
+    def about(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Return what a report says of images that a pipeline generated."""
+        return {
+            "images": len(self),
+            "size": size_text(self.size),
+            "drawn at": size_text(model_size(pipeline)),
+            "resizing": "none" if self.plan.size is None else "bicubic, in float, before 8 bits",
+            "folder": str(self.folder),
+        }
 
 
 def draw_samples(
@@ -176,5 +192,5 @@ def draw_samples(
         parts = [as_arrays(part, plan.size) for part in pipeline.decode_in_parts(output.codes)]
         return {".npz": {"images": np.concatenate(parts)}}
 
-    make_pieces(samples.pieces, draw, "generating")
+    samples.pieces.compute(draw, "generating")
     return samples

@@ -319,13 +319,12 @@ def measure_speed(
     if found.tokenizer is not None:
         tokenizer = checkpoints.load_tokenizer(found.tokenizer, device=where, dtype=precision)
         pipeline = Pipeline(tokenizer, model)
+    counts = sorted(set(images))
     return SpeedSummary(
         device=str(where),
         dtype=dtype_name(precision),
         machine=machine(),
-        estimates=tuple(
-            _measure(model, pipeline, number, found.sampling) for number in sorted(set(images))
-        ),
+        estimates=tuple(_measure(model, pipeline, each, found.sampling) for each in counts),
         how=_how(model, found.sampling, has_tokenizer=pipeline is not None),
     )
 
@@ -377,10 +376,9 @@ def _time_rows(
         if taken > seconds:
             raise _EnoughError
 
+    seeds = range(len(condition))
     with contextlib.suppress(_EnoughError):
-        generate_codes(
-            model, condition, seeds=range(len(condition)), sampling=sampling, on_row=on_row
-        )
+        generate_codes(model, condition, seeds=seeds, sampling=sampling, on_row=on_row)
     return rows, taken
 
 
@@ -392,10 +390,8 @@ def _how(model: Transformer, sampling: SamplingConfig, *, has_tokenizer: bool) -
         f"are generated."
     )
     if config.condition == "text":
-        how += (
-            f" The prompt has {config.text_length} tokens, the maximum; the text encoder is left "
-            f"out."
-        )
+        length = config.text_length
+        how += f" The prompt has {length} tokens, the maximum; the text encoder is left out."
     if has_tokenizer:
         return f"{how} Added is the image tokenizer's time for whole images."
     return f"{how} There is no image tokenizer, so its time is left out."

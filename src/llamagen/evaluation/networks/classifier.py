@@ -177,7 +177,9 @@ def train_classifier(
             f"{images.name} has no classes to train a classifier on; use class folders"
         )
     storage.require_writable(folder)
-    pixels = torch.cat(list(_small_images(images, config.size)))
+    parts = (torch.from_numpy(np.array(part)).movedim(-1, 1) for part in images.parts())
+    small = (_resized(part.float(), config.size).round().clamp(0, 255) for part in parts)
+    pixels = torch.cat([part.to(torch.uint8) for part in small])  # (N, 3, size, size)
     labels = torch.from_numpy(images.labels.astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(training.seed).permutation(len(labels)))
     held_out, rows = order.tensor_split([max(1, round(training.held_out * len(labels)))])
@@ -192,8 +194,8 @@ def train_classifier(
     model.eval()
     model.labels = Labels(images.class_names)
     with torch.inference_mode():
-        parts = pixels[held_out].split(256)
-        found = [model(model.prepare(part.to(model.device))).argmax(1).cpu() for part in parts]
+        batches = (part.to(model.device) for part in pixels[held_out].split(256))
+        found = [model(model.prepare(batch)).argmax(1).cpu() for batch in batches]
     model.accuracy = int((torch.cat(found) == labels[held_out]).sum()) / len(held_out)
     with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
         model.save_pretrained(temporary)
@@ -260,15 +262,6 @@ def _restored(
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return int(state["step"])
-
-
-def _small_images(images: ImageSet, side: int) -> Iterator[Tensor]:
-    """All images, uint8 (B, 3, side, side) each."""
-    for part in images.parts():
-        pixels = torch.from_numpy(np.array(part)).movedim(-1, 1)
-        if pixels.shape[-2:] != (side, side):
-            pixels = _resized(pixels.float(), side).round().clamp(0, 255).to(torch.uint8)
-        yield pixels
 
 
 def _resized(pixels: Tensor, side: int) -> Tensor:

@@ -47,17 +47,8 @@ WEIGHTS_FILE = PublicFile(
 )
 """The graph's weights, converted for torch (96 MB)."""
 
-SIDE = 299
+_SIDE = 299
 """Side in pixels of the square that the graph resizes images to."""
-CLASSES = 1008
-"""Outputs; the first and the last seven are no classes of ImageNet, but count all the same."""
-
-_SPATIAL_BLOCK = "Mixed_6d"
-"""Called mixed_6 in the graph."""
-_SPATIAL_CHANNELS = 7
-"""Of the block's first branch: 2023 numbers in all, about as many as in the pool (arXiv 2103.03841,
-and ADM's evaluator)."""
-
 _PURPOSE = "the features of FID"
 _REMEDY = f"give the path of {WEIGHTS_FILE.name} ({WEIGHTS_FILE.url})"
 
@@ -169,7 +160,8 @@ class InceptionV3(nn.Module):
             block = _Block(width, plan)
             self.add_module(name, block)
             width = block.width
-        self.fc = nn.Linear(width, CLASSES)
+        # The first and the last seven are no classes of ImageNet, but count all the same.
+        self.fc = nn.Linear(width, 1008)
         self.requires_grad_(False)
         self.eval()
 
@@ -189,9 +181,7 @@ class InceptionV3(nn.Module):
         name only the known content is accepted.
 
         Raises:
-            InputError: there is no such file, it is damaged or another network's, or the download
-                failed.
-            OSError: the disk is full.
+            InputError: there is no such file, its content is another, or the download failed.
         """
         path = _locate(source)
         try:
@@ -205,11 +195,6 @@ class InceptionV3(nn.Module):
         except InputError as error:
             raise InputError(f"{error}; {_REMEDY}") from error
         return model.to(device)
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.fc.weight.device
 
     @property
     def fingerprint(self) -> str:
@@ -228,15 +213,16 @@ class InceptionV3(nn.Module):
         """
         require_images(images)
         with torch.autocast(images.device.type, enabled=False), _exact_convolutions(images.device):
-            x = (resize_bilinear(images.float(), SIDE) - 128.0) / 128.0
+            x = (resize_bilinear(images.float(), _SIDE) - 128.0) / 128.0
             x = x.contiguous(memory_format=torch.channels_last).to(self.fc.weight.dtype)
             x = _halved(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))))
             x = _halved(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)))  # (B, 192, 35, 35)
             for name in _BLOCKS:
                 x = self.get_submodule(name)(x)
-                if name == _SPATIAL_BLOCK:
-                    # In TensorFlow's order: (B, 17, 17, 7) -> (B, 2023).
-                    spatial = x[:, :_SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+                # mixed_6 in the graph; seven channels give 2023 numbers, about as many as in the
+                # pool (arXiv 2103.03841, and ADM's evaluator), in TensorFlow's order.
+                if name == "Mixed_6d":
+                    spatial = x[:, :7].permute(0, 2, 3, 1).flatten(1)
             pool = x.mean((2, 3))
             logits = F.linear(pool, self.fc.weight)
         return NetworkOutput(pool.float(), spatial.float(), logits.float())

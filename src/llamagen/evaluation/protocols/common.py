@@ -46,7 +46,6 @@ _OTHER_NAMES = {
 }
 """Measurements in another network's features do not have the papers' names."""
 _KERNEL_SUBSET = 1000
-_DUPLICATES_NAMED = 3
 
 
 class Scores(NamedTuple):
@@ -139,10 +138,8 @@ class Workplace:
         ]
         warnings += _duplicates(features.pool)
         if not self.has_inception:
-            metrics = {
-                _OTHER_NAMES.get(name, f"classifier_{name}"): value
-                for name, value in metrics.items()
-            }
+            names = [_OTHER_NAMES.get(name, f"classifier_{name}") for name in metrics]
+            metrics = dict(zip(names, metrics.values(), strict=True))
             warnings.append(
                 f"distances are in the feature space of a {self.network.name}: compare them with "
                 f"others of the same classifier, never with a published FID"
@@ -163,8 +160,8 @@ def samples_sheet(
     images: ImageSet, captions: Sequence[str] = (), title: str = "Samples"
 ) -> Picture:
     """Return a sheet of the first images of a set."""
-    arrays = images.read(0, min(len(images), SHEET_IMAGES))
-    sheet = _grid(list(arrays), columns=8, captions=captions[: len(arrays)])
+    count = min(len(images), SHEET_IMAGES)
+    sheet = _grid(list(images.read(0, count)), columns=8, captions=captions[:count])
     return Picture(title=title, image=sheet, note="The first ones, not picked.")
 
 
@@ -208,8 +205,6 @@ def _duplicates(pool: np.ndarray) -> list[str]:
     repeated = sorted(first[counts > 1].tolist())
     if not repeated:
         return []
-    named = ", ".join(map(str, repeated[:_DUPLICATES_NAMED]))
-    if len(repeated) > _DUPLICATES_NAMED:
-        named += ", ..."
+    named = ", ".join(map(str, repeated[:3])) + (", ..." if len(repeated) > 3 else "")
     copies = int((counts - 1).sum())
     return [f"{copies} of {len(rows)} images are copies of others among them (of number {named})"]

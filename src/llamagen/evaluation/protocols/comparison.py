@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 
 from llamagen.evaluation.features import ReferenceSource, write_statistics
-from llamagen.evaluation.image_sets import ImageSet, size_text, write_images
+from llamagen.evaluation.image_sets import ImageSet, Pieces, size_text, write_images
 from llamagen.evaluation.metrics import clip_score
 from llamagen.evaluation.networks.clip import ClipEncoder
-from llamagen.evaluation.pieces import make_pieces, named_pieces
 from llamagen.evaluation.protocols.common import (
     SHEET_IMAGES,
     Scores,
@@ -23,9 +22,8 @@ from llamagen.evaluation.protocols.common import (
     neighbours_sheets,
     samples_sheet,
 )
-from llamagen.evaluation.published import CLASS_CONDITIONAL, SAMPLES, SIZE, TEXT_SAMPLES
 from llamagen.evaluation.report import Curve, Report, Table
-from llamagen.evaluation.samples import LabelOrder, SamplePlan, Samples, draw_samples, model_size
+from llamagen.evaluation.samples import PUBLISHED, SIZE, LabelOrder, SamplePlan, draw_samples
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support.artifact import Advance
@@ -40,9 +38,7 @@ _CHOSEN = (
 _PUBLISHED = Table(
     title="Published",
     columns=("model", "codes", "guidance", "FID-50k"),
-    rows=tuple(
-        (model, f"{grid}x{grid}", scale, fid) for model, grid, scale, fid in CLASS_CONDITIONAL
-    ),
+    rows=tuple((model, f"{grid}x{grid}", scale, fid) for model, grid, scale, fid in PUBLISHED),
     note="arXiv 2406.06525: 50,000 samples at 256x256 against ADM's training-set statistics.",
 )
 
@@ -66,7 +62,6 @@ def evaluate_classes(
 
     Raises:
         InputError: model, reference, network and folder do not fit together.
-        OSError: the disk is full.
     """
     samples = draw_samples(pipeline, plan, place.out / _SAMPLES_FOLDER, batch_size=batch_size)
     if npz is not None and distributed.is_main():
@@ -76,7 +71,7 @@ def evaluate_classes(
     labels = pipeline.labels
     assert labels is not None
     names = [labels.name(int(prompt)) for prompt in plan.prompts[:SHEET_IMAGES]]
-    warnings = few_warnings(len(samples), SAMPLES, "samples")
+    warnings = few_warnings(len(samples), 50_000, "samples")
     if place.has_inception and reference.archive is None:
         warnings.append(
             f"the reference {reference.name} is a set of images: published numbers are against "
@@ -85,7 +80,7 @@ def evaluate_classes(
     report = Report(
         protocol="c2i",
         title=f"{pipeline.name}: {len(samples):,} images of {len(labels)} classes",
-        samples={**_about(pipeline, samples), "classes": order},
+        samples=samples.about(pipeline) | {"classes": order},
         settings=_settings(pipeline, plan),
         warnings=warnings + _size_warnings(samples, reference.images, "samples"),
         pictures=[samples_sheet(samples, names), *neighbours_sheets(samples, features, compared)],
@@ -149,7 +144,7 @@ def evaluate_sweep(
             "images": compared.count,
             "network": place.network.name,
         },
-        samples={**_about(pipeline, samples), "folder": str(root)},
+        samples=samples.about(pipeline) | {"folder": str(root)},
         settings={"model": pipeline.name, "seed": plan.seed, "classes": order},
         warnings=[_CHOSEN, *best.warnings],
         tables=[Table(title="Settings", columns=("top-k", "guidance", *metrics), rows=rows)],
@@ -175,7 +170,6 @@ def evaluate_texts(
 
     Raises:
         InputError: model, captions, reference and folder do not fit together.
-        OSError: the disk is full.
     """
     prompts = [str(prompt) for prompt in plan.prompts]
     pipeline.check_prompts(prompts)
@@ -184,7 +178,7 @@ def evaluate_texts(
         protocol="t2i",
         title=f"{pipeline.name}: images of {len(samples):,} captions",
         reference={"source": "none"},
-        samples=_about(pipeline, samples),
+        samples=samples.about(pipeline),
         settings=_settings(pipeline, plan),
         pictures=[samples_sheet(samples, prompts)],
     )
@@ -192,7 +186,7 @@ def evaluate_texts(
         features = place.features(samples, "samples")
         compared = place.reference(reference)
         which = "captions", "COCO's val2014"
-        report.warnings += few_warnings(len(samples), TEXT_SAMPLES, *which)
+        report.warnings += few_warnings(len(samples), 30_000, *which)
         if samples.size != (SIZE, SIZE):
             found = size_text(samples.size)
             report.warnings.append(f"images are compared at {found}, not at {SIZE}x{SIZE}")
@@ -217,7 +211,6 @@ def evaluate_folder(
 
     Raises:
         InputError: images, reference and network do not fit together.
-        OSError: the disk is full.
     """
     features = place.features(images, "images")
     compared = place.reference(reference)
@@ -245,17 +238,6 @@ def evaluate_folder(
     shuffled = dataclasses.replace(features, probabilities=features.probabilities[order])
     place.compare(report, shuffled, compared)
     return report
-
-
-def _about(pipeline: Pipeline, samples: Samples) -> dict[str, Any]:
-    """Entries of a report."""
-    return {
-        "images": len(samples),
-        "size": size_text(samples.size),
-        "drawn at": size_text(model_size(pipeline)),
-        "resizing": "none" if samples.plan.size is None else "bicubic, in float, before 8 bits",
-        "folder": str(samples.folder),
-    }
 
 
 def _settings(pipeline: Pipeline, plan: SamplePlan) -> dict[str, Any]:
@@ -321,6 +303,6 @@ def _mean_clip_score(
         return {".npz": {"score": np.concatenate(found)}}
 
     settings = {"clip": clip.name, "images": images.identity}
-    pieces = named_pieces(folder, "clip", settings, len(images))
-    make_pieces(pieces, scores, "CLIP score")
+    pieces = Pieces.named(folder, "clip", settings, len(images))
+    pieces.compute(scores, "CLIP score")
     return float(pieces.rows("score").mean())

@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.evaluation.image_sets import ImageSet, size_text
-from llamagen.evaluation.pieces import make_pieces, named_pieces
+from llamagen.evaluation.image_sets import ImageSet, Pieces, size_text
 from llamagen.evaluation.protocols.tokenizer import batch_limit
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.samples import model_size
@@ -68,12 +67,7 @@ class Likelihood:
 
 
 def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Report:
-    """Measure bits per code and per pixel; called in every process of a run.
-
-    Raises:
-        InputError: images and model do not fit together.
-        OSError: the disk is full.
-    """
+    """Measure bits per code and per pixel; see ``measure_likelihood``."""
     found = measure_likelihood(pipeline, images, out)
     rows, columns = found.conditional.shape[1:]
     names = ("bits_per_code", "bits_per_code_unconditional", "bits_per_pixel")
@@ -101,7 +95,6 @@ def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Like
 
     Raises:
         InputError: images and model differ in size, or in classes or captions.
-        OSError: the disk is full.
     """
     if images.size != model_size(pipeline):
         raise InputError(
@@ -119,11 +112,10 @@ def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Like
         "images": images.identity,
         **pipeline.precision,
     }
-    pieces = named_pieces(root, "likelihood", settings, len(images))
-    make_pieces(pieces, measure, "likelihood")
-    return Likelihood(
-        pieces.rows("conditional"), pieces.rows("unconditional"), math.prod(images.size)
-    )
+    pieces = Pieces.named(root, "likelihood", settings, len(images))
+    pieces.compute(measure, "likelihood")
+    conditional, unconditional = pieces.rows("conditional"), pieces.rows("unconditional")
+    return Likelihood(conditional, unconditional, math.prod(images.size))
 
 
 def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
@@ -153,13 +145,11 @@ def _bits(
     found: dict[str, list[Tensor]] = {"conditional": [], "unconditional": []}
     for index, images in enumerate(pixels.split(size)):
         codes = tokenizer.encode(uint8_to_images(images.to(tokenizer.device)))
-        given = pipeline.conditions(conditions[index * size : (index + 1) * size])
+        own = conditions[index * size : (index + 1) * size]
+        given = [each.condition for each in pipeline.conditions(own)]
         for name, parts in found.items():
             nats = code_log_likelihoods(
-                pipeline.transformer,
-                codes,
-                [each.condition for each in given],
-                conditional=name == "conditional",
+                pipeline.transformer, codes, given, conditional=name == "conditional"
             )
             parts.append(-nats / math.log(2))
         advance(len(images))
