@@ -197,8 +197,7 @@ class ClassOptions(SampleOptions):
             raise InputError(f"{pipeline.name} draws texts, not classes; use evaluate t2i")
         plan = SamplePlan.of_classes(pipeline, self.count, order=self.classes, **self._plan())
         reference, place = self._place(pipeline, device)
-        options |= {"order": self.classes, "batch_size": self.batch_size}
-        return protocol(pipeline, plan, reference, place, **options)
+        return protocol(pipeline, plan, reference, place, batch_size=self.batch_size, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

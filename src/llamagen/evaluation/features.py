@@ -132,7 +132,18 @@ def compute_features(
         for part in images.tensor(items.start, items.stop).split(_BATCH):
             outputs.append(network(part.contiguous().to(device)))
             advance(len(part))
-        return {".npz": _joined(outputs, f"images {items[0]} to {items[-1]} of {images.name}")}
+        arrays = {}
+        for name in ("pool", "probabilities", "spatial"):
+            parts = [getattr(each, name) for each in outputs]
+            if parts[0] is None:
+                continue
+            arrays[name] = torch.cat(parts).float().cpu().numpy()
+            if not np.isfinite(arrays[name]).all():
+                where = f"images {items[0]} to {items[-1]} of {images.name}"
+                raise InputError(
+                    f"the network gave NaN or infinity ({name}) for {where}; use float32"
+                )
+        return {".npz": arrays}
 
     pieces.compute(compute, f"features of the {what}")
     parts = [pieces.read_npz(piece) for piece in range(len(pieces))]
@@ -144,19 +155,6 @@ def feature_folder(root: Path, network: FeatureNetwork, images: ImageSet) -> Pat
     """Return the folder in ``root`` for the features of these images by this network."""
     both = hashlib.sha256(f"{network.fingerprint} {images.identity}".encode())
     return root / both.hexdigest()[:16]
-
-
-def _joined(outputs: list[NetworkOutput], where: str) -> dict[str, np.ndarray]:
-    """Outputs of a piece, as they are stored."""
-    joined = {}
-    for name in ("pool", "probabilities", "spatial"):
-        parts = [getattr(each, name) for each in outputs]
-        if parts[0] is None:
-            continue
-        joined[name] = torch.cat(parts).float().cpu().numpy()
-        if not np.isfinite(joined[name]).all():
-            raise InputError(f"the network gave NaN or infinity ({name}) for {where}; use float32")
-    return joined
 
 
 class ReferenceSource:

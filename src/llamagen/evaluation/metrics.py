@@ -42,11 +42,7 @@ class FeatureStatistics:
 
     @classmethod
     def from_moments(cls, mean: np.ndarray, covariance: np.ndarray, count: int) -> Self:
-        """Return statistics of known mean (D,) and covariance (D, D; divided by count - 1).
-
-        Raises:
-            ValueError: the shapes do not fit together.
-        """
+        """Return statistics of known mean (D,) and covariance (D, D; divided by count - 1)."""
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"mean {mean.shape} and covariance {covariance.shape} do not fit")
         made = cls(len(mean))
@@ -87,11 +83,7 @@ class FeatureStatistics:
         return self
 
     def merge(self, other: FeatureStatistics) -> Self:
-        """Add the features of another; return itself.
-
-        Raises:
-            ValueError: its features have another width.
-        """
+        """Add the features of another, of the same width; return itself."""
         if other.width != self.width:
             raise ValueError(f"features of width {other.width}, expected {self.width}")
         self._add(other.count, other.mean, other._scatter)
@@ -339,11 +331,8 @@ def _require_same_shape(what: str, a: np.ndarray, b: np.ndarray) -> None:
 def codebook_use(counts: np.ndarray) -> tuple[float, float]:
     """Return usage and perplexity of a codebook from the occurrences of each code.
 
-    The share of the codes that occur, and exp of the entropy of the codes' frequencies: the
-    effective number of codes.
-
-    Raises:
-        ValueError: no code occurs.
+    These are the share of the codes that occur, of which there is at least one, and exp of the
+    entropy of the codes' frequencies: the effective number of codes.
     """
     total = counts.sum()
     if total == 0:

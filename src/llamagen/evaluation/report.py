@@ -124,12 +124,7 @@ def require_page_packages() -> None:
 
 
 def save_report(report: Report, folder: Path) -> None:
-    """Write ``report.json`` and ``report.html``, which loads no other file.
-
-    Raises:
-        InputError: a package that the page needs is not installed.
-        OSError: a file cannot be written.
-    """
+    """Write ``report.json`` and ``report.html``, which loads no other file."""
     storage.write_json(folder / JSON_NAME, report.to_dict())
     storage.write_text(folder / PAGE_NAME, render_page(report))
 
@@ -150,10 +145,7 @@ def render_page(report: Report) -> str:
         report=report,
         sides={"Evaluated": _summary(report.samples), "Compared with": _summary(report.reference)},
         charts=[
-            {
-                theme: _address(draw_chart(curve, theme).encode(), "image/svg+xml")
-                for theme in _THEMES
-            }
+            {each: _address(draw_chart(curve, each).encode(), "image/svg+xml") for each in _THEMES}
             for curve in report.curves
         ],
         pictures=[_picture(picture.image) for picture in report.pictures],
@@ -191,10 +183,8 @@ def column_texts(values: Sequence[object]) -> list[str]:
     decimals = max((len(text.partition(".")[2]) for text in rounded), default=0)
     if decimals == 0 or any("e" in text for text in rounded):
         return texts
-    return [
-        f"{value:,.{decimals}f}" if _is_finite(value) else text
-        for value, text in zip(values, texts, strict=True)
-    ]
+    cells = zip(values, texts, strict=True)
+    return [f"{value:,.{decimals}f}" if _is_finite(value) else text for value, text in cells]
 
 
 def setting_text(value: object) -> str:
@@ -205,10 +195,7 @@ def setting_text(value: object) -> str:
 
 
 def draw_chart(curve: Curve, theme: str) -> str:
-    """Return the line chart of a curve as SVG with a transparent background.
-
-    Points that are not finite interrupt their line.
-    """
+    """Return a line chart as transparent SVG; points that are not finite interrupt their line."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure

@@ -44,6 +44,8 @@ class SamplePlan:
 
     prompts: tuple[str | int, ...]
     """Index of a class, or a text, per image."""
+    order: LabelOrder | None = None
+    """Of classes; for reports."""
     seed: int = 0
     """Image i has this + i."""
     size: int | None = None
@@ -72,7 +74,8 @@ class SamplePlan:
             labels = rng.permutation(np.arange(count) % classes)
         else:
             labels = rng.integers(classes, size=count)
-        return cls.of_prompts(pipeline, labels.tolist(), seed=seed, **options)
+        plan = cls.of_prompts(pipeline, labels.tolist(), seed=seed, **options)
+        return dataclasses.replace(plan, order=order)
 
     @classmethod
     def of_prompts(

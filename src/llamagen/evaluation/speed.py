@@ -114,22 +114,18 @@ def time_in_turn(
 
     Each is called once before, as a warm-up. ``progress`` is called after every call.
     """
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else torch.cpu.synchronize
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for _ in range(1 + repeats):
         for name, run in candidates.items():
-            _wait()
+            wait()
             start = time.perf_counter()
             run()
-            _wait()
+            wait()
             seconds[name].append(time.perf_counter() - start)
             if progress is not None:
                 progress()
     return {name: values[1:] for name, values in seconds.items()}
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def median_and_spread(values: Sequence[float], *, unit: float = 1.0) -> str:

@@ -230,7 +230,14 @@ def _steps(
     }
     size = min(training.batch_size, len(rows))
     batches = DataOrder(count=len(rows), batch_size=size, seed=training.seed)
-    for step in range(_restored(folder, about, parts, device), training.steps):
+    first = 0
+    if (folder / _STATE_NAME).is_file():
+        state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
+        if state["about"] == about:
+            first = int(state["step"])
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+    for step in range(first, training.steps):
         batch = rows[[sample.index for sample in batches.batch(step)]]
         rng = torch.Generator().manual_seed(training.seed * _SEED_STRIDE + step)
         augmented = _augmented(pixels[batch], training, rng).to(device)
@@ -248,20 +255,6 @@ def _steps(
             state = {name: part.state_dict() for name, part in parts.items()}
             with storage.atomic_file(folder / _STATE_NAME) as temporary:
                 torch.save({"about": about, "step": step + 1, **state}, temporary)
-
-
-def _restored(
-    folder: Path, about: dict[str, Any], parts: dict[str, Any], device: torch.device
-) -> int:
-    """Restore an interrupted training of the same kind; return its number of steps."""
-    if not (folder / _STATE_NAME).is_file():
-        return 0
-    state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
-    if state["about"] != about:
-        return 0
-    for name, part in parts.items():
-        part.load_state_dict(state[name])
-    return int(state["step"])
 
 
 def _resized(pixels: Tensor, side: int) -> Tensor:

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
@@ -62,30 +63,16 @@ class _Layer(NamedTuple):
     padded: bool = True
 
 
-class _Plan(NamedTuple):
-    """Branches over the same input, and a pooling beside them."""
+_Branches = Mapping[str, tuple[_Layer | tuple[_Layer, _Layer], ...]]
+"""Over the same input; layers one after another, and at the end perhaps a pair side by side."""
+_Pool = Callable[[Tensor], Tensor]
+_Plan = tuple[_Branches, _Pool, int | None]
+"""Branches and a pooling beside them, with the channels of the convolution after it, if any."""
 
-    branches: Mapping[str, tuple[_Layer | tuple[_Layer, _Layer], ...]]
-    """Layers one after another; a pair at the end stands side by side."""
-    pool: Callable[[Tensor], Tensor]
-    pooled: int | None = None
-    """Channels of a convolution after the pooling; None has no convolution."""
-
-
-def _average(x: Tensor) -> Tensor:
-    """Mean of each position's neighbours (B, C, h, w); there are fewer of them at the edges."""
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _maximum(x: Tensor) -> Tensor:
-    """Largest of each position's neighbours (B, C, h, w)."""
-    return F.max_pool2d(x, 3, stride=1, padding=1)
-
-
-def _halved(x: Tensor) -> Tensor:
-    """Largest of every other position's neighbours: (B, C, h, w) -> (B, C, h/2, w/2)."""
-    return F.max_pool2d(x, 3, stride=2)
-
+# There are fewer neighbours to average at the edges.
+_average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halved = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 _3x3, _5x5 = (3, 3), (5, 5)
 _1x7, _7x1 = (1, 7), (7, 1)
@@ -98,7 +85,7 @@ def _at_35(pooled: int) -> _Plan:
         "branch5x5": (_Layer(48), _Layer(64, _5x5)),
         "branch3x3dbl": (_Layer(64), _Layer(96, _3x3), _Layer(96, _3x3)),
     }
-    return _Plan(branches, _average, pooled)
+    return branches, _average, pooled
 
 
 def _at_17(inner: int) -> _Plan:
@@ -108,16 +95,16 @@ def _at_17(inner: int) -> _Plan:
         "branch7x7": (_Layer(inner), _Layer(inner, _1x7), _Layer(192, _7x1)),
         "branch7x7dbl": (_Layer(inner), *twice),
     }
-    return _Plan(branches, _average, 192)
+    return branches, _average, 192
 
 
-def _at_8(pool: Callable[[Tensor], Tensor]) -> _Plan:
+def _at_8(pool: _Pool) -> _Plan:
     branches = {
         "branch1x1": (_Layer(320),),
         "branch3x3": (_Layer(384), _FORK),
         "branch3x3dbl": (_Layer(448), _Layer(384, _3x3), _FORK),
     }
-    return _Plan(branches, pool, 192)
+    return branches, pool, 192
 
 
 _35_TO_17 = {
@@ -128,16 +115,16 @@ _17_TO_8 = {
     "branch3x3": (_Layer(192), _Layer(320, _3x3, 2)),
     "branch7x7x3": (_Layer(192), _Layer(192, _1x7), _Layer(192, _7x1), _Layer(192, _3x3, 2)),
 }
-_BLOCKS = {
+_BLOCKS: dict[str, _Plan] = {
     "Mixed_5b": _at_35(32),
     "Mixed_5c": _at_35(64),
     "Mixed_5d": _at_35(64),
-    "Mixed_6a": _Plan(_35_TO_17, _halved),
+    "Mixed_6a": (_35_TO_17, _halved, None),
     "Mixed_6b": _at_17(128),
     "Mixed_6c": _at_17(160),
     "Mixed_6d": _at_17(160),
     "Mixed_6e": _at_17(192),
-    "Mixed_7a": _Plan(_17_TO_8, _halved),
+    "Mixed_7a": (_17_TO_8, _halved, None),
     "Mixed_7b": _at_8(_average),
     "Mixed_7c": _at_8(_maximum),
 }
@@ -157,7 +144,7 @@ class InceptionV3(nn.Module):
         self.Conv2d_4a_3x3 = _ConvUnit(80, _Layer(192, _3x3, padded=False))
         width = 192
         for name, plan in _BLOCKS.items():
-            block = _Block(width, plan)
+            block = _Block(width, *plan)
             self.add_module(name, block)
             width = block.width
         # The first and the last seven are no classes of ImageNet, but count all the same.
@@ -231,13 +218,13 @@ class InceptionV3(nn.Module):
 class _Block(nn.Module):
     """Branches over the same input, their channels joined: (B, C_in, h, w) -> (B, C_out, ...)."""
 
-    def __init__(self, inputs: int, plan: _Plan) -> None:
+    def __init__(self, inputs: int, branches: _Branches, pool: _Pool, pooled: int | None) -> None:
         super().__init__()
-        self._pool = plan.pool
+        self._pool = pool
         self._branches: list[list[list[str]]] = []
         """Of each branch and step, the names of the layers: one, or two side by side."""
-        self.width = plan.pooled or inputs
-        for branch, steps in plan.branches.items():
+        self.width = pooled or inputs
+        for branch, steps in branches.items():
             width, names = inputs, []
             for number, step in enumerate(steps, start=1):
                 # As the public file calls them.
@@ -252,7 +239,7 @@ class _Block(nn.Module):
                 names.append(list(layers))
             self._branches.append(names)
             self.width += width
-        self.branch_pool = _ConvUnit(inputs, _Layer(plan.pooled)) if plan.pooled else nn.Identity()
+        self.branch_pool = _ConvUnit(inputs, _Layer(pooled)) if pooled else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         parts = []

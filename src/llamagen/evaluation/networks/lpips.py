@@ -63,10 +63,6 @@ _CONVOLUTIONS = (2, 2, 3, 3, 3)
 _MIN_SIDE = 2 ** (len(_WIDTHS) - 1)
 """Pixels of which one position is left in the last stage."""
 
-# LPIPS brings images in [-1, 1] to about the mean and deviation that VGG16 was trained with.
-_SHIFT = (-0.030, -0.088, -0.188)
-_SCALE = (0.458, 0.448, 0.450)
-
 _PURPOSE = "the perceptual loss"
 
 
@@ -97,9 +93,11 @@ class Lpips(nn.Module):
             head = nn.Sequential(nn.Identity(), nn.Conv2d(width, 1, 1, bias=False))
             self.add_module(f"lin{stage}", nn.ModuleDict({"model": head}))
         self.features = nn.Sequential(*layers)
+        # For images in [-1, 1] to have about the mean and deviation that VGG16 was trained with.
         # Not on the current device, which is "meta" for weights that are read later.
-        for name, values in (("shift", _SHIFT), ("scale", _SCALE)):
-            buffer = torch.tensor(values, device="cpu").view(1, 3, 1, 1)
+        values = {"shift": (-0.030, -0.088, -0.188), "scale": (0.458, 0.448, 0.450)}
+        for name, each in values.items():
+            buffer = torch.tensor(each, device="cpu").view(1, 3, 1, 1)
             self.register_buffer(name, buffer, persistent=False)
         self.requires_grad_(False)
         self.eval()
@@ -163,14 +161,18 @@ def load_lpips(source: Path | None = None) -> Lpips:
     if source is not None:
         return _from_files(_local_files(Path(source).expanduser()))
     cached = storage.cache_folder() / FILE_NAME
-    if not cached.is_file():
-        model = _download()
-        save_lpips(model, cached)
-        return model
-    try:
-        return _from_files([cached])
-    except InputError as error:
-        raise InputError(f"{error}; without that file it is downloaded again") from error
+    if cached.is_file():
+        try:
+            return _from_files([cached])
+        except InputError as error:
+            raise InputError(f"{error}; without that file it is downloaded again") from error
+    with tempfile.TemporaryDirectory(dir=writable_cache(_PURPOSE), prefix=".lpips.") as folder:
+        paths = [Path(folder) / file.name for file in _PUBLIC_FILES]
+        for file, path in zip(_PUBLIC_FILES, paths, strict=True):
+            download(file, path, purpose=_PURPOSE, remedy=_REMEDY)
+        model = _from_files(paths)
+    save_lpips(model, cached)
+    return model
 
 
 def save_lpips(model: Lpips, path: Path) -> None:
@@ -183,12 +185,11 @@ def save_lpips(model: Lpips, path: Path) -> None:
 
 def _local_files(source: Path) -> list[Path]:
     """The files that hold all weights together."""
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
+    if not source.exists():
         raise FileNotFoundError(f"{source} does not exist; {_REMEDY}")
-    if (source / FILE_NAME).is_file():
-        return [source / FILE_NAME]
+    for whole in (source, source / FILE_NAME):
+        if whole.is_file():
+            return [whole]
     files = [source / file.name for file in _PUBLIC_FILES]
     if missing := [path.name for path in files if not path.is_file()]:
         raise InputError(
@@ -218,11 +219,3 @@ def _from_files(paths: list[Path]) -> Lpips:
                 f"{HEADS_FILE.name} from {HEADS_FILE.url}"
             )
     return model
-
-
-def _download() -> Lpips:
-    with tempfile.TemporaryDirectory(dir=writable_cache(_PURPOSE), prefix=".lpips.") as folder:
-        paths = [Path(folder) / file.name for file in _PUBLIC_FILES]
-        for file, path in zip(_PUBLIC_FILES, paths, strict=True):
-            download(file, path, purpose=_PURPOSE, remedy=_REMEDY)
-        return _from_files(paths)

@@ -124,9 +124,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return {name: read() for name, read in read_safetensors(path)}
     content = load_pickle(path, mapped=start == ZIP_MAGIC)
     if not isinstance(content, Mapping):
-        raise InputError(
-            f"{path} holds a {type(content).__name__}, expected a dictionary of weights"
-        )
+        found = type(content).__name__
+        raise InputError(f"{path} holds a {found}, expected a dictionary of weights")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
 
 

@@ -38,21 +38,19 @@ _NEIGHBOUR_ROWS = 12
 _NEIGHBOURS = 4
 
 _OTHER_NAMES = {
-    "fid": "classifier_frechet",
-    "sfid": "classifier_spatial_frechet",
-    "inception_score": "classifier_score",
-    "kid": "classifier_kernel",
-    "kid_std": "classifier_kernel_std",
+    "fid": "frechet",
+    "sfid": "spatial_frechet",
+    "inception_score": "score",
+    "kid": "kernel",
+    "kid_std": "kernel_std",
 }
 """Measurements in another network's features do not have the papers' names."""
-_KERNEL_SUBSET = 1000
 
 
 class Scores(NamedTuple):
-    """Result of a comparison."""
+    """Metrics, the Frechet distance first, and warnings of a comparison."""
 
     metrics: dict[str, float]
-    """The Frechet distance first."""
     warnings: list[str]
 
 
@@ -127,7 +125,7 @@ class Workplace:
             known = reference.features.pool
             found = precision_recall(features.pool, known, device=self.device)
             # Half of the images: subsets of all would all be the same one.
-            size = min(_KERNEL_SUBSET, min(count, len(known)) // 2)
+            size = min(1000, min(count, len(known)) // 2)
             kid, kid_std = kernel_distance(features.pool, known, subset_size=size)
             metrics |= {**found._asdict(), "kid": kid, "kid_std": kid_std}
         warnings = [
@@ -138,7 +136,7 @@ class Workplace:
         ]
         warnings += _duplicates(features.pool)
         if not self.has_inception:
-            names = [_OTHER_NAMES.get(name, f"classifier_{name}") for name in metrics]
+            names = [f"classifier_{_OTHER_NAMES.get(name, name)}" for name in metrics]
             metrics = dict(zip(names, metrics.values(), strict=True))
             warnings.append(
                 f"distances are in the feature space of a {self.network.name}: compare them with "
@@ -166,10 +164,7 @@ def samples_sheet(
 
 
 def neighbours_sheets(images: ImageSet, features: Features, reference: Reference) -> list[Picture]:
-    """Return a sheet of the first images, each beside the reference images nearest to it.
-
-    None if the reference is statistics only.
-    """
+    """Return a sheet of the first images beside those nearest to them, if the reference has any."""
     if reference.source.images is None or reference.features is None:
         return []
     known = reference.features.pool

@@ -23,7 +23,7 @@ from llamagen.evaluation.protocols.common import (
     samples_sheet,
 )
 from llamagen.evaluation.report import Curve, Report, Table
-from llamagen.evaluation.samples import PUBLISHED, SIZE, LabelOrder, SamplePlan, draw_samples
+from llamagen.evaluation.samples import PUBLISHED, SIZE, SamplePlan, draw_samples
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support.artifact import Advance
@@ -49,16 +49,14 @@ def evaluate_classes(
     reference: ReferenceSource,
     place: Workplace,
     *,
-    order: LabelOrder = "balanced",
     batch_size: int | None = None,
     npz: Path | None = None,
 ) -> Report:
     """Generate images of all classes and compare them; called in every process of a run.
 
-    Images and features that are in the folder are not computed again. ``order`` is that of the
-    plan, for the report; by default as many images are generated at once as fit into memory. A
-    reference of images has the size of the samples, which are also written to ``npz`` in the form
-    of ADM's evaluator.
+    Images and features that are in the folder are not computed again; by default as many images are
+    generated at once as fit into memory. A reference of images has the size of the samples, which
+    are also written to ``npz`` in the form of ADM's evaluator.
 
     Raises:
         InputError: model, reference, network and folder do not fit together.
@@ -80,7 +78,7 @@ def evaluate_classes(
     report = Report(
         protocol="c2i",
         title=f"{pipeline.name}: {len(samples):,} images of {len(labels)} classes",
-        samples=samples.about(pipeline) | {"classes": order},
+        samples=samples.about(pipeline) | {"classes": plan.order},
         settings=_settings(pipeline, plan),
         warnings=warnings + _size_warnings(samples, reference.images, "samples"),
         pictures=[samples_sheet(samples, names), *neighbours_sheets(samples, features, compared)],
@@ -105,7 +103,6 @@ def evaluate_sweep(
     *,
     guidance_scales: Sequence[float],
     top_ks: Sequence[int],
-    order: LabelOrder = "balanced",
     batch_size: int | None = None,
 ) -> Report:
     """Generate and compare images at every pair of settings; called in every process of a run.
@@ -145,7 +142,7 @@ def evaluate_sweep(
             "network": place.network.name,
         },
         samples=samples.about(pipeline) | {"folder": str(root)},
-        settings={"model": pipeline.name, "seed": plan.seed, "classes": order},
+        settings={"model": pipeline.name, "seed": plan.seed, "classes": plan.order},
         warnings=[_CHOSEN, *best.warnings],
         tables=[Table(title="Settings", columns=("top-k", "guidance", *metrics), rows=rows)],
         curves=[_curve(found, name) for name in metrics],
@@ -270,14 +267,9 @@ def _add_classes(
         other = names[int(confused.argmax())] if confused.any() else None
         rows.append((names[label], len(own), float((own == label).mean()), other))
     report.metrics["classifier_accuracy"] = float(np.mean([row[2] for row in rows]))
-    report.tables.append(
-        Table(
-            title="Classes",
-            columns=("class", "samples", "recognised", "most often taken for"),
-            rows=tuple(rows),
-            note="By the classifier, which was trained on the reference.",
-        )
-    )
+    columns = ("class", "samples", "recognised", "most often taken for")
+    note = "By the classifier, which was trained on the reference."
+    report.tables.append(Table(title="Classes", columns=columns, rows=tuple(rows), note=note))
 
 
 def _curve(found: dict[tuple[int, float], Scores], metric: str) -> Curve:
