@@ -107,10 +107,8 @@ def compute_features(
     """Return features of all images; called in every process of a run, which share the work.
 
     They are kept in a folder in ``root``, from which those of the same images and network are only
-    read. ``what`` is the kind of images, for the progress bar.
-
-    Raises:
-        InputError: an image is damaged, or the network gave NaN or infinity.
+    read. ``what`` is the kind of images, for the progress bar. InputError if an image is damaged,
+    or the network gave NaN or infinity.
     """
     pieces = Pieces(
         feature_folder(root, network, images),

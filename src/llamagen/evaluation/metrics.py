@@ -157,10 +157,8 @@ def kernel_distance(
     """Return the distance (KID, Binkowski et al. 2018) of random subsets of features.
 
     This is the squared maximum mean discrepancy of features (N, D) and (M, D), with the kernel
-    (x . y / D + 1)^3. Subsets are without repetition, and limited to the smaller side.
-
-    Returns:
-        The mean, unbiased and so perhaps a little below zero, and the spread over the subsets.
+    (x . y / D + 1)^3: its mean, which is unbiased and so perhaps a little below zero, and its
+    spread over the subsets. They are without repetition, and limited to the smaller side.
 
     Raises:
         ValueError: the widths differ, or a side has fewer than two features.

@@ -91,10 +91,7 @@ class SamplePlan:
 
         ``settings`` are those of ``SamplingConfig``; the others, and those that are None, are the
         paper's for published models and the model's own for others. For ``size`` see
-        ``compared_side``.
-
-        Raises:
-            InputError: a value lies outside its setting's range.
+        ``compared_side``. InputError if a value lies outside its setting's range.
         """
         side = compared_side(pipeline, size)
         guidance = _GUIDANCE.get(pipeline.name.lower())

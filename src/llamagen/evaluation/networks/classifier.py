@@ -140,10 +140,8 @@ def open_classifier(
 ) -> ClassifierFeatures:
     """Return the classifier in a folder, trained on images if it is not there yet.
 
-    Called in every process of a run; the main one trains.
-
-    Raises:
-        InputError: there is none, and no images with classes to train it on.
+    Called in every process of a run; the main one trains. InputError if there is none, and no
+    images with classes to train it on.
     """
     if distributed.is_main() and not (folder / CONFIG_NAME).is_file() and images is not None:
         config = ClassifierConfig(
@@ -167,10 +165,7 @@ def train_classifier(
     """Train a classifier into a folder that is new, empty, or begun by this.
 
     All images are held in memory, at ``config.size``; ``progress`` is called with the number of
-    further steps.
-
-    Raises:
-        InputError: the images have no classes, or there are too few of them.
+    further steps. InputError if the images have no classes, or there are too few of them.
     """
     if images.labels is None or len(images.class_names) < 2:
         raise InputError(

@@ -94,9 +94,7 @@ class ClipEncoder(nn.Module):
         """Return features (B, D) of images uint8 (B, 3, H, W), float32 and of length 1.
 
         The short side is resized to S pixels (224) and the middle square is taken, as CLIP does.
-
-        Raises:
-            InputError: the images are of another type or shape.
+        InputError if the images are of another type or shape.
         """
         require_images(images)
         if len(images) == 0:

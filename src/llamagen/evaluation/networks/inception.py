@@ -165,10 +165,8 @@ class InceptionV3(nn.Module):
         ``source`` is a .pth or .safetensors file, a folder with the public file, an address
         (https://...) or a file on the hub ("owner/name/file"). Without it the public file is taken
         from the cache (``storage.cache_folder``), from torch.hub's, or downloaded. Under its own
-        name only the known content is accepted.
-
-        Raises:
-            InputError: there is no such file, its content is another, or the download failed.
+        name only the known content is accepted. InputError if there is no such file, its content is
+        another, or the download failed.
         """
         path = _locate(source)
         try:
@@ -193,10 +191,8 @@ class InceptionV3(nn.Module):
         """Return features of uint8 (B, 3, H, W), in float32 also under autocast, without TF32.
 
         2048 pooled numbers at least 0 for FID, precision and recall; 2023 for sFID: 17 rows of 17
-        positions of 7 channels; 1008 logits without the bias that the last layer has.
-
-        Raises:
-            InputError: the images are of another type or shape.
+        positions of 7 channels; 1008 logits without the bias that the last layer has. InputError if
+        the images are of another type or shape.
         """
         require_images(images)
         with torch.autocast(images.device.type, enabled=False), _exact_convolutions(images.device):

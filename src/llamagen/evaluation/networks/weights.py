@@ -135,10 +135,8 @@ def build(
     """Return a network with existing weights, its whole state, as float32 on the CPU.
 
     ``make`` builds it on the device "meta": buffers outside its state need a device of their own.
-    Errors name ``source``, of the weights, and the ``kind`` of network.
-
-    Raises:
-        InputError: names or shapes are not the network's, or weights are not finite.
+    Errors name ``source``, of the weights, and the ``kind`` of network. InputError if names or
+    shapes are not the network's, or weights are not finite.
     """
     # Without memory and initial values, which would also advance the caller's random state.
     with torch.device("meta"):

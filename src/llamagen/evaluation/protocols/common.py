@@ -103,10 +103,8 @@ class Workplace:
     def score(self, features: Features, reference: Reference) -> Scores:
         """Compute all metrics of features, which come in random class order.
 
-        Their names are those of the papers if the network is Inception.
-
-        Raises:
-            InputError: there are too few images, or the features are of different networks.
+        Their names are those of the papers if the network is Inception. InputError if there are too
+        few images, or the features are of different networks.
         """
         count, width = features.pool.shape
         if width != reference.pool.width:

@@ -56,10 +56,8 @@ def evaluate_classes(
 
     Images and features that are in the folder are not computed again; by default as many images are
     generated at once as fit into memory. A reference of images has the size of the samples, which
-    are also written to ``npz`` in the form of ADM's evaluator.
-
-    Raises:
-        InputError: model, reference, network and folder do not fit together.
+    are also written to ``npz`` in the form of ADM's evaluator. InputError if model, reference,
+    network and folder do not fit together.
     """
     samples = draw_samples(pipeline, plan, place.out / _SAMPLES_FOLDER, batch_size=batch_size)
     if npz is not None and distributed.is_main():
@@ -163,10 +161,8 @@ def evaluate_texts(
     """Generate an image of each caption and compare; called in every process of a run.
 
     Without ``place`` or ``reference``, the captions' own images, the FID is left out; without
-    ``clip`` the CLIP score. See ``evaluate_classes``.
-
-    Raises:
-        InputError: model, captions, reference and folder do not fit together.
+    ``clip`` the CLIP score. See ``evaluate_classes``. InputError if model, captions, reference and
+    folder do not fit together.
     """
     prompts = [str(prompt) for prompt in plan.prompts]
     pipeline.check_prompts(prompts)
@@ -205,9 +201,7 @@ def evaluate_folder(
     """Compare two sets of images; called in every process of a run.
 
     The reference's statistics are written to ``save_reference`` in the form of ADM's evaluator.
-
-    Raises:
-        InputError: images, reference and network do not fit together.
+    InputError if images, reference and network do not fit together.
     """
     features = place.features(images, "images")
     compared = place.reference(reference)

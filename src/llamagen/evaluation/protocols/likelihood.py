@@ -91,10 +91,8 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
 def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Likelihood:
     """Return the bits of all images; called in every process of a run, which share the work.
 
-    Results of the same images and model that are in a folder in ``root`` are only read.
-
-    Raises:
-        InputError: images and model differ in size, or in classes or captions.
+    Results of the same images and model that are in a folder in ``root`` are only read. InputError
+    if images and model differ in size, or in classes or captions.
     """
     if images.size != model_size(pipeline):
         raise InputError(
@@ -164,11 +162,8 @@ def _classes_table(found: Likelihood, images: ImageSet) -> Table:
             part = Likelihood(found.conditional[own], found.unconditional[own], found.pixels)
             saved = part.bits_per_code_unconditional - part.bits_per_code
             rows.append((name, len(part.conditional), part.bits_per_code, saved))
-    return Table(
-        title="Classes",
-        columns=("class", "images", "bits per code", "saved by knowing the class"),
-        rows=tuple(rows),
-    )
+    columns = ("class", "images", "bits per code", "saved by knowing the class")
+    return Table(title="Classes", columns=columns, rows=tuple(rows))
 
 
 def _map_picture(bits: np.ndarray) -> Picture:

@@ -50,18 +50,14 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """One image before and after."""
+    """One image before and after, as RGB, and what ``compare`` finds between them."""
 
     path: Path
     original: Image.Image
-    """Input of the tokenizer: cropped, RGB."""
     image: Image.Image
     psnr: float
-    """In dB, between the two images' bytes."""
     ssim: float
-    """Structural similarity with the true data range; NaN below 7 pixels a side."""
     ssim_published: float
-    """As the published code computes it, with a data range of 2 for images in [0, 1]."""
     codes: np.ndarray
     """(rows, columns) int64."""
 
@@ -136,9 +132,10 @@ def encode_and_decode(tokenizer: ImageTokenizer, pixels: np.ndarray) -> tuple[Te
 
 
 def compare(before: np.ndarray, after: np.ndarray) -> dict[str, np.ndarray]:
-    """Return PSNR and both kinds of SSIM of pairs of images (N, H, W, 3) uint8, each (N,).
+    """Return PSNR in dB and SSIM of pairs of images (N, H, W, 3) uint8, each (N,).
 
-    SSIM is NaN where a side is below 7 pixels.
+    SSIM has the true data range; ``ssim_published`` is as the published code computes it, with a
+    data range of 2 for images in [0, 1]. Both are NaN where a side is below 7 pixels.
     """
     similarity, published = np.full((2, len(before)), np.nan)
     if min(before.shape[1:3]) >= SSIM_WINDOW:
@@ -161,9 +158,7 @@ class Reconstructions(PiecedImages):
         """Name their folder in ``root``, which ``compute`` fills.
 
         Reconstructions are resized to squares of side ``compared_size``; see ``as_arrays``.
-
-        Raises:
-            InputError: the tokenizer cannot encode images of this size.
+        InputError if the tokenizer cannot encode images of this size.
         """
         tokenizer.config.grid_of(*originals.size)
         self.tokenizer, self.originals, self.compared_size = tokenizer, originals, compared_size
@@ -221,10 +216,8 @@ def evaluate_tokenizer(
     """Reconstruct images and compare them with themselves; called in every process of a run.
 
     ``name`` is the tokenizer's. The reference for rFID are the images themselves, at the size they
-    are compared at. Without ``place`` rFID is left out, without ``perceptual`` LPIPS.
-
-    Raises:
-        InputError: tokenizer, images and network do not fit together.
+    are compared at. Without ``place`` rFID is left out, without ``perceptual`` LPIPS. InputError if
+    tokenizer, images and network do not fit together.
     """
     reconstructions.compute(perceptual)
     originals, tokenizer = reconstructions.originals, reconstructions.tokenizer
@@ -272,16 +265,13 @@ def evaluate_tokenizer(
 def _protocol_warnings(originals: ImageSet, reference: ReferenceSource) -> list[str]:
     """Differences from the published protocol."""
     warnings = []
+    compared = "reconstructions are compared with"
+    instead = f"{reference.name}, not with the images they were made of"
     if reference.archive is not None:
-        warnings.append(
-            f"reconstructions are compared with the statistics in {reference.name}, not with the "
-            f"images they were made of: VQ-16 then gets 4.28 instead of its published 2.19"
-        )
+        published = "VQ-16 then gets 4.28 instead of its published 2.19"
+        warnings.append(f"{compared} the statistics in {instead}: {published}")
     elif reference.name != originals.name:
-        warnings.append(
-            f"reconstructions are compared with {reference.name}, not with the images they were "
-            f"made of"
-        )
+        warnings.append(f"{compared} {instead}")
     if (found := originals.enlarged_from) is not None:
         warnings.append(
             f"images of {size_text(found)} pixels were enlarged to {size_text(originals.size)}, "
