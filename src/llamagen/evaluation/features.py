@@ -6,7 +6,6 @@ Shapes: B images, D numbers of a pooled feature, S of a spatial one, K classes.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -151,8 +150,7 @@ def compute_features(
 
 def feature_folder(root: Path, network: FeatureNetwork, images: ImageSet) -> Path:
     """Return the folder in ``root`` for the features of these images by this network."""
-    both = hashlib.sha256(f"{network.fingerprint} {images.identity}".encode())
-    return root / both.hexdigest()[:16]
+    return root / storage.short_digest([f"{network.fingerprint} {images.identity}".encode()])
 
 
 class ReferenceSource:

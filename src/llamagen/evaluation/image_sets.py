@@ -8,7 +8,6 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import hashlib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -298,5 +297,4 @@ def _open_array(
 
 
 def _digest(*parts: object) -> str:
-    text = " ".join(map(str, parts))
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return storage.short_digest([" ".join(map(str, parts)).encode("utf-8", "surrogateescape")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
+import llamagen.support.storage as storage
 from llamagen.checkpoints.names import find_public
 from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.evaluation.image_sets import PiecedImages, Pieces, as_arrays, size_text
@@ -133,7 +133,7 @@ class Samples(PiecedImages):
         self.folder, self.plan, self.name = folder, plan, str(folder)
         fields = {"prompts": plan.prompts, "seed": plan.seed, "size": plan.size}
         text = json.dumps([fields, about], sort_keys=True)
-        self.identity = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.identity = storage.short_digest([text.encode()])
         settings = {**about, "images": len(plan.prompts), "identity": self.identity}
         self.pieces = Pieces(folder, settings, len(plan.prompts), noun="samples")
         if all(isinstance(prompt, int) for prompt in plan.prompts):

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -347,5 +346,5 @@ def _at_address(url: str) -> PublicFile:
     if name == WEIGHTS_FILE.name:
         return dataclasses.replace(WEIGHTS_FILE, url=url)
     # Another address may give another file under the same name.
-    digest = hashlib.sha256(url.encode()).hexdigest()[:16]
+    digest = storage.short_digest([url.encode()])
     return PublicFile(name=f"{digest}-{name}", url=url, sha256=None)
