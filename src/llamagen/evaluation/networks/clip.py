@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llamagen.evaluation.features import require_images
-from llamagen.evaluation.networks.weights import weights_digest
+from llamagen.evaluation.networks import weights
 from llamagen.models.pretrained import is_repo_id
 from llamagen.support.errors import InputError
 from llamagen.text.transformers_library import import_transformers, loading
@@ -87,7 +87,7 @@ class ClipEncoder(nn.Module):
     def fingerprint(self) -> str:
         """A digest of its weights and tokens; scores of others cannot be compared."""
         tokens = repr(sorted(self.tokenizer.get_vocab().items())).encode()
-        return f"clip/{weights_digest(self.model.named_parameters(), tokens)}"
+        return f"clip/{weights.digest(self.model.named_parameters(), tokens)}"
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -25,20 +25,13 @@ from torch import Tensor, nn
 
 from llamagen.checkpoints.sources import download_file
 from llamagen.evaluation.features import NetworkOutput, require_images
-from llamagen.evaluation.networks.weights import (
-    PublicFile,
-    build,
-    cached,
-    read_weights,
-    require_checksum,
-    weights_digest,
-)
+from llamagen.evaluation.networks import weights
 from llamagen.models.pretrained import is_repo_id
 from llamagen.support import storage
 from llamagen.support.errors import InputError
 
 _NAME = "pt_inception-2015-12-05-6726825d.pth"
-WEIGHTS_FILE = PublicFile(
+WEIGHTS_FILE = weights.PublicFile(
     name=_NAME,
     url=f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_NAME}",
     # The file's name has its first eight digits; the whole is what several projects that pin
@@ -172,10 +165,10 @@ class InceptionV3(nn.Module):
             # Some conversions have counters of the training.
             state = {
                 name: tensor
-                for name, tensor in read_weights(path).items()
+                for name, tensor in weights.read(path).items()
                 if not name.endswith(".num_batches_tracked")
             }
-            model = build(cls, state, source=str(path), kind="Inception-v3 of 2015")
+            model = weights.build(cls, state, source=str(path), kind="Inception-v3 of 2015")
         except InputError as error:
             raise InputError(f"{error}; {_REMEDY}") from error
         return model.to(device)
@@ -183,7 +176,7 @@ class InceptionV3(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of its weights: features of others cannot be compared."""
-        return f"inception-2015-12-05/{weights_digest(self.state_dict().items())}"
+        return f"inception-2015-12-05/{weights.digest(self.state_dict().items())}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> NetworkOutput:
@@ -313,10 +306,10 @@ def _locate(source: str | Path | None) -> Path:
         shared = Path(torch.hub.get_dir(), "checkpoints", WEIGHTS_FILE.name)
         if shared.is_file() and not (storage.cache_folder() / WEIGHTS_FILE.name).is_file():
             return _checked(shared)
-        return cached(WEIGHTS_FILE, purpose=_PURPOSE, remedy=_REMEDY)
+        return weights.cached(WEIGHTS_FILE, purpose=_PURPOSE, remedy=_REMEDY)
     text = str(source)
     if re.match(r"https?://", text):
-        return cached(_at_address(text), purpose=_PURPOSE, remedy=_REMEDY)
+        return weights.cached(_at_address(text), purpose=_PURPOSE, remedy=_REMEDY)
     path = Path(source).expanduser()
     if path.is_dir():
         path = path / WEIGHTS_FILE.name
@@ -336,15 +329,15 @@ def _checked(path: Path) -> Path:
     """Return ``path``; under the public file's name it must have its content."""
     if path.name == WEIGHTS_FILE.name:
         remedy = f"get it again from {WEIGHTS_FILE.url}, or remove it"
-        require_checksum(path, WEIGHTS_FILE.sha256, remedy=remedy)
+        weights.require_checksum(path, WEIGHTS_FILE.sha256, remedy=remedy)
     return path
 
 
-def _at_address(url: str) -> PublicFile:
+def _at_address(url: str) -> weights.PublicFile:
     """A file on the web, as the cache keeps it."""
     name = PurePosixPath(unquote(urlsplit(url).path)).name
     if name == WEIGHTS_FILE.name:
         return dataclasses.replace(WEIGHTS_FILE, url=url)
     # Another address may give another file under the same name.
     digest = storage.short_digest([url.encode()])
-    return PublicFile(name=f"{digest}-{name}", url=url, sha256=None)
+    return weights.PublicFile(name=f"{digest}-{name}", url=url, sha256=None)

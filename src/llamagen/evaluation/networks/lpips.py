@@ -19,19 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llamagen.support.storage as storage
-from llamagen.evaluation.networks.weights import (
-    PublicFile,
-    build,
-    download,
-    read_weights,
-    writable_cache,
-)
+from llamagen.evaluation.networks import weights
 from llamagen.support.errors import InputError
 
 FILE_NAME = "lpips-vgg16.safetensors"
 """All weights in one file of 59 MB, as ``save_lpips`` writes it and the cache holds it."""
 
-HEADS_FILE = PublicFile(
+HEADS_FILE = weights.PublicFile(
     name="vgg.pth",
     url="https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/"
     "v0.1/vgg.pth",
@@ -41,7 +35,7 @@ HEADS_FILE = PublicFile(
 )
 """The heads (7 kB)."""
 
-TRUNK_FILE = PublicFile(
+TRUNK_FILE = weights.PublicFile(
     name="vgg16-397923af.pth",
     url="https://download.pytorch.org/models/vgg16-397923af.pth",
     # The file's name has its first eight digits; the whole is what several projects that pin
@@ -166,10 +160,11 @@ def load_lpips(source: Path | None = None) -> Lpips:
             return _from_files([cached])
         except InputError as error:
             raise InputError(f"{error}; without that file it is downloaded again") from error
-    with tempfile.TemporaryDirectory(dir=writable_cache(_PURPOSE), prefix=".lpips.") as folder:
+    cache = weights.writable_cache(_PURPOSE)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".lpips.") as folder:
         paths = [Path(folder) / file.name for file in _PUBLIC_FILES]
         for file, path in zip(_PUBLIC_FILES, paths, strict=True):
-            download(file, path, purpose=_PURPOSE, remedy=_REMEDY)
+            weights.download(file, path, purpose=_PURPOSE, remedy=_REMEDY)
         model = _from_files(paths)
     save_lpips(model, cached)
     return model
@@ -203,7 +198,7 @@ def _from_files(paths: list[Path]) -> Lpips:
     tensors = {
         name: tensor
         for path in paths
-        for name, tensor in read_weights(path).items()
+        for name, tensor in weights.read(path).items()
         if not name.startswith("classifier.")
     }
     source = " and ".join(map(str, paths))
@@ -211,7 +206,7 @@ def _from_files(paths: list[Path]) -> Lpips:
         if not any(name.startswith(prefix) for name in tensors):
             first = ", ".join(list(tensors)[:3]) or "no weights"
             raise InputError(f"{source} lacks {part}, it holds {first}; {_REMEDY}")
-    model = build(Lpips, tensors, source=source, kind="LPIPS network")
+    model = weights.build(Lpips, tensors, source=source, kind="LPIPS network")
     for name, tensor in tensors.items():
         if name.startswith("lin") and bool((tensor < 0).any()):
             raise InputError(

@@ -67,14 +67,14 @@ def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
 
 def download(file: PublicFile, path: Path, *, purpose: str, remedy: str) -> None:
     """Download a file to ``path``, which is of no use if this raises; see ``cached``."""
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     with path.open("wb") as out:
         for part in _fetch(file, purpose, remedy):
-            digest.update(part)
+            found.update(part)
             out.write(part)
-    if file.sha256 not in (None, digest.hexdigest()):
+    if file.sha256 not in (None, found.hexdigest()):
         raise InputError(
-            f"{file.url} gave another file than expected (SHA-256 {digest.hexdigest()}, not "
+            f"{file.url} gave another file than expected (SHA-256 {found.hexdigest()}, not "
             f"{file.sha256}), which was deleted; try again, or {remedy}"
         )
 
@@ -112,7 +112,7 @@ def require_checksum(path: Path, sha256: str | None, *, remedy: str) -> None:
         )
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a .pth or .safetensors file by name, on the CPU.
 
     Raises:
@@ -160,10 +160,10 @@ def build(
     return model
 
 
-def weights_digest(weights: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
+def digest(weights: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
     """Return a digest of ``start`` and of weights, whatever their device and layout."""
-    digest = hashlib.sha256(start)
+    whole = hashlib.sha256(start)
     for name, tensor in sorted(weights):
-        digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+        whole.update(name.encode())
+        whole.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return whole.hexdigest()[:16]

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from llamagen.evaluation import metrics
 from llamagen.evaluation.features import (
     FeatureNetwork,
     Features,
@@ -20,13 +21,6 @@ from llamagen.evaluation.features import (
     read_statistics,
 )
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.evaluation.metrics import (
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    nearest,
-    precision_recall,
-)
 from llamagen.evaluation.report import Picture, Report
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
@@ -115,17 +109,17 @@ class Workplace:
         if count < 2:
             raise InputError(f"{count} image is too few to evaluate; give at least 2")
         pool, spatial = features.statistics()
-        metrics = {"fid": frechet_distance(pool, reference.pool)}
+        values = {"fid": metrics.frechet_distance(pool, reference.pool)}
         if spatial is not None and reference.spatial is not None:
-            metrics["sfid"] = frechet_distance(spatial, reference.spatial)
-        metrics["inception_score"] = inception_score(features.probabilities)
+            values["sfid"] = metrics.frechet_distance(spatial, reference.spatial)
+        values["inception_score"] = metrics.inception_score(features.probabilities)
         if reference.features is not None and min(count, len(reference.features)) > 3:
             known = reference.features.pool
-            found = precision_recall(features.pool, known, device=self.device)
+            found = metrics.precision_recall(features.pool, known, device=self.device)
             # Half of the images: subsets of all would all be the same one.
             size = min(1000, min(count, len(known)) // 2)
-            kid, kid_std = kernel_distance(features.pool, known, subset_size=size)
-            metrics |= {**found._asdict(), "kid": kid, "kid_std": kid_std}
+            kid, kid_std = metrics.kernel_distance(features.pool, known, subset_size=size)
+            values |= {**found._asdict(), "kid": kid, "kid_std": kid_std}
         warnings = [
             f"{number} {what} for features of {width} numbers: their covariance has no full rank, "
             f"and the Frechet distance says little"
@@ -134,13 +128,13 @@ class Workplace:
         ]
         warnings += _duplicates(features.pool)
         if not self.has_inception:
-            names = [f"classifier_{_OTHER_NAMES.get(name, name)}" for name in metrics]
-            metrics = dict(zip(names, metrics.values(), strict=True))
+            names = [f"classifier_{_OTHER_NAMES.get(name, name)}" for name in values]
+            values = dict(zip(names, values.values(), strict=True))
             warnings.append(
                 f"distances are in the feature space of a {self.network.name}: compare them with "
                 f"others of the same classifier, never with a published FID"
             )
-        return Scores(metrics, warnings)
+        return Scores(values, warnings)
 
 
 def few_warnings(count: int, published: int, what: str, which: str = "") -> list[str]:
@@ -167,7 +161,7 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
         return []
     known = reference.features.pool
     count = min(len(images), _NEIGHBOUR_ROWS)
-    found = nearest(features.pool[:count], known, count=min(_NEIGHBOURS, len(known)))
+    found = metrics.nearest(features.pool[:count], known, count=min(_NEIGHBOURS, len(known)))
     arrays: list[np.ndarray] = []
     captions: list[str] = []
     for row, image in zip(found.tolist(), images.read(0, count), strict=True):
