@@ -10,7 +10,6 @@
 #include <string.h>
 
 typedef float __m512 __attribute__((vector_size(64)));
-typedef double __m512d __attribute__((vector_size(64)));
 typedef long long __m512i __attribute__((vector_size(64)));
 typedef long long __m256i __attribute__((vector_size(32)));
 typedef long long __m128i __attribute__((vector_size(16)));
@@ -33,9 +32,7 @@ typedef union {
 
 EMULATED void _mm_pause(void) {}
 
-EMULATED __m512 _mm512_setzero_ps(void) { return (__m512){0}; }
 EMULATED __m512i _mm512_setzero_si512(void) { return (__m512i){0}; }
-EMULATED __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 
 EMULATED __m512i _mm512_set1_epi32(int x) {
   emulated_512i y;
@@ -45,19 +42,6 @@ EMULATED __m512i _mm512_set1_epi32(int x) {
 
 EMULATED __m512i _mm512_srli_epi32(__m512i x, unsigned bits) {
   return (__m512i)((emulated_u32)x >> bits);
-}
-
-// Sums and maxima fold the upper half onto the lower one.
-EMULATED float _mm512_reduce_add_ps(__m512 x) {
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] += x[i + half];
-  return x[0];
-}
-
-EMULATED float _mm512_reduce_max_ps(__m512 x) {
-  for (int half = 8; half; half /= 2)
-    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-  return x[0];
 }
 
 EMULATED __m512 _mm512_cvtepi32_ps(__m512i x) {
@@ -123,25 +107,6 @@ EMULATED __m512i _mm512_unpacklo_epi8(__m512i a, __m512i b) { return emulated_un
 EMULATED __m512i _mm512_unpackhi_epi8(__m512i a, __m512i b) { return emulated_unpack(a, b, 1, 1); }
 EMULATED __m512i _mm512_unpacklo_epi16(__m512i a, __m512i b) { return emulated_unpack(a, b, 2, 0); }
 EMULATED __m512i _mm512_unpackhi_epi16(__m512i a, __m512i b) { return emulated_unpack(a, b, 2, 1); }
-EMULATED __m512 _mm512_unpacklo_ps(__m512 a, __m512 b) {
-  return (__m512)emulated_unpack((__m512i)a, (__m512i)b, 4, 0);
-}
-EMULATED __m512 _mm512_unpackhi_ps(__m512 a, __m512 b) {
-  return (__m512)emulated_unpack((__m512i)a, (__m512i)b, 4, 1);
-}
-EMULATED __m512d _mm512_unpacklo_pd(__m512d a, __m512d b) {
-  return (__m512d)emulated_unpack((__m512i)a, (__m512i)b, 8, 0);
-}
-EMULATED __m512d _mm512_unpackhi_pd(__m512d a, __m512d b) {
-  return (__m512d)emulated_unpack((__m512i)a, (__m512i)b, 8, 1);
-}
-
-EMULATED __m512 _mm512_shuffle_f32x4(__m512 a, __m512 b, int quarters) {
-  __m512 x;
-  for (int i = 0; i < 4; i++)
-    memcpy((char *)&x + 16 * i, (const char *)(i < 2 ? &a : &b) + 16 * (quarters >> 2 * i & 3), 16);
-  return x;
-}
 
 EMULATED __m512i _mm512_dpwssd_epi32(__m512i sum, __m512i a, __m512i b) {
   emulated_512i x = {a}, y = {b}, z = {sum};

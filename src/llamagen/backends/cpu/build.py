@@ -44,13 +44,9 @@ def compiled_library(*flags: str, source: Path = _STEP) -> ctypes.CDLL | None:
     flags = (*shlex.split(os.environ.get("LLAMAGEN_KERNEL_FLAGS", "")), *flags)
     try:
         return _load(source, flags)
-    except (OSError, subprocess.SubprocessError, _NoCompilerError) as error:
+    except (OSError, subprocess.SubprocessError) as error:
         _warn_once(f"computing without compiled kernels, which is slower: {_reason(error)}")
         return None
-
-
-class _NoCompilerError(Exception):
-    """There is no compiler for C."""
 
 
 def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
@@ -59,16 +55,18 @@ def _load(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     problem: Exception | None = None
     try:
         folder = storage.cache_folder() / "kernels"
-        stored = _intact_library(folder, name)
-        if stored is not None:
+        if stored := _intact_library(folder, name):
             return ctypes.CDLL(str(stored))
     except (OSError, RuntimeError) as error:
         problem = error
     with tempfile.TemporaryDirectory() as temporary:
         compiled = _compile(source, flags, Path(temporary))
         if problem is None:
+            # Several processes may do this at once; the last one's file stays.
+            path = folder / f"{name}-{_checksum(compiled)}.so"
             try:
-                return ctypes.CDLL(str(_store(compiled, folder, name)))
+                storage.write_bytes(path, compiled.read_bytes())
+                return ctypes.CDLL(str(path))
             except OSError as error:
                 problem = error
         library = ctypes.CDLL(str(compiled))
@@ -92,14 +90,6 @@ def _intact_library(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _store(library: Path, folder: Path, name: str) -> Path:
-    # Several processes may do this at once; the last one's file stays.
-    path = folder / f"{name}-{_checksum(library)}.so"
-    with storage.atomic_file(path) as temporary:
-        shutil.copyfile(library, temporary)
-    return path
-
-
 def _checksum(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
@@ -108,21 +98,18 @@ def _compile(source: Path, flags: tuple[str, ...], folder: Path) -> Path:
     """Compile the shared library into a folder."""
     compiler = _compiler()
     if compiler is None:
-        raise _NoCompilerError(
+        raise FileNotFoundError(
             "there is no compiler for C here; install gcc or clang, or name one in CC"
         )
     library = folder / "kernels.so"
-    for number, variant in enumerate(_VARIANTS, start=1):
+    for variant in _VARIANTS:
         command = [compiler, *_FLAGS, *variant, *flags, f"-I{_SOURCES}", "-o", str(library)]
-        command += [str(source), "-lm"]
         done = subprocess.run(  # noqa: S603  the compiler that the user has or names
-            command, capture_output=True, text=True, timeout=600, check=False
+            [*command, str(source), "-lm"], capture_output=True, text=True, timeout=600, check=False
         )
         if done.returncode == 0:
             return library
-        if number == len(_VARIANTS):
-            raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-    raise AssertionError
+    raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
 
 
 def _compiler() -> str | None:
@@ -135,13 +122,10 @@ def _fingerprint(source: Path, flags: tuple[str, ...]) -> str:
 
     Not with the compiler that is found: what one has compiled serves where there is none.
     """
-    digest = hashlib.sha256()
-    for read in (*sorted(_SOURCES.glob("*.h")), source):
-        digest.update(read.read_bytes())
     compiler = os.environ.get("CC", "")
-    digest.update(f"{compiler} {_FLAGS} {_VARIANTS} {flags} {platform.machine()}".encode())
-    digest.update(_processor().encode())
-    return digest.hexdigest()[:16]
+    options = f"{compiler} {_FLAGS} {_VARIANTS} {flags} {platform.machine()} {_processor()}"
+    files = (*sorted(_SOURCES.glob("*.h")), source)
+    return storage.short_digest([*(file.read_bytes() for file in files), options.encode()])
 
 
 def _processor() -> str:

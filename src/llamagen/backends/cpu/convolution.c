@@ -38,7 +38,7 @@
 typedef v16 wide;
 #define ROWS 12
 #else
-typedef float wide __attribute__((vector_size(32)));
+typedef v8 wide;
 #define ROWS 6
 #endif
 #define ROW_STEP (ROWS / 3)  // the last tiles are filled up to a multiple of it
@@ -326,8 +326,7 @@ static __attribute__((noinline)) void multiply_all(int rows, const float *v, int
 INLINE void finish_tile(const Convolution *c, const Plan *p, int is_bf16, int tile,
                         TileStart start, int first, const float *m) {
   const int patch = tile + 2, size = is_bf16 ? 2 : 4;
-  int rows = c->height - start.row < tile ? c->height - start.row : tile;
-  int columns = c->width - start.column < tile ? c->width - start.column : tile;
+  int rows = min_int(c->height - start.row, tile), columns = min_int(c->width - start.column, tile);
   size_t pixel = ((size_t)start.image * c->height + start.row) * c->width + start.column;
   size_t next = (size_t)tile * c->outputs * size;
   for (int output = 0; output < p->width; output += LANES) {
@@ -404,7 +403,7 @@ static void run_weights_first(const Convolution *c, const Plan *p, const Stages 
     clear_zero_frequencies(c, p, m);
 #pragma omp for schedule(dynamic)
     for (int64_t first = 0; first < p->tiles; first += ROWS) {
-      int count = p->tiles - first < ROWS ? (int)(p->tiles - first) : ROWS;
+      int count = (int)(p->tiles - first < ROWS ? p->tiles - first : ROWS);
       for (int t = 0; t < count; t++)
         stages->transform_patch(c, p, first + t, zeros, v + (size_t)t * p->depth);
       for (int f = 0; f < p->frequencies; f++) {
@@ -442,10 +441,10 @@ static void run_patches_first(const Convolution *c, const Plan *p, const Stages 
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < panels * p->splits; task++) {
       int panel = task / p->splits, first = task % p->splits * p->tiles_at_once;
-      int rows = tiles - first < p->tiles_at_once ? tiles - first : p->tiles_at_once;
+      int rows = min_int(tiles - first, p->tiles_at_once);
       const float *own = v + (size_t)first * p->depth;
       for (int input = 0; input < c->inputs; input += p->depth, own += per_part) {
-        int count = c->inputs - input < p->depth ? c->inputs - input : p->depth;
+        int count = min_int(c->inputs - input, p->depth);
         stages->transform_weights(c, p, panel, input, count, u);
         for (int f = 0; f < p->frequencies; f++)
           if (!is_zero_frequency(c, p, f))
@@ -471,14 +470,12 @@ void convolve(const Convolution *c) {
   Plan p = plan_of(c);
   const Stages *stages = !c->is_bf16 ? &of_float32 : p.tile == 4 ? &of_bfloat16 : &of_large_tiles;
   advise_large_pages(c->scratch, convolution_scratch(c));
-  advise_large_pages(c->y, (size_t)c->images * c->height * c->width * c->outputs * (c->is_bf16 ? 2 : 4));
-  float *shared = (float *)(((size_t)c->scratch + 63) / 64 * 64);
+  size_t size = (size_t)c->images * c->height * c->width * c->outputs;
+  advise_large_pages(c->y, bytes_of(c->is_bf16, size));
+  float *shared = (float *)align_up((size_t)c->scratch);
   float *zeros = shared + (p.weights_first ? p.u_size : p.v_size), *own_scratch = zeros + c->inputs;
   memset(zeros, 0, c->inputs * sizeof(float));
-  if (p.weights_first)
-    run_weights_first(c, &p, stages, shared, zeros, own_scratch);
-  else
-    run_patches_first(c, &p, stages, shared, zeros, own_scratch);
+  (p.weights_first ? run_weights_first : run_patches_first)(c, &p, stages, shared, zeros, own_scratch);
 }
 
 static int chunks_of(const Normalization *n) { return (n->pixels + CHUNK - 1) / CHUNK; }
@@ -512,7 +509,7 @@ INLINE void sum_channels(const Normalization *n, int is_bf16, int vectors, int i
 }
 
 INLINE void sum_chunk(const Normalization *n, int is_bf16, int image, int chunk, float *sums) {
-  int from = chunk * CHUNK, to = from + CHUNK < n->pixels ? from + CHUNK : n->pixels, channel = 0;
+  int from = chunk * CHUNK, to = min_int(from + CHUNK, n->pixels), channel = 0;
   for (; channel + 4 * LANES <= n->channels; channel += 4 * LANES)
     sum_channels(n, is_bf16, 4, image, from, to, channel, sums);
   for (; channel < n->channels; channel += LANES)
@@ -578,7 +575,7 @@ INLINE v16 silu(v16 x, int is_bf16) {
 INLINE void activate_chunk(const Normalization *n, int is_bf16, int image, int chunk,
                            const float *affine) {
   size_t start = (size_t)image * n->pixels * n->channels;
-  int from = chunk * CHUNK, to = from + CHUNK < n->pixels ? from + CHUNK : n->pixels;
+  int from = chunk * CHUNK, to = min_int(from + CHUNK, n->pixels);
   for (int pixel = from; pixel < to; pixel++)
     for (int channel = 0; channel < n->channels; channel += LANES) {
       size_t at = start + (size_t)pixel * n->channels + channel;
@@ -591,7 +588,7 @@ INLINE void activate_chunk(const Normalization *n, int is_bf16, int image, int c
 INLINE void normalize(const Normalization *n, int is_bf16) {
   int chunks = chunks_of(n), all = n->images * chunks;
   size_t per_chunk = (size_t)2 * n->channels;
-  float *sums = (float *)(((size_t)n->scratch + 63) / 64 * 64), *affine = sums + all * per_chunk;
+  float *sums = (float *)align_up((size_t)n->scratch), *affine = sums + all * per_chunk;
 #pragma omp parallel num_threads(n->threads)
   {
 #pragma omp for schedule(static)
@@ -608,12 +605,10 @@ INLINE void normalize(const Normalization *n, int is_bf16) {
 
 // y = SiLU(GroupNorm(x)).
 void norm_silu(const Normalization *n) {
-  if (n->y != n->x)
-    advise_large_pages(n->y, (size_t)n->images * n->pixels * n->channels * (n->is_bf16 ? 2 : 4));
-  if (n->is_bf16)
-    normalize(n, 1);
-  else
-    normalize(n, 0);
+  size_t size = (size_t)n->images * n->pixels * n->channels;
+  if (n->y != n->x) advise_large_pages(n->y, bytes_of(n->is_bf16, size));
+  if (n->is_bf16) normalize(n, 1);
+  else normalize(n, 0);
 }
 
 // What was compiled: 1 for a processor on which this is known to be faster than torch, 2 for one
@@ -621,7 +616,7 @@ void norm_silu(const Normalization *n) {
 int32_t convolution_features(void) {
   int found = 0;
 #if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
-  found |= 1;
+  found = 1;
 #endif
 #if defined(__AMX_BF16__)
   found |= 2;

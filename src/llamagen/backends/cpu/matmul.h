@@ -176,7 +176,7 @@ INLINE void dot_block(int inputs, int type, int dot, int outputs, int rows, cons
   if (dot == DOT_INT16) {
 #if HAS_AVX512_VNNI
     for (int start = 0; start < inputs; start += VNNI_MAX_INPUTS) {
-      int stop = inputs - start < VNNI_MAX_INPUTS ? inputs : start + VNNI_MAX_INPUTS;
+      int stop = min_int(inputs, start + VNNI_MAX_INPUTS);
       v16 part[ACCUMULATORS];
       UNROLL for (int i = 0; i < outputs * rows; i++) part[i] = splat(0);
       dot_range(start, stop, bytes, type, dot, outputs, rows, weights, x, part, prefetch, distance);
@@ -298,7 +298,7 @@ static void quantize_lanes(const Layout *l, Activations a, int lane, v16 maxima)
 
 // Packs sixteen rows of activations (rows, size) for AMX.
 static void pack_amx(const Layout *l, const float *rows, Activations a, int chunk) {
-  int lane = chunk * LANES, count = l->rows - lane < LANES ? l->rows - lane : LANES;
+  int lane = chunk * LANES, count = min_int(l->rows - lane, LANES);
   v16 factors = splat(0);
   rows += (size_t)lane * a.size;
   for (int row = 0; row < count && l->use_int; row++) {

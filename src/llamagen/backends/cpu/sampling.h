@@ -159,8 +159,7 @@ static int softmax_filtered(const SamplingRow *row, int count, float *x, Candida
 static int sample_from_cdf(const float *probabilities, int count, double uniform) {
   double blocks[MAX_CODES / CDF_BLOCK], total = 0, reached = 0;
   for (int b = 0; b * CDF_BLOCK < count; b++) {
-    int size = count - b * CDF_BLOCK < CDF_BLOCK ? count - b * CDF_BLOCK : CDF_BLOCK;
-    blocks[b] = sum_f64(probabilities + b * CDF_BLOCK, size);
+    blocks[b] = sum_f64(probabilities + b * CDF_BLOCK, min_int(count - b * CDF_BLOCK, CDF_BLOCK));
     total += blocks[b];
   }
   double target = uniform * total;

@@ -64,8 +64,6 @@ typedef struct {
   float *absmaxes;        // for AMX (threads, padded): the largest absolute values of these
 } Workspace;
 
-static size_t align_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
 static Layout layout_of(const Model *m, int rows) {
   Layout l = {.rows = rows, .padded = rows};
   int is_int8 = m->layer[0].qkv.type == INT8;
@@ -114,7 +112,7 @@ static size_t block_bytes(int padded) {
 
 static size_t thread_scratch(const Model *m, int rows, int positions) {
   int padded = (rows + LANES - 1) / LANES * LANES;
-  size_t inputs = m->hidden > m->width ? m->hidden : m->width;
+  size_t inputs = max_int(m->hidden, m->width);
   // Scores of attention, or weights as floats, or sums of AMX.
   size_t scores = (size_t)(positions + LANES) * 4, weights = BLOCK_OUTPUTS * inputs * 4;
   size_t sums = (size_t)MAX_BLOCKS * BLOCK_OUTPUTS * 2 * padded * 4;
@@ -307,7 +305,7 @@ static void attend_row(const Model *m, const Layer *w, const Step *step, const W
     else
       for (int i = 0; i < size; i += LANES)
         store_activations(&s->layout, s->attended, row, head * size + i, load_f32(out + i),
-                          size - i < LANES ? size - i : LANES);
+                          min_int(size - i, LANES));
   }
 }
 
@@ -380,6 +378,10 @@ static double now(void) {
     }                                                                                   \
   } while (0)
 
+// The blocks of this chunk of a product.
+#define MATMUL_CHUNK(matrix, x, into) \
+  matmul(&(matrix), l, x, chunk, blocks, into, scratch, next_chunk)
+
 // A phase of products with a matrix. `work` computes a chunk of blocks, and `store` stores each of
 // them, with outputs from `output` on, from `block`.
 #define MATMUL_PHASE(matrix, work, store)                                               \
@@ -408,8 +410,7 @@ static void output_head(const Model *m, const Step *step, const Workspace *s, Te
   }
   size_t block_size = (size_t)BLOCK_OUTPUTS * l->padded;
   PHASE(REST, l->use_amx ? l->padded / LANES : l->rows, rms_norm(m, &head, m->norm, chunk));
-  MATMUL_PHASE(m->output,
-               matmul(&m->output, l, head.normed, chunk, blocks, results, scratch, next_chunk),
+  MATMUL_PHASE(m->output, MATMUL_CHUNK(m->output, head.normed, results),
                store_block(l, block, step->logits, m->codes, output));
 }
 
@@ -429,25 +430,22 @@ static void run_thread(const Model *m, const Step *step, const Workspace *s, Tea
   for (int layer = 0; layer < m->layers; layer++) {
     const Layer *w = &m->layer[layer];
     PHASE(REST, chunks, rms_norm(m, s, w->attention_norm, chunk));
-    MATMUL_PHASE(w->qkv,
-                 matmul(&w->qkv, l, s->normed, chunk, blocks, results, scratch, next_chunk),
+    MATMUL_PHASE(w->qkv, MATMUL_CHUNK(w->qkv, s->normed, results),
                  store_block(l, block, s->qkv, qkv_width, output));
     PHASE(ATTENTION, step->sequences * m->kv_heads,
           attend_sequence(m, step, s, layer, chunk, (float *)scratch, next_chunk));
     if (l->use_amx) PHASE(REST, chunks, pack_amx(l, s->attended_rows, s->attended, chunk));
     else if (l->use_int) PHASE(REST, chunks, quantize_row(l, s->attended, chunk));
-    MATMUL_PHASE(w->out,
-                 matmul(&w->out, l, s->attended, chunk, blocks, results, scratch, next_chunk),
+    MATMUL_PHASE(w->out, MATMUL_CHUNK(w->out, s->attended, results),
                  add_to_residual(m, s, block, output));
     PHASE(REST, chunks, rms_norm(m, s, w->ffn_norm, chunk));
     for (int i = 0; l->use_amx && i < l->padded; i++) absmaxes[i] = MIN_ABSMAX;
     MATMUL_PHASE(w->gate, {
-      matmul(&w->gate, l, s->normed, chunk, blocks, results, scratch, next_chunk);
-      matmul(&w->up, l, s->normed, chunk, blocks, up, scratch, next_chunk);
+      MATMUL_CHUNK(w->gate, s->normed, results);
+      MATMUL_CHUNK(w->up, s->normed, up);
     }, store_swiglu(s, block, up + i * block_size, output, absmaxes));
     if (l->use_int) PHASE(REST, chunks, quantize_activated(s, team, chunk));
-    MATMUL_PHASE(w->down,
-                 matmul(&w->down, l, s->activated, chunk, blocks, results, scratch, next_chunk),
+    MATMUL_PHASE(w->down, MATMUL_CHUNK(w->down, s->activated, results),
                  add_to_residual(m, s, block, output));
   }
   if (step->outputs) output_head(m, step, s, team, results, scratch, seconds);
@@ -460,7 +458,7 @@ void run_step(const Model *m, const Step *step) {
   size_t used = carve_scratch(m, step->rows, step->threads, scratch, &shared);
   int positions = 0;
   for (int row = 0; row < step->rows; row++)
-    if (step->positions[row] >= positions) positions = step->positions[row] + 1;
+    positions = max_int(positions, step->positions[row] + 1);
   size_t own = thread_scratch(m, step->rows, positions);
   Team team = {.threads = step->threads};
 #pragma omp parallel num_threads(step->threads)

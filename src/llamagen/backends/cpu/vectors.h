@@ -33,6 +33,8 @@
 #define UNROLL4 _Pragma("GCC unroll 4")
 
 typedef float v16 __attribute__((vector_size(64)));  // the f32x16 that all is computed in
+typedef float v8 __attribute__((vector_size(32)));
+typedef float v4 __attribute__((vector_size(16)));
 typedef uint32_t u32x16 __attribute__((vector_size(64)));
 typedef int32_t i32x16 __attribute__((vector_size(64)));
 typedef uint16_t u16x16 __attribute__((vector_size(32)));
@@ -54,6 +56,10 @@ INLINE size_t bytes_of(int type, size_t count) {
 #define SHUFFLE(x, ...) __builtin_shuffle(x, (i32x16){__VA_ARGS__})
 #define SHUFFLE2(x, y, ...) __builtin_shuffle(x, y, (i32x16){__VA_ARGS__})
 #endif
+
+INLINE int min_int(int a, int b) { return a < b ? a : b; }
+INLINE int max_int(int a, int b) { return a > b ? a : b; }
+INLINE size_t align_up(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 INLINE v16 splat(float x) { return (v16){x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 
@@ -77,10 +83,8 @@ INLINE v16 load_bf16(const bf16 *p) {
 }
 
 // Rounds to nearest, ties to even, as torch does. AVX512_BF16's instruction would lose denormals.
-INLINE u32x16 round_bf16(v16 x) {
-  u32x16 bits = (u32x16)x;
-  return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-}
+#define ROUND_BF16(bits) (((bits) + 0x7fffu + (((bits) >> 16) & 1u)) >> 16)
+INLINE u32x16 round_bf16(v16 x) { return ROUND_BF16((u32x16)x); }
 
 INLINE void store_bf16(bf16 *p, v16 x) {
   u16x16 rounded = __builtin_convertvector(round_bf16(x), u16x16);
@@ -118,10 +122,7 @@ INLINE float float_of(uint32_t bits) {
 
 INLINE float bf16_to_f32(bf16 x) { return float_of((uint32_t)x << 16); }
 
-INLINE bf16 f32_to_bf16(float x) {
-  uint32_t bits = bits_of(x);
-  return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
+INLINE bf16 f32_to_bf16(float x) { return (bf16)ROUND_BF16(bits_of(x)); }
 
 // One number.
 INLINE float load_one(int type, const void *p, size_t at) {
@@ -135,27 +136,19 @@ INLINE void store_one(int type, void *p, size_t at, float x) {
 }
 
 INLINE float reduce_sum(v16 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)x);
-#else
-  float part[LANES];
-  store_f32(part, x);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] += part[i + half];
-  return part[0];
-#endif
+  v8 half[2];
+  v4 quarter[2];
+  memcpy(half, &x, sizeof x);
+  half[0] += half[1];
+  memcpy(quarter, half, sizeof quarter);
+  quarter[0] += quarter[1];
+  return (quarter[0][0] + quarter[0][2]) + (quarter[0][1] + quarter[0][3]);
 }
 
 INLINE float reduce_max(v16 x) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_max_ps((__m512)x);
-#else
-  float part[LANES];
-  store_f32(part, x);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) part[i] = part[i + half] > part[i] ? part[i + half] : part[i];
-  return part[0];
-#endif
+  UNROLL for (int half = LANES / 2; half; half /= 2)
+    UNROLL for (int i = 0; i < half; i++) x[i] = x[i + half] > x[i] ? x[i + half] : x[i];
+  return x[0];
 }
 
 INLINE v16 abs_f32(v16 x) { return (v16)((i32x16)x & 0x7fffffff); }
@@ -181,46 +174,41 @@ INLINE float absmax(const float *x, int size) {
   return max;
 }
 
-// The sums of up to sixteen vectors, as one vector; each is summed in the same order.
-INLINE v16 reduce_sums(const v16 *x, int count) {
-#if defined(__AVX512F__)
-  __m512 a[8], b[4];
-  UNROLL for (int i = 0; i < 8; i++) {
-    __m512 p = 2 * i < count ? (__m512)x[2 * i] : _mm512_setzero_ps();
-    __m512 q = 2 * i + 1 < count ? (__m512)x[2 * i + 1] : _mm512_setzero_ps();
-    a[i] = _mm512_add_ps(_mm512_unpacklo_ps(p, q), _mm512_unpackhi_ps(p, q));
-  }
-  UNROLL for (int i = 0; i < 4; i++) {
-    __m512d p = (__m512d)a[2 * i], q = (__m512d)a[2 * i + 1];
-    b[i] = _mm512_add_ps((__m512)_mm512_unpacklo_pd(p, q), (__m512)_mm512_unpackhi_pd(p, q));
-  }
-  __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(b[0], b[1], 0x88),
-                             _mm512_shuffle_f32x4(b[0], b[1], 0xdd));
-  __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(b[2], b[3], 0x88),
-                              _mm512_shuffle_f32x4(b[2], b[3], 0xdd));
-  return (v16)_mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88),
-                            _mm512_shuffle_f32x4(low, high, 0xdd));
-#else
-  float part[LANES] = {0};
-  for (int i = 0; i < count; i++) part[i] = reduce_sum(x[i]);
-  return load_f32(part);
-#endif
-}
-
-// Transposes the 16x16 matrix of sixteen vectors: in turn the blocks of 8, 4, 2 and 1 columns.
+// Lanes of two vectors of which those that differ in bit n are to meet.
 #define LANES_OF(lane, n)                                                                        \
   lane(0, n), lane(1, n), lane(2, n), lane(3, n), lane(4, n), lane(5, n), lane(6, n), lane(7, n), \
       lane(8, n), lane(9, n), lane(10, n), lane(11, n), lane(12, n), lane(13, n), lane(14, n),    \
       lane(15, n)
 #define LOW(i, n) ((i) & (n) ? (i) - (n) + LANES : (i))
 #define HIGH(i, n) ((i) & (n) ? (i) + LANES : (i) + (n))
-#define EXCHANGE(n)                                                                 \
-  UNROLL for (int i = 0; i < LANES; i++) if (!(i & n)) {                            \
-    v16 a = x[i], b = x[i + n];                                                     \
-    x[i] = SHUFFLE2(a, b, LANES_OF(LOW, n)), x[i + n] = SHUFFLE2(a, b, LANES_OF(HIGH, n)); \
+#define MEET(n, store)                                                                   \
+  UNROLL for (int i = 0; i < LANES; i++) if (!(i & n)) {                                 \
+    v16 low = SHUFFLE2(x[i], x[i + n], LANES_OF(LOW, n));                                \
+    v16 high = SHUFFLE2(x[i], x[i + n], LANES_OF(HIGH, n));                              \
+    store;                                                                               \
   }
+
+// Transposes the 16x16 matrix of sixteen vectors: in turn the blocks of 8, 4, 2 and 1 columns.
+#define EXCHANGE(n) MEET(n, (x[i] = low, x[i + n] = high))
 INLINE void transpose(v16 *x) { EXCHANGE(8) EXCHANGE(4) EXCHANGE(2) EXCHANGE(1) }
+
+// The sums of up to sixteen vectors, as one vector; each is summed in the same order.
+INLINE v16 reduce_sums(const v16 *vectors, int count) {
+#if defined(__AVX512F__)
+#define FOLD(n) MEET(n, x[i] = low + high)
+  v16 x[LANES];
+  UNROLL for (int i = 0; i < LANES; i++) x[i] = i < count ? vectors[i] : splat(0);
+  FOLD(2) FOLD(1) FOLD(4) FOLD(8)
+  return x[0];
+#undef FOLD
+#else
+  float part[LANES] = {0};
+  for (int i = 0; i < count; i++) part[i] = reduce_sum(vectors[i]);
+  return load_f32(part);
+#endif
+}
 #undef EXCHANGE
+#undef MEET
 #undef HIGH
 #undef LOW
 #undef LANES_OF
