@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 import dacite
 
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 from llamagen.support.storage import read_json as read_json  # noqa: PLC0414  # offered here too
 
 ConfigT = TypeVar("ConfigT")
@@ -39,7 +39,7 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
     try:
         return dacite.from_dict(cls, dict(values), types)
     except (dacite.DaciteError, InputError) as error:
-        raise InputError(f"{source}: {' '.join(str(error).split())}") from error
+        raise InputError(f"{source}: {one_line(error)}") from error
 
 
 def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from llamagen.checkpoints.names import Kind
 from llamagen.models.pretrained import NamedTensors, read_safetensors, safetensors_shapes
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
 ZIP_MAGIC = b"PK\x03\x04"
 """Start of torch.save's files."""
@@ -69,7 +69,7 @@ def load_pickle(path: Path, *, mapped: bool) -> Any:
         # EINVAL: it named a place outside of itself.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        detail = " ".join(str(error).split()) or type(error).__name__
+        detail = one_line(error) or type(error).__name__
         detail = detail if len(detail) <= 120 else f"{detail[:120]}..."
         reason = f"is truncated or not a checkpoint ({detail}); copy or download it again"
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))

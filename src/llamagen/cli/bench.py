@@ -48,7 +48,7 @@ def run(options: Options) -> None:
 
     from llamagen.evaluation import speed as bench
     from llamagen.support import storage
-    from llamagen.support.devices import find_device, find_dtype
+    from llamagen.support.devices import dtype_name, find_device, find_dtype
 
     if min(options.images, default=0) < 1:
         raise InputError(f"--images is {list(options.images)}, expected integers of at least 1")
@@ -59,7 +59,7 @@ def run(options: Options) -> None:
     device = find_device(options.device)
     usual = find_dtype(None, device)
     model = _model(options, device, usual)
-    name = str(usual).removeprefix("torch.")
+    name = dtype_name(usual)
     chosen = options.precisions or (cast("Precision", name), "int8", "int8-all")
     runs = len(options.images) * (len(chosen) + options.reference) * (options.repeats + 1)
     with tqdm(total=runs, unit="run", disable=None) as bar:

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 import llamagen.support.storage as storage
 from llamagen.config import config_from_dict, config_to_dict, read_json
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
 ConfigT = TypeVar("ConfigT")
 
@@ -367,7 +367,7 @@ def hub_errors(repo: str, file: str | None = None) -> Iterator[None]:
                 raise InputError(message) from error
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise InputError(
             f"the download of {wanted} from {hub} failed ({reason}); try again"
         ) from error

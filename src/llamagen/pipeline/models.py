@@ -21,7 +21,7 @@ from llamagen.generation.engine import Engine, NativeEngine
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import quantize, refuse_quantized
-from llamagen.support.devices import find_device, find_dtype
+from llamagen.support.devices import dtype_name, find_device, find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.vllm_plugin.engine import VllmEngine
@@ -201,7 +201,7 @@ class PipelineModels:
     @property
     def precision(self) -> dict[str, str]:
         """Precision as images record it: dtype, and what is quantised."""
-        found = {"dtype": str(self.dtype).removeprefix("torch.")}
+        found = {"dtype": dtype_name(self.dtype)}
         if self.transformer.config.quantization is not None:
             found["quantization"] = self.transformer.config.quantization
         if self.transformer.kv_cache_dtype is not None:

@@ -15,7 +15,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from llamagen.data.images import DECODING_ERRORS, to_rgb
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
 _Form = TypeVar("_Form", bound=BaseModel)
 
@@ -102,7 +102,7 @@ def open_upload(content: bytes, name: str, *, max_pixels: int, convert: bool = T
         text = f"{name} is no image of a known format; send a PNG, for example"
         raise InputError(text) from error
     except DECODING_ERRORS as error:
-        reason = " ".join(str(error).split()) or "damaged"
+        reason = one_line(error) or "damaged"
         raise InputError(f"{name} cannot be read as an image ({reason})") from error
     raise InputError(
         f"{name} has {image.width}x{image.height} pixels, but no more than {limit} are taken; "

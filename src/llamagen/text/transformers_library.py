@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from llamagen.models.pretrained import hub_errors
-from llamagen.support.errors import InputError, importing
+from llamagen.support.errors import InputError, importing, one_line
 
 
 def import_transformers(who: str) -> Any:
@@ -50,5 +50,5 @@ def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise InputError(f"{what} {source} cannot be loaded ({reason}); {remedy}") from error

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 import llamagen.support.storage as storage
 from llamagen.support import distributed
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
 FOLDER_NAME = "checkpoints"
 
@@ -213,7 +213,7 @@ class CheckpointWriter:
 
     def _raise_together(self, own: BaseException | None) -> None:
         """Raise in every process if there is an error in one."""
-        reasons = distributed.gathered(None if own is None else " ".join(str(own).split()))
+        reasons = distributed.gathered(None if own is None else one_line(own))
         if own is not None:
             raise own
         for number, reason in enumerate(reasons):
@@ -244,8 +244,7 @@ class _errors_of_dcp:  # noqa: N801
             if isinstance(cause, OSError | InputError):
                 raise cause from error
             raise InputError(
-                f"the checkpoint does not fit this run ({' '.join(str(cause).split())}); "
-                f"give another `out`"
+                f"the checkpoint does not fit this run ({one_line(cause)}); give another `out`"
             ) from error
 
 
@@ -295,7 +294,7 @@ def _latest(folder: Path) -> Checkpoint | None:
         try:
             return _verified(path)
         except _DAMAGE as error:
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
             # So that it does not count among the latest that are kept.
             path.rename(path.with_name(path.name + _DAMAGED_SUFFIX))

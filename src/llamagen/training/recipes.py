@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from llamagen.config import TOKENIZER_PRESETS, TRANSFORMER_PRESETS, config_from_dict, preset
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 from llamagen.training.config import Recipe, RecipeT, TokenizerTraining
 
 _PACKAGED = Path(__file__).parent.parent / "assets" / "recipes"
@@ -49,7 +49,7 @@ def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
         # The loader is a safe one.
         values = yaml.load(text, Loader=_Loader)  # noqa: S506
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise InputError(f"{source} is not valid YAML: {reason}") from error
     if not isinstance(values, Mapping):
         raise InputError(f"{source} holds no recipe; expected fields such as 'model:' and 'loop:'")

@@ -27,7 +27,7 @@ from llamagen.generation.request import GenerationRequest
 from llamagen.generation.seeds import check_seed
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import dtype_name, find_device, find_dtype
-from llamagen.support.errors import InputError, NotFiniteError
+from llamagen.support.errors import InputError, NotFiniteError, one_line
 from llamagen.vllm_plugin import require_vllm
 from llamagen.vllm_plugin.export import ExportOptions, temporary_export
 from llamagen.vllm_plugin.prompts import Prompts
@@ -127,7 +127,7 @@ class VllmEngine:
                 self._engine: Any = self._run(start())
             except (TypeError, ValueError) as error:
                 raise InputError(
-                    f"vLLM refuses to start with these options: {_one_line(error)}"
+                    f"vLLM refuses to start with these options: {one_line(error)}"
                 ) from error
             self._finish = weakref.finalize(self, _close, self._engine, resources.pop_all())
         self.grid: Grid = config.model.grid
@@ -225,7 +225,7 @@ class VllmEngine:
                     done = len(codes) // columns
                     put(codes[: done * columns])
         except VLLMClientError as error:
-            raise InputError(f"vLLM refuses the request: {_one_line(error)}") from error
+            raise InputError(f"vLLM refuses the request: {one_line(error)}") from error
         finally:
             await stream.aclose()
         if done != rows:
@@ -277,10 +277,6 @@ class _Batch:
                 shown = self._codes.clone().view(-1, rows, columns)
                 shown[:, row:] = 0
                 self._on_progress(Progress(first=self._first, row=row, rows=rows, codes=shown))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _close(engine: Any, resources: ExitStack) -> None:

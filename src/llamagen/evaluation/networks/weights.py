@@ -17,7 +17,7 @@ from tqdm import tqdm
 import llamagen.support.storage as storage
 from llamagen.checkpoints.published import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
 from llamagen.models.pretrained import check_shapes, read_safetensors
-from llamagen.support.errors import InputError
+from llamagen.support.errors import InputError, one_line
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -93,7 +93,7 @@ def _fetch(file: PublicFile, purpose: str, remedy: str) -> Iterator[bytes]:
             if response.length:
                 raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+        reason = one_line(getattr(error, "reason", error)) or type(error).__name__
         raise InputError(
             f"cannot download {file.url} for {purpose} ({reason}); {remedy}"
         ) from error
