@@ -25,8 +25,6 @@ PROMPTS = (
 )
 """For models that draw texts."""
 _COLUMNS = 10
-_SIDE = 64
-"""Smaller images are enlarged to about this many pixels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +73,10 @@ def _sheet(name: str, pipe: Pipeline, seed: int) -> tuple[Image.Image, int]:
     # A row of one image of each class, then the next row.
     wanted = list(PROMPTS) if labels is None else list(range(len(captions))) * PER_CLASS
     images = pipe(wanted, seed=seed).images
-    scale = max(1, _SIDE // images[0].width)
     columns = _COLUMNS if labels is None else len(captions)
     first, rest = images[: len(captions)], images[len(captions) :]
-    sheet = image_grid(first, columns=columns, captions=captions, scale=scale)
+    sheet = image_grid(first, columns=columns, captions=captions, scale=None)
     if labels is None:
         return titled(sheet, f"{name}: by name"), len(images)
-    sheet = stacked([sheet, image_grid(rest, columns=columns, scale=scale)], gap=0)
+    sheet = stacked([sheet, image_grid(rest, columns=columns, scale=None)], gap=0)
     return titled(sheet, f"{name}: by class"), len(images)

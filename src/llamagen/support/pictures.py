@@ -33,7 +33,7 @@ def image_grid(
     *,
     columns: int | None = None,
     captions: Sequence[str] | None = None,
-    scale: int = 1,
+    scale: int | None = 1,
     gap: int = 2,
 ) -> Image.Image:
     """Arrange images of one size in rows.
@@ -42,11 +42,14 @@ def image_grid(
         images: at least one image.
         columns: images per row; by default about as many as rows.
         captions: a line of text under each image.
-        scale: factor to enlarge images by, without interpolation.
+        scale: factor to enlarge images by, without interpolation; None makes small ones about 64
+            pixels wide.
         gap: pixels between images.
     """
     if not images:
         raise InputError("there are no images to lay out in a grid; give at least one")
+    if scale is None:
+        scale = max(1, 64 // images[0].width)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     width, height = (side * scale for side in images[0].size)
     font = ImageFont.load_default(max(10, min(16, width // 8)))

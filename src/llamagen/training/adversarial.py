@@ -72,10 +72,7 @@ def make_discriminator(name: DiscriminatorName, *, height: int, width: int) -> n
     """Return a discriminator of images (B, 3, ``height``, ``width``) in [-1, 1].
 
     Its logits are one per patch, (B, 1, h, w), or one per image, (B, 1). Its first weights are
-    from torch's global random numbers.
-
-    Raises:
-        InputError: it cannot judge images of this size.
+    from torch's global random numbers. Raises InputError if it cannot judge images of this size.
     """
     if name == "stylegan":
         return StyleDiscriminator(height=height, width=width)
@@ -92,8 +89,7 @@ def make_discriminator(name: DiscriminatorName, *, height: int, width: int) -> n
 class PatchDiscriminator(nn.Module):
     """PatchGAN: judges overlapping patches, of 70x70 pixels with 3 layers (arXiv 1611.07004).
 
-    With the defaults it has 2,765,633 parameters and the state-dict keys of the public
-    checkpoints.
+    With the defaults: 2,765,633 parameters, and the state-dict keys of the public checkpoints.
     """
 
     def __init__(self, *, base_channels: int = 64, layers: int = 3) -> None:
@@ -151,11 +147,7 @@ class StyleDiscriminator(nn.Module):
         self.out = _EqualLinear(channels, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, 1) of images (B, 3, H, W).
-
-        Raises:
-            InputError: the images are of another size.
-        """
+        """Return logits (B, 1) of images (B, 3, H, W); InputError if they are of another size."""
         height, width = images.shape[-2:]
         if (height, width) != (self.height, self.width):
             raise InputError(

@@ -35,13 +35,13 @@ import llamagen.support.storage as storage
 from llamagen.support import distributed
 from llamagen.support.errors import InputError, one_line
 
-FOLDER_NAME = "checkpoints"
+CHECKPOINTS_NAME = "checkpoints"
+"""Folder of the checkpoints, in the run's folder."""
 
 _TENSORS_NAME = "tensors"
 _STATE_NAME = "state.pt"
 _ABOUT_NAME = "about.json"
 _PREFIX = "step-"
-_DAMAGED_SUFFIX = ".damaged"
 _BLOCK = 1 << 24
 _GRACE = 120.0
 """Seconds that a run which ends early waits for its last checkpoint."""
@@ -89,7 +89,7 @@ def latest_checkpoint(folder: Path) -> Checkpoint | None:
 
 def read_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
     """Return the checkpoint of a step, by default the latest, or raise InputError."""
-    paths = _find(folder)
+    paths = find_checkpoints(folder)
     if not paths:
         raise InputError(f"there are no checkpoints in {folder}; name the folder of a run")
     if step is not None and step not in paths:
@@ -102,9 +102,10 @@ def read_checkpoint(folder: Path, step: int | None = None) -> Checkpoint:
         raise InputError(f"checkpoint {path} is damaged ({error}); choose another step") from error
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Return whether there is any checkpoint, damaged or not."""
-    return bool(_find(folder))
+def find_checkpoints(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints in a folder by their steps, in order, the damaged ones as well."""
+    paths = {path.name.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*")}
+    return dict(sorted((int(step), path) for step, path in paths.items() if step.isdecimal()))
 
 
 class CheckpointWriter:
@@ -123,16 +124,14 @@ class CheckpointWriter:
     ) -> None:
         """Copy everything and begin to write it; all processes call it.
 
-        Waits for the previous checkpoint. If that or this one fails, the earlier ones are intact.
+        Waits for the previous checkpoint. Raises OSError if that could not be written, or this one
+        cannot be begun; the earlier ones are intact.
 
         Args:
             step: finished steps.
             tensors: large ones, which may change as soon as this returns.
             state: plain values and small tensors; the main process's are written.
             about: plain values that describe the run.
-
-        Raises:
-            OSError: the previous checkpoint could not be written, or this one cannot be begun.
         """
         self.wait()
         path = self._folder / f"{_PREFIX}{step:07d}"
@@ -192,11 +191,7 @@ class CheckpointWriter:
         return Path(distributed.gathered(name)[0])
 
     def _finish(
-        self,
-        writing: Future[Any],
-        temporary: Path,
-        path: Path,
-        about: dict[str, Any],
+        self, writing: Future[Any], temporary: Path, path: Path, about: dict[str, Any]
     ) -> None:
         """Turn a written folder into the checkpoint; a thread of the main process runs it."""
         try:
@@ -205,7 +200,7 @@ class CheckpointWriter:
                 for part in list(temporary.iterdir()):
                     part.rename(last / part.name)
                 storage.write_json(last / _ABOUT_NAME, {**about, "files": _checksums(last)})
-            for step, old in list(_find(self._folder).items())[: -self._keep]:
+            for step, old in list(find_checkpoints(self._folder).items())[: -self._keep]:
                 if self._keep_every == 0 or step % self._keep_every:
                     shutil.rmtree(old)
         finally:
@@ -222,7 +217,7 @@ class CheckpointWriter:
 
 
 def _plain(tensors: NestedTensors) -> dict[str, Any]:
-    """Return plain dictionaries, which are what DCP takes."""
+    # What DCP takes.
     return {name: dict(group) for name, group in tensors.items()}
 
 
@@ -277,11 +272,9 @@ class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         is_index = module == "torch.distributed.checkpoint.metadata" and "." not in name
-        if not (is_dtype or is_index or (module, name) in self._NAMES):
-            raise pickle.UnpicklingError(
-                f"its index names {module}.{name}, which is no part of one"
-            )
-        return super().find_class(module, name)
+        if is_dtype or is_index or (module, name) in self._NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index names {module}.{name}, which is no part of one")
 
 
 _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.UnpicklingError)
@@ -290,14 +283,14 @@ _DAMAGE = (OSError, RuntimeError, ValueError, LookupError, EOFError, pickle.Unpi
 def _latest(folder: Path) -> Checkpoint | None:
     for leftover in folder.glob(f".{_PREFIX}*"):
         shutil.rmtree(leftover)
-    for path in reversed(_find(folder).values()):
+    for path in reversed(find_checkpoints(folder).values()):
         try:
             return _verified(path)
         except _DAMAGE as error:
             reason = one_line(error)
             _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
             # So that it does not count among the latest that are kept.
-            path.rename(path.with_name(path.name + _DAMAGED_SUFFIX))
+            path.rename(f"{path}.damaged")
     return None
 
 
@@ -331,9 +324,3 @@ def _checksum(path: Path) -> str:
         while block := file.read(_BLOCK):
             value = zlib.crc32(block, value)
     return f"{value:08x}"
-
-
-def _find(folder: Path) -> dict[int, Path]:
-    """Return the checkpoints in a folder by their steps, in order."""
-    paths = {path.name.removeprefix(_PREFIX): path for path in folder.glob(f"{_PREFIX}*")}
-    return dict(sorted((int(step), path) for step, path in paths.items() if step.isdecimal()))

@@ -37,11 +37,9 @@ class Images(NamedTuple):
 
 
 def find_run_images(recipe: Recipe, *, labelled: bool) -> Images:
-    """Find the images of a run. To be called in every process.
+    """Find the images of a run, with their classes if ``labelled``; all processes call it.
 
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: no images were named, or there are none, or no classes where ``labelled``.
+    Raises FileNotFoundError if a folder does not exist, or InputError if there are none.
     """
     data, source = _named(recipe), recipe.source
     if source.streaming:
@@ -122,11 +120,9 @@ class TokenizerImages(NamedTuple):
 
 
 def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
-    """Find the images of a tokenizer's run. To be called in every process.
+    """Find the images of a tokenizer's run; all processes call it.
 
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: no images were named, or there are none, or streamed data has no validation.
+    Raises as ``find_run_images`` does, and InputError if streamed data has no validation.
     """
     if recipe.source.streaming:
         return _streamed(recipe)
@@ -179,12 +175,8 @@ class CodeSplits(NamedTuple):
 def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSplits:
     """Return the codes that the recipe names, or make those of its images if need be.
 
-    Creates the run's folder. To be called in every process.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: there are no such codes or images, they have no classes, or the codes belong to
-            another tokenizer.
+    Creates the run's folder; all processes call it. Raises as ``find_run_images`` does, and
+    InputError if the codes belong to another tokenizer.
     """
     if recipe.codes is not None:
         return _stored_codes(recipe, tokenizer)
@@ -192,7 +184,8 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSp
     height, width = recipe.images.shape
     tokenizer.config.grid_of(height, width)
     start_run(recipe)
-    views = Views(height=height, width=width, kind=recipe.views, crop_ranges=recipe.crop_ranges)
+    center = Views(height=height, width=width)
+    views = dataclasses.replace(center, kind=recipe.views, crop_ranges=recipe.crop_ranges)
     training: CodeSource
     if recipe.encode == "once":
         training = _extracted(recipe, tokenizer, images.training, views, "training")
@@ -209,7 +202,6 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSp
     rows = np.arange(len(training))
     if len(images.validation) == 0:
         return CodeSplits(training, rows, training, rows[:0])
-    center = Views(height=height, width=width)
     validation = _extracted(recipe, tokenizer, images.validation, center, "validation")
     return CodeSplits(training, rows, validation, np.arange(len(validation)))
 

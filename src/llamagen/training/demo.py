@@ -74,8 +74,7 @@ class Digits(NamedTuple):
 def load_digits() -> Digits:
     """Return the scans of scikit-learn; a fifth of them, the same every time, is held out.
 
-    Raises:
-        InputError: scikit-learn is not installed.
+    Raises InputError if scikit-learn is not installed.
     """
     with importing("the demo needs", "'llamagen[demo-train]'"):
         from sklearn.datasets import load_digits as load
@@ -101,9 +100,7 @@ def run_training_demo(
 
     ``out`` is the folder for everything the demo makes; ``steps`` are those of the tokenizer and
     of the transformer, by default what their recipes say; ``say`` takes one line of progress.
-
-    Raises:
-        InputError: ``out`` cannot be written, or scikit-learn is missing.
+    Raises InputError if ``out`` cannot be written, or scikit-learn is missing.
     """
     storage.require_writable(out)
     digits = load_digits()
@@ -122,10 +119,10 @@ def run_training_demo(
     seconds["generation"] = time.perf_counter() - start
 
     save_png(_sheet(digits, generated), out / "sheet.png")
-    titles = {"tokenizer": "image tokenizer", "transformer": "transformer"}
+    titles = "image tokenizer", "transformer"
     curves = [
-        titled(Image.open(run.out / "curves.png").convert("RGB"), titles[name])
-        for name, run in runs.items()
+        titled(Image.open(run.out / "curves.png").convert("RGB"), title)
+        for title, run in zip(titles, runs.values(), strict=True)
     ]
     save_png(stacked(curves), out / "curves.png")
     real = [enlarged(scan) for scan in digits.held_out]
@@ -178,13 +175,10 @@ def enlarged(scan: np.ndarray) -> Image.Image:
 
 
 def _classifier(digits: Digits) -> Callable[[list[Image.Image], np.ndarray], float]:
-    """Return a function from pictures and labels to the fraction that is recognised.
-
-    The classifier is trained on the real training scans only.
-    """
+    """Return a function from pictures and labels to the fraction that is recognised."""
     from sklearn.svm import SVC
 
-    # The usual settings for these scans (scikit-learn's guide): 99 % of held-out scans.
+    # Of real scans only; the usual settings (scikit-learn's guide): 99 % of held-out scans.
     model = SVC(gamma=0.001).fit(digits.train.reshape(len(digits.train), -1), digits.train_labels)
 
     def recognised(pictures: list[Image.Image], labels: np.ndarray) -> float:
@@ -219,7 +213,7 @@ def _sheet(digits: Digits, generated: list[Image.Image]) -> Image.Image:
         "generated digits (ten of each, not picked)": generated,
     }
     sheets = [
-        titled(image_grid(pictures, columns=PER_DIGIT, scale=2), title)
+        titled(image_grid(pictures, columns=PER_DIGIT, scale=None), title)
         for title, pictures in sides.items()
     ]
     return stacked(sheets, across=True)

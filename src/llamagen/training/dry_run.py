@@ -56,9 +56,8 @@ _Data = tuple[str, int | None]
 def dry_run(recipe: Recipe) -> None:
     """Print what ``recipe`` amounts to, then take two of its steps. All processes call it.
 
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: the recipe does not fit its data, its processes, or the memory here.
+    Raises FileNotFoundError if a folder does not exist, or InputError if the recipe does not fit
+    its data, its processes, or the memory here.
     """
     with distributed.process_group(recipe.loop.device), tempfile.TemporaryDirectory() as folder:
         require_shares(recipe.loop)
@@ -67,10 +66,8 @@ def dry_run(recipe: Recipe) -> None:
         device = find_device(loop.device)
         # A folder for each process: they need not share a disk.
         recipe = dataclasses.replace(recipe, out=Path(folder), loop=loop)
-        if isinstance(recipe, TokenizerTraining):
-            data, make = _tokenizer(recipe)
-        else:
-            data, make = _transformer(recipe)
+        is_tokenizer = isinstance(recipe, TokenizerTraining)
+        data, make = _tokenizer(recipe) if is_tokenizer else _transformer(recipe)
         # Without memory first: the model may not fit.
         with torch.device("meta"):
             _report(make(), data, loop, device)
@@ -197,8 +194,8 @@ def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> 
     epochs = ""
     if count is not None:
         epochs = f", {loop.steps * loop.batch_size / count:.1f} times through the data"
-    own = f"{_weights(task.model):,} ({_weights(task.model, trained=True):,} trained)"
-    lines = {"parameters": own}
+    trained_here = _weights(task.model, trained=True)
+    lines = {"parameters": f"{_weights(task.model):,} ({trained_here:,} trained)"}
     if task.adversary is not None:
         lines["discriminator"] = f"{_weights(task.adversary):,} parameters"
     lines |= {
@@ -209,9 +206,9 @@ def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> 
         "checkpoint": f"{checkpoint / _GB:.2f} GB on disk, {loop.keep_checkpoints} kept",
         "memory per process": f"{needed / _GB:.2f} GB and activations",
     }
-    flops = task.flops_per_image()
-    if flops is not None:
-        lines["computation"] = f"{flops * loop.batch_size / 1e12:.3g} TFLOP a step"
+    if task.flops_per_image is not None:
+        tera = task.flops_per_image * loop.batch_size / 1e12
+        lines["computation"] = f"{tera:.3g} TFLOP a step"
     width = max(map(len, lines))
     for name, text in lines.items():
         _say(f"{name:<{width}}  {text}")

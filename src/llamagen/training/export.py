@@ -13,10 +13,10 @@ from llamagen.checkpoints import load_tokenizer
 from llamagen.config import TokenizerConfig, config_from_dict
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.errors import InputError
-from llamagen.training.checkpoint import Checkpoint, read_checkpoint
+from llamagen.training.checkpoint import CHECKPOINTS_NAME, Checkpoint, read_checkpoint
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe
-from llamagen.training.run_folder import RECIPE_NAME, checkpoint_folder
+from llamagen.training.run_folder import RECIPE_NAME
 from llamagen.training.transformer_start import start_of
 
 Weights = Literal["auto", "mean", "trained"]
@@ -33,21 +33,14 @@ def export_run(
 ) -> Path:
     """Write the model folder of a run's checkpoint; the run is only read and may be going on.
 
-    Args:
-        run: the run's folder.
-        out: the new folder of a tokenizer or a pipeline.
-        step: of the checkpoint; by default the latest.
-        weights: which.
-        tokenizer: the image tokenizer of a transformer, if it is not where the recipe says.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-        InputError: there is no such checkpoint, it has no such weights, or ``out`` is in use.
+    ``step`` is that of the checkpoint, by default the latest; ``tokenizer`` the image tokenizer of
+    a transformer, if it is not where the recipe says. Raises FileNotFoundError if there is no such
+    run, InputError if there is no such checkpoint, or it has no such weights, or ``out`` is in use.
     """
     path = run / RECIPE_NAME
     if not path.is_file():
         raise FileNotFoundError(f"{run} is no run: it has no {RECIPE_NAME}; name a run's folder")
-    checkpoint = read_checkpoint(checkpoint_folder(run), step)
+    checkpoint = read_checkpoint(run / CHECKPOINTS_NAME, step)
     about = checkpoint.about["model"]
     if about["kind"] == ImageTokenizer.kind:
         model = ImageTokenizer(config_from_dict(TokenizerConfig, about["config"], "checkpoint"))

@@ -25,10 +25,15 @@ from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 from llamagen.training import optimizer as optim
 from llamagen.training import parallel, trackers
-from llamagen.training.checkpoint import Checkpoint, CheckpointWriter, latest_checkpoint
+from llamagen.training.checkpoint import (
+    CHECKPOINTS_NAME,
+    Checkpoint,
+    CheckpointWriter,
+    latest_checkpoint,
+)
 from llamagen.training.config import LoopConfig
 from llamagen.training.metrics import Meter, peak_flops
-from llamagen.training.run_folder import check_same_data, checkpoint_folder
+from llamagen.training.run_folder import check_same_data
 from llamagen.training.task import Batch, Task
 
 _OPTIMIZERS = {"model": "optimizer", "adversary": "adversary_optimizer"}
@@ -129,15 +134,18 @@ class _Run:
         parallel.require_shares(config)
         self.task, self.config, self.out = task, config, out
         self.device = find_device(config.device)
+        self.autocast = torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
+        )
         self.step = 0
         self.seconds = 0.0
-        self.skipped_steps = 0
-        self._skipped_in_a_row = 0
+        self.skipped_steps = self._skipped_in_a_row = 0
         self.meter = Meter()
         self._exported: Path | None = None
         self._clock = self._curves_drawn = time.perf_counter()
         self._step_seconds: list[float] = []
-        checkpoint = latest_checkpoint(checkpoint_folder(out))
+        folder = out / CHECKPOINTS_NAME
+        checkpoint = latest_checkpoint(folder)
         if checkpoint is not None:
             check_same_data(checkpoint.about["data"], task.data, out)
             if checkpoint.step > config.steps:
@@ -150,7 +158,7 @@ class _Run:
         if checkpoint is not None:
             self._restore(checkpoint)
         self.writer = CheckpointWriter(
-            checkpoint_folder(out), keep=config.keep_checkpoints, keep_every=config.keep_every
+            folder, keep=config.keep_checkpoints, keep_every=config.keep_every
         )
         main = distributed.is_main()
         log_path = out / trackers.METRICS_NAME if main else None
@@ -167,9 +175,9 @@ class _Run:
         """Move the models to their devices, with their first weights if the run is new."""
         task, config = self.task, self.config
         if config.compile:
-            for block in task.blocks():
+            for block in task.blocks:
                 block.compile()
-        parallel.place(task.module.train(), config, self.device, units=task.blocks())
+        parallel.place(task.module.train(), config, self.device, units=task.blocks)
         if new:
             task.prepare()
         self.models: dict[str, nn.Module] = {"model": task.model}
@@ -236,7 +244,7 @@ class _Run:
         seen = []
         for index in range(parts):
             with parallel.gradients_stay_here(*self.called.values(), when=index + 1 < parts):
-                with autocast(self.device, self.config):
+                with self.autocast:
                     losses = self.task.losses(
                         self.called["model"],
                         {name: rows[index] for name, rows in chunks.items()},
@@ -282,8 +290,7 @@ class _Run:
         self._step_seconds.clear()
         units = {"images": 1.0, **self.task.units_per_image}
         values = {f"{name}_per_second": images * count for name, count in units.items()}
-        flops = self.task.flops_per_image()
-        peak = peak_flops(self.device, self.config.precision)
+        flops, peak = self.task.flops_per_image, peak_flops(self.device, self.config.precision)
         if flops is not None and peak is not None:
             values["mfu"] = images * flops / (peak * distributed.world_size())
         return values
@@ -306,7 +313,7 @@ class _Run:
                 module.train()
 
     def validate(self) -> None:
-        with self._evaluated(), autocast(self.device, self.config):
+        with self._evaluated(), self.autocast:
             values = self.task.validate()
         if values:
             self._record("validation", values)
@@ -340,6 +347,7 @@ class _Run:
         """Begin to write a checkpoint; write the model's folder, and now and then the curves."""
         self.seconds += time.perf_counter() - self._clock
         self._clock = time.perf_counter()
+        is_last = self.step == self.config.steps
         state = {
             "meter": self.meter.state_dict(),
             "task": self.task.state_dict(),
@@ -347,15 +355,14 @@ class _Run:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
         }
-        about = {"data": dict(self.task.data), "model": self.task.describe()}
+        about = {"data": dict(self.task.data), "model": self.task.about}
         self.writer.save(step=self.step, tensors=self._tensors(), state=state, about=about)
-        if self.config.export or self.step == self.config.steps:
+        if self.config.export or is_last:
             self._export()
-        if self.step == self.config.steps or self._clock - self._curves_drawn >= _CURVES_EVERY:
+        if is_last or self._clock - self._curves_drawn >= _CURVES_EVERY:
             self.draw_curves()
 
     def draw_curves(self) -> None:
-        """Draw the logged metrics as a picture."""
         self._curves_drawn = time.perf_counter()
         if distributed.is_main():
             path = self.out / trackers.CURVES_NAME
@@ -446,9 +453,3 @@ def own_random_numbers(device: str, seed: int = 0) -> Iterator[None]:
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def autocast(device: torch.device, config: LoopConfig) -> torch.autocast:
-    """Return the precision of a run's forward passes, as a context."""
-    enabled = config.precision == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -28,8 +28,7 @@ _CLASS_TABLE = "cls_embedding."
 def add_lora(model: Transformer, config: LoraConfig) -> None:
     """Add low-rank matrices to every block; only they and the classes are trained.
 
-    Raises:
-        InputError: peft is not installed, or the model has no such layers.
+    Raises InputError if peft is not installed, or the model has no such layers.
     """
     with importing("LoRA needs", "'llamagen[finetune]'"):
         from peft import inject_adapter_in_model

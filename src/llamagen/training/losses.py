@@ -44,15 +44,12 @@ def tokenizer_terms(
     """Return the terms of the tokenizer's loss on ``images`` (B, 3, H, W), computed in float32."""
     distance = F.mse_loss if config.reconstruction == "l2" else F.l1_loss
     reconstruction = distance(output.reconstruction.float(), images)
-    weights = {
-        "codebook": 1.0,
-        "commitment": config.commitment_weight,
-        "entropy": config.entropy_weight,
-    }
-    losses = quantizer.losses(output.quantized, entropy=config.entropy_weight > 0)
-    return {"reconstruction": Term(reconstruction, config.reconstruction_weight)} | {
-        name: Term(value, config.codebook_weight * weights[name]) for name, value in losses.items()
-    }
+    terms = {"reconstruction": Term(reconstruction, config.reconstruction_weight)}
+    entropy, commitment = config.entropy_weight, config.commitment_weight
+    weights = {"codebook": 1.0, "commitment": commitment, "entropy": entropy}
+    for name, value in quantizer.losses(output.quantized, entropy=entropy > 0).items():
+        terms[name] = Term(value, config.codebook_weight * weights[name])
+    return terms
 
 
 def mean_psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
@@ -75,14 +72,9 @@ def chunked_cross_entropy(
     All logits are never in memory: at 16,384 codes those of a batch of 8 x 256 positions take 134
     MB in float32, and their gradient as much again. A few hundred positions are computed at a time.
 
-    Products are in the precision of autocast, or else of ``hidden``; everything after them is in
-    float32 (in float64 if the input is).
-
-    Args:
-        hidden: (N, D).
-        weight: (V, D).
-        targets: (N,) int64.
-        row_weights: (N,); by default 1 each. The mean is over their sum, or 0 if that is 0.
+    Products are in the precision of autocast, or else of ``hidden`` (N, D) and ``weight`` (V, D);
+    everything after them is in float32 (in float64 if the input is). ``row_weights`` (N,) are 1 by
+    default; the mean is over their sum, or 0 if that is 0.
     """
     if row_weights is None:
         shares = hidden.new_full((len(hidden),), 1.0 / len(hidden), dtype=torch.float32)
@@ -104,7 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, shares: Tensor
     ) -> Tensor:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         shares = shares.to(wide)
         loss = hidden.new_zeros((), dtype=wide)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]

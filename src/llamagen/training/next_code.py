@@ -77,11 +77,9 @@ class NextCodeModel(nn.Module):
     ) -> Tensor:
         """Return the mean cross-entropy of ``targets`` (B, T), all codes of each image, in nats.
 
-        Images count by their ``weights`` (B,). ``codes`` (B, T - 1) are what the model is shown;
-        with an encoder, ``condition`` are tokens (B, L). For the rest see ``Transformer.forward``.
-
-        Returns:
-            A scalar. In training with ``code_sets`` (2,): the loss of the code sets is second.
+        In training with ``code_sets`` (2,): the loss of the code sets is second. Images count by
+        their ``weights`` (B,). ``codes`` (B, T - 1) are what the model is shown; with an encoder,
+        ``condition`` are tokens (B, L). For the rest see ``Transformer.forward``.
         """
         if self.encoder is not None:
             assert condition_mask is not None
@@ -109,8 +107,7 @@ class NextCodeModel(nn.Module):
         pooled = (features * counted).sum(1) / counted.sum(1).clamp(min=1)
         logits = self.code_head(F.rms_norm(pooled, pooled.shape[-1:])).float()  # (B, V)
         present = torch.zeros_like(logits).scatter_(1, targets, 1.0)
-        shares = present / present.sum(1, keepdim=True)
-        losses = -(shares * logits.log_softmax(1)).sum(1)
+        losses = -(present / present.sum(1, keepdim=True) * logits.log_softmax(1)).sum(1)
         if weights is None:
             return losses.mean()
         return (losses * weights).sum() / weights.sum().clamp(min=1e-9)
@@ -156,16 +153,11 @@ class Conditioning:
     def batch(
         self, store: CodeSource, rows: np.ndarray, rngs: Sequence[random.Random] | None
     ) -> Batch:
-        """Return the "condition" of some images, and what goes with it, one row for each.
+        """Return the "condition" of some rows of a store, and what goes with it.
 
-        Args:
-            store: has the images.
-            rows: of the store.
-            rngs: a random generator for each image; with None the most likely caption is taken.
-
-        Returns:
-            Labels (B,); or texts (B, L) or (B, L, W), a "mask" (B, L) of their tokens, and
-            "weights" (B,).
+        That is labels (B,); or texts (B, L) or (B, L, W), a "mask" (B, L) of their tokens, and
+        "weights" (B,). ``rngs`` has a random generator for each image; with None the most likely
+        caption is taken.
         """
         del rngs
         assert store.labels is not None
@@ -190,11 +182,9 @@ class CaptionConditioning(Conditioning, abc.ABC):
         if rngs is None:
             chosen = [most_likely_caption(each) for each in captions]
         else:
-            chosen = [
-                draw_caption(each, rng.random()) or ""
-                for each, rng in zip(captions, rngs, strict=True)
-            ]
-        texts, mask, usable = self._texts(chosen)
+            drawn = zip(captions, rngs, strict=True)
+            chosen = [draw_caption(each, rng.random()) or "" for each, rng in drawn]
+        texts, mask, usable = self.texts(chosen)
         weights = [float(bool(a and b)) for a, b in zip(captions, usable, strict=True)]
         return {"condition": texts, "mask": mask, "weights": torch.tensor(weights)}
 
@@ -208,7 +198,7 @@ class CaptionConditioning(Conditioning, abc.ABC):
             )
 
     @abc.abstractmethod
-    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """Return tokens or features of captions, their mask, and which of them are usable."""
 
     def _is_usable(self, captions: Captions) -> bool:
@@ -233,7 +223,8 @@ class TokenConditioning(CaptionConditioning):
             features: Tensor = self._encoder.to(tokens.device)(tokens, batch["mask"])
         return features
 
-    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        """See ``CaptionConditioning``."""
         tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
         return tokens.ids, tokens.mask, [True] * len(captions)
 
@@ -253,7 +244,8 @@ class FeatureConditioning(CaptionConditioning):
     def __init__(self, features: TextStore) -> None:
         self._features = features
 
-    def _texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+    def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
+        """See ``CaptionConditioning``."""
         found = self._features.features(captions)
         # At least one position, even without a feature: a sequence starts with its condition.
         texts, mask = padded(found)
@@ -270,11 +262,7 @@ def most_likely_caption(captions: Captions) -> str:
 
 
 def captions_of_rows(store: CodeSource, rows: np.ndarray) -> list[Captions]:
-    """Return the captions of some images of a store.
-
-    Raises:
-        InputError: its images have none.
-    """
+    """Return the captions of some images of a store; InputError if its images have none."""
     captions = store.captions(rows)
     if captions is None:
         raise InputError(

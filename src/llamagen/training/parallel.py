@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def shards_model(config: LoopConfig) -> bool:
 
 
 def place(
-    model: nn.Module, config: LoopConfig, device: torch.device, *, units: list[nn.Module]
+    model: nn.Module, config: LoopConfig, device: torch.device, *, units: Sequence[nn.Module]
 ) -> None:
     """Move ``model`` to the device, or with FSDP this process's shard of it.
 

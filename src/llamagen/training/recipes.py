@@ -49,8 +49,7 @@ def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
         # The loader is a safe one.
         values = yaml.load(text, Loader=_Loader)  # noqa: S506
     except yaml.YAMLError as error:
-        reason = one_line(error)
-        raise InputError(f"{source} is not valid YAML: {reason}") from error
+        raise InputError(f"{source} is not valid YAML: {one_line(error)}") from error
     if not isinstance(values, Mapping):
         raise InputError(f"{source} holds no recipe; expected fields such as 'model:' and 'loop:'")
     merged = dict(values)

@@ -13,7 +13,7 @@ from llamagen.support import distributed
 from llamagen.support.artifact import flattened
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError
-from llamagen.training import checkpoint
+from llamagen.training.checkpoint import CHECKPOINTS_NAME, find_checkpoints
 from llamagen.training.config import Recipe, RecipeT
 from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yaml
 
@@ -42,16 +42,12 @@ MAY_CHANGE = frozenset(
 def open_run(recipe: RecipeT) -> RecipeT:
     """Return ``recipe``, which can start or resume a run in its folder, with a precision chosen.
 
-    A resumed run keeps its own. Nothing is changed.
-
-    Raises:
-        InputError: the folder holds something else, or a run that differs in more than
-            ``MAY_CHANGE``, or one that shall not be resumed.
+    A resumed run keeps its own. Nothing is changed. Raises InputError if the folder holds something
+    else, or a run that differs in more than ``MAY_CHANGE``, or one that shall not be resumed.
     """
-    device = find_device(recipe.loop.device)
+    device, loop = find_device(recipe.loop.device), recipe.loop
     recorded = _recorded(recipe)
-    precision = recipe.loop.precision
-    if precision == "auto":
+    if loop.precision == "auto":
         if recorded is not None:
             precision = recorded.loop.precision
         else:
@@ -59,8 +55,8 @@ def open_run(recipe: RecipeT) -> RecipeT:
             is_fast = str(find_dtype("auto", device)) == "torch.bfloat16"
             precision = "bfloat16" if is_fast else "float32"
         # It is measured, so processes might decide differently.
-        precision = distributed.gathered(precision)[0]
-    recipe = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, precision=precision))
+        loop = dataclasses.replace(loop, precision=distributed.gathered(precision)[0])
+    recipe = dataclasses.replace(recipe, loop=loop)
     if recorded is not None:
         _check_same(recorded, recipe)
     return recipe
@@ -86,11 +82,6 @@ def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Pa
             )
 
 
-def checkpoint_folder(out: Path) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return out / checkpoint.FOLDER_NAME
-
-
 def _recorded(recipe: RecipeT) -> RecipeT | None:
     """Return the recipe of the run in the folder, or None if the folder is free."""
     out = recipe.out
@@ -101,7 +92,7 @@ def _recorded(recipe: RecipeT) -> RecipeT | None:
     path = out / RECIPE_NAME
     if not path.exists():
         raise InputError(f"{out} is not empty and holds no run; give `out` an empty folder")
-    if not checkpoint.has_checkpoint(checkpoint_folder(out)):
+    if not find_checkpoints(out / CHECKPOINTS_NAME):
         # Nothing to resume, nothing to lose.
         return None
     if not recipe.loop.resume:

@@ -42,8 +42,14 @@ class Task(abc.ABC):
     """The adversary's full learning rate; both follow one schedule."""
     data: Mapping[str, str]
     """Identity of everything that the run reads, by name."""
+    about: Mapping[str, Any]
+    """The model's kind and configuration, as plain values for the checkpoint."""
+    blocks: Sequence[nn.Module] = ()
+    """Parts of the model that are compiled, or sharded, one by one."""
     units_per_image: Mapping[str, float] = {}
     """Units of throughput besides images: name -> number per image."""
+    flops_per_image: float | None = None
+    """Floating-point operations of a step for one image, if they are known."""
 
     def prepare(self) -> None:  # noqa: B027
         """Initialise the weights of a new run, once the model is on its device.
@@ -51,21 +57,9 @@ class Task(abc.ABC):
         All processes call it; without sharding, the main process's weights are broadcast later.
         """
 
-    @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Return the model's kind and configuration as plain values for the checkpoint."""
-
-    def blocks(self) -> list[nn.Module]:
-        """Return the parts of the model that are compiled, or sharded, one by one."""
-        return []
-
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
         """Return an unsharded module like ``self.module`` whose model has this state."""
         raise NotImplementedError(f"{self.name} models are not sharded")
-
-    def flops_per_image(self) -> float | None:
-        """Return the floating-point operations of a step for one image, if they are known."""
-        return None
 
     @abc.abstractmethod
     def batches(self, first: int, last: int) -> Iterator[Batch]:

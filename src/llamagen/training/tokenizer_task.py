@@ -34,7 +34,7 @@ from llamagen.training.adversarial import (
     generator_loss,
     make_discriminator,
 )
-from llamagen.training.checkpoint import latest_checkpoint
+from llamagen.training.checkpoint import CHECKPOINTS_NAME, latest_checkpoint
 from llamagen.training.config import TokenizerTraining
 from llamagen.training.data import TokenizerImages, tokenizer_images
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
@@ -42,7 +42,7 @@ from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_los
 from llamagen.training.metrics import CodebookUsage
 from llamagen.training.parallel import seeded
 from llamagen.training.recipes import recipe_to_dict
-from llamagen.training.run_folder import SKIPPED_NAME, checkpoint_folder, open_run, start_run
+from llamagen.training.run_folder import SKIPPED_NAME, open_run, start_run
 from llamagen.training.task import Batch, Losses, Task
 
 MODEL_FOLDER = "tokenizer"
@@ -51,8 +51,6 @@ MODEL_FOLDER = "tokenizer"
 _USAGE_WINDOW = 65536
 """Codes over which usage is counted, as in the published training."""
 _SHEET_IMAGES = 16
-_SHEET_SIDE = 64
-"""Smaller images are enlarged to about this many pixels on a sheet."""
 
 
 def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> TrainingResult:
@@ -75,9 +73,7 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
 def make_task(recipe: TokenizerTraining) -> TokenizerTask:
     """Return the task of a recipe, with its images found and its model built.
 
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: recipe and images do not fit together, or a network's weights are missing.
+    Raises FileNotFoundError and InputError as ``train_tokenizer`` does.
     """
     # Not checked by the recipe itself: recipe files leave `init` to their users.
     if recipe.trained == "decoder" and recipe.init is None:
@@ -99,7 +95,7 @@ def _start(recipe: TokenizerTraining) -> ImageTokenizer:
     """Return the model before its first step."""
     if recipe.init is None:
         return ImageTokenizer(recipe.model)
-    checkpoint = latest_checkpoint(checkpoint_folder(recipe.out))
+    checkpoint = latest_checkpoint(recipe.out / CHECKPOINTS_NAME)
     if checkpoint is not None:
         # The model that the run started from may be gone by now.
         values = checkpoint.about["model"]["config"]
@@ -122,8 +118,7 @@ class TokenizerTask(Task):
         lpips: Lpips | None = None,
     ) -> None:
         """Make a task for ``model``; a discriminator is initialised from torch's generator."""
-        self.recipe = recipe
-        self.images = images
+        self.recipe, self.images = recipe, images
         self.data = images.identity
         self.model = self.module = accelerate(model)
         if recipe.trained == "decoder":
@@ -135,6 +130,7 @@ class TokenizerTask(Task):
         self._skipped = SkippedFiles(recipe.out / SKIPPED_NAME)
         self._lpips = lpips
         self._compared = ("reconstruction",) if lpips is None else ("reconstruction", "perceptual")
+        self.about = {"kind": ImageTokenizer.kind, "config": config_to_dict(model.config)}
         self.panels = {
             "loss": ("loss", "reconstruction", "codebook", *self._compared[1:]),
             "PSNR (dB)": ("psnr",),
@@ -154,10 +150,6 @@ class TokenizerTask(Task):
         if self.recipe.codebook_init == "data" and self.recipe.init is None:
             init_codebook(self.model, self._latents())
 
-    def describe(self) -> dict[str, Any]:
-        """See ``Task``."""
-        return {"kind": ImageTokenizer.kind, "config": config_to_dict(self.model.config)}
-
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Yield augmented images as bytes."""
         rank, world_size = distributed.rank(), distributed.world_size()
@@ -166,12 +158,12 @@ class TokenizerTask(Task):
             yield {"pixels": batch.pixels}
 
     def _read(self, **part: int) -> Iterator[ImageBatch]:
-        (height, width), changes = self.recipe.images.shape, self.recipe.augmentation
+        images, changes = self.recipe.images, self.recipe.augmentation
+        height, width = images.shape
         augmentation = Augmentation(
             height=height, width=width, max_scale=changes.crop_scale, flip=changes.flip
         )
-        workers = self.recipe.images.workers
-        return self.images.training.training_batches(augmentation, workers=workers, **part)
+        return self.images.training.training_batches(augmentation, workers=images.workers, **part)
 
     def losses(
         self, model: nn.Module, batch: Batch, *, step: int, adversary: nn.Module | None
@@ -241,10 +233,8 @@ class TokenizerTask(Task):
 
     def statistics(self) -> dict[str, float]:
         """Return the codebook usage of the last images, and how many codes were revived so far."""
-        values = {"codebook_usage": self._usage.share()}
-        if self.recipe.revive_codes_every > 0:
-            values["revived_codes"] = self._revived
-        return values
+        revived = {"revived_codes": self._revived} if self.recipe.revive_codes_every > 0 else {}
+        return {"codebook_usage": self._usage.share(), **revived}
 
     def validate(self) -> dict[str, float]:
         """Return reconstruction error, PSNR, SSIM, LPIPS if trained with, and codebook usage."""
@@ -263,10 +253,8 @@ class TokenizerTask(Task):
             used[output.quantized.codes.flatten().cpu()] = 1.0
         sums, used = distributed.summed(sums), distributed.maximum(used)
         count = sums.pop("count")
-        if count == 0:
-            return {}
-        means = {name: total / count for name, total in sums.items()}
-        return {**means, "codebook_usage": float(used.mean())}
+        means = {name: total / count for name, total in sums.items() if count}
+        return {**means, "codebook_usage": float(used.mean())} if count else {}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Draw images and, below each, its reconstruction."""
@@ -274,13 +262,10 @@ class TokenizerTask(Task):
         before = torch.cat(list(self._fixed_images(shown, range(len(shown)))))
         originals = arrays_to_pil(_pixels(before))
         decoded = arrays_to_pil(_pixels(model(before).reconstruction))
-        columns = min(8, len(before))
         rows = []
-        for start in range(0, len(before), columns):
-            part = slice(start, start + columns)
-            rows += originals[part] + decoded[part]
-        scale = max(1, _SHEET_SIDE // before.shape[-1])
-        save_png(image_grid(rows, columns=columns, scale=scale), path)
+        for start in range(0, len(before), 8):
+            rows += originals[start : start + 8] + decoded[start : start + 8]
+        save_png(image_grid(rows, columns=min(8, len(before)), scale=None), path)
 
     def export(self, model: nn.Module, out: Path) -> Path:
         """Write the tokenizer's folder."""

@@ -23,6 +23,8 @@ CURVES_NAME = "curves.png"
 
 _SHOWN = ("loss", "bits_per_code", "psnr", "codebook_usage", "grad_norm", "lr", "images_per_second")
 """Metrics of a line on the terminal, in this order."""
+_LINES = (("train", "", None), ("validation", " (validation)", "o"))
+"""Split, addition to the label, and marker of the lines of a metric's curves."""
 _COLUMNS = 2
 _PANEL = (5.6, 3.4)
 """Width and height of a panel of curves, in inches."""
@@ -119,7 +121,7 @@ class Console(Tracker):
         self._bar.close()
 
 
-class TensorBoard(Tracker):
+class _TensorBoard(Tracker):
     """TensorBoard's files, in the run's folder."""
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
@@ -129,21 +131,18 @@ class TensorBoard(Tracker):
         self._writer = SummaryWriter(str(out / "tensorboard"))
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """See ``Tracker``."""
         for name, value in values.items():
             self._writer.add_scalar(f"{split}/{name}", value, step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """See ``Tracker``."""
         with Image.open(path) as image:
             self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
-        """See ``Tracker``."""
         self._writer.close()
 
 
-class Wandb(Tracker):
+class _Wandb(Tracker):
     """A run of Weights & Biases, the same one when training is resumed."""
 
     def __init__(self, out: Path, recipe: Mapping[str, Any]) -> None:
@@ -163,22 +162,19 @@ class Wandb(Tracker):
         )
 
     def metrics(self, step: int, split: str, values: Mapping[str, float]) -> None:
-        """See ``Tracker``."""
         # Not wandb's own step, which may not decrease: a resumed run repeats some.
         self._run.log({"step": step, **{f"{split}/{name}": v for name, v in values.items()}})
 
     def picture(self, step: int, name: str, path: Path) -> None:
-        """See ``Tracker``."""
         self._run.log({"step": step, name: self._wandb.Image(str(path))})
 
     def close(self) -> None:
-        """See ``Tracker``."""
         self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": TensorBoard,
-    "wandb": Wandb,
+    "tensorboard": _TensorBoard,
+    "wandb": _Wandb,
 }
 """Optional trackers. Each is called with the run's folder and its recipe as plain values, and
 raises InputError if its package is not installed."""
@@ -189,10 +185,8 @@ def draw_curves(
 ) -> None:
     """Draw metrics over steps into a PNG; raise InputError if matplotlib is not installed.
 
-    Args:
-        records: lines of metrics.jsonl.
-        panels: title -> names of its metrics; a metric has a line for each split that has it.
-        path: of the picture.
+    ``records`` are lines of metrics.jsonl. ``panels`` has the names of the metrics of each title;
+    a metric has a line for each split that has it.
     """
     with importing("curves need", "'llamagen[train]'"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -203,17 +197,11 @@ def draw_curves(
     for number, (title, names) in enumerate(panels.items(), start=1):
         axis = figure.add_subplot(rows, _COLUMNS, number, title=title, xlabel="step")
         axis.grid(visible=True, alpha=0.3)
-        for name, split in itertools.product(names, ("train", "validation")):
-            own = [record for record in records if record["split"] == split and name in record]
+        for name, (split, suffix, marker) in itertools.product(names, _LINES):
+            own = [(r["step"], r[name]) for r in records if r["split"] == split and name in r]
             if own:
-                held_out = split == "validation"
-                axis.plot(
-                    [record["step"] for record in own],
-                    [record[name] for record in own],
-                    label=name.replace("_", " ") + (" (validation)" if held_out else ""),
-                    marker="o" if held_out else None,
-                    markersize=3,
-                )
+                label = name.replace("_", " ") + suffix
+                axis.plot(*zip(*own, strict=True), label=label, marker=marker, markersize=3)
         if axis.lines:
             axis.legend(fontsize="small")
     with storage.atomic_file(path) as temporary:

@@ -29,7 +29,7 @@ from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.text.encoder import TextEncoder
 from llamagen.text.features import TextStore
-from llamagen.training.checkpoint import latest_checkpoint
+from llamagen.training.checkpoint import CHECKPOINTS_NAME, latest_checkpoint
 from llamagen.training.config import TransformerTraining
 from llamagen.training.lora import add_lora, init_lora_tensor, merged_state, original_name
 from llamagen.training.next_code import (
@@ -41,7 +41,6 @@ from llamagen.training.next_code import (
     init_encoder_tensor,
 )
 from llamagen.training.parallel import initialise, seeded, set_tensor
-from llamagen.training.run_folder import checkpoint_folder
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _DROPOUT = ("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path")
@@ -103,13 +102,10 @@ class Start:
 
     def conditioning(self, model: NextCodeModel) -> Conditioning:
         """Return how images become conditions of ``model``."""
-        if model.encoder is not None:
-            return TokenConditioning(model.encoder, frozen=False)
-        if self.text.encoder is not None:
-            return TokenConditioning(self.text.encoder, frozen=True)
-        if self.text.features is not None:
-            return FeatureConditioning(self.text.features)
-        return Conditioning()
+        encoder, features = model.encoder or self.text.encoder, self.text.features
+        if encoder is not None:
+            return TokenConditioning(encoder, frozen=model.encoder is None)
+        return Conditioning() if features is None else FeatureConditioning(features)
 
     def fill(self, model: NextCodeModel) -> None:
         """Give the model, or this process's part of it, its first weights."""
@@ -147,16 +143,12 @@ class Start:
 
     def describe(self) -> dict[str, Any]:
         """Return what a checkpoint says of the model; ``start_of`` reads it."""
-        values: dict[str, Any] = {
+        parts = {"config": self.config, "small_text": self.text.small, "text": self.text.config}
+        return {
             "kind": Transformer.kind,
-            "config": config_to_dict(self.config),
             "classes": list(self.labels.names) if self.labels is not None else [],
+            **{name: config_to_dict(part) for name, part in parts.items() if part is not None},
         }
-        if self.text.small is not None:
-            values["small_text"] = config_to_dict(self.text.small)
-        if self.text.config is not None:
-            values["text"] = config_to_dict(self.text.config)
-        return values
 
     def _copy_source(self, source: str, model: NextCodeModel) -> None:
         found = checkpoints.resolve_pipeline(source)
@@ -168,15 +160,13 @@ class Start:
             model.transformer.init_tensor(_CLASS_TABLE, table, generator)
             table[-1] = state[_CLASS_TABLE][-1]
             state[_CLASS_TABLE] = table
+        own = _own_encoder(found)
+        if own is not None and model.encoder is not None:
+            encoder = TextEncoder.from_pretrained(own, dtype=torch.float32)
+            state |= {f"encoder.{name}": value for name, value in encoder.named_parameters()}
         parameters = {_transformer_name(name): value for name, value in model.named_parameters()}
         for name, tensor in state.items():
             set_tensor(parameters[name], tensor)
-        own = _own_encoder(found)
-        if own is not None and model.encoder is not None:
-            trained = dict(model.encoder.named_parameters())
-            encoder = TextEncoder.from_pretrained(own, dtype=torch.float32)
-            for name, tensor in encoder.named_parameters():
-                set_tensor(trained[name], tensor)
 
 
 def find_start(
@@ -184,14 +174,11 @@ def find_start(
 ) -> Start:
     """Return how to start, or what a run started with if its folder holds a checkpoint.
 
-    To be called in every process, with the codebook and grid of the data's codes, and the names of
-    its classes, which a text-conditional model does not use.
-
-    Raises:
-        FileNotFoundError: the model to start from does not exist.
-        InputError: it is damaged, or recipe, codes and model do not fit together.
+    All processes call it, with the codebook and grid of the data's codes, and the names of its
+    classes, which a text-conditional model does not use. Raises FileNotFoundError if the model to
+    start from does not exist, InputError if it is damaged or does not fit recipe and codes.
     """
-    checkpoint = latest_checkpoint(checkpoint_folder(recipe.out))
+    checkpoint = latest_checkpoint(recipe.out / CHECKPOINTS_NAME)
     if checkpoint is not None:
         # The model that the run started from may be gone by now.
         start = start_of(recipe, checkpoint.about["model"], str(checkpoint.path))
@@ -224,8 +211,7 @@ def find_start(
 def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str) -> Start:
     """Return how the model of a checkpoint is built, from what the checkpoint says of it.
 
-    Raises:
-        InputError: that is damaged; ``source`` names the checkpoint.
+    Raises InputError if that is damaged; ``source`` names the checkpoint.
     """
     small, config = about.get("small_text"), about.get("text")
     return Start(
@@ -306,6 +292,6 @@ def _check_source(
         asked, actual = getattr(recipe.model, name), getattr(source, name)
         if name not in _DROPOUT and asked not in (usual, actual):
             raise InputError(
-                f"the recipe's model has {name} {asked}, but {recipe.init} has {actual}; leave it "
-                f"out"
+                f"the recipe's model has {name} {asked}, but {recipe.init} has {actual}; "
+                f"leave it out"
             )

@@ -10,7 +10,6 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +28,18 @@ from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import image_grid, save_png
-from llamagen.text.encoder import padded
 from llamagen.training.config import TransformerTraining
 from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
 from llamagen.training.losses import bits
 from llamagen.training.metrics import training_flops
-from llamagen.training.next_code import NextCodeModel, captions_of_rows, most_likely_caption
+from llamagen.training.next_code import (
+    FeatureConditioning,
+    NextCodeModel,
+    captions_of_rows,
+    most_likely_caption,
+)
 from llamagen.training.parallel import shards_model
 from llamagen.training.recipes import recipe_to_dict
 from llamagen.training.run_folder import SKIPPED_NAME, open_run
@@ -51,8 +54,6 @@ ADAPTER_FOLDER = "adapter"
 _SHEET_CLASSES = 10
 _SHEET_TEXT = 24
 """Characters of a caption that are shown below an image."""
-_SHEET_SIDE = 64
-"""Smaller images are enlarged to about this many pixels on a sheet."""
 
 
 def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> TrainingResult:
@@ -60,13 +61,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
 
     Images are encoded once, at the start, and the codes stay in the run's folder; or each time
     they are read, or not at all if the recipe names a store of codes. The result's ``model`` is a
-    folder for ``Pipeline.from_pretrained``.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: recipe, images, tokenizer and the run's folder do not fit together.
-        TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the earlier ones are intact.
+    folder for ``Pipeline.from_pretrained``. Raises as ``train_tokenizer`` does.
     """
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
@@ -77,9 +72,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
 def make_task(recipe: TransformerTraining) -> TransformerTask:
     """Return the task of a recipe, with its data read and its model built.
 
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: recipe, images and tokenizer do not fit together.
+    Raises FileNotFoundError and InputError as ``train_transformer`` does.
     """
     source: Source | None = recipe.tokenizer
     if source is None and recipe.init is not None:
@@ -128,8 +121,7 @@ class TransformerTask(Task):
     def __init__(self, start: Start, tokenizer: ImageTokenizer, codes: CodeSplits) -> None:
         """Make a task with a new model, which has its weights after ``prepare``."""
         recipe, loop = start.recipe, start.recipe.loop
-        self.recipe = recipe
-        self.start = start
+        self.recipe, self.start = recipe, start
         with torch.device("meta") if shards_model(loop) else contextlib.nullcontext():
             self.module = start.build()
         self.module.transformer.recompute_blocks = loop.activation_checkpointing == "blocks"
@@ -140,7 +132,10 @@ class TransformerTask(Task):
             "loss in bits per code": ("bits_per_code",),
             "norm of the gradients": ("grad_norm",),
         }
+        self.about = start.describe()
+        self.blocks = list(self.module.transformer.layers)
         self.units_per_image = {"tokens": float(math.prod(codes.training.grid))}
+        self.flops_per_image = training_flops(start.config)
         self.data = {
             "the image tokenizer": tokenizer.fingerprint(),
             "the training codes": codes.training.identity,
@@ -148,8 +143,7 @@ class TransformerTask(Task):
         }
         if start.text.features is not None:
             self.data["the text features"] = start.text.features.identity
-        self._tokenizer = tokenizer
-        self._codes = codes
+        self._tokenizer, self._codes = tokenizer, codes
         # Files that have no codes since they could not be read.
         stores = {store.folder: store for store in (codes.training, codes.validation)}
         skipped = [pair for store in stores.values() for pair in store.skipped()]
@@ -176,21 +170,9 @@ class TransformerTask(Task):
         """See ``Task``."""
         self.start.fill(self.module)
 
-    def describe(self) -> dict[str, Any]:
-        """See ``Task``."""
-        return self.start.describe()
-
-    def blocks(self) -> list[nn.Module]:
-        """See ``Task``."""
-        return list(self.module.transformer.layers)
-
     def whole_model(self, state: Mapping[str, Tensor]) -> nn.Module:
         """See ``Task``; low-rank matrices are merged into it."""
         return self.start.whole(state)
-
-    def flops_per_image(self) -> float:
-        """See ``Task``."""
-        return training_flops(self.start.config)
 
     def batches(self, first: int, last: int) -> Iterator[Batch]:
         """Yield codes of one view per image, conditions, and which of them are dropped."""
@@ -249,9 +231,8 @@ class TransformerTask(Task):
         rows, store = self._codes.val_rows, self._codes.validation
         if len(rows) == 0:
             return {}
-        loop = self.recipe.loop
+        loop, total = self.recipe.loop, 0.0
         size = loop.batch_size // loop.gradient_accumulation  # of all processes together
-        total = 0.0
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             own = part[list(distributed.share(range(len(part))))]
@@ -268,17 +249,14 @@ class TransformerTask(Task):
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Draw images of a few classes, one per column, or of held-out captions; of fixed seeds."""
         prompts, names, columns = self._prompts()
-        pipeline, features = self._pipeline_of(model), self.start.text.features
-        if features is None:
-            images = pipeline(prompts, seed=0).images
-        else:
+        pipeline = self._pipeline_of(model)
+        if isinstance(self._conditioning, FeatureConditioning):
             # The encoder that made them need not be here.
-            embeds, mask = padded(features.features([str(prompt) for prompt in prompts]))
-            # A caption without features still takes one position, of zeros.
-            mask[:, -1] = True
+            embeds, mask, _ = self._conditioning.texts([str(prompt) for prompt in prompts])
             images = pipeline(prompt_embeds=embeds, prompt_attention_mask=mask, seed=0).images
-        scale = max(1, _SHEET_SIDE // images[0].width)
-        save_png(image_grid(images, columns=columns, captions=names, scale=scale), path)
+        else:
+            images = pipeline(prompts, seed=0).images
+        save_png(image_grid(images, columns=columns, captions=names, scale=None), path)
 
     def _prompts(self) -> tuple[Sequence[str | int], list[str], int]:
         """Return the prompts of a sheet, the text below each image, and the number of columns."""
@@ -292,10 +270,8 @@ class TransformerTask(Task):
         for store, rows in (codes.validation, codes.val_rows), (codes.training, codes.train_rows):
             some = rows[np.arange(min(count, len(rows))) * len(rows) // count]
             texts = texts or [most_likely_caption(e) for e in captions_of_rows(store, some) if e]
-        shortened = [
-            text if len(text) <= _SHEET_TEXT else f"{text[: _SHEET_TEXT - 1]}…" for text in texts
-        ]
-        return texts, shortened, min(_SHEET_CLASSES, len(texts))
+        short = [t if len(t) <= _SHEET_TEXT else f"{t[: _SHEET_TEXT - 1]}…" for t in texts]
+        return texts, short, min(_SHEET_CLASSES, len(texts))
 
     def export(self, model: nn.Module, out: Path) -> Path:
         """Write the pipeline's folder; with LoRA, of merged weights, and the adapter's as well."""

@@ -26,8 +26,6 @@ from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
 
 SHEET_IMAGES = 64
-_SHEET_SIDE = 64
-"""Smaller images are enlarged to about this many pixels on a sheet."""
 _NEIGHBOUR_ROWS = 12
 _NEIGHBOURS = 4
 
@@ -180,8 +178,7 @@ def _grid(arrays: list[np.ndarray], *, columns: int, captions: Sequence[str]) ->
     images = [Image.fromarray(np.array(array)) for array in arrays]
     size = images[0].size
     images = [image if image.size == size else image.resize(size) for image in images]
-    scale = max(1, _SHEET_SIDE // images[0].width)
-    return image_grid(images, columns=columns, captions=captions or None, scale=scale)
+    return image_grid(images, columns=columns, captions=captions or None, scale=None)
 
 
 def _duplicates(pool: np.ndarray) -> list[str]:

@@ -289,9 +289,8 @@ def _sheet(reconstructions: Reconstructions, decibels: np.ndarray) -> Picture:
         image = Image.fromarray(after)
         pictures += [Image.fromarray(before).resize(image.size), image]
         captions += ["original", f"{value:.1f} dB"]
-    scale = max(1, 64 // pictures[0].width)
     return Picture(
         title="Originals and reconstructions",
-        image=image_grid(pictures, columns=8, captions=captions, scale=scale),
+        image=image_grid(pictures, columns=8, captions=captions, scale=None),
         note="The first ones, not picked.",
     )
