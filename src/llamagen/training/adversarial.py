@@ -56,15 +56,13 @@ def adaptive_weight(
     """Return the weight that makes both gradients at the last layer equally large, as in VQGAN.
 
     It is the ratio of the norms of the gradients of all terms that compare pixels or features, and
-    of the adversarial one, from 0 to 10,000, without a gradient of its own. The graphs of both
-    losses stay, for the backward pass that follows.
+    of the adversarial one, from 0 to 10,000, without a gradient of its own.
     """
-    norms = [
-        torch.linalg.vector_norm(
-            torch.autograd.grad(loss, last_layer, retain_graph=True)[0], dtype=torch.float32
-        )
-        for loss in (reconstruction_loss, generator_loss)
-    ]
+    norms = []
+    for loss in (reconstruction_loss, generator_loss):
+        # The graph stays, for the backward pass that follows.
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append(torch.linalg.vector_norm(gradient, dtype=torch.float32))
     return (norms[0] / (norms[1] + _ADAPTIVE_EPS)).clamp(0.0, _MAX_ADAPTIVE_WEIGHT).detach()
 
 
@@ -98,17 +96,13 @@ class PatchDiscriminator(nn.Module):
         self.smallest = 3 * 2**layers
         # Channels double up to 8 times the first; the last of these layers keeps the resolution.
         widths = [base_channels * min(2**i, 8) for i in range(layers + 1)]
-        modules: list[nn.Module] = [
-            nn.Conv2d(3, base_channels, 4, stride=2, padding=1),
-            nn.LeakyReLU(_SLOPE),
-        ]
+        modules: list[nn.Module] = [nn.Conv2d(3, base_channels, 4, stride=2, padding=1)]
         for i, (before, after) in enumerate(itertools.pairwise(widths), start=1):
-            modules += [
-                nn.Conv2d(before, after, 4, stride=2 if i < layers else 1, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.LeakyReLU(_SLOPE),
-            ]
-        self.main = nn.Sequential(*modules, nn.Conv2d(widths[-1], 1, 4, padding=1))
+            stride = 2 if i < layers else 1
+            conv = nn.Conv2d(before, after, 4, stride=stride, padding=1, bias=False)
+            modules += [nn.LeakyReLU(_SLOPE), conv, nn.BatchNorm2d(after)]
+        last = nn.Conv2d(widths[-1], 1, 4, padding=1)
+        self.main = nn.Sequential(*modules, nn.LeakyReLU(_SLOPE), last)
         # Normal weights of deviation 0.02, around 0 or, for the scales of norms, 1.
         for module in self.main:
             if isinstance(module, nn.Conv2d):
@@ -132,7 +126,6 @@ class StyleDiscriminator(nn.Module):
     """Pixels of the smaller side."""
 
     def __init__(self, *, height: int, width: int, max_channels: int = 512) -> None:
-        """Make a discriminator of images of one size; see ``make_discriminator``."""
         super().__init__()
         self.height, self.width = height, width
         halvings = _halvings(height, width)

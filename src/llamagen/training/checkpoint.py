@@ -70,10 +70,7 @@ class Checkpoint:
         return torch.load(self.path / _STATE_NAME, map_location="cpu", weights_only=True)
 
     def read_tensors(self, tensors: NestedTensors) -> None:
-        """Fill ``tensors`` in place, each process its shards; all processes call it.
-
-        Raises InputError if the checkpoint does not hold these tensors.
-        """
+        """Fill ``tensors`` in place, each process its shards; InputError if it has others."""
         with _errors_of_dcp():
             load(_plain(tensors), storage_reader=_Reader(self.path / _TENSORS_NAME))
 
@@ -166,10 +163,8 @@ class CheckpointWriter:
             self.wait()
 
     def close(self) -> None:
-        """Let the checkpoint that is being written be finished when a run ends early.
-
-        Without communication: a lost process may be what ended the run.
-        """
+        """Let the checkpoint that is being written be finished when a run ends early."""
+        # Without communication: a lost process may be what ended the run.
         if self._saving is not None and distributed.is_main():
             wait([self._saving], timeout=_GRACE)
 

@@ -71,11 +71,11 @@ def find_run_images(recipe: Recipe, *, labelled: bool) -> Images:
 
 
 def _named(recipe: Recipe) -> str:
-    if recipe.data is None:
-        raise InputError(
-            "no images were named; give `data` a folder, Parquet or tar files, or hf:owner/name"
-        )
-    return recipe.data
+    if recipe.data is not None:
+        return recipe.data
+    raise InputError(
+        "no images were named; give `data` a folder, Parquet or tar files, or hf:owner/name"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,8 +66,10 @@ def dry_run(recipe: Recipe) -> None:
         device = find_device(loop.device)
         # A folder for each process: they need not share a disk.
         recipe = dataclasses.replace(recipe, out=Path(folder), loop=loop)
-        is_tokenizer = isinstance(recipe, TokenizerTraining)
-        data, make = _tokenizer(recipe) if is_tokenizer else _transformer(recipe)
+        if isinstance(recipe, TokenizerTraining):
+            data, make = _tokenizer(recipe)
+        else:
+            data, make = _transformer(recipe)
         # Without memory first: the model may not fit.
         with torch.device("meta"):
             _report(make(), data, loop, device)

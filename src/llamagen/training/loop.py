@@ -72,7 +72,7 @@ def fit(
     out: Path,
     *,
     quiet: bool = False,
-    recipe: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] = {},
 ) -> TrainingResult:
     """Train ``task`` until the configured step, from the beginning or from a checkpoint.
 
@@ -81,13 +81,12 @@ def fit(
 
     Raises:
         InputError: the data has changed since the run began, the run is past the wanted steps,
-            the batch cannot be split over the processes, the gradients stay infinite or not a
-            number, or another process was lost.
+            the gradients stay infinite or not a number, or another process was lost.
         TrainingInterrupted: the process was asked to stop; the run was saved.
         OSError: a checkpoint could not be written; the earlier ones are intact.
     """
     with own_random_numbers(config.device), _lost_processes(out):
-        run = _Run(task, config, out, quiet=quiet, recipe=recipe or {})
+        run = _Run(task, config, out, quiet=quiet, recipe=recipe)
         with contextlib.closing(run), _stop_signals() as signals:
             batches = task.batches(run.step, config.steps)
             while run.step < config.steps:
@@ -199,7 +198,7 @@ class _Run:
             tracker.close()
 
     def due(self, every: int) -> bool:
-        """Return whether an action that is due every so many steps, and at the end, is due."""
+        """Return whether what is done every so many steps, and at the end, is due."""
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def take_step(self, batches: Iterator[Batch]) -> float:
@@ -328,10 +327,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _whole_model(self, device: torch.device) -> Iterator[nn.Module | None]:
-        """Yield the whole model, evaluated, in the main process; the others get None and wait.
-
-        A sharded one is gathered on ``device``; others stay where they are.
-        """
+        """Yield the whole model, evaluated, in the main process; the others get None and wait."""
         with self._evaluated():
             model = self.task.module if distributed.is_main() else None
             if parallel.shards_model(self.config):

@@ -120,14 +120,13 @@ def init_encoder_tensor(
     """Fill a weight of the text encoder as T5 does; return False if ``name`` is not one of its.
 
     T5 does not scale its attention scores: its query weights are smaller instead. All heads but
-    one start by attending to one neighbour each, since words are made of neighbouring bytes, which
-    attention takes long to find out by itself.
+    one start by attending to one neighbour each: attention takes long to find words by itself.
     """
     if not name.startswith(_ENCODER):
         return False
     if name.endswith("relative_attention_bias.weight"):
-        # (buckets, heads): the first half of the buckets are for bytes on the left, the second for
-        # the right; the first few of each are for single distances.
+        # Half of the buckets are for bytes on the left, half for the right; the first few of each
+        # are for single distances.
         buckets, heads = tensor.shape
         tensor.zero_()
         for head in range(heads - 1):

@@ -16,10 +16,9 @@ from llamagen.training.parallel import local
 
 
 def make_optimizer(model: nn.Module, config: LoopConfig, *, lr: float) -> torch.optim.AdamW:
-    """Return AdamW for the weights of ``model`` that take gradients.
+    """Return AdamW for the weights of ``model`` that take gradients, at a full rate of ``lr``.
 
-    Only tensors of two or more dimensions decay: biases and scales of norms have one. ``lr`` is
-    the learning rate that ``set_learning_rate`` scales; all else is from ``config``.
+    Only tensors of two or more dimensions decay: biases and scales of norms have one.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -64,17 +63,13 @@ class Ema:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._weights = {
-            name: weight for name, weight in model.named_parameters() if weight.requires_grad
-        }
+        self._weights = {name: w for name, w in model.named_parameters() if w.requires_grad}
         self._means = {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update the mean with the weights after ``step`` steps.
-
-        Early on the decay is smaller, so that the random first weights are soon forgotten.
-        """
+        """Update the mean with the weights after ``step`` steps."""
+        # Smaller early on, so that the random first weights are soon forgotten.
         decay = min(self.decay, (1 + step) / (10 + step))
         weights = [local(weight) for weight in self._weights.values()]
         torch._foreach_lerp_([local(mean) for mean in self._means.values()], weights, 1.0 - decay)

@@ -51,8 +51,8 @@ def place(
 ) -> None:
     """Move ``model`` to the device, or with FSDP this process's shard of it.
 
-    With FSDP it may be on the "meta" device; then its memory is not initialised. The weights of
-    each of ``units`` are gathered together, one unit after another.
+    With FSDP, the memory of a model on the "meta" device is not initialised, and the weights of
+    ``units`` are gathered one unit after another.
     """
     if not shards_model(config):
         model.to(device)
@@ -105,11 +105,8 @@ def gradients_stay_here(*called: nn.Module, when: bool) -> Iterator[None]:
 
 
 def seed_of(*names: object) -> int:
-    """Return the 64-bit seed that belongs to a run's seed and a step, a weight or the like.
-
-    A hash: the CPU's generator uses 32 bits of a seed only, which steps of other runs must not
-    share.
-    """
+    """Return the 64-bit seed that belongs to a run's seed and a step, a weight or the like."""
+    # The CPU's generator uses 32 bits of a seed only, which steps of other runs must not share.
     digest = hashlib.sha256(" ".join(map(str, names)).encode()).digest()
     return int.from_bytes(digest[:8], "big")
 
@@ -123,8 +120,7 @@ def seeded(seed: int, *names: object) -> torch.Generator:
 def initialise(model: nn.Module, seed: int, init_tensor: Callable[..., None]) -> None:
     """Initialise weights so that they depend on the seed only, not on sharding.
 
-    Every whole tensor is drawn with its own generator, and each process keeps its shard.
-    ``init_tensor`` is called with a weight's name, the tensor to fill and the generator.
+    ``init_tensor`` is called with a weight's name, the whole tensor to fill and its own generator.
     """
     for name, parameter in model.named_parameters():
         # On the CPU: other devices have other random numbers.
@@ -163,9 +159,6 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def whole_state(model: nn.Module) -> dict[str, Any]:
-    """Return the whole state of a sharded model, on the CPU, in the main process; elsewhere {}.
-
-    All processes call it.
-    """
+    """Return the whole state of a sharded model, on the CPU, in the main process; elsewhere {}."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return get_model_state_dict(model, options=options)
