@@ -110,37 +110,35 @@ def run_training_demo(
     _write_tree(data / "held-out", digits.held_out, digits.held_out_labels)
     say(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
     seconds = {"data": time.perf_counter() - start}
-    runs = _train(out, device, seed, steps)
-    seconds |= {name: run.seconds for name, run in runs.items()}
+    tokenizer, transformer = _train(out, device, seed, steps)
+    seconds |= {"tokenizer": tokenizer.seconds, "transformer": transformer.seconds}
 
     start = time.perf_counter()
-    pipe = Pipeline.from_pretrained(runs["transformer"].model, device=device)
+    pipe = Pipeline.from_pretrained(transformer.model, device=device)
     generated = pipe(list(range(10)), num_images_per_prompt=PER_DIGIT, seed=seed).images
     seconds["generation"] = time.perf_counter() - start
 
     save_png(_sheet(digits, generated), out / "sheet.png")
-    titles = "image tokenizer", "transformer"
     curves = [
         titled(Image.open(run.out / "curves.png").convert("RGB"), title)
-        for title, run in zip(titles, runs.values(), strict=True)
+        for title, run in (("image tokenizer", tokenizer), ("transformer", transformer))
     ]
     save_png(stacked(curves), out / "curves.png")
     real = [enlarged(scan) for scan in digits.held_out]
     named = ((Path(str(index)), picture) for index, picture in enumerate(real))
     reconstructed = [item.image for item in reconstruct(pipe.tokenizer, named)]
     recognised = _classifier(digits)
-    validation = runs["tokenizer"].validation
     result = TrainingDemoResult(
         recognised=recognised(generated, np.arange(10).repeat(PER_DIGIT)),
         recognised_real=recognised(real, digits.held_out_labels),
         recognised_reconstructed=recognised(reconstructed, digits.held_out_labels),
-        psnr=validation["psnr"],
-        codebook_usage=validation["codebook_usage"],
-        bits_per_code=runs["transformer"].validation["bits_per_code"],
+        psnr=tokenizer.validation["psnr"],
+        codebook_usage=tokenizer.validation["codebook_usage"],
+        bits_per_code=transformer.validation["bits_per_code"],
         seconds={name: round(value, 1) for name, value in seconds.items()},
         sheet=str(out / "sheet.png"),
         curves=str(out / "curves.png"),
-        model=str(runs["transformer"].model),
+        model=str(transformer.model),
     )
     storage.write_json(out / "summary.json", dataclasses.asdict(result))
     return result
@@ -148,7 +146,7 @@ def run_training_demo(
 
 def _train(
     out: Path, device: str, seed: int, steps: tuple[int, int] | None
-) -> dict[str, TrainingResult]:
+) -> tuple[TrainingResult, TrainingResult]:
     """Train the tokenizer, then the transformer."""
 
     def recipe(kind: Any, name: str, steps: int | None, **values: Any) -> Any:
@@ -161,10 +159,8 @@ def _train(
 
     first, second = steps or (None, None)
     tokenizer = train_tokenizer(recipe(TokenizerTraining, "tokenizer", first))
-    transformer = train_transformer(
-        recipe(TransformerTraining, "transformer", second, tokenizer=str(tokenizer.model))
-    )
-    return {"tokenizer": tokenizer, "transformer": transformer}
+    of_codes = recipe(TransformerTraining, "transformer", second, tokenizer=str(tokenizer.model))
+    return tokenizer, train_transformer(of_codes)
 
 
 def enlarged(scan: np.ndarray) -> Image.Image:

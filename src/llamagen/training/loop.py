@@ -81,7 +81,8 @@ def fit(
 
     Raises:
         InputError: the data has changed since the run began, the run is past the wanted steps,
-            the gradients stay infinite or not a number, or another process was lost.
+            the processes cannot share a batch, the gradients stay infinite or not a number, or
+            another process was lost.
         TrainingInterrupted: the process was asked to stop; the run was saved.
         OSError: a checkpoint could not be written; the earlier ones are intact.
     """
