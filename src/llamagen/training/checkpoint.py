@@ -119,16 +119,12 @@ class CheckpointWriter:
     def save(
         self, *, step: int, tensors: NestedTensors, state: dict[str, Any], about: dict[str, Any]
     ) -> None:
-        """Copy everything and begin to write it; all processes call it.
+        """Copy everything after ``step`` steps and begin to write it; all processes call it.
 
-        Waits for the previous checkpoint. Raises OSError if that could not be written, or this one
-        cannot be begun; the earlier ones are intact.
-
-        Args:
-            step: finished steps.
-            tensors: large ones, which may change as soon as this returns.
-            state: plain values and small tensors; the main process's are written.
-            about: plain values that describe the run.
+        ``tensors`` may change as soon as this returns. ``state`` has plain values and small
+        tensors, of which the main process's are written, ``about`` plain values that describe the
+        run. Waits for the previous checkpoint. Raises OSError if that could not be written, or
+        this one cannot be begun; the earlier ones are intact.
         """
         self.wait()
         path = self._folder / f"{_PREFIX}{step:07d}"

@@ -72,10 +72,7 @@ class Digits(NamedTuple):
 
 
 def load_digits() -> Digits:
-    """Return the scans of scikit-learn; a fifth of them, the same every time, is held out.
-
-    Raises InputError if scikit-learn is not installed.
-    """
+    """Return the scans of scikit-learn, a fifth held out; InputError if it is not installed."""
     with importing("the demo needs", "'llamagen[demo-train]'"):
         from sklearn.datasets import load_digits as load
     images, labels = load(return_X_y=True)

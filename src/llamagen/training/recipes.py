@@ -38,11 +38,8 @@ def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
     """Read a YAML file, or a recipe that comes with the package, by its name.
 
     Fields that it leaves out have their defaults. ``model`` is a preset's name, or fields of the
-    model, optionally with the ``preset`` that they change.
-
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: no such name, not YAML, an unknown field, or an invalid value.
+    model, optionally with the ``preset`` that they change. Raises FileNotFoundError if there is no
+    such file, InputError for an unknown name, bad YAML, an unknown field, or an invalid value.
     """
     text, source = _read(str(source))
     try:

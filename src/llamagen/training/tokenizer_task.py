@@ -71,10 +71,7 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
 
 
 def make_task(recipe: TokenizerTraining) -> TokenizerTask:
-    """Return the task of a recipe, with its images found and its model built.
-
-    Raises FileNotFoundError and InputError as ``train_tokenizer`` does.
-    """
+    """Return the task of a recipe, its images found and its model built; for errors see above."""
     # Not checked by the recipe itself: recipe files leave `init` to their users.
     if recipe.trained == "decoder" and recipe.init is None:
         raise InputError(

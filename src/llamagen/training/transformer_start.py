@@ -209,10 +209,7 @@ def find_start(
 
 
 def start_of(recipe: TransformerTraining, about: Mapping[str, Any], source: str) -> Start:
-    """Return how the model of a checkpoint is built, from what the checkpoint says of it.
-
-    Raises InputError if that is damaged; ``source`` names the checkpoint.
-    """
+    """Return how a model is built from what the checkpoint ``source`` says of it."""
     small, config = about.get("small_text"), about.get("text")
     return Start(
         recipe=recipe,

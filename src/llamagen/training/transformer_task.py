@@ -70,10 +70,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
 
 
 def make_task(recipe: TransformerTraining) -> TransformerTask:
-    """Return the task of a recipe, with its data read and its model built.
-
-    Raises FileNotFoundError and InputError as ``train_transformer`` does.
-    """
+    """Return the task of a recipe, its data read and its model built; for errors see above."""
     source: Source | None = recipe.tokenizer
     if source is None and recipe.init is not None:
         source = resolve_pipeline(recipe.init).tokenizer
