@@ -250,6 +250,5 @@ def _stored_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Cod
         _ = store.labels, store.captions([0])
     start_run(recipe)
     val_rows = [val_rows[i] for i in spread(len(val_rows), recipe.images.max_validation_images)]
-    return CodeSplits(
-        training, np.array(train_rows, np.int64), validation, np.array(val_rows, np.int64)
-    )
+    rows, val = (np.array(each, np.int64) for each in (train_rows, val_rows))
+    return CodeSplits(training, rows, validation, val)

@@ -205,8 +205,5 @@ def _sheet(digits: Digits, generated: list[Image.Image]) -> Image.Image:
         "real digits (held out: no model has seen them)": real,
         "generated digits (ten of each, not picked)": generated,
     }
-    sheets = [
-        titled(image_grid(pictures, columns=PER_DIGIT, scale=None), title)
-        for title, pictures in sides.items()
-    ]
-    return stacked(sheets, across=True)
+    grids = {title: image_grid(p, columns=PER_DIGIT, scale=None) for title, p in sides.items()}
+    return stacked([titled(grid, title) for title, grid in grids.items()], across=True)

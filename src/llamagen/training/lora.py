@@ -63,15 +63,12 @@ def original_name(name: str) -> str:
 
 def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Return the state of a plain transformer, with the low-rank products added to its weights."""
-    merged = {}
+    merged = {original_name(name): t for name, t in state.items() if ".lora_" not in name}
     for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
         if ".base_layer." in name:
-            down = state[name.replace(".base_layer.", f".lora_A.{_ADAPTER}.")]
-            up = state[name.replace(".base_layer.", f".lora_B.{_ADAPTER}.")]
-            tensor = tensor + config.scale * (up @ down)
-        merged[original_name(name)] = tensor
+            parts = (name.replace(".base_layer.", f".lora_{x}.{_ADAPTER}.") for x in "BA")
+            up, down = (state[part] for part in parts)
+            merged[original_name(name)] = tensor + config.scale * (up @ down)
     return merged
 
 

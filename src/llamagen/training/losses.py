@@ -103,9 +103,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         for rows in _parts(len(hidden), _CHUNK_GRADS // len(weight)):
-            inputs, grad_logits = hidden[rows], None
-            if needs_hidden or needs_weight:
-                grad_logits = hidden.new_empty(len(inputs), len(weight))
+            inputs, needs_any = hidden[rows], needs_hidden or needs_weight
+            grad_logits = hidden.new_empty(len(inputs), len(weight)) if needs_any else None
             for part in _parts(len(inputs), _CHUNK_LOGITS // len(weight)):
                 logits = (inputs[part] @ weight.T).to(wide)
                 own = None if grad_logits is None else grad_logits[part]
@@ -132,10 +131,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss(logits: Tensor, targets: Tensor, shares: Tensor, grad_logits: Tensor | None) -> Tensor:
-    """Return the loss of a few rows of logits (n, V), weighted with ``shares``; overwrites them.
-
-    ``grad_logits`` (n, V) is filled with the gradient of the logits.
-    """
+    """Return the weighted loss of rows of logits (n, V), overwritten; fill their gradient."""
     wanted, share = targets.unsqueeze(1), shares.unsqueeze(1)
     # exp, sum and log in one pass each, in place.
     logits -= logits.amax(dim=-1, keepdim=True)

@@ -250,8 +250,10 @@ class TokenizerTask(Task):
             used[output.quantized.codes.flatten().cpu()] = 1.0
         sums, used = distributed.summed(sums), distributed.maximum(used)
         count = sums.pop("count")
-        means = {name: total / count for name, total in sums.items() if count}
-        return {**means, "codebook_usage": float(used.mean())} if count else {}
+        if count == 0:
+            return {}
+        usage = {"codebook_usage": float(used.mean())}
+        return {name: total / count for name, total in sums.items()} | usage
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Draw images and, below each, its reconstruction."""
