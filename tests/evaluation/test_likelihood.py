@@ -12,7 +12,6 @@ from PIL import Image
 
 from llamagen.evaluation import image_sets
 from llamagen.evaluation.image_sets import CollectedImages
-from llamagen.evaluation.protocols import likelihood
 from llamagen.evaluation.protocols.likelihood import measure_likelihood
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.support.errors import InputError
@@ -55,8 +54,8 @@ def test_resumes(tmp_path, monkeypatch):
     (path,) = (tmp_path / "l").rglob("piece-00001.npz")
     path.unlink()
     calls = []
-    bits = likelihood._bits
-    monkeypatch.setattr(likelihood, "_bits", lambda *given: calls.append(1) or bits(*given))
+    encode = pipe.tokenizer.encode
+    monkeypatch.setattr(pipe.tokenizer, "encode", lambda *given: calls.append(1) or encode(*given))
     again = measure_likelihood(pipe, images, tmp_path / "l")
     assert len(calls) == 1
     np.testing.assert_array_equal(again.conditional, whole.conditional)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,16 +15,9 @@ from torch import Tensor
 
 import llamagen.support.storage as storage
 from llamagen.data.columns import SourceConfig
-from llamagen.evaluation.image_sets import (
-    ArchivedImages,
-    CollectedImages,
-    ImageSet,
-    Pieces,
-    array_names,
-    read_array,
-)
+from llamagen.evaluation import image_sets
+from llamagen.evaluation.image_sets import ImageSet, Pieces
 from llamagen.evaluation.metrics import FeatureStatistics
-from llamagen.support.artifact import Advance
 from llamagen.support.errors import InputError
 
 _BATCH = 64
@@ -106,8 +99,8 @@ def compute_features(
     """Return features of all images; called in every process of a run, which share the work.
 
     They are kept in a folder in ``root``, from which those of the same images and network are only
-    read. ``what`` is the kind of images, for the progress bar. InputError if an image is damaged,
-    or the network gave NaN or infinity.
+    read. ``what`` names the images on the progress bar. InputError if an image is damaged, or the
+    network gave NaN or infinity.
     """
     pieces = Pieces(
         feature_folder(root, network, images),
@@ -124,25 +117,19 @@ def compute_features(
         free=("network", "images"),
     )
 
-    def compute(items: range, advance: Advance) -> dict[str, Any]:
-        outputs = []
-        for part in images.tensor(items.start, items.stop).split(_BATCH):
-            outputs.append(network(part.contiguous().to(device)))
-            advance(len(part))
-        arrays = {}
-        for name in ("pool", "probabilities", "spatial"):
-            parts = [getattr(each, name) for each in outputs]
-            if parts[0] is None:
-                continue
-            arrays[name] = torch.cat(parts).float().cpu().numpy()
-            if not np.isfinite(arrays[name]).all():
-                where = f"images {items[0]} to {items[-1]} of {images.name}"
+    def measure(pixels: Tensor, items: range) -> dict[str, np.ndarray]:
+        output = network(pixels.contiguous().to(device))
+        found = {name: getattr(output, name) for name in ("pool", "probabilities", "spatial")}
+        arrays = {k: v.float().cpu().numpy() for k, v in found.items() if v is not None}
+        for name, array in arrays.items():
+            if not np.isfinite(array).all():
                 raise InputError(
-                    f"the network gave NaN or infinity ({name}) for {where}; use float32"
+                    f"the network gave NaN or infinity ({name}) for images {items[0]} to "
+                    f"{items[-1]} of {images.name}; use float32"
                 )
-        return {".npz": arrays}
+        return arrays
 
-    pieces.compute(compute, f"features of the {what}")
+    pieces.compute(image_sets.in_batches(images, _BATCH, measure), f"features of the {what}")
     parts = [pieces.read_npz(piece) for piece in range(len(pieces))]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Features(whole["pool"], whole.get("spatial"), whole["probabilities"])
@@ -167,20 +154,16 @@ class ReferenceSource:
 
         Such a file holds ``mu``, ``sigma`` (of Inception's pooled features), ``mu_s``, ``sigma_s``
         (of its spatial ones) and ``arr_0``: images for precision and recall. Of images alone
-        everything is computed.
-
-        Raises:
-            FileNotFoundError: there is none.
-            InputError: it is none.
+        everything is computed. FileNotFoundError or InputError if it is neither.
         """
         self.name, path = str(source), Path(source)
         if path.suffix.lower() != ".npz":
-            self.images = CollectedImages(source, config, size=size)
+            self.images = image_sets.CollectedImages(source, config, size=size)
             return
-        names = array_names(path)
+        names = image_sets.array_names(path)
         self.archive = path if "mu" in names else None
         if "arr_0" in names or "mu" not in names:
-            self.images = ArchivedImages(path)
+            self.images = image_sets.ArchivedImages(path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,16 +180,15 @@ class Reference:
 
 
 def read_statistics(path: Path) -> tuple[FeatureStatistics, FeatureStatistics | None, int | None]:
-    """Read statistics of pooled and of spatial features, and the number of images.
+    """Read statistics of pooled and of spatial features, and the number of images, if it is there.
 
-    Raises:
-        InputError: the file is damaged, or its arrays do not fit together.
+    InputError if the file is damaged, or its arrays do not fit together.
     """
-    names = array_names(path)
-    count = int(read_array(path, "count")) if "count" in names else None
+    names = image_sets.array_names(path)
+    count = int(image_sets.read_array(path, "count")) if "count" in names else None
 
     def statistics(mean: str, covariance: str) -> FeatureStatistics:
-        arrays = (read_array(path, mean), read_array(path, covariance))
+        arrays = [image_sets.read_array(path, name) for name in (mean, covariance)]
         if not all(np.isfinite(array).all() for array in arrays):
             raise InputError(f"{mean} or {covariance} in {path} hold NaN or infinity")
         try:

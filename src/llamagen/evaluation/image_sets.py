@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -25,22 +24,15 @@ from llamagen.data.sources import open_images
 from llamagen.data.views import center_crop
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.support import distributed
-from llamagen.support.artifact import Artifact, Format, MakePiece, Settings
+from llamagen.support.artifact import Advance, Artifact, Format, MakePiece, Settings
 from llamagen.support.errors import InputError
 
 _PART = 256
 PIECE = 256
 """Images of a piece."""
 
-_FORMAT = Format(
-    name="llamagen-evaluation",
-    version=1,
-    noun="results",
-    settings_name="settings.json",
-    piece_name="piece",
-    suffixes=(".npz",),
-    has_header=False,
-)
+Measure = Callable[[Tensor, range], Mapping[str, np.ndarray]]
+"""Takes some images (B, 3, H, W) and their indices; returns arrays with a row for each."""
 
 
 class ImageSet(abc.ABC):
@@ -63,11 +55,7 @@ class ImageSet(abc.ABC):
 
     @abc.abstractmethod
     def read(self, first: int, last: int) -> np.ndarray:
-        """Return the images from ``first`` up to but not including ``last``.
-
-        Raises:
-            InputError: one of them is damaged, or they differ in size.
-        """
+        """Return the images ``first`` to ``last - 1``; InputError if one is damaged or differs."""
 
     def tensor(self, first: int, last: int) -> Tensor:
         """Return images as uint8 (B, 3, H, W); see ``read``."""
@@ -96,10 +84,9 @@ class CollectedImages(ImageSet):
         With ``size`` the middle square is cropped to this side, as in published evaluations; else
         all images must have one size, and are taken as they are.
         """
-        images = open_images(source, config)
+        self._images = images = open_images(source, config)
         # A collection of a table has the name of the folder that the table lies in.
-        self.name = str(source)
-        self._images, self._side = images, size
+        self.name, self._side = str(source), size
         # An image that is replaced under its old name is another one.
         paths = images.paths if isinstance(images, ImageFolder) else []
         self.identity = _digest(images.digest(), [path.stat().st_size for path in paths], size)
@@ -117,7 +104,7 @@ class CollectedImages(ImageSet):
 
     @property
     def enlarged_from(self) -> tuple[int, int] | None:  # type: ignore[override]  # read when asked
-        """See ``ImageSet``."""
+        """See the base."""
         if self._side is None:
             return None
         width, height = self._images.read(0).size
@@ -146,12 +133,7 @@ class ArchivedImages(ImageSet):
     """The images of an .npz file in the form of ADM's evaluator: ``arr_0``, uint8 (N, H, W, 3)."""
 
     def __init__(self, path: Path) -> None:
-        """Read the file's header, not the images.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            InputError: it holds no images, or is damaged.
-        """
+        """Read the file's header; InputError if it holds no images, or is damaged."""
         self.path, self.name = path, str(path)
         with _open_array(path, "arr_0") as (_, shape, dtype):
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or shape[0] == 0:
@@ -179,10 +161,13 @@ class ArchivedImages(ImageSet):
 class Pieces(Artifact):
     """Results for many images, as .npz files that all processes of a run make."""
 
-    def __init__(self, folder: Path, settings: Settings, count: int, **form: object) -> None:
-        """For ``count`` images; ``form`` are fields of ``Format``."""
-        own = dataclasses.replace(_FORMAT, **form)  # type: ignore[arg-type]
-        super().__init__(folder, own, settings, items=count, piece_size=PIECE)
+    def __init__(self, folder: Path, settings: Settings, count: int, **fields: Any) -> None:
+        """For ``count`` images; ``fields`` are those of ``Format``."""
+        fields = {"settings_name": "settings.json", "suffixes": (".npz",), **fields}
+        form = Format(
+            name="llamagen-evaluation", version=1, piece_name="piece", has_header=False, **fields
+        )
+        super().__init__(folder, form, settings, items=count, piece_size=PIECE)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
 
     @classmethod
@@ -195,17 +180,27 @@ class Pieces(Artifact):
     def compute(self, make_piece: MakePiece, description: str) -> None:
         """Make the pieces that are not there yet; called in every process of a run.
 
-        Each process makes its share and returns once all are there. Progress is shown on a
-        terminal, under ``description``.
-
-        Raises:
-            InputError: the folder was begun with other settings, or is in use.
-            OSError: the disk is full, or the folder cannot be written to.
+        Each makes its share and returns once all are there. InputError if the folder was begun with
+        other settings, or is in use.
         """
         is_shown = distributed.is_main()
         with self.begin(), self.progress_bar(description, "image", shown=is_shown) as bar:
             self.make(make_piece, bar.update)
         distributed.barrier()
+
+
+def in_batches(images: ImageSet, size: int, measure: Measure) -> MakePiece:
+    """Return what makes a piece of what ``measure`` finds in up to ``size`` images at once."""
+
+    def make_piece(items: range, advance: Advance) -> dict[str, Any]:
+        parts = []
+        batches = images.tensor(items.start, items.stop).split(size)
+        for start, batch in zip(items[::size], batches, strict=True):
+            parts.append(measure(batch, range(start, start + len(batch))))
+            advance(len(batch))
+        return {".npz": {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}}
+
+    return make_piece
 
 
 class PiecedImages(ImageSet):
@@ -239,7 +234,7 @@ def size_text(size: tuple[int, ...]) -> str:
 
 
 def array_names(path: Path) -> list[str]:
-    """Return the names of the arrays in an .npz file; raise as ``ArchivedImages``."""
+    """Return the names of the arrays in an .npz file; InputError if it is damaged."""
     with _open_archive(path) as archive:
         return [entry.removesuffix(".npy") for entry in archive.namelist()]
 

@@ -70,11 +70,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
 
     def fingerprint(self) -> str:
         """Return a short text that two models share only if they have the same weights."""
-        whole = hashlib.sha256(json.dumps(config_to_dict(self.config)).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            whole.update(name.encode())
-            whole.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        return whole.hexdigest()[:16]
+        return digest(json.dumps(config_to_dict(self.config)), self.state_dict().items())
 
     @classmethod
     def from_tensors(
@@ -257,6 +253,21 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
 
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+
+
+def digest(
+    about: str, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> str:
+    """Return a short text that depends on ``about`` and on weights, wherever and however they lie.
+
+    In another precision than their own they are compared only to its digits.
+    """
+    whole = hashlib.sha256(about.encode())
+    for name, tensor in sorted(weights):
+        whole.update(name.encode())
+        values = tensor.detach().to("cpu", dtype).flatten()
+        whole.update(values.view(torch.uint8).numpy())
+    return whole.hexdigest()[:16]
 
 
 def check_shapes(

@@ -5,7 +5,6 @@ Shapes: B captions, L tokens of the longest, W width of a feature.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import unicodedata
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
-from llamagen.models.pretrained import is_repo_id
+from llamagen.models.pretrained import digest, is_repo_id
 from llamagen.support.errors import InputError
 from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, loading, quietly
@@ -47,11 +46,10 @@ class TextEncoder(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, config: TextConfig) -> None:
         """See ``from_pretrained`` and ``small``; ``model`` is a ``transformers.T5EncoderModel``."""
         super().__init__()
-        self.model = model
         # One module under both names: shared weights would become two when they are moved from the
         # "meta" device.
-        self.model.set_input_embeddings(self.model.get_input_embeddings())
-        self.tokenizer, self.config = tokenizer, config
+        model.set_input_embeddings(model.get_input_embeddings())
+        self.model, self.tokenizer, self.config = model, tokenizer, config
 
     @classmethod
     def from_pretrained(
@@ -64,10 +62,7 @@ class TextEncoder(nn.Module):
         """Load an encoder, by default FLAN-T5-XL as in the published models.
 
         Of a whole T5 model, only the encoder's weights are loaded. T5 overflows in float16.
-
-        Raises:
-            InputError: there is no such encoder, it is of another family, or packages are not
-                installed.
+        InputError if there is no such encoder, or packages are not installed.
         """
         config = config or TextConfig()
         transformers = import_transformers("text encoders need")
@@ -182,13 +177,9 @@ class TextEncoder(nn.Module):
     ) -> list[Tensor]:
         """Return features of prepared captions, each (its tokens, W), on the CPU.
 
-        A batch has captions of one length, without padding. By default a CPU encodes captions one
-        by one: products of other shapes round differently, so features would depend on the batch.
-
-        Args:
-            prepared: captions, in any order.
-            tokens_at_once: maximum number of tokens of a batch.
-            progress: is called with the number of captions newly done.
+        A batch has captions of one length, without padding, and at most ``tokens_at_once`` tokens.
+        By default a CPU encodes captions one by one: products of other shapes round differently, so
+        features would depend on the batch. ``progress`` is called with the number newly done.
         """
         if tokens_at_once is None:
             tokens_at_once = 1 if self.device.type == "cpu" else TOKENS_AT_ONCE
@@ -205,15 +196,9 @@ class TextEncoder(nn.Module):
 
     def fingerprint(self) -> str:
         """Return a short text that depends on the weights and the preparation of captions."""
-        whole = hashlib.sha256(
-            repr((self.config.max_length, self.config.clean, len(self.tokenizer))).encode()
-        )
-        for name, tensor in sorted(self.model.state_dict().items()):
-            whole.update(name.encode())
-            # The same for every precision.
-            low = tensor.detach().to("cpu", torch.bfloat16).contiguous()
-            whole.update(low.view(torch.int16).numpy().tobytes())
-        return whole.hexdigest()[:16]
+        prepared = repr((self.config.max_length, self.config.clean, len(self.tokenizer)))
+        # The same for every precision.
+        return digest(prepared, self.model.state_dict().items(), torch.bfloat16)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the encoder and its tokenizer as ``transformers`` reads them."""
@@ -234,8 +219,7 @@ def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list
 def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack features (L, W) of several captions, left-padded with zeros to one length, at least 1.
 
-    Returns:
-        (B, L, W), and (B, L) bool, False where there is padding.
+    Returns (B, L, W), and (B, L) bool, False where there is padding.
     """
     mask = _padding_mask(features)
     together = features[0].new_zeros(*mask.shape, features[0].shape[-1])

@@ -10,11 +10,10 @@ Shapes: N captions, L tokens of a caption, W width of a feature.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -102,13 +101,10 @@ class TextStore:
 
     def __init__(self, artifact: Artifact, manifest: TextManifest, index: np.ndarray) -> None:
         """See ``open``, which checks the files."""
-        self.folder = artifact.folder
-        self.manifest = manifest
+        self.folder, self.manifest = artifact.folder, manifest
         self.identity = artifact.identity
         """Depends on the captions and their encoder."""
-        self.text: TextConfig = manifest.plan.text
-        self.width = manifest.plan.width
-        """Length of a feature."""
+        self.text, self.width = manifest.plan.text, manifest.plan.width
         self._artifact = artifact
         self._keys, self._positions = index["key"], index["place"]
         self._ends: dict[int, np.ndarray] = {}
@@ -117,9 +113,8 @@ class TextStore:
     def open(cls, folder: Path | str) -> Self:
         """Open the store in ``folder``.
 
-        Raises:
-            FileNotFoundError: there is no store, or one of its files is missing.
-            InputError: it is not complete, damaged, or of another version.
+        FileNotFoundError if there is none, or a file is missing; InputError if it is incomplete,
+        damaged, or of another version.
         """
         folder = Path(folder)
         settings, results = read_manifest(folder, FORMAT)
@@ -128,14 +123,13 @@ class TextStore:
         artifact = _artifact(folder, settings)
         for shard in range(len(artifact)):
             artifact.check(shard)
+        path = folder / _INDEX_NAME
         try:
-            index = np.load(folder / _INDEX_NAME, mmap_mode="r")
+            return cls(artifact, manifest, np.load(path, mmap_mode="r"))
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{folder / _INDEX_NAME} is damaged or missing ({error}); run {FORMAT.command} "
-                f"again"
+                f"{path} is damaged or missing ({error}); run {FORMAT.command} again"
             ) from error
-        return cls(artifact, manifest, index)
 
     def __len__(self) -> int:
         return self.manifest.plan.captions
@@ -184,7 +178,7 @@ def extract_text(
     """Encode captions into a store; shards that are there are kept.
 
     Args:
-        encoder: text encoder.
+        encoder: encodes captions, and says how they are prepared.
         captions: not cleaned; may have duplicates.
         out: folder of the store; new, empty, or begun with the same arguments.
         shard_size: captions of a shard.
@@ -195,7 +189,6 @@ def extract_text(
 
     Raises:
         InputError: there are no captions, or the folder holds something else.
-        OSError: the disk is full, or the folder cannot be written to.
     """
     unique = list(dict.fromkeys(caption for caption in captions if caption.strip()))
     if not unique:
@@ -212,31 +205,25 @@ def extract_text(
     )
     artifact = _artifact(out, config_to_dict(plan))
     artifact.rank, artifact.world_size = rank, world_size
-    make = functools.partial(_encode, encoder, unique, tokens_at_once)
+
+    def encode(items: range, advance: Advance) -> dict[str, Any]:
+        prepared = [encoder.prepare(unique[item]) for item in items]
+        filled = [i for i, text in enumerate(prepared) if text]
+        encoded = encoder.encode(
+            [prepared[i] for i in filled], tokens_at_once=tokens_at_once, progress=advance
+        )
+        lengths = np.zeros(len(items), dtype=np.int64)
+        lengths[filled] = [len(each) for each in encoded]
+        whole = torch.cat([torch.empty(0, encoder.width), *encoded]).to(torch.bfloat16)
+        ends = np.cumsum(lengths).tolist()
+        return {".npy": whole.view(torch.int16).numpy(), ".json": {"ends": ends}}
+
     with artifact.begin(), artifact.progress_bar("encoding", "caption", shown=progress) as bar:
         start = time.perf_counter()
-        count = artifact.make(make, bar.update)
+        count = artifact.make(encode, bar.update)
         seconds = time.perf_counter() - start
         store = _finish(artifact, unique)
         return TextExtraction(store=store, captions=count, seconds=seconds)
-
-
-def _encode(
-    encoder: TextEncoder,
-    captions: Sequence[str],
-    tokens_at_once: int,
-    items: range,
-    advance: Advance,
-) -> Mapping[str, Any]:
-    prepared = [encoder.prepare(captions[item]) for item in items]
-    filled = [i for i, text in enumerate(prepared) if text]
-    encoded = encoder.encode(
-        [prepared[i] for i in filled], tokens_at_once=tokens_at_once, progress=advance
-    )
-    lengths = np.zeros(len(items), dtype=np.int64)
-    lengths[filled] = [len(each) for each in encoded]
-    whole = torch.cat([torch.empty(0, encoder.width), *encoded]).to(torch.bfloat16)
-    return {".npy": whole.view(torch.int16).numpy(), ".json": {"ends": np.cumsum(lengths).tolist()}}
 
 
 def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:
@@ -246,8 +233,7 @@ def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:
     shards = range(len(artifact))
     lengths = np.concatenate([np.diff(_ends(artifact, shard), prepend=0) for shard in shards])
     index = np.empty(len(unique), dtype=[("key", "u8"), ("place", "i8")])
-    index["key"] = [_key(text) for text in unique]
-    index["place"] = np.arange(len(unique))
+    index["key"], index["place"] = [_key(text) for text in unique], np.arange(len(unique))
     index.sort(order="key")
     with storage.atomic_file(artifact.folder / _INDEX_NAME) as path, path.open("wb") as file:
         np.save(file, index)

@@ -39,10 +39,7 @@ def quietly() -> Iterator[None]:
 def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
     """Load a model in the block, without progress bars; every error becomes an InputError.
 
-    Args:
-        what: noun for the model, in messages.
-        source: folder or hub repository.
-        remedy: end of messages.
+    Messages start with ``what``, a noun, and the folder or hub repository, and end with ``remedy``.
     """
     try:
         with quietly(), contextlib.nullcontext() if Path(source).is_dir() else hub_errors(source):

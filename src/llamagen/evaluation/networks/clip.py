@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llamagen.evaluation.features import require_images
-from llamagen.evaluation.networks import weights
-from llamagen.models.pretrained import is_repo_id
+from llamagen.models.pretrained import digest, is_repo_id
 from llamagen.support.errors import InputError
 from llamagen.text.transformers_library import import_transformers, loading
 
@@ -86,8 +85,8 @@ class ClipEncoder(nn.Module):
     @property
     def fingerprint(self) -> str:
         """A digest of its weights and tokens; scores of others cannot be compared."""
-        tokens = repr(sorted(self.tokenizer.get_vocab().items())).encode()
-        return f"clip/{weights.digest(self.model.named_parameters(), tokens)}"
+        tokens = repr(sorted(self.tokenizer.get_vocab().items()))
+        return f"clip/{digest(tokens, self.model.named_parameters(), torch.float32)}"
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from llamagen.checkpoints.sources import download_file
 from llamagen.evaluation.features import NetworkOutput, require_images
 from llamagen.evaluation.networks import weights
-from llamagen.models.pretrained import is_repo_id
+from llamagen.models.pretrained import digest, is_repo_id
 from llamagen.support import storage
 from llamagen.support.errors import InputError
 
@@ -176,7 +176,7 @@ class InceptionV3(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Digest of its weights: features of others cannot be compared."""
-        return f"inception-2015-12-05/{weights.digest(self.state_dict().items())}"
+        return f"inception-2015-12-05/{digest('', self.state_dict().items(), torch.float32)}"
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> NetworkOutput:
@@ -339,5 +339,5 @@ def _at_address(url: str) -> weights.PublicFile:
     if name == WEIGHTS_FILE.name:
         return dataclasses.replace(WEIGHTS_FILE, url=url)
     # Another address may give another file under the same name.
-    digest = storage.short_digest([url.encode()])
-    return weights.PublicFile(name=f"{digest}-{name}", url=url, sha256=None)
+    prefix = storage.short_digest([url.encode()])
+    return weights.PublicFile(name=f"{prefix}-{name}", url=url, sha256=None)

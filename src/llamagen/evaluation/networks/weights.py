@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import http.client
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -158,12 +158,3 @@ def build(
     # Checked above; normalisations would miss their counters of the training.
     model.load_state_dict(own, strict=False, assign=True)
     return model
-
-
-def digest(weights: Iterable[tuple[str, Tensor]], start: bytes = b"") -> str:
-    """Return a digest of ``start`` and of weights, whatever their device and layout."""
-    whole = hashlib.sha256(start)
-    for name, tensor in sorted(weights):
-        whole.update(name.encode())
-        whole.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return whole.hexdigest()[:16]

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from llamagen.evaluation.features import ReferenceSource, write_statistics
-from llamagen.evaluation.image_sets import ImageSet, Pieces, size_text, write_images
+from llamagen.evaluation.image_sets import ImageSet, Pieces, in_batches, size_text, write_images
 from llamagen.evaluation.metrics import clip_score
 from llamagen.evaluation.networks.clip import ClipEncoder
 from llamagen.evaluation.protocols.common import (
@@ -26,7 +27,6 @@ from llamagen.evaluation.report import Curve, Report, Table
 from llamagen.evaluation.samples import PUBLISHED, SIZE, SamplePlan, draw_samples
 from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
-from llamagen.support.artifact import Advance
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 
@@ -278,17 +278,12 @@ def _mean_clip_score(
 ) -> float:
     """CLIP score of all samples; every process scores a share."""
 
-    def scores(items: range, advance: Advance) -> dict[str, Any]:
-        found = []
-        for start in items[::_CLIP_BATCH]:
-            stop = min(items.stop, start + _CLIP_BATCH)
-            pixels, texts = images.tensor(start, stop), prompts[start:stop]
-            features = (clip.encode_images(pixels), clip.encode_texts(texts))
-            found.append(clip_score(*(each.cpu().numpy() for each in features)))
-            advance(stop - start)
-        return {".npz": {"score": np.concatenate(found)}}
+    def scores(pixels: Tensor, items: range) -> dict[str, np.ndarray]:
+        texts = prompts[items.start : items.stop]
+        features = (clip.encode_images(pixels), clip.encode_texts(texts))
+        return {"score": clip_score(*(each.cpu().numpy() for each in features))}
 
     settings = {"clip": clip.name, "images": images.identity}
     pieces = Pieces.named(folder, "clip", settings, len(images))
-    pieces.compute(scores, "CLIP score")
+    pieces.compute(in_batches(images, _CLIP_BATCH, scores), "CLIP score")
     return float(pieces.rows("score").mean())

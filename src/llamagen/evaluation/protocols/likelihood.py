@@ -8,21 +8,19 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.evaluation.image_sets import ImageSet, Pieces, size_text
+from llamagen.evaluation.image_sets import ImageSet, Pieces, in_batches, size_text
 from llamagen.evaluation.protocols.tokenizer import batch_limit
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.evaluation.samples import model_size
 from llamagen.generation.likelihood import code_log_likelihoods
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline import Pipeline
-from llamagen.support.artifact import Advance
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 
@@ -62,8 +60,7 @@ class Likelihood:
 
     def map(self) -> np.ndarray:
         """Return mean bits (rows, columns) at each position of the grid."""
-        result: np.ndarray = self.conditional.mean(0, dtype=np.float64)
-        return result
+        return self.conditional.mean(0, dtype=np.float64)
 
 
 def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Report:
@@ -99,19 +96,27 @@ def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Like
             f"images of {images.name} have {size_text(images.size)} pixels, but {pipeline.name} "
             f"draws {size_text(model_size(pipeline))}; crop them with size"
         )
-    conditions = _conditions(pipeline, images)
+    conditions, tokenizer = _conditions(pipeline, images), pipeline.tokenizer
 
-    def measure(items: range, advance: Advance) -> dict[str, Any]:
-        pixels = images.tensor(items.start, items.stop)
-        return {".npz": _bits(pipeline, pixels, conditions[items.start : items.stop], advance)}
+    @torch.inference_mode()
+    def bits(pixels: Tensor, items: range) -> dict[str, np.ndarray]:
+        codes = tokenizer.encode(uint8_to_images(pixels.to(tokenizer.device)))
+        own = pipeline.conditions(conditions[items.start : items.stop])
+        given = [each.condition for each in own]
+        found = {}
+        for name in ("conditional", "unconditional"):
+            is_given = name == "conditional"
+            nats = code_log_likelihoods(pipeline.transformer, codes, given, conditional=is_given)
+            found[name] = (-nats / math.log(2)).cpu().numpy()
+        return found
 
     settings = {
-        "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
+        "weights": [pipeline.transformer.fingerprint(), tokenizer.fingerprint()],
         "images": images.identity,
         **pipeline.precision,
     }
     pieces = Pieces.named(root, "likelihood", settings, len(images))
-    pieces.compute(measure, "likelihood")
+    pieces.compute(in_batches(images, batch_limit(tokenizer, *images.size), bits), "likelihood")
     conditional, unconditional = pieces.rows("conditional"), pieces.rows("unconditional")
     return Likelihood(conditional, unconditional, math.prod(images.size))
 
@@ -133,27 +138,6 @@ def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
     return list(images.captions)
 
 
-@torch.inference_mode()
-def _bits(
-    pipeline: Pipeline, pixels: Tensor, conditions: list[str | int], advance: Advance
-) -> dict[str, np.ndarray]:
-    """Bits (B, rows, columns) float32 of the codes of images, with their condition and without."""
-    tokenizer = pipeline.tokenizer
-    size = batch_limit(tokenizer, *pixels.shape[-2:])
-    found: dict[str, list[Tensor]] = {"conditional": [], "unconditional": []}
-    for index, images in enumerate(pixels.split(size)):
-        codes = tokenizer.encode(uint8_to_images(images.to(tokenizer.device)))
-        own = conditions[index * size : (index + 1) * size]
-        given = [each.condition for each in pipeline.conditions(own)]
-        for name, parts in found.items():
-            nats = code_log_likelihoods(
-                pipeline.transformer, codes, given, conditional=name == "conditional"
-            )
-            parts.append(-nats / math.log(2))
-        advance(len(images))
-    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
-
-
 def _classes_table(found: Likelihood, images: ImageSet) -> Table:
     rows = []
     for label, name in enumerate(images.class_names):
@@ -170,13 +154,12 @@ def _map_picture(bits: np.ndarray) -> Picture:
     """Mean bits at each position of the grid, from white (minimum) to dark blue (maximum)."""
     low, high = float(bits.min()), float(bits.max())
     share = (bits - low) / max(high - low, 1e-9)
-    white, blue = np.array([255.0, 255.0, 255.0]), np.array([8.0, 48.0, 107.0])
+    white, blue = 255.0, np.array([8.0, 48.0, 107.0])
     colours = (white + share[..., None] * (blue - white)).round().astype(np.uint8)
-    scale = max(1, _MAP_SIDE // bits.shape[1])
-    size = (bits.shape[1] * scale, bits.shape[0] * scale)
+    image, scale = Image.fromarray(colours), max(1, _MAP_SIDE // bits.shape[1])
     return Picture(
         title="Bits by position in the grid",
-        image=Image.fromarray(colours).resize(size, Image.Resampling.NEAREST),
+        image=image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST),
         note=f"White is {low:.2f} bits, dark blue {high:.2f}. Codes are generated row by row, so "
         f"later ones have more context.",
     )

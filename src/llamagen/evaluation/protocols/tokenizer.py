@@ -16,7 +16,14 @@ from torch import Tensor
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data.views import center_crop
 from llamagen.evaluation.features import ReferenceSource
-from llamagen.evaluation.image_sets import ImageSet, PiecedImages, Pieces, as_arrays, size_text
+from llamagen.evaluation.image_sets import (
+    ImageSet,
+    PiecedImages,
+    Pieces,
+    as_arrays,
+    in_batches,
+    size_text,
+)
 from llamagen.evaluation.metrics import SSIM_WINDOW, codebook_use, psnr, ssim
 from llamagen.evaluation.protocols.common import Workplace, few_warnings
 from llamagen.evaluation.report import Picture, Report, Table
@@ -102,7 +109,8 @@ def reconstruct(
         limit = batch_limit(tokenizer, height, width)
         while batch := list(itertools.islice(group, limit)):
             before = np.stack([np.asarray(image) for _, image in batch])
-            codes, decoded = encode_and_decode(tokenizer, before)
+            pixels = torch.from_numpy(before).movedim(-1, 1)
+            codes, decoded = encode_and_decode(tokenizer, pixels)
             after = as_arrays(decoded)
             measured = compare(before, after)
             for index, (path, image) in enumerate(batch):
@@ -124,10 +132,9 @@ def batch_limit(tokenizer: ImageTokenizer, height: int, width: int) -> int:
 
 
 @torch.inference_mode()
-def encode_and_decode(tokenizer: ImageTokenizer, pixels: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Return codes (B, h, w) of bytes (B, H, W, 3), and their float32 images (B, 3, H, W)."""
-    images = torch.from_numpy(pixels).movedim(-1, 1).to(tokenizer.device)
-    codes = accelerate(tokenizer).encode(uint8_to_images(images))
+def encode_and_decode(tokenizer: ImageTokenizer, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes (B, h, w) of uint8 (B, 3, H, W), and their float32 images (B, 3, H, W)."""
+    codes = accelerate(tokenizer).encode(uint8_to_images(pixels.to(tokenizer.device)))
     return codes, tokenizer.decode(codes).float()
 
 
@@ -177,32 +184,31 @@ class Reconstructions(PiecedImages):
 
         They hold images, what ``compare`` finds, LPIPS (or NaN), and the occurrences of each code.
         """
-        codebook_size = self.tokenizer.config.codebook_size
+        config = self.tokenizer.config
 
         @torch.inference_mode()
-        def piece(items: range, advance: Advance) -> dict[str, Any]:
-            originals = self.originals.read(items.start, items.stop)
-            step = batch_limit(self.tokenizer, *originals.shape[1:3])
-            parts: dict[str, list[np.ndarray]] = {}
-            counts = np.zeros(codebook_size, np.int64)
-            for start in range(0, len(originals), step):
-                before = np.array(originals[start : start + step])
-                codes, decoded = encode_and_decode(self.tokenizer, before)
-                lpips = np.full(len(before), np.nan)
-                if perceptual is not None:
-                    pixels = torch.from_numpy(before).movedim(-1, 1).to(decoded.device)
-                    distances = perceptual(uint8_to_images(pixels), decoded.clamp(-1, 1))
-                    lpips = distances.flatten().cpu().numpy()
-                images = as_arrays(decoded, self.compared_size)
-                found = {"images": images, **compare(before, as_arrays(decoded)), "lpips": lpips}
-                for name, array in found.items():
-                    parts.setdefault(name, []).append(array)
-                counts += np.bincount(codes.flatten().cpu().numpy(), minlength=codebook_size)
-                advance(len(before))
-            whole = {name: np.concatenate(each) for name, each in parts.items()}
-            return {".npz": {**whole, "counts": counts}}
+        def measure(pixels: Tensor, _: range) -> dict[str, np.ndarray]:
+            codes, decoded = encode_and_decode(self.tokenizer, pixels)
+            lpips = np.full(len(pixels), np.nan)
+            if perceptual is not None:
+                before = uint8_to_images(pixels.to(decoded.device))
+                lpips = perceptual(before, decoded.clamp(-1, 1)).flatten().cpu().numpy()
+            return {
+                "images": as_arrays(decoded, self.compared_size),
+                **compare(pixels.movedim(1, -1).numpy(), as_arrays(decoded)),
+                "lpips": lpips,
+                "codes": codes.cpu().numpy(),
+            }
 
-        self.pieces.compute(piece, "reconstructing")
+        limit = batch_limit(self.tokenizer, *self.originals.size)
+        make = in_batches(self.originals, limit, measure)
+
+        def make_piece(items: range, advance: Advance) -> dict[str, Any]:
+            found = make(items, advance)[".npz"]
+            counts = np.bincount(found.pop("codes").flatten(), minlength=config.codebook_size)
+            return {".npz": {**found, "counts": counts}}
+
+        self.pieces.compute(make_piece, "reconstructing")
 
 
 def evaluate_tokenizer(
