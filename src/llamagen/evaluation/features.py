@@ -188,7 +188,7 @@ def read_statistics(path: Path) -> tuple[FeatureStatistics, FeatureStatistics | 
     count = int(image_sets.read_array(path, "count")) if "count" in names else None
 
     def statistics(mean: str, covariance: str) -> FeatureStatistics:
-        arrays = [image_sets.read_array(path, name) for name in (mean, covariance)]
+        arrays = image_sets.read_array(path, mean), image_sets.read_array(path, covariance)
         if not all(np.isfinite(array).all() for array in arrays):
             raise InputError(f"{mean} or {covariance} in {path} hold NaN or infinity")
         try:

@@ -5,6 +5,7 @@ Shapes: N, M features of D numbers, or N images.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -46,8 +47,7 @@ class FeatureStatistics:
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(f"mean {mean.shape} and covariance {covariance.shape} do not fit")
         made = cls(len(mean))
-        made.count = count
-        made.mean = mean.astype(np.float64)
+        made.count, made.mean = count, mean.astype(np.float64)
         made._scatter = covariance.astype(np.float64) * (count - 1)
         return made
 
@@ -64,11 +64,7 @@ class FeatureStatistics:
         return self._scatter / (self.count - 1)
 
     def update(self, features: np.ndarray) -> Self:
-        """Add features (N, D) of any float type; return itself.
-
-        Raises:
-            ValueError: they have another width, or hold NaN or infinity.
-        """
+        """Add finite features (N, D) of any float type; return itself."""
         if features.ndim != 2:
             raise ValueError(f"features of shape {features.shape}, expected (N, D)")
         if features.shape[1] != self.width:
@@ -105,10 +101,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The trace of (A B)^(1/2) is the sum of the singular values of A^(1/2) B^(1/2): both roots are
     symmetric, so nothing becomes complex, and covariances without full rank (fewer images than
-    features) need no offset.
-
-    Raises:
-        ValueError: the features have different widths, or one side has fewer than two.
+    features) need no offset. ValueError if widths differ, or a side has fewer than two features.
     """
     if a.width != b.width:
         raise ValueError(f"features of widths {a.width} and {b.width} cannot be compared")
@@ -132,9 +125,6 @@ def inception_score(probabilities: np.ndarray, *, split: int = 5000) -> float:
 
     Each split of the rows (N, classes) has its own p(y): images must come in random class order.
     Splits are by default as large as in ADM's evaluator; the last may have fewer images.
-
-    Raises:
-        ValueError: there are no images, or ``split`` is not positive.
     """
     if probabilities.ndim != 2 or len(probabilities) == 0:
         raise ValueError(f"probabilities of shape {probabilities.shape}, expected (N, classes)")
@@ -159,9 +149,6 @@ def kernel_distance(
     This is the squared maximum mean discrepancy of features (N, D) and (M, D), with the kernel
     (x . y / D + 1)^3: its mean, which is unbiased and so perhaps a little below zero, and its
     spread over the subsets. They are without repetition, and limited to the smaller side.
-
-    Raises:
-        ValueError: the widths differ, or a side has fewer than two features.
     """
     _require_same_width(a, b)
     size = min(subset_size, len(a), len(b))
@@ -202,13 +189,9 @@ def precision_recall(
     As in Kynkaanniemi et al. 2019: each set of features, (N, D) and (M, D), has a manifold, which
     is a ball around each member as large as the distance to its k-th nearest neighbour in the set.
     Distances are computed on ``device``, in float32 around the reference's mean.
-
-    Raises:
-        ValueError: the widths differ, or a set has not more than ``neighbours`` members.
     """
     _require_same_width(samples, reference)
-    fewest = min(len(samples), len(reference))
-    if fewest <= neighbours:
+    if (fewest := min(len(samples), len(reference))) <= neighbours:
         raise ValueError(f"{fewest} features have no {neighbours} neighbours each")
     a, b = (each.to(device) for each in _centred(samples, reference))
     return PrecisionRecall(
@@ -290,22 +273,18 @@ def ssim(a: np.ndarray, b: np.ndarray, *, data_range: float = 255.0) -> np.ndarr
     _require_same_shape("images", a, b)
     if min(a.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(f"images of {a.shape[2]}x{a.shape[1]} are smaller than the 7x7 window")
+    means = functools.partial(F.avg_pool2d, kernel_size=SSIM_WINDOW, stride=1)
     x, y = (torch.from_numpy(i.astype(np.float64)).movedim(-1, 1) for i in (a, b))
-    mean_x, mean_y = _window_means(x), _window_means(y)
+    mean_x, mean_y = means(x), means(y)
     unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
-    var_x = unbiased * (_window_means(x * x) - mean_x**2)
-    var_y = unbiased * (_window_means(y * y) - mean_y**2)
-    covariance = unbiased * (_window_means(x * y) - mean_x * mean_y)
+    var_x = unbiased * (means(x * x) - mean_x**2)
+    var_y = unbiased * (means(y * y) - mean_y**2)
+    covariance = unbiased * (means(x * y) - mean_x * mean_y)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
         (mean_x**2 + mean_y**2 + c1) * (var_x + var_y + c2)
     )
     return similarity.mean(dim=(1, 2, 3)).numpy()
-
-
-def _window_means(x: Tensor) -> Tensor:
-    """Mean over each window inside the image."""
-    return F.avg_pool2d(x, SSIM_WINDOW, stride=1)
 
 
 def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
@@ -336,5 +315,4 @@ def codebook_use(counts: np.ndarray) -> tuple[float, float]:
     if total == 0:
         raise ValueError("there are no codes")
     frequencies = counts[counts > 0].astype(np.float64) / total
-    entropy = -(frequencies * np.log(frequencies)).sum()
-    return float((counts > 0).mean()), float(np.exp(entropy))
+    return float((counts > 0).mean()), float(np.exp(-(frequencies * np.log(frequencies)).sum()))

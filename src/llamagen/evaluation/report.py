@@ -23,6 +23,7 @@ from PIL import Image
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import importing
+from llamagen.support.pictures import image_bytes
 
 JSON_NAME = "report.json"
 PAGE_NAME = "report.html"
@@ -178,13 +179,12 @@ def value_text(value: object) -> str:
 
 def column_texts(values: Sequence[object]) -> list[str]:
     """Return the cells of a column; its measured numbers have the same number of decimals."""
-    texts = [value_text(value) for value in values]
+    texts = list(map(value_text, values))
     rounded = [text for value, text in zip(values, texts, strict=True) if _is_finite(value)]
     decimals = max((len(text.partition(".")[2]) for text in rounded), default=0)
     if decimals == 0 or any("e" in text for text in rounded):
         return texts
-    cells = zip(values, texts, strict=True)
-    return [f"{value:,.{decimals}f}" if _is_finite(value) else text for value, text in cells]
+    return [f"{v:,.{decimals}f}" if _is_finite(v) else value_text(v) for v in values]
 
 
 def setting_text(value: object) -> str:
@@ -235,10 +235,8 @@ def _picture(image: Image.Image) -> dict[str, Any]:
     factor = max(1, _SMALL // max(image.size))
     if image.mode not in _PNG_MODES:
         image = image.convert("RGB")
-    file = io.BytesIO()
-    image.save(file, "PNG")
     return {
-        "address": _address(file.getvalue(), "image/png"),
+        "address": _address(image_bytes(image, "png"), "image/png"),
         "is_small": max(image.size) <= _SMALL,
         "size": (image.width * factor, image.height * factor),
     }

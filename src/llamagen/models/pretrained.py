@@ -266,7 +266,7 @@ def digest(
     for name, tensor in sorted(weights):
         whole.update(name.encode())
         values = tensor.detach().to("cpu", dtype).flatten()
-        whole.update(values.view(torch.uint8).numpy())
+        whole.update(values.view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:16]
 
 

@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
-from llamagen.models.pretrained import digest, is_repo_id
+from llamagen.models.pretrained import digest
 from llamagen.support.errors import InputError
 from llamagen.text.cleaning import clean_caption
-from llamagen.text.transformers_library import import_transformers, loading, quietly
+from llamagen.text.transformers_library import import_transformers, load_pretrained, quietly
 
 TOKENS_AT_ONCE = 4096
 """Default number of tokens of a batch."""
-_REMEDY = "give a folder or hub repository with an encoder of the T5 family and its tokenizer"
 _BYTE_TOKENS = 384
 """Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
 
@@ -65,19 +64,10 @@ class TextEncoder(nn.Module):
         InputError if there is no such encoder, or packages are not installed.
         """
         config = config or TextConfig()
-        transformers = import_transformers("text encoders need")
-        source = config.encoder
-        if not Path(source).is_dir() and not is_repo_id(source):
-            raise InputError(
-                f"text encoder {source} is no folder and no hub repository (owner/name)"
-            )
-        with loading("text encoder", source, remedy=_REMEDY):
-            family = transformers.AutoConfig.from_pretrained(source).model_type
-            if family not in ("t5", "mt5", "umt5"):
-                raise InputError(f"text encoder {source} is of the family {family}, expected t5")
-            kind = getattr(transformers, f"{family.upper()}EncoderModel")
-            model = kind.from_pretrained(source, dtype=dtype)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        families, who = ("t5", "mt5", "umt5"), "text encoders need"
+        model, tokenizer, _ = load_pretrained(
+            "text encoder", config.encoder, "EncoderModel", families, who=who, dtype=dtype
+        )
         return cls(model.to(device).eval(), tokenizer, config)
 
     @classmethod

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
-from llamagen.models.pretrained import hub_errors
+from llamagen.models.pretrained import hub_errors, is_repo_id
 from llamagen.support.errors import InputError, importing, one_line
 
 
@@ -35,17 +36,34 @@ def quietly() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@contextlib.contextmanager
-def loading(what: str, source: str, *, remedy: str) -> Iterator[None]:
-    """Load a model in the block, without progress bars; every error becomes an InputError.
+def load_pretrained(
+    what: str, source: str, kind: str, families: Sequence[str], *, who: str, dtype: torch.dtype
+) -> tuple[Any, Any, list[str]]:
+    """Return a model, its tokenizer, and the names of its weights that are missing.
 
-    Messages start with ``what``, a noun, and the folder or hub repository, and end with ``remedy``.
+    ``source`` is a folder or hub repository with a model of one of ``families``; ``kind`` is its
+    class without the family. Errors name it as ``what``; see ``import_transformers`` for ``who``.
     """
+    transformers = import_transformers(who)
+    is_local = Path(source).is_dir()
+    if not is_local and not is_repo_id(source):
+        raise InputError(f"{what} {source} is no folder and no hub repository (owner/name)")
     try:
-        with quietly(), contextlib.nullcontext() if Path(source).is_dir() else hub_errors(source):
-            yield
+        with quietly(), contextlib.nullcontext() if is_local else hub_errors(source):
+            family = transformers.AutoConfig.from_pretrained(source).model_type
+            if family not in families:
+                raise InputError(
+                    f"{what} {source} is of the family {family}, expected {families[0]}"
+                )
+            model, found = getattr(transformers, f"{family.upper()}{kind}").from_pretrained(
+                source, dtype=dtype, output_loading_info=True
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = one_line(error)[:300]
-        raise InputError(f"{what} {source} cannot be loaded ({reason}); {remedy}") from error
+        raise InputError(
+            f"{what} {source} cannot be loaded ({one_line(error)[:300]}); give a folder or hub "
+            f"repository with a model of the family {families[0]} and its tokenizer"
+        ) from error
+    return model, tokenizer, sorted(found["missing_keys"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,7 +44,6 @@ class ClassifierConfig:
     """Architecture of the classifier."""
 
     classes: int
-    """Number of classes."""
     size: int = 32
     """Side in pixels that images are resized to."""
     channels: tuple[int, ...] = (16, 32, 64, 128)
@@ -183,9 +182,7 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         model = Classifier(config).to(device)
-    for _ in _steps(model, pixels, labels, rows, folder, training):
-        if progress is not None:
-            progress(1)
+    _train(model, pixels, labels, rows, folder, training, progress)
     model.eval()
     model.labels = Labels(images.class_names)
     with torch.inference_mode():
@@ -200,14 +197,15 @@ def train_classifier(
     return model
 
 
-def _steps(
+def _train(
     model: Classifier,
     pixels: Tensor,
     labels: Tensor,
     rows: Tensor,
     folder: Path,
     training: ClassifierTraining,
-) -> Iterator[int]:
+    progress: Callable[[int], object] | None,
+) -> None:
     """Train on some rows, from the step where an interrupted training in the folder stopped."""
     device, dtype = model.device, find_dtype(None, model.device)
     optimizer = torch.optim.AdamW(
@@ -218,13 +216,10 @@ def _steps(
         optimizer, training.lr, training.steps + 1, pct_start=0.2, cycle_momentum=False
     )
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    about = {
-        "config": dataclasses.asdict(model.config),
-        "training": dataclasses.asdict(training),
-        "count": len(rows),
-    }
-    size = min(training.batch_size, len(rows))
-    batches = DataOrder(count=len(rows), batch_size=size, seed=training.seed)
+    config, how = dataclasses.asdict(model.config), dataclasses.asdict(training)
+    about = {"config": config, "training": how, "count": len(rows)}
+    count, size = len(rows), min(training.batch_size, len(rows))
+    batches = DataOrder(count=count, batch_size=size, seed=training.seed)
     first = 0
     if (folder / _STATE_NAME).is_file():
         state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
@@ -245,7 +240,8 @@ def _steps(
         loss.backward()
         optimizer.step()
         schedule.step()
-        yield step
+        if progress is not None:
+            progress(1)
         if (step + 1) % _SAVE_EVERY == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             with storage.atomic_file(folder / _STATE_NAME) as temporary:

@@ -16,16 +16,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llamagen.evaluation.features import require_images
-from llamagen.models.pretrained import digest, is_repo_id
+from llamagen.models.pretrained import digest
 from llamagen.support.errors import InputError
-from llamagen.text.transformers_library import import_transformers, loading
+from llamagen.text.transformers_library import load_pretrained
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"
 """The model of most published CLIP scores."""
 CAPTION_PREFIX = "A photo depicts "
 """Precedes every caption in the CLIP score (arXiv 2104.08718, section 3)."""
-
-_REMEDY = "give a folder or hub repository with its weights and its tokenizer"
 
 # Of the images that CLIP was trained on, in [0, 1].
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -50,25 +48,15 @@ class ClipEncoder(nn.Module):
     ) -> Self:
         """Load CLIP in float32 from a folder of ``transformers`` or a hub repository "owner/name".
 
-        Raises:
-            InputError: there is no such model, it is of another family, it cannot be downloaded,
-                or the packages that it takes are not installed.
+        InputError if there is no such model, or packages are not installed.
         """
-        transformers = import_transformers("the CLIP score needs")
         folder = Path(source).expanduser()
         where = str(folder) if folder.is_dir() else str(source)
-        if not folder.is_dir() and not is_repo_id(where):
-            raise InputError(f"CLIP {where} is no folder and no hub repository (owner/name)")
-        with loading("CLIP", where, remedy=_REMEDY):
-            family = transformers.AutoConfig.from_pretrained(where).model_type
-            if family != "clip":
-                raise InputError(f"{where} holds a model of the family {family}, expected clip")
-            model, found = transformers.CLIPModel.from_pretrained(
-                where, dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        model, tokenizer, missing = load_pretrained(
+            "CLIP", where, "Model", ("clip",), who="the CLIP score needs", dtype=torch.float32
+        )
         # Missing weights are initialised at random, with no more than a warning.
-        if missing := sorted(found["missing_keys"]):
+        if missing:
             raise InputError(f"{where} lacks weights of CLIP, as {missing[0]}; download it again")
         return cls(model.to(device), tokenizer, str(source))
 
@@ -98,8 +86,7 @@ class ClipEncoder(nn.Module):
         require_images(images)
         if len(images) == 0:
             return torch.empty(0, self.width, device=self.device)
-        side = int(self.model.config.vision_config.image_size)
-        pixels = _prepare(images, side).to(self.device)
+        pixels = _prepare(images, self.model.config.vision_config.image_size).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             pooled = self.model.vision_model(pixel_values=pixels).pooler_output
             return F.normalize(self.model.visual_projection(pooled), dim=-1)
@@ -116,13 +103,12 @@ class ClipEncoder(nn.Module):
             [prefix + text for text in texts],
             padding=True,
             truncation=True,
-            max_length=int(self.model.config.text_config.max_position_embeddings),
+            max_length=self.model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
         with torch.autocast(self.device.type, enabled=False):
-            pooled = self.model.text_model(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            ).pooler_output
+            pooled = self.model.text_model(input_ids=ids, attention_mask=mask).pooler_output
             return F.normalize(self.model.text_projection(pooled), dim=-1)
 
 

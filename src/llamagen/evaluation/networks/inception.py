@@ -55,7 +55,7 @@ class _Layer(NamedTuple):
     padded: bool = True
 
 
-_Branches = Mapping[str, tuple[_Layer | tuple[_Layer, _Layer], ...]]
+_Branches = Mapping[str, tuple[_Layer | Mapping[str, _Layer], ...]]
 """Over the same input; layers one after another, and at the end perhaps a pair side by side."""
 _Pool = Callable[[Tensor], Tensor]
 _Plan = tuple[_Branches, _Pool, int | None]
@@ -68,7 +68,7 @@ _halved = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 _3x3, _5x5 = (3, 3), (5, 5)
 _1x7, _7x1 = (1, 7), (7, 1)
-_FORK = (_Layer(384, (1, 3)), _Layer(384, (3, 1)))
+_FORK = {"a": _Layer(384, (1, 3)), "b": _Layer(384, (3, 1))}
 
 
 def _at_35(pooled: int) -> _Plan:
@@ -162,12 +162,9 @@ class InceptionV3(nn.Module):
         """
         path = _locate(source)
         try:
+            found = weights.read(path)
             # Some conversions have counters of the training.
-            state = {
-                name: tensor
-                for name, tensor in weights.read(path).items()
-                if not name.endswith(".num_batches_tracked")
-            }
+            state = {k: v for k, v in found.items() if not k.endswith(".num_batches_tracked")}
             model = weights.build(cls, state, source=str(path), kind="Inception-v3 of 2015")
         except InputError as error:
             raise InputError(f"{error}; {_REMEDY}") from error
@@ -183,8 +180,7 @@ class InceptionV3(nn.Module):
         """Return features of uint8 (B, 3, H, W), in float32 also under autocast, without TF32.
 
         2048 pooled numbers at least 0 for FID, precision and recall; 2023 for sFID: 17 rows of 17
-        positions of 7 channels; 1008 logits without the bias that the last layer has. InputError if
-        the images are of another type or shape.
+        positions of 7 channels; 1008 logits without the bias that the last layer has.
         """
         require_images(images)
         with torch.autocast(images.device.type, enabled=False), _exact_convolutions(images.device):
@@ -217,14 +213,11 @@ class _Block(nn.Module):
             for number, step in enumerate(steps, start=1):
                 # As the public file calls them.
                 name = branch if len(steps) == 1 else f"{branch}_{number}"
-                if isinstance(step, _Layer):
-                    layers = {name: step}
-                else:
-                    layers = {f"{name}a": step[0], f"{name}b": step[1]}
-                for each, layer in layers.items():
-                    self.add_module(each, _ConvUnit(width, layer))
+                layers = {"": step} if isinstance(step, _Layer) else step
+                for end, layer in layers.items():
+                    self.add_module(name + end, _ConvUnit(width, layer))
                 width = sum(layer.width for layer in layers.values())
-                names.append(list(layers))
+                names.append([name + end for end in layers])
             self._branches.append(names)
             self.width += width
         self.branch_pool = _ConvUnit(inputs, _Layer(pooled)) if pooled else nn.Identity()
@@ -287,13 +280,12 @@ def _exact_convolutions(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    switch: tuple[Any, str, Any] = (torch.backends.cudnn, "allow_tf32", False)
+    cudnn: Any = torch.backends.cudnn
     # torch does not let its old switch be used once somebody has used the new one.
-    if hasattr(torch.backends.cudnn, "conv"):
-        switch = (torch.backends.cudnn.conv, "fp32_precision", "ieee")
-    owner, name, exact = switch
+    is_new = hasattr(cudnn, "conv")
+    owner, name = (cudnn.conv, "fp32_precision") if is_new else (cudnn, "allow_tf32")
     before = getattr(owner, name)
-    setattr(owner, name, exact)
+    setattr(owner, name, "ieee" if is_new else False)
     try:
         yield
     finally:

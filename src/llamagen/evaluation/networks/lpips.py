@@ -8,6 +8,7 @@ Shapes: B images, C channels, H x W pixels, h x w positions of a feature map.
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,10 +104,8 @@ class Lpips(nn.Module):
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
         """Return distances (B,) of images (B, 3, H, W) in [-1, 1] to references, in float32.
 
-        Under autocast VGG16 computes in its precision, everything else in float32.
-
-        Raises:
-            InputError: the shapes differ, or a side is below 16 pixels.
+        Sides are at least 16 pixels. Under autocast VGG16 computes in its precision, everything
+        else in float32.
         """
         if images.shape != references.shape or images.ndim != 4 or images.shape[1] != 3:
             raise InputError(
@@ -145,12 +144,8 @@ def load_lpips(source: Path | None = None) -> Lpips:
 
     ``source`` is a file with all weights (``save_lpips``), or a folder with that file or with the
     two public ones. Without it they are taken from the cache (``storage.cache_folder``), or
-    downloaded into it. Several processes at once each download for themselves, so let one of them
-    go first.
-
-    Raises:
-        FileNotFoundError: there is no such file or folder.
-        InputError: a file is damaged or another one, or the download failed.
+    downloaded into it; for several processes see ``weights.cached``. FileNotFoundError or
+    InputError if a file is missing or damaged, or the download failed.
     """
     if source is not None:
         return _from_files(_local_files(Path(source).expanduser()))
@@ -173,9 +168,7 @@ def load_lpips(source: Path | None = None) -> Lpips:
 def save_lpips(model: Lpips, path: Path) -> None:
     """Write all weights atomically into one .safetensors file, which ``load_lpips`` reads."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    content = safetensors.torch.save(state, metadata={"format": "pt"})
-    with storage.atomic_file(path) as temporary:
-        temporary.write_bytes(content)
+    storage.write_bytes(path, safetensors.torch.save(state, metadata={"format": "pt"}))
 
 
 def _local_files(source: Path) -> list[Path]:
@@ -195,12 +188,8 @@ def _local_files(source: Path) -> list[Path]:
 
 def _from_files(paths: list[Path]) -> Lpips:
     """The network whose weights ``paths`` hold together, without VGG16's classifier."""
-    tensors = {
-        name: tensor
-        for path in paths
-        for name, tensor in weights.read(path).items()
-        if not name.startswith("classifier.")
-    }
+    found = itertools.chain.from_iterable(weights.read(path).items() for path in paths)
+    tensors = {name: tensor for name, tensor in found if not name.startswith("classifier.")}
     source = " and ".join(map(str, paths))
     for part, prefix in (("VGG16", "features."), ("the heads of LPIPS", "lin")):
         if not any(name.startswith(prefix) for name in tensors):

@@ -48,12 +48,9 @@ def writable_cache(purpose: str) -> Path:
 def cached(file: PublicFile, *, purpose: str, remedy: str) -> Path:
     """Return the file in the cache, downloaded if it is not there.
 
-    Several processes at once each download for themselves, so let one of them go first. Errors name
-    the purpose of the file and a remedy, which the user has without it.
-
-    Raises:
-        InputError: the download failed, or the cache holds another file under this name.
-        OSError: the disk is full.
+    Several processes at once each download for themselves, so let one of them go first. InputError,
+    which names the purpose of the file and a remedy, if the download failed, or the cache holds
+    another file under this name.
     """
     path = storage.cache_folder() / file.name
     if path.is_file():
@@ -115,8 +112,7 @@ def require_checksum(path: Path, sha256: str | None, *, remedy: str) -> None:
 def read(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a .pth or .safetensors file by name, on the CPU.
 
-    Raises:
-        InputError: it is damaged, holds something else, or asks to run code.
+    InputError if it is damaged, holds something else, or asks to run code.
     """
     with path.open("rb") as file:
         start = file.read(len(ZIP_MAGIC))

@@ -25,7 +25,7 @@ from llamagen.evaluation.report import Picture, Report
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_grid
 
-SHEET_IMAGES = 64
+_SHEET_IMAGES = 64
 _NEIGHBOUR_ROWS = 12
 _NEIGHBOURS = 4
 
@@ -67,8 +67,7 @@ class Workplace:
     def reference(self, source: ReferenceSource) -> Reference:
         """Return a reference with the features of its images; see ``features``.
 
-        Raises:
-            InputError: the statistics were made with another network, or the file is damaged.
+        InputError if its statistics are of another network.
         """
         if source.archive is not None and not self.has_inception:
             raise InputError(
@@ -81,8 +80,27 @@ class Workplace:
         assert features is not None
         return Reference(source, features, *features.statistics(), len(features))
 
-    def compare(self, report: Report, features: Features, reference: Reference) -> None:
-        """Add to a report the metrics of features, their warnings, and the reference."""
+    def compare(
+        self,
+        report: Report,
+        images: ImageSet,
+        source: ReferenceSource,
+        what: str,
+        *,
+        shuffled: bool = False,
+        neighbours: bool = True,
+    ) -> tuple[Features, Reference]:
+        """Add the metrics of images, their warnings and their reference to a report.
+
+        ``shuffled`` scores them in random order, ``neighbours`` adds ``neighbours_sheets``. Return
+        their features, and the reference with its own.
+        """
+        features, reference = self.features(images, what), self.reference(source)
+        if neighbours:
+            report.pictures += neighbours_sheets(images, features, reference)
+        if shuffled:
+            order = np.random.default_rng(0).permutation(len(features))
+            features = dataclasses.replace(features, probabilities=features.probabilities[order])
         scores = self.score(features, reference)
         report.metrics |= scores.metrics
         report.warnings += scores.warnings
@@ -91,6 +109,7 @@ class Workplace:
             "images": "not said by the file" if reference.count is None else reference.count,
             "network": self.network.name,
         }
+        return features, reference
 
     def score(self, features: Features, reference: Reference) -> Scores:
         """Compute all metrics of features, which come in random class order.
@@ -148,8 +167,8 @@ def samples_sheet(
     images: ImageSet, captions: Sequence[str] = (), title: str = "Samples"
 ) -> Picture:
     """Return a sheet of the first images of a set."""
-    count = min(len(images), SHEET_IMAGES)
-    sheet = _grid(list(images.read(0, count)), columns=8, captions=captions[:count])
+    count = min(len(images), _SHEET_IMAGES)
+    sheet = grid(list(images.read(0, count)), columns=8, captions=captions[:count])
     return Picture(title=title, image=sheet, note="The first ones, not picked.")
 
 
@@ -165,7 +184,7 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
     for row, image in zip(found.tolist(), images.read(0, count), strict=True):
         arrays += [image, *(reference.source.images.read(i, i + 1)[0] for i in row)]
         captions += ["sample", *(f"#{index}" for index in row)]
-    sheet = _grid(arrays, columns=2 * (found.shape[1] + 1), captions=captions)
+    sheet = grid(arrays, columns=2 * (found.shape[1] + 1), captions=captions)
     note = (
         "In the network's feature space, by number in the reference. A sample that equals one of "
         "them was memorised."
@@ -173,10 +192,12 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
     return [Picture(title="Nearest reference images", image=sheet, note=note)]
 
 
-def _grid(arrays: list[np.ndarray], *, columns: int, captions: Sequence[str]) -> Image.Image:
-    """A sheet of images, all at the size of the first."""
+def grid(
+    arrays: list[np.ndarray], *, columns: int, captions: Sequence[str], like: int = 0
+) -> Image.Image:
+    """Return a sheet of images, all at the size of the one with number ``like``."""
     images = [Image.fromarray(np.array(array)) for array in arrays]
-    size = images[0].size
+    size = images[like].size
     images = [image if image.size == size else image.resize(size) for image in images]
     return image_grid(images, columns=columns, captions=captions or None, scale=None)
 

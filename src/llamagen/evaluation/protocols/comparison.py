@@ -15,14 +15,7 @@ from llamagen.evaluation.features import ReferenceSource, write_statistics
 from llamagen.evaluation.image_sets import ImageSet, Pieces, in_batches, size_text, write_images
 from llamagen.evaluation.metrics import clip_score
 from llamagen.evaluation.networks.clip import ClipEncoder
-from llamagen.evaluation.protocols.common import (
-    SHEET_IMAGES,
-    Scores,
-    Workplace,
-    few_warnings,
-    neighbours_sheets,
-    samples_sheet,
-)
+from llamagen.evaluation.protocols.common import Scores, Workplace, few_warnings, samples_sheet
 from llamagen.evaluation.report import Curve, Report, Table
 from llamagen.evaluation.samples import PUBLISHED, SIZE, SamplePlan, draw_samples
 from llamagen.pipeline import Pipeline
@@ -56,17 +49,14 @@ def evaluate_classes(
 
     Images and features that are in the folder are not computed again; by default as many images are
     generated at once as fit into memory. A reference of images has the size of the samples, which
-    are also written to ``npz`` in the form of ADM's evaluator. InputError if model, reference,
-    network and folder do not fit together.
+    are also written to ``npz`` in the form of ADM's evaluator.
     """
     samples = draw_samples(pipeline, plan, place.out / _SAMPLES_FOLDER, batch_size=batch_size)
     if npz is not None and distributed.is_main():
         write_images(npz, samples, samples.labels)
-    features = place.features(samples, "samples")
-    compared = place.reference(reference)
     labels = pipeline.labels
     assert labels is not None
-    names = [labels.name(int(prompt)) for prompt in plan.prompts[:SHEET_IMAGES]]
+    names = [labels.name(int(prompt)) for prompt in plan.prompts]
     warnings = few_warnings(len(samples), 50_000, "samples")
     if place.has_inception and reference.archive is None:
         warnings.append(
@@ -79,9 +69,9 @@ def evaluate_classes(
         samples=samples.about(pipeline) | {"classes": plan.order},
         settings=_settings(pipeline, plan),
         warnings=warnings + _size_warnings(samples, reference.images, "samples"),
-        pictures=[samples_sheet(samples, names), *neighbours_sheets(samples, features, compared)],
+        pictures=[samples_sheet(samples, names)],
     )
-    place.compare(report, features, compared)
+    features, _ = place.compare(report, samples, reference, "samples")
     if place.has_inception:
         report.tables.append(_PUBLISHED)
     elif reference.images is not None and set(reference.images.class_names) == set(labels.names):
@@ -161,8 +151,7 @@ def evaluate_texts(
     """Generate an image of each caption and compare; called in every process of a run.
 
     Without ``place`` or ``reference``, the captions' own images, the FID is left out; without
-    ``clip`` the CLIP score. See ``evaluate_classes``. InputError if model, captions, reference and
-    folder do not fit together.
+    ``clip`` the CLIP score. See ``evaluate_classes``.
     """
     prompts = [str(prompt) for prompt in plan.prompts]
     pipeline.check_prompts(prompts)
@@ -176,15 +165,11 @@ def evaluate_texts(
         pictures=[samples_sheet(samples, prompts)],
     )
     if place is not None and reference is not None:
-        features = place.features(samples, "samples")
-        compared = place.reference(reference)
-        which = "captions", "COCO's val2014"
-        report.warnings += few_warnings(len(samples), 30_000, *which)
+        report.warnings += few_warnings(len(samples), 30_000, "captions", "COCO's val2014")
         if samples.size != (SIZE, SIZE):
             found = size_text(samples.size)
             report.warnings.append(f"images are compared at {found}, not at {SIZE}x{SIZE}")
-        report.pictures += neighbours_sheets(samples, features, compared)
-        place.compare(report, features, compared)
+        place.compare(report, samples, reference, "samples")
     if clip is not None:
         report.metrics["clip_score"] = _mean_clip_score(samples, prompts, clip, out)
         report.settings["clip"] = clip.name
@@ -201,15 +186,9 @@ def evaluate_folder(
     """Compare two sets of images; called in every process of a run.
 
     The reference's statistics are written to ``save_reference`` in the form of ADM's evaluator.
-    InputError if images, reference and network do not fit together.
     """
-    features = place.features(images, "images")
-    compared = place.reference(reference)
-    if save_reference is not None:
-        if compared.features is None or reference.archive is not None:
-            raise InputError(f"{reference.name} holds statistics already")
-        if distributed.is_main():
-            write_statistics(save_reference, compared.features)
+    if save_reference is not None and reference.archive is not None:
+        raise InputError(f"{reference.name} holds statistics already")
     report = Report(
         protocol="folder",
         title=f"{images.name} against {reference.name}",
@@ -223,11 +202,11 @@ def evaluate_folder(
         warnings=_size_warnings(images, reference.images, "images"),
         pictures=[samples_sheet(images, title="Images")],
     )
-    report.pictures += neighbours_sheets(images, features, compared)
     # Folders come in class order, which the Inception Score's splits must not.
-    order = np.random.default_rng(0).permutation(len(features))
-    shuffled = dataclasses.replace(features, probabilities=features.probabilities[order])
-    place.compare(report, shuffled, compared)
+    _, compared = place.compare(report, images, reference, "images", shuffled=True)
+    if save_reference is not None and distributed.is_main():
+        assert compared.features is not None
+        write_statistics(save_reference, compared.features)
     return report
 
 

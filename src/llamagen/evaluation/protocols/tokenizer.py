@@ -25,14 +25,13 @@ from llamagen.evaluation.image_sets import (
     size_text,
 )
 from llamagen.evaluation.metrics import SSIM_WINDOW, codebook_use, psnr, ssim
-from llamagen.evaluation.protocols.common import Workplace, few_warnings
+from llamagen.evaluation.protocols.common import Workplace, few_warnings, grid
 from llamagen.evaluation.report import Picture, Report, Table
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
 from llamagen.support.artifact import Advance
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
-from llamagen.support.pictures import image_grid
 
 _SHEET_IMAGES = 24
 _RENAMED = {"fid": "rfid", "sfid": "rsfid"}
@@ -75,11 +74,8 @@ def prepare(
     """Crop an RGB image so that its sides are multiples of a tokenizer's ``downsampling``.
 
     To the middle square of side ``size``, as in the published evaluation; without it by less than
-    ``downsampling`` pixels a side, once the long side was shrunk to ``max_side``.
-
-    Raises:
-        InputError: ``size`` is not a positive multiple of the downsampling, or the image is
-            smaller than one code.
+    ``downsampling`` pixels a side, once the long side was shrunk to ``max_side``. InputError if
+    ``size`` is no such multiple, or the image is smaller than one code.
     """
     if size is not None:
         if size < 1 or size % downsampling:
@@ -222,8 +218,7 @@ def evaluate_tokenizer(
     """Reconstruct images and compare them with themselves; called in every process of a run.
 
     ``name`` is the tokenizer's. The reference for rFID are the images themselves, at the size they
-    are compared at. Without ``place`` rFID is left out, without ``perceptual`` LPIPS. InputError if
-    tokenizer, images and network do not fit together.
+    are compared at. Without ``place`` rFID is left out, without ``perceptual`` LPIPS.
     """
     reconstructions.compute(perceptual)
     originals, tokenizer = reconstructions.originals, reconstructions.tokenizer
@@ -248,10 +243,9 @@ def evaluate_tokenizer(
         pictures=[_sheet(reconstructions, decibels)],
     )
     if place is not None:
-        features = place.features(reconstructions, "reconstructions")
-        place.compare(report, features, place.reference(reference))
+        place.compare(report, reconstructions, reference, "reconstructions", neighbours=False)
         report.metrics = {_RENAMED.get(key, key): value for key, value in report.metrics.items()}
-        if place.network.name.startswith("Inception"):
+        if place.has_inception:
             report.tables.append(_PUBLISHED)
     counts = [pieces.read_npz(piece)["counts"] for piece in range(len(pieces))]
     usage, perplexity = codebook_use(np.sum(counts, axis=0))
@@ -271,32 +265,30 @@ def evaluate_tokenizer(
 def _protocol_warnings(originals: ImageSet, reference: ReferenceSource) -> list[str]:
     """Differences from the published protocol."""
     warnings = []
-    compared = "reconstructions are compared with"
     instead = f"{reference.name}, not with the images they were made of"
     if reference.archive is not None:
-        published = "VQ-16 then gets 4.28 instead of its published 2.19"
-        warnings.append(f"{compared} the statistics in {instead}: {published}")
+        warnings.append(
+            f"reconstructions are compared with the statistics in {instead}: VQ-16 then gets 4.28 "
+            f"instead of its published 2.19"
+        )
     elif reference.name != originals.name:
-        warnings.append(f"{compared} {instead}")
+        warnings.append(f"reconstructions are compared with {instead}")
     if (found := originals.enlarged_from) is not None:
         warnings.append(
             f"images of {size_text(found)} pixels were enlarged to {size_text(originals.size)}, "
             f"which are easier to reconstruct"
         )
-    which = "images", "ImageNet's validation images"
-    return warnings + few_warnings(len(originals), 50_000, *which)
+    protocol = few_warnings(len(originals), 50_000, "images", "ImageNet's validation images")
+    return warnings + protocol
 
 
 def _sheet(reconstructions: Reconstructions, decibels: np.ndarray) -> Picture:
     count = min(len(reconstructions), _SHEET_IMAGES)
-    sides = [each.read(0, count) for each in (reconstructions.originals, reconstructions)]
-    pictures, captions = [], []
-    for before, after, value in zip(*sides, decibels[:count], strict=True):
-        image = Image.fromarray(after)
-        pictures += [Image.fromarray(before).resize(image.size), image]
-        captions += ["original", f"{value:.1f} dB"]
+    sides = (each.read(0, count) for each in (reconstructions.originals, reconstructions))
+    arrays = list(itertools.chain.from_iterable(zip(*sides, strict=True)))
+    captions = [text for value in decibels[:count] for text in ("original", f"{value:.1f} dB")]
     return Picture(
         title="Originals and reconstructions",
-        image=image_grid(pictures, columns=8, captions=captions, scale=None),
+        image=grid(arrays, columns=8, captions=captions, like=-1),
         note="The first ones, not picked.",
     )
