@@ -268,7 +268,7 @@ def measure(
         "frechet": {name: bench.frechet(judged) for name, (judged, _, _) in sets.items()},
         "copies": copies(bench, samples[first], restored[evenly(len(restored), JUDGED)]),
         "psnr": float(psnr(real, restored).mean()),
-        "codebook": codebook_use(used)._asdict(),
+        "codebook": dict(zip(("usage", "perplexity"), codebook_use(used), strict=True)),
     }
     print_table(["measure", "value"], flattened(results))
     print(f"the nearest training images are in {bench.work / PAIRS_NAME}")

@@ -150,7 +150,7 @@ def kernel_distance(
     (x . y / D + 1)^3: its mean, which is unbiased and so perhaps a little below zero, and its
     spread over the subsets. They are without repetition, and limited to the smaller side.
     """
-    _require_same_width(a, b)
+    _require_same_shape("features", a, b, 1)
     size = min(subset_size, len(a), len(b))
     if size < 2:
         raise ValueError(f"{size} features are too few, expected at least 2")
@@ -190,7 +190,7 @@ def precision_recall(
     is a ball around each member as large as the distance to its k-th nearest neighbour in the set.
     Distances are computed on ``device``, in float32 around the reference's mean.
     """
-    _require_same_width(samples, reference)
+    _require_same_shape("features", samples, reference, 1)
     if (fewest := min(len(samples), len(reference))) <= neighbours:
         raise ValueError(f"{fewest} features have no {neighbours} neighbours each")
     a, b = (each.to(device) for each in _centred(samples, reference))
@@ -205,11 +205,6 @@ def nearest(queries: np.ndarray, known: np.ndarray, *, count: int = 1) -> np.nda
     a, b = _centred(queries, known)
     distances = (_squared_distances(rows, b) for rows in a.split(_BLOCK))
     return torch.cat([each.topk(count, largest=False).indices for each in distances]).numpy()
-
-
-def _require_same_width(a: np.ndarray, b: np.ndarray) -> None:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"features of shapes {a.shape} and {b.shape} cannot be compared")
 
 
 def _centred(a: np.ndarray, b: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -300,8 +295,9 @@ def clip_score(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
     return 100.0 * np.maximum(cosines, 0.0)
 
 
-def _require_same_shape(what: str, a: np.ndarray, b: np.ndarray) -> None:
-    if a.shape != b.shape:
+def _require_same_shape(what: str, a: np.ndarray, b: np.ndarray, first: int = 0) -> None:
+    """Raise ValueError if dimensions from the ``first`` on differ."""
+    if a.ndim < 2 or a.shape[first:] != b.shape[first:]:
         raise ValueError(f"{what} of shapes {a.shape} and {b.shape} cannot be compared")
 
 

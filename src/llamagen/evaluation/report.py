@@ -31,8 +31,6 @@ PAGE_NAME = "report.html"
 _SMALL = 320
 """Images of at most this many pixels a side are enlarged by an integer factor, without blur."""
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
-_CHART_INCHES = (5.2, 3.3)
-_MARKERS = "os^D"
 _THEMES = {
     # Series are at least 3:1 to the page and differ under any of the three colour blindnesses.
     "light": ("#1c2024", "#d9dee3", ("#0f5ab2", "#d84111", "#24a269", "#ba76b7", "#4c3407")),
@@ -201,11 +199,11 @@ def draw_chart(curve: Curve, theme: str) -> str:
     from matplotlib.figure import Figure
 
     ink, grid, colours = _THEMES[theme]
-    styles = zip(itertools.cycle(colours), itertools.cycle(_MARKERS), strict=False)
+    styles = zip(itertools.cycle(colours), itertools.cycle("os^D"), strict=False)
     # Text stays text, in the reader's font; the salt makes the same chart the same bytes.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llamagen"}):
         # Not pyplot: its global state and its choice of a window system are not ours to touch.
-        figure = Figure(figsize=_CHART_INCHES, layout="constrained", facecolor="none")
+        figure = Figure(figsize=(5.2, 3.3), layout="constrained", facecolor="none")
         axes = figure.subplots()
         for points, (colour, marker) in zip(curve.series.values(), styles, strict=False):
             xs, ys = zip(*points, strict=True) if points else ((), ())

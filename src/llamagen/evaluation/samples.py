@@ -20,8 +20,6 @@ from llamagen.support.artifact import Advance
 
 _FIRST_SETTINGS = ("guidance_scale", "guidance_stop", "temperature", "top_k", "top_p")
 
-LabelOrder = Literal["balanced", "random"]
-
 SIZE = 256
 """Side in pixels at which images of published models are compared."""
 PUBLISHED = (
@@ -44,7 +42,7 @@ class SamplePlan:
 
     prompts: tuple[str | int, ...]
     """Index of a class, or a text, per image."""
-    order: LabelOrder | None = None
+    order: Literal["balanced", "random"] | None = None
     """Of classes; for reports."""
     seed: int = 0
     """Image i has this + i."""
@@ -59,7 +57,7 @@ class SamplePlan:
         pipeline: Pipeline,
         count: int,
         *,
-        order: LabelOrder = "balanced",
+        order: Literal["balanced", "random"] = "balanced",
         seed: int = 0,
         **options: Any,
     ) -> Self:
@@ -155,11 +153,8 @@ def draw_samples(
 ) -> Samples:
     """Generate the images that are not in a folder yet; called in every process of a run.
 
-    By default as many are generated at once as fit into memory.
-
-    Raises:
-        InputError: the folder is neither new nor begun with the same plan and model.
-        OSError: the disk is full, or the folder cannot be written to.
+    By default as many are generated at once as fit into memory. InputError if the folder is neither
+    new nor begun with the same plan and model.
     """
     about = {
         "model": pipeline.name,

@@ -35,13 +35,9 @@ Precision = Literal["float32", "bfloat16", "float16", "int8", "int8-all"]
 "int8-all" has keys and values in 8 bits, too."""
 
 SAMPLING = SamplingConfig(guidance_scale=4.0, top_k=2000)
-"""Measurements include guidance and top-k."""
-
 REFERENCE = "reference"
 """The model's own operations, which every backend is compared with."""
 
-BATCHES = (1, 8)
-"""Numbers of images at once that ``measure_speed`` measures."""
 _SECONDS = 2.0
 """Generation ends with the first finished row of the grid after this time."""
 
@@ -173,11 +169,11 @@ def measure_decoding(
     reference: bool = True,
     on_run: Callable[[], object] | None = None,
 ) -> list[Measurement]:
-    """Time whole images with guidance and top-k 2000.
+    """Time whole images of a class-conditional model with ``SAMPLING``.
 
     For each number of images at once all precisions run in turn, and before them the reference in
     the first precision of floating-point weights. ``on_run`` is called after every run. The model
-    is class-conditional, in the precision that quantised weights go with.
+    is in the precision that quantised weights go with.
     """
     models: dict[str, Transformer] = {p: _with_precision(model, p) for p in precisions}
     for each in models.values():
@@ -281,19 +277,15 @@ class SpeedSummary:
 def measure_speed(
     source: Source,
     *,
-    images: Sequence[int] = BATCHES,
+    images: Sequence[int] = (1, 8),
     device: str | torch.device = "auto",
     dtype: str | torch.dtype | None = None,
 ) -> SpeedSummary:
     """Generate images for a few seconds, some numbers of them at once.
 
     With the model's own sampling settings, by default in the precision that images are generated
-    in. The text encoder is not loaded; conditions of text have the maximum length.
-
-    Raises:
-        FileNotFoundError: a file of the model is missing.
-        InputError: there is no such model, it generates no images, or it is a published one that
-            is not on this machine; or there is no such device or precision.
+    in. The text encoder is not loaded; conditions of text have the maximum length. InputError if
+    the model generates no images, or is a published one that is not on this machine.
     """
     if not images or min(images) < 1:
         raise InputError(f"images is {list(images)}, expected integers of at least 1")
@@ -388,6 +380,6 @@ def _how(model: Transformer, sampling: SamplingConfig, *, has_tokenizer: bool) -
     if config.condition == "text":
         length = config.text_length
         how += f" The prompt has {length} tokens, the maximum; the text encoder is left out."
-    if has_tokenizer:
-        return f"{how} Added is the image tokenizer's time for whole images."
-    return f"{how} There is no image tokenizer, so its time is left out."
+    added = "Added is the image tokenizer's time for whole images."
+    missing = "There is no image tokenizer, so its time is left out."
+    return f"{how} {added if has_tokenizer else missing}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import logging
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -125,11 +125,10 @@ class TextEncoder(nn.Module):
 
     def require_text(self, caption: str) -> str:
         """See ``prepare``; InputError also if nothing is left of the caption."""
-        prepared = self.prepare(caption)
-        if not prepared:
-            why = "is empty" if not caption.strip() else "is empty once it is cleaned"
-            raise InputError(f"the prompt {_shortened(caption)} {why}; describe an image")
-        return prepared
+        if prepared := self.prepare(caption):
+            return prepared
+        why = "is empty once it is cleaned" if caption.strip() else "is empty"
+        raise InputError(f"the prompt {_shortened(caption)} {why}; describe an image")
 
     def token_ids(self, prepared: Sequence[str], *, warn: bool = False) -> list[list[int]]:
         """Return tokens of prepared captions, cut after ``max_length``; ``warn`` of those cut."""
@@ -139,17 +138,14 @@ class TextEncoder(nn.Module):
         )["input_ids"]
         for text, tokens in zip(prepared, ids, strict=True) if warn else ():
             if len(tokens) == limit < len(self.tokenizer(text, add_special_tokens=True).input_ids):
-                _log.warning(
-                    "only the first %d tokens of the text %s are read", limit, _shortened(text)
-                )
+                shown = _shortened(text)
+                _log.warning("only the first %d tokens of the text %s are read", limit, shown)
         return ids
 
     def tokens(self, ids: Sequence[Sequence[int]]) -> Tokens:
         """Stack the tokens of several captions."""
-        mask = _padding_mask(ids)
-        together = torch.full(mask.shape, self.tokenizer.pad_token_id)
-        together[mask] = torch.tensor(list(itertools.chain.from_iterable(ids)))
-        return Tokens(together, mask)
+        rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
+        return Tokens(*padded(rows, self.tokenizer.pad_token_id))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""
@@ -175,9 +171,9 @@ class TextEncoder(nn.Module):
             tokens_at_once = 1 if self.device.type == "cpu" else TOKENS_AT_ONCE
         ids = self.token_ids(prepared)
         found: list[Tensor] = [torch.empty(0)] * len(ids)
-        for batch in length_batches([len(row) for row in ids], tokens_at_once):
+        for batch in length_batches(list(map(len, ids)), tokens_at_once):
             tokens = self.tokens([ids[i] for i in batch])
-            features = self(tokens.ids.to(self.device), tokens.mask.to(self.device)).cpu()
+            features = self(*(each.to(self.device) for each in tokens)).cpu()
             for row, index in zip(features, batch, strict=True):
                 found[index] = row.clone()
             if progress is not None:
@@ -206,21 +202,17 @@ def length_batches(lengths: Sequence[int], tokens_at_once: int) -> Iterator[list
         yield from (same[start : start + size] for start in range(0, len(same), size))
 
 
-def padded(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack features (L, W) of several captions, left-padded with zeros to one length, at least 1.
+def padded(rows: Sequence[Tensor], value: int = 0) -> tuple[Tensor, Tensor]:
+    """Stack features (L, W) or tokens (L,) of captions, left-padded to one length, at least 1.
 
-    Returns (B, L, W), and (B, L) bool, False where there is padding.
+    Returns (B, L, W) or (B, L), and (B, L) bool, False where there is padding, which is ``value``.
     """
-    mask = _padding_mask(features)
-    together = features[0].new_zeros(*mask.shape, features[0].shape[-1])
-    together[mask] = torch.cat(list(features))
-    return together, mask
-
-
-def _padding_mask(rows: Sequence[Sized]) -> Tensor:
     lengths = torch.tensor([len(row) for row in rows])
     length = max(1, int(lengths.max()))
-    return torch.arange(length) >= length - lengths[:, None]
+    mask = torch.arange(length) >= length - lengths[:, None]
+    together = rows[0].new_full((*mask.shape, *rows[0].shape[1:]), value)
+    together[mask] = torch.cat(list(rows))
+    return together, mask
 
 
 def _shortened(text: str) -> str:

@@ -175,20 +175,12 @@ def extract_text(
     world_size: int = 1,
     progress: bool = True,
 ) -> TextExtraction:
-    """Encode captions into a store; shards that are there are kept.
+    """Encode captions, not cleaned and maybe with duplicates, into shards of ``shard_size``.
 
-    Args:
-        encoder: encodes captions, and says how they are prepared.
-        captions: not cleaned; may have duplicates.
-        out: folder of the store; new, empty, or begun with the same arguments.
-        shard_size: captions of a shard.
-        tokens_at_once: maximum number of tokens of a batch.
-        rank: this process makes every ``world_size``-th shard, from this one on.
-        world_size: processes that work on the store.
-        progress: show a bar, if there is a terminal.
-
-    Raises:
-        InputError: there are no captions, or the folder holds something else.
+    The folder ``out`` is new, empty, or begun with the same arguments: shards that are there are
+    kept. This process makes every ``world_size``-th one, from ``rank`` on, in batches of at most
+    ``tokens_at_once`` tokens; ``progress`` shows a bar on a terminal. InputError if there are no
+    captions, or the folder holds something else.
     """
     unique = list(dict.fromkeys(caption for caption in captions if caption.strip()))
     if not unique:

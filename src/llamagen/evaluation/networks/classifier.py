@@ -80,9 +80,9 @@ class Classifier(PretrainedModel[ClassifierConfig]):
 
     config_class = ClassifierConfig
     kind: ClassVar[str] = "classifier"
-    labels: Labels | None = None
-    accuracy: float | None = None
-    """On held-out images, from 0 to 1."""
+    labels: Labels
+    accuracy: float
+    """On held-out images, from 0 to 1; like ``labels`` set by training or loading."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class ClassifierFeatures:
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
         self.fingerprint = f"classifier {classifier.fingerprint()}"
-        about = f"{classifier.config.classes} classes"
-        if classifier.accuracy is not None:
-            about += f", {classifier.accuracy:.0%} right on held-out images"
-        self.name = f"classifier trained on the reference ({about})"
+        self.name = (
+            f"classifier trained on the reference ({classifier.config.classes} classes, "
+            f"{classifier.accuracy:.0%} right on held-out images)"
+        )
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> NetworkOutput:
@@ -218,8 +218,8 @@ def _train(
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
     config, how = dataclasses.asdict(model.config), dataclasses.asdict(training)
     about = {"config": config, "training": how, "count": len(rows)}
-    count, size = len(rows), min(training.batch_size, len(rows))
-    batches = DataOrder(count=count, batch_size=size, seed=training.seed)
+    size = min(training.batch_size, len(rows))
+    batches = DataOrder(count=len(rows), batch_size=size, seed=training.seed)
     first = 0
     if (folder / _STATE_NAME).is_file():
         state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)

@@ -157,8 +157,7 @@ class InceptionV3(nn.Module):
         ``source`` is a .pth or .safetensors file, a folder with the public file, an address
         (https://...) or a file on the hub ("owner/name/file"). Without it the public file is taken
         from the cache (``storage.cache_folder``), from torch.hub's, or downloaded. Under its own
-        name only the known content is accepted. InputError if there is no such file, its content is
-        another, or the download failed.
+        name only the known content is accepted. InputError if there is no such file.
         """
         path = _locate(source)
         try:
@@ -304,7 +303,7 @@ def _locate(source: str | Path | None) -> Path:
         return weights.cached(_at_address(text), purpose=_PURPOSE, remedy=_REMEDY)
     path = Path(source).expanduser()
     if path.is_dir():
-        path = path / WEIGHTS_FILE.name
+        path /= WEIGHTS_FILE.name
     if path.is_file():
         return _checked(path)
     on_hub = re.fullmatch(r"([^/]+/[^/]+)/(.+)", text)

@@ -57,7 +57,6 @@ _CONVOLUTIONS = (2, 2, 3, 3, 3)
 """Of each of VGG16's five stages."""
 _MIN_SIDE = 2 ** (len(_WIDTHS) - 1)
 """Pixels of which one position is left in the last stage."""
-
 _PURPOSE = "the perceptual loss"
 
 

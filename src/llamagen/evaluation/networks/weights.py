@@ -131,8 +131,8 @@ def build(
     """Return a network with existing weights, its whole state, as float32 on the CPU.
 
     ``make`` builds it on the device "meta": buffers outside its state need a device of their own.
-    Errors name ``source``, of the weights, and the ``kind`` of network. InputError if names or
-    shapes are not the network's, or weights are not finite.
+    InputError, with ``source`` of the weights and ``kind`` of network, if names or shapes are not
+    the network's, or weights are not finite.
     """
     # Without memory and initial values, which would also advance the caller's random state.
     with torch.device("meta"):
@@ -149,8 +149,7 @@ def build(
             )
         # A copy that does not depend on the file, in the layout of convolutions.
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        empty = torch.empty(tensor.shape, dtype=torch.float32, memory_format=layout)
-        own[name] = empty.copy_(tensor)
+        own[name] = tensor.to(torch.float32, copy=True, memory_format=layout)
     # Checked above; normalisations would miss their counters of the training.
     model.load_state_dict(own, strict=False, assign=True)
     return model

@@ -114,8 +114,7 @@ class Workplace:
     def score(self, features: Features, reference: Reference) -> Scores:
         """Compute all metrics of features, which come in random class order.
 
-        Their names are those of the papers if the network is Inception. InputError if there are too
-        few images, or the features are of different networks.
+        Their names are those of the papers if the network is Inception.
         """
         count, width = features.pool.shape
         if width != reference.pool.width:
@@ -145,8 +144,7 @@ class Workplace:
         ]
         warnings += _duplicates(features.pool)
         if not self.has_inception:
-            names = [f"classifier_{_OTHER_NAMES.get(name, name)}" for name in values]
-            values = dict(zip(names, values.values(), strict=True))
+            values = {f"classifier_{_OTHER_NAMES.get(k, k)}": v for k, v in values.items()}
             warnings.append(
                 f"distances are in the feature space of a {self.network.name}: compare them with "
                 f"others of the same classifier, never with a published FID"
@@ -159,8 +157,8 @@ def few_warnings(count: int, published: int, what: str, which: str = "") -> list
     if count >= published:
         return []
     protocol = f"{published:,} ({which})" if which else f"{published:,}"
-    reason = "distances come out higher with fewer"
-    return [f"{count:,} {what} instead of the protocol's {protocol}: {reason}"]
+    instead = f"{count:,} {what} instead of the protocol's {protocol}"
+    return [f"{instead}: distances come out higher with fewer"]
 
 
 def samples_sheet(
@@ -184,12 +182,13 @@ def neighbours_sheets(images: ImageSet, features: Features, reference: Reference
     for row, image in zip(found.tolist(), images.read(0, count), strict=True):
         arrays += [image, *(reference.source.images.read(i, i + 1)[0] for i in row)]
         captions += ["sample", *(f"#{index}" for index in row)]
-    sheet = grid(arrays, columns=2 * (found.shape[1] + 1), captions=captions)
-    note = (
-        "In the network's feature space, by number in the reference. A sample that equals one of "
-        "them was memorised."
+    picture = Picture(
+        title="Nearest reference images",
+        image=grid(arrays, columns=2 * (found.shape[1] + 1), captions=captions),
+        note="In the network's feature space, by number in the reference. A sample that equals one "
+        "of them was memorised.",
     )
-    return [Picture(title="Nearest reference images", image=sheet, note=note)]
+    return [picture]
 
 
 def grid(

@@ -15,15 +15,9 @@ from torch import Tensor
 
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.data.views import center_crop
+from llamagen.evaluation import image_sets
 from llamagen.evaluation.features import ReferenceSource
-from llamagen.evaluation.image_sets import (
-    ImageSet,
-    PiecedImages,
-    Pieces,
-    as_arrays,
-    in_batches,
-    size_text,
-)
+from llamagen.evaluation.image_sets import ImageSet, PiecedImages, Pieces, as_arrays, size_text
 from llamagen.evaluation.metrics import SSIM_WINDOW, codebook_use, psnr, ssim
 from llamagen.evaluation.protocols.common import Workplace, few_warnings, grid
 from llamagen.evaluation.report import Picture, Report, Table
@@ -161,7 +155,6 @@ class Reconstructions(PiecedImages):
         """Name their folder in ``root``, which ``compute`` fills.
 
         Reconstructions are resized to squares of side ``compared_size``; see ``as_arrays``.
-        InputError if the tokenizer cannot encode images of this size.
         """
         tokenizer.config.grid_of(*originals.size)
         self.tokenizer, self.originals, self.compared_size = tokenizer, originals, compared_size
@@ -197,7 +190,7 @@ class Reconstructions(PiecedImages):
             }
 
         limit = batch_limit(self.tokenizer, *self.originals.size)
-        make = in_batches(self.originals, limit, measure)
+        make = image_sets.in_batches(self.originals, limit, measure)
 
         def make_piece(items: range, advance: Advance) -> dict[str, Any]:
             found = make(items, advance)[".npz"]
