@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import tyro
 
-from llamagen.cli.options import Device
+from llamagen.cli.options import DeviceOption, require_at_least
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DeviceOption):
     """Options of ``llamagen bench``."""
 
     model: str | None = None
@@ -36,8 +36,6 @@ class Options:
     """Timings of each, in turn."""
     reference: Annotated[bool, tyro.conf.arg(aliases=["--plain"])] = True
     """Measure the model's own torch operations, too, and how many times as fast the backend is."""
-    device: Device = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """JSON file for all timings, with machine and date."""
 
@@ -46,24 +44,22 @@ def run(options: Options) -> None:
     """Measure, and print a table in Markdown."""
     from tqdm import tqdm
 
-    from llamagen.evaluation import speed as bench
+    from llamagen.evaluation import speed
     from llamagen.support import storage
     from llamagen.support.devices import dtype_name, find_device, find_dtype
 
     if min(options.images, default=0) < 1:
         raise InputError(f"--images is {list(options.images)}, expected integers of at least 1")
-    if options.repeats < 1:
-        raise InputError(f"--repeats is {options.repeats}, expected at least 1")
+    require_at_least(1, options, "repeats")
     if options.out is not None:
         storage.require_writable(options.out.parent)
     device = find_device(options.device)
-    usual = find_dtype(None, device)
-    model = _model(options, device, usual)
-    name = dtype_name(usual)
-    chosen = options.precisions or (cast("Precision", name), "int8", "int8-all")
+    dtype = find_dtype(None, device)
+    model = _model(options, device, dtype)
+    chosen = options.precisions or (cast("Precision", dtype_name(dtype)), "int8", "int8-all")
     runs = len(options.images) * (len(chosen) + options.reference) * (options.repeats + 1)
     with tqdm(total=runs, unit="run", disable=None) as bar:
-        found = bench.measure_decoding(
+        found = speed.measure_decoding(
             model,
             chosen,
             options.images,
@@ -71,7 +67,7 @@ def run(options: Options) -> None:
             reference=options.reference,
             on_run=bar.update,
         )
-    about = bench.machine()
+    about = speed.machine()
     label = options.model or options.preset
     print(f"{label}, {model.config.num_codes} codes, with guidance")
     print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")

@@ -8,29 +8,25 @@ from typing import Annotated
 
 import tyro
 
-from llamagen.cli.options import Device
+from llamagen.cli.options import DeviceOption
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Draw:
+class Draw(DeviceOption):
     """Draw a sheet with the models that come with the package."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")
     """Folder for the sheet."""
-    device: Device = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
     seed: int = 0
     """Seed of the first image of each model."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(DeviceOption):
     """Train both models on scikit-learn's handwritten digits, draw ten of each, measure them."""
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("demo")
     """Folder for everything the demo makes; an interrupted demo goes on from there."""
-    device: Device = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
     seed: int = 0
     """Seed of the training and of the generated digits."""
     steps: tuple[int, int] | None = None

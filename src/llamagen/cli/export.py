@@ -47,14 +47,7 @@ def run(options: Run | Vllm) -> None:
     if isinstance(options, Run):
         from llamagen.training.export import export_run
 
-        model = export_run(
-            options.run,
-            options.out,
-            step=options.step,
-            weights=options.weights,
-            tokenizer=options.tokenizer,
-        )
-        print(model)
+        print(export_run(**vars(options)))
         return
     from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
 

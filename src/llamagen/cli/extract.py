@@ -124,10 +124,8 @@ def _check(options: Codes) -> None:
         if options.processes > 1:
             raise InputError("torchrun starts the processes already; leave --processes out")
         if options.from_published is not None or options.export_published is not None:
-            raise InputError(
-                "--from-published and --export-published need one process; run them without "
-                "torchrun"
-            )
+            flags = "--from-published and --export-published"
+            raise InputError(f"{flags} need one process; run them without torchrun")
 
 
 def _extract_codes(options: Codes) -> Extraction:

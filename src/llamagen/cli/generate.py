@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import re
 from pathlib import Path
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
     from llamagen.generation.engine import Progress
     from llamagen.pipeline import Pipeline, PipelineOutput
-    from llamagen.pipeline.editing import Editor
 
 _BATCH = 16
 """Images of a file of prompts that are drawn at once, unless said otherwise."""
@@ -66,11 +64,7 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
         return self.out.suffix.lower() == ".png"
 
     def arguments(self) -> dict[str, Any]:
-        """Return the pipeline's arguments that all these commands have.
-
-        Raises:
-            InputError: a setting lies outside its range.
-        """
+        """Return the pipeline's arguments that all these commands have, the settings checked."""
         return {
             "prompt": [*self.prompts, *self.classes],
             "num_images_per_prompt": self.count,
@@ -79,12 +73,7 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
         }
 
     def require_out(self) -> None:
-        """Check, before any image is made, that they can be saved.
-
-        Raises:
-            InputError: ``out`` is a file of another kind.
-            OSError: it cannot be written to.
-        """
+        """Raise InputError or OSError, before any image is made, if none can be saved."""
         import llamagen.support.storage as storage
 
         if not self._sheet_only and self.out.exists() and not self.out.is_dir():
@@ -148,17 +137,13 @@ class Generate(EngineOptions, _ImageOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _EditOptions(_ImageOptions, abc.ABC):
-    """Options of the commands that edit an image."""
+class _EditOptions(_ImageOptions):
+    """Options of the commands that edit an image: each a method of ``Editor`` and its arguments."""
 
     image: tyro.conf.Positional[Path]
     """The image. It is resized so that its short side is the model's, and its middle cut out."""
     model: str
     """Name (emoji, cifar10, c2i-L-384), pipeline folder or hub repository."""
-
-    @abc.abstractmethod
-    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
-        """Edit with the ``arguments`` that all edits have, and this one's own."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,9 +152,6 @@ class Complete(_EditOptions):
 
     keep_rows: int | None = None
     """Rows of codes that are kept. Default: half of them."""
-
-    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
-        return editor.complete(**arguments, keep_rows=self.keep_rows)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,9 +167,6 @@ class Inpaint(_EditOptions):
     """Candidates for each image, of which the best is returned: the others may not fit what is
     below the marked part."""
 
-    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
-        return editor.inpaint(**arguments, mask=self.mask, keep_pixels=self.keep_pixels)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outpaint(_EditOptions):
@@ -198,9 +177,6 @@ class Outpaint(_EditOptions):
     right: int = 0
     """Columns of codes to draw on its right."""
 
-    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
-        return editor.outpaint(**arguments, below=self.below, right=self.right)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vary(_EditOptions):
@@ -208,9 +184,6 @@ class Vary(_EditOptions):
 
     keep: float = 0.5
     """Share of the codes that is kept, above 0 and below 1."""
-
-    def _edit(self, editor: Editor, arguments: dict[str, Any]) -> PipelineOutput:
-        return editor.vary(**arguments, keep=self.keep)
 
 
 def run(options: Generate | _EditOptions) -> None:
@@ -363,4 +336,7 @@ def _edit(options: _EditOptions) -> None:
 
     pipe = Pipeline.from_pretrained(options.model, device=device, dtype=dtype)
     options.quantize(pipe)
-    options.save(options._edit(Editor(pipe), {"image": options.image, **arguments}))
+    edit = getattr(Editor(pipe), type(options).__name__.lower())
+    own = vars(options).keys() - {each.name for each in dataclasses.fields(_EditOptions)}
+    arguments |= {name: getattr(options, name) for name in ("image", *own)}
+    options.save(edit(**arguments))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from llamagen.pipeline import Pipeline
 
-Device = Literal["auto", "cpu", "cuda", "mps"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -29,20 +28,22 @@ def require_at_least(minimum: int, options: object, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
+class DeviceOption:
+    """Device of computation."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes the GPU if there is one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceOptions(DeviceOption):
     """Device and precision of computation."""
 
-    device: Device = "auto"
-    """Where to compute; auto takes the GPU if there is one."""
     dtype: DType = "auto"
     """Precision of the weights; auto takes bfloat16 where the device is fast at it."""
 
     def resolve(self, *, auto: DType = "auto") -> tuple[torch.device, torch.dtype]:
-        """Return device and precision, ``auto`` if none was asked for.
-
-        Raises:
-            InputError: this machine has no such device.
-        """
+        """Return device and precision, ``auto`` if none was asked for; or raise InputError."""
         from llamagen.support.devices import find_device, find_dtype
 
         device = find_device(self.device)
@@ -83,11 +84,7 @@ def setting_options(default: str = "the model's own", *, without: Collection[str
 
 
 def given_settings(options: object, *others: str) -> dict[str, Any]:
-    """Return the sampling settings, and other options, that were given, by name.
-
-    Raises:
-        InputError: a setting lies outside its range.
-    """
+    """Return the sampling settings, checked, and other options that were given, by name."""
     settings = [setting.name for setting in sampling_settings()]
     values = {name: getattr(options, name, None) for name in (*settings, *others)}
     given = {name: value for name, value in values.items() if value is not None}
@@ -112,17 +109,13 @@ class EngineOptions:
     def vllm_options(self) -> dict[str, Any] | None:
         """Return what vLLM is started with, once it is told to be quiet; None for other engines.
 
-        Raises:
-            InputError: another engine was given options of vLLM's.
+        Other engines with options of vLLM's are an InputError.
         """
         from llamagen.pipeline.models import ENGINES
         from llamagen.vllm_plugin import keep_vllm_quiet
 
-        values = {
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "data_parallel_size": self.data_parallel_size,
-            "gpu_memory_utilization": self.gpu_memory_utilization,
-        }
+        names = ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
+        values = {name: getattr(self, name) for name in names}
         given = {n: value for n, value in values.items() if value != getattr(EngineOptions, n)}
         if ENGINES[self.engine].copies_model:
             keep_vllm_quiet()

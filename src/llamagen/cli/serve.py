@@ -15,8 +15,6 @@ from llamagen.serving.settings import ServerOptions, ServerSettings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from llamagen.generation.engine import Engine
     from llamagen.pipeline import Pipeline
     from llamagen.serving.metrics import ServerMetrics
@@ -53,6 +51,7 @@ def run(options: Options) -> None:
     key = _api_key(options)
     require_at_least(1, options, "max_queue", "max_images")
     vllm_options = options.vllm_options()
+    from llamagen.pipeline import Pipeline
     from llamagen.serving.api import create_app
     from llamagen.serving.metrics import ServerMetrics
     from llamagen.serving.models import ServedModel
@@ -61,10 +60,14 @@ def run(options: Options) -> None:
     names = [field.name for field in dataclasses.fields(ServerOptions)]
     settings = ServerSettings(api_key=key, **{name: getattr(options, name) for name in names})
     device, dtype = options.resolve()
+    loading = {"text_encoder": options.text_encoder, "device": device, "dtype": dtype}
     metrics = ServerMetrics()
     models = []
     for name, source in sources.items():
-        pipeline = _load(source, options, device, dtype)
+        pipeline = Pipeline.from_pretrained(source, engine=options.engine, **loading)
+        options.quantize(pipeline)
+        # Loaded now, so that the first request neither waits for it nor finds that it is damaged.
+        _ = pipeline.text_encoder
         if vllm_options is None:
             engine = _native_engine(name, pipeline, options.batch_size, metrics)
         else:
@@ -96,18 +99,6 @@ def _api_key(options: Options) -> str | None:
     if not key:
         raise InputError(f"{options.api_key_file} is empty; put the key into it")
     return key
-
-
-def _load(source: str, options: Options, device: torch.device, dtype: torch.dtype) -> Pipeline:
-    from llamagen.pipeline import Pipeline
-
-    pipeline = Pipeline.from_pretrained(
-        source, text_encoder=options.text_encoder, device=device, dtype=dtype, engine=options.engine
-    )
-    options.quantize(pipeline)
-    # Loaded now, so that the first request neither waits for it nor finds that it is damaged.
-    _ = pipeline.text_encoder
-    return pipeline
 
 
 def _native_engine(

@@ -38,12 +38,7 @@ class _Options:
 
     @classmethod
     def defaults(cls, arguments: list[str]) -> tuple[Self, list[str]]:
-        """Take --recipe and --preset off the arguments; return their options, and the rest.
-
-        Raises:
-            FileNotFoundError: the recipe's file does not exist.
-            InputError: there is no such recipe or preset, or the recipe does not fit.
-        """
+        """Take --recipe and --preset off the arguments; return their options, and the rest."""
         recipe, rest = _take(arguments, "--recipe")
         preset, rest = _take(rest, "--preset")
         training = cls.kind() if recipe is None else load_recipe(cls.kind, recipe)
@@ -83,12 +78,9 @@ def run(options: Tokenizer | Transformer) -> None:
     from llamagen.training import TrainingInterrupted, train_tokenizer, train_transformer
 
     keep_freed_memory()
-    training = options.training
+    train: Any = train_tokenizer if isinstance(options, Tokenizer) else train_transformer
     try:
-        if isinstance(training, TokenizerTraining):
-            result = train_tokenizer(training)
-        else:
-            result = train_transformer(training)
+        result = train(options.training)
     except TrainingInterrupted as stop:
         print(f"llamagen: {stop}", file=sys.stderr)
         sys.exit(_INTERRUPTED)

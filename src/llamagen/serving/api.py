@@ -1,10 +1,13 @@
-"""The HTTP API: OpenAI's images endpoints, models, probes, metrics."""
+"""The server's application: OpenAI's images endpoints, models, probes, metrics, the page."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.resources
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import PurePath
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -24,18 +27,36 @@ from llamagen.support.errors import InputError
 _KINDS = {404: ("invalid_request_error", "not_found"), 429: ("rate_limit_error", "queue_full")}
 """Status -> type and code of an error that the endpoints raise."""
 
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'self'",
+            # Unfinished images come inside of events, finished ones are kept by the page.
+            "img-src 'self' blob: data:",
+            "object-src 'none'",
+            "base-uri 'none'",
+            "form-action 'self'",
+            "frame-ancestors 'none'",
+            # Text cannot become markup, whatever the page does with it.
+            "require-trusted-types-for 'script'",
+        )
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    # Kept by the browser, but asked for again: after an update everybody has the new page.
+    "Cache-Control": "no-cache",
+}
+
 
 def create_app(
     models: Sequence[ServedModel], *, metrics: ServerMetrics, settings: ServerSettings | None = None
 ) -> FastAPI:
     """Return the server's application, ready for uvicorn or any other ASGI server.
 
-    ``app.state.gate.draining`` can be set to refuse what is new.
-
-    Args:
-        models: at least one; the first serves requests that name none.
-        metrics: the one that the models were given.
-        settings: limits and secrets.
+    The first of ``models`` serves requests that name none; ``metrics`` are those that they were
+    given. ``app.state.gate.draining`` can be set to refuse what is new.
     """
     settings = settings or ServerSettings()
     served = Served(models, metrics, settings)
@@ -59,9 +80,7 @@ def create_app(
     _add_other_routes(app, served)
     _describe_errors_as_they_are(app)
     if settings.ui:
-        from llamagen.serving.page import add_page
-
-        add_page(app)
+        _add_page(app)
     return app
 
 
@@ -166,3 +185,23 @@ def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
             for each in sampling_settings()
         ],
     )
+
+
+def _add_page(app: FastAPI) -> None:
+    """Serve the page at / and its files below /ui. It knows the server by the API alone."""
+    for file in (importlib.resources.files("llamagen") / "assets" / "ui").iterdir():
+        media_type = _PAGE_TYPES.get(PurePath(file.name).suffix)
+        if media_type is not None:
+            path = "/" if file.name == "index.html" else f"/ui/{file.name}"
+            _add_file(app, path, file.read_bytes(), f"{media_type}; charset=utf-8")
+
+
+def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    headers = {**_PAGE_HEADERS, "ETag": tag}
+
+    @app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)
+    async def file(request: Request) -> Response:
+        if tag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers=headers)
+        return Response(content, media_type=media_type, headers=headers)

@@ -28,20 +28,16 @@ class _Wanted(NamedTuple):
 class ImageDecoder:
     """One thread that decodes while the engine goes on."""
 
-    def __init__(self, decode: Decode, grid: Grid) -> None:
-        self.grid = grid
+    def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llamagen-decoder")
         self._waiting: list[_Wanted] = []
         self._worker: asyncio.Task[None] | None = None
 
-    async def decode(self, codes: Sequence[int], grid: Grid | None = None) -> Image.Image:
-        """Return the image of some codes: whole rows of the grid from the first on.
-
-        What is missing is left grey. ``grid`` is rows and columns if they are not the usual ones.
-        """
+    async def decode(self, codes: Sequence[int], grid: Grid) -> Image.Image:
+        """Return the image of the first rows of a grid's codes, grey where the others would be."""
         future: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Wanted(codes, grid or self.grid, future))
+        self._waiting.append(_Wanted(codes, grid, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
@@ -17,7 +18,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from llamagen.pipeline.editing import INPAINTING_CANDIDATES, Edit, Editor
-from llamagen.serving.files import FileStore
+from llamagen.serving.files import FileStore, form_schema, open_upload, read_form
 from llamagen.serving.guards import error_body
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import Job, PlanEdit, ServedModel, Update
@@ -34,7 +35,6 @@ from llamagen.serving.schemas import (
     VariationRequest,
 )
 from llamagen.serving.settings import ServerSettings
-from llamagen.serving.uploads import form_schema, open_upload, read_form
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import image_bytes
 
@@ -94,15 +94,13 @@ class Served:
 def add_image_routes(app: FastAPI, served: Served) -> None:
     """Add the endpoints."""
     limits = served.settings
-    shared: dict[str, Any] = {
-        "response_model": ImagesResponse,
-        "response_model_exclude_none": True,
-        "tags": ["images"],
-    }
+    post = functools.partial(
+        app.post, response_model=ImagesResponse, response_model_exclude_none=True, tags=["images"]
+    )
     stream = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
     answers = {200: stream, **ERRORS}
 
-    @app.post("/v1/images/generations", responses=answers, **shared)
+    @post("/v1/images/generations", responses=answers)
     async def generate(body: ImageRequest, request: Request) -> Any:
         """Draws images.
 
@@ -111,12 +109,9 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         """
         return await _answer(served, body, request)
 
-    @app.post(
-        "/v1/images/edits",
-        responses=answers,
-        openapi_extra=form_schema(EditRequest, _EDIT_FILES),
-        **shared,
-    )
+    form = form_schema(EditRequest, _EDIT_FILES)
+
+    @post("/v1/images/edits", responses=answers, openapi_extra=form)
     async def edit(request: Request) -> Any:
         """Draws a part of an image anew, or what is around it.
 
@@ -130,12 +125,9 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
             body.best_of = INPAINTING_CANDIDATES
         return await _answer(served, body, request, _planner(kind, body, files, limits))
 
-    @app.post(
-        "/v1/images/variations",
-        responses=ERRORS,
-        openapi_extra=form_schema(VariationRequest, _VARIATION_FILES),
-        **shared,
-    )
+    form = form_schema(VariationRequest, _VARIATION_FILES)
+
+    @post("/v1/images/variations", responses=ERRORS, openapi_extra=form)
     async def vary(request: Request) -> Any:
         """Keeps codes of an image here and there and draws the others."""
         body, files = await read_form(request, VariationRequest, _VARIATION_FILES)
@@ -152,11 +144,8 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         found = served.files.get(name.split(".")[0])
         if found is None:
             raise HTTPException(404, "there is no such file, or it has expired")
-        return Response(
-            found.content,
-            media_type=found.media_type,
-            headers={"Cache-Control": "private", "X-Content-Type-Options": "nosniff"},
-        )
+        headers = {"Cache-Control": "private", "X-Content-Type-Options": "nosniff"}
+        return Response(found.content, media_type=found.media_type, headers=headers)
 
 
 def _kind_of_edit(body: EditRequest, *, masked: bool) -> str:
@@ -290,8 +279,9 @@ class _Images:
 
     async def events(self) -> AsyncIterator[str]:
         """Yield the events of a stream; also an error after the stream has begun is one."""
-        count = getattr(self._body, "partial_images", None) or 0
-        wanted = _partial_rows(self._model.grid[0], count)
+        rows = self._model.grid[0]
+        count = min(getattr(self._body, "partial_images", None) or 0, rows - 1)
+        partial = {max(1, rows * (index + 1) // (count + 1)) for index in range(count)}
         shown = [0] * self._job.images
         try:
             async with (
@@ -299,7 +289,7 @@ class _Images:
                 contextlib.aclosing(self._model.updates(self._job)) as updates,
             ):
                 async for update in updates:
-                    if update.rows in wanted or update.done:
+                    if update.rows in partial or update.done:
                         event = await self._event(update, shown[update.index])
                         shown[update.index] += 1
                         data = event.model_dump_json(exclude_none=True)
@@ -308,11 +298,9 @@ class _Images:
         # The status was sent long ago: the client is told in the stream.
         except Exception as error:  # noqa: BLE001
             _log.exception("a stream failed")
-            message = "the images could not be drawn"
-            if isinstance(error, InputError):
-                message = str(error)
-            elif isinstance(error, TimeoutError):
-                message = "the images took too long"
+            late = isinstance(error, TimeoutError)
+            fault = "the images took too long" if late else "the images could not be drawn"
+            message = str(error) if isinstance(error, InputError) else fault
             yield f"event: error\ndata: {json.dumps(error_body(message, 'server_error'))}\n\n"
 
     async def _event(self, update: Update, number: int) -> ImageEvent:
@@ -333,18 +321,17 @@ class _Images:
 
     async def _file(self, update: Update) -> bytes:
         image = await self._model.image(self._job, update)
+        metadata = self._model.metadata(self._job, update.seed)
         quality = self._body.output_compression
+        quality = 90 if quality is None else quality
         return await asyncio.to_thread(
-            image_bytes,
-            image,
-            self._kind,
-            quality=90 if quality is None else quality,
-            metadata=self._model.metadata(self._job, update.seed),
+            image_bytes, image, self._kind, quality=quality, metadata=metadata
         )
 
     def _usage(self, images: int) -> Usage:
         rows, columns = self._model.grid
-        read = self._job.input_tokens
+        condition = self._job.condition.condition
+        read = 1 if condition.ndim == 0 else len(condition)
         sampled = rows * columns * self._job.windows * self._job.best_of * images
         return Usage(
             input_tokens=read,
@@ -352,12 +339,6 @@ class _Images:
             output_tokens=sampled,
             total_tokens=read + sampled,
         )
-
-
-def _partial_rows(rows: int, count: int) -> set[int]:
-    """Return the rows after which an unfinished image is sent."""
-    count = min(count, rows - 1)
-    return {max(1, rows * (index + 1) // (count + 1)) for index in range(count)}
 
 
 class _EventStream(StreamingResponse):
@@ -374,11 +355,7 @@ class _EventStream(StreamingResponse):
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, _Result]) -> _Result:
-    """Return the result of ``work``, which is cancelled when the client hangs up.
-
-    Raises:
-        HTTPException: the client is gone, and nobody reads this.
-    """
+    """Return the result of ``work``; cancel it and raise HTTPException if the client hangs up."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":

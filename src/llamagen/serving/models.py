@@ -26,7 +26,7 @@ from llamagen.generation.request import UNKNOWN
 from llamagen.generation.seeds import one_seed_each
 from llamagen.pipeline import Pipeline
 from llamagen.pipeline.conditions import Condition
-from llamagen.pipeline.editing import Edit, Editor, Window
+from llamagen.pipeline.editing import WHOLE, Edit, Editor, Window
 from llamagen.pipeline.ranking import Ranking, check_ranking, score_images
 from llamagen.serving.decoding import ImageDecoder
 from llamagen.serving.metrics import ServerMetrics
@@ -61,12 +61,6 @@ class Job:
         return len(self.seeds) // self.best_of
 
     @property
-    def input_tokens(self) -> int:
-        """Positions of the condition."""
-        condition = self.condition.condition
-        return 1 if condition.ndim == 0 else len(condition)
-
-    @property
     def windows(self) -> int:
         """Windows of the model's grid in which an image is generated, one after another."""
         return 1 if self.edit is None else len(self.edit.windows)
@@ -87,14 +81,10 @@ class Update:
 
 
 class ServedModel:
-    """A model as the API uses it.
+    """A model as the API uses it, which clients call ``name``.
 
-    Args:
-        name: what clients call it.
-        pipeline: reads prompts and decodes codes.
-        engine: generates codes with the pipeline's transformer.
-        metrics: of the server.
-        max_in_flight: images accepted and not yet made, waiting ones among them.
+    ``engine`` generates codes with the pipeline's transformer; ``max_in_flight`` limits the images
+    that are accepted and not yet made, waiting ones among them.
     """
 
     def __init__(
@@ -113,7 +103,7 @@ class ServedModel:
         self.created = int(time.time())
         self.max_in_flight = max_in_flight
         self.metrics = metrics
-        self.decoder = ImageDecoder(pipeline.decode, engine.grid)
+        self.decoder = ImageDecoder(pipeline.decode)
         self._in_flight = 0
         self._seconds_per_image = 1.0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="llamagen-reader")
@@ -127,14 +117,9 @@ class ServedModel:
         return f"{columns * scale}x{rows * scale}"
 
     async def job(self, body: RequestBody, edit: PlanEdit | None = None) -> Job:
-        """Return the job of a request, its prompt read, and its image if one is edited.
+        """Return the job of a request, its prompt read, and its image if ``edit`` plans an edit.
 
-        Args:
-            body: the request.
-            edit: plans the edit, in another thread; None if no image is edited.
-
-        Raises:
-            InputError: the model cannot take a prompt, a setting or the image.
+        A prompt, a setting or an image that the model cannot take is an InputError.
         """
         begun = time.perf_counter()
         images, best_of, rank_by = body.n or 1, body.best_of or 1, body.rank_by or "likelihood"
@@ -181,10 +166,9 @@ class ServedModel:
         """
         images = len(job.seeds)
         if images > self.max_in_flight:
-            asked = f"n is {job.images}"
-            if job.best_of > 1:
-                asked += f" with {job.best_of} candidates each"
-            raise InputError(f"{asked}, but this server takes {self.max_in_flight} images at once")
+            each = f" with {job.best_of} candidates each" if job.best_of > 1 else ""
+            limit = f"this server takes {self.max_in_flight} images at once"
+            raise InputError(f"n is {job.images}{each}, but {limit}")
         if self._in_flight + images > self.max_in_flight:
             wait = max(1, min(60, round(self._seconds_per_image * images)))
             message = f"{self._in_flight} images are being drawn or wait already; try again later"
@@ -197,18 +181,14 @@ class ServedModel:
     def updates(self, job: Job) -> AsyncGenerator[Update, None]:
         """Generate a job's images side by side; yield an update for each finished row or image.
 
-        Raises:
-            EngineError: an image could not be generated.
-            InputError: the engine refuses one.
+        An image that the engine refuses is an InputError, one that fails an EngineError.
         """
         return _RunningJob(self, job).updates()
 
     async def _best(self, job: Job, candidates: Tensor) -> int:
-        """Return the index of the best of a job's ``candidates`` (best_of, rows, columns).
+        """Return the index of the best of a job's ``candidates`` (best_of, rows, columns)."""
 
-        Ranking stores nothing in the model, so that the engine's thread may use it meanwhile.
-        """
-
+        # Ranking stores nothing in the model: the engine's thread may use it meanwhile.
         def best() -> int:
             conditions = [job.condition] * len(candidates)
             model = self.pipeline.transformer
@@ -218,8 +198,7 @@ class ServedModel:
 
     async def image(self, job: Job, update: Update) -> Image.Image:
         """Return an image of a job, grey where rows are missing."""
-        grid = job.grid if update.done else self.grid
-        image = await self.decoder.decode(update.codes, grid)
+        image = await self.decoder.decode(update.codes, job.grid if update.done else self.grid)
         if job.edit is None or not update.done:
             return image
         return await asyncio.to_thread(job.edit.finish, image)
@@ -291,12 +270,10 @@ class _RunningJob:
         """Generate the candidates of an image in each of its windows; keep the best of them."""
         job = self._job
         seeds = job.seeds[index * job.best_of : (index + 1) * job.best_of]
-        rows, columns = self._model.grid
-        windows: Sequence[Window] = [Window(slice(0, rows), slice(0, columns))]
-        whole = torch.full((rows, columns), UNKNOWN)
+        windows: Sequence[Window] = (WHOLE,)
+        whole = torch.full(self._model.grid, UNKNOWN)
         if job.edit is not None:
-            windows = job.edit.windows
-            whole = job.edit.known(seeds[:1])[0]
+            windows, whole = job.edit.windows, job.edit.known(seeds[:1])[0]
         best = 0
         for window in windows:
             part = window.of(whole)
@@ -306,7 +283,7 @@ class _RunningJob:
                 for seed in seeds
             ]
             try:
-                candidates = torch.tensor(await asyncio.gather(*tasks)).view(-1, rows, columns)
+                candidates = torch.tensor(await asyncio.gather(*tasks)).view(-1, *part.shape)
             finally:
                 await _end(tasks)
             if len(candidates) > 1:

@@ -40,10 +40,7 @@ def serve(app: FastAPI, *, host: str, port: int, drain_timeout: float) -> None:
     """Serve until a signal ends it; return when everything that ran is finished.
 
     Port 0 takes a free one, which is printed. Requests may take ``drain_timeout`` seconds to finish
-    after the signal.
-
-    Raises:
-        InputError: the address cannot be listened on.
+    after the signal. An address that cannot be listened on is an InputError.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -8,10 +8,7 @@ const canvas = byId("canvas");
 const OPTIONS = { inpaint: [], complete: ["keep_rows"], outpaint: ["below", "right"], vary: ["keep"] };
 // Keys that move the cursor by rows and columns; the space bar paints where it is.
 const MOVES = {
-  ArrowUp: [-1, 0],
-  ArrowDown: [1, 0],
-  ArrowLeft: [0, -1],
-  ArrowRight: [0, 1],
+  ...{ ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] },
   " ": [0, 0],
 };
 
@@ -192,9 +189,8 @@ async function paintAsBefore(file) {
   brush.fillRect(0, 0, mask.width, mask.height);
 }
 
-function place(event) {
-  const scale = canvas.width / canvas.clientWidth;
-  return [event.offsetX * scale, event.offsetY * scale];
+function place({ offsetX, offsetY }) {
+  return [offsetX, offsetY].map((at) => (at * canvas.width) / canvas.clientWidth);
 }
 
 canvas.addEventListener("pointerdown", (event) => {

@@ -76,11 +76,10 @@ export async function fill(entry, { withSeed }) {
   return true;
 }
 
-// Makes a drawn image the one that is edited.
+// Makes a drawn image the one that is edited; false if the model does not edit.
 export async function editImage(entry) {
-  if (!card.edits) return false;
-  await setImage(entry.file);
-  return true;
+  if (card.edits) await setImage(entry.file);
+  return card.edits;
 }
 
 // The name of a setting, for people.
@@ -165,11 +164,7 @@ model.addEventListener("change", () => choose(model.value));
 byId("reset").addEventListener("click", reset);
 
 // A field that is wrong must be seen.
-function openAround({ target }) {
-  const closed = target.closest("details:not([open])");
-  if (closed) closed.open = true;
-}
-
+const openAround = ({ target }) => target.closest("details")?.setAttribute("open", "");
 form.addEventListener("invalid", openAround, { capture: true });
 share.addEventListener("input", () => setShare(share.value));
 

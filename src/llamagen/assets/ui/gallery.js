@@ -6,7 +6,6 @@ import { forget, forgetAll, keep, keptEntries, MOST } from "./shelf.js";
 
 const byId = (id) => document.getElementById(id);
 const latest = byId("latest");
-const earlier = byId("earlier");
 const viewer = byId("viewer");
 
 // Smaller images are enlarged by a whole factor, their pixels kept sharp.
@@ -14,7 +13,7 @@ const PIXEL_ART = 128;
 const THUMBNAIL = 128;
 const ALONE = 384;
 
-// The newest first. Each has an entry, the URL of its file, and its elements as they are needed.
+// The newest first: entry and URL of its file; card and thumbnail once they are needed.
 let pictures = [];
 let viewed = null;
 // The run that is under way; its cards stay where they are.
@@ -100,12 +99,10 @@ function size(request, card) {
 function insert(made) {
   pictures = [...pictures, made].sort(newestFirst);
   const here = pictures.filter(({ entry }) => entry.run === made.entry.run).length;
-  for (const gone of pictures.splice(Math.max(MOST, here))) discard(gone);
+  pictures.splice(Math.max(MOST, here)).forEach(discard);
 }
 
-function picture(entry) {
-  return { entry, url: URL.createObjectURL(entry.file), card: null, thumbnail: null };
-}
+const picture = (entry) => ({ entry, url: URL.createObjectURL(entry.file) });
 
 function discard({ url, card, thumbnail }) {
   URL.revokeObjectURL(url);
@@ -118,15 +115,13 @@ function arrange() {
   const run = current ?? pictures[0]?.entry.run;
   const first = pictures.filter(({ entry }) => entry.run === run);
   const rest = pictures.slice(first.length);
-  if (!current) latest.replaceChildren(...first.map((each) => cardOf(each, first.length)));
-  earlier.replaceChildren(...rest.map(thumbnailOf));
+  if (!current) {
+    for (const each of first) if (!each.card) finishCard(each, newCard(each.entry, first.length));
+    latest.replaceChildren(...first.map(({ card }) => card));
+  }
+  byId("earlier").replaceChildren(...rest.map((each) => (each.thumbnail ??= newThumbnail(each))));
   byId("earlier-part").hidden = rest.length === 0;
   byId("empty").hidden = latest.children.length > 0;
-}
-
-function cardOf(made, beside) {
-  if (!made.card) finishCard(made, newCard(made.entry, beside));
-  return made.card;
 }
 
 function newCard(entry, beside) {
@@ -163,16 +158,13 @@ function finishCard(made, card) {
   card.querySelector(".actions").hidden = false;
 }
 
-function thumbnailOf(made) {
-  if (!made.thumbnail) {
-    const { entry, url } = made;
-    const item = byId("thumbnail").content.firstElementChild.cloneNode(true);
-    fit(item, entry, THUMBNAIL);
-    Object.assign(item.querySelector("img"), { src: url, alt: title(entry) });
-    Object.assign(item.querySelector("button"), { title: title(entry), onclick: () => view(made) });
-    made.thumbnail = item;
-  }
-  return made.thumbnail;
+function newThumbnail(made) {
+  const item = byId("thumbnail").content.firstElementChild.cloneNode(true);
+  const name = title(made.entry);
+  fit(item, made.entry, THUMBNAIL);
+  Object.assign(item.querySelector("img"), { src: made.url, alt: name });
+  Object.assign(item.querySelector("button"), { title: name, onclick: () => view(made) });
+  return item;
 }
 
 function view(made) {
