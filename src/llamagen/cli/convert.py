@@ -51,11 +51,9 @@ def run(options: Options) -> None:
     """Convert the sources and print what was made."""
     import llamagen.support.storage as storage
 
-    if not 1 <= len(options.sources) <= 2:
-        raise InputError(
-            f"{len(options.sources)} sources were given; name a transformer, an image tokenizer "
-            f"or both"
-        )
+    if not 1 <= (count := len(options.sources)) <= 2:
+        expected = "name a transformer, an image tokenizer or both"
+        raise InputError(f"{count} sources were given; {expected}")
     out = options.out.expanduser().absolute()
     _require_place(out, overwrite=options.overwrite)
     found = _pipeline_source(options)

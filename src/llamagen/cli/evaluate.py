@@ -58,10 +58,7 @@ class NetworkOptions:
     """Whether mirror images keep their class."""
 
     def place(self, out: Path, reference: ReferenceSource, device: torch.device) -> Workplace:
-        """Load, download or train the network; return it with the folder of a comparison's results.
-
-        Called in every process.
-        """
+        """Load, download or train the network, in every process; return it with results' folder."""
         from llamagen.evaluation.networks.classifier import ClassifierTraining, open_classifier
         from llamagen.evaluation.networks.inception import InceptionV3
         from llamagen.evaluation.protocols.common import Workplace
@@ -78,9 +75,8 @@ class NetworkOptions:
                 inception = InceptionV3.from_weights(self.inception, device=device)
                 return Workplace(out=out, network=inception, device=device)
         except InputError as error:
-            raise InputError(
-                f"{error}; or compare in a classifier's features with --network classifier"
-            ) from error
+            other = "or compare in a classifier's features with --network classifier"
+            raise InputError(f"{error}; {other}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,13 +334,10 @@ class Tokenizer(EvaluationOptions):
         compared = SIZE if size is not None and size > SIZE else None
         reference = self._find(self.reference or self.images, compared or size)
         folder = self.out / "reconstructions"
-        return evaluate_tokenizer(
-            self.tokenizer,
-            Reconstructions(tokenizer, images, folder, compared_size=compared),
-            reference,
-            self.compare.place(self.out, reference, device) if self.rfid else None,
-            perceptual=self._perceptual(device),
-        )
+        made = Reconstructions(tokenizer, images, folder, compared_size=compared)
+        place = self.compare.place(self.out, reference, device) if self.rfid else None
+        perceptual = self._perceptual(device)
+        return evaluate_tokenizer(self.tokenizer, made, reference, place, perceptual=perceptual)
 
     def _perceptual(self, device: torch.device) -> Lpips | None:
         """LPIPS, if it is wanted and there."""

@@ -19,10 +19,9 @@ from llamagen.cli.options import (
 )
 from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.support.errors import InputError
+from llamagen.support.launch import Launch, own_device
 
 if TYPE_CHECKING:
-    import torch
-
     from llamagen.generation.engine import Progress
     from llamagen.pipeline import Pipeline, PipelineOutput
 
@@ -190,15 +189,18 @@ def run(options: Generate | _EditOptions) -> None:
     """Make images, save them and print where they are."""
     if isinstance(options, _EditOptions):
         _edit(options)
-    elif options.prompts_file is not None:
-        _draw_file(options, options.prompts_file)
-    else:
-        _draw(options if options.like is None else _like(options, options.like))
-
-
-def _draw(options: Generate) -> None:
+        return
+    if options.like is not None and options.prompts_file is None:
+        options = _like(options, options.like)
     if options.model is None:
         raise InputError("no model was named; give --model, for example --model c2i-L-384")
+    if options.prompts_file is not None:
+        _draw_file(options, options.model, options.prompts_file)
+    else:
+        _draw(options, options.model)
+
+
+def _draw(options: Generate, model: str) -> None:
     if options.prompts and options.classes:
         raise InputError("give either --prompt or --class, not both")
     if not options.prompts and not options.classes:
@@ -208,8 +210,7 @@ def _draw(options: Generate) -> None:
         )
     arguments = options.arguments()
     options.require_out()
-    device, dtype = options.resolve()
-    pipe = _load(options.model, options, device, dtype)
+    pipe = _load(model, options, Launch())
     from tqdm import tqdm
 
     rows = len(arguments["prompt"]) * options.count * pipe.transformer.config.grid[0]
@@ -224,9 +225,10 @@ def _draw(options: Generate) -> None:
     options.save(output, columns=options.columns)
 
 
-def _load(source: str, options: Generate, device: torch.device, dtype: torch.dtype) -> Pipeline:
+def _load(model: str, options: Generate, launch: Launch) -> Pipeline:
     from llamagen.pipeline import Pipeline
 
+    device, dtype = options.resolve()
     engine_options = options.vllm_options()
     if engine_options is not None:
         from llamagen.vllm_plugin.export import ExportOptions
@@ -236,11 +238,11 @@ def _load(source: str, options: Generate, device: torch.device, dtype: torch.dty
             negative_prompts=options.negative_prompt is not None or options.like is not None,
         )
     pipe = Pipeline.from_pretrained(
-        source,
+        model,
         tokenizer=options.tokenizer,
         text_encoder=options.text_encoder,
         grid=options.grid,
-        device=device,
+        device=own_device(device, launch),
         dtype=dtype,
         engine=options.engine,
         engine_options=engine_options,
@@ -251,12 +253,10 @@ def _load(source: str, options: Generate, device: torch.device, dtype: torch.dty
     return pipe
 
 
-def _draw_file(options: Generate, path: Path) -> None:
+def _draw_file(options: Generate, model: str, path: Path) -> None:
     """Draw all prompts of a file into the output folder."""
     if options.prompts or options.classes or options.like is not None:
         raise InputError("--prompts-file goes without --prompt, --class and --like")
-    if options.model is None:
-        raise InputError("no model was named; give --model")
     require_at_least(1, options, "count")
     from llamagen.data.sources import read_prompts
 
@@ -265,14 +265,12 @@ def _draw_file(options: Generate, path: Path) -> None:
 
     from llamagen.pipeline.saving import batches, draw_into_folder, plan_images
     from llamagen.support.devices import keep_freed_memory
-    from llamagen.support.launch import Launch, own_device
 
     arguments = given_settings(options, *_CHOICES)
     if options.best_of == 1:
         del arguments["best_of"], arguments["rank_by"]
-    device, dtype = options.resolve()
     launch = Launch.current()
-    pipe = _load(options.model, options, own_device(device, launch), dtype)
+    pipe = _load(model, options, launch)
     # Now: what loading has freed goes back to the system, what batches free serves the next ones.
     keep_freed_memory()
     planned = plan_images(prompts, images_per_prompt=options.count, seed=options.seed or 0)
@@ -306,10 +304,8 @@ def _like(options: Generate, path: Path) -> Generate:
         )
     for name, value in (("row_lag", None), ("quantization", "int4")):
         if name in recorded and value in (None, recorded[name]):
-            raise InputError(
-                f"{path} was made with {value or name}, which was removed; give its prompt and "
-                f"seed instead of --like"
-            )
+            remedy = "give its prompt and seed instead of --like"
+            raise InputError(f"{path} was made with {value or name}, which was removed; {remedy}")
     names = {each.name for each in sampling_settings()}
     names |= {"model", "dtype", "quantization", "kv_cache_dtype", "blend", "blend_share", "seed"}
     if not options.prompts and not options.classes:

@@ -79,28 +79,16 @@ def run(options: Options) -> None:
     for item in tqdm(found, total=len(paths), unit="image", disable=None):
         save_png(item.image, options.out / names[item.path])
         codes.update(item.codes.flatten().tolist())
-        rows.append(
-            {
-                "image": str(item.path),
-                "reconstruction": names[item.path],
-                "width": item.image.width,
-                "height": item.image.height,
-                **{name: getattr(item, name) for name in _METRICS},
-            }
-        )
+        row = {"image": str(item.path), "reconstruction": names[item.path]}
+        size = {"width": item.image.width, "height": item.image.height}
+        rows.append({**row, **size, **{name: getattr(item, name) for name in _METRICS}})
         if len(pairs) < options.sheet:
             pairs.append(item)
     if not rows:
         raise InputError(f"none of the {len(paths)} image files could be read: {skipped[0]}")
     means = {name: statistics.fmean(row[name] for row in rows) for name in _METRICS}
-    report = {
-        "tokenizer": options.tokenizer,
-        "images": len(rows),
-        "skipped": skipped,
-        **means,
-        "codebook_usage": len(codes) / config.codebook_size,
-        "per_image": rows,
-    }
+    report = {"tokenizer": options.tokenizer, "images": len(rows), "skipped": skipped, **means}
+    report |= {"codebook_usage": len(codes) / config.codebook_size, "per_image": rows}
     storage.write_json(options.out / "metrics.json", report)
     save_png(_sheet(pairs), options.out / "sheet.png")
     print(
