@@ -5,8 +5,8 @@ import asyncio
 import torch
 from PIL import Image
 
-from llamagen.serving.decoding import ImageDecoder
 from llamagen.serving.files import FileStore
+from llamagen.serving.models import ImageDecoder
 
 
 def test_files_expire():
@@ -41,9 +41,9 @@ def test_waiting_images_are_decoded_together():
         return [Image.new("RGB", (4, 8), (int(grid[0, 0]), 0, 0)) for grid in codes]
 
     async def run():
-        decoder = ImageDecoder(decode, (4, 2))
-        images = await asyncio.gather(*[decoder.decode([k] * 8) for k in range(20)])
-        half = await decoder.decode([7] * 4)
+        decoder = ImageDecoder(decode)
+        images = await asyncio.gather(*[decoder.decode([k] * 8, (4, 2)) for k in range(20)])
+        half = await decoder.decode([7] * 4, (4, 2))
         decoder.close()
         return images, half
 
@@ -59,11 +59,11 @@ def test_cancelled_request_does_not_block_others():
         return [Image.new("RGB", (1, 1)) for _ in codes]
 
     async def run():
-        decoder = ImageDecoder(decode, (1, 1))
-        gone = asyncio.create_task(decoder.decode([0]))
+        decoder = ImageDecoder(decode)
+        gone = asyncio.create_task(decoder.decode([0], (1, 1)))
         await asyncio.sleep(0)
         gone.cancel()
-        image = await asyncio.wait_for(decoder.decode([1]), 5)
+        image = await asyncio.wait_for(decoder.decode([1], (1, 1)), 5)
         decoder.close()
         return image.size
 
@@ -78,8 +78,8 @@ def test_unfinished_rows_repeat_the_last_one():
         return [Image.new("RGB", (2, 3)) for _ in codes]
 
     async def run():
-        decoder = ImageDecoder(decode, (3, 2))
-        await decoder.decode([1, 2, 3, 4])
+        decoder = ImageDecoder(decode)
+        await decoder.decode([1, 2, 3, 4], (3, 2))
         decoder.close()
 
     asyncio.run(run())

@@ -1,4 +1,4 @@
-"""Turn published .pt checkpoints into model folders, or models into another precision."""
+"""``llamagen convert``, ``export`` and ``export-vllm``: commands that write model folders."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of ``llamagen convert``."""
+class Convert:
+    """Turn published .pt checkpoints into model folders, or models into another precision."""
 
     sources: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE...")]
     """Checkpoint files, published names or model folders: a transformer and its image tokenizer,
@@ -47,8 +47,55 @@ class Options:
     """Replace an older model folder."""
 
 
-def run(options: Options) -> None:
-    """Convert the sources and print what was made."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Write the model folder of a training run's checkpoint, also while the run goes on."""
+
+    run: tyro.conf.Positional[Path]
+    """Folder of the run."""
+    out: Path
+    """Where the model goes: a tokenizer's folder or a pipeline's."""
+    step: int | None = None
+    """Step of the checkpoint. Default: the latest."""
+    weights: Literal["auto", "mean", "trained"] = "auto"
+    """The running mean (EMA) or the weights as they are trained; auto takes the mean if there is
+    one."""
+    tokenizer: str | None = None
+    """Image tokenizer of a transformer, if it is no longer where the recipe says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Vllm:
+    """Write a model folder that vLLM loads by itself, for ``vllm serve`` and other programs."""
+
+    model: tyro.conf.Positional[str]
+    """Name (c2i-L-384), pipeline folder, hub repository, transformer, or an exported folder."""
+    out: Path
+    """Folder to write; an older one of this kind is replaced."""
+    guidance: bool = True
+    """Serve requests with guidance. Without it a request costs half as much, and has none."""
+    negative_prompts: bool = False
+    """Serve prompts that guidance leads away from, instead of "no class" or "no text"."""
+    grid: tuple[int, int] | None = None
+    """Rows and columns of an image. Default: those that the model was trained on."""
+
+
+def run(options: Convert | Run | Vllm) -> None:
+    """Write the folder and print what was made, or where it is."""
+    if isinstance(options, Convert):
+        _convert(options)
+    elif isinstance(options, Run):
+        from llamagen.training.export import export_run
+
+        print(export_run(**vars(options)))
+    else:
+        from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
+
+        capabilities = {k: v for k, v in vars(options).items() if k not in ("model", "out")}
+        print(export_for_vllm(options.model, options.out, ExportOptions(**capabilities)))
+
+
+def _convert(options: Convert) -> None:
     import llamagen.support.storage as storage
 
     if not 1 <= (count := len(options.sources)) <= 2:
@@ -81,7 +128,7 @@ def _require_place(out: Path, *, overwrite: bool) -> None:
     storage.require_writable(out.parent)
 
 
-def _pipeline_source(options: Options) -> PipelineSource | None:
+def _pipeline_source(options: Convert) -> PipelineSource | None:
     """Return the parts of the only source, if it is a whole pipeline on this machine."""
     from llamagen.checkpoints import find_shipped, is_pipeline_folder, resolve_pipeline
 
@@ -99,7 +146,7 @@ def _pipeline_source(options: Options) -> PipelineSource | None:
     return found
 
 
-def _load(options: Options) -> Parts:
+def _load(options: Convert) -> Parts:
     import torch
 
     from llamagen.checkpoints import load_model
@@ -129,7 +176,7 @@ def _load(options: Options) -> Parts:
 
 
 def _assemble(
-    parts: Parts, options: Options, found: PipelineSource | None
+    parts: Parts, options: Convert, found: PipelineSource | None
 ) -> Pipeline | ImageTokenizer | Transformer:
     """Return the only model, or the pipeline of both."""
     from llamagen.checkpoints import demo_sampling, find_public

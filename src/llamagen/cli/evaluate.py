@@ -408,9 +408,8 @@ def run(options: EvaluationOptions) -> None:
     for name, message in options.needs.items():
         if not getattr(options, name):
             raise InputError(message)
-    count = getattr(options, "count", options.min_count)
-    if count < options.min_count:
-        raise InputError(f"--num-images is {count}, expected at least {options.min_count}")
+    if hasattr(options, "count"):
+        require_at_least(options.min_count, options, "count")
     from llamagen.evaluation.report import PAGE_NAME, require_page_packages, save_report
     from llamagen.support import distributed, storage
 

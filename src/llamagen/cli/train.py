@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from typing import Annotated, Any, ClassVar, Self
@@ -39,8 +40,14 @@ class _Options:
     @classmethod
     def defaults(cls, arguments: list[str]) -> tuple[Self, list[str]]:
         """Take --recipe and --preset off the arguments; return their options, and the rest."""
-        recipe, rest = _take(arguments, "--recipe")
-        preset, rest = _take(rest, "--preset")
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--recipe")
+        parser.add_argument("--preset")
+        try:
+            given, rest = parser.parse_known_args(arguments)
+        except argparse.ArgumentError as error:
+            raise InputError(f"{error.argument_name} needs a value") from error
+        recipe, preset = given.recipe, given.preset
         training = cls.kind() if recipe is None else load_recipe(cls.kind, recipe)
         if preset is not None:
             training = dataclasses.replace(training, model=preset_model(cls.kind, preset))
@@ -96,19 +103,3 @@ def run(options: Tokenizer | Transformer) -> None:
     if result.skipped:
         print(f"{result.skipped} files could not be read; see {result.out / 'skipped.txt'}")
     print(result.model)
-
-
-def _take(arguments: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Return the value of ``--flag value`` or ``--flag=value``, and the other arguments."""
-    value, rest = None, []
-    remaining = iter(arguments)
-    for word in remaining:
-        if word == flag:
-            value = next(remaining, "--")
-            if value.startswith("--"):
-                raise InputError(f"{flag} needs a value")
-        elif word.startswith(f"{flag}="):
-            value = word.partition("=")[2]
-        else:
-            rest.append(word)
-    return value, rest

@@ -33,7 +33,6 @@ _Settings: Any = create_model(
 
 
 def _optional(description: str, **limits: Any) -> Any:
-    """Declare a field that may be left out."""
     return Field(None, description=description, **limits)
 
 
@@ -43,41 +42,27 @@ class _Common(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: str = Field(
-        min_length=1,
-        description="What to draw: a text, or the name or number of a class.",
-        examples=["llama"],
+        description="A text, or the name or number of a class.", min_length=1, examples=["llama"]
     )
     model: str | None = _optional("One of /v1/models. Default: the first of them.")
     n: int | None = Field(1, ge=1, le=1000, description="Images.")
-    size: str | None = Field(
-        "auto", max_length=20, description="auto, or the size that the images will have."
-    )
+    size: str | None = Field("auto", max_length=20, description="auto, or the images' own size.")
     response_format: Literal["b64_json", "url"] | None = Field(
         "b64_json", description="The images themselves, or where to fetch them for a time."
     )
     output_format: OutputFormat | None = "png"
-    output_compression: int | None = _optional(
-        "Quality of jpeg and webp. Default: 90.", ge=0, le=100
-    )
+    output_compression: int | None = _optional("Quality of jpeg, webp. Default: 90.", ge=0, le=100)
     negative_prompt: str | None = _optional("What guidance leads away from.", min_length=1)
-    blend: str | None = _optional(
-        "A second prompt or class: what is likely for both is drawn.", min_length=1
-    )
+    blend: str | None = _optional("Second prompt or class: what suits both is drawn.", min_length=1)
     blend_share: _Number | None = _optional("How much of it. Default: 0.5.", ge=0, le=1)
     best_of: int | None = _optional(
-        "Candidates for each image, of which the best is sent. Default: 1, and 4 where an image is "
-        "filled in.",
-        ge=1,
-        le=16,
+        "Candidates for each image; the best is sent. Default: 1, inpainting 4.", ge=1, le=16
     )
     rank_by: Ranking | None = _optional(
         "The best: likelihood (default), or condition, what the prompt makes likelier."
     )
     seed: int | None = _optional(
-        "Of the first image, or its first candidate; the next get the next numbers. Default: "
-        "random.",
-        ge=0,
-        le=MAX_SEED - 16_000,
+        "Of the first image; the next count up. Default: random.", ge=0, le=MAX_SEED - 16_000
     )
     user: str | None = _optional("Not kept.", max_length=1000)
 
@@ -98,15 +83,9 @@ class _StreamRequest(RequestBody):
         False, description="Send events, with unfinished images if partial_images asks."
     )
     partial_images: int | None = Field(
-        0,
-        ge=0,
-        le=64,
-        description="Unfinished images to send of each image, evenly over its rows. There are none "
-        "of images with candidates, and of images that are extended.",
+        0, ge=0, le=64, description="Unfinished images of each; none of ranked or extended ones."
     )
-    quality: Literal["auto", "standard"] | None = _optional(
-        "There are no levels: use the settings above."
-    )
+    quality: Literal["auto", "standard"] | None = _optional("No levels: use the settings above.")
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = _optional("Nothing is moderated.")
 
@@ -123,14 +102,10 @@ class EditRequest(_StreamRequest):
     edit: Literal["inpaint", "complete", "outpaint", "vary"] | None = _optional(
         "Default: inpaint with a mask, complete without one."
     )
-    keep_rows: int | None = _optional(
-        "For complete: rows of codes that are kept. Default: half of them.", ge=1, le=2**31
-    )
+    keep_rows: int | None = _optional("For complete: rows kept. Default: half.", ge=1, le=2**31)
     below: int | None = _optional("For outpaint: rows of codes to draw below.", ge=0, le=2**31)
     right: int | None = _optional("For outpaint: columns to draw on the right.", ge=0, le=2**31)
-    keep: _Number | None = _optional(
-        "For vary: share of the codes that is kept. Default: 0.5.", gt=0, lt=1
-    )
+    keep: _Number | None = _optional("For vary: share kept. Default: 0.5.", gt=0, lt=1)
 
 
 class VariationRequest(RequestBody):
