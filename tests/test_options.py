@@ -16,7 +16,7 @@ from llamagen.training import config as training_config
 SOURCE = Path(llamagen.__file__).parent
 MODULES = [config, columns, training_config]
 MODULES += [
-    importlib.import_module(name)
+    importlib.import_module(f"llamagen.cli.{name}")
     for name in dict.fromkeys(target.split(":")[0] for target, _ in COMMANDS.values())
 ]
 

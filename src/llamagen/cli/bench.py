@@ -1,4 +1,4 @@
-"""Measure decoding: milliseconds per code, the machine's limits, and where the time goes."""
+"""``llamagen bench``."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DeviceOption):
-    """Options of ``llamagen bench``."""
+class Bench(DeviceOption):
+    """Measure decoding: milliseconds per code, the machine's limits, and where the time goes."""
 
     model: str | None = None
     """A class-conditional model: name, pipeline folder, hub repository or transformer. Default:
@@ -40,7 +40,7 @@ class Options(DeviceOption):
     """JSON file for all timings, with machine and date."""
 
 
-def run(options: Options) -> None:
+def run(options: Bench) -> None:
     """Measure, and print a table in Markdown."""
     from tqdm import tqdm
 
@@ -78,7 +78,7 @@ def run(options: Options) -> None:
         print(options.out)
 
 
-def _model(options: Options, device: torch.device, dtype: torch.dtype) -> Transformer:
+def _model(options: Bench, device: torch.device, dtype: torch.dtype) -> Transformer:
     import torch
 
     import llamagen.checkpoints as checkpoints

@@ -87,12 +87,21 @@ def run(options: Convert | Run | Vllm) -> None:
     elif isinstance(options, Run):
         from llamagen.training.export import export_run
 
-        print(export_run(**vars(options)))
+        model = export_run(
+            options.run,
+            options.out,
+            step=options.step,
+            weights=options.weights,
+            tokenizer=options.tokenizer,
+        )
+        print(model)
     else:
         from llamagen.vllm_plugin.export import ExportOptions, export_for_vllm
 
-        capabilities = {k: v for k, v in vars(options).items() if k not in ("model", "out")}
-        print(export_for_vllm(options.model, options.out, ExportOptions(**capabilities)))
+        export = ExportOptions(
+            guidance=options.guidance, negative_prompts=options.negative_prompts, grid=options.grid
+        )
+        print(export_for_vllm(options.model, options.out, export))
 
 
 def _convert(options: Convert) -> None:

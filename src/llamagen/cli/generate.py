@@ -53,8 +53,7 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
     count: Annotated[int, tyro.conf.arg(name="num-images", aliases=["-n"])] = 1
     """Images of each prompt or class."""
     seed: int | None = None
-    """Seed of the first image; the next get the next numbers. Default: random; 0 for a file of
-    prompts."""
+    """Seed of the first image; the next count up. Default: random; 0 for a file of prompts."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
     """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
 
@@ -62,7 +61,7 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
     def _sheet_only(self) -> bool:
         return self.out.suffix.lower() == ".png"
 
-    def arguments(self) -> dict[str, Any]:
+    def _arguments(self) -> dict[str, Any]:
         """Return the pipeline's arguments that all these commands have, the settings checked."""
         return {
             "prompt": [*self.prompts, *self.classes],
@@ -108,8 +107,7 @@ class Generate(EngineOptions, _ImageOptions):
     """Draw images of texts or classes, as PNG files that record how to make them again."""
 
     model: str | None = None
-    """Name (emoji, c2i-L-384, t2i-XL-256), pipeline folder, hub repository, or a transformer to
-    be used with --tokenizer."""
+    """Name (emoji, c2i-L-384), pipeline folder, hub repository, or a transformer (--tokenizer)."""
     prompts_file: Path | None = None
     """File of prompts (.txt, .csv, .tsv, .jsonl, .json, as those of PartiPrompts and COCO): all are
     drawn into the output folder, with an index. The same command goes on where it stopped; under
@@ -144,6 +142,9 @@ class _EditOptions(_ImageOptions):
     model: str
     """Name (emoji, cifar10, c2i-L-384), pipeline folder or hub repository."""
 
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | {"image": self.image}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Complete(_EditOptions):
@@ -151,6 +152,9 @@ class Complete(_EditOptions):
 
     keep_rows: int | None = None
     """Rows of codes that are kept. Default: half of them."""
+
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | {"keep_rows": self.keep_rows}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,9 @@ class Inpaint(_EditOptions):
     """Candidates for each image, of which the best is returned: the others may not fit what is
     below the marked part."""
 
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | {"mask": self.mask, "keep_pixels": self.keep_pixels}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outpaint(_EditOptions):
@@ -176,6 +183,9 @@ class Outpaint(_EditOptions):
     right: int = 0
     """Columns of codes to draw on its right."""
 
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | {"below": self.below, "right": self.right}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Vary(_EditOptions):
@@ -183,6 +193,9 @@ class Vary(_EditOptions):
 
     keep: float = 0.5
     """Share of the codes that is kept, above 0 and below 1."""
+
+    def _arguments(self) -> dict[str, Any]:
+        return super()._arguments() | {"keep": self.keep}
 
 
 def run(options: Generate | _EditOptions) -> None:
@@ -208,7 +221,7 @@ def _draw(options: Generate, model: str) -> None:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
-    arguments = options.arguments()
+    arguments = options._arguments()
     options.require_out()
     pipe = _load(model, options, Launch())
     from tqdm import tqdm
@@ -321,7 +334,7 @@ def _like(options: Generate, path: Path) -> Generate:
 def _edit(options: _EditOptions) -> None:
     if bool(options.prompts) == bool(options.classes):
         raise InputError("say what the image is of, with either --prompt or --class")
-    arguments = options.arguments()
+    arguments = options._arguments()
     options.require_out()
     if not options.image.is_file():
         raise FileNotFoundError(f"{options.image} does not exist; give an image file")
@@ -333,6 +346,4 @@ def _edit(options: _EditOptions) -> None:
     pipe = Pipeline.from_pretrained(options.model, device=device, dtype=dtype)
     options.quantize(pipe)
     edit = getattr(Editor(pipe), type(options).__name__.lower())
-    own = vars(options).keys() - {each.name for each in dataclasses.fields(_EditOptions)}
-    arguments |= {name: getattr(options, name) for name in ("image", *own)}
     options.save(edit(**arguments))

@@ -1,4 +1,4 @@
-"""Describe a model, a checkpoint or a generated image; without a name, list what is known."""
+"""``llamagen info``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of ``llamagen info``."""
+class Info:
+    """Describe a model, a checkpoint or a generated image; without a name, list what is known."""
 
     source: tyro.conf.Positional[str | None] = None
     """Name, folder, checkpoint file, hub repository, or a PNG made by llamagen."""
@@ -28,12 +28,12 @@ class Options:
     """Print the same as data."""
 
 
-def run(options: Options) -> None:
+def run(options: Info) -> None:
     """Print the description."""
     print(_description(options))
 
 
-def _description(options: Options) -> str:
+def _description(options: Info) -> str:
     source = options.source
     is_image = source is not None and Path(source).suffix.lower() == ".png"
     if options.measure and (source is None or is_image):

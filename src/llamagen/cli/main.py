@@ -1,9 +1,8 @@
 """The ``llamagen`` program: its commands, their options as dataclasses, and its errors.
 
-Every command is a module with a frozen dataclass ``Options``, whose fields are the flags, and
-``run(options)``; several may share a module, each with a dataclass of its own. That may have a
-class method ``defaults(arguments)``, which takes what it knows (a recipe file) off the arguments
-and returns the options to start from and the rest.
+Every command is a frozen dataclass, whose fields are the flags, beside a function ``run(options)``
+that several may share. It may have a class method ``defaults(arguments)``, which takes what it
+knows (a recipe file) off the arguments and returns the options to start from and the rest.
 """
 
 from __future__ import annotations
@@ -24,45 +23,38 @@ from typing import NoReturn
 from llamagen.support.errors import InputError
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "generate": ("llamagen.cli.generate:Generate", "draw images of texts or classes"),
-    "edit complete": ("llamagen.cli.generate:Complete", "keep the upper part of an image"),
-    "edit inpaint": ("llamagen.cli.generate:Inpaint", "draw a marked part of an image anew"),
-    "edit outpaint": ("llamagen.cli.generate:Outpaint", "extend an image down and to the right"),
-    "edit vary": ("llamagen.cli.generate:Vary", "draw variations of an image"),
-    "reconstruct": ("llamagen.cli.reconstruct", "send images through an image tokenizer and back"),
-    "train tokenizer": ("llamagen.cli.train:Tokenizer", "train an image tokenizer on a folder"),
-    "train transformer": ("llamagen.cli.train:Transformer", "train a transformer on a folder"),
-    "extract-codes": ("llamagen.cli.extract:Codes", "encode a folder of images once, into shards"),
-    "extract-text": ("llamagen.cli.extract:Text", "encode captions once, into shards"),
-    "evaluate c2i": ("llamagen.cli.evaluate:Classes", "FID and the like of images drawn by class"),
-    "evaluate t2i": ("llamagen.cli.evaluate:Texts", "FID and CLIP score of images drawn of texts"),
-    "evaluate tokenizer": ("llamagen.cli.evaluate:Tokenizer", "rFID, PSNR, SSIM of a tokenizer"),
-    "evaluate folder": ("llamagen.cli.evaluate:Folder", "FID and the like of any two image sets"),
-    "evaluate likelihood": ("llamagen.cli.evaluate:Likelihood", "bits per code of held-out images"),
-    "evaluate sweep": ("llamagen.cli.evaluate:Sweep", "FID at many guidance scales and top-ks"),
-    "serve": ("llamagen.cli.serve", "draw images for clients over HTTP, and on a web page"),
-    "export": ("llamagen.cli.convert:Run", "write the model of a training run's checkpoint"),
-    "export-vllm": ("llamagen.cli.convert:Vllm", "write a folder that vllm serve accepts"),
-    "convert": (
-        "llamagen.cli.convert:Convert",
-        "turn published .pt checkpoints into model folders",
-    ),
-    "info": ("llamagen.cli.info", "describe a model, a checkpoint or a generated image"),
-    "bench": ("llamagen.cli.bench", "measure how fast this machine decodes"),
-    "demo": ("llamagen.cli.demo:Draw", "draw a sheet with the models that come with the package"),
-    "demo-train": ("llamagen.cli.demo:Train", "train on handwritten digits and draw some"),
+    "generate": ("generate:Generate", "draw images of texts or classes"),
+    "edit complete": ("generate:Complete", "keep the upper part of an image"),
+    "edit inpaint": ("generate:Inpaint", "draw a marked part of an image anew"),
+    "edit outpaint": ("generate:Outpaint", "extend an image down and to the right"),
+    "edit vary": ("generate:Vary", "draw variations of an image"),
+    "reconstruct": ("reconstruct:Reconstruct", "send images through an image tokenizer and back"),
+    "train tokenizer": ("train:Tokenizer", "train an image tokenizer on a folder"),
+    "train transformer": ("train:Transformer", "train a transformer on a folder"),
+    "extract-codes": ("extract:Codes", "encode a folder of images once, into shards"),
+    "extract-text": ("extract:Text", "encode captions once, into shards"),
+    "evaluate c2i": ("evaluate:Classes", "FID and the like of images drawn by class"),
+    "evaluate t2i": ("evaluate:Texts", "FID and CLIP score of images drawn of texts"),
+    "evaluate tokenizer": ("evaluate:Tokenizer", "rFID, PSNR, SSIM of a tokenizer"),
+    "evaluate folder": ("evaluate:Folder", "FID and the like of any two image sets"),
+    "evaluate likelihood": ("evaluate:Likelihood", "bits per code of held-out images"),
+    "evaluate sweep": ("evaluate:Sweep", "FID at many guidance scales and top-ks"),
+    "serve": ("serve:Serve", "draw images for clients over HTTP, and on a web page"),
+    "export": ("convert:Run", "write the model of a training run's checkpoint"),
+    "export-vllm": ("convert:Vllm", "write a folder that vllm serve accepts"),
+    "convert": ("convert:Convert", "turn published .pt checkpoints into model folders"),
+    "info": ("info:Info", "describe a model, a checkpoint or a generated image"),
+    "bench": ("bench:Bench", "measure how fast this machine decodes"),
+    "demo": ("demo:Draw", "draw a sheet with the models that come with the package"),
+    "demo-train": ("demo:Train", "train on handwritten digits and draw some"),
 }
-"""Command -> the module that implements it, with the name of its options if that is not
-``Options``, and one line of help."""
+"""Command -> module of this package and its options, and one line of help."""
 
 _REMOVED = {
     "--row-lag": "it was approximate; leave it out, codes are then exact",
     "int4": "8 bits are faster and more exact; use int8",
 }
 """Flags, and values of --quantization and --precisions, of earlier versions -> the remedy."""
-
-_OPTION_OF = {"num_images_per_prompt": "count"}
-"""Parameter of the library -> the option of commands, where that is called something else."""
 
 _USAGE_ERROR = 2
 _INTERRUPTED = 130
@@ -123,7 +115,7 @@ def _run(command: str, arguments: list[str]) -> None:
     options = tyro.cli(
         kind,
         prog=f"llamagen {command}",
-        description=inspect.getdoc(module if kind.__name__ == "Options" else kind),
+        description=inspect.getdoc(kind),
         args=arguments,
         config=(tyro.conf.OmitArgPrefixes,),
         **keywords,
@@ -134,8 +126,8 @@ def _run(command: str, arguments: list[str]) -> None:
 def _implementation(command: str) -> tuple[ModuleType, type]:
     """Return the module of a command, and the dataclass of its options."""
     name, _, kind = COMMANDS[command][0].partition(":")
-    module = importlib.import_module(name)
-    return module, getattr(module, kind or "Options")
+    module = importlib.import_module(f"llamagen.cli.{name}")
+    return module, getattr(module, kind)
 
 
 def _refuse_removed(arguments: Sequence[str]) -> None:
@@ -160,7 +152,7 @@ def _with_flags(message: str, command: str) -> str:
     flags = _flags(_implementation(command)[1]) if command else {}
 
     def replace(match: re.Match[str]) -> str:
-        name = _OPTION_OF.get(match[1], match[1])
+        name = "count" if match[1] == "num_images_per_prompt" else match[1]
         return f"--{flags[name]}" if name in flags else match[0]
 
     return re.sub(r"`(\w+)`", replace, message)

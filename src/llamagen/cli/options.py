@@ -114,8 +114,11 @@ class EngineOptions:
         from llamagen.pipeline.models import ENGINES
         from llamagen.vllm_plugin import keep_vllm_quiet
 
-        names = ("tensor_parallel_size", "data_parallel_size", "gpu_memory_utilization")
-        values = {name: getattr(self, name) for name in names}
+        values = {
+            "tensor_parallel_size": self.tensor_parallel_size,
+            "data_parallel_size": self.data_parallel_size,
+            "gpu_memory_utilization": self.gpu_memory_utilization,
+        }
         given = {n: value for n, value in values.items() if value != getattr(EngineOptions, n)}
         if ENGINES[self.engine].copies_model:
             keep_vllm_quiet()

@@ -1,4 +1,4 @@
-"""Send images through an image tokenizer and back; report PSNR and SSIM, draw both side by side."""
+"""``llamagen reconstruct``."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _METRICS = ("psnr", "ssim", "ssim_published")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(DeviceOptions):
-    """Options of ``llamagen reconstruct``."""
+class Reconstruct(DeviceOptions):
+    """Send images through an image tokenizer and back; report PSNR and SSIM, draw both."""
 
     images: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Image files and folders (searched through)."""
@@ -46,7 +46,7 @@ class Options(DeviceOptions):
     """Images on the before/after sheet."""
 
 
-def run(options: Options) -> None:
+def run(options: Reconstruct) -> None:
     """Reconstruct, save and report."""
     require_at_least(1, options, "max_side", "sheet")
     import llamagen.support.storage as storage

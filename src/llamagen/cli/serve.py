@@ -1,4 +1,4 @@
-"""Serve models over HTTP, by an API in the form of OpenAI's images endpoint."""
+"""``llamagen serve``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(ServerOptions, EngineOptions, QuantizationOptions, DeviceOptions):
-    """Options of ``llamagen serve``."""
+class Serve(ServerOptions, EngineOptions, QuantizationOptions, DeviceOptions):
+    """Serve models over HTTP, by an API in the form of OpenAI's images endpoint."""
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(name="model", aliases=["-m"])]
     """Models to serve: names, pipeline folders or hub repositories, each as MODEL or NAME=MODEL,
@@ -42,7 +42,7 @@ class Options(ServerOptions, EngineOptions, QuantizationOptions, DeviceOptions):
     """Another text encoder than the models': folder or hub repository."""
 
 
-def run(options: Options) -> None:
+def run(options: Serve) -> None:
     """Load the models, then serve until told to end."""
     for name in ("fastapi", "prometheus_client", "python_multipart", "uvicorn"):
         if importlib.util.find_spec(name) is None:
@@ -60,11 +60,11 @@ def run(options: Options) -> None:
     names = [field.name for field in dataclasses.fields(ServerOptions)]
     settings = ServerSettings(api_key=key, **{name: getattr(options, name) for name in names})
     device, dtype = options.resolve()
-    loading = {"text_encoder": options.text_encoder, "device": device, "dtype": dtype}
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "engine": options.engine}
     metrics = ServerMetrics()
     models = []
     for name, source in sources.items():
-        pipeline = Pipeline.from_pretrained(source, engine=options.engine, **loading)
+        pipeline = Pipeline.from_pretrained(source, text_encoder=options.text_encoder, **loading)
         options.quantize(pipeline)
         # Loaded now, so that the first request neither waits for it nor finds that it is damaged.
         _ = pipeline.text_encoder
@@ -78,7 +78,7 @@ def run(options: Options) -> None:
     serve(app, host=options.host, port=options.port, drain_timeout=options.drain_timeout)
 
 
-def _sources(options: Options) -> dict[str, str]:
+def _sources(options: Serve) -> dict[str, str]:
     """Return what to load, by name."""
     if not options.models:
         raise InputError("no model was named; give --model, for example --model emoji")
@@ -92,7 +92,7 @@ def _sources(options: Options) -> dict[str, str]:
     return sources
 
 
-def _api_key(options: Options) -> str | None:
+def _api_key(options: Serve) -> str | None:
     if options.api_key_file is None:
         return os.environ.get("LLAMAGEN_API_KEY") or None
     key = options.api_key_file.read_text(encoding="utf-8").strip()
