@@ -58,8 +58,7 @@ class Run:
     step: int | None = None
     """Step of the checkpoint. Default: the latest."""
     weights: Literal["auto", "mean", "trained"] = "auto"
-    """The running mean (EMA) or the weights as they are trained; auto takes the mean if there is
-    one."""
+    """The running mean (EMA) or the trained weights; auto takes the mean if there is one."""
     tokenizer: str | None = None
     """Image tokenizer of a transformer, if it is no longer where the recipe says."""
 

@@ -50,8 +50,7 @@ class NetworkOptions:
     """Inception's weights (pt_inception-2015-12-05-6726825d.pth): a file, an address, or a file on
     the hub. Default: downloaded once."""
     classifier: Path | None = None
-    """Folder of the classifier. Default: "classifier" in the output folder; trained if it is not
-    there."""
+    """Folder of the classifier, trained if it is empty. Default: "classifier" below --out."""
     classifier_steps: int = 2000
     """Training steps of the classifier, of 128 images each."""
     classifier_flip: bool = False
@@ -148,8 +147,7 @@ class SampleOptions(EvaluationOptions):
     model: str | None = None
     """Name (c2i-L-384, t2i-XL-256), pipeline folder or hub repository."""
     reference: str | None = None
-    """Reference of the comparison: ADM's .npz file, or images: a folder of class folders, or any
-    other source that training takes."""
+    """Images or ADM's .npz file to compare with: class folders, or whatever training takes."""
     size: int | None = None
     """Side in pixels at which images are compared. Default: 256 for published models, as
     published; for others the size of their images."""
@@ -257,8 +255,7 @@ class Texts(setting_options(), SampleOptions):  # type: ignore[misc]
     count: Count = 30_000
     """Maximum number of captions, taken evenly from the whole file."""
     reference: str | None = None
-    """The captions' own images: a folder, an .npz file, or any other source that training takes.
-    Without it the FID is left out."""
+    """The captions' own images, or their .npz file; without it the FID is left out."""
     clip: str | None = "openai/clip-vit-base-patch32"
     """CLIP model for the CLIP score: hub repository or folder; "none" leaves it out."""
 
@@ -361,8 +358,7 @@ class Folder(EvaluationOptions):
     )
 
     images: tyro.conf.Positional[str | None] = None
-    """Images to evaluate: a folder of images, an .npz file with them, or any other source that
-    training takes."""
+    """Images to evaluate: a folder, an .npz file, or any other source that training takes."""
     reference: tyro.conf.Positional[str | None] = None
     """Reference of the comparison: likewise, or an .npz file of ADM's statistics."""
     size: int | None = None
@@ -388,8 +384,7 @@ class Likelihood(EvaluationOptions):
     needs = _IMAGES | _MODEL
 
     images: tyro.conf.Positional[str | None] = None
-    """Images with the model's classes, or with captions: whatever training takes. Not those that
-    the model was trained on."""
+    """Images, not trained on, with the model's classes or captions: whatever training takes."""
     model: str | None = None
     """Name, pipeline folder or hub repository."""
 

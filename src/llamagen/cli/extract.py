@@ -57,8 +57,7 @@ class Codes(DeviceOptions):
     processes: int = 1
     """Processes that encode; on several GPUs, one for each. Under torchrun, its own count."""
     compile: bool = False
-    """Compile the encoder (torch.compile): half a minute to begin with, then faster on a GPU and,
-    for small tokenizers, on a CPU."""
+    """Compile the encoder: half a minute at first, then faster on a GPU and, if small, on a CPU."""
     workers: int | None = None
     """Processes that read images, for each that encodes. Default: 0 on a CPU, else up to 8."""
     overwrite: bool = False

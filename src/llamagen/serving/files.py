@@ -79,9 +79,8 @@ def form_schema(kind: type[BaseModel], files: Mapping[str, bool]) -> dict[str, A
         schema["properties"][name] = {"type": "string", "format": "binary"}
         if needed:
             schema["required"].append(name)
-    return {
-        "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}
-    }
+    content = {"multipart/form-data": {"schema": schema}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def open_upload(content: bytes, name: str, *, max_pixels: int, convert: bool = True) -> Image.Image:
