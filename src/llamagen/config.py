@@ -78,7 +78,8 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _require_positive(config: Any, *names: str) -> None:
+def require_positive(config: Any, *names: str) -> None:
+    """Raise InputError if one of these fields is there and below 1."""
     for name in names:
         value = getattr(config, name)
         _require(value is None or value >= 1, f"{name} is {value}, expected at least 1")
@@ -122,8 +123,8 @@ class TokenizerConfig:
     """Dropout inside residual blocks, in training."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "codebook_size", "codebook_dim", "base_channels", "z_channels")
-        _require_positive(self, "encoder_blocks", "decoder_blocks", "norm_groups")
+        require_positive(self, "codebook_size", "codebook_dim", "base_channels", "z_channels")
+        require_positive(self, "encoder_blocks", "decoder_blocks", "norm_groups")
         _require_fraction(self, "dropout")
         _require(
             self.quantizer in QUANTIZERS,
@@ -202,7 +203,7 @@ class TransformerArchitecture:
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "layers", "heads", "hidden_dim")
+        require_positive(self, "dim", "layers", "heads", "hidden_dim")
         _require(
             self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0,
             f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
@@ -253,7 +254,7 @@ class TransformerConfig(TransformerArchitecture):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_positive(self, "codebook_size", "num_classes", "text_length", "text_dim")
+        require_positive(self, "codebook_size", "num_classes", "text_length", "text_dim")
         if min(self.grid) < 1:
             raise InputError(f"grid is {self.grid}, expected two positive numbers (rows, columns)")
         if str(self.condition) not in ("class", "text"):
@@ -296,7 +297,7 @@ class TextConfig:
     """Clean captions as those that the published models were trained with."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "max_length")
+        require_positive(self, "max_length")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,7 +318,7 @@ class SmallTextEncoderConfig:
     """Bytes of a caption that are read, with one for its end."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "layers", "heads", "hidden_dim", "max_length")
+        require_positive(self, "dim", "layers", "heads", "hidden_dim", "max_length")
         _require_fraction(self, "dropout")
         if self.dim % self.heads:
             raise InputError(f"heads {self.heads} must divide the text's dim {self.dim}")

@@ -8,10 +8,10 @@ from llamagen import Pipeline
 from llamagen.checkpoints import (
     find_shipped,
     load_tokenizer,
-    names,
     nearest_names,
     resolve_pipeline,
     shipped_models,
+    sources,
 )
 from llamagen.support.errors import InputError
 from tests.tiny_models import tiny_pipeline
@@ -20,7 +20,7 @@ from tests.tiny_models import tiny_pipeline
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The folder of shipped models, with one in it; another folder is the current one."""
-    monkeypatch.setattr(names, "_SHIPPED", tmp_path / "models")
+    monkeypatch.setattr(sources, "_SHIPPED", tmp_path / "models")
     tiny_pipeline().save_pretrained(tmp_path / "models" / "flowers")
     (tmp_path / "models" / "notes").mkdir()
     (tmp_path / "here").mkdir()
@@ -39,7 +39,7 @@ def test_finds_by_name(folder):
 
 
 def test_no_shipped_models(tmp_path, monkeypatch):
-    monkeypatch.setattr(names, "_SHIPPED", tmp_path / "missing")
+    monkeypatch.setattr(sources, "_SHIPPED", tmp_path / "missing")
     assert shipped_models() == []
     assert find_shipped("emoji") is None
 

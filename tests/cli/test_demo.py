@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from llamagen.checkpoints.names import shipped_models
+from llamagen.checkpoints import shipped_models
 from llamagen.pipeline.demo import PER_CLASS, PROMPTS
 
 

@@ -87,7 +87,7 @@ class TestImageFolder:
         save(tmp_path / "cat" / "y.png", left_red())
         with pytest.raises(InputError, match=r"beside them, such as x\.png"):
             ImageFolder.scan(tmp_path)
-        assert len(ImageFolder.scan_unlabelled(tmp_path)) == 2
+        assert len(ImageFolder.scan(tmp_path, labelled=False)) == 2
 
     def test_rejects_unknown_validation_classes(self, tmp_path):
         save(tmp_path / "bird" / "x.png", left_red())
@@ -96,7 +96,7 @@ class TestImageFolder:
 
     def test_split_depends_on_names_only(self, tmp_path):
         first = ImageFolder.scan(write_digits(tmp_path / "a"))
-        second = ImageFolder.scan_unlabelled(write_digits(tmp_path / "b"))
+        second = ImageFolder.scan(write_digits(tmp_path / "b"), labelled=False)
         kept, held_out = first.split(0.25)
         assert (len(kept), len(held_out)) == (18, 6)
         assert not set(kept.paths) & set(held_out.paths)

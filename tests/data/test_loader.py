@@ -5,7 +5,7 @@ from PIL import Image
 
 from llamagen.data.images import ImageFolder
 from llamagen.data.loader import DataOrder, image_views, training_batches
-from llamagen.data.views import Augmentation, Views, center_crop, random_crop, ten_crop
+from llamagen.data.views import Augmentation, Views, center_crop, corner_crops
 from llamagen.support.errors import InputError
 from tests.images import write_digits
 
@@ -115,7 +115,7 @@ def test_number_of_views(kind):
 def test_five_crops_are_the_unmirrored_ten():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     five = Views(height=32, width=32, kind="five-crop")(image)
-    ten = ten_crop(image, 32, 1.1)[:5] + ten_crop(image, 32, 1.05)[:5]
+    ten = [crop for r in (1.1, 1.05) for crop in corner_crops(image, 32, r, mirrored=True)[:5]]
     for one, other in zip(five, ten, strict=True):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
 
@@ -131,9 +131,10 @@ class TestOblongCrops:
         image = Image.new("RGB", size)
         rng = DataOrder(count=1, batch_size=1, seed=0).batch(0)[0]
         numbers = DataOrder(count=1, batch_size=1, seed=0).random(rng)
+        augmentation = Augmentation(height=16, width=24, max_scale=1.25, flip=False)
         assert center_crop(image, 16, width=24).size == (24, 16)
         for _ in range(20):
-            assert random_crop(image, 16, numbers, width=24).size == (24, 16)
+            assert augmentation(image, numbers).size == (24, 16)
 
     def test_center(self):
         columns = np.tile(np.arange(48, dtype=np.uint8) * 5, (16, 1))

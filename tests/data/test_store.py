@@ -210,7 +210,7 @@ def test_checks_the_transformer(whole, images, tmp_path):
     ]:
         with pytest.raises(InputError, match=message):
             store.check_fits(TransformerConfig(**{**fitting, **change}))
-    unlabelled = type(images).scan_unlabelled(images.root)
+    unlabelled = type(images).scan(images.root, labelled=False)
     views = Views(height=SIZE, width=SIZE)
     store = extract_store(tiny_tokenizer(), unlabelled, views, tmp_path / "codes").store
     assert store.labels is None
@@ -260,7 +260,7 @@ def test_published_layout_round_trip(whole, tmp_path):
 
 
 def test_publishes_a_single_view_without_labels(images, tmp_path):
-    unlabelled = type(images).scan_unlabelled(images.root)
+    unlabelled = type(images).scan(images.root, labelled=False)
     views = Views(height=SIZE, width=SIZE)
     store = extract_store(tiny_tokenizer(), unlabelled, views, tmp_path / "codes").store
     export_published(store, tmp_path, name="mine")

@@ -26,10 +26,8 @@ def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
     """Add an adapter's matrices to the weights of the transformer that it was trained on.
 
     A class table in it replaces the transformer's, and may have another number of classes.
-
-    Raises:
-        FileNotFoundError: the folder or one of its files is missing.
-        InputError: it is no LoRA adapter, is damaged, or belongs to another model.
+    FileNotFoundError if the folder or one of its files is missing; InputError if it is no LoRA
+    adapter, is damaged, or belongs to another model.
     """
     folder = Path(folder)
     settings = read_json(folder / ADAPTER_CONFIG_NAME)
@@ -70,13 +68,14 @@ def replace_class_table(transformer: Transformer, table: Tensor) -> None:
 
 def _check(transformer: Transformer, shapes: dict[str, tuple[int, ...]], source: str) -> None:
     """Check that every matrix has a layer of its size."""
+    layers = dict(transformer.named_modules())
     for full_name, shape in shapes.items():
         name = full_name.removeprefix(_PREFIX)
+        layer_name, _, part = name.removesuffix(".weight").rpartition(".")
+        layer = layers.get(layer_name)
         if name == _CLASS_TABLE:
             fits = transformer.config.condition == "class" and shape[1] == transformer.config.dim
         else:
-            layer_name, _, part = name.removesuffix(".weight").rpartition(".")
-            layer = dict(transformer.named_modules()).get(layer_name)
             fits = isinstance(layer, nn.Linear) and (
                 (part == "lora_A" and shape[1] == layer.in_features)
                 or (part == "lora_B" and shape[0] == layer.out_features)

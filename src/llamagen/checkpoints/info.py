@@ -83,18 +83,11 @@ class ModelSummary:
 
 
 def describe_model(source: Source) -> ModelSummary:
-    """Return the summary of a model.
+    """Return the summary of a pipeline, a transformer, an image tokenizer or a text encoder.
 
     A published model that is not on this machine is described by what is known of it, and not
-    downloaded; a hub repository is.
-
-    Args:
-        source: a pipeline folder, a transformer, an image tokenizer or a text encoder (folder,
-            checkpoint file), a name, or a hub repository.
-
-    Raises:
-        FileNotFoundError: a file of the model is missing.
-        InputError: there is no such model, or it is damaged.
+    downloaded; a hub repository is. FileNotFoundError if a file is missing; InputError if there is
+    no such model, or it is damaged.
     """
     path = Path(source).expanduser()
     name = path.resolve().name if path.exists() else str(source)
@@ -169,8 +162,7 @@ def _cached(repo: str, file: str) -> Path | None:
 
 def _alone(name: str, part: PartSummary) -> ModelSummary:
     """Return the summary of a model that is no pipeline."""
-    memory: dict[Precision, int] = dict(part.memory)
-    memory.pop("int8", None)
+    memory: dict[Precision, int] = {p: size for p, size in part.memory.items() if p != "int8"}
     return ModelSummary(
         name=name,
         parts=(dataclasses.replace(part, memory=memory),),
@@ -182,13 +174,12 @@ def _alone(name: str, part: PartSummary) -> ModelSummary:
 
 def _model(source: Source, part: Part) -> tuple[ImageTokenizer | Transformer, PartSummary]:
     """Return a model on the meta device, and its summary."""
-    public, path = find_local(source), path_of(source, part)
-    is_transformer = part == "transformer"
+    path, is_transformer = path_of(source, part), part == "transformer"
     model: ImageTokenizer | Transformer
     if path is not None:
-        load = load_transformer if is_transformer else load_tokenizer
-        model = load(source, device="meta")
+        model = (load_transformer if is_transformer else load_tokenizer)(source, device="meta")
     else:
+        public = find_local(source)
         assert isinstance(public, PublicModel)
         build: type[Any] = Transformer if is_transformer else ImageTokenizer
         with torch.device("meta"):
@@ -221,8 +212,7 @@ def _model(source: Source, part: Part) -> tuple[ImageTokenizer | Transformer, Pa
 def _text_encoder(source: str, *, required: bool = False) -> PartSummary:
     """Return the summary of a text encoder: a folder, or a hub repository that may be in the cache.
 
-    Raises:
-        InputError: a file is damaged, or there are no weights and they are ``required``.
+    InputError if a file is damaged, or there are no weights and they are ``required``.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir() and is_repo_id(source):
@@ -236,8 +226,8 @@ def _text_encoder(source: str, *, required: bool = False) -> PartSummary:
     if "shared.weight" in shapes:
         shapes.pop("encoder.embed_tokens.weight", None)  # the same weight
     # Of a whole T5 model, the encoder only: it is all that is loaded.
-    own = [s for name, s in shapes.items() if name.startswith(("encoder.", "shared."))]
-    parameters = sum(map(math.prod, own))
+    own = ("encoder.", "shared.")
+    parameters = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(own))
     _, read = next(iter(read_safetensors(files[0])))
     values = read_json(folder / CONFIG_NAME)
     known = {"dim": "d_model", "layers": "num_layers", "heads": "num_heads", "hidden_dim": "d_ff"}

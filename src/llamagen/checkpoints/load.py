@@ -7,9 +7,7 @@ arguments stored with them.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +38,8 @@ def load_tokenizer(
     Args:
         source: a model folder or the pipeline folder around it, a checkpoint file (.pt,
             .safetensors), a published name such as "vq-16", or a hub repository "owner/name".
-        device: device of the weights.
-        dtype: precision of the weights; None keeps the stored one.
+        device: where the weights go.
+        dtype: their precision; None keeps the stored one.
 
     Raises:
         FileNotFoundError: a file of the folder is missing.
@@ -60,15 +58,10 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Transformer:
-    """Load a transformer; errors as of ``load_tokenizer``, or ``grid`` or ``heads`` contradict it.
+    """Load a transformer; see ``load_tokenizer``. InputError, too, if an argument contradicts it.
 
-    Args:
-        source: as for ``load_tokenizer``; a published name such as "c2i-L-384".
-        grid: rows and columns of codes that a checkpoint file was trained on, if the file does
-            not say; without it 16 x 16.
-        heads: number of query heads, for a checkpoint file that is of no preset's size.
-        device: as for ``load_tokenizer``.
-        dtype: as for ``load_tokenizer``.
+    A checkpoint file may not say the ``grid`` of codes that it was trained on (16 x 16 without it),
+    and of no preset's size it does not say the number of query ``heads``.
     """
     found = locate(source, "transformer")
     model: Transformer = _load(Transformer, found, device, dtype, grid, heads)
@@ -133,12 +126,10 @@ def infer_tokenizer_config(checkpoint: Checkpoint) -> TokenizerConfig:
     """Return the configuration of the image tokenizer in ``checkpoint``, of any size.
 
     Shapes do not tell whether the codebook is l2-normalised: it is, unless the stored arguments
-    say otherwise. Nor do they tell the number of norm groups, which is 32.
-
-    Raises:
-        InputError: a weight that tells the size is missing or has an impossible shape.
+    say otherwise. Nor do they tell the number of norm groups, which is 32. InputError if a weight
+    that tells the size is missing or has an impossible shape.
     """
-    size, count = partial(_size, checkpoint), partial(_count, checkpoint)
+    size, count = checkpoint.size, checkpoint.count
     base = size("encoder.conv_in.weight", 0)
     widths = [
         size(f"encoder.conv_blocks.{level}.res.0.conv1.weight", 0)
@@ -167,26 +158,18 @@ def infer_transformer_config(
 ) -> TransformerConfig:
     """Return the configuration of the transformer in ``checkpoint``, of any size.
 
-    Args:
-        checkpoint: the weights.
-        grid: rows and columns of codes that it was trained on, which shapes do not tell; by
-            default those of the stored arguments, else 16 x 16.
-        heads: number of query heads, which shapes do not tell either; by default that of the
-            stored arguments, else of the preset that has these shapes.
-
-    Raises:
-        InputError: a weight that tells the size is missing or has an impossible shape, ``grid`` or
-            ``heads`` contradict the stored arguments, or nothing tells the number of heads.
+    Shapes do not tell ``grid`` and ``heads``: by default they are those of the stored arguments,
+    else 16 x 16, and the number of heads of the preset that has these shapes. InputError, too, if
+    they contradict the stored arguments, or nothing tells the number of heads.
     """
-    source, arguments, size = checkpoint.source, checkpoint.arguments, partial(_size, checkpoint)
+    source, arguments, size = checkpoint.source, checkpoint.arguments, checkpoint.size
     dim = size("tok_embeddings.weight", 1)
-    layers = _count(checkpoint, r"layers\.(\d+)\.")
+    layers = checkpoint.count(r"layers\.(\d+)\.")
     ffn_dim = size("layers.0.feed_forward.w1.weight", 0)
     heads = _agreed(source, "heads", heads, _recorded_heads(arguments, dim))
     if heads is None:
-        sizes = (dim, layers, ffn_dim)
-        presets = TRANSFORMER_PRESETS.values()
-        heads = next((p.heads for p in presets if (p.dim, p.layers, p.ffn_dim) == sizes), None)
+        known = {(p.dim, p.layers, p.ffn_dim): p.heads for p in TRANSFORMER_PRESETS.values()}
+        heads = known.get((dim, layers, ffn_dim))
     if heads is None:
         raise InputError(
             f"{source}: {layers} layers of width {dim} are no preset, and the number of heads "
@@ -216,11 +199,10 @@ def infer_transformer_config(
 
 
 def _condition(checkpoint: Checkpoint) -> dict[str, Any]:
-    size = partial(_size, checkpoint)
-    if "cls_embedding.uncond_embedding" in checkpoint.shapes:
-        length, dim = (size("cls_embedding.uncond_embedding", axis) for axis in (0, 1))
+    if (name := "cls_embedding.uncond_embedding") in checkpoint.shapes:
+        length, dim = (checkpoint.size(name, axis) for axis in (0, 1))
         return {"condition": "text", "text_length": length, "text_dim": dim}
-    rows = size("cls_embedding.embedding_table.weight", 0)
+    rows = checkpoint.size("cls_embedding.embedding_table.weight", 0)
     if checkpoint.arguments.get("num_classes") == rows:
         raise InputError(
             f"{checkpoint.source} was trained without a row for no class, which guidance needs: it "
@@ -231,7 +213,7 @@ def _condition(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
     """Return the key and value heads: the fused projection has heads + 2 kv_heads of them."""
-    rows = _size(checkpoint, "layers.0.attention.wqkv.weight", 0)
+    rows = checkpoint.size("layers.0.attention.wqkv.weight", 0)
     if dim >= heads >= 1 and dim % heads == 0:
         kv_heads, rest = divmod(rows - dim, 2 * (dim // heads))
         if rest == 0 and kv_heads >= 1:
@@ -244,8 +226,7 @@ def _kv_heads(checkpoint: Checkpoint, dim: int, heads: int) -> int:
 
 def _recorded_heads(arguments: Mapping[str, Any], dim: int) -> int | None:
     """Return the heads that stored arguments tell, by a number or a preset's name (GPT-B)."""
-    heads = arguments.get("n_head")
-    if isinstance(heads, int):
+    if isinstance(heads := arguments.get("n_head"), int):
         return heads
     known = TRANSFORMER_PRESETS.get(str(arguments.get("gpt_model", "")).removeprefix("GPT-"))
     return known.heads if known is not None and known.dim == dim else None
@@ -270,20 +251,3 @@ def _agreed(source: str, name: str, given: Any, known: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _size(checkpoint: Checkpoint, name: str, axis: int) -> int:
-    """Return the length of one axis of a weight."""
-    shape = checkpoint.shapes.get(name)
-    if shape is None or len(shape) <= axis or shape[axis] < 1:
-        found = "is missing" if shape is None else f"has shape {shape}"
-        raise InputError(f"{checkpoint.source}: not this {checkpoint.kind}: weight {name} {found}")
-    return shape[axis]
-
-
-def _count(checkpoint: Checkpoint, pattern: str) -> int:
-    """Return the number of modules in a list: of the indices that ``pattern`` captures.
-
-    If some are left out, the weights of the last are missing from the model that is then expected.
-    """
-    return len({match[1] for name in checkpoint.shapes if (match := re.match(pattern, name))})

@@ -1,13 +1,10 @@
-"""Models known by name: those in the package, and the published ones with their files."""
+"""Published models and their files."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
-from llamagen.checkpoints.index import is_pipeline_folder
 from llamagen.config import (
     TOKENIZER_PRESETS,
     TRANSFORMER_PRESETS,
@@ -19,8 +16,6 @@ from llamagen.config import (
 )
 
 Kind = Literal["image tokenizer", "transformer"]
-
-_SHIPPED = Path(__file__).parent.parent / "assets" / "models"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,17 +92,6 @@ PUBLIC_MODELS: tuple[PublicModel, ...] = (
 """Every published model."""
 
 
-def shipped_models() -> list[str]:
-    """Return the names of the models that come with the package, which are pipeline folders."""
-    return sorted(path.name for path in _SHIPPED.glob("*") if is_pipeline_folder(path))
-
-
-def find_shipped(name: str) -> Path | None:
-    """Return the folder of a model that comes with the package; its name may be in any case."""
-    wanted = name.lower()
-    return _SHIPPED / wanted if wanted in shipped_models() else None
-
-
 def demo_sampling(condition: Literal["class", "text"]) -> SamplingConfig:
     """Return the settings of the published demos."""
     return _CLASS_DEMO if condition == "class" else _TEXT_DEMO
@@ -116,12 +100,3 @@ def demo_sampling(condition: Literal["class", "text"]) -> SamplingConfig:
 def find_public(name: str) -> PublicModel | None:
     """Return the published model of a name, in any case."""
     return next((model for model in PUBLIC_MODELS if model.name.lower() == name.lower()), None)
-
-
-def nearest_names(name: str) -> list[str]:
-    """Return up to three names of known models that ``name`` may be a misspelling of."""
-    known = {
-        known.lower(): known for known in (*shipped_models(), *(m.name for m in PUBLIC_MODELS))
-    }
-    wanted = name.lower().replace("_", "-")
-    return [known[near] for near in difflib.get_close_matches(wanted, known, n=3, cutoff=0.6)]

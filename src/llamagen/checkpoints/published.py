@@ -47,18 +47,11 @@ _NOT_WEIGHTS = ("quantize.codebook_used",)
 
 
 def load_pickle(path: Path, *, mapped: bool) -> Any:
-    """Load what torch.save wrote, on the CPU.
+    """Load what torch.save wrote, on the CPU; InputError if it is damaged, or asks for code to run.
 
-    Nothing but tensors, plain containers, numbers, strings and ``argparse.Namespace`` is built;
-    no code of the file runs.
-
-    Args:
-        path: the file.
-        mapped: leave tensors in the file until they are read, which only files that begin with
-            ``ZIP_MAGIC`` can do.
-
-    Raises:
-        InputError: the file is damaged, or asks for anything else.
+    Only tensors, plain containers, numbers, strings and ``argparse.Namespace`` are built. With
+    ``mapped``, for files that begin with ``ZIP_MAGIC``, tensors stay in the file until they are
+    read.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -72,8 +65,7 @@ def load_pickle(path: Path, *, mapped: bool) -> Any:
         detail = one_line(error) or type(error).__name__
         detail = detail if len(detail) <= 120 else f"{detail[:120]}..."
         reason = f"is truncated or not a checkpoint ({detail}); copy or download it again"
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if asked is not None:
+        if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             reason = (
                 f"was not loaded: it asks to run {asked[1].rstrip('.')}, which weights do not need "
                 f"and which may harm this machine; get the file from its maker, best as "
@@ -113,13 +105,26 @@ class Checkpoint:
     tensors: NamedTensors
     """The weights, read as they are iterated over, once."""
 
+    def size(self, name: str, axis: int) -> int:
+        """Return the length of one axis of a weight; InputError if there is none."""
+        shape = self.shapes.get(name)
+        if shape is None or len(shape) <= axis or shape[axis] < 1:
+            found = "is missing" if shape is None else f"has shape {shape}"
+            raise InputError(f"{self.source}: not this {self.kind}: weight {name} {found}")
+        return shape[axis]
+
+    def count(self, pattern: str) -> int:
+        """Return the number of modules in a list: of the indices that ``pattern`` captures.
+
+        If some are left out, the weights of the last are missing from the model then expected.
+        """
+        return len({match[1] for name in self.shapes if (match := re.match(pattern, name))})
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Open a .pt, .safetensors or other file with weights; no weight is read.
 
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: the file is damaged, would run code, or holds neither of the two models.
+    InputError if the file is damaged, would run code, or holds neither of the two models.
     """
     with path.open("rb") as file:
         start = file.read(64)
@@ -141,8 +146,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def _from_safetensors(path: Path) -> Checkpoint:
     shapes = safetensors_shapes(path)
     names = _clean_names(shapes, path)
-    kind = _kind_of(names)
-    if kind is None:
+    if (kind := _kind_of(names)) is None:
         raise _neither(path, shapes)
     name_of = {stored: name for name, stored in names.items()}
     return Checkpoint(
@@ -213,14 +217,9 @@ def _kind_of(names: Iterable[str]) -> Kind | None:
 
 
 def _neither(path: Path, content: Mapping[Any, Any]) -> InputError:
-    if not content:
-        return InputError(f"{path} is neither an image tokenizer nor a transformer: it is empty")
-    first = ", ".join(map(str, itertools.islice(content, 3)))
-    more = ", ..." if len(content) > 3 else ""
-    return InputError(
-        f"{path} is neither an image tokenizer nor a transformer of this architecture: it holds "
-        f"{first}{more}"
-    )
+    names = [*map(str, itertools.islice(content, 3)), "..."][: len(content)]
+    reason = f" of this architecture: it holds {', '.join(names)}" if names else ": it is empty"
+    return InputError(f"{path} is neither an image tokenizer nor a transformer{reason}")
 
 
 def _read_once(weights: dict[str, Tensor], *, mapped: bool) -> NamedTensors:

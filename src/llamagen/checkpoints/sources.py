@@ -7,32 +7,29 @@ are huggingface_hub's own.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from llamagen.checkpoints.index import (
-    INDEX_NAME,
-    TEXT_ENCODER_FOLDER,
-    is_pipeline_folder,
-    read_index,
-)
-from llamagen.checkpoints.names import (
-    PUBLIC_MODELS,
-    Kind,
-    PublicModel,
-    find_public,
-    find_shipped,
-    nearest_names,
-)
+import llamagen.support.storage as storage
+from llamagen.checkpoints.names import PUBLIC_MODELS, Kind, PublicModel, find_public
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
-from llamagen.config import SamplingConfig, TextConfig, read_json
+from llamagen.config import SamplingConfig, TextConfig, config_from_dict, config_to_dict, read_json
 from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, hub_errors, is_repo_id
 from llamagen.support import labels as label_files
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
+
+INDEX_NAME = "model_index.json"
+TEXT_ENCODER_FOLDER = "text_encoder"
+"""Folder of a pipeline's own text encoder."""
+_FORMAT = "llamagen-pipeline"
+_FORMAT_VERSION = 1
+_SHIPPED = Path(__file__).parent.parent / "assets" / "models"
 
 Source = str | Path
 """A folder, a checkpoint file, the name of a model that comes with the package or of a published
@@ -43,6 +40,54 @@ Part = Literal["tokenizer", "transformer"]
 
 _KINDS: dict[Part, Kind] = {"tokenizer": "image tokenizer", "transformer": "transformer"}
 _CHECKPOINT_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineIndex:
+    """Metadata of a pipeline folder."""
+
+    name: str
+    """The model's name, as images record it."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """Settings for calls that give none."""
+    text: TextConfig | None = None
+    """Text encoder of a model conditioned on text."""
+    llamagen_version: str = dataclasses.field(default_factory=lambda: version("llamagen"))
+    """The version that wrote the folder."""
+
+
+def is_pipeline_folder(folder: Path | str) -> bool:
+    """Return whether ``folder`` holds a pipeline."""
+    return (Path(folder) / INDEX_NAME).is_file()
+
+
+def write_index(folder: Path | str, index: PipelineIndex) -> None:
+    """Write ``model_index.json``."""
+    values = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **config_to_dict(index)}
+    storage.write_json(Path(folder) / INDEX_NAME, values)
+
+
+def read_index(folder: Path | str) -> PipelineIndex:
+    """Read ``model_index.json``.
+
+    FileNotFoundError if there is none; InputError if it is damaged, of another program, or of a
+    newer version of this one.
+    """
+    path = Path(folder) / INDEX_NAME
+    values = read_json(path)
+    if values.pop("format", None) != _FORMAT:
+        raise InputError(
+            f"{path} does not describe a llamagen pipeline; it may belong to another program"
+        )
+    found = values.pop("format_version", None)
+    if not isinstance(found, int):
+        raise InputError(f"{path}: format_version is {found!r}, expected a number")
+    if found > _FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format {found}, but this version of llamagen reads up to "
+            f"{_FORMAT_VERSION}; upgrade it (pip install --upgrade llamagen)"
+        )
+    return config_from_dict(PipelineIndex, values, source=str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +114,16 @@ class Location:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineSource:
-    """Locations of the parts of a pipeline."""
+    """Locations of the parts of a pipeline; see also ``PipelineIndex``."""
 
     name: str
-    """The pipeline's name, as images record it."""
     transformer: Source
     tokenizer: Source | None = None
     """None if the source holds a transformer only."""
     labels: Labels | None = None
     """Class names, if they are known."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    """Settings for calls that give none."""
     text: TextConfig | None = None
-    """Text encoder, if it is known."""
     folder: Path | None = None
     """The pipeline folder, if it is one."""
 
@@ -89,12 +131,8 @@ class PipelineSource:
 def locate(source: Source, part: Part | None = None) -> Location:
     """Find a model, and download it if it is not on this machine.
 
-    Args:
-        source: see ``Source``.
-        part: the model that is wanted; without it either of the two, but no pipeline.
-
-    Raises:
-        InputError: there is no such model, or it is the wrong one, or it cannot be downloaded.
+    Without ``part`` it may be either of the two, but no pipeline. InputError if there is no such
+    model, it is the wrong one, or it cannot be downloaded.
     """
     found = find_local(source)
     if found is None:
@@ -111,11 +149,9 @@ def resolve_pipeline(source: Source) -> PipelineSource:
     """Find the parts of a pipeline; no model is loaded.
 
     A hub repository is downloaded, a published file is not. The source of a lone transformer
-    gives a pipeline without an image tokenizer.
-
-    Raises:
-        FileNotFoundError: a part of the folder is missing.
-        InputError: there is no such model, it is an image tokenizer, or it cannot be downloaded.
+    gives a pipeline without an image tokenizer. FileNotFoundError if a part of the folder is
+    missing; InputError if there is no such model, it is an image tokenizer, or it cannot be
+    downloaded.
     """
     found, name = find_local(source), str(source)
     if found is None:
@@ -143,6 +179,17 @@ def resolve_pipeline(source: Source) -> PipelineSource:
     return pipeline
 
 
+def shipped_models() -> list[str]:
+    """Return the names of the models that come with the package, which are pipeline folders."""
+    return sorted(path.name for path in _SHIPPED.glob("*") if is_pipeline_folder(path))
+
+
+def find_shipped(name: str) -> Path | None:
+    """Return the folder of a model that comes with the package; its name may be in any case."""
+    wanted = name.lower()
+    return _SHIPPED / wanted if wanted in shipped_models() else None
+
+
 def find_local(source: Source) -> Path | PublicModel | None:
     """Return the existing path or the published model that ``source`` names, if any.
 
@@ -164,10 +211,9 @@ def download_file(repo: str, file: str) -> Path:
 
 
 def download_folder(repo: str, part: Part | None = None) -> Path:
-    """Download the necessary files of a model or pipeline folder, unless they are in the cache.
+    """Download a model or pipeline folder, or one ``part`` of it, unless it is in the cache.
 
-    With ``part``, only that model of a pipeline. Errors as of ``hub_errors``, and InputError if
-    there is no model folder in ``repo``.
+    Errors as of ``hub_errors``, and InputError if there is no model folder in ``repo``.
     """
     with hub_errors(repo):
         # The small files first: they say which of the large ones are needed.
@@ -227,6 +273,14 @@ def _model_folder(folder: Path, part: Part | None, source: str) -> Path:
     raise InputError(
         f"{source} is no model folder: it has neither {CONFIG_NAME} nor {INDEX_NAME}{hint}"
     )
+
+
+def nearest_names(name: str) -> list[str]:
+    """Return up to three names of known models that ``name`` may be a misspelling of."""
+    names = (*shipped_models(), *(model.name for model in PUBLIC_MODELS))
+    known = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), known, n=3, cutoff=0.6)
+    return [known[each] for each in near]
 
 
 def _repo_id(source: Source) -> str:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import llamagen.support.storage as storage
+from llamagen.support.artifact import write_npy
 from llamagen.support.errors import InputError
 
 _CONTENT_NAME = "captions.bin"
@@ -40,8 +41,6 @@ def captions_of(
     """
     parts = {name: _texts(values.get(name), separator) for name in columns}
     whole = sum(columns[name] for name, texts in parts.items() if texts)
-    if whole == 0:
-        return ()
     return tuple(
         Caption(text, columns[name] / len(texts) / whole)
         for name, texts in parts.items()
@@ -96,8 +95,8 @@ def write_captions(folder: Path, captions: Iterable[Captions]) -> None:
         for each in captions:
             file.write(json.dumps(each, ensure_ascii=False).encode("utf-8", "surrogatepass"))
             ends.append(file.tell())
-    with storage.atomic_file(folder / _ENDS_NAME) as temporary, temporary.open("wb") as file:
-        np.save(file, np.array(ends, dtype=np.int64))
+    with storage.atomic_file(folder / _ENDS_NAME) as temporary:
+        write_npy(temporary, np.array(ends, dtype=np.int64))
 
 
 def _texts(value: Any, separator: str | None) -> list[str]:

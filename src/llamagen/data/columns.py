@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from llamagen.config import require_positive
 from llamagen.data.captions import Captions, captions_of
 from llamagen.support.errors import InputError
 
@@ -51,9 +52,7 @@ class SourceConfig:
     batch. Processes share the parts, so their number must divide this one."""
 
     def __post_init__(self) -> None:
-        for name in ("shuffle_buffer", "stream_parts"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, expected at least 1")
+        require_positive(self, "shuffle_buffer", "stream_parts")
         weights = self.caption_weights
         if weights and (
             len(weights) != len(self.caption_columns)
@@ -82,9 +81,9 @@ def classes_of(
     InputError if a value is missing, a number is negative or too large, or a class is none of
     ``class_names``, by default those that occur. ``where`` is the table, for messages.
     """
-    missing = next((i for i, value in enumerate(values) if value is None or value == ""), None)
-    if missing is not None:
-        raise InputError(f"row {missing} of {where} has no label; give it one or remove the row")
+    for row, value in enumerate(values):
+        if value is None or value == "":
+            raise InputError(f"row {row} of {where} has no label; give it one or remove the row")
     if all(_is_number(value) for value in values):
         labels = [int(value) for value in values]
         count = max(labels, default=0) + 1 if class_names is None else len(class_names)
@@ -137,10 +136,6 @@ def caption_columns(config: SourceConfig, columns: Sequence[str], where: str) ->
     return dict(zip(names, weights, strict=True))
 
 
-Annotations = tuple[tuple[int, ...] | None, tuple[str, ...], tuple[Captions, ...] | None]
-"""Labels, names of their classes, and captions of the images of a table; None without columns."""
-
-
 def read_annotations(
     values: Callable[[str], Sequence[Any]],
     columns: Sequence[str],
@@ -150,11 +145,12 @@ def read_annotations(
     labelled: bool = True,
     known_labels: Sequence[str] = LABEL_NAMES,
     class_names: Sequence[str] | None = None,
-) -> Annotations:
-    """Return the labels, if ``labelled``, and captions of a table.
+) -> tuple[tuple[int, ...] | None, tuple[str, ...], tuple[Captions, ...] | None]:
+    """Return the labels, if ``labelled``, their classes, and the captions of a table.
 
-    ``values`` returns those of a column, ``where`` is the table, for messages. ``known_labels`` are
-    default names of the column of labels, first choice first; see ``classes_of`` for the rest.
+    None without a column. ``values`` returns those of a column, ``where`` is the table, for
+    messages. ``known_labels`` are default names of the column of labels, first choice first; see
+    ``classes_of`` for the rest.
     """
     labels: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()

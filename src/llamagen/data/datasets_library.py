@@ -88,12 +88,10 @@ class Table(ImageCollection):
         datasets = import_datasets()
         config = config or SourceConfig()
         self.name = name
-        self._column = image_column(dataset.features, config, name)
-        typed = {
-            c: f.names for c, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)
-        }
+        features, columns = dataset.features, list(dataset.features)
+        self._column = image_column(features, config, name)
+        typed = {c: f.names for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
         known = [*typed, *LABEL_NAMES]
-        columns = list(dataset.features)
         label = find_column("label", config.label_column, known, columns, name)
         names = typed.get(label or "") if labelled else None
         if names and class_names is not None and tuple(names) != tuple(class_names):
@@ -186,9 +184,9 @@ def undecoded(dataset: Any, column: str) -> Any:
 
 def decode(value: Any, path: Path) -> Image.Image:
     """Decode an image of the library's, as bytes or the path of a file; see ``open_image``."""
-    content = (value or {}).get("bytes")
-    if content is None:
-        if not (value or {}).get("path"):
+    value = value or {}
+    if (content := value.get("bytes")) is None:
+        if not value.get("path"):
             raise CorruptImageError(path, "there is no image")
         content = Path(value["path"]).read_bytes()
     return decode_image(content, path)

@@ -90,9 +90,9 @@ def extract_store(
     """Encode all views of all readable images into a store; existing shards are kept.
 
     Args:
-        tokenizer: tokenizer, with weights in float32, of which its fingerprint is made.
-        images: images, with or without labels.
-        views: views of each image.
+        tokenizer: with weights in float32, of which its fingerprint is made.
+        images: with or without labels.
+        views: those of each image.
         out: folder of the store; new, empty, or begun with the same arguments.
         shard_size: images of a shard.
         batch_size: views encoded at once; by default as many as fit into memory.
@@ -114,16 +114,14 @@ def extract_store(
         raise InputError(f"the number of processes is {processes}, expected at least 1")
     devices = torch.cuda.device_count() if tokenizer.device.type == "cuda" else 1
     sharing = math.ceil(max(processes, world_size) / devices)
-    job = _Job(tokenizer, images, views, workers, dtype, compiled)
-    plan = job.plan(shard_size, batch_size, processes=sharing)
-
+    job = _Job(tokenizer, images, views, batch_size, workers, dtype, compiled)
+    plan = job.plan(shard_size, processes=sharing)
     artifact = store_artifact(out, config_to_dict(plan), rank, world_size)
 
     def make(advance: Advance) -> int:
-        size = batch_size or artifact.settings["batch_size"]
         if processes > 1:
-            return _make_in_processes(processes, job, artifact, size, advance)
-        return artifact.make(job.shard_maker(artifact, size), advance)
+            return _make_in_processes(processes, job, artifact, advance)
+        return artifact.make(job.shard_maker(artifact), advance)
 
     return make_store(artifact, make, "encoding", overwrite=overwrite, progress=progress)
 
@@ -178,15 +176,16 @@ def _finished(artifact: Artifact) -> CodeStore | None:
         captions = (each for info in shard_infos(artifact) for each in info.captions or ())
         write_captions(artifact.folder, captions)
     numbered = Labels.numbered(classes).names if plan.labelled else ()
-    results = {
-        "images": sum(counts),
-        "skipped": len(skipped),
-        "shards": counts,
-        "class_names": plan.class_names or numbered,
-        "codes_used": int(np.unpackbits(used).sum()),
-        "llamagen": importlib.metadata.version("llamagen"),
-    }
-    artifact.finish(results)
+    artifact.finish(
+        {
+            "images": sum(counts),
+            "skipped": len(skipped),
+            "shards": counts,
+            "class_names": plan.class_names or numbered,
+            "codes_used": int(np.unpackbits(used).sum()),
+            "llamagen": importlib.metadata.version("llamagen"),
+        }
+    )
     return CodeStore.open(artifact.folder)
 
 
@@ -223,11 +222,13 @@ class _Job:
     tokenizer: ImageTokenizer
     images: ImageCollection
     views: Views
+    batch_size: int | None
+    """None for as many as fit into memory, or that of a store already begun."""
     workers: int
     dtype: torch.dtype
     compiled: bool
 
-    def plan(self, shard_size: int, batch_size: int | None, *, processes: int) -> StorePlan:
+    def plan(self, shard_size: int, *, processes: int) -> StorePlan:
         """Return the settings of the store; ``processes`` share the memory."""
         tokenizer, images, views = self.tokenizer, self.images, self.views
         if tokenizer.dtype != torch.float32:
@@ -235,7 +236,7 @@ class _Job:
                 f"the tokenizer's weights are {tokenizer.dtype}, expected float32; load it "
                 f"so, and give the precision to encode with as `dtype`"
             )
-        config, device = tokenizer.config, tokenizer.device
+        config, device, batch_size = tokenizer.config, tokenizer.device, self.batch_size
         grid = config.grid_of(views.height, views.width)
         if batch_size is None:
             fitting = decoding_batch_size(config, grid, device=device, dtype=self.dtype)
@@ -261,7 +262,7 @@ class _Job:
             batch_size=batch_size,
         )
 
-    def shard_maker(self, artifact: Artifact, batch_size: int) -> MakePiece:
+    def shard_maker(self, artifact: Artifact) -> MakePiece:
         """Return the function that encodes the images of a shard."""
         encoder = accelerate(self.tokenizer)
         if encoder.dtype != self.dtype or encoder.training:
@@ -270,28 +271,20 @@ class _Job:
             encoder = encoder if encoder is not self.tokenizer else copy.deepcopy(encoder)
             encoder.encoder.compile()
         plan = config_from_dict(StorePlan, artifact.settings, str(artifact.folder))
-        return functools.partial(_encode, encoder, self, plan, batch_size)
+        return functools.partial(_encode, encoder, self, plan)
 
 
 @torch.inference_mode()
 def _encode(
-    encoder: ImageTokenizer,
-    job: _Job,
-    plan: StorePlan,
-    batch_size: int,
-    items: range,
-    advance: Advance,
+    encoder: ImageTokenizer, job: _Job, plan: StorePlan, items: range, advance: Advance
 ) -> Mapping[str, Any]:
-    images = job.images
+    images, size = job.images, job.batch_size or plan.batch_size
     codes = np.empty((len(items), plan.views.count, *plan.grid), dtype=plan.dtype)
     read: list[int] = []
     skipped: list[tuple[str, str]] = []
+    at_once = max(1, size // plan.views.count)
     for batch in image_views(
-        images,
-        job.views,
-        batch_size=max(1, batch_size // plan.views.count),
-        workers=job.workers,
-        indices=items,
+        images, job.views, batch_size=at_once, workers=job.workers, indices=items
     ):
         for error in batch.skipped:
             _log.warning("skipped: %s", error)
@@ -299,7 +292,7 @@ def _encode(
         count = len(batch.indices)
         if count > 0:
             # An image may have more views than fit at once.
-            parts = batch.pixels.flatten(0, 1).split(batch_size)  # (<= batch, 3, H, W)
+            parts = batch.pixels.flatten(0, 1).split(size)  # (<= batch, 3, H, W)
             grids = [encoder.encode(uint8_to_images(part.to(encoder.device))) for part in parts]
             start = len(read)
             codes[start : start + count] = (
@@ -323,9 +316,7 @@ def _source_digest(images: ImageCollection) -> str:
     return storage.short_digest([images.digest().encode(), about.encode()])
 
 
-def _make_in_processes(
-    processes: int, job: _Job, artifact: Artifact, batch_size: int, advance: Advance
-) -> int:
+def _make_in_processes(processes: int, job: _Job, artifact: Artifact, advance: Advance) -> int:
     device = job.tokenizer.device.type
     gpus = torch.cuda.device_count() if device == "cuda" else 0
     # In the CPU's memory: that of a device cannot be sent to every kind of process.
@@ -335,7 +326,7 @@ def _make_in_processes(
     for rank in range(processes):
         share = dataclasses.replace(artifact, rank=rank, world_size=processes)
         target = f"cuda:{rank % gpus}" if gpus else device
-        arguments.append((job, share, batch_size, target, threads))
+        arguments.append((job, share, target, threads))
     count = 0
     with contextlib.closing(run_children(_child, arguments)) as reports:
         for done in reports:
@@ -345,12 +336,7 @@ def _make_in_processes(
 
 
 def _child(
-    connection: Connection,
-    job: _Job,
-    artifact: Artifact,
-    batch_size: int,
-    device: str,
-    threads: int,
+    connection: Connection, job: _Job, artifact: Artifact, device: str, threads: int
 ) -> None:
     """Make some shards; send the numbers of images done, or an exception."""
     # Ctrl-C reaches every process of the terminal; the parent ends its children.
@@ -360,7 +346,7 @@ def _child(
     keep_freed_memory()
     try:
         job.tokenizer.to(find_device(device))
-        artifact.make(job.shard_maker(artifact, batch_size), connection.send)
+        artifact.make(job.shard_maker(artifact), connection.send)
     except (InputError, OSError) as error:
         connection.send(error)
 

@@ -34,16 +34,8 @@ EXTENSIONS = frozenset(
 _log = logging.getLogger(__name__)
 
 DECODING_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
 )
 """Raised by Pillow's decoders on damaged files."""
 
@@ -197,21 +189,20 @@ class ImageFolder(ImageCollection):
         return len(self.paths)
 
     @classmethod
-    def scan(cls, folder: Path | str, *, class_names: Sequence[str] | None = None) -> Self:
-        """Find the images in ``folder``.
+    def scan(
+        cls, folder: Path | str, *, labelled: bool = True, class_names: Sequence[str] | None = None
+    ) -> Self:
+        """Find the images in ``folder``, and their labels if ``labelled``.
 
         If every image lies in a subfolder, the subfolders' names are the classes, in alphabetical
         order, or numerical if all are numbers. If none does, the images have no labels.
-        ``class_names`` are the allowed classes, of a folder for validation.
-
-        Raises:
-            FileNotFoundError: there is no such folder.
-            InputError: there are no images, some lie beside the class folders, or a class is new.
+        ``class_names`` are the allowed classes, of a folder for validation. InputError if there
+        are no images, some lie beside the class folders, or a class is new.
         """
         root, paths = Path(folder), tuple(find_images(folder))
         parts = [path.relative_to(root).parts for path in paths]
         stray = [part[0] for part in parts if len(part) == 1]
-        if len(stray) == len(paths):
+        if not labelled or len(stray) == len(paths):
             return cls(root, paths)
         if stray:
             raise InputError(
@@ -221,18 +212,12 @@ class ImageFolder(ImageCollection):
         names = [part[0] for part in parts]
         classes = tuple(sort_names(set(names)) if class_names is None else class_names)
         index = {name: label for label, name in enumerate(classes)}
-        unknown = next((name for name in names if name not in index), None)
-        if unknown is not None:
+        if unknown := [name for name in names if name not in index]:
             raise InputError(
-                f"{root} has a class {unknown!r} that the training images do not have; "
+                f"{root} has a class {unknown[0]!r} that the training images do not have; "
                 f"rename or remove the folder"
             )
         return cls(root, paths, tuple(index[name] for name in names), classes)
-
-    @classmethod
-    def scan_unlabelled(cls, folder: Path | str) -> Self:
-        """Find the images in ``folder``, without labels."""
-        return cls(Path(folder), tuple(find_images(folder)))
 
     def key(self, index: int) -> str:
         """Return the path of a file within the folder, with forward slashes."""
@@ -247,18 +232,13 @@ class ImageFolder(ImageCollection):
 
 
 def open_image(path: Path | str) -> Image.Image:
-    """Read an image file as RGB.
+    """Read an image file as RGB; CorruptImageError if the content is not a whole image.
 
     It is rotated by its EXIF tag; transparency becomes white, 16 bits become 8, and of an
-    animation it is the first frame.
-
-    Raises:
-        OSError: there is no such file, or the file system does not let it be read.
-        CorruptImageError: the content is not a whole image.
+    animation it is the first frame. OSError if the file cannot be read.
     """
-    path = Path(path)
     # Errors of the disk or network do not mean a damaged image.
-    return decode_image(path.read_bytes(), path)
+    return decode_image(Path(path).read_bytes(), Path(path))
 
 
 def decode_image(content: bytes, path: Path) -> Image.Image:
@@ -327,8 +307,7 @@ class SkippedFiles:
     def add(self, errors: Iterable[CorruptImageError]) -> None:
         """Log and list those of ``errors`` that are new."""
         for error in errors:
-            name = str(error.path)
-            if name in self._known:
+            if (name := str(error.path)) in self._known:
                 continue
             self._known.add(name)
             _log.warning("skipped: %s", error)

@@ -48,9 +48,7 @@ class LiveCodes(CodeSourceBase):
         it is given. ``workers`` are threads that read images; damaged ones go to ``skipped``.
         """
         self._encoder = accelerate(encoder or tokenizer)
-        self._images = images
-        self._views = views
-        self._skipped = skipped
+        self._images, self._views, self._skipped = images, views, skipped
         self._threads = ThreadPoolExecutor(workers or _THREADS)
         self._source = ReadableImages(images)
         self._read: dict[int, Image.Image] = {}

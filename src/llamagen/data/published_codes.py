@@ -73,9 +73,8 @@ def import_published(
         overwrite: delete a store of other codes first.
         progress: show a progress bar on a terminal.
 
-    Raises:
-        FileNotFoundError: there are no such folders, or a label is missing.
-        InputError: the files do not hold codes of this tokenizer, or ``out`` holds something else.
+    FileNotFoundError if there are no such folders, or a label is missing; InputError if the files
+    do not hold codes of this tokenizer, or ``out`` holds something else.
     """
     source = _find(Path(root))
     size = source.side * tokenizer.config.downsampling
@@ -92,7 +91,6 @@ def import_published(
         class_names=(),
         batch_size=1,
     )
-
     artifact = store_artifact(out, config_to_dict(plan))
     make = functools.partial(artifact.make, functools.partial(_read_shard, source, plan))
     return make_store(artifact, make, "importing", overwrite=overwrite, progress=progress)
@@ -127,10 +125,10 @@ def _find(root: Path) -> _Source:
         raise FileNotFoundError(
             f"there is no folder *_codes in {root}; give the folder above it, or the one itself"
         )
-    if len(found) > 1:
+    codes, *others = found
+    if others:
         names = " and ".join(folder.name for folder in found)
         raise InputError(f"{root} has {names}; give one of them")
-    codes = found[0]
     stems = [path.stem for path in codes.glob("*.npy")]
     if unexpected := [stem for stem in stems if not stem.isdecimal()]:
         raise InputError(

@@ -51,9 +51,8 @@ def open_images(
         labelled: use the classes, if there are any.
         class_names: the allowed classes, of images for validation; by default those that occur.
 
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        InputError: there are no images, the source is damaged, or a class is not allowed.
+    FileNotFoundError if there is no such folder or file; InputError if there are no images, the
+    source is damaged, or a class is not allowed.
     """
     config = config or SourceConfig()
     path, name = Path(source), str(source)
@@ -63,9 +62,7 @@ def open_images(
     is_table = path.suffix.lower() in _TABLES and path.is_file()
     if table := path if is_table else _find_table(path):
         return _open_table(table, config, labelled, class_names)
-    if labelled:
-        return ImageFolder.scan(path, class_names=class_names)
-    return ImageFolder.scan_unlabelled(path)
+    return ImageFolder.scan(path, labelled=labelled, class_names=class_names)
 
 
 def is_library_source(source: str | Path) -> bool:
@@ -151,21 +148,18 @@ def _parse(text: str, kind: str, text_column: str) -> list[dict[str, Any]]:
         # A tab ends a field whatever quotes there are; PartiPrompts has lone ones.
         return [*csv.DictReader(lines, restkey=_REST, delimiter="\t", quoting=csv.QUOTE_NONE)]
     if kind == ".jsonl":
-        values = [json.loads(line) for line in lines]
+        values: Any = [json.loads(line) for line in lines]
     elif kind == ".json":
         values = json.loads(text)
-        if isinstance(values, Mapping):
-            if not isinstance(values.get("annotations"), list):
-                raise ValueError("expected a list, or COCO's object with annotations")
-            values = values["annotations"]
+        values = values.get("annotations") if isinstance(values, Mapping) else values
         if not isinstance(values, list):
-            raise ValueError("expected a list")
+            raise ValueError("expected a list, or COCO's object with annotations")
     else:
         raise ValueError("the name should end in .txt, .csv, .tsv, .jsonl or .json")
     rows = [{text_column: value} if isinstance(value, str) else value for value in values]
-    wrong = next((row for row in rows if not isinstance(row, dict)), None)
-    if wrong is not None:
-        raise ValueError(f"expected a text or an object, found {str(wrong)[:40]}")
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"expected a text or an object, found {str(row)[:40]}")
     return rows
 
 
@@ -202,9 +196,7 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
             out.
         column: of the prompt; by default the first of prompt, text, caption and so on, in any case.
 
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: the file is of another form, damaged, has no such column, or an empty prompt.
+    InputError if the file is of another form, damaged, has no such column, or an empty prompt.
     """
     path = Path(path)
     if not path.is_file():

@@ -18,7 +18,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from llamagen.config import Grid, TokenizerConfig, TransformerConfig, config_from_dict
+from llamagen.config import (
+    Grid,
+    TokenizerConfig,
+    TransformerConfig,
+    config_from_dict,
+    require_positive,
+)
 from llamagen.data.captions import Caption, Captions, CaptionTable
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.artifact import Artifact, Format, Settings, read_manifest
@@ -70,9 +76,7 @@ class StorePlan:
     """Views encoded at once. It changes rounding only, so it may differ."""
 
     def __post_init__(self) -> None:
-        for name in ("shard_size", "batch_size", "source_images"):
-            if (value := getattr(self, name)) < 1:
-                raise InputError(f"{name} is {value}, expected at least 1")
+        require_positive(self, "shard_size", "batch_size", "source_images")
 
     @classmethod
     def of(cls, tokenizer: ImageTokenizer, **values: Any) -> Self:
@@ -214,15 +218,14 @@ class CodeStore(CodeSourceBase):
 
     def __init__(self, artifact: Artifact, manifest: Manifest) -> None:
         """See ``open``, which checks the files."""
-        self.folder = artifact.folder
-        self.manifest = manifest
+        plan = manifest.plan
+        self.folder, self.manifest = artifact.folder, manifest
         self.identity = artifact.identity
         """Depends on images, views and tokenizer."""
-        self.views = manifest.plan.views.count
+        self.views = plan.views.count
         """Views of each image."""
-        self.grid: Grid = manifest.plan.grid
-        self.codebook_size = manifest.plan.codebook_size
-        self.class_names = manifest.class_names
+        self.grid: Grid = plan.grid
+        self.codebook_size, self.class_names = plan.codebook_size, manifest.class_names
         self._artifact = artifact
         self._ends = np.cumsum(manifest.shards)
         self._captions: CaptionTable | None = None
@@ -231,9 +234,8 @@ class CodeStore(CodeSourceBase):
     def open(cls, folder: Path | str) -> Self:
         """Open the store in ``folder``. Of the shards, only headers are read.
 
-        Raises:
-            FileNotFoundError: there is no store, or one of its files is missing.
-            InputError: it is not complete, of another version, or a file is damaged.
+        FileNotFoundError if there is none, or a file is missing; InputError if it is not complete,
+        damaged, or of another version.
         """
         settings, results = read_manifest(folder, FORMAT)
         source = str(Path(folder) / FORMAT.manifest_name)
@@ -301,9 +303,8 @@ class CodeStore(CodeSourceBase):
 
     def keys(self, indices: Sequence[int] | np.ndarray) -> list[str]:
         """Return the paths of some images within the folder that they came from."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        found = np.empty(len(wanted), dtype=object)
-        for shard, chosen, within in self._by_shard(wanted):
+        found = np.empty(len(indices), dtype=object)
+        for shard, chosen, within in self._by_shard(np.asarray(indices, dtype=np.int64)):
             keys = np.array(read_shard_info(self._artifact, shard).keys, dtype=object)
             found[chosen] = keys[within]
         return found.tolist()
@@ -314,8 +315,7 @@ class CodeStore(CodeSourceBase):
 
     def check_tokenizer(self, fingerprint: str) -> None:
         """Raise InputError if the tokenizer with this fingerprint did not make the codes."""
-        made_by = self.manifest.plan.tokenizer_fingerprint
-        if made_by != fingerprint:
+        if (made_by := self.manifest.plan.tokenizer_fingerprint) != fingerprint:
             raise InputError(
                 f"the codes in {self.folder} were made by another image tokenizer (fingerprint "
                 f"{made_by}, this one has {fingerprint}); choose that tokenizer, or extract the "
@@ -343,8 +343,7 @@ class CodeStore(CodeSourceBase):
                 f"the images in {self.folder} have no classes; put the images of each class into "
                 f"a folder of its name and extract the codes again"
             )
-        highest = int(self.labels.max(initial=0))
-        if highest >= config.num_classes:
+        if (highest := int(self.labels.max(initial=0))) >= config.num_classes:
             raise InputError(
                 f"the store {self.folder} has {len(self.class_names)} classes, and label {highest} "
                 f"({self.class_names[highest]!r}), but the transformer has {config.num_classes} "

@@ -71,11 +71,9 @@ class ImageStream:
     ) -> None:
         """Open the data set; InputError if it cannot be opened, or has no column of images."""
         dataset = library.load(source, split or config.split, config)
-        features = dataset.features
-        if features is None:
+        if dataset.features is None:
             dataset = dataset._resolve_features()
-            features = dataset.features
-        self.name = source
+        features, self.name = dataset.features, source
         self._column = library.image_column(features, config, source)
         self._features = sorted(features)
         columns = [name for name in (self._column, "__key__") if name in features]
@@ -178,10 +176,8 @@ class ImageStream:
         rows = self._rows(order[part :: self.parts], position)
         taken = position.taken
         while block := list(itertools.islice(rows, self._block)):
-            _, file, row = block[0]
-            start = Position(position.epoch, file, row)
-            shuffling = random.Random(f"{self._seed} {part} {start}")  # noqa: S311
-            shuffling.shuffle(block)
+            start = Position(position.epoch, *block[0][1:])
+            random.Random(f"{self._seed} {part} {start}").shuffle(block)  # noqa: S311
             for count in range(taken, len(block)):
                 value, at, index = block[count]
                 name = str(value.get("__key__", f"file {at} row {index}"))

@@ -16,12 +16,11 @@ TEN_CROP_RANGES = (1.1, 1.05)
 
 
 def center_crop(image: Image.Image, size: int, *, width: int | None = None) -> Image.Image:
-    """Resize the short side to ``size`` and crop the middle square, as ADM does.
+    """Resize the short side to ``size`` and crop the middle square; enlarge a smaller image.
 
-    The image is halved with a box filter while its short side is at least twice ``size``, then
-    scaled with a bicubic one (Dhariwal and Nichol 2105.05233, the crop behind ImageNet FIDs).
-
-    A smaller image is enlarged. With a ``width``, the crop is ``size`` high and that wide.
+    As in ADM (Dhariwal and Nichol 2105.05233, the crop behind ImageNet FIDs), the image is halved
+    with a box filter while its short side is at least twice ``size``, then scaled with a bicubic
+    one. With a ``width``, the crop is ``size`` high and that wide.
     """
     width = width or size
     image = _cover(image, width, size)
@@ -29,40 +28,20 @@ def center_crop(image: Image.Image, size: int, *, width: int | None = None) -> I
     return image.crop((left, top, left + width, top + size))
 
 
-def ten_crop(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
-    """Return ten ``size`` squares of the centre crop at ``int(size * crop_range)``.
-
-    Those of ``five_crop``, then the same of the mirrored image.
-    """
-    image = center_crop(image, int(size * crop_range))
-    return [crop for view in (image, ImageOps.mirror(image)) for crop in _five_crop(view, size)]
-
-
-def five_crop(image: Image.Image, size: int, crop_range: float) -> list[Image.Image]:
+def corner_crops(
+    image: Image.Image, size: int, crop_range: float, *, mirrored: bool
+) -> list[Image.Image]:
     """Return five ``size`` squares of the centre crop at ``int(size * crop_range)``.
 
-    Top left, top right, bottom left, bottom right, middle.
+    Top left, top right, bottom left, bottom right, middle; if ``mirrored``, then the same of the
+    mirrored image, which makes the published ten.
     """
-    return _five_crop(center_crop(image, int(size * crop_range)), size)
-
-
-def random_crop(
-    image: Image.Image,
-    size: int,
-    rng: random.Random,
-    *,
-    width: int | None = None,
-    max_scale: float = 1.25,
-) -> Image.Image:
-    """Return a random square after the short side is resized to ``size`` .. ``max_scale`` size.
-
-    Published tokenizers were trained so. With a ``width``, the crop is ``size`` high and that wide.
-    """
-    width = width or size
-    height = rng.randint(size, max(size, int(size * max_scale)))
-    image = _cover(image, round(width * height / size), height)
-    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - size)
-    return image.crop((left, top, left + width, top + size))
+    image = center_crop(image, int(size * crop_range))
+    right, bottom = image.width - size, image.height - size
+    middle = (round(right / 2), round(bottom / 2))
+    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), middle]
+    sources = (image, ImageOps.mirror(image)) if mirrored else (image,)
+    return [each.crop((x, y, x + size, y + size)) for each in sources for x, y in corners]
 
 
 def _cover(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -72,13 +51,6 @@ def _cover(image: Image.Image, width: int, height: int) -> Image.Image:
     scale = max(width / image.width, height / image.height)
     size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def _five_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    right, bottom = image.width - size, image.height - size
-    middle = (round(right / 2), round(bottom / 2))
-    corners = [(0, 0), (right, 0), (0, bottom), (right, bottom), middle]
-    return [image.crop((x, y, x + size, y + size)) for x, y in corners]
 
 
 ViewKind = Literal["center", "flip", "five-crop", "ten-crop"]
@@ -96,7 +68,7 @@ def check_crop_ranges(ranges: tuple[float, ...]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Random crop and flip of a training image."""
+    """Random crop and flip of a training image, as published tokenizers were trained."""
 
     height: int
     width: int
@@ -107,7 +79,11 @@ class Augmentation:
 
     def __call__(self, image: Image.Image, rng: random.Random) -> Image.Image:
         """Return a crop, random by ``rng``."""
-        image = random_crop(image, self.height, rng, width=self.width, max_scale=self.max_scale)
+        height = rng.randint(self.height, max(self.height, int(self.height * self.max_scale)))
+        image = _cover(image, round(self.width * height / self.height), height)
+        left = rng.randint(0, image.width - self.width)
+        top = rng.randint(0, image.height - self.height)
+        image = image.crop((left, top, left + self.width, top + self.height))
         return ImageOps.mirror(image) if self.flip and rng.random() < 0.5 else image
 
 
@@ -136,8 +112,12 @@ class Views:
     def __call__(self, image: Image.Image) -> list[Image.Image]:
         """Return all views, always in the same order."""
         if self.kind.endswith("-crop"):
-            crops = five_crop if self.kind == "five-crop" else ten_crop
-            return [crop for each in self.crop_ranges for crop in crops(image, self.height, each)]
+            mirrored = self.kind == "ten-crop"
+            return [
+                crop
+                for each in self.crop_ranges
+                for crop in corner_crops(image, self.height, each, mirrored=mirrored)
+            ]
         crop = center_crop(image, self.height, width=self.width)
         return [crop] if self.kind == "center" else [crop, ImageOps.mirror(crop)]
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import llamagen.support.storage as storage
-from llamagen.checkpoints.names import shipped_models
+from llamagen.checkpoints import shipped_models
 from llamagen.pipeline.pipeline import Pipeline
 from llamagen.support.pictures import image_grid, save_png, stacked, titled
 

@@ -131,13 +131,12 @@ class Artifact:
     ) -> Iterator[None]:
         """Write or compare the settings; hold the folder's lock during the block.
 
+        InputError if the folder holds something else, was begun with other settings, is in use, or
+        cannot be written to.
+
         Args:
             overwrite: delete an artifact of other settings; None if callers have no such option.
             missing: values, nested like the settings, of those that older folders lack.
-
-        Raises:
-            InputError: the folder holds something else, was begun with other settings, is in use,
-                or cannot be written to.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; choose a folder (`out`)")
@@ -191,13 +190,12 @@ class Artifact:
             path, value = self.path(piece, suffix), content[suffix]
             if suffix == ".json":
                 storage.write_json(path, {"plan": self.identity, **value})
-                continue
-            with storage.atomic_file(path) as temporary:
-                if suffix == ".npy":
+            elif suffix == ".npy":
+                with storage.atomic_file(path) as temporary:
                     write_npy(temporary, value)
-                else:
-                    with temporary.open("wb") as file:
-                        np.savez(file, **value)
+            else:
+                with storage.atomic_file(path) as temporary, temporary.open("wb") as file:
+                    np.savez(file, **value)
         advance(len(items) - reported)
         return len(items)
 
@@ -214,8 +212,8 @@ class Artifact:
 
     def finish(self, results: Settings) -> None:
         """Write the manifest; several processes may do so at once."""
-        path = self.folder / self.form.manifest_name
-        _write(path, {"plan": self.settings, **results}, self.form)
+        content = {"plan": self.settings, **results}
+        _write(self.folder / self.form.manifest_name, content, self.form)
         # Left behind by killed processes.
         self._remove(f".{self.form.piece_name}-*.tmp")
 
@@ -386,10 +384,9 @@ def read_manifest(folder: Path | str, form: Format) -> tuple[Settings, Settings]
 
     FileNotFoundError if there is none, InputError if it is incomplete or cannot be read.
     """
-    folder = Path(folder)
-    path = folder / form.manifest_name
+    path = Path(folder) / form.manifest_name
     if not path.exists():
-        if (folder / form.settings_name).exists():
+        if path.with_name(form.settings_name).exists():
             raise InputError(
                 f"the {form.noun} in {folder} is not complete; run {form.command} again"
             )

@@ -41,9 +41,8 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if world_size() > 1:
-        # ``dist.barrier`` guesses a CUDA device and warns.
-        total(torch.zeros(1))
+    # ``dist.barrier`` guesses a CUDA device and warns.
+    total(torch.zeros(1))
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -58,11 +58,11 @@ class Labels:
 
     def save(self, path: Path) -> None:
         """Write JSON: a list of objects with a name and aliases."""
-        entries = (
+        entries = [
             {"name": name, "aliases": aliases} if aliases else {"name": name}
             for name, aliases in self._entries()
-        )
-        storage.write_json(path, list(entries))
+        ]
+        storage.write_json(path, entries)
 
     def _entries(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """Return each name and its aliases."""

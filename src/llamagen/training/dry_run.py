@@ -175,7 +175,7 @@ def _noise(recipe: TokenizerTraining) -> ImageFolder:
     folder.mkdir()
     pixels = np.random.default_rng(0).integers(0, 256, (*recipe.images.shape, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "0.png")
-    return ImageFolder.scan_unlabelled(folder)
+    return ImageFolder.scan(folder, labelled=False)
 
 
 def _counted(images: run_data.Images) -> _Data:
