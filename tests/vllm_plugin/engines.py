@@ -65,7 +65,7 @@ class Engine:
 
     def request(self, image: Image):
         """vLLM's prompt and parameters."""
-        from llamagen.vllm_plugin.settings import sampling_params
+        from llamagen.vllm_plugin.sampling import sampling_params
 
         prompt = self.prompts.of(image.condition, image.unconditional)
         return prompt, sampling_params(self.config, image.sampling, image.seed)

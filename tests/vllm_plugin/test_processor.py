@@ -20,7 +20,7 @@ from llamagen.config import config_to_dict  # noqa: E402
 from llamagen.vllm_plugin import register  # noqa: E402
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig  # noqa: E402
 from llamagen.vllm_plugin.processor import CodeSampler  # noqa: E402
-from llamagen.vllm_plugin.settings import sampling_params  # noqa: E402
+from llamagen.vllm_plugin.sampling import refuse_unsupported, sampling_params  # noqa: E402
 
 
 def config_of(**changes):
@@ -130,14 +130,8 @@ def test_positions_do_not_depend_on_the_prompts_length():
 
 @pytest.mark.parametrize(
     ("speculative", "stages", "message"),
-    [(object(), 1, "speculative decoding"), (None, 2, "pipeline parallelism")],
+    [(object(), 1, "speculative decoding"), (None, 2, "pipeline_parallel_size")],
 )
 def test_rejects_unsupported_modes(speculative, stages, message):
-    from llamagen.vllm_plugin.model import _refuse_what_does_not_work
-
-    config = SimpleNamespace(
-        speculative_config=speculative,
-        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
-    )
     with pytest.raises(InputError, match=message):
-        _refuse_what_does_not_work(config)
+        refuse_unsupported(speculative, stages)

@@ -63,13 +63,11 @@ def read_prompts(
     blends = _one_each(blend, len(prompts), "prompts to blend with")
     texts = [text for text in (*prompts, *negatives, *blends) if text is not None]
     conditions: dict[str | int | None, Tensor]
+    about: dict[str | int, dict[str, Any]]
     if isinstance(reader, Labels):
-        indices = {text: reader.find(text) for text in texts}
-        conditions = {text: tensor(index) for text, index in indices.items()}
-        about: dict[str | int, dict[str, Any]] = {
-            text: {"class": reader.name(index), "class_index": index}
-            for text, index in indices.items()
-        }
+        found = {text: reader.find(text) for text in texts}
+        conditions = {text: tensor(at) for text, at in found.items()}
+        about = {text: {"class": reader.name(at), "class_index": at} for text, at in found.items()}
     else:
         # Each text once, and whatever is wrong with one before the first is encoded.
         prepared = {text: reader.require_text(str(text)) for text in texts}
@@ -77,7 +75,7 @@ def read_prompts(
         conditions = dict(zip(prepared, reader.encode(list(prepared.values())), strict=True))
         about = {text: {"prompt": str(text)} for text in prepared}
     names = {text: next(iter(values.values())) for text, values in about.items()}
-    found = []
+    made = []
     for prompt, against, second in zip(prompts, negatives, blends, strict=True):
         metadata = dict(about[prompt])
         if against is not None:
@@ -85,8 +83,8 @@ def read_prompts(
         if second is not None:
             metadata |= {"blend": names[second], "blend_share": blend_share}
         others = conditions.get(against), conditions.get(second)
-        found.append(Condition(conditions[prompt], *others, blend_share, metadata))
-    return found
+        made.append(Condition(conditions[prompt], *others, blend_share, metadata))
+    return made
 
 
 def _one_each(others: Prompts | None, prompts: int, what: str) -> Sequence[str | int | None]:

@@ -41,10 +41,10 @@ class DemoResult:
 def run_demo(
     out: Path, *, device: str = "auto", seed: int = 0, say: Callable[[str], None] = print
 ) -> DemoResult:
-    """Draw a sheet with every model that comes with the package; nothing is picked.
+    """Draw ``sheet.png`` with every model that comes with the package; nothing is picked.
 
     Args:
-        out: folder for ``sheet.png``.
+        out: its folder.
         device: where to compute.
         seed: of the first image of each model; the next get the next numbers.
         say: takes one line of progress.
@@ -68,15 +68,15 @@ def run_demo(
 @torch.inference_mode()
 def _sheet(name: str, pipe: Pipeline, seed: int) -> tuple[Image.Image, int]:
     """Return a sheet of a model's images, and how many these are."""
-    labels = pipe.labels
-    captions = PROMPTS if labels is None else labels.names
-    # A row of one image of each class, then the next row.
-    wanted = list(PROMPTS) if labels is None else list(range(len(captions))) * PER_CLASS
-    images = pipe(wanted, seed=seed).images
-    columns = _COLUMNS if labels is None else len(captions)
-    first, rest = images[: len(captions)], images[len(captions) :]
-    sheet = image_grid(first, columns=columns, captions=captions, scale=None)
-    if labels is None:
-        return titled(sheet, f"{name}: by name"), len(images)
-    sheet = stacked([sheet, image_grid(rest, columns=columns, scale=None)], gap=0)
-    return titled(sheet, f"{name}: by class"), len(images)
+    if pipe.labels is None:
+        by, captions, columns = "name", PROMPTS, _COLUMNS
+        images = pipe(PROMPTS, seed=seed).images
+    else:
+        by, captions, columns = "class", pipe.labels.names, len(pipe.labels)
+        # A row of one image of each class, then the next row.
+        images = pipe([*range(columns)] * PER_CLASS, seed=seed).images
+    first = images[: len(captions)]
+    parts = [image_grid(first, columns=columns, captions=captions, scale=None)]
+    if rest := images[len(captions) :]:
+        parts.append(image_grid(rest, columns=columns, scale=None))
+    return titled(stacked(parts, gap=0), f"{name}: by {by}"), len(images)

@@ -48,7 +48,7 @@ class Window:
     rows: slice
     columns: slice
     number: int | None = None
-    """Of the windows in which codes are sampled, from 0; None if it is the image's only one."""
+    """From 0, of the windows in which codes are sampled; None for an image's only one."""
 
     def of(self, codes: Tensor) -> Tensor:
         """Return this part of ``codes`` (..., rows, columns), as a view."""
@@ -81,20 +81,17 @@ class Edit:
 
     def known(self, seeds: Sequence[int]) -> Tensor:
         """Return the known codes (images, rows, columns) of images with these seeds."""
-        known = self.codes.expand(len(seeds), -1, -1)
+        known, count = self.codes.repeat(len(seeds), 1, 1), self.codes.numel()
         if self.share is None:
-            return known.clone()
-        chances = uniform_draws(seeds, self.codes.numel(), stream=_KEPT_CODES)
+            return known
+        chances = uniform_draws(seeds, count, stream=_KEPT_CODES)
         # The same number of each image, the luckiest ones.
-        kept = chances.argsort(1).argsort(1) < max(1, round(self.share * self.codes.numel()))
+        kept = chances.argsort(1).argsort(1) < max(1, round(self.share * count))
         return torch.where(kept.view(known.shape), known, UNKNOWN)
 
     def finish(self, image: Image.Image) -> Image.Image:
         """Return the result, given the image that its codes decode to."""
-        if self.pixels is None:
-            return image
-        own, drawn = self.pixels
-        return Image.composite(image, own, drawn)
+        return image if self.pixels is None else Image.composite(image, *self.pixels)
 
 
 class Editor:
@@ -143,9 +140,9 @@ class Editor:
     def encode(self, image: ImageSource) -> Tensor:
         """Return the codes (rows, columns) of an image, on the CPU; see ``prepare``."""
         tokenizer = self.pipeline.tokenizer
-        pixels = torch.from_numpy(np.array(self.prepare(image))).movedim(-1, 0)
-        images = uint8_to_images(pixels.unsqueeze(0).to(tokenizer.device))
-        return tokenizer.encode(images.to(tokenizer.dtype))[0].cpu()
+        pixels = torch.from_numpy(np.array(self.prepare(image))).movedim(-1, 0).unsqueeze(0)
+        images = uint8_to_images(pixels.to(tokenizer.device)).to(tokenizer.dtype)
+        return tokenizer.encode(images)[0].cpu()
 
     def complete(
         self,
@@ -298,19 +295,16 @@ class Editor:
                 **settings,
             )
             window.of(canvas).copy_(output.codes)
-        images, kept, metadata = output.images, output.seeds, output.metadata
+        images, kept = output.images, output.seeds
         if not is_whole:
             # Each window may have kept another candidate: an image is known by its first seed.
-            images = [] if output_type == "codes" else self.pipeline.decode(canvas)
-            kept = firsts
-            metadata = tuple(
-                {**about, "seed": seed} for about, seed in zip(metadata, kept, strict=True)
-            )
+            images, kept = self.pipeline.decode(canvas) if output_type == "pil" else [], firsts
+        metadata = tuple(
+            {**about, "seed": seed, "edit": dict(edit.metadata)}
+            for about, seed in zip(output.metadata, kept, strict=True)
+        )
         return PipelineOutput(
-            images=[edit.finish(image) for image in images],
-            codes=canvas,
-            seeds=kept,
-            metadata=tuple({**about, "edit": dict(edit.metadata)} for about in metadata),
+            images=list(map(edit.finish, images)), codes=canvas, seeds=kept, metadata=metadata
         )
 
     def _marked(self, mask: ImageSource, size: tuple[int, int]) -> np.ndarray:
@@ -324,12 +318,10 @@ class Editor:
             )
         alpha = mask.convert("RGBA").getchannel("A")
         # Many programs write an alpha channel where nothing is transparent.
-        transparent = bool((np.asarray(alpha) < 255).any())
+        transparent = alpha.getextrema()[0] < 255
         levels = (alpha if transparent else mask.convert("L")).convert("RGB")
         width, height = self.size
-        bright: np.ndarray = (
-            np.asarray(center_crop(levels, height, width=width).convert("L")) >= 128
-        )
+        bright = np.asarray(center_crop(levels, height, width=width).convert("L")) >= 128
         return ~bright if transparent else bright
 
 

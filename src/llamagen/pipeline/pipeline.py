@@ -40,7 +40,7 @@ class PipelineOutput:
 
 
 class Pipeline(PipelineModels):
-    """An image tokenizer, a transformer over its codes, and its classes or its text encoder.
+    """Generates images of prompts or classes.
 
     Example::
 
@@ -132,10 +132,6 @@ class Pipeline(PipelineModels):
         output_type: Literal["pil", "codes"],
     ) -> PipelineOutput:
         """Generate the images of some requests, or the best of each run of ``best_of``."""
-        codes: list[Tensor] = []
-        images: list[Image.Image] = []
-        scores: list[Tensor] = []
-        arriving: list[Callable[[], list[Image.Image]]] = []
         if not self.can_edit:
             # Before an engine starts.
             for request in requests:
@@ -143,6 +139,8 @@ class Pipeline(PipelineModels):
         engine = self.code_engine
         for request in requests:
             engine.check(request)
+        codes, scores, images = list[Tensor](), list[Tensor](), list[Image.Image]()
+        fetch: Callable[[], list[Image.Image]] = list
         size = batch_size or engine.batch_size(requests)
         for first in range(0, len(requests), size):
             part = requests[first : first + size]
@@ -152,12 +150,10 @@ class Pipeline(PipelineModels):
             if best_of > 1:
                 scores.append(score_images(self.transformer, sampled, part, rank_by))
             elif output_type == "pil":
-                arriving.append(self.decode_later(codes[-1]))
-            # Images are fetched when the next batch has been launched: no GPU waits for that.
-            if len(arriving) > 1:
-                images += arriving.pop(0)()
-        for fetch in arriving:
-            images += fetch()
+                # Images are fetched when the next batch has been launched: no GPU waits for that.
+                fetch_last, fetch = fetch, self.decode_later(codes[-1])
+                images += fetch_last()
+        images += fetch()
         found, kept = torch.cat(codes), list(range(len(requests)))
         if best_of > 1:
             kept = best_of_each(torch.cat(scores), best_of)
@@ -237,21 +233,17 @@ class Pipeline(PipelineModels):
 
     def decode_later(self, codes: Tensor) -> Callable[[], list[Image.Image]]:
         """Launch ``decode``; the returned function waits for the images, from any thread."""
-        arriving = [
-            copy_to_host(images_to_uint8(part).movedim(1, -1))
-            for part in self.decode_in_parts(codes)
-        ]
+        pixels = (images_to_uint8(part).movedim(1, -1) for part in self.decode_in_parts(codes))
+        arriving = list(map(copy_to_host, pixels))
         return lambda: [image for wait in arriving for image in arrays_to_pil(wait().numpy())]
 
     @torch.inference_mode()
     def decode_in_parts(self, codes: Tensor) -> Iterator[Tensor]:
         """Decode codes (images, rows, columns) to images (part, 3, H, W) in [-1, 1], in parts."""
-        tokenizer, (rows, columns) = self.tokenizer, codes.shape[-2:]
-        size = decoding_batch_size(
-            tokenizer.config, (rows, columns), device=tokenizer.device, dtype=tokenizer.dtype
-        )
-        for part in codes.split(size):
-            yield tokenizer.decode(part)
+        decoder, (rows, columns) = self.tokenizer, codes.shape[-2:]
+        at: dict[str, Any] = {"device": decoder.device, "dtype": decoder.dtype}
+        size = decoding_batch_size(decoder.config, (rows, columns), **at)
+        yield from map(decoder.decode, codes.split(size))
 
     def _known(self, known: Tensor | None, images: int, best_of: int) -> Sequence[Tensor | None]:
         """Return the known codes of each candidate, (rows, columns)."""

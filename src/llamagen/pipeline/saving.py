@@ -6,6 +6,7 @@ A folder is an artifact (``llamagen.support.artifact``) whose images are files o
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,7 +33,7 @@ _FORMAT = Format(
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Planned:
     """An image to generate."""
 
@@ -43,24 +44,15 @@ class Planned:
     about: Mapping[str, Any]
     """Further metadata of the prompt."""
 
-    @property
-    def entry(self) -> dict[str, Any]:
-        """Its line of the index."""
-        return {**self.about, "file": self.file, "prompt": self.prompt, "seed": self.seed}
-
 
 def plan_images(
     prompts: Sequence[tuple[str, Mapping[str, Any]]], *, images_per_prompt: int, seed: int
 ) -> list[Planned]:
     """Plan the images of some prompts: image k of prompt i gets the seed ``seed`` + i n + k."""
     width = max(6, len(str(len(prompts))))
+    numbers = itertools.count(seed)
     return [
-        Planned(
-            file=f"{index:0{width}d}-{copy}.png",
-            prompt=text,
-            seed=seed + index * images_per_prompt + copy,
-            about=about,
-        )
+        Planned(f"{index:0{width}d}-{copy}.png", prompt=text, seed=next(numbers), about=about)
         for index, (text, about) in enumerate(prompts)
         for copy in range(images_per_prompt)
     ]
@@ -107,7 +99,11 @@ def draw_into_folder(
         **pipeline.precision,
     }
     artifact = Artifact(out, _FORMAT, about, rank=rank, world_size=world_size)
-    index = [json.dumps(image.entry, ensure_ascii=False) + "\n" for image in planned]
+    entries = (
+        {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed}
+        for image in planned
+    )
+    index = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     saving: list[tuple[int, Future[None]]] = []
     drawn = 0
 
@@ -121,7 +117,7 @@ def draw_into_folder(
         artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig())}),
         ThreadPoolExecutor(1, "llamagen-saver") as saver,
     ):
-        artifact.same_text(INDEX_NAME, "".join(index), "other prompts or seeds")
+        artifact.same_text(INDEX_NAME, index, "other prompts or seeds")
         for batch in batches(planned, batch_size, rank, world_size):
             missing = [image for image in batch if not (out / image.file).is_file()]
             fetch, metadata = _launch(pipeline, missing, window=window, **settings)
@@ -154,12 +150,8 @@ def _launch(
     """Generate codes; return a function that waits for their images, and their metadata."""
     if not left:
         return list, ()
-    output = pipeline(
-        [image.prompt for image in left],
-        seed=[image.seed for image in left],
-        output_type="codes",
-        **settings,
-    )
+    prompts, seeds = [image.prompt for image in left], [image.seed for image in left]
+    output = pipeline(prompts, seed=seeds, output_type="codes", **settings)
     return pipeline.decode_later(output.codes), output.metadata
 
 

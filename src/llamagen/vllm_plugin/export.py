@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import llamagen.support.storage as storage
 from llamagen.checkpoints import resolve_pipeline
@@ -99,10 +99,9 @@ def temporary_export(
     if options is None and not isinstance(source, Transformer) and is_exported(Path(source)):
         yield Path(source)
         return
-    with TemporaryDirectory(prefix="llamagen-vllm-") as name:
-        folder = Path(name)
-        _fill(source, folder, options or ExportOptions(), link=True)
-        yield folder
+    with TemporaryDirectory(prefix="llamagen-vllm-") as folder:
+        _fill(source, Path(folder), options or ExportOptions(), link=True)
+        yield Path(folder)
 
 
 def is_exported(folder: Path) -> bool:
@@ -136,11 +135,7 @@ def _fill(
     if options.grid is not None:
         config = dataclasses.replace(config, grid=options.grid)
     sampling = options.sampling or sampling
-    (dtype,) = (
-        read().dtype
-        for name, read in read_safetensors(folder / WEIGHTS_NAME)
-        if name == "norm.weight"
-    )
+    dtype = dict(read_safetensors(folder / WEIGHTS_NAME))["norm.weight"]().dtype
     exported = LlamaGenConfig(
         transformer=config_to_dict(config),
         streams=2 if options.guidance else 1,
@@ -148,15 +143,14 @@ def _fill(
         sampling=config_to_dict(sampling),
         dtype=dtype_name(dtype),
     )
-    storage.write_json(folder / CONFIG_NAME, exported.to_diff_dict())
-    generation: dict[str, Any] = {
+    generation = {
         "max_new_tokens": config.num_codes,
         "eos_token_id": exported.end_id,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        **({"top_k": sampling.top_k} if sampling.top_k > 0 else {}),
     }
-    if sampling.top_k > 0:
-        generation["top_k"] = sampling.top_k
+    storage.write_json(folder / CONFIG_NAME, exported.to_diff_dict())
     storage.write_json(folder / "generation_config.json", generation)
 
 

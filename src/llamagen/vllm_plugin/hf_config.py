@@ -60,9 +60,8 @@ class LlamaGenConfig(PretrainedConfig):
         self.streams = streams
         self.negative_prompts = negative_prompts
         self.sampling = _complete(SamplingConfig, sampling, "sampling")
-        super().__init__(
-            **{"architectures": [ARCHITECTURE], "tie_word_embeddings": False, **kwargs}
-        )
+        given = {"architectures": [ARCHITECTURE], "tie_word_embeddings": False, **kwargs}
+        super().__init__(**given)
 
     @property
     def model(self) -> TransformerConfig:
@@ -129,7 +128,7 @@ class LlamaGenConfig(PretrainedConfig):
     @property
     def head_dim(self) -> int:
         """Width of a head in the KV cache: filled up with zeros, and one more to mask padding."""
-        needed = self.model.head_dim + int(self.masks_padding)
+        needed = self.model.head_dim + self.masks_padding
         return -(-needed // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
 
     @property

@@ -35,21 +35,21 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from llamagen.models.transformer.rope import apply_rope, rope_table
-from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
+from llamagen.vllm_plugin.sampling import refuse_unsupported
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.sequence import IntermediateTensors
 
-_RENAMED: dict[str, tuple[str, int | None]] = {
-    "attention.wqkv": ("attention.qkv_proj", None),
-    "attention.wo": ("attention.o_proj", None),
+_RENAMED: dict[str, tuple[str, *tuple[int, ...]]] = {
+    "attention.wqkv": ("attention.qkv_proj",),
+    "attention.wo": ("attention.o_proj",),
     "feed_forward.w1": ("feed_forward.gate_up_proj", 0),
     "feed_forward.w3": ("feed_forward.gate_up_proj", 1),
-    "feed_forward.w2": ("feed_forward.down_proj", None),
+    "feed_forward.w2": ("feed_forward.down_proj",),
 }
-"""Weights of ``Transformer`` that have another name here, and which part of it they are."""
+"""Weights of ``Transformer`` that have another name here; the number of those that are a part."""
 
 _CLASS_TABLE = "cls_embedding.embedding_table.weight"
 _CODE_TABLE = "tok_embeddings.weight"
@@ -70,27 +70,19 @@ class CodeAttention(nn.Module):
         self.padding = config.head_dim - model.head_dim
         self.heads = model.heads // processes
         self.kv_heads = max(1, model.num_kv_heads // processes)
-        quantized: dict[str, Any] = {"quant_config": vllm_config.quant_config}
-        self.qkv_proj = QKVParallelLinear(
-            model.dim,
-            model.head_dim,
-            model.heads,
-            model.num_kv_heads,
-            bias=False,
-            prefix=f"{prefix}.qkv_proj",
-            **quantized,
-        )
-        self.o_proj = RowParallelLinear(
-            model.dim, model.dim, bias=False, prefix=f"{prefix}.o_proj", **quantized
-        )
+        quant = vllm_config.quant_config
+        plain: dict[str, Any] = {"bias": False, "quant_config": quant}
+        sizes = model.dim, model.head_dim, model.heads, model.num_kv_heads
+        self.qkv_proj = QKVParallelLinear(*sizes, prefix=f"{prefix}.qkv_proj", **plain)
+        self.o_proj = RowParallelLinear(model.dim, model.dim, prefix=f"{prefix}.o_proj", **plain)
         self.attention = Attention(
             self.streams * self.heads,
             config.head_dim,
             model.head_dim**-0.5,
             num_kv_heads=self.streams * self.kv_heads,
             cache_config=vllm_config.cache_config,
+            quant_config=quant,
             prefix=f"{prefix}.attention",
-            **quantized,
         )
 
     def forward(self, x: Tensor, rope: Tensor, masked: Tensor | None) -> Tensor:
@@ -125,13 +117,12 @@ class FeedForward(nn.Module):
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         model = vllm_config.model_config.hf_config.model
-        options: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
+        dim, hidden = model.dim, model.ffn_dim
+        plain: dict[str, Any] = {"bias": False, "quant_config": vllm_config.quant_config}
         self.gate_up_proj = MergedColumnParallelLinear(
-            model.dim, [model.ffn_dim] * 2, prefix=f"{prefix}.gate_up_proj", **options
+            dim, [hidden] * 2, prefix=f"{prefix}.gate_up_proj", **plain
         )
-        self.down_proj = RowParallelLinear(
-            model.ffn_dim, model.dim, prefix=f"{prefix}.down_proj", **options
-        )
+        self.down_proj = RowParallelLinear(hidden, dim, prefix=f"{prefix}.down_proj", **plain)
         self.activation = SiluAndMul()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -168,14 +159,13 @@ class CodeStack(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         config: LlamaGenConfig = vllm_config.model_config.hf_config
-        model = config.model
+        model, quant = config.model, vllm_config.quant_config
         self.streams, self.dim = config.streams, model.dim
         self.first_code = config.first_code
         self.ids = config.first_code + model.codebook_size
         self.masks_padding = config.masks_padding
-        quant_config = vllm_config.quant_config
         self.embedding = VocabParallelEmbedding(
-            self.ids, model.dim, quant_config=quant_config, prefix=f"{prefix}.embedding"
+            self.ids, model.dim, quant_config=quant, prefix=f"{prefix}.embedding"
         )
         self.layers = nn.ModuleList(
             CodeBlock(vllm_config, f"{prefix}.layers.{layer}") for layer in range(model.layers)
@@ -229,7 +219,8 @@ class LlamaGenForImageCodes(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        _refuse_what_does_not_work(vllm_config)
+        stages = vllm_config.parallel_config.pipeline_parallel_size
+        refuse_unsupported(vllm_config.speculative_config, stages)
         self.config: LlamaGenConfig = vllm_config.model_config.hf_config
         self._prefill_has_codes = vllm_config.use_v2_model_runner
         inside = f"{prefix}." if prefix else ""
@@ -288,9 +279,9 @@ class LlamaGenForImageCodes(nn.Module):
         tables: dict[str, Tensor] = {}
         loaded: set[str] = set()
 
-        def fill(name: str, tensor: Tensor, part: int | None = None) -> None:
+        def fill(name: str, tensor: Tensor, *part: int) -> None:
             load = getattr(parameters[name], "weight_loader", default_weight_loader)
-            load(parameters[name], tensor, *(() if part is None else (part,)))
+            load(parameters[name], tensor, *part)
             loaded.add(name)
 
         for name, tensor in weights:
@@ -299,21 +290,13 @@ class LlamaGenForImageCodes(nn.Module):
             if name in (_CLASS_TABLE, _CODE_TABLE):
                 tables[name] = tensor
                 continue
-            target, part = name if name == "output.weight" else f"model.{name}", None
-            for theirs, (ours, which) in _RENAMED.items():
+            target, part = name if name == "output.weight" else f"model.{name}", list[int]()
+            for theirs, (ours, *which) in _RENAMED.items():
                 if theirs in name:
                     target, part = target.replace(theirs, ours), which
-            fill(target, tensor, part)
+            fill(target, tensor, *part)
         codes = tables[_CODE_TABLE]
         # A text has no embedding of its own here; its id has a row all the same.
         front = tables.get(_CLASS_TABLE, codes.new_zeros(1, codes.shape[1]))
         fill("model.embedding.weight", torch.cat([front, codes]))
         return loaded
-
-
-def _refuse_what_does_not_work(vllm_config: VllmConfig) -> None:
-    """Raise InputError for options with which vLLM would run, but sample other codes."""
-    if vllm_config.speculative_config is not None:
-        raise InputError("speculative decoding does not go with guidance; leave it out")
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise InputError("pipeline parallelism is not supported; use tensor_parallel_size instead")

@@ -21,8 +21,13 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 from llamagen.config import SamplingConfig
 from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
-from llamagen.vllm_plugin.sampling import CodeSampling, Request
-from llamagen.vllm_plugin.settings import check_guidance, is_addressed, read_settings
+from llamagen.vllm_plugin.sampling import (
+    CodeSampling,
+    Request,
+    check_guidance,
+    is_addressed,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,10 +61,8 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         """V2: by slot."""
         self._prompt_lengths = None if is_pin_memory is not None else device_or_slots.prompt_len
         if self._config is not None:
-            self._sample = CodeSampling(
-                codebook_size=self._config.model.codebook_size,
-                first_code=self._config.first_code,
-            )
+            codes, first = self._config.model.codebook_size, self._config.first_code
+            self._sample = CodeSampling(codebook_size=codes, first_code=first)
 
     # V1
 
@@ -71,11 +74,11 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         """Follow the rows of the batch."""
         if batch_update is None or self._config is None:
             return
-        rows = self._rows
+        rows, is_text = self._rows, self._config.is_text
         for row in batch_update.removed:
             rows.pop(row, None)
         for row, params, prompt, drawn in batch_update.added:
-            given = 0 if self._config.is_text or prompt is None else len(prompt) - 1
+            given = 0 if is_text or prompt is None else len(prompt) - 1
             rows[row] = (self._request(params, prompt), given, drawn)
         for source, target, direction in batch_update.moved:
             moved, replaced = rows.pop(source, None), rows.pop(target, None)
@@ -107,15 +110,14 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
             rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
             requests = [request for request, _, _ in rows]
             return self._sample(logits, requests, [given + len(drawn) for _, given, drawn in rows])
-        assert self._prompt_lengths is not None
         slots = ctx.idx_mapping_np.tolist()
         seen = ctx.seq_lens_upper_bound_np[: len(slots)].tolist()
-        # In front of the codes stands a label, or a text that is the whole prompt.
-        is_text, lengths = self._config.is_text, self._prompt_lengths
-        in_front = [int(lengths.np[slot]) if is_text else 1 for slot in slots]
-        # Where only a part of a prompt has been read, the sample is thrown away.
-        indices = [max(0, end - start) for end, start in zip(seen, in_front, strict=True)]
-        return self._sample(logits, [self._slots.get(slot) for slot in slots], indices)
+        # In front of the codes stands a label, or a text that is the whole prompt. Where only a
+        # part of a prompt has been read, the sample is thrown away.
+        is_text, lengths = self._config.is_text, self._prompt_lengths.np
+        front = [int(lengths[slot]) if is_text else 1 for slot in slots]
+        indices = [max(0, end - start) for end, start in zip(seen, front, strict=True)]
+        return self._sample(logits, list(map(self._slots.get, slots)), indices)
 
     def _request(
         self, params: SamplingParams, prompt: Sequence[int] | None = None
@@ -141,12 +143,10 @@ def _check_prompt(config: LlamaGenConfig, prompt: Sequence[int]) -> None:
     """Raise InputError unless a prompt is a label with codes behind it."""
     if config.is_text:
         raise InputError("the prompt is made of ids, but this model takes prompt_embeds")
-    label, *codes = prompt
-    if label > config.end_id:
-        raise InputError(
-            f"the prompt begins with {label}, expected a label from 0 to {config.end_id - 1}"
-        )
-    first, last = config.first_code, config.first_code + config.model.codebook_size - 1
+    (label, *codes), end, first = prompt, config.end_id, config.first_code
+    if label > end:
+        raise InputError(f"the prompt begins with {label}, expected a label from 0 to {end - 1}")
+    last = first + config.model.codebook_size - 1
     for code in codes:
         if not first <= code <= last:
             raise InputError(

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
-from llamagen.models.pretrained import WEIGHTS_NAME
+from llamagen.models.pretrained import WEIGHTS_NAME, read_safetensors
 from llamagen.models.transformer import ClassCondition, TextCondition
 from llamagen.support.errors import InputError
 from llamagen.vllm_plugin.export import read_exported
@@ -31,20 +30,19 @@ class Prompts:
         Raises:
             InputError: ``folder`` is no model for vLLM.
         """
-        self.config = read_exported(folder)
-        kind = TextCondition if self.config.is_text else ClassCondition
-        with torch.device("meta"):
-            self._condition: TextCondition | ClassCondition = kind(self.config.model)
-        prefix = "cls_embedding."
-        with safe_open(Path(folder) / WEIGHTS_NAME, framework="pt") as file:
-            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118
-            weights = {name.removeprefix(prefix): file.get_tensor(name).to(dtype) for name in names}
-        self._condition.load_state_dict(weights, assign=True)
-
-    @property
-    def takes_embeddings(self) -> bool:
+        self.config = config = read_exported(folder)
+        self.takes_embeddings = config.is_text or (config.negative_prompts and config.streams == 2)
         """Whether any prompt is more than a label."""
-        return self.config.is_text or (self.config.negative_prompts and self.config.streams == 2)
+        kind = TextCondition if config.is_text else ClassCondition
+        with torch.device("meta"):
+            self._condition: TextCondition | ClassCondition = kind(config.model)
+        prefix = "cls_embedding."
+        weights = {
+            name.removeprefix(prefix): read().to(dtype)
+            for name, read in read_safetensors(Path(folder) / WEIGHTS_NAME)
+            if name.startswith(prefix)
+        }
+        self._condition.load_state_dict(weights, assign=True)
 
     @torch.inference_mode()
     def of(self, condition: Tensor, unconditional: Tensor | None = None) -> dict[str, Any]:
@@ -62,15 +60,13 @@ class Prompts:
         self._check(condition)
         if unconditional is not None:
             self._check(unconditional)
-            # Without guidance it has no effect.
-            if self.config.streams == 1:
-                unconditional = None
-            elif not self.config.negative_prompts:
+            if self.config.streams == 2 and not self.config.negative_prompts:
                 raise InputError(
                     "this engine takes no negative prompts; start it (or export its model) with "
                     "negative_prompts"
                 )
-        if unconditional is None:
+        # Without guidance it has no effect.
+        if unconditional is None or self.config.streams == 1:
             unconditional = self._condition.unconditional(condition.unsqueeze(0))[0]
         if not self.config.is_text and int(unconditional) == self.config.end_id:
             return {"prompt_token_ids": [int(condition)]}
