@@ -318,7 +318,7 @@ class Editor:
             )
         alpha = mask.convert("RGBA").getchannel("A")
         # Many programs write an alpha channel where nothing is transparent.
-        transparent = alpha.getextrema()[0] < 255
+        transparent = bool((np.asarray(alpha) < 255).any())
         levels = (alpha if transparent else mask.convert("L")).convert("RGB")
         width, height = self.size
         bright = np.asarray(center_crop(levels, height, width=width).convert("L")) >= 128

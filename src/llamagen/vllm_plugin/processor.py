@@ -110,6 +110,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
             rows = [self._rows.get(row, (None, 0, [])) for row in range(logits.shape[0])]
             requests = [request for request, _, _ in rows]
             return self._sample(logits, requests, [given + len(drawn) for _, given, drawn in rows])
+        assert self._prompt_lengths is not None
         slots = ctx.idx_mapping_np.tolist()
         seen = ctx.seq_lens_upper_bound_np[: len(slots)].tolist()
         # In front of the codes stands a label, or a text that is the whole prompt. Where only a
