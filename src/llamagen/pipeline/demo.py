@@ -17,7 +17,7 @@ from llamagen.support.pictures import image_grid, save_png, stacked, titled
 
 PER_CLASS = 8
 """Images of each class."""
-PROMPTS = (
+PROMPTS: tuple[str, ...] = (
     *("sunflower", "red apple", "octopus", "hot air balloon", "red heart"),
     *("fire", "soccer ball", "hamburger", "dog face", "rainbow"),
     *("person rowing boat", "guitar", "cactus", "full moon", "butterfly"),
