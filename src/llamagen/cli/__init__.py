@@ -1,1 +1,1 @@
-"""The command line: one small module per command, found by ``llamagen.cli.main``."""
+"""The command line: modules of commands, listed in ``llamagen.cli.main.COMMANDS``."""

@@ -16,7 +16,7 @@ from llamagen.pipeline.conditions import Condition
 from llamagen.support.errors import InputError
 
 Ranking = Literal["likelihood", "condition"]
-"""The best image: "likelihood", the one with the likeliest codes given the condition, or
+"""The best image: "likelihood", the one whose codes are most likely given the condition, or
 "condition", the one whose codes the condition makes so much likelier than they are without."""
 
 

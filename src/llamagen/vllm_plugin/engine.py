@@ -96,9 +96,8 @@ class VllmEngine:
         with ExitStack() as resources:
             folder = resources.enter_context(temporary_export(source, export))
             device = find_device("auto")
-            if dtype is None and isinstance(source, Transformer):
-                dtype = source.dtype
-            precision = find_dtype(dtype, device)
+            own = source.dtype if isinstance(source, Transformer) else None
+            precision = find_dtype(dtype or own, device)
             self._prompts = Prompts(folder, precision)
             config = self._prompts.config
             arguments: dict[str, Any] = {
