@@ -153,7 +153,7 @@ def test_add_a_quantizer(copy):
     copy.add(
         "models/tokenizer/quantizers/toy.py",
         "import torch\n\n"
-        "from llamagen.models.tokenizer.quantizers.base import Quantized, Quantizer\n\n\n"
+        "from llamagen.models.tokenizer.quantizers import Quantized, Quantizer\n\n\n"
         "class ToyQuantizer(Quantizer):\n"
         '    """The signs of latents are the bits of their codes (2310.05737)."""\n\n'
         "    def __init__(self, config):\n"
@@ -276,7 +276,7 @@ def test_add_a_backend(copy):
     )
     copy.insert(
         "backends/__init__.py",
-        before="from llamagen.models.transformer import Transformer",
+        before="from llamagen.models.transformer import KVCache",
         text="from llamagen.backends.toy import ToyStep\n",
     )
     copy.insert(
@@ -303,10 +303,11 @@ def check_backend() -> None:
 
 
 def test_add_a_schedule(copy):
-    copy.add(
-        "generation/schedules/toy.py",
-        "from llamagen.generation.schedules.base import Pass\n\n\n"
-        "class ToySchedule:\n"
+    name = "generation/schedules.py"
+    copy.insert(
+        name,
+        before="def new_schedule(",
+        text="class ToySchedule:\n"
         '    """One by one, and each code is fed twice."""\n\n'
         "    needs_codes = False\n"
         "    passes = 0\n\n"
@@ -325,11 +326,7 @@ def test_add_a_schedule(copy):
         "            return 0\n"
         "        is_first = self.final == 0\n"
         "        self.final += 1\n"
-        "        return 0 if is_first else 1\n",
-    )
-    name = "generation/schedules/__init__.py"
-    copy.insert(
-        name, before="__all__", text="from llamagen.generation.schedules.toy import ToySchedule\n\n"
+        "        return 0 if is_first else 1\n\n\n",
     )
     copy.insert(
         name,
@@ -341,7 +338,7 @@ def test_add_a_schedule(copy):
 
 
 def check_schedule() -> None:
-    from llamagen.generation.schedules.toy import ToySchedule
+    from llamagen.generation.schedules import ToySchedule
     from tests.tiny_models import tiny_transformer
 
     model = tiny_transformer()

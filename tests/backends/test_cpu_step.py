@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from llamagen.backends.cpu import step as cpu_step
 from llamagen.backends.cpu.step import CpuStep
 from llamagen.config import TransformerConfig
-from llamagen.models.transformer.kv_cache import KVCache
+from llamagen.models.transformer import NO_CELL, KVCache, Tokens
 from llamagen.models.transformer.quantization import quantize
-from llamagen.models.transformer.tokens import NO_CELL, Tokens
 from llamagen.support.errors import InputError
 from tests.backends.models import SIZES, model_of
 from tests.backends.variants import VARIANTS, kernels_of
@@ -30,7 +29,7 @@ def quantized(model):
 
 
 def cache_of(model, sequences=4, positions=24, dtype=None):
-    cache = KVCache.empty(model.config, sequences, positions, dtype=dtype or model.dtype)
+    cache = KVCache(model.config, sequences, positions, dtype=dtype or model.dtype)
     for part in (*cache.keys, *cache.values):
         part.fill_(99)  # what has not been stored must not be read
     cache.add(sequences)

@@ -148,7 +148,7 @@ def test_larger_grid_is_generated_in_windows(editor, image):
     output = editor.outpaint(image, "dog", below=2, seed=2)
     window = torch.full((4, 4), -1)
     window[:2] = editor.encode(image)[2:]
-    from llamagen.generation.seeds import derived_seed
+    from llamagen.generation.request import derived_seed
 
     drawn = editor.pipeline("dog", known_codes=window, seed=derived_seed(2, 0))
     assert torch.equal(drawn.codes[0], output.codes[0, 2:])

@@ -9,15 +9,41 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from typing import Protocol
+
+from torch import Tensor
 
 from llamagen.backends.compiled import CompiledStep as CompiledStep
 from llamagen.backends.cpu.step import CpuStep as CpuStep
-from llamagen.backends.step import ReferenceStep as ReferenceStep
-from llamagen.backends.step import Step as Step
-from llamagen.backends.step import StepTimes as StepTimes
-from llamagen.models.transformer import Transformer
+from llamagen.backends.cpu.step import StepTimes as StepTimes
+from llamagen.config import Grid
+from llamagen.models.transformer import KVCache, Tokens, Transformer
 
 _reference_only: ContextVar[bool] = ContextVar("reference_only", default=False)
+
+
+class Step(Protocol):
+    """Computes ``Transformer.step`` of one model, as long as its weights stay where they are."""
+
+    is_wide: bool
+    """Whether sixteen tokens take about the time of one."""
+
+    def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:
+        """Return logits (M, V), valid until the next call; see ``Transformer.step``."""
+        ...
+
+
+class ReferenceStep:
+    """Computes with the model's own operations, on any device and for any configuration."""
+
+    is_wide = False
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+
+    def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:
+        """See ``Step``."""
+        return self._model.step(tokens, cache, grid=grid)
 
 
 @contextlib.contextmanager

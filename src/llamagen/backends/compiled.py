@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import Grid, non_default_fields
-from llamagen.models.transformer import NO_CELL, KVCache, Tokens, Transformer
-from llamagen.models.transformer.tokens import to_index
+from llamagen.models.transformer import NO_CELL, KVCache, Tokens, Transformer, to_index
 
 _EAGER_STEPS = 1024
 """Steps of a model before it is compiled: a single image should not wait for that."""

@@ -21,12 +21,15 @@ from torch import Tensor
 
 from llamagen.backends import StepTimes, fastest_step
 from llamagen.config import Grid
-from llamagen.generation.request import UNKNOWN, GenerationRequest
+from llamagen.generation.request import (
+    UNKNOWN,
+    GenerationRequest,
+    check_request,
+    uniform_draws,
+)
 from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
 from llamagen.generation.schedules import MAX_TOKENS, Pass, Schedule, new_schedule
-from llamagen.generation.seeds import check_seed, uniform_draws
-from llamagen.models.transformer import NO_CELL, Tokens, Transformer
-from llamagen.models.transformer.tokens import to_index
+from llamagen.models.transformer import NO_CELL, Tokens, Transformer, to_index
 from llamagen.support.errors import InputError, NotFiniteError
 
 NOT_FINITE = -1
@@ -343,34 +346,6 @@ def _is_unneeded(image: GenerationState, role: _Role) -> bool:
     """Whether no code needs the logits of an image's sequence any more."""
     stop = image.request.sampling.guidance_stop
     return role is _Role.UNCONDITIONAL and stop is not None and image.final >= stop
-
-
-def check_request(request: GenerationRequest, model: Transformer, grid: Grid) -> None:
-    """Raise InputError if the model cannot take a request's conditions, seed or known codes."""
-    check_seed(request.seed)
-    check_share(request.blend_share)
-    if request.window is not None and request.window < 1:
-        raise InputError(f"window is {request.window}, expected at least 1 code")
-    for condition in request.conditions:
-        model.cls_embedding.check(condition.unsqueeze(0))
-    known, size = request.known_codes, model.config.codebook_size
-    if known is None:
-        return
-    if tuple(known.shape) not in (grid, (grid[0] * grid[1],)):
-        raise InputError(f"known codes have shape {tuple(known.shape)}, expected {grid}")
-    smallest, largest = int(known.min()), int(known.max())
-    if largest >= size or smallest < UNKNOWN:
-        raise InputError(
-            f"known codes reach from {smallest} to {largest}, expected codes below {size}, or "
-            f"{UNKNOWN} where one is to be sampled"
-        )
-
-
-def check_share(share: float) -> float:
-    """Return how much the second of two conditions counts; raise InputError outside 0 to 1."""
-    if not 0.0 <= share <= 1.0:
-        raise InputError(f"blend_share is {share}, expected a number from 0 to 1")
-    return share
 
 
 def _blend(logits: Tensor, blends: Sequence[tuple[int, int, float]]) -> Tensor:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from llamagen.backends import StepTimes
 from llamagen.config import Grid
-from llamagen.generation.batch import Batch, GenerationState, check_request
+from llamagen.generation.batch import Batch, GenerationState
 from llamagen.generation.memory import sampling_batch_size
-from llamagen.generation.request import GenerationRequest
+from llamagen.generation.request import GenerationRequest, check_request
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError, NotFiniteError
 
@@ -291,7 +291,6 @@ class NativeEngine:
         self, request: GenerationRequest, *, client: Hashable = None
     ) -> AsyncGenerator[list[int], None]:
         """See ``Engine``."""
-        self.check(request)
         handle = _Handle(request, asyncio.get_running_loop())
         with self._changed:
             if self._closing:

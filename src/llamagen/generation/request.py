@@ -1,25 +1,36 @@
 """One image to be generated, in one value: everything that decides its codes.
 
-Pipeline, editing, server, evaluation and engines make these and pass them on unopened.
+Pipeline, editing, server, evaluation and engines make requests and pass them on unopened. The
+random numbers belong to an image's seed, not to a batch, a device or a process.
 
 Shapes: C condition length, T codes of an image.
 """
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from llamagen.config import SamplingConfig
+from llamagen.config import Grid, SamplingConfig
+from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 UNKNOWN = -1
 """Stands in known codes where a code is to be sampled."""
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GenerationRequest:
-    """One image's condition, seed and settings. An image's codes depend on its request only."""
+    """One image's condition, seed and settings. An image's codes depend on its request only.
+
+    Raises InputError if the seed, the share or the window lies outside its range.
+    """
 
     condition: Tensor
     """A label (), or text features (C, text_dim) without padding."""
@@ -38,8 +49,15 @@ class GenerationRequest:
     known_codes: Tensor | None = None
     """(T,) or (rows, columns) int64 codes that stay, ``UNKNOWN`` where one is to be sampled."""
     window: int | None = None
-    """Codes that a forward pass predicts (``schedules.jacobi``), which changes no code: 1 samples
+    """Codes that a forward pass predicts (``JacobiSchedule``), which changes no code: 1 samples
     them one by one; by default more where that is faster."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not 0.0 <= self.blend_share <= 1.0:
+            raise InputError(f"blend_share is {self.blend_share}, expected a number from 0 to 1")
+        if self.window is not None and self.window < 1:
+            raise InputError(f"window is {self.window}, expected at least 1 code")
 
     @property
     def conditions(self) -> list[Tensor]:
@@ -55,3 +73,65 @@ class GenerationRequest:
     def sequences(self) -> int:
         """Sequences of the transformer that it needs, at most."""
         return 1 + self.sampling.guided + (self.blend is not None)
+
+
+def check_request(request: GenerationRequest, model: Transformer, grid: Grid) -> None:
+    """Raise InputError if the model cannot take a request's conditions or known codes."""
+    for condition in request.conditions:
+        model.cls_embedding.check(condition.unsqueeze(0))
+    known, size = request.known_codes, model.config.codebook_size
+    if known is None:
+        return
+    if tuple(known.shape) not in (grid, (grid[0] * grid[1],)):
+        raise InputError(f"known codes have shape {tuple(known.shape)}, expected {grid}")
+    smallest, largest = int(known.min()), int(known.max())
+    if largest >= size or smallest < UNKNOWN:
+        raise InputError(
+            f"known codes reach from {smallest} to {largest}, expected codes below {size}, or "
+            f"{UNKNOWN} where one is to be sampled"
+        )
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed``; raise InputError unless it lies between 0 and 2^63 - 1."""
+    if not 0 <= seed <= MAX_SEED:
+        raise InputError(f"seed is {seed}, expected an integer from 0 to {MAX_SEED}")
+    return seed
+
+
+def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """Return a seed for each of ``count`` images.
+
+    ``seed`` is that of the first, and the next get the next numbers; or None for a random one; or
+    as many as there are images, else InputError is raised.
+    """
+    if seed is None:
+        # Small enough to be typed again.
+        seed = secrets.randbelow(2**31)
+    if isinstance(seed, int):
+        return tuple(range(seed, seed + count))
+    if len(seed) != count:
+        raise InputError(f"{len(seed)} seeds for {count} images; give one seed per image")
+    return tuple(seed)
+
+
+def derived_seed(seed: int, number: int) -> int:
+    """Return one of many seeds that belong to ``seed``, with independent random numbers."""
+    # From stream 2^63, which no draws are taken from.
+    stream = np.random.Philox(counter=(1 << 255) + number, key=check_seed(seed))
+    return int(stream.random_raw()) >> 1
+
+
+def uniform_draws(seeds: Sequence[int], count: int, *, stream: int = 0) -> Tensor:
+    """Return (images, count) float32 numbers in [0, 1): row i is a stream of ``seeds[i]``.
+
+    Every seed has 2^64 independent streams, told apart by ``stream``.
+
+    Philox in counter mode: the t-th number of a stream is the same whatever was drawn before it,
+    on every platform and version. 24 bits each, so that every number is exact in float32.
+    """
+    # The counter's highest word, which counting in a stream never reaches.
+    start = stream << 192
+    streams = [np.random.Philox(counter=start, key=check_seed(seed)) for seed in seeds]
+    bits = np.stack([each.random_raw(count) for each in streams]) >> np.uint64(40)
+    return torch.from_numpy((bits * 2.0**-24).astype(np.float32))

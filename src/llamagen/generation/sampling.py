@@ -12,16 +12,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llamagen.backends import use_reference
-from llamagen.backends.cpu.sampling import CpuSampler
+from llamagen.backends.cpu.sampling import CpuSampler, Rows
 from llamagen.config import SamplingConfig
-from llamagen.models.transformer.tokens import to_index
+from llamagen.models.transformer import to_index
 
 GREEDY_TEMPERATURE = 1e-6
 """Temperatures below it take the most likely code: logits divided by less would overflow."""
@@ -156,34 +156,8 @@ def sample_codes(logits: Tensor, filters: Filters, uniforms: Tensor) -> Tensor:
     return torch.where(filters.greedy, best, sample_from(filters(logits), uniforms))
 
 
-@dataclass(slots=True)
-class Rows:
-    """Logits that decide each of D codes, and how guidance mixes them."""
-
-    conditional: np.ndarray
-    """(D,) int64, rows of the conditional logits."""
-    unconditional: np.ndarray
-    """(D,) int64, rows of the unconditional logits; -1 without guidance."""
-    scales: np.ndarray
-    """(D,) float32."""
-
-
-class Sampler(Protocol):
-    """Samples codes of rows whose filters do not change from call to call."""
-
-    def __call__(
-        self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Sample one code per row, with logits (R, V) and (R', V) and ``uniforms`` (D,) in [0, 1).
-
-        Returns:
-            (D,) int64 codes, and (D,) bool, False where logits are not finite.
-        """
-        ...
-
-
 class ReferenceSampler:
-    """Samples with torch's operations, on any device and without waiting for it."""
+    """Samples as ``CpuSampler``, with torch's operations on any device, without waiting for it."""
 
     def __init__(self, settings: Sequence[SamplingConfig], device: torch.device) -> None:
         self._filters = Filters.of(settings, device)
@@ -192,7 +166,7 @@ class ReferenceSampler:
     def __call__(
         self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """See ``Sampler``."""
+        """See ``CpuSampler``."""
         logits = conditional[to_index(rows.conditional, self._device)].float()
         guided = np.flatnonzero((rows.unconditional >= 0) & (rows.scales != 1.0))
         if len(guided) > 0:
@@ -210,6 +184,10 @@ def _column(values: Sequence[Any], device: torch.device | str) -> Any:
     if all(value == values[0] for value in values):
         return values[0]
     return torch.tensor(values, device=device).unsqueeze(-1)
+
+
+Sampler = ReferenceSampler | CpuSampler
+"""Samples codes of rows whose filters do not change from call to call."""
 
 
 def fastest_sampler(

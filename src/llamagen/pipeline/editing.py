@@ -23,8 +23,7 @@ from torch import Tensor
 
 from llamagen.data.images import DECODING_ERRORS, open_image, to_rgb
 from llamagen.data.views import center_crop
-from llamagen.generation.request import UNKNOWN
-from llamagen.generation.seeds import derived_seed, one_seed_each, uniform_draws
+from llamagen.generation.request import UNKNOWN, derived_seed, one_seed_each, uniform_draws
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.pipeline.conditions import Prompts
 from llamagen.pipeline.pipeline import Pipeline, PipelineOutput

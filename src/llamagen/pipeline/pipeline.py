@@ -11,11 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from llamagen.config import SamplingConfig
-from llamagen.generation.batch import check_share
 from llamagen.generation.engine import ProgressCallback, refuse_edits
 from llamagen.generation.memory import decoding_batch_size
-from llamagen.generation.request import GenerationRequest
-from llamagen.generation.seeds import one_seed_each
+from llamagen.generation.request import GenerationRequest, one_seed_each
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.pipeline.conditions import Condition, Prompts, embedded_conditions, read_prompts
 from llamagen.pipeline.models import PipelineModels
@@ -210,7 +208,6 @@ class Pipeline(PipelineModels):
         Raises:
             InputError: a prompt says nothing, or names no class of this model.
         """
-        check_share(blend_share)
         is_class = self.labels is not None
         if prompts is None:
             kind, wanted = ("class", "class names or indices") if is_class else ("text", "a prompt")

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from llamagen.config import Grid, SamplingConfig
 from llamagen.generation.engine import Engine, EngineError
-from llamagen.generation.request import UNKNOWN
-from llamagen.generation.seeds import one_seed_each
+from llamagen.generation.request import UNKNOWN, one_seed_each
 from llamagen.pipeline import Pipeline
 from llamagen.pipeline.conditions import Condition
 from llamagen.pipeline.editing import WHOLE, Edit, Editor, Window

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from llamagen.config import Setting, sampling_settings
-from llamagen.generation.seeds import MAX_SEED
+from llamagen.generation.request import MAX_SEED
 from llamagen.pipeline.ranking import Ranking
 
 OutputFormat = Literal["png", "jpeg", "webp"]

@@ -34,7 +34,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
-from llamagen.models.transformer.rope import apply_rope, rope_table
+from llamagen.models.transformer import apply_rope, rope_table
 from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 from llamagen.vllm_plugin.sampling import refuse_unsupported
 

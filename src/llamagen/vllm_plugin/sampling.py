@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamagen.backends.cpu.sampling import Rows
 from llamagen.config import SamplingConfig, sampling_settings
-from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
-from llamagen.generation.seeds import check_seed, uniform_draws
+from llamagen.generation.request import check_seed, uniform_draws
+from llamagen.generation.sampling import Sampler, fastest_sampler, guidance_scale_at
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ Shapes: D rows, one per code that is sampled, V codes of the codebook.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,15 +17,16 @@ from llamagen.backends.cpu.library import Kernels, load_kernels
 from llamagen.config import SamplingConfig, non_default_fields
 
 
-class LogitRows(Protocol):
-    """Which logits decide each code, and how guidance mixes them."""
+@dataclass(slots=True)
+class Rows:
+    """Logits that decide each of D codes, and how guidance mixes them."""
 
     conditional: np.ndarray
-    """(D,) rows of the conditional logits."""
+    """(D,) int64, rows of the conditional logits."""
     unconditional: np.ndarray
-    """(D,) rows of the unconditional logits; -1 without guidance."""
+    """(D,) int64, rows of the unconditional logits; -1 without guidance."""
     scales: np.ndarray
-    """(D,) guidance scales."""
+    """(D,) float32 guidance scales."""
 
 
 class CpuSampler:
@@ -49,9 +50,7 @@ class CpuSampler:
     ) -> None:
         """Prepare sampling with settings (D,) that ``supports`` accepts.
 
-        Args:
-            settings: of each row.
-            kernels: others than those for this machine.
+        ``kernels`` are by default those for this machine.
         """
         kernels = load_kernels() if kernels is None else kernels
         assert kernels is not None, "the kernels cannot be compiled here"
@@ -76,18 +75,11 @@ class CpuSampler:
         )
 
     def __call__(
-        self, conditional: Tensor, unconditional: Tensor, rows: LogitRows, uniforms: Tensor
+        self, conditional: Tensor, unconditional: Tensor, rows: Rows, uniforms: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Sample one code per row.
+        """Sample one code per row, with ``uniforms`` (D,) in [0, 1) and logits (R, V) and (R', V).
 
-        Args:
-            conditional: (R, V) logits.
-            unconditional: (R', V) logits; may be the same.
-            rows: of the D codes.
-            uniforms: (D,) in [0, 1).
-
-        Returns:
-            (D,) int64 codes, and (D,) bool, False where logits are not finite.
+        Returns (D,) int64 codes, and (D,) bool, False where logits are not finite.
         """
         own, count, codes = self._rows, len(self._rows), conditional.shape[-1]
         if codes % library.OUTPUTS or not 0 < codes <= library.MAX_CODES:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,18 +17,21 @@ from torch import Tensor, nn
 
 from llamagen.backends.cpu import library
 from llamagen.backends.cpu.library import Kernels, load_kernels
-from llamagen.backends.step import StepTimes
 from llamagen.config import Grid, non_default_fields
+from llamagen.models.transformer import ClassCondition, KVCache, TextCondition, Tokens, Transformer
 from llamagen.models.transformer.blocks import RMSNorm, TransformerBlock
-from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
-from llamagen.models.transformer.kv_cache import KVCache
-from llamagen.models.transformer.model import Transformer
 from llamagen.models.transformer.quantization import QuantizedLinear
-from llamagen.models.transformer.rope import rope_table
-from llamagen.models.transformer.tokens import Tokens
 from llamagen.support.errors import InputError
 
-_MODEL_DTYPES = (torch.float32, torch.bfloat16)
+
+@dataclass
+class StepTimes:
+    """Where the time of generation goes, in seconds; counted by the CPU kernels only."""
+
+    parts: np.ndarray = field(default_factory=lambda: np.zeros(3, dtype=np.float64))
+    """(3,) float64: products with weights, attention, the rest of the steps."""
+    sampling: float = 0.0
+    """Sampling codes from logits."""
 
 
 class CpuStep:
@@ -52,12 +56,9 @@ class CpuStep:
     def __init__(
         self, model: Transformer, times: StepTimes | None = None, *, kernels: Kernels | None = None
     ) -> None:
-        """Prepare steps of a model that ``supports`` accepts.
+        """Prepare steps of a model that ``supports`` accepts; the time they take goes to ``times``.
 
-        Args:
-            model: in eval mode.
-            times: where the time goes is added to it.
-            kernels: others than those for this machine.
+        ``kernels`` are by default those for this machine.
         """
         kernels = load_kernels() if kernels is None else kernels
         assert kernels is not None, "the kernels cannot be compiled here"
@@ -78,44 +79,31 @@ class CpuStep:
         if times is not None:
             self._step.seconds = library.address(times.parts, np.float64, (3,))
         self._cache: weakref.ref[KVCache] | None = None
-        self._cache_shape = (0, 0)
         self._grid: Grid | None = None
         self._logits = self._empty_logits(0)
 
     @classmethod
     def supports(cls, model: Transformer) -> bool:
         """Whether there are kernels here, and they compute what the model computes."""
-        if model.device.type != "cpu" or model.dtype not in _MODEL_DTYPES or model.training:
-            return False
-        config = model.config
-        linears = [
-            model.output,
-            *(linear for block in model.blocks for linear in _matrices(block).values()),
-        ]
+        config, dtype = model.config, model.dtype
+        linears = [model.output, *(x for block in model.blocks for x in _matrices(block).values())]
         return (
-            not non_default_fields(config, cls.FIELDS)
+            model.device.type == "cpu"
+            and dtype in (torch.float32, torch.bfloat16)
+            and not model.training
+            and not non_default_fields(config, cls.FIELDS)
             and config.head_dim <= library.MAX_HEAD_DIM
             and config.codebook_size <= library.MAX_CODES
-            and all(_is_supported_linear(linear, model.dtype) for linear in linears)
+            and all(_is_supported_linear(linear, dtype) for linear in linears)
             and len({type(linear) for linear in linears}) == 1  # all quantised, or none
-            and all(_is_plain_table(table, model.dtype) for table in _tables(model))
+            and all(type(table) is nn.Embedding for table in _tables(model))
+            and all(table.weight.dtype == dtype for table in _tables(model))
+            and all(table.weight.is_contiguous() for table in _tables(model))
             and load_kernels() is not None
         )
 
     def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:
-        """Feed tokens to sequences of a cache, where their keys and values are stored.
-
-        Args:
-            tokens: what is fed.
-            cache: holds the positions before those of the tokens, for each sequence.
-            grid: rows and columns of the image.
-
-        Returns:
-            (M, V) float32, the logits of the tokens that are wanted. Valid until the next call.
-
-        Raises:
-            InputError: there is no such code or class.
-        """
+        """See ``Step``; raise InputError if there is no such code or class. Logits are float32."""
         count, outputs, step = len(tokens), len(tokens.wanted), self._step
         if tokens.features is None:
             embedded, embeddings = None, self._embeddings_of(tokens.ids, count)
@@ -126,7 +114,7 @@ class CpuStep:
             self._use_cache(cache)
         if grid != self._grid:
             self._use_grid(grid)
-        arrays = self._checked_indices(tokens, grid[0] * grid[1])
+        arrays = _checked_indices(tokens, cache, grid[0] * grid[1])
         for name, array in arrays.items():
             setattr(step, name, library.address(array, np.int32, array.shape))
         step.embeddings = library.address(embeddings, np.uintp, (count,))
@@ -137,67 +125,38 @@ class CpuStep:
             step.logits = library.address(self._logits, torch.float32, self._logits.shape)
         step.rows, step.sequences, step.outputs = count, len(arrays["slots"]), outputs
         step.threads = torch.get_num_threads()
-        self._kernels.run_step(self._model, step, self._cache_shape[1])
+        self._kernels.run_step(self._model, step, cache.positions)
         del arrays, embeddings, embedded  # to which the step pointed
         return self._logits[:outputs]
-
-    def _checked_indices(self, tokens: Tokens, cells: int) -> dict[str, np.ndarray]:
-        """Arrays of ``Step`` for tokens, of which the cache and the grid hold all."""
-        count, wanted = len(tokens), tokens.wanted
-        sequences, positions = self._cache_shape
-        library.check_indices(tokens.sequences, count, 0, sequences, "sequences")
-        library.check_indices(tokens.positions, count, 0, positions, "positions")
-        library.check_indices(tokens.cells, count, -1, cells, "cells")
-        library.check_indices(wanted, len(wanted), 0, count, "wanted tokens")
-        if len(wanted) > count:
-            raise ValueError(f"{len(wanted)} wanted tokens, expected at most {count}")
-        starts = np.flatnonzero(np.diff(tokens.sequences, prepend=-1))
-        slots = tokens.sequences[starts]
-        if not (np.diff(slots) > 0).all():
-            raise ValueError("tokens of a sequence are not neighbours, or sequences not ascending")
-        indices = {
-            "positions": tokens.positions,
-            "cells": np.remainder(tokens.cells, cells + 1),  # the table's last row is for -1
-            "starts": np.append(starts, count),
-            "slots": slots,
-            "wanted": wanted,
-        }
-        return {name: np.ascontiguousarray(own, np.int32) for name, own in indices.items()}
 
     def _use_cache(self, cache: KVCache) -> None:
         """Point to a cache's memory, after checking it."""
         config, step = self._config, self._step
-        sequences, _, positions, _ = cache.keys[0].shape
+        rows = (cache.max_sequences, config.num_kv_heads, cache.positions)
+        heads = (*rows, config.head_dim)
         dtype = torch.int8 if cache.key_scales else self._source.dtype
-        shape = (sequences, config.num_kv_heads, positions, config.head_dim)
-        stride = cache.keys[0].stride()
-        if stride[2:] != (config.head_dim, 1):
-            raise ValueError(f"strides are {stride}, expected heads of {config.head_dim} in a row")
-        scale_stride = (stride[0] // config.head_dim, stride[1] // config.head_dim, 1)
 
-        def pointers(tensors: list[Tensor], *layout: Any) -> Any:
+        def pointers(tensors: list[Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
             if len(tensors) != config.layers:
                 raise ValueError(f"a cache of {len(tensors)} layers, expected {config.layers}")
-            found = (library.address(tensor, *layout) for tensor in tensors)
+            found = (library.address(tensor, dtype, shape) for tensor in tensors)
             return (ctypes.c_void_p * len(tensors))(*found)
 
-        step.keys = pointers(cache.keys, dtype, shape, stride)
-        step.values = pointers(cache.values, dtype, shape, stride)
+        step.keys, step.values = (pointers(x, dtype, heads) for x in (cache.keys, cache.values))
         step.key_scales = step.value_scales = None
-        if dtype == torch.int8:
-            step.key_scales = pointers(cache.key_scales, torch.float32, shape[:3], scale_stride)
-            step.value_scales = pointers(cache.value_scales, torch.float32, shape[:3], scale_stride)
-        step.slot_stride, step.head_stride = stride[:2]
+        if cache.key_scales:
+            step.key_scales = pointers(cache.key_scales, torch.float32, rows)
+            step.value_scales = pointers(cache.value_scales, torch.float32, rows)
+        step.head_stride = cache.positions * config.head_dim
+        step.slot_stride = config.num_kv_heads * step.head_stride
         self._cache = weakref.ref(cache)
-        self._cache_shape = (sequences, positions)
 
     def _empty_logits(self, count: int) -> Tensor:
         return torch.empty(count, self._config.codebook_size, dtype=torch.float32, device="cpu")
 
     def _use_grid(self, grid: Grid) -> None:
-        config = self._config
-        self._rope = rope_table(grid, config.head_dim, config.rope_base, self._source.device)
-        shape = (grid[0] * grid[1] + 1, config.head_dim // 2, 2)
+        self._rope = self._source.rope_table(grid)
+        shape = (grid[0] * grid[1] + 1, self._config.head_dim // 2, 2)
         self._step.rope = library.address(self._rope, torch.float32, shape)
         self._grid = grid
 
@@ -276,11 +235,33 @@ class CpuStep:
         )
 
 
+def _checked_indices(tokens: Tokens, cache: KVCache, cells: int) -> dict[str, np.ndarray]:
+    """Arrays of ``library.Step`` for tokens, of which the cache and the grid hold all."""
+    count, wanted = len(tokens), tokens.wanted
+    library.check_indices(tokens.sequences, count, 0, cache.max_sequences, "sequences")
+    library.check_indices(tokens.positions, count, 0, cache.positions, "positions")
+    library.check_indices(tokens.cells, count, -1, cells, "cells")
+    library.check_indices(wanted, len(wanted), 0, count, "wanted tokens")
+    if len(wanted) > count:
+        raise ValueError(f"{len(wanted)} wanted tokens, expected at most {count}")
+    starts = np.flatnonzero(np.diff(tokens.sequences, prepend=-1))
+    slots = tokens.sequences[starts]
+    if not (np.diff(slots) > 0).all():
+        raise ValueError("tokens of a sequence are not neighbours, or sequences not ascending")
+    indices = {
+        "positions": tokens.positions,
+        "cells": np.remainder(tokens.cells, cells + 1),  # the table's last row is for -1
+        "starts": np.append(starts, count),
+        "slots": slots,
+        "wanted": wanted,
+    }
+    return {name: np.ascontiguousarray(own, np.int32) for name, own in indices.items()}
+
+
 def _matrices(block: TransformerBlock) -> dict[str, Any]:
-    """Those of ``library.Layer``."""
-    attention, ffn = block.attention, block.feed_forward
-    linears = (attention.wqkv, attention.wo, ffn.w1, ffn.w3, ffn.w2)
-    return dict(zip(("qkv", "out", "gate", "up", "down"), linears, strict=True))
+    """Those of ``library.Layer``: linear layers, quantised or not."""
+    own, ffn = block.attention, block.feed_forward
+    return {"qkv": own.wqkv, "out": own.wo, "gate": ffn.w1, "up": ffn.w3, "down": ffn.w2}
 
 
 def _tables(model: Transformer) -> list[nn.Embedding]:
@@ -289,12 +270,6 @@ def _tables(model: Transformer) -> list[nn.Embedding]:
     if isinstance(condition, ClassCondition):
         return [model.tok_embeddings, condition.embedding_table]
     return [model.tok_embeddings]
-
-
-def _is_plain_table(table: nn.Module, dtype: torch.dtype) -> bool:
-    return (
-        type(table) is nn.Embedding and table.weight.dtype == dtype and table.weight.is_contiguous()
-    )
 
 
 def _is_supported_linear(linear: nn.Module, dtype: torch.dtype) -> bool:

@@ -21,12 +21,16 @@ from torch.utils.checkpoint import checkpoint
 
 from llamagen.config import Grid, TransformerConfig
 from llamagen.models.pretrained import PretrainedModel
-from llamagen.models.transformer.blocks import AttentionMask, RMSNorm, TransformerBlock, UpdateCache
+from llamagen.models.transformer.blocks import (
+    AttentionMask,
+    RMSNorm,
+    TransformerBlock,
+    UpdateCache,
+    rope_table,
+)
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
-from llamagen.models.transformer.kv_cache import KVCache
+from llamagen.models.transformer.inference import NO_CELL, KVCache, Tokens, to_index
 from llamagen.models.transformer.quantization import QuantizedLinear, make_quantized
-from llamagen.models.transformer.rope import rope_table
-from llamagen.models.transformer.tokens import NO_CELL, Tokens, to_index
 from llamagen.models.transformer.training_ops import Dropout
 
 
@@ -131,9 +135,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
 
     def new_cache(self, sequences: int, positions: int) -> KVCache:
         """Return an empty cache, where this model is."""
-        return KVCache.empty(
-            self.config, sequences, positions, device=self.device, dtype=self.cache_dtype
-        )
+        dtype, device = self.cache_dtype, self.device
+        return KVCache(self.config, sequences, positions, dtype=dtype, device=device)
 
     def embed(self, tokens: Tokens) -> Tensor:
         """Return the embeddings (N, D) of a step's tokens."""
@@ -201,7 +204,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
         return self.norm(x)
 
     def rope_table(self, grid: Grid | None) -> Tensor:
-        """Return cosines and sines of a grid's cells; see ``rope.rope_table``."""
+        """Return cosines and sines of a grid's cells; see ``blocks.rope_table``."""
         config = self.config
         return rope_table(grid or config.grid, config.head_dim, config.rope_base, self.device)
 

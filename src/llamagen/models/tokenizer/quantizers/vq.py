@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llamagen.config import TokenizerConfig
 from llamagen.models.tokenizer.layers import per_image
-from llamagen.models.tokenizer.quantizers.base import Quantized, Quantizer
+from llamagen.models.tokenizer.quantizers import Quantized, Quantizer
 
 _MAX_DISTANCES = 2**25
 """Distances held at once while searching (128 MiB in float32); larger searches go in slices."""

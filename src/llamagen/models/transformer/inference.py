@@ -1,24 +1,69 @@
-"""The key-value cache: a value that whoever generates owns, never part of the model.
+"""What a step of inference works on: tokens, and the cache of keys and values.
 
-Shapes: S sequences there is room for, K key-value heads, L positions, E head dimension; of a step
-R sequences and T tokens fed to each.
+Whoever generates owns both; neither is ever part of the model.
+
+Shapes: N tokens of a step, M of them whose logits are wanted; as a rectangle R sequences of T; of
+the cache S sequences there is room for, K key-value heads, L positions, E head dimension.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llamagen.config import TransformerConfig
+
+NO_CELL = -1
+"""Cell of a condition: its queries and keys are zero (see ``rope_table``)."""
 
 _INT8_MAX = 127.0
 _SMALLEST_SCALE = 1e-30
 """Largest magnitude assumed of keys and values that are all zero."""
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """The tokens of a step. Those of a sequence are neighbours, in the order of their positions."""
+
+    ids: Tensor
+    """(N,) int64, on the model's device: c is code c; ``codebook_size + y`` is class y, where
+    y = ``num_classes`` means "no class". Ignored where ``features`` are given."""
+    sequences: np.ndarray
+    """(N,) int32: the sequence of the cache that each belongs to, ascending."""
+    positions: np.ndarray
+    """(N,) int32: where its key and value are stored. It attends to all positions up to its own."""
+    cells: np.ndarray
+    """(N,) int32: the cell, in raster order, whose rotary angles apply; or ``NO_CELL``."""
+    wanted: np.ndarray
+    """(M,) int64: the tokens whose logits are returned."""
+    features: Tensor | None = None
+    """(N, text_dim): text features in the place of ids."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def rectangle(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Arrange the tokens by sequences; shorter ones repeat their last token.
+
+        Repeating is harmless: the same key and value are stored at the same position twice.
+
+        Returns:
+            The sequences (R,), their tokens (R, T), and row and column of those wanted, (M,) each.
+        """
+        numbers, starts, counts = np.unique(self.sequences, return_index=True, return_counts=True)
+        columns = np.minimum(np.arange(counts.max()), counts[:, None] - 1)
+        rows = np.repeat(np.arange(len(numbers)), counts)[self.wanted]
+        return numbers, starts[:, None] + columns, rows, self.wanted - starts[rows]
+
+
+def to_index(array: np.ndarray, device: torch.device) -> Tensor:
+    """Return integers as an int64 tensor on ``device``, without waiting for it."""
+    return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
+
+
 class KVCache:
     """Keys and values of sequences, each with a length of its own; the first ones are in use.
 
@@ -29,54 +74,36 @@ class KVCache:
     In int8 each key and each value is integers times a scale of its own: half of bfloat16's memory.
     """
 
-    keys: list[Tensor]
-    """One (S, K, L, E) tensor per layer."""
-    values: list[Tensor]
-    """Likewise."""
-    key_scales: list[Tensor] = field(default_factory=list)
-    """One (S, K, L) float32 tensor per layer where keys are int8, else empty."""
-    value_scales: list[Tensor] = field(default_factory=list)
-    """Likewise."""
-    lengths: list[int] = field(default_factory=list)
-    """Positions filled of each sequence in use."""
-
-    @classmethod
-    def empty(
-        cls,
+    def __init__(
+        self,
         config: TransformerConfig,
         sequences: int,
         positions: int,
         *,
-        device: torch.device | str = "cpu",
         dtype: torch.dtype,
-    ) -> KVCache:
-        """Return a cache for ``sequences`` of ``positions``; ``dtype`` is the model's, or int8."""
-        shape = (sequences, config.num_kv_heads, positions)
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Allocate S ``sequences`` of L ``positions``; ``dtype`` is the model's, or int8."""
 
-        def allocate(*shape: int, dtype: torch.dtype = dtype) -> list[Tensor]:
+        def allocate(*sizes: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+            shape = (sequences, config.num_kv_heads, positions, *sizes)
             # Zeros: what attention masks out must still be finite.
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.layers)]
 
-        cache = cls(allocate(*shape, config.head_dim), allocate(*shape, config.head_dim))
-        if dtype == torch.int8:
-            cache.key_scales = allocate(*shape, dtype=torch.float32)
-            cache.value_scales = allocate(*shape, dtype=torch.float32)
-        return cache
+        self.max_sequences, self.positions = sequences, positions
+        self.lengths: list[int] = []
+        """Positions filled of each sequence in use."""
+        self.keys = allocate(config.head_dim, dtype=dtype)
+        """One (S, K, L, E) tensor per layer."""
+        self.values = allocate(config.head_dim, dtype=dtype)
+        self.key_scales = allocate() if dtype == torch.int8 else []
+        """One (S, K, L) float32 tensor per layer where keys are int8, else empty."""
+        self.value_scales = allocate() if dtype == torch.int8 else []
 
     @property
     def sequences(self) -> int:
         """Number of sequences in use."""
         return len(self.lengths)
-
-    @property
-    def max_sequences(self) -> int:
-        """S, sequences there is room for."""
-        return self.keys[0].shape[0]
-
-    @property
-    def positions(self) -> int:
-        """L, positions there is room for in each sequence."""
-        return self.keys[0].shape[2]
 
     def add(self, count: int) -> range:
         """Start ``count`` sequences behind those in use; return their numbers."""
@@ -105,8 +132,8 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Store keys and values (R, T, K, E) of a layer; return all (R, K, end, E) up to ``end``.
 
-        They are stored at ``index``: the sequences (R, 1) and positions (R, T) int64, and read from
-        the same ``sequences``, which are a slice where they are neighbours.
+        They are stored at ``index``: the sequences (R, 1) and positions (R, T) int64. ``sequences``
+        are the same ones, a slice where they are neighbours.
         """
         written, read = (index[0], slice(None), index[1]), (sequences, slice(None), slice(end))
 
