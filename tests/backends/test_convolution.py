@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,21 +45,19 @@ def only_kernels(kernels, monkeypatch):
 @pytest.fixture
 def only_torch(kernels, monkeypatch):
     """Fails where the kernels compute."""
-    monkeypatch.setattr(kernels, "_run", lambda *_: pytest.fail("by the kernels"), raising=True)
+    monkeypatch.setattr(kernels, "run", lambda *_: pytest.fail("by the kernels"), raising=True)
 
 
 def conv3x3(inputs, outputs, dtype):
     return Conv3x3(inputs, outputs).to(dtype).requires_grad_(False)
 
 
-def convolve(conv, x, **options):
-    return CpuOperations().convolve(x, conv.weight, conv.bias, **options)
+def convolve(conv, x, residual=None, upsample=False, out=None):
+    return CpuOperations().convolve(conv, x, residual, upsample, out)
 
 
 def norm_silu(norm, x, **options):
-    return CpuOperations().norm_silu(
-        x, norm.num_groups, norm.weight, norm.bias, eps=norm.eps, **options
-    )
+    return CpuOperations().norm_silu(norm, x, **options)
 
 
 def exactly(conv, x):
@@ -134,7 +133,8 @@ def test_does_not_write_where_the_result_does_not_fit(only_kernels, out):
 def test_leaves_other_arguments_to_torch(kernels, only_torch, x, weight, bias, residual):
     def outcome(operations):
         try:
-            return operations.convolve(x, weight, bias, residual=residual)
+            conv = SimpleNamespace(weight=weight, bias=bias)
+            return operations.convolve(conv, x, residual, False, None)
         except RuntimeError as error:
             return str(error)
 
@@ -259,7 +259,7 @@ def test_images_do_not_depend_on_others_and_inputs_are_left_alone(kernels, token
 
 def test_a_tokenizer_uses_torch_until_a_backend_is_attached(kernels, monkeypatch):
     used = []
-    monkeypatch.setattr(kernels, "_run", lambda *_: used.append(1))
+    monkeypatch.setattr(kernels, "run", lambda *_: used.append(1))
     model = ImageTokenizer(tiny_tokenizer(base_channels=32).config).eval()
     codes = torch.zeros(1, 16, 16, dtype=torch.int64)
     model.decode(codes)

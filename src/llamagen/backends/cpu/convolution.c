@@ -60,7 +60,7 @@ typedef struct {
   const void *x, *weight, *bias;
   const void *residual;  // added to the output; or NULL
   void *y;
-  float *scratch;        // of convolution_scratch() bytes
+  float *scratch;        // of convolve_scratch() bytes
 } Convolution;
 
 typedef struct {
@@ -70,7 +70,7 @@ typedef struct {
   float eps;
   const void *x, *weight, *bias;
   void *y;         // may be x
-  float *scratch;  // of normalization_scratch() bytes
+  float *scratch;  // of norm_silu_scratch() bytes
 } Normalization;
 
 // How a convolution is divided.
@@ -458,7 +458,7 @@ static void run_patches_first(const Convolution *c, const Plan *p, const Stages 
 }
 
 // Bytes of scratch that a convolution needs.
-size_t convolution_scratch(const Convolution *c) {
+size_t convolve_scratch(const Convolution *c) {
   Plan p = plan_of(c);
   size_t shared = p.weights_first ? p.u_size : p.v_size;
   size_t own = p.m_size + (p.weights_first ? p.v_size : p.u_size);
@@ -469,7 +469,7 @@ size_t convolution_scratch(const Convolution *c) {
 void convolve(const Convolution *c) {
   Plan p = plan_of(c);
   const Stages *stages = !c->is_bf16 ? &of_float32 : p.tile == 4 ? &of_bfloat16 : &of_large_tiles;
-  advise_large_pages(c->scratch, convolution_scratch(c));
+  advise_large_pages(c->scratch, convolve_scratch(c));
   size_t size = (size_t)c->images * c->height * c->width * c->outputs;
   advise_large_pages(c->y, bytes_of(c->is_bf16, size));
   float *shared = (float *)align_up((size_t)c->scratch);
@@ -481,7 +481,7 @@ void convolve(const Convolution *c) {
 static int chunks_of(const Normalization *n) { return (n->pixels + CHUNK - 1) / CHUNK; }
 
 // Bytes of scratch that a normalization needs.
-size_t normalization_scratch(const Normalization *n) {
+size_t norm_silu_scratch(const Normalization *n) {
   return (size_t)n->images * (chunks_of(n) + 1) * 2 * n->channels * sizeof(float) + 64;
 }
 

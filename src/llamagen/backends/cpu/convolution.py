@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_int32, c_void_p
+from ctypes import c_float, c_int32, c_void_p
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llamagen.backends.cpu.build import compiled_library
 from llamagen.backends.cpu.library import Scratch, Struct, address, fields
-from llamagen.models.tokenizer.layers import TorchOperations
+from llamagen.models.tokenizer.layers import Conv3x3, TorchOperations
 from llamagen.models.tokenizer.model import ImageTokenizer
 
 _SOURCE = Path(__file__).with_name("convolution.c")
-_DTYPES = (torch.float32, torch.bfloat16)
 _LANES = 16
 _PANEL = 32
 
@@ -34,82 +32,58 @@ def accelerate(tokenizer: ImageTokenizer) -> ImageTokenizer:
 class CpuOperations(TorchOperations):
     """The reference, replaced by the kernels where they support the arguments."""
 
-    def norm_silu(
-        self,
-        x: Tensor,
-        groups: int,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        eps: float,
-        in_place: bool = False,
-    ) -> Tensor:
+    def norm_silu(self, norm: nn.GroupNorm, x: Tensor, *, in_place: bool = False) -> Tensor:
         """See ``TorchOperations``."""
-        kernels = _kernels_for(x, weight, bias)
-        channels = x.shape[1]
-        sizes = (*weight.shape, *bias.shape)
-        if (
-            kernels is None
-            or sizes != (channels, channels)
-            or channels % _LANES
-            or channels % groups
-        ):
-            return super().norm_silu(x, groups, weight, bias, eps=eps, in_place=in_place)
+        images, channels, dtype = x.shape[0], x.shape[1], x.dtype
+        kernels = _kernels_for(x, norm.weight, norm.bias)
+        is_fitting = (*norm.weight.shape, *norm.bias.shape) == (channels, channels)
+        is_fitting = is_fitting and channels % norm.num_groups == 0 == channels % _LANES
+        if kernels is None or not is_fitting:
+            return super().norm_silu(norm, x, in_place=in_place)
         x = x.contiguous(memory_format=torch.channels_last)
         y = x if in_place else torch.empty_like(x)
-        images, pixels, dtype = x.shape[0], x.shape[2] * x.shape[3], x.dtype
-        weight, bias = weight.contiguous(), bias.contiguous()
-        kernels.normalize(
-            _Normalization(
-                *(images, pixels, channels, groups, dtype == torch.bfloat16),
-                *(torch.get_num_threads(), eps, _pixels(x, dtype, x.shape)),
-                *(address(each, dtype, (channels,)) for each in (weight, bias)),
-                _pixels(y, dtype, x.shape),
-            )
+        weight, bias = norm.weight.contiguous(), norm.bias.contiguous()
+        call = _Normalization(
+            *(images, x.shape[2] * x.shape[3], channels, norm.num_groups, dtype == torch.bfloat16),
+            *(torch.get_num_threads(), norm.eps, _pixels(x, dtype, x.shape)),
+            *(address(each, dtype, (channels,)) for each in (weight, bias)),
+            _pixels(y, dtype, x.shape),
         )
+        kernels.run("norm_silu", call)
         return y
 
     def convolve(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        residual: Tensor | None = None,
-        upsample: bool = False,
-        out: Tensor | None = None,
+        self, conv: Conv3x3, x: Tensor, residual: Tensor | None, upsample: bool, out: Tensor | None
     ) -> Tensor:
         """See ``TorchOperations``."""
-        scale = 2 if upsample else 1
-        outputs, inputs = weight.shape[:2]
+        (outputs, inputs), scale, dtype = conv.weight.shape[:2], 2 if upsample else 1, x.dtype
         shape = (x.shape[0], outputs, scale * x.shape[2], scale * x.shape[3])
-        kernels = _kernels_for(x, weight, bias, *([] if residual is None else [residual]))
+        kernels = _kernels_for(x, conv.weight, conv.bias, *([] if residual is None else [residual]))
         if (
             kernels is None
-            or (x.shape[1], *weight.shape[2:], *bias.shape) != (inputs, 3, 3, outputs)
+            or (x.shape[1], *conv.weight.shape[2:], *conv.bias.shape) != (inputs, 3, 3, outputs)
             or (residual is not None and residual.shape != shape)
             or inputs % _LANES
             or outputs % _PANEL
-            or (x.dtype == torch.bfloat16 and kernels.has_amx)
+            or (dtype == torch.bfloat16 and kernels.has_amx)
         ):
-            return super().convolve(x, weight, bias, residual=residual, upsample=upsample, out=out)
-        x, dtype = x.contiguous(memory_format=torch.channels_last), x.dtype
-        weight, bias = weight.contiguous(), bias.contiguous()
+            return super().convolve(conv, x, residual, upsample, out)
+        x = x.contiguous(memory_format=torch.channels_last)
+        weight, bias = conv.weight.contiguous(), conv.bias.contiguous()
         if residual is not None:
             residual = residual.contiguous(memory_format=torch.channels_last)
         if out is None or not _can_hold(out, shape, dtype):
             out = torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
-        kernels.convolve(
-            _Convolution(
-                *(shape[0], *shape[2:], inputs, outputs),
-                *(dtype == torch.bfloat16, upsample, torch.get_num_threads()),
-                _pixels(x, dtype, x.shape),
-                address(weight, dtype, (outputs, inputs, 3, 3)),
-                address(bias, dtype, (outputs,)),
-                None if residual is None else _pixels(residual, dtype, shape),
-                _pixels(out, dtype, shape),
-            )
+        call = _Convolution(
+            *(shape[0], *shape[2:], inputs, outputs),
+            *(dtype == torch.bfloat16, upsample, torch.get_num_threads()),
+            _pixels(x, dtype, x.shape),
+            address(weight, dtype, (outputs, inputs, 3, 3)),
+            address(bias, dtype, (outputs,)),
+            None if residual is None else _pixels(residual, dtype, shape),
+            _pixels(out, dtype, shape),
         )
+        kernels.run("convolve", call)
         return out
 
 
@@ -127,44 +101,35 @@ class _Normalization(Struct):
 
     _fields_ = fields(
         (c_int32, "images pixels channels groups is_bf16 threads"),
-        (ctypes.c_float, "eps"),
+        (c_float, "eps"),
         (c_void_p, "x weight bias y scratch"),
     )
 
 
 class _Kernels:
-    """Functions of the compiled library, and the scratch memory of each thread that calls them."""
+    """The compiled library, and the scratch memory of each thread that calls it."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        library.convolution_scratch.restype = ctypes.c_size_t
-        library.normalization_scratch.restype = ctypes.c_size_t
+        library.convolve_scratch.restype = library.norm_silu_scratch.restype = ctypes.c_size_t
         features = int(library.convolution_features())
-        self.is_fast = bool(features & 1)
-        self.has_amx = bool(features & 2)
+        self.is_fast, self.has_amx = bool(features & 1), bool(features & 2)
         self._scratch = Scratch()
 
-    def convolve(self, call: _Convolution) -> None:
+    def run(self, function: str, call: _Convolution | _Normalization) -> None:
         """Compute ``call.y``."""
-        self._run(self._library.convolve, self._library.convolution_scratch, call)
-
-    def normalize(self, call: _Normalization) -> None:
-        """Compute ``call.y``."""
-        self._run(self._library.norm_silu, self._library.normalization_scratch, call)
-
-    def _run(self, function: Any, scratch_size: Any, call: _Convolution | _Normalization) -> None:
-        call.scratch = self._scratch.address(scratch_size(ctypes.byref(call)))
-        function(ctypes.byref(call))
+        size = getattr(self._library, f"{function}_scratch")(ctypes.byref(call))
+        call.scratch = self._scratch.address(size)
+        getattr(self._library, function)(ctypes.byref(call))
 
 
-def _kernels_for(*tensors: Tensor) -> _Kernels | None:
-    """Return the kernels if they can compute with ``tensors`` in the present modes of torch."""
+def _kernels_for(x: Tensor, *others: Tensor) -> _Kernels | None:
+    """Return the kernels if they can compute with these tensors in the present modes of torch."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    dtype = tensors[0].dtype
-    if dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+    if x.dtype not in (torch.float32, torch.bfloat16) or torch.is_autocast_enabled("cpu"):
         return None
-    if any(t.device.type != "cpu" or t.dtype != dtype or t.numel() == 0 for t in tensors):
+    if any(t.device.type != "cpu" or t.dtype != x.dtype or not t.numel() for t in (x, *others)):
         return None
     return load_kernels()
 

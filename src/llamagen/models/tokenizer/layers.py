@@ -40,32 +40,15 @@ def per_image(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 class TorchOperations:
     """The reference, on every device and with gradients. ``backends`` has faster subclasses."""
 
-    def norm_silu(
-        self,
-        x: Tensor,
-        groups: int,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        eps: float,
-        in_place: bool = False,
-    ) -> Tensor:
-        """Return SiLU(GroupNorm(x)) of ``x`` (B, C, H, W), which ``in_place`` may overwrite."""
+    def norm_silu(self, norm: nn.GroupNorm, x: Tensor, *, in_place: bool = False) -> Tensor:
+        """Return SiLU(``norm`` (x)) of ``x`` (B, C, H, W), which ``in_place`` may overwrite."""
         del in_place
         inplace = not torch.is_grad_enabled()
-        return per_image(
-            lambda image: F.silu(F.group_norm(image, groups, weight, bias, eps), inplace=inplace), x
-        )
+        of_norm = (norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return per_image(lambda image: F.silu(F.group_norm(image, *of_norm), inplace=inplace), x)
 
     def convolve(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        *,
-        residual: Tensor | None = None,
-        upsample: bool = False,
-        out: Tensor | None = None,
+        self, conv: Conv3x3, x: Tensor, residual: Tensor | None, upsample: bool, out: Tensor | None
     ) -> Tensor:
         """Return a 3x3 convolution with zero padding: (B, C_in, H, W) to (B, C_out, H, W).
 
@@ -76,7 +59,7 @@ class TorchOperations:
         del out
         if upsample:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        y = per_image(lambda image: F.conv2d(image, weight, bias, padding=1), x)
+        y = per_image(lambda image: F.conv2d(image, conv.weight, conv.bias, padding=1), x)
         if residual is None:
             return y
         if torch.is_grad_enabled() or residual.dtype != y.dtype:
@@ -102,9 +85,7 @@ class NormSiLU(nn.GroupNorm):
 
     def forward(self, x: Tensor, *, in_place: bool = False) -> Tensor:
         """See ``TorchOperations.norm_silu``."""
-        return self.operations.norm_silu(
-            x, self.num_groups, self.weight, self.bias, eps=self.eps, in_place=in_place
-        )
+        return self.operations.norm_silu(self, x, in_place=in_place)
 
 
 class Conv3x3(nn.Conv2d):
@@ -125,6 +106,4 @@ class Conv3x3(nn.Conv2d):
         out: Tensor | None = None,
     ) -> Tensor:
         """See ``TorchOperations.convolve``."""
-        return self.operations.convolve(
-            x, self.weight, self.bias, residual=residual, upsample=upsample, out=out
-        )
+        return self.operations.convolve(self, x, residual, upsample, out)
