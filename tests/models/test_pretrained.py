@@ -184,24 +184,6 @@ def test_saving_and_pushing_in_one_call(tmp_path, monkeypatch):
     assert (tmp_path / "mine" / "config.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("owner/name", True),
-        ("owner/na.me_1-x", True),
-        ("name", False),
-        ("a/b/c", False),
-        ("/owner/name", False),
-        ("./name", False),
-        ("owner/", False),
-        ("", False),
-        ("owner/na me", False),
-    ],
-)
-def test_names_of_repositories(text, expected):
-    assert pretrained.is_repo_id(text) == expected
-
-
 @pytest.mark.gpu
 def test_onto_the_gpu(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "m")

@@ -30,7 +30,6 @@ class Step(Protocol):
 
     def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:
         """Return logits (M, V), valid until the next call; see ``Transformer.step``."""
-        ...
 
 
 class ReferenceStep:

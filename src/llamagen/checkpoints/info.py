@@ -22,7 +22,6 @@ from llamagen.config import Grid, SamplingConfig, TextConfig, config_to_dict, re
 from llamagen.models.pretrained import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    is_repo_id,
     read_safetensors,
     safetensors_shapes,
 )
@@ -31,6 +30,7 @@ from llamagen.models.transformer import KVCache, Transformer
 from llamagen.models.transformer.quantization import make_quantized
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
+from llamagen.support.hub import is_repo_id
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """Of the transformer's weights; with int8 all other weights are bfloat16."""

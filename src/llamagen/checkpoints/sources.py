@@ -19,9 +19,10 @@ import llamagen.support.storage as storage
 from llamagen.checkpoints.names import PUBLIC_MODELS, Kind, PublicModel, find_public
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
 from llamagen.config import SamplingConfig, TextConfig, config_from_dict, config_to_dict, read_json
-from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, hub_errors, is_repo_id
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from llamagen.support import labels as label_files
 from llamagen.support.errors import InputError
+from llamagen.support.hub import hub_errors, is_repo_id
 from llamagen.support.labels import Labels
 
 INDEX_NAME = "model_index.json"

@@ -21,12 +21,7 @@ from torch import Tensor
 
 from llamagen.backends import StepTimes, fastest_step
 from llamagen.config import Grid
-from llamagen.generation.request import (
-    UNKNOWN,
-    GenerationRequest,
-    check_request,
-    uniform_draws,
-)
+from llamagen.generation.request import UNKNOWN, GenerationRequest, check_request, uniform_draws
 from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
 from llamagen.generation.schedules import MAX_TOKENS, Pass, Schedule, new_schedule
 from llamagen.models.transformer import NO_CELL, Tokens, Transformer, to_index
@@ -76,10 +71,9 @@ class Batch:
         grid: Grid | None = None,
         times: StepTimes | None = None,
     ) -> None:
-        """Allocate the memory of a batch.
+        """Allocate the memory of a batch of ``model``, which is in eval mode.
 
         Args:
-            model: in eval mode, on the device and in the precision to compute in.
             max_images: images that can be generated at once.
             max_sequences: their sequences; by default two of each image.
             condition_length: positions of the longest condition; by default the model's.
@@ -255,11 +249,8 @@ class Batch:
             features=features,
         )
 
-    def _index(
-        self, rows: Sequence[int] | np.ndarray, cells: Sequence[int] | np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        index = to_index(np.array([rows, cells]), self._codes.device)
-        return index[0], index[1]
+    def _index(self, *rows_and_cells: Sequence[int] | np.ndarray) -> tuple[Tensor, ...]:
+        return to_index(np.array(rows_and_cells), self._codes.device).unbind()
 
     def _sample(
         self,
@@ -290,11 +281,7 @@ class Batch:
         codes, finite = self._sampler_of(passes)(
             _blend(logits, blends) if blends else logits,
             logits,
-            Rows(
-                np.array(conditional, dtype=np.int64),
-                np.array(unconditional, dtype=np.int64),
-                np.array(scales, dtype=np.float32),
-            ),
+            Rows(np.array(conditional), np.array(unconditional), np.array(scales, np.float32)),
             self._uniforms[where],
         )
         known = self._known[where]

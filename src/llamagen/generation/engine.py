@@ -81,20 +81,16 @@ class Engine(Protocol):
     @property
     def max_images(self) -> int:
         """Images generated at once by ``stream``; more wait."""
-        ...
 
     @property
     def alive(self) -> bool:
         """Whether it will generate anything again; no engine comes back to life."""
-        ...
 
     def check(self, request: GenerationRequest) -> None:
         """Raise InputError if the model or this engine cannot do what ``request`` asks for."""
-        ...
 
     def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
         """Return how many of some requests to generate at once."""
-        ...
 
     def generate(
         self,
@@ -114,7 +110,6 @@ class Engine(Protocol):
             InputError: a request is not one that the model or the engine can take.
             NotFiniteError: the model's logits are not finite.
         """
-        ...
 
     def stream(
         self, request: GenerationRequest, *, client: Hashable = None
@@ -132,15 +127,12 @@ class Engine(Protocol):
             InputError: as ``check``.
             NotFiniteError: the model's logits are not finite.
         """
-        ...
 
     async def close(self) -> None:
         """End everything that is being generated, and free what the engine holds."""
-        ...
 
     def shutdown(self) -> None:
         """As ``close``, for programs without an event loop."""
-        ...
 
 
 StepObserver = Callable[[int, int, float], None]
@@ -180,10 +172,9 @@ class NativeEngine:
         grid: Grid | None = None,
         observer: StepObserver | None = None,
     ) -> None:
-        """Prepare; the thread that serves ``stream`` starts with its first request.
+        """Prepare to generate with ``model``, which is in eval mode.
 
         Args:
-            model: in eval mode.
             max_images: images that ``stream`` generates at once; by default what memory allows.
             grid: rows and columns; by default the model's.
             observer: called after each step of ``stream``, in the engine's thread.
@@ -394,19 +385,13 @@ class NativeEngine:
         for image, handle in list(self._running.items()):
             finished = image.final // columns
             if finished > image.published_rows:
-                image.published_rows = finished
-                handle.send(_codes_or_error(batch, image, finished * columns))
+                image.published_rows, count = finished, finished * columns
+                try:
+                    if image.is_finished:
+                        batch.check_finite([image])
+                    handle.send(batch.codes_of([image], count)[0, :count].tolist())
+                except NotFiniteError as error:
+                    handle.send(error)
             if image.is_finished:
                 batch.remove(image)
                 del self._running[image]
-
-
-def _codes_or_error(batch: Batch, image: GenerationState, count: int) -> list[int] | NotFiniteError:
-    """The first ``count`` codes of an image."""
-    try:
-        if image.is_finished:
-            batch.check_finite([image])
-    except NotFiniteError as error:
-        return error
-    codes: list[int] = batch.codes_of([image], count)[0, :count].tolist()
-    return codes

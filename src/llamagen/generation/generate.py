@@ -42,15 +42,13 @@ def generate_codes(
     """Generate one image's codes per row of ``condition``; see ``GenerationRequest``.
 
     Args:
-        model: in eval mode, on the device and in the precision to compute in.
+        model: in eval mode.
         condition: labels (B,) or text features (B, C, text_dim), real features last.
-        seeds: one per image.
-        sampling: of all images.
+        seeds: one per image; ``sampling`` and ``window`` are those of all images.
         condition_mask: (B, C) bool, False where text features are padding.
         unconditional: negative conditions, like ``condition``.
         unconditional_mask: likewise; by default ``condition_mask``.
         known: (B, rows, columns) known codes.
-        window: of all images.
         grid: rows and columns; by default the model's.
         on_row: called after each finished row of the grid.
         times: where the time goes is added to it.
@@ -67,18 +65,16 @@ def generate_codes(
     for name, given in (("seeds", seeds), ("negatives", unconditional), ("known codes", known)):
         if given is not None and len(given) != images:
             raise InputError(f"{len(given)} {name} for {images} images; give one per image")
-    conditions = without_padding(condition, condition_mask)
-    negatives: Sequence[Tensor | None] = [None] * images
+    each: dict[str, Any] = {"condition": without_padding(condition, condition_mask), "seed": seeds}
     if unconditional is not None:
         mask = condition_mask if unconditional_mask is None else unconditional_mask
-        negatives = without_padding(unconditional, mask)
+        each["negative"] = without_padding(unconditional, mask)
+    if known is not None:
+        each["known_codes"] = known
     of_all: dict[str, Any] = {"sampling": sampling or SamplingConfig(), "window": window}
-    known_codes = [None] * images if known is None else known
     requests = [
-        GenerationRequest(condition=own, seed=seed, negative=negative, known_codes=codes, **of_all)
-        for own, seed, negative, codes in zip(
-            conditions, seeds, negatives, known_codes, strict=True
-        )
+        GenerationRequest(**{name: own[image] for name, own in each.items()}, **of_all)
+        for image in range(images)
     ]
     return NativeEngine(model, grid=grid).generate(
         requests,

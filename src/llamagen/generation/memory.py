@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
 from llamagen.config import Grid, TokenizerConfig
 from llamagen.models.transformer import KVCache, Transformer
+from llamagen.support.devices import free_memory
 
 MAX_BATCH = 64
 """More rows gain little throughput on any device, and make the first image later."""
 
 _SHARE = 0.5
 """Part of the free memory that a batch may plan with; the estimates below are not exact."""
-
-
-def free_memory(device: torch.device) -> int:
-    """Return the bytes that can still be allocated on ``device``."""
-    if device.type == "cuda":
-        # What torch holds but does not use counts as free.
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    return psutil.virtual_memory().available
 
 
 def sampling_batch_size(

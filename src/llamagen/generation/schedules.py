@@ -49,21 +49,18 @@ class Schedule(Protocol):
 
     def first_pass(self) -> Pass:
         """Return the pass that reads the condition."""
-        ...
 
     def next_pass(self, max_tokens: int) -> Pass:
         """Return the next pass, of an image that is not finished.
 
         Up to ``max_tokens`` tokens of this image, a pass costs little more time.
         """
-        ...
 
     def accept(self, codes: Sequence[int]) -> int:
         """Take the codes that the pass sampled; return how many of the fed tokens are final.
 
         ``codes`` is empty unless ``needs_codes``. Tokens that are not final are fed again.
         """
-        ...
 
 
 class RasterSchedule:

@@ -1,4 +1,4 @@
-"""Choice of device and precision, copies from a GPU, and memory of a CPU process."""
+"""Choice of device and precision, copies from a GPU, and memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 import timeit
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -72,6 +73,17 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        # What torch holds but does not use counts as free.
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return psutil.virtual_memory().available
 
 
 def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from llamagen.models.pretrained import hub_errors, is_repo_id
 from llamagen.support.errors import InputError, importing, one_line
+from llamagen.support.hub import hub_errors, is_repo_id
 
 
 def import_transformers(who: str) -> Any:
