@@ -73,12 +73,9 @@ class Batch:
     ) -> None:
         """Allocate the memory of a batch of ``model``, which is in eval mode.
 
-        Args:
-            max_images: images that can be generated at once.
-            max_sequences: their sequences; by default two of each image.
-            condition_length: positions of the longest condition; by default the model's.
-            grid: rows and columns; by default the model's.
-            times: where the time goes is added to it.
+        ``max_images`` are generated at once, with ``max_sequences`` in all (by default two each)
+        and conditions of up to ``condition_length`` positions. The latter and the grid are by
+        default the model's. Where the time goes is added to ``times``.
         """
         self.model = model
         self.grid = grid or model.config.grid

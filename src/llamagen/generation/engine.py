@@ -174,10 +174,8 @@ class NativeEngine:
     ) -> None:
         """Prepare to generate with ``model``, which is in eval mode.
 
-        Args:
-            max_images: images that ``stream`` generates at once; by default what memory allows.
-            grid: rows and columns; by default the model's.
-            observer: called after each step of ``stream``, in the engine's thread.
+        ``stream`` generates ``max_images`` at once, by default what memory allows, and calls
+        ``observer`` after each step, in the engine's thread. The grid is by default the model's.
         """
         self.model = model
         self.grid = grid or model.config.grid

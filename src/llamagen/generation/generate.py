@@ -44,11 +44,13 @@ def generate_codes(
     Args:
         model: in eval mode.
         condition: labels (B,) or text features (B, C, text_dim), real features last.
-        seeds: one per image; ``sampling`` and ``window`` are those of all images.
+        seeds: one per image.
+        sampling: of all images.
         condition_mask: (B, C) bool, False where text features are padding.
         unconditional: negative conditions, like ``condition``.
         unconditional_mask: likewise; by default ``condition_mask``.
         known: (B, rows, columns) known codes.
+        window: of all images.
         grid: rows and columns; by default the model's.
         on_row: called after each finished row of the grid.
         times: where the time goes is added to it.
