@@ -126,10 +126,9 @@ class TokenizerConfig:
         require_positive(self, "codebook_size", "codebook_dim", "base_channels", "z_channels")
         require_positive(self, "encoder_blocks", "decoder_blocks", "norm_groups")
         _require_fraction(self, "dropout")
-        _require(
-            self.quantizer in QUANTIZERS,
-            f"quantizer is {self.quantizer!r}, expected one of {', '.join(QUANTIZERS)}",
-        )
+        if self.quantizer not in QUANTIZERS:
+            known = ", ".join(QUANTIZERS)
+            raise InputError(f"quantizer is {self.quantizer!r}, expected one of {known}")
         _require(len(self.channel_multipliers) >= 1, "channel_multipliers is empty")
         for multiplier in self.channel_multipliers:
             channels = self.base_channels * multiplier
@@ -261,8 +260,7 @@ class TransformerConfig(TransformerArchitecture):
             raise InputError(f"condition is {self.condition!r}, expected 'class' or 'text'")
         if self.quantization == "int4":
             raise InputError(
-                "quantization int4 is no longer supported; convert the model that it was made from "
-                "again, with int8"
+                "quantization int4 is no longer supported; convert the original again, with int8"
             )
         if self.quantization not in (None, "int8"):
             raise InputError(f"quantization is {self.quantization!r}, expected 'int8' or none")
@@ -289,8 +287,7 @@ class TextConfig:
     """Encoding of prompts as text features (paper section 3.2)."""
 
     encoder: str = "google/flan-t5-xl"
-    """An encoder of the T5 family: hub repository or folder; empty for one that is in the
-    pipeline's own folder."""
+    """An encoder of the T5 family: hub repository or folder; empty for the pipeline's own one."""
     max_length: int = 120
     """Tokens of a caption that are read."""
     clean: bool = True
@@ -366,8 +363,7 @@ class Setting:
             is_number = isinstance(value, numbers.Integral if self.type is int else numbers.Real)
             fits = is_number and not isinstance(value, bool) and math.isfinite(value)
             if fits and self.minimum is not None:
-                is_minimum = value == self.minimum and not self.exclusive_minimum
-                fits = is_minimum or value > self.minimum
+                fits = value > self.minimum if self.exclusive_minimum else value >= self.minimum
             fits = fits and (self.maximum is None or value <= self.maximum)
         _require(fits, f"{self.name} is {value!r}, expected {self.described_range}")
         return self.type(value)
@@ -387,10 +383,14 @@ class Setting:
 
 
 def _setting(default: Any, help: str, **declared: Any) -> Any:  # noqa: A002
-    return dataclasses.field(default=default, metadata={"setting": Setting(help=help, **declared)})
+    setting = Setting(help=help, default=default, optional=default is None, **declared)
+    return dataclasses.field(default=default, metadata={"setting": setting})
 
 
 MAX_INTEGER = 2**31 - 1
+_COUNT = {"minimum": 0, "maximum": MAX_INTEGER}
+_SCALE = {"minimum": 0, "maximum": 1000}
+_SHARE = {"minimum": 0, "maximum": 1}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -403,8 +403,7 @@ class SamplingConfig:
     guidance_scale: float = _setting(
         4.0,
         "How closely images follow the prompt or class (classifier-free guidance); 1 is none.",
-        minimum=0,
-        maximum=1000,
+        **_SCALE,
     )
     guidance_schedule: str = _setting(
         "constant",
@@ -412,48 +411,36 @@ class SamplingConfig:
         "guidance_scale (RandAR), or power-cosine from 1 to guidance_scale (RAR).",
         choices=("constant", "linear", "power-cosine"),
     )
-    guidance_start: float = _setting(
-        1.0, "Scale of the first code in a linear schedule.", minimum=0, maximum=1000
-    )
+    guidance_start: float = _setting(1.0, "Scale of the first code in a linear schedule.", **_SCALE)
     guidance_power: float = _setting(
-        2.75, "Exponent of a power-cosine schedule; 0 is a constant scale.", minimum=0, maximum=1000
+        2.75, "Exponent of a power-cosine schedule; 0 is a constant scale.", **_SCALE
     )
     guidance_stop: int | None = _setting(
-        None,
-        "Index of the first code sampled without guidance; none guides every code.",
-        minimum=0,
-        maximum=MAX_INTEGER,
+        None, "Index of the first code sampled without guidance; none guides every code.", **_COUNT
     )
     temperature: float = _setting(
         1.0,
         "Below 1 for less variety, above 1 for more; 0 always takes the most likely code.",
-        minimum=0,
-        maximum=1000,
+        **_SCALE,
     )
     top_k: int = _setting(
-        0,
-        "Sample from the k most likely codes, and ties with the k-th; 0 is all.",
-        minimum=0,
-        maximum=MAX_INTEGER,
+        0, "Sample from the k most likely codes, and ties with the k-th; 0 is all.", **_COUNT
     )
     top_p: float = _setting(
         1.0,
         "Sample from the most likely codes that together reach probability p; 1 is all.",
-        minimum=0,
+        **_SHARE,
         exclusive_minimum=True,
-        maximum=1,
     )
     min_p: float = _setting(
         0.0,
         "Keep only codes at least this many times as likely as the most likely one; 0 keeps all.",
-        minimum=0,
-        maximum=1,
+        **_SHARE,
     )
 
     def __post_init__(self) -> None:
         for setting in sampling_settings():
-            plain = setting.parse(getattr(self, setting.name))
-            object.__setattr__(self, setting.name, plain)
+            object.__setattr__(self, setting.name, setting.parse(getattr(self, setting.name)))
 
     @property
     def guided(self) -> bool:
@@ -477,12 +464,7 @@ class SamplingConfig:
 def sampling_settings() -> tuple[Setting, ...]:
     """Return the declarations of all fields of ``SamplingConfig``, in their order."""
     return tuple(
-        dataclasses.replace(
-            each.metadata["setting"],
-            name=each.name,
-            default=each.default,
-            optional=each.default is None,
-        )
+        dataclasses.replace(each.metadata["setting"], name=each.name)
         for each in dataclasses.fields(SamplingConfig)
     )
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llamagen.backends.cpu import Kernels, build
+from llamagen.backends.cpu import build
+from llamagen.backends.cpu.library import Kernels
 
 _EMULATED_AVX512 = (
     *(f"-I{Path(__file__).parent / 'emulated'}", "-DEMULATE_AVX512", "-march=x86-64-v3", "-O1"),

@@ -42,8 +42,7 @@ class CompiledStep:
             *("drop_path", "quantization", "qk_norm"),
         }
     )
-    """Fields of ``TransformerConfig`` that compile. A model in which any other one is not at its
-    default is refused."""
+    """Fields of ``TransformerConfig`` that compile; all others must be at their defaults."""
 
     def __init__(self, model: Transformer, *, eager_steps: int = _EAGER_STEPS) -> None:
         """Prepare steps of a model; ``eager_steps`` of them before the first is compiled."""

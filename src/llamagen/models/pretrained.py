@@ -82,18 +82,11 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Self:
-        """Build the model of ``config`` around existing weights.
+        """Build the model of ``config`` around existing weights, read one at a time.
 
-        Args:
-            config: the architecture.
-            tensors: the weights, read one at a time.
-            shapes: every name and shape in ``tensors``, checked before anything is read.
-            source: where the weights come from, for error messages.
-            device: where the model goes.
-            dtype: precision of the weights; None keeps the stored one.
-
-        Raises:
-            InputError: the names or shapes are not those of ``config``.
+        ``shapes`` are every name and shape in ``tensors``. They are checked before anything is
+        read: InputError, which names the ``source``, if they are not those of ``config``. A
+        ``dtype`` of None keeps the stored precision.
         """
         with torch.device("meta"), _NoInitialValues():
             model = cls(config)

@@ -2,7 +2,3 @@
 
 The source is compiled on the machine that runs it, once, for exactly that processor.
 """
-
-from llamagen.backends.cpu.library import Kernels, load_kernels
-
-__all__ = ["Kernels", "load_kernels"]

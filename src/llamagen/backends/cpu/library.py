@@ -118,13 +118,9 @@ class Kernels:
         self._library = library
         self._scratch = Scratch()
         library.step_scratch.restype = library.sampling_scratch.restype = ctypes.c_size_t
-
-    @property
-    def features(self) -> frozenset[str]:
+        found, names = int(library.cpu_features()), ("avx512_bf16", "amx", "vnni", "threads")
+        self.features = {name for bit, name in enumerate(names) if found >> bit & 1}
         """Instruction sets that the kernels use, and "threads" if they use several."""
-        found = int(self._library.cpu_features())
-        names = ("avx512_bf16", "amx", "vnni", "threads")
-        return frozenset(name for bit, name in enumerate(names) if found >> bit & 1)
 
     def run_step(self, model: Model, step: Step, positions: int) -> None:
         """Compute the logits, and store the keys and values of what is fed.

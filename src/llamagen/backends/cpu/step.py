@@ -50,8 +50,7 @@ class CpuStep:
             *("drop_path", "quantization", "qk_norm"),
         }
     )
-    """Fields of ``TransformerConfig`` that are implemented. A model in which any other one is not
-    at its default is refused."""
+    """Fields of ``TransformerConfig`` that are implemented; all others must be at their defaults."""
 
     def __init__(
         self, model: Transformer, times: StepTimes | None = None, *, kernels: Kernels | None = None

@@ -5,8 +5,9 @@ Shapes: B batch, C condition length, D model width.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamagen.config import TransformerConfig
@@ -51,7 +52,12 @@ class TextCondition(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.cap_proj = FeatureMLP(config.text_dim, config.dim)
+        layers = {
+            "fc1": nn.Linear(config.text_dim, config.dim, bias=False),
+            "gelu": nn.GELU(approximate="tanh"),
+            "fc2": nn.Linear(config.dim, config.dim, bias=False),
+        }
+        self.cap_proj = nn.Sequential(OrderedDict(layers))
         # A buffer in the public code, so it was never trained there; a parameter here.
         self.uncond_embedding = nn.Parameter(torch.empty(config.text_length, config.text_dim))
 
@@ -84,16 +90,3 @@ class TextCondition(nn.Module):
                 f"text features have shape {tuple(features.shape)}, expected (images, up to "
                 f"{length}, {width}); use the text encoder that this model was trained with"
             )
-
-
-class FeatureMLP(nn.Module):
-    """Linear, tanh-approximated GELU, linear; no biases."""
-
-    def __init__(self, in_dim: int, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(in_dim, dim, bias=False)
-        self.fc2 = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, text_dim) to (B, C, D)."""
-        return self.fc2(F.gelu(self.fc1(features), approximate="tanh"))
