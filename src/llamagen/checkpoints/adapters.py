@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from llamagen.config import read_json
-from llamagen.models.pretrained import read_safetensors, safetensors_shapes
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.conditioning import ClassCondition
 from llamagen.support.errors import InputError
+from llamagen.support.weights import read_safetensors, safetensors_shapes
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"

@@ -19,18 +19,14 @@ from llamagen.checkpoints.load import load_tokenizer, load_transformer
 from llamagen.checkpoints.names import PublicModel
 from llamagen.checkpoints.sources import Part, Source, find_local, locate, resolve_pipeline
 from llamagen.config import Grid, SamplingConfig, TextConfig, config_to_dict, read_json
-from llamagen.models.pretrained import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    read_safetensors,
-    safetensors_shapes,
-)
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import KVCache, Transformer
 from llamagen.models.transformer.quantization import make_quantized
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 from llamagen.support.hub import is_repo_id
+from llamagen.support.weights import read_safetensors, safetensors_shapes
 
 Precision = Literal["float32", "bfloat16", "int8"]
 """Of the transformer's weights; with int8 all other weights are bfloat16."""

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from llamagen.checkpoints.names import Kind
-from llamagen.models.pretrained import NamedTensors, read_safetensors, safetensors_shapes
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.weights import NamedTensors, read_safetensors, safetensors_shapes
 
 ZIP_MAGIC = b"PK\x03\x04"
 """Start of torch.save's files."""

@@ -7,28 +7,27 @@ or initial values and fills it tensor by tensor, so it never holds the weights t
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from huggingface_hub import ModelHubMixin, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-import llamagen.support.storage as storage
 from llamagen.config import config_from_dict, config_to_dict, read_json
+from llamagen.support import storage, weights
 from llamagen.support.errors import InputError
 from llamagen.support.hub import hub_errors, is_repo_id
+from llamagen.support.weights import NamedTensors
 
 ConfigT = TypeVar("ConfigT")
 
@@ -36,9 +35,6 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _CARD_NAME = "README.md"
 _REQUIRES = "requires_llamagen"
-
-NamedTensors = Iterable[tuple[str, Callable[[], Tensor]]]
-"""Names, each with a function that reads its tensor; read one at a time, in order."""
 
 
 class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
@@ -69,7 +65,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
 
     def fingerprint(self) -> str:
         """Return a short text that two models share only if they have the same weights."""
-        return digest(json.dumps(config_to_dict(self.config)), self.state_dict().items())
+        return weights.digest(json.dumps(config_to_dict(self.config)), self.state_dict().items())
 
     @classmethod
     def from_tensors(
@@ -92,7 +88,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             model = cls(config)
         expected = model.state_dict()
         needed = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        check_shapes(needed, shapes, source=source, kind=cls.kind)
+        weights.check_shapes(needed, shapes, source=source, kind=cls.kind)
         parameters = dict(model.named_parameters())
         for name, read in tensors:
             tensor, is_parameter = read(), name in parameters
@@ -213,8 +209,8 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             raise FileNotFoundError(f"{path} does not exist; copy or download the folder again")
         return cls.from_tensors(
             config,
-            read_safetensors(path),
-            shapes=safetensors_shapes(path),
+            weights.read_safetensors(path),
+            shapes=weights.safetensors_shapes(path),
             source=str(path),
             device=device,
             dtype=dtype,
@@ -247,41 +243,6 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
-def digest(
-    about: str, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
-) -> str:
-    """Return a short text that depends on ``about`` and on weights, wherever and however they lie.
-
-    In another precision than their own they are compared only to its digits.
-    """
-    whole = hashlib.sha256(about.encode())
-    for name, tensor in sorted(weights):
-        whole.update(name.encode())
-        values = tensor.detach().to("cpu", dtype).flatten()
-        whole.update(values.view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()[:16]
-
-
-def check_shapes(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[int, ...]],
-    *,
-    source: str,
-    kind: str,
-) -> None:
-    """Raise InputError for the first weight that is missing, superfluous or of another shape."""
-    for name in [*expected, *found]:
-        if name not in found:
-            reason = f"weight {name} {expected[name]} is missing"
-        elif name not in expected:
-            reason = f"there is no weight {name} in it"
-        elif (shape := tuple(found[name])) != expected[name]:
-            reason = f"weight {name} has shape {shape}, expected {expected[name]}"
-        else:
-            continue
-        raise InputError(f"{source}: not this {kind}: {reason}")
-
-
 class _NoInitialValues(TorchFunctionMode):
     """Makes the functions of ``torch.nn.init`` do nothing.
 
@@ -296,30 +257,3 @@ class _NoInitialValues(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor in a safetensors file, from its header.
-
-    Raises InputError if the file is truncated or not a safetensors file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(
-            f"{path} is truncated or not a safetensors file ({error}); copy or download it again"
-        ) from error
-
-
-def read_safetensors(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield the tensors of a safetensors file, read on demand."""
-    for name in safetensors_shapes(path):
-        yield name, functools.partial(_read_tensor, path, name)
-
-
-def _read_tensor(path: Path, name: str) -> Tensor:
-    # Opened anew for each tensor: pages of a mapping stay in memory until it is closed.
-    with safe_open(path, framework="pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor

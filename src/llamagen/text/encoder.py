@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
-from llamagen.models.pretrained import digest
 from llamagen.support.errors import InputError
+from llamagen.support.weights import digest
 from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, load_pretrained, quietly
 

@@ -26,11 +26,12 @@ from llamagen.config import (
     non_default_fields,
     read_json,
 )
-from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME, read_safetensors
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import refuse_quantized
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
+from llamagen.support.weights import read_safetensors
 
 if TYPE_CHECKING:
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig

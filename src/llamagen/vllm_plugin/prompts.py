@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llamagen.models.pretrained import WEIGHTS_NAME, read_safetensors
+from llamagen.models.pretrained import WEIGHTS_NAME
 from llamagen.models.transformer import ClassCondition, TextCondition
 from llamagen.support.errors import InputError
+from llamagen.support.weights import read_safetensors
 from llamagen.vllm_plugin.export import read_exported
 
 

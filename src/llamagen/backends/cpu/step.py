@@ -50,7 +50,7 @@ class CpuStep:
             *("drop_path", "quantization", "qk_norm"),
         }
     )
-    """Fields of ``TransformerConfig`` that are implemented; all others must be at their defaults."""
+    """Fields of ``TransformerConfig`` that it implements; all others must be at their defaults."""
 
     def __init__(
         self, model: Transformer, times: StepTimes | None = None, *, kernels: Kernels | None = None

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llamagen.evaluation.features import require_images
-from llamagen.models.pretrained import digest
 from llamagen.support.errors import InputError
+from llamagen.support.weights import digest
 from llamagen.text.transformers_library import load_pretrained
 
 DEFAULT_CLIP = "openai/clip-vit-base-patch32"

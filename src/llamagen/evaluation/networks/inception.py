@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from llamagen.checkpoints.sources import download_file
 from llamagen.evaluation.features import NetworkOutput, require_images
 from llamagen.evaluation.networks import weights
-from llamagen.models.pretrained import digest
 from llamagen.support import storage
 from llamagen.support.errors import InputError
 from llamagen.support.hub import is_repo_id
+from llamagen.support.weights import digest
 
 _NAME = "pt_inception-2015-12-05-6726825d.pth"
 WEIGHTS_FILE = weights.PublicFile(

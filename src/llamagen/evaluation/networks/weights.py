@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 import llamagen.support.storage as storage
 from llamagen.checkpoints.published import PICKLE_MAGIC, ZIP_MAGIC, load_pickle
-from llamagen.models.pretrained import check_shapes, read_safetensors
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.weights import check_shapes, read_safetensors
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
