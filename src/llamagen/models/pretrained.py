@@ -27,7 +27,6 @@ from llamagen.config import config_from_dict, config_to_dict, read_json
 from llamagen.support import storage, weights
 from llamagen.support.errors import InputError
 from llamagen.support.hub import hub_errors, is_repo_id
-from llamagen.support.weights import NamedTensors
 
 ConfigT = TypeVar("ConfigT")
 
@@ -71,7 +70,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
     def from_tensors(
         cls,
         config: ConfigT,
-        tensors: NamedTensors,
+        tensors: weights.NamedTensors,
         *,
         shapes: Mapping[str, tuple[int, ...]],
         source: str,

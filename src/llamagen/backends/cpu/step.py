@@ -104,6 +104,7 @@ class CpuStep:
     def __call__(self, tokens: Tokens, cache: KVCache, grid: Grid) -> Tensor:
         """See ``Step``; raise InputError if there is no such code or class. Logits are float32."""
         count, outputs, step = len(tokens), len(tokens.wanted), self._step
+        cells = grid[0] * grid[1]
         if tokens.features is None:
             embedded, embeddings = None, self._embeddings_of(tokens.ids, count)
         else:
@@ -112,8 +113,10 @@ class CpuStep:
         if self._cache is None or self._cache() is not cache:
             self._use_cache(cache)
         if grid != self._grid:
-            self._use_grid(grid)
-        arrays = _checked_indices(tokens, cache, grid[0] * grid[1])
+            self._grid, self._rope = grid, self._source.rope_table(grid)
+            shape = (cells + 1, self._config.head_dim // 2, 2)
+            step.rope = library.address(self._rope, torch.float32, shape)
+        arrays = _checked_indices(tokens, cache, cells)
         for name, array in arrays.items():
             setattr(step, name, library.address(array, np.int32, array.shape))
         step.embeddings = library.address(embeddings, np.uintp, (count,))
@@ -152,12 +155,6 @@ class CpuStep:
 
     def _empty_logits(self, count: int) -> Tensor:
         return torch.empty(count, self._config.codebook_size, dtype=torch.float32, device="cpu")
-
-    def _use_grid(self, grid: Grid) -> None:
-        self._rope = self._source.rope_table(grid)
-        shape = (grid[0] * grid[1] + 1, self._config.head_dim // 2, 2)
-        self._step.rope = library.address(self._rope, torch.float32, shape)
-        self._grid = grid
 
     def _embeddings_of(self, ids: Tensor, count: int) -> np.ndarray:
         """Addresses (N,) of the embeddings of codes and classes."""

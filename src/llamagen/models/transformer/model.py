@@ -147,8 +147,6 @@ class Transformer(PretrainedModel[TransformerConfig]):
             return self.tok_embeddings(tokens.ids)
         classes = cast("ClassCondition", self.cls_embedding).embedding_table
         labels = tokens.ids - self.config.codebook_size
-        if is_condition.all():
-            return classes(labels)
         codes = self.tok_embeddings(tokens.ids.clamp(max=self.config.codebook_size - 1))
         chosen = torch.from_numpy(is_condition).to(self.device).unsqueeze(-1)
         return torch.where(chosen, classes(labels.clamp(min=0)), codes)
