@@ -97,7 +97,7 @@ class _Convolution(Struct):
 
 
 class _Normalization(Struct):
-    """As in ``convolution.c``."""
+    """As in ``normalization.h``."""
 
     _fields_ = fields(
         (c_int32, "images pixels channels groups is_bf16 threads"),

@@ -7,6 +7,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "threads.h"
 #include "vectors.h"
 
 #define MAX_CODES (1 << 20)
@@ -182,6 +183,25 @@ static void sample_row(SamplingRow *row, int count, float *probabilities, Candid
   row->code = 0;
   row->finite = softmax_filtered(row, count, probabilities, candidates);
   if (row->finite) row->code = sample_from_cdf(probabilities, count, row->uniform);
+}
+
+static size_t sampling_scratch_of_thread(int codes) {
+  return align_up((size_t)codes * (sizeof(float) + sizeof(Candidate)));
+}
+
+// Bytes of scratch that sample_codes() needs.
+size_t sampling_scratch(int32_t codes, int32_t threads) {
+  return threads * sampling_scratch_of_thread(codes) + 64;
+}
+
+// Samples a code of each row.
+void sample_codes(SamplingRow *rows, int32_t count, int32_t codes, int32_t threads, void *scratch) {
+  char *start = (char *)align_up((size_t)scratch);
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int i = 0; i < count; i++) {
+    float *probabilities = (float *)(start + THREAD * sampling_scratch_of_thread(codes));
+    sample_row(&rows[i], codes, probabilities, (Candidate *)(probabilities + codes));
+  }
 }
 
 #endif

@@ -7,10 +7,6 @@
 #include <stdlib.h>
 #include <time.h>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "attention.h"
 #include "sampling.h"
 #include "threads.h"
@@ -474,31 +470,6 @@ void run_step(const Model *m, const Step *step) {
 #endif
     run_thread(m, step, &shared, &team, thread, scratch + used + thread * own,
                thread == 0 ? step->seconds : NULL);
-  }
-}
-
-static size_t sampling_scratch_of_thread(int codes) {
-  return align_up((size_t)codes * (sizeof(float) + sizeof(Candidate)));
-}
-
-// Bytes of scratch that sample_codes() needs.
-size_t sampling_scratch(int32_t codes, int32_t threads) {
-  return threads * sampling_scratch_of_thread(codes) + 64;
-}
-
-#ifdef _OPENMP
-#define THREAD omp_get_thread_num()
-#else
-#define THREAD 0
-#endif
-
-// Samples a code of each row.
-void sample_codes(SamplingRow *rows, int32_t count, int32_t codes, int32_t threads, void *scratch) {
-  char *start = (char *)align_up((size_t)scratch);
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int i = 0; i < count; i++) {
-    float *probabilities = (float *)(start + THREAD * sampling_scratch_of_thread(codes));
-    sample_row(&rows[i], codes, probabilities, (Candidate *)(probabilities + codes));
   }
 }
 
