@@ -8,6 +8,7 @@ publishes finished rows. Scaling beyond one device is vLLM's business (``llamage
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import sys
@@ -99,33 +100,21 @@ class Engine(Protocol):
         batch_size: int | None = None,
         on_progress: ProgressCallback | None = None,
     ) -> Tensor:
-        """Generate the codes of all requests; return (images, rows, columns) int64.
+        """Generate an image's codes per request; return (images, rows, columns) int64.
 
-        Args:
-            requests: one per image.
-            batch_size: images generated at once; by default as many as memory allows.
-            on_progress: called after each finished row of a batch.
-
-        Raises:
-            InputError: a request is not one that the model or the engine can take.
-            NotFiniteError: the model's logits are not finite.
+        ``batch_size`` images are generated at once, by default as many as memory allows.
+        Raises InputError, before the first image, as ``check``, and NotFiniteError if the model's
+        logits are not finite.
         """
 
     def stream(
         self, request: GenerationRequest, *, client: Hashable = None
     ) -> AsyncGenerator[list[int], None]:
-        """Generate one image's codes, for servers.
+        """Generate one image's codes, for servers; closing the iterator ends the generation.
 
-        No ``client`` waits until another's images are all generated.
-
-        Yields:
-            All codes so far, in raster order, when a row of the grid is finished; at last all.
-            Closing the iterator ends the generation.
-
-        Raises:
-            EngineError: the engine failed; it goes on with what comes next.
-            InputError: as ``check``.
-            NotFiniteError: the model's logits are not finite.
+        Yields all codes so far, in raster order, when a row of the grid is finished; at last all.
+        No ``client`` waits until another's images are all generated. Raises as ``generate``, and
+        EngineError if the engine failed, which then goes on with what comes next.
         """
 
     async def close(self) -> None:
@@ -193,12 +182,10 @@ class NativeEngine:
         """Used by the engine's thread only, as ``_batch``."""
         self._batch: Batch | None = None
 
-    @property
+    @functools.cached_property
     def max_images(self) -> int:
         """See ``Engine``."""
-        if self._max_images is None:
-            self._max_images = sampling_batch_size(self.model, sequences=2)
-        return self._max_images
+        return self._max_images or sampling_batch_size(self.model, sequences=2)
 
     @property
     def alive(self) -> bool:

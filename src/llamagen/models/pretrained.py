@@ -118,14 +118,9 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
     ) -> str | None:
         """Write the model's folder; an older model in it is replaced once the new one is complete.
 
-        Args:
-            save_directory: the folder; other files in it stay.
-            repo_id: where to push to; by default a repository with the folder's name.
-            push_to_hub: upload the folder as well, and return the address of the hub's commit.
-            options: of ``push_to_hub``.
-
-        Raises:
-            OSError: the disk is full, or the folder cannot be written to.
+        Other files in the folder stay. OSError if the disk is full, or it cannot be written to.
+        ``push_to_hub`` uploads the folder as well, with ``options`` as of that method, to
+        ``repo_id``, by default of the folder's name, and returns the address of the hub's commit.
         """
         folder = Path(save_directory)
         # Into a folder of its own: the mixin deletes an old configuration before it writes.
@@ -164,14 +159,10 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         dtype: torch.dtype | None = None,
         **download: Any,
     ) -> Self:
-        """Load a model from a folder, or from a hub repository that holds such a folder.
+        """Load a model from a folder, or from a hub repository "owner/name" with such a folder.
 
-        Args:
-            pretrained_model_name_or_path: the folder or "owner/name".
-            device: where the model goes.
-            dtype: precision of the weights; None keeps the stored one.
-            download: options of ``huggingface_hub.snapshot_download``: revision, cache_dir,
-                force_download, local_files_only, token and others.
+        A ``dtype`` of None keeps the stored precision. ``download`` are options of
+        ``huggingface_hub.snapshot_download``: revision, cache_dir, local_files_only and others.
 
         Raises:
             FileNotFoundError: there is no such folder or repository, or a file in it is missing.

@@ -35,9 +35,7 @@ _logger = logging.getLogger(__name__)
 def compiled_library(*flags: str, source: Path = _STEP) -> ctypes.CDLL | None:
     """Return the compiled kernels, or None where they cannot be had; the reason is logged.
 
-    Args:
-        flags: more of them for the compiler, behind its own.
-        source: what is compiled; it may include the headers beside this file.
+    ``flags`` go to the compiler behind its own; ``source`` may include the headers beside it.
     """
     if os.environ.get("LLAMAGEN_KERNELS", "").lower() in ("off", "0", "false"):
         return None

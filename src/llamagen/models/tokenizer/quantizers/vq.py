@@ -28,13 +28,10 @@ class VectorQuantizer(Quantizer):
         self.dim = config.codebook_dim
         self.l2_norm = config.codebook_l2_norm
         self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw from +-1/K, then normalise if distances are, so that no code starts favoured."""
-        size, weight = self.embedding.num_embeddings, self.embedding.weight
-        nn.init.uniform_(weight, -1.0 / size, 1.0 / size)
-        # Without memory there is nothing to normalise, and torch would import its compiler for it.
+        weight, limit = self.embedding.weight, 1.0 / config.codebook_size
+        nn.init.uniform_(weight, -limit, limit)
+        # Normalised if distances are, so that no code starts favoured. Without memory there is
+        # nothing to normalise, and torch would import its compiler for it.
         if self.l2_norm and not weight.is_meta:
             with torch.no_grad():
                 weight.copy_(F.normalize(weight, dim=-1))
