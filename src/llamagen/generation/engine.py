@@ -160,18 +160,20 @@ class NativeEngine:
         max_images: int | None = None,
         grid: Grid | None = None,
         observer: StepObserver | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         """Prepare to generate with ``model``, which is in eval mode.
 
         ``stream`` generates ``max_images`` at once, by default what memory allows, and calls
         ``observer`` after each step, in the engine's thread. The grid is by default the model's.
+        Where the time of ``generate`` goes is added to ``times``.
         """
         self.model = model
         self.grid = grid or model.config.grid
         self._max_images = max_images
         self._batch_limit = sys.maxsize
         """Images of a batch, once a larger one has overflowed the memory."""
-        self._observer = observer
+        self._observer, self._times = observer, times
         self._changed = threading.Condition()
         """Guards what follows; notified when there is something to do."""
         self._waiting: dict[Hashable, deque[_Handle]] = {}
@@ -202,12 +204,10 @@ class NativeEngine:
         *,
         batch_size: int | None = None,
         on_progress: ProgressCallback | None = None,
-        times: StepTimes | None = None,
     ) -> Tensor:
         """See ``Engine``; codes are on the model's device.
 
-        A batch that overflows the GPU's memory is halved, and so are those after it. ``times``:
-        where the time goes is added to it.
+        A batch that overflows the GPU's memory is halved, and so are those after it.
         """
         for request in requests:
             self.check(request)
@@ -219,7 +219,7 @@ class NativeEngine:
         while (first := sum(map(len, found))) < len(requests):
             part = requests[first : first + size]
             try:
-                found.append(self._generate_batch(part, first, on_progress, times))
+                found.append(self._generate_batch(part, first, on_progress))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -238,11 +238,7 @@ class NativeEngine:
         return min(size, self._batch_limit)
 
     def _generate_batch(
-        self,
-        requests: Sequence[GenerationRequest],
-        first: int,
-        on_progress: ProgressCallback | None,
-        times: StepTimes | None,
+        self, requests: Sequence[GenerationRequest], first: int, callback: ProgressCallback | None
     ) -> Tensor:
         rows, columns = self.grid
         batch = Batch(
@@ -251,15 +247,15 @@ class NativeEngine:
             max_sequences=sum(request.sequences for request in requests),
             condition_length=max(request.condition_length for request in requests),
             grid=self.grid,
-            times=times,
+            times=self._times,
         )
         images = batch.add(requests)
         for row in range(1, rows + 1):
             while min(image.final for image in images) < row * columns:
                 batch.step()
-            if on_progress is not None:
+            if callback is not None:
                 codes = batch.codes_of(images, row * columns).view(-1, rows, columns)
-                on_progress(Progress(first=first, row=row, rows=rows, codes=codes))
+                callback(Progress(first=first, row=row, rows=rows, codes=codes))
         batch.check_finite(images)
         return batch.codes_of(images, batch.total)
 

@@ -78,12 +78,9 @@ def generate_codes(
         GenerationRequest(**{name: own[image] for name, own in each.items()}, **of_all)
         for image in range(images)
     ]
-    return NativeEngine(model, grid=grid).generate(
-        requests,
-        batch_size=max(1, images),
-        on_progress=None if on_row is None else lambda at: on_row(at.row, at.codes),
-        times=times,
-    )
+    on_progress = None if on_row is None else lambda at: on_row(at.row, at.codes)
+    engine = NativeEngine(model, grid=grid, times=times)
+    return engine.generate(requests, batch_size=max(1, images), on_progress=on_progress)
 
 
 def without_padding(condition: Tensor, mask: Tensor | None) -> list[Tensor]:
