@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llamagen.backends.cpu import sampling as cpu_sampling
-from llamagen.backends.cpu.sampling import CpuSampler
+from llamagen.backends.cpu.sampling import CpuSampler, Rows
 from llamagen.config import MAX_INTEGER, SamplingConfig
-from llamagen.generation.sampling import ReferenceSampler, Rows
+from llamagen.generation.sampling import ReferenceSampler
 from tests.backends.variants import VARIANTS, kernels_of
 
 CODES = 4096

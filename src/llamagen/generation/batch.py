@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from llamagen.backends import StepTimes, fastest_step
+from llamagen.backends.cpu.sampling import Rows
 from llamagen.config import Grid
 from llamagen.generation.request import UNKNOWN, GenerationRequest, check_request, uniform_draws
-from llamagen.generation.sampling import Rows, Sampler, fastest_sampler, guidance_scale_at
+from llamagen.generation.sampling import Sampler, fastest_sampler, guidance_scale_at
 from llamagen.generation.schedules import MAX_TOKENS, Pass, Schedule, new_schedule
 from llamagen.models.transformer import NO_CELL, Tokens, Transformer, to_index
 from llamagen.support.errors import InputError, NotFiniteError
