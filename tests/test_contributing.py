@@ -303,11 +303,10 @@ def check_backend() -> None:
 
 
 def test_add_a_schedule(copy):
-    name = "generation/schedules.py"
-    copy.insert(
-        name,
-        before="def new_schedule(",
-        text="class ToySchedule:\n"
+    copy.add(
+        "generation/schedules/toy.py",
+        "from llamagen.generation.schedules.base import Pass\n\n\n"
+        "class ToySchedule:\n"
         '    """One by one, and each code is fed twice."""\n\n'
         "    needs_codes = False\n"
         "    passes = 0\n\n"
@@ -326,7 +325,11 @@ def test_add_a_schedule(copy):
         "            return 0\n"
         "        is_first = self.final == 0\n"
         "        self.final += 1\n"
-        "        return 0 if is_first else 1\n\n\n",
+        "        return 0 if is_first else 1\n",
+    )
+    name = "generation/schedules/__init__.py"
+    copy.insert(
+        name, before="__all__", text="from llamagen.generation.schedules.toy import ToySchedule\n\n"
     )
     copy.insert(
         name,
@@ -338,7 +341,7 @@ def test_add_a_schedule(copy):
 
 
 def check_schedule() -> None:
-    from llamagen.generation.schedules import ToySchedule
+    from llamagen.generation.schedules.toy import ToySchedule
     from tests.tiny_models import tiny_transformer
 
     model = tiny_transformer()

@@ -11,7 +11,7 @@ from llamagen.config import SamplingConfig
 from llamagen.generation import GenerationRequest, apply_guidance, batch, generate_codes
 from llamagen.generation.batch import Batch
 from llamagen.generation.sampling import Filters
-from llamagen.generation.schedules import JacobiSchedule
+from llamagen.generation.schedules.jacobi import JacobiSchedule
 from llamagen.support.errors import InputError, NotFiniteError
 from tests.tiny_models import tiny_transformer
 

@@ -49,7 +49,7 @@ class GenerationRequest:
     known_codes: Tensor | None = None
     """(T,) or (rows, columns) int64 codes that stay, ``UNKNOWN`` where one is to be sampled."""
     window: int | None = None
-    """Codes that a forward pass predicts (``JacobiSchedule``), which changes no code: 1 samples
+    """Codes that a forward pass predicts (``schedules.jacobi``), which changes no code: 1 samples
     them one by one; by default more where that is faster."""
 
     def __post_init__(self) -> None:
