@@ -66,17 +66,9 @@ def export_for_vllm(
 ) -> Path:
     """Write a folder that vLLM loads wherever this package is installed beside it; return it.
 
-    An older folder of this kind is replaced once the new one is complete.
-
-    Args:
-        source: a transformer, or whatever a pipeline can be loaded from.
-        out: the folder.
-        options: capabilities of the engine.
-
-    Raises:
-        FileNotFoundError: a file of the source is missing.
-        InputError: the source is no transformer or damaged, or the folder holds something else.
-        OSError: the disk is full, or the folder cannot be written to.
+    ``source`` is a transformer, or whatever a pipeline can be loaded from. An older folder of this
+    kind is replaced once the new one is complete. FileNotFoundError if a file of the source is
+    missing; InputError if it is no transformer or damaged, or ``out`` holds something else.
     """
     out = Path(out).expanduser()
     if out.exists() and not is_exported(out) and (not out.is_dir() or any(out.iterdir())):
@@ -111,11 +103,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(folder: Path | str) -> LlamaGenConfig:
-    """Return the configuration of an exported folder.
-
-    Raises:
-        InputError: it is none, or damaged.
-    """
+    """Return the configuration of an exported folder; InputError if it is none, or damaged."""
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 
     folder = Path(folder)

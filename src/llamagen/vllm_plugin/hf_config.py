@@ -41,17 +41,10 @@ class LlamaGenConfig(PretrainedConfig):
         sampling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check the exported values.
+        """Check the exported values: ``TransformerConfig`` and ``SamplingConfig`` as dictionaries.
 
-        Args:
-            transformer: the ``TransformerConfig``, as a dictionary.
-            streams: 2 with guidance, 1 without.
-            negative_prompts: whether the unconditional stream may have a condition of its own.
-            sampling: the ``SamplingConfig`` for requests that say nothing.
-            kwargs: what every configuration of transformers takes.
-
-        Raises:
-            InputError: a value is not what it can be.
+        ``streams`` is 2 with guidance, 1 without; with ``negative_prompts`` the unconditional one
+        may have a condition of its own.
         """
         if streams not in (1, 2):
             raise InputError(f"streams is {streams}, expected 2 (with guidance) or 1 (without)")
