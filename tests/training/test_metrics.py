@@ -127,10 +127,6 @@ def test_mean_psnr():
     assert float(mean_psnr(images + 5, images + 1)) == pytest.approx(100, abs=1e-3)
 
 
-def test_bits():
-    assert float(bits(torch.tensor(2.0).log())) == pytest.approx(1.0)
-
-
 def test_curves(tmp_path):
     from PIL import Image
 

@@ -10,7 +10,7 @@ import logging
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,6 @@ _BYTE_TOKENS = 384
 """Byte-level tokens: the bytes, three special ones and a reserve, as in ByT5."""
 
 _log = logging.getLogger(__name__)
-
-
-class Tokens(NamedTuple):
-    """Tokens of captions, left-padded."""
-
-    ids: Tensor
-    """(B, L) int64."""
-    mask: Tensor
-    """(B, L) bool, False where there is padding."""
 
 
 class TextEncoder(nn.Module):
@@ -142,10 +133,10 @@ class TextEncoder(nn.Module):
                 _log.warning("only the first %d tokens of the text %s are read", limit, shown)
         return ids
 
-    def tokens(self, ids: Sequence[Sequence[int]]) -> Tokens:
-        """Stack the tokens of several captions."""
+    def tokens(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, L) int64 of several captions and their mask; see ``padded``."""
         rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
-        return Tokens(*padded(rows, self.tokenizer.pad_token_id))
+        return padded(rows, self.tokenizer.pad_token_id)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""

@@ -72,7 +72,7 @@ class Checkpoint:
     def read_tensors(self, tensors: NestedTensors) -> None:
         """Fill ``tensors`` in place, each process its shards; InputError if it has others."""
         with _errors_of_dcp():
-            load(_plain(tensors), storage_reader=_Reader(self.path / _TENSORS_NAME))
+            load(dict(tensors), storage_reader=_Reader(self.path / _TENSORS_NAME))
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -131,7 +131,7 @@ class CheckpointWriter:
         temporary = self._begin(path, state)
         with _errors_of_dcp():
             writing = async_save(
-                _plain(tensors),
+                dict(tensors),
                 storage_writer=FileSystemWriter(temporary / _TENSORS_NAME),
                 process_group=self._group,
             )
@@ -205,11 +205,6 @@ class CheckpointWriter:
         for number, reason in enumerate(reasons):
             if reason is not None:
                 raise OSError(f"process {number} could not save a checkpoint ({reason})")
-
-
-def _plain(tensors: NestedTensors) -> dict[str, Any]:
-    # What DCP takes.
-    return {name: dict(group) for name, group in tensors.items()}
 
 
 def _cause(error: BaseException | None) -> BaseException | None:

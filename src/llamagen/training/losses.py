@@ -6,7 +6,6 @@ Shapes: N positions, D width, V codebook size.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,11 +56,6 @@ def mean_psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
     error = (reconstructions.float().clamp(-1, 1) - images).square().flatten(1).mean(1)
     # The range is 2. An exact image counts as 100 dB.
     return (10.0 * torch.log10(4.0 / error.clamp_min(4e-10))).mean()
-
-
-def bits(nats: Tensor) -> Tensor:
-    """Convert nats to bits."""
-    return nats / math.log(2.0)
 
 
 def chunked_cross_entropy(

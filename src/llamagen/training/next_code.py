@@ -7,6 +7,7 @@ a text feature.
 from __future__ import annotations
 
 import abc
+import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -190,7 +191,9 @@ class CaptionConditioning(Conditioning, abc.ABC):
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""
         some = rows[:: max(1, len(rows) // _CHECKED_IMAGES)]
-        if len(some) and not any(map(self._is_usable, captions_of_rows(store, some))):
+        captions = itertools.chain.from_iterable(captions_of_rows(store, some))
+        texts = [caption.text for caption in captions]
+        if len(some) and not (texts and any(self.texts(texts)[2])):
             raise InputError(
                 f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
                 f"name the columns with `caption_columns` and make the codes again"
@@ -199,9 +202,6 @@ class CaptionConditioning(Conditioning, abc.ABC):
     @abc.abstractmethod
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """Return tokens or features of captions, their mask, and which of them are usable."""
-
-    def _is_usable(self, captions: Captions) -> bool:
-        return bool(captions)
 
 
 class TokenConditioning(CaptionConditioning):
@@ -224,8 +224,8 @@ class TokenConditioning(CaptionConditioning):
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """See ``CaptionConditioning``."""
-        tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
-        return tokens.ids, tokens.mask, [True] * len(captions)
+        ids, mask = self._encoder.tokens([self._token_ids(text) for text in captions])
+        return ids, mask, [True] * len(captions)
 
     def _token_ids(self, caption: str) -> list[int]:
         # Cleaning takes longer than everything else here, and captions recur every epoch.
@@ -250,9 +250,6 @@ class FeatureConditioning(CaptionConditioning):
         texts, mask = padded(found)
         mask[:, -1] = True
         return texts, mask, [len(each) > 0 for each in found]
-
-    def _is_usable(self, captions: Captions) -> bool:
-        return any(len(f) for f in self._features.features([each.text for each in captions]))
 
 
 def most_likely_caption(captions: Captions) -> str:

@@ -56,13 +56,9 @@ _SHEET_IMAGES = 16
 def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> TrainingResult:
     """Train a tokenizer, or resume the run in the recipe's folder; ``quiet`` shows no progress.
 
-    The result's ``model`` is a folder for ``ImageTokenizer.from_pretrained``.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: recipe, images and the run's folder do not fit together.
-        TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the earlier ones are intact.
+    The result's ``model`` is a folder for ``ImageTokenizer.from_pretrained``. Raises as ``fit``
+    does, FileNotFoundError if a folder does not exist, and InputError if recipe, images and the
+    run's folder do not fit together.
     """
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
