@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llamagen.support.errors import InputError
-from llamagen.training.losses import Term, bits, mean_psnr, total_loss
+from llamagen.training.losses import Term, mean_psnr, total_loss
 from llamagen.training.metrics import CodebookUsage, Meter
 from llamagen.training.optimizer import Ema
 from llamagen.training.trackers import MetricsLog, draw_curves, read_metrics

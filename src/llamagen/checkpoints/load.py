@@ -1,6 +1,6 @@
 """Loading of either model from a folder, a file or a name.
 
-A checkpoint file has no configuration: it is inferred from the shapes of its weights and from the
+The configuration of a checkpoint file is inferred from the shapes of its weights and from the
 arguments stored with them.
 """
 
@@ -33,18 +33,12 @@ _log = logging.getLogger(__name__)
 def load_tokenizer(
     source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ImageTokenizer:
-    """Load an image tokenizer.
+    """Load an image tokenizer; ``dtype`` None keeps the precision of its file.
 
-    Args:
-        source: a model folder or the pipeline folder around it, a checkpoint file (.pt,
-            .safetensors), a published name such as "vq-16", or a hub repository "owner/name".
-        device: where the weights go.
-        dtype: their precision; None keeps the stored one.
-
-    Raises:
-        FileNotFoundError: a file of the folder is missing.
-        InputError: there is no such model, it is another one, it is damaged, or it cannot be
-            downloaded.
+    ``source`` is a model folder or the pipeline folder around it, a checkpoint file (.pt,
+    .safetensors), a published name such as "vq-16", or a hub repository "owner/name".
+    FileNotFoundError if a file of the folder is missing; InputError if there is no such model, it
+    is another one, it is damaged, or it cannot be downloaded.
     """
     model: ImageTokenizer = _load(ImageTokenizer, locate(source, "tokenizer"), device, dtype)
     return model

@@ -50,8 +50,7 @@ def load_pickle(path: Path, *, mapped: bool) -> Any:
     """Load what torch.save wrote, on the CPU; InputError if it is damaged, or asks for code to run.
 
     Only tensors, plain containers, numbers, strings and ``argparse.Namespace`` are built. With
-    ``mapped``, for files that begin with ``ZIP_MAGIC``, tensors stay in the file until they are
-    read.
+    ``mapped``, for files that begin with ``ZIP_MAGIC``, tensors stay in the file until read.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -1,7 +1,6 @@
 """Finding a model by a folder, a file, a name or a hub repository; downloads if need be.
 
-Progress, retries and the environment variables HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE of downloads
-are huggingface_hub's own.
+Progress, retries and variables (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE) are huggingface_hub's own.
 """
 
 from __future__ import annotations
@@ -68,10 +67,9 @@ def write_index(folder: Path | str, index: PipelineIndex) -> None:
 
 
 def read_index(folder: Path | str) -> PipelineIndex:
-    """Read ``model_index.json``.
+    """Read ``model_index.json``, which must be there.
 
-    FileNotFoundError if there is none; InputError if it is damaged, of another program, or of a
-    newer version of this one.
+    InputError if it is damaged, of another program, or of a newer version of this one.
     """
     path = Path(folder) / INDEX_NAME
     values = read_json(path)

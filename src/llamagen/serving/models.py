@@ -1,8 +1,7 @@
 """A served model: pipeline, engine and decoder; the images of requests while they are generated.
 
 Images of a request are generated side by side, each the best of some candidates. One that has
-candidates, or is generated in several windows, is reported once, when it is done; other images
-also row by row.
+candidates, or several windows, is reported once, when it is done; other images also row by row.
 """
 
 from __future__ import annotations
@@ -226,9 +225,8 @@ class ServedModel:
     def reserve(self, job: Job) -> ExitStack:
         """Reserve room for a job's images, until the returned context ends.
 
-        Raises:
-            InputError: the server never takes so many.
-            HTTPException: of status 429, too many wait now; Retry-After says for how long.
+        InputError if the server never takes so many. HTTPException of status 429 if too many wait
+        now; Retry-After says for how long.
         """
         images = len(job.seeds)
         if images > self.max_in_flight:

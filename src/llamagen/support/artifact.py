@@ -15,8 +15,7 @@ To make one, or to resume::
         if artifact.is_done():
             artifact.finish({"total": 17})
 
-Every file appears whole (``storage.atomic_file``). Processes share the pieces by number, without
-communication.
+Every file appears whole (``storage.atomic_file``). Processes share pieces without communication.
 """
 
 from __future__ import annotations
@@ -131,12 +130,9 @@ class Artifact:
     ) -> Iterator[None]:
         """Write or compare the settings; hold the folder's lock during the block.
 
-        InputError if the folder holds something else, was begun with other settings, is in use, or
-        cannot be written to.
-
-        Args:
-            overwrite: delete an artifact of other settings; None if callers have no such option.
-            missing: values, nested like the settings, of those that older folders lack.
+        ``overwrite`` deletes an artifact of other settings (None: callers have no such option);
+        ``missing`` has values, nested like the settings, of those that older folders lack. Raises
+        InputError if the folder holds something else or other settings, is in use or read-only.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; choose a folder (`out`)")
@@ -367,8 +363,7 @@ class Artifact:
                 f"the {form.noun} in {self.folder} was begun with {changes}, and several processes "
                 f"cannot overwrite it; delete the folder first"
             )
-        # The manifest first, the settings last: after a kill, the rest is still recognised as an
-        # incomplete artifact.
+        # The manifest first, the settings last: after a kill it still is an incomplete artifact.
         pieces = (f"{form.piece_name}-*{suffix}" for suffix in form.suffixes[::-1])
         temporary = f".{form.piece_name}-*.tmp"
         self._remove(form.manifest_name, *pieces, *form.other_files, temporary, form.settings_name)

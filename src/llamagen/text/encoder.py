@@ -36,8 +36,7 @@ class TextEncoder(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, config: TextConfig) -> None:
         """See ``from_pretrained`` and ``small``; ``model`` is a ``transformers.T5EncoderModel``."""
         super().__init__()
-        # One module under both names: shared weights would become two when they are moved from the
-        # "meta" device.
+        # One module under both names: moved from "meta", shared weights would become two.
         model.set_input_embeddings(model.get_input_embeddings())
         self.model, self.tokenizer, self.config = model, tokenizer, config
 

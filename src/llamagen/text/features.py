@@ -111,10 +111,9 @@ class TextStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Open the store in ``folder``.
+        """Open the store in ``folder``; FileNotFoundError if it or one of its files is missing.
 
-        FileNotFoundError if there is none, or a file is missing; InputError if it is incomplete,
-        damaged, or of another version.
+        InputError if it is incomplete, damaged, or of another version.
         """
         folder = Path(folder)
         settings, results = read_manifest(folder, FORMAT)

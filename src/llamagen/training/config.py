@@ -91,8 +91,7 @@ class LoopConfig(_Checked):
     batch_size: int = _at_least(1, 64)
     """Images per step, over all processes."""
     gradient_accumulation: int = _at_least(1, 1)
-    """Parts that a process computes its share of a batch in, one after another; more parts need
-    less memory."""
+    """Parts of a process's share of a batch, computed one after another; more need less memory."""
     lr: float = _checked(1e-4, lambda lr: math.isfinite(lr) and lr > 0, "a finite number above 0")
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = _checked(
@@ -110,8 +109,7 @@ class LoopConfig(_Checked):
     clip_norm: float = _weight(1.0)
     """Maximum norm of all gradients together; 0 does not clip."""
     ema_decay: float = _fraction(0.0)
-    """Decay of a running mean of the weights (EMA), which is then what is validated and exported;
-    0 is none."""
+    """Decay of a running mean of the weights (EMA), then validated and exported; 0 is none."""
     precision: Precision = "auto"
     """Precision of matrix products and convolutions (autocast); the weights stay float32. Auto
     takes bfloat16 where the device is fast at it."""
@@ -132,8 +130,7 @@ class LoopConfig(_Checked):
     keep_every: int = _at_least(0, 0)
     """Also keep the checkpoints of multiples of this many steps; 0 keeps the latest only."""
     export: bool = True
-    """Write the model's folder with every checkpoint; otherwise at the end only, or with
-    `llamagen export`."""
+    """Write the model's folder with every checkpoint, not only at the end or by `llamagen export`."""
     resume: bool = True
     """Continue the run in the output folder, if there is one."""
     max_skipped_steps: int = _at_least(0, 10)
@@ -151,8 +148,7 @@ class LoopConfig(_Checked):
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): slower to start, then faster on a GPU."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics and samples go besides the run's folder: tensorboard (files in the run's
-    folder), wandb."""
+    """Where metrics and samples go besides the run's folder: tensorboard (files in it), wandb."""
 
     def __post_init__(self) -> None:
         _require(
@@ -185,8 +181,7 @@ class ImageConfig(_Checked):
     max_validation_images: int = _at_least(1, 1000)
     """Maximum number of held-out images of a validation."""
     workers: int = _at_least(0, 0)
-    """Processes that read images; 0 reads them in the training process. The result does not
-    depend on it."""
+    """Processes that read images; 0 reads them in the training process, with the same result."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -281,8 +276,7 @@ class TokenizerTraining(_Checked):
     """Part that is trained: all, or the decoder only. Then every image keeps its codes of `init`,
     and transformers trained on them still fit."""
     codebook_init: Literal["random", "data"] = "random"
-    """Initial codebook: random as published, or latents of the first images. Without effect if
-    `init` is given."""
+    """Initial codebook: random as published, or latents of the first images; unused with `init`."""
     revive_codes_every: int = _at_least(0, 0)
     """Every so many steps, move codes that none of the last 65,536 latents were assigned to onto
     latents of the last batch; 0 is never."""
@@ -398,8 +392,7 @@ class TransformerTraining(_Checked):
     except that of "no class". Default: random weights."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     tokenizer: str | None = None
-    """Image tokenizer that makes the codes: folder, checkpoint file or published name. Default:
-    that of the model to start from."""
+    """Image tokenizer of the codes: folder, checkpoint file or published name. Default: that of `init`."""
     out: Path = Path("runs/transformer")
     """Folder of the run: checkpoints, metrics, samples, and the whole model in "pipeline"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)

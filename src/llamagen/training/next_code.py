@@ -1,7 +1,6 @@
 """A transformer in training: codes and conditions in, loss out.
 
-Shapes: B images, L tokens of the longest caption, T codes of an image, V codebook size, W width of
-a text feature.
+Shapes: B images, L tokens of the longest caption, T codes, V codebook size, W width of a feature.
 """
 
 from __future__ import annotations
@@ -156,8 +155,7 @@ class Conditioning:
         """Return the "condition" of some rows of a store, and what goes with it.
 
         That is labels (B,); or texts (B, L) or (B, L, W), a "mask" (B, L) of their tokens, and
-        "weights" (B,). ``rngs`` has a random generator for each image; with None the most likely
-        caption is taken.
+        "weights" (B,). ``rngs`` has a random generator per image; None takes the likeliest caption.
         """
         del rngs
         assert store.labels is not None

@@ -1,7 +1,6 @@
 """Folders that vLLM loads: ``config.json``, ``generation_config.json``, ``model.safetensors``.
 
-The weights are those of the transformer's own folder, under the same names; a folder for this
-machine only links to them.
+The weights have the transformer's own names; a folder for this machine only links to them.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ from llamagen.support.errors import InputError
 ARCHITECTURE = "LlamaGenForImageCodes"
 
 _HEAD_MULTIPLE = 32
-"""vLLM's attention on CPUs is fast at head dimensions that are multiples of it, and all of its
-attention on GPUs takes them."""
+"""Head dimensions that are multiples of it are fast in vLLM on CPUs, and supported on all GPUs."""
 
 
 class LlamaGenConfig(PretrainedConfig):

@@ -1,7 +1,6 @@
 """How a request is sampled: its settings as vLLM carries them, and from logits to codes.
 
-Settings travel in ``SamplingParams.extra_args``. Shapes: B requests, V codes, I ids of vLLM's
-vocabulary, T codes of an image.
+Settings travel in ``SamplingParams.extra_args``. Shapes: B requests, V codes, I ids of vLLM.
 """
 
 from __future__ import annotations
@@ -139,9 +138,7 @@ class CodeSampling:
     """
 
     def __init__(self, *, codebook_size: int, first_code: int) -> None:
-        """For a vocabulary in which code c has the id ``first_code`` + c, and the id before the
-        codes ends a sequence.
-        """
+        """Code c has the id ``first_code`` + c; the id before the codes ends a sequence."""
         self.codebook_size = codebook_size
         self.first_code = first_code
         self._settings: list[SamplingConfig] = []
