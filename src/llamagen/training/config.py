@@ -130,7 +130,7 @@ class LoopConfig(_Checked):
     keep_every: int = _at_least(0, 0)
     """Also keep the checkpoints of multiples of this many steps; 0 keeps the latest only."""
     export: bool = True
-    """Write the model's folder with every checkpoint, not only at the end or by `llamagen export`."""
+    """Write the model's folder at every checkpoint, not only at the end or by `llamagen export`."""
     resume: bool = True
     """Continue the run in the output folder, if there is one."""
     max_skipped_steps: int = _at_least(0, 10)
@@ -338,8 +338,7 @@ class TextTraining(_Checked):
     clean_captions: bool = True
     """Clean captions as those that the published models were trained with."""
     length_group: int = _at_least(1, 1)
-    """Number of consecutive batches whose captions are sorted by length and divided again, so that
-    batches have little padding; 1 does not sort."""
+    """Consecutive batches whose captions are sorted by length, against padding; 1 does not sort."""
     text_dim: int = 256
     """Of the small one: width of its features."""
     text_layers: int = 4
@@ -392,7 +391,7 @@ class TransformerTraining(_Checked):
     except that of "no class". Default: random weights."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     tokenizer: str | None = None
-    """Image tokenizer of the codes: folder, checkpoint file or published name. Default: that of `init`."""
+    """Image tokenizer: folder, checkpoint file or published name. Default: that of `init`."""
     out: Path = Path("runs/transformer")
     """Folder of the run: checkpoints, metrics, samples, and the whole model in "pipeline"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)

@@ -112,7 +112,10 @@ class TokenizerTask(Task):
     ) -> None:
         """Make a task for ``model``; a discriminator is initialised from torch's generator."""
         self.recipe, self.images = recipe, images
-        self.data = images.identity
+        self.data = {
+            "the set of training images": images.training.digest(),
+            "the set of validation images": images.validation.digest(),
+        }
         self.model = self.module = accelerate(model)
         if recipe.trained == "decoder":
             for part in (model.encoder, model.quant_conv, model.quantize):

@@ -41,8 +41,7 @@ FIELDS = frozenset(
         *("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path"),
     }
 )
-"""Fields of ``TransformerConfig`` that the plugin's model implements. A model in which any other
-one is not at its default is refused."""
+"""Fields that the plugin's model implements; it is refused if any other is not at its default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +83,7 @@ def temporary_export(
 ) -> Iterator[Path]:
     """Yield a folder as ``export_for_vllm`` writes it; raises the same errors.
 
-    Weights that lie in a model folder are linked to, not copied. A folder that was exported is
-    yielded itself, if ``options`` are None.
+    Weights in a model folder are linked to. An exported folder itself is yielded without ``options``.
     """
     if options is None and not isinstance(source, Transformer) and is_exported(Path(source)):
         yield Path(source)

@@ -42,8 +42,7 @@ class LlamaGenConfig(PretrainedConfig):
     ) -> None:
         """Check the exported values: ``TransformerConfig`` and ``SamplingConfig`` as dictionaries.
 
-        ``streams`` is 2 with guidance, 1 without; with ``negative_prompts`` the unconditional one
-        may have a condition of its own.
+        ``streams`` is 2 with guidance, 1 without; with ``negative_prompts`` both take conditions.
         """
         if streams not in (1, 2):
             raise InputError(f"streams is {streams}, expected 2 (with guidance) or 1 (without)")
