@@ -83,7 +83,7 @@ def temporary_export(
 ) -> Iterator[Path]:
     """Yield a folder as ``export_for_vllm`` writes it; raises the same errors.
 
-    Weights in a model folder are linked to. An exported folder itself is yielded without ``options``.
+    Weights in a model folder are linked to; without ``options`` an exported one is yielded itself.
     """
     if options is None and not isinstance(source, Transformer) and is_exported(Path(source)):
         yield Path(source)
