@@ -40,8 +40,7 @@ def load_tokenizer(
     FileNotFoundError if a file of the folder is missing; InputError if there is no such model, it
     is another one, it is damaged, or it cannot be downloaded.
     """
-    model: ImageTokenizer = _load(ImageTokenizer, locate(source, "tokenizer"), device, dtype)
-    return model
+    return _load(ImageTokenizer, locate(source, "tokenizer"), device, dtype)
 
 
 def load_transformer(
@@ -57,9 +56,7 @@ def load_transformer(
     A checkpoint file may not say the ``grid`` of codes that it was trained on (16 x 16 without it),
     and of no preset's size it does not say the number of query ``heads``.
     """
-    found = locate(source, "transformer")
-    model: Transformer = _load(Transformer, found, device, dtype, grid, heads)
-    return model
+    return _load(Transformer, locate(source, "transformer"), device, dtype, grid, heads)
 
 
 def load_model(
@@ -73,8 +70,7 @@ def load_model(
     """Load whichever of the two models ``source`` is; arguments and errors as for the two."""
     found = locate(source)
     model = ImageTokenizer if found.kind == ImageTokenizer.kind else Transformer
-    loaded: ImageTokenizer | Transformer = _load(model, found, device, dtype, grid, heads)
-    return loaded
+    return _load(model, found, device, dtype, grid, heads)
 
 
 def _load(

@@ -428,8 +428,7 @@ def _read(path: Path, form: Format) -> dict[str, Any]:
 
 
 def _as_json(values: Settings) -> dict[str, Any]:
-    copied: dict[str, Any] = json.loads(json.dumps(values))
-    return copied
+    return json.loads(json.dumps(values))
 
 
 def _filled(values: Settings, missing: Settings) -> dict[str, Any]:

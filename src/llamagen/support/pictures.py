@@ -124,8 +124,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable image ({error})") from error
     if text is None:
         raise InputError(f"{path} does not say how it was made; only PNGs of llamagen generate do")
-    values: dict[str, Any] = json.loads(text)
-    return values
+    return json.loads(text)
 
 
 def _blank(width: int, height: int) -> Image.Image:

@@ -140,8 +140,7 @@ class TextEncoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""
         # T5 has relative positions only, so left padding changes nothing.
-        features: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return features
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     @torch.inference_mode()
     def encode(

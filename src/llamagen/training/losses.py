@@ -79,8 +79,7 @@ def chunked_cross_entropy(
         # What autocast would do to a linear layer; its gradients return in the types given.
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, shares)
-    return loss
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, shares)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -330,5 +330,4 @@ def init_codebook(tokenizer: ImageTokenizer, latents: Tensor) -> None:
 
 def _pixels(images: Tensor) -> np.ndarray:
     """Return images (B, 3, H, W) in [-1, 1] as bytes (B, H, W, 3)."""
-    pixels: np.ndarray = images_to_uint8(images).cpu().movedim(1, -1).numpy()
-    return pixels
+    return images_to_uint8(images).cpu().movedim(1, -1).numpy()

@@ -212,7 +212,7 @@ class TransformerTask(Task):
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the output of ``NextCodeModel.forward``."""
-        loss: Tensor = model(
+        return model(
             batch["input"],
             self._conditioning.model_input(batch),
             batch["codes"],
@@ -220,7 +220,6 @@ class TransformerTask(Task):
             drop_condition=batch.get("drop"),
             weights=batch.get("weights"),
         )
-        return loss
 
     def validate(self) -> dict[str, float]:
         """Return the loss on the held-out images, with their labels or most likely captions."""
