@@ -82,7 +82,6 @@ def _load(
     heads: int | None = None,
 ) -> Any:
     checkpoint, source = found.checkpoint, str(found.path)
-    config: Any
     if checkpoint is None:
         config = model.read_config(found.path)
     elif checkpoint.kind != model.kind:

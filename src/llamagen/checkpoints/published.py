@@ -211,8 +211,7 @@ def _clean_names(stored: Iterable[str], path: Path) -> dict[str, str]:
 
 
 def _kind_of(names: Iterable[str]) -> Kind | None:
-    kinds = (kind for name in names for kind, mark in _MARKS.items() if mark.match(name))
-    return next(kinds, None)
+    return next((kind for name in names for kind, mark in _MARKS.items() if mark.match(name)), None)
 
 
 def _neither(path: Path, content: Mapping[Any, Any]) -> InputError:

@@ -180,8 +180,7 @@ def _planner(
         pixels = limits.max_upload_pixels
         images = [open_upload(files.pop("image"), "image", max_pixels=pixels)]
         if kind == "inpaint":
-            mask = open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False)
-            images.append(mask)
+            images.append(open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False))
         return method(editor, *images, **options)
 
     return plan

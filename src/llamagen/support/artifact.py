@@ -208,8 +208,7 @@ class Artifact:
 
     def finish(self, results: Settings) -> None:
         """Write the manifest; several processes may do so at once."""
-        content = {"plan": self.settings, **results}
-        _write(self.folder / self.form.manifest_name, content, self.form)
+        _write(self.folder / self.form.manifest_name, {"plan": self.settings, **results}, self.form)
         # Left behind by killed processes.
         self._remove(f".{self.form.piece_name}-*.tmp")
 

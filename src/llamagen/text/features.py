@@ -213,8 +213,7 @@ def extract_text(
         start = time.perf_counter()
         count = artifact.make(encode, bar.update)
         seconds = time.perf_counter() - start
-        store = _finish(artifact, unique)
-        return TextExtraction(store=store, captions=count, seconds=seconds)
+        return TextExtraction(store=_finish(artifact, unique), captions=count, seconds=seconds)
 
 
 def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:

@@ -273,8 +273,7 @@ def _latest(folder: Path) -> Checkpoint | None:
         try:
             return _verified(path)
         except _DAMAGE as error:
-            reason = one_line(error)
-            _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
+            _log.warning("checkpoint %s is damaged and passed over (%s)", path, one_line(error))
             # So that it does not count among the latest that are kept.
             path.rename(f"{path}.damaged")
     return None

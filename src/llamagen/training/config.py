@@ -37,8 +37,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _checked(default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
     """Return a field whose values must be ``valid``, or None."""
-    metadata = {"valid": valid, "expected": expected}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"valid": valid, "expected": expected})
 
 
 def _at_least(minimum: int, default: int | None) -> Any:

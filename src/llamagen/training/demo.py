@@ -163,8 +163,7 @@ def _train(
 def enlarged(scan: np.ndarray) -> Image.Image:
     """Return a scan (8, 8) from 0 to 16 as an image of ``SIDE`` pixels, light ink on black."""
     grey = (scan * 255 / _GREYS).round().astype(np.uint8)
-    picture = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return picture.convert("RGB")
+    return Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def _classifier(digits: Digits) -> Callable[[list[Image.Image], np.ndarray], float]:
