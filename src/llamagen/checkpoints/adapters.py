@@ -26,8 +26,7 @@ def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
     """Add an adapter's matrices to the weights of the transformer that it was trained on.
 
     A class table in it replaces the transformer's, and may have another number of classes.
-    FileNotFoundError if the folder or one of its files is missing; InputError if it is no LoRA
-    adapter, is damaged, or belongs to another model.
+    FileNotFoundError if a file is missing; InputError if it is another model's, damaged or no LoRA.
     """
     folder = Path(folder)
     settings = read_json(folder / ADAPTER_CONFIG_NAME)

@@ -69,7 +69,6 @@ class ModelSummary:
     kv_cache: dict[str, int] | None = None
     """Bytes that one image takes with guidance (two sequences), in float32 and bfloat16."""
     grid: Grid | None = None
-    """Rows and columns of codes."""
     codes: int | None = None
     """Codes per image."""
     image_size: tuple[int, int] | None = None

@@ -119,18 +119,17 @@ class PipelineSource:
     tokenizer: Source | None = None
     """None if the source holds a transformer only."""
     labels: Labels | None = None
-    """Class names, if they are known."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     text: TextConfig | None = None
     folder: Path | None = None
-    """The pipeline folder, if it is one."""
 
 
 def locate(source: Source, part: Part | None = None) -> Location:
     """Find a model, and download it if it is not on this machine.
 
-    Without ``part`` it may be either of the two, but no pipeline. InputError if there is no such
-    model, it is the wrong one, or it cannot be downloaded.
+    Without ``part`` it may be either of the two, but no pipeline. FileNotFoundError if a part of a
+    folder is missing; InputError if there is no such model, it is the wrong one, or the download
+    fails.
     """
     found = find_local(source)
     if found is None:
@@ -144,12 +143,10 @@ def locate(source: Source, part: Part | None = None) -> Location:
 
 
 def resolve_pipeline(source: Source) -> PipelineSource:
-    """Find the parts of a pipeline; no model is loaded.
+    """Find the parts of a pipeline; no model is loaded. Errors as of ``locate``.
 
     A hub repository is downloaded, a published file is not. The source of a lone transformer
-    gives a pipeline without an image tokenizer. FileNotFoundError if a part of the folder is
-    missing; InputError if there is no such model, it is an image tokenizer, or it cannot be
-    downloaded.
+    gives a pipeline without an image tokenizer.
     """
     found, name = find_local(source), str(source)
     if found is None:

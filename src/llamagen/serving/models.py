@@ -51,7 +51,6 @@ class Job:
     edit: Edit | None
     """None for images that are drawn from nothing."""
     grid: Grid
-    """Rows and columns of codes of an image."""
     begun: float
     """When it was asked for (``time.perf_counter``)."""
 
@@ -225,8 +224,7 @@ class ServedModel:
     def reserve(self, job: Job) -> ExitStack:
         """Reserve room for a job's images, until the returned context ends.
 
-        InputError if the server never takes so many. HTTPException of status 429 if too many wait
-        now; Retry-After says for how long.
+        InputError if it never can; HTTPException 429, with Retry-After, if it cannot now.
         """
         images = len(job.seeds)
         if images > self.max_in_flight:
@@ -304,7 +302,6 @@ class _RunningJob:
         self._updates: asyncio.Queue[Update | BaseException] = asyncio.Queue()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """See ``ServedModel.updates``."""
         tasks = [asyncio.create_task(self._image(index)) for index in range(self._job.images)]
         try:
             left = len(tasks)

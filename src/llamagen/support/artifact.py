@@ -92,7 +92,6 @@ class Artifact:
     items: int = 0
     """Number of items, such as images."""
     piece_size: int = 1
-    """Items of a piece."""
     rank: int = 0
     """Number of this process, which makes every ``world_size``-th piece."""
     world_size: int = 1

@@ -20,7 +20,6 @@ class Launch:
     local_rank: int = 0
     """Rank among the processes of this machine."""
     world_size: int = 1
-    """Number of processes."""
 
     @classmethod
     def read(cls) -> Launch | None:

@@ -100,7 +100,6 @@ class TextStore:
     """Features of captions, read from the disk on demand."""
 
     def __init__(self, artifact: Artifact, manifest: TextManifest, index: np.ndarray) -> None:
-        """See ``open``, which checks the files."""
         self.folder, self.manifest = artifact.folder, manifest
         self.identity = artifact.identity
         """Depends on the captions and their encoder."""

@@ -36,8 +36,6 @@ from llamagen.support import distributed
 from llamagen.support.errors import InputError, one_line
 
 CHECKPOINTS_NAME = "checkpoints"
-"""Folder of the checkpoints, in the run's folder."""
-
 _TENSORS_NAME = "tensors"
 _STATE_NAME = "state.pt"
 _ABOUT_NAME = "about.json"

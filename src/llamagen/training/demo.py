@@ -51,7 +51,6 @@ class TrainingDemoResult:
     codebook_usage: float
     """Fraction of the codes that occur."""
     bits_per_code: float
-    """Loss in bits."""
     seconds: dict[str, float]
     """Duration of each stage."""
     sheet: str
@@ -93,11 +92,10 @@ def run_training_demo(
 ) -> TrainingDemoResult:
     """Train both models, draw ten of each digit and measure them.
 
-    Stages that were finished or interrupted in ``out`` before are not begun anew.
-
-    ``out`` is the folder for everything the demo makes; ``steps`` are those of the tokenizer and
-    of the transformer, by default what their recipes say; ``say`` takes one line of progress.
-    Raises InputError if ``out`` cannot be written, or scikit-learn is missing.
+    ``out`` is the folder for everything; stages that were finished or interrupted there are not
+    begun anew. ``steps`` are those of the tokenizer and of the transformer, by default what their
+    recipes say; ``say`` takes one line of progress. InputError if scikit-learn is missing, or
+    ``out`` cannot be written.
     """
     storage.require_writable(out)
     digits = load_digits()
@@ -144,8 +142,6 @@ def run_training_demo(
 def _train(
     out: Path, device: str, seed: int, steps: tuple[int, int] | None
 ) -> tuple[TrainingResult, TrainingResult]:
-    """Train the tokenizer, then the transformer."""
-
     def recipe(kind: Any, name: str, steps: int | None, **values: Any) -> Any:
         found = load_recipe(kind, f"digits-{name}")
         steps = found.loop.steps if steps is None else steps

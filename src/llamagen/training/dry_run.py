@@ -124,7 +124,6 @@ def _transformer(recipe: TransformerTraining) -> tuple[_Data, Callable[[], Task]
 
 
 def _transformer_data(recipe: TransformerTraining) -> tuple[_Data, tuple[str, ...]]:
-    """Return the data of a transformer, and the names of its classes."""
     data: _Data = ("none named", None)
     names: tuple[str, ...] = ()
     if recipe.codes is not None:

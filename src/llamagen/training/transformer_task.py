@@ -211,7 +211,6 @@ class TransformerTask(Task):
         return Losses(total=loss, metrics=metrics)
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the output of ``NextCodeModel.forward``."""
         return model(
             batch["input"],
             self._conditioning.model_input(batch),
