@@ -54,9 +54,7 @@ class Guards:
     """ASGI middleware that answers what must not reach the API."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
-        self._app = app
-        self._settings = settings
-        self._gate = gate
+        self._app, self._settings, self._gate = app, settings, gate
         self._running = 0
         self._held = 0
         """Bytes of all bodies that are in memory."""

@@ -78,8 +78,7 @@ class Served:
         self, models: Sequence[ServedModel], metrics: ServerMetrics, settings: ServerSettings
     ) -> None:
         self.models = {model.name: model for model in models}
-        self.metrics = metrics
-        self.settings = settings
+        self.metrics, self.settings = metrics, settings
         self.files = FileStore(lifetime=settings.file_lifetime, memory=settings.file_memory)
 
     def model(self, name: str | None) -> ServedModel:
@@ -234,10 +233,7 @@ class _Images:
     """Images of a request, on their way into its answer."""
 
     def __init__(self, model: ServedModel, job: Job, body: RequestBody, timeout: float) -> None:
-        self._model = model
-        self._job = job
-        self._body = body
-        self._timeout = timeout
+        self._model, self._job, self._body, self._timeout = model, job, body, timeout
         self._kind = body.output_format or "png"
         self._size = model.size_of(job.grid)
 

@@ -160,13 +160,9 @@ class ServedModel:
         metrics: ServerMetrics,
         max_in_flight: int,
     ) -> None:
-        self.name = name
-        self.pipeline = pipeline
-        self.engine = engine
-        self.grid = engine.grid
-        self.created = int(time.time())
-        self.max_in_flight = max_in_flight
-        self.metrics = metrics
+        self.name, self.pipeline, self.engine = name, pipeline, engine
+        self.metrics, self.max_in_flight = metrics, max_in_flight
+        self.grid, self.created = engine.grid, int(time.time())
         self.decoder = ImageDecoder(pipeline.decode)
         self._in_flight = 0
         self._seconds_per_image = 1.0
@@ -296,8 +292,7 @@ class _RunningJob:
     """A job while its images are generated."""
 
     def __init__(self, model: ServedModel, job: Job) -> None:
-        self._model = model
-        self._job = job
+        self._model, self._job = model, job
         self._begun = False
         self._updates: asyncio.Queue[Update | BaseException] = asyncio.Queue()
 

@@ -207,8 +207,7 @@ class TokenConditioning(CaptionConditioning):
 
     def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
         """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
-        self._encoder = encoder
-        self._frozen = frozen
+        self._encoder, self._frozen = encoder, frozen
         self._tokens: dict[str, list[int]] = {}
 
     def model_input(self, batch: Batch) -> Tensor:

@@ -139,8 +139,7 @@ class CodeSampling:
 
     def __init__(self, *, codebook_size: int, first_code: int) -> None:
         """Code c has the id ``first_code`` + c; the id before the codes ends a sequence."""
-        self.codebook_size = codebook_size
-        self.first_code = first_code
+        self.codebook_size, self.first_code = codebook_size, first_code
         self._settings: list[SamplingConfig] = []
         self._sampler: Sampler | None = None
 
