@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from llamagen.config import sampling_settings
@@ -114,7 +115,8 @@ def _add_other_routes(app: FastAPI, served: Served) -> None:
     @app.get("/metrics", response_class=Response, tags=["server"])
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(served.metrics.page(), media_type="text/plain; version=0.0.4")
+        page = generate_latest(served.metrics.registry)
+        return Response(page, media_type="text/plain; version=0.0.4")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

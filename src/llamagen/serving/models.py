@@ -19,7 +19,7 @@ from fastapi import HTTPException
 from PIL import Image
 from torch import Tensor
 
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid, SamplingConfig, sampling_settings
 from llamagen.generation.engine import Engine, EngineError
 from llamagen.generation.request import UNKNOWN
 from llamagen.generation.seeds import one_seed_each
@@ -191,7 +191,8 @@ class ServedModel:
         if body.blend_share is not None and body.blend is None:
             raise InputError("blend_share goes with blend; name what to blend with")
         check_ranking(rank_by, best_of)
-        sampling = self.pipeline.sampling.replace(**body.given_settings())
+        asked = {each.name: getattr(body, each.name) for each in sampling_settings()}
+        sampling = self.pipeline.sampling.replace(**asked)
         loop = asyncio.get_running_loop()
 
         @torch.inference_mode()

@@ -70,11 +70,6 @@ class _Common(BaseModel):
 class RequestBody(_Settings, _Common):  # type: ignore[misc]
     """Body of any request for images."""
 
-    def given_settings(self) -> dict[str, Any]:
-        """Return the sampling settings that were given, by name."""
-        names = {each.name for each in sampling_settings()}
-        return self.model_dump(include=names, exclude_none=True)
-
 
 class _StreamRequest(RequestBody):
     """A request that can be answered by a stream."""

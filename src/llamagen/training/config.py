@@ -316,11 +316,6 @@ class LoraConfig(_Checked):
         super().__post_init__()
         _require(len(self.lora_targets) > 0, "lora_targets is empty; name at least one layer")
 
-    @property
-    def scale(self) -> float:
-        """Factor of the matrices' product."""
-        return self.lora_alpha / self.lora_rank
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTraining(_Checked):
