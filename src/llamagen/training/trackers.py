@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,10 +172,7 @@ class _Wandb(Tracker):
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-}
+TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
 """Called with the run's folder and its plain recipe; InputError if a package is not installed."""
 
 
