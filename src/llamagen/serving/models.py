@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastapi import HTTPException
@@ -79,27 +79,20 @@ class Update:
     done: bool
 
 
-class _Wanted(NamedTuple):
-    """Codes of which someone waits for the image."""
-
-    codes: Sequence[int]
-    grid: Grid
-    future: asyncio.Future[Image.Image]
-
-
 class ImageDecoder:
     """One thread that decodes while the engine goes on."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llamagen-decoder")
-        self._waiting: list[_Wanted] = []
+        self._waiting: dict[Grid, list[tuple[Sequence[int], asyncio.Future[Image.Image]]]] = {}
+        """Codes, and who waits for their image; those of one size are decoded together."""
         self._worker: asyncio.Task[None] | None = None
 
     async def decode(self, codes: Sequence[int], grid: Grid) -> Image.Image:
         """Return the image of the first rows of a grid's codes, grey where the others would be."""
         future: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Wanted(codes, grid, future))
+        self._waiting.setdefault(grid, []).append((codes, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future
@@ -111,22 +104,21 @@ class ImageDecoder:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
-            batch = [each for each in self._waiting if not each.future.done()]
-            self._waiting = []
-            # Images of one size are decoded together.
-            for grid in dict.fromkeys(each.grid for each in batch):
-                group = [each for each in batch if each.grid == grid]
-                codes = [each.codes for each in group]
-                try:
-                    images = await loop.run_in_executor(self._pool, self._images, codes, grid)
-                except Exception as error:  # noqa: BLE001
-                    for each in group:
-                        if not each.future.done():
-                            each.future.set_exception(error)
-                    continue
-                for each, image in zip(group, images, strict=True):
-                    if not each.future.done():
-                        each.future.set_result(image)
+            grid = next(iter(self._waiting))
+            group = [each for each in self._waiting.pop(grid) if not each[1].done()]
+            if not group:
+                continue
+            codes = [codes for codes, _ in group]
+            try:
+                images = await loop.run_in_executor(self._pool, self._images, codes, grid)
+            except Exception as error:  # noqa: BLE001
+                for _, future in group:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), image in zip(group, images, strict=True):
+                if not future.done():
+                    future.set_result(image)
 
     def _images(self, batch: list[Sequence[int]], shape: Grid) -> list[Image.Image]:
         rows, columns = shape

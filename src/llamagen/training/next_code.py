@@ -6,6 +6,7 @@ Shapes: B images, L tokens of the longest caption, T codes, V codebook size, W w
 from __future__ import annotations
 
 import abc
+import functools
 import itertools
 import random
 import re
@@ -208,7 +209,8 @@ class TokenConditioning(CaptionConditioning):
     def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
         """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
         self._encoder, self._frozen = encoder, frozen
-        self._tokens: dict[str, list[int]] = {}
+        # Cleaning takes longer than everything else here, and captions recur every epoch.
+        self._cached_ids = functools.lru_cache(maxsize=_MAX_CACHED)(self._token_ids)
 
     def model_input(self, batch: Batch) -> Tensor:
         """See ``Conditioning``."""
@@ -221,17 +223,11 @@ class TokenConditioning(CaptionConditioning):
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """See ``CaptionConditioning``."""
-        ids, mask = self._encoder.tokens([self._token_ids(text) for text in captions])
+        ids, mask = self._encoder.tokens([self._cached_ids(text) for text in captions])
         return ids, mask, [True] * len(captions)
 
     def _token_ids(self, caption: str) -> list[int]:
-        # Cleaning takes longer than everything else here, and captions recur every epoch.
-        if caption not in self._tokens:
-            if len(self._tokens) == _MAX_CACHED:
-                self._tokens.clear()
-            prepared = self._encoder.prepare(caption)
-            self._tokens[caption] = self._encoder.token_ids([prepared])[0]
-        return self._tokens[caption]
+        return self._encoder.token_ids([self._encoder.prepare(caption)])[0]
 
 
 class FeatureConditioning(CaptionConditioning):
