@@ -346,16 +346,14 @@ class _RunningJob:
         job, (rows, columns) = self._job, self._model.grid
         request = job.condition.request(seed=seed, sampling=job.sampling, known_codes=known)
         name, metrics = self._model.name, self._model.metrics
-        waiting = metrics.waiting.labels(name)
         row_by_row = job.best_of == job.windows == 1
         codes: list[int] = []
         counted = 0
-        waiting.inc()
-        try:
+        with ExitStack() as waiting:
+            waiting.enter_context(metrics.waiting.labels(name).track_inprogress())
             async with aclosing(self._model.engine.stream(request, client=self)) as stream:
                 async for codes in stream:
-                    if counted == 0:
-                        waiting.dec()
+                    waiting.close()
                     if not self._begun:
                         self._begun = True
                         metrics.wait.labels(name).observe(time.perf_counter() - job.begun)
@@ -364,9 +362,6 @@ class _RunningJob:
                     if row_by_row and counted < rows * columns:
                         row = counted // columns
                         self._updates.put_nowait(Update(index, seed, row, codes, done=False))
-        finally:
-            if counted == 0:
-                waiting.dec()
         return codes
 
 

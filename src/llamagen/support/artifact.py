@@ -336,8 +336,8 @@ class Artifact:
     def _changes(self, missing: Settings | None) -> str:
         """Return the differences to the settings on the disk, in words; "" if there are none."""
         form = self.form
-        found = _filled(_read(self.folder / form.settings_name, form), missing or {})
-        before, now = flattened(_as_json(found)), flattened(self.settings)
+        found, now = _read(self.folder / form.settings_name, form), flattened(self.settings)
+        before = flattened(_as_json(missing or {})) | flattened(found)
         names = [
             name
             for name in dict.fromkeys([*now, *before])
@@ -427,15 +427,6 @@ def _read(path: Path, form: Format) -> dict[str, Any]:
 
 def _as_json(values: Settings) -> dict[str, Any]:
     return json.loads(json.dumps(values))
-
-
-def _filled(values: Settings, missing: Settings) -> dict[str, Any]:
-    """Return settings with the missing ones added at every level that exists."""
-    filled = {**missing, **values}
-    for name, value in filled.items():
-        if isinstance(value, Mapping) and isinstance(missing.get(name), Mapping):
-            filled[name] = _filled(value, missing[name])
-    return filled
 
 
 def flattened(values: Settings, prefix: str = "") -> dict[str, Any]:
