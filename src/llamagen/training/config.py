@@ -45,9 +45,7 @@ def _at_least(minimum: int, default: int | None) -> Any:
 
 
 def _weight(default: float | None) -> Any:
-    return _checked(
-        default, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0"
-    )
+    return _checked(default, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 
 
 def _fraction(default: float) -> Any:
@@ -91,7 +89,7 @@ class LoopConfig(_Checked):
     """Images per step, over all processes."""
     gradient_accumulation: int = _at_least(1, 1)
     """Parts of a process's share of a batch, computed one after another; more need less memory."""
-    lr: float = _checked(1e-4, lambda lr: math.isfinite(lr) and lr > 0, "a finite number above 0")
+    lr: float = _checked(1e-4, lambda lr: 0 < lr < math.inf, "a finite number above 0")
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = _checked(
         (0.9, 0.95),
@@ -192,9 +190,7 @@ class ImageConfig(_Checked):
 class AugmentationConfig(_Checked):
     """Augmentation of a training image each time it is read."""
 
-    crop_scale: float = _checked(
-        1.25, lambda scale: math.isfinite(scale) and scale >= 1, "a finite number of at least 1"
-    )
+    crop_scale: float = _checked(1.25, lambda s: 1 <= s < math.inf, "a finite number of at least 1")
     """The short side is resized to between 1 and this times the size before a random crop."""
     flip: bool = True
     """Mirror every other image; not for writing and the like."""
