@@ -136,11 +136,10 @@ class FileStore:
         self._forget_expired()
         name = secrets.token_urlsafe(24)
         self._files[name] = StoredFile(content, media_type, self.clock() + self.lifetime)
-        size = sum(len(file.content) for file in self._files.values())
-        for old in list(self._files)[:-1]:
-            if size <= self.memory:
-                break
-            size -= len(self._files.pop(old).content)
+        sizes = [len(file.content) for file in self._files.values()]
+        while len(sizes) > 1 and sum(sizes) > self.memory:
+            sizes.pop(0)
+            del self._files[next(iter(self._files))]
         return name
 
     def get(self, name: str) -> StoredFile | None:

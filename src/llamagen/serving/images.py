@@ -317,8 +317,8 @@ class _Images:
     async def _file(self, update: Update) -> bytes:
         image = await self._model.image(self._job, update)
         metadata = self._model.metadata(self._job, update.seed)
-        quality = self._body.output_compression
-        quality = 90 if quality is None else quality
+        compression = self._body.output_compression
+        quality = 90 if compression is None else compression
         return await asyncio.to_thread(
             image_bytes, image, self._kind, quality=quality, metadata=metadata
         )

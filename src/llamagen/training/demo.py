@@ -88,14 +88,12 @@ def run_training_demo(
     device: str = "auto",
     seed: int = 0,
     steps: tuple[int, int] | None = None,
-    say: Callable[[str], None] = print,
 ) -> TrainingDemoResult:
     """Train both models, draw ten of each digit and measure them.
 
     ``out`` is the folder for everything; stages that were finished or interrupted there are not
     begun anew. ``steps`` are those of the tokenizer and of the transformer, by default what their
-    recipes say; ``say`` takes one line of progress. InputError if scikit-learn is missing, or
-    ``out`` cannot be written.
+    recipes say. InputError if scikit-learn is missing, or ``out`` cannot be written.
     """
     storage.require_writable(out)
     digits = load_digits()
@@ -103,7 +101,7 @@ def run_training_demo(
     data = out / "digits"
     _write_tree(data / "train", digits.train, digits.train_labels)
     _write_tree(data / "held-out", digits.held_out, digits.held_out_labels)
-    say(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
+    print(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
     seconds = {"data": time.perf_counter() - start}
     tokenizer, transformer = _train(out, device, seed, steps)
     seconds |= {"tokenizer": tokenizer.seconds, "transformer": transformer.seconds}
