@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import abc
 import functools
-import itertools
 import random
 import re
 from collections.abc import Sequence
@@ -190,9 +189,9 @@ class CaptionConditioning(Conditioning, abc.ABC):
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""
         some = rows[:: max(1, len(rows) // _CHECKED_IMAGES)]
-        captions = itertools.chain.from_iterable(captions_of_rows(store, some))
-        texts = [caption.text for caption in captions]
-        if len(some) and not (texts and any(self.texts(texts)[2])):
+        captioned = filter(None, captions_of_rows(store, some))
+        usable = (self.texts([each.text for each in captions])[2] for captions in captioned)
+        if len(some) and not any(map(any, usable)):
             raise InputError(
                 f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
                 f"name the columns with `caption_columns` and make the codes again"
