@@ -136,13 +136,8 @@ class CheckpointWriter:
         assert isinstance(writing, Future)
         self._saving = writing
         if distributed.is_main():
-            about = {
-                "step": step,
-                "llamagen": version("llamagen"),
-                "torch": torch.__version__,
-                "processes": distributed.world_size(),
-                **about,
-            }
+            versions = {"llamagen": version("llamagen"), "torch": torch.__version__}
+            about = {"step": step, **versions, "processes": distributed.world_size(), **about}
             self._saving = self._thread.submit(self._finish, writing, temporary, path, about)
 
     def wait(self) -> None:

@@ -93,7 +93,7 @@ class LoopConfig(_Checked):
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = _checked(
         (0.9, 0.95),
-        lambda betas: all(0 <= beta < 1 for beta in betas),
+        lambda betas: all(0 <= b < 1 for b in betas),
         "two numbers from 0 up to below 1",
     )
     """Decay of Adam's two running means."""
