@@ -128,8 +128,7 @@ def locate(source: Source, part: Part | None = None) -> Location:
     """Find a model, and download it if it is not on this machine.
 
     Without ``part`` it may be either of the two, but no pipeline. FileNotFoundError if a part of a
-    folder is missing; InputError if there is no such model, it is the wrong one, or the download
-    fails.
+    folder is missing; InputError if there is no such model, it is another one, or not downloaded.
     """
     found = find_local(source)
     if found is None:
