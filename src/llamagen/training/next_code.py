@@ -189,9 +189,7 @@ class CaptionConditioning(Conditioning, abc.ABC):
     def check(self, store: CodeSource, rows: np.ndarray) -> None:
         """See ``Conditioning``."""
         some = rows[:: max(1, len(rows) // _CHECKED_IMAGES)]
-        captioned = filter(None, captions_of_rows(store, some))
-        usable = (self.texts([each.text for each in captions])[2] for captions in captioned)
-        if len(some) and not any(map(any, usable)):
+        if len(some) and not any(map(self._is_usable, captions_of_rows(store, some))):
             raise InputError(
                 f"of {len(some)} images in {store.folder}, none has a caption that can be used; "
                 f"name the columns with `caption_columns` and make the codes again"
@@ -200,6 +198,9 @@ class CaptionConditioning(Conditioning, abc.ABC):
     @abc.abstractmethod
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """Return tokens or features of captions, their mask, and which of them are usable."""
+
+    def _is_usable(self, captions: Captions) -> bool:
+        return bool(captions)
 
 
 class TokenConditioning(CaptionConditioning):
@@ -242,6 +243,9 @@ class FeatureConditioning(CaptionConditioning):
         texts, mask = padded(found)
         mask[:, -1] = True
         return texts, mask, [len(each) > 0 for each in found]
+
+    def _is_usable(self, captions: Captions) -> bool:
+        return any(len(f) for f in self._features.features([each.text for each in captions]))
 
 
 def most_likely_caption(captions: Captions) -> str:
