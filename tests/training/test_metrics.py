@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llamagen.support.errors import InputError
-from llamagen.training.losses import Term, bits, mean_psnr, total_loss
+from llamagen.training.losses import Term, mean_psnr, total_loss
 from llamagen.training.metrics import CodebookUsage, Meter
 from llamagen.training.optimizer import Ema
 from llamagen.training.trackers import MetricsLog, draw_curves, read_metrics
@@ -125,10 +125,6 @@ def test_mean_psnr():
     expected = (20 * torch.log10(torch.tensor(2 / 0.2)) + 100) / 2
     assert float(mean_psnr(off, images)) == pytest.approx(float(expected), abs=1e-3)
     assert float(mean_psnr(images + 5, images + 1)) == pytest.approx(100, abs=1e-3)
-
-
-def test_bits():
-    assert float(bits(torch.tensor(2.0).log())) == pytest.approx(1.0)
 
 
 def test_curves(tmp_path):

@@ -15,9 +15,9 @@ def test_heads_begin_by_looking_at_neighbours():
     numbers = torch.Generator().manual_seed(0)
     for name, parameter in encoder.named_parameters():
         assert init_encoder_tensor(f"encoder.{name}", parameter, numbers, config)
-    tokens = encoder.tokens([list(range(10, 30))])
+    ids, mask = encoder.tokens([list(range(10, 30))])
     encoder.model.set_attn_implementation("eager")
-    output = encoder.model(tokens.ids, attention_mask=tokens.mask, output_attentions=True)
+    output = encoder.model(ids, attention_mask=mask, output_attentions=True)
     (attention,) = output.attentions
     middle = attention[0, :, 10]
     # One left, one right, two left, two right, three left; the last looks everywhere.

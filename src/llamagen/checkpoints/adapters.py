@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llamagen.config import read_json
 from llamagen.models.transformer import Transformer
@@ -26,8 +26,7 @@ def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
     """Add an adapter's matrices to the weights of the transformer that it was trained on.
 
     A class table in it replaces the transformer's, and may have another number of classes.
-    FileNotFoundError if the folder or one of its files is missing; InputError if it is no LoRA
-    adapter, is damaged, or belongs to another model.
+    FileNotFoundError if a file is missing; InputError if it is another model's, damaged or no LoRA.
     """
     folder = Path(folder)
     settings = read_json(folder / ADAPTER_CONFIG_NAME)
@@ -49,21 +48,15 @@ def merge_adapter(transformer: Transformer, folder: Path | str) -> None:
             # In float32: rounding once is better than twice.
             change = scale * (up.float() @ down.float())
             layer.weight.copy_(layer.weight.float().cpu() + change)
-    if _CLASS_TABLE in tensors:
-        replace_class_table(transformer, tensors[_CLASS_TABLE])
-
-
-@torch.no_grad()
-def replace_class_table(transformer: Transformer, table: Tensor) -> None:
-    """Replace the classes: ``table`` is (classes + 1, D), its last row that of "no class"."""
-    classes = table.shape[0] - 1
-    transformer.config = dataclasses.replace(transformer.config, num_classes=classes)
-    condition = transformer.cls_embedding
-    assert isinstance(condition, ClassCondition)
-    condition.num_classes = classes
-    weight = condition.embedding_table.weight
-    condition.embedding_table = nn.Embedding(classes + 1, table.shape[1]).to(weight)
-    condition.embedding_table.weight.copy_(table)
+    if (table := tensors.get(_CLASS_TABLE)) is not None:
+        classes = len(table) - 1  # the last row is that of "no class"
+        transformer.config = dataclasses.replace(transformer.config, num_classes=classes)
+        condition = transformer.cls_embedding
+        assert isinstance(condition, ClassCondition)
+        condition.num_classes = classes
+        weight = condition.embedding_table.weight
+        condition.embedding_table = nn.Embedding(*table.shape).to(weight)
+        condition.embedding_table.weight.copy_(table)
 
 
 def _check(transformer: Transformer, shapes: dict[str, tuple[int, ...]], source: str) -> None:

@@ -65,7 +65,6 @@ class ModelSummary:
     kv_cache: dict[str, int] | None = None
     """Bytes that one image takes with guidance (two sequences), in float32 and bfloat16."""
     grid: Grid | None = None
-    """Rows and columns of codes."""
     codes: int | None = None
     """Codes per image."""
     image_size: tuple[int, int] | None = None
@@ -108,20 +107,13 @@ def describe_model(source: Source) -> ModelSummary:
         image_size = (factor * config.grid[0], factor * config.grid[1])
     if found.text is not None:
         parts.append(_text_encoder(found.text.encoder))
-    sizes = [part.disk_bytes for part in parts if part.disk_bytes is not None]
-    # Index, class names, model card.
-    beside = 0 if found.folder is None else _bytes_of(found.folder.iterdir())
     positions = config.condition_length + config.num_codes
     is_class = config.condition == "class"
-    return ModelSummary(
-        name=found.name,
-        parts=tuple(parts),
-        parameters=sum(part.parameters or 0 for part in parts),
-        disk_bytes=sum(sizes) + beside if sizes else None,
-        memory={
-            precision: sum(part.memory.get(precision, 0) for part in parts)
-            for precision in parts[0].memory
-        },
+    return _summary(
+        found.name,
+        *parts,
+        # Index, class names, model card.
+        beside=0 if found.folder is None else _bytes_of(found.folder.iterdir()),
         kv_cache={
             dtype_name(dtype): 2 * KVCache.bytes_per_sequence(config, positions, dtype)
             for dtype in (torch.float32, torch.bfloat16, torch.int8)
@@ -156,16 +148,26 @@ def _cached(repo: str, file: str) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
+def _summary(name: str, *parts: PartSummary, beside: int = 0, **more: Any) -> ModelSummary:
+    """Return a summary with the sums over its parts, and the bytes of files ``beside`` them."""
+    sizes = [part.disk_bytes for part in parts if part.disk_bytes is not None]
+    return ModelSummary(
+        name=name,
+        parts=parts,
+        parameters=sum(part.parameters or 0 for part in parts),
+        disk_bytes=sum(sizes) + beside if sizes else None,
+        memory={
+            precision: sum(part.memory.get(precision, 0) for part in parts)
+            for precision in parts[0].memory
+        },
+        **more,
+    )
+
+
 def _alone(name: str, part: PartSummary) -> ModelSummary:
     """Return the summary of a model that is no pipeline."""
     memory: dict[Precision, int] = {p: size for p, size in part.memory.items() if p != "int8"}
-    return ModelSummary(
-        name=name,
-        parts=(dataclasses.replace(part, memory=memory),),
-        parameters=part.parameters or 0,
-        disk_bytes=part.disk_bytes,
-        memory=memory,
-    )
+    return _summary(name, dataclasses.replace(part, memory=memory))
 
 
 def _model(source: Source, part: Part) -> tuple[ImageTokenizer | Transformer, PartSummary]:

@@ -1,6 +1,6 @@
 """Loading of either model from a folder, a file or a name.
 
-A checkpoint file has no configuration: it is inferred from the shapes of its weights and from the
+The configuration of a checkpoint file is inferred from the shapes of its weights and from the
 arguments stored with them.
 """
 
@@ -33,21 +33,14 @@ _log = logging.getLogger(__name__)
 def load_tokenizer(
     source: Source, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> ImageTokenizer:
-    """Load an image tokenizer.
+    """Load an image tokenizer; ``dtype`` None keeps the precision of its file.
 
-    Args:
-        source: a model folder or the pipeline folder around it, a checkpoint file (.pt,
-            .safetensors), a published name such as "vq-16", or a hub repository "owner/name".
-        device: where the weights go.
-        dtype: their precision; None keeps the stored one.
-
-    Raises:
-        FileNotFoundError: a file of the folder is missing.
-        InputError: there is no such model, it is another one, it is damaged, or it cannot be
-            downloaded.
+    ``source`` is a model folder or the pipeline folder around it, a checkpoint file (.pt,
+    .safetensors), a published name such as "vq-16", or a hub repository "owner/name".
+    FileNotFoundError if a file of the folder is missing; InputError if there is no such model, it
+    is another one, it is damaged, or it cannot be downloaded.
     """
-    model: ImageTokenizer = _load(ImageTokenizer, locate(source, "tokenizer"), device, dtype)
-    return model
+    return _load(ImageTokenizer, locate(source, "tokenizer"), device, dtype)
 
 
 def load_transformer(
@@ -63,9 +56,7 @@ def load_transformer(
     A checkpoint file may not say the ``grid`` of codes that it was trained on (16 x 16 without it),
     and of no preset's size it does not say the number of query ``heads``.
     """
-    found = locate(source, "transformer")
-    model: Transformer = _load(Transformer, found, device, dtype, grid, heads)
-    return model
+    return _load(Transformer, locate(source, "transformer"), device, dtype, grid, heads)
 
 
 def load_model(
@@ -79,8 +70,7 @@ def load_model(
     """Load whichever of the two models ``source`` is; arguments and errors as for the two."""
     found = locate(source)
     model = ImageTokenizer if found.kind == ImageTokenizer.kind else Transformer
-    loaded: ImageTokenizer | Transformer = _load(model, found, device, dtype, grid, heads)
-    return loaded
+    return _load(model, found, device, dtype, grid, heads)
 
 
 def _load(
@@ -92,7 +82,6 @@ def _load(
     heads: int | None = None,
 ) -> Any:
     checkpoint, source = found.checkpoint, str(found.path)
-    config: Any
     if checkpoint is None:
         config = model.read_config(found.path)
     elif checkpoint.kind != model.kind:

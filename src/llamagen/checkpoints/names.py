@@ -24,14 +24,11 @@ class PublicModel:
 
     name: str
     repo: str
-    """Repository on the hub."""
     file: str
-    """File in the repository."""
     kind: Kind = "transformer"
     preset: str
     """Architecture, in ``TOKENIZER_PRESETS`` or ``TRANSFORMER_PRESETS``."""
     condition: Literal["class", "text"] = "class"
-    """Condition of a transformer."""
     grid: Grid = (16, 16)
     """Rows and columns of codes that a transformer was trained on: its images' sides / 16."""
     tokenizer: str | None = None
@@ -39,7 +36,6 @@ class PublicModel:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """Settings of a transformer's published demo."""
     text: TextConfig | None = None
-    """Text encoder of a transformer conditioned on text."""
 
     @property
     def config(self) -> TokenizerConfig | TransformerConfig:
@@ -89,7 +85,6 @@ PUBLIC_MODELS: tuple[PublicModel, ...] = (
     _ar(_T2I, "t2i-XL-256", "t2i_XL_stage1_256.pt", "XL", 16),
     _ar(_T2I, "t2i-XL-512", "t2i_XL_stage2_512.pt", "XL", 32),
 )
-"""Every published model."""
 
 
 def demo_sampling(condition: Literal["class", "text"]) -> SamplingConfig:

@@ -50,8 +50,7 @@ def load_pickle(path: Path, *, mapped: bool) -> Any:
     """Load what torch.save wrote, on the CPU; InputError if it is damaged, or asks for code to run.
 
     Only tensors, plain containers, numbers, strings and ``argparse.Namespace`` are built. With
-    ``mapped``, for files that begin with ``ZIP_MAGIC``, tensors stay in the file until they are
-    read.
+    ``mapped``, for files that begin with ``ZIP_MAGIC``, tensors stay in the file until read.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -212,8 +211,7 @@ def _clean_names(stored: Iterable[str], path: Path) -> dict[str, str]:
 
 
 def _kind_of(names: Iterable[str]) -> Kind | None:
-    kinds = (kind for name in names for kind, mark in _MARKS.items() if mark.match(name))
-    return next(kinds, None)
+    return next((kind for name in names for kind, mark in _MARKS.items() if mark.match(name)), None)
 
 
 def _neither(path: Path, content: Mapping[Any, Any]) -> InputError:

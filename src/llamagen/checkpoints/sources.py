@@ -1,7 +1,6 @@
 """Finding a model by a folder, a file, a name or a hub repository; downloads if need be.
 
-Progress, retries and the environment variables HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE of downloads
-are huggingface_hub's own.
+Progress, retries and variables (HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE) are huggingface_hub's own.
 """
 
 from __future__ import annotations
@@ -69,10 +68,9 @@ def write_index(folder: Path | str, index: PipelineIndex) -> None:
 
 
 def read_index(folder: Path | str) -> PipelineIndex:
-    """Read ``model_index.json``.
+    """Read ``model_index.json``, which must be there.
 
-    FileNotFoundError if there is none; InputError if it is damaged, of another program, or of a
-    newer version of this one.
+    InputError if it is damaged, of another program, or of a newer version of this one.
     """
     path = Path(folder) / INDEX_NAME
     values = read_json(path)
@@ -122,18 +120,16 @@ class PipelineSource:
     tokenizer: Source | None = None
     """None if the source holds a transformer only."""
     labels: Labels | None = None
-    """Class names, if they are known."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     text: TextConfig | None = None
     folder: Path | None = None
-    """The pipeline folder, if it is one."""
 
 
 def locate(source: Source, part: Part | None = None) -> Location:
     """Find a model, and download it if it is not on this machine.
 
-    Without ``part`` it may be either of the two, but no pipeline. InputError if there is no such
-    model, it is the wrong one, or it cannot be downloaded.
+    Without ``part`` it may be either of the two, but no pipeline. FileNotFoundError if a part of a
+    folder is missing; InputError if there is no such model, it is another one, or not downloaded.
     """
     found = find_local(source)
     if found is None:
@@ -147,12 +143,10 @@ def locate(source: Source, part: Part | None = None) -> Location:
 
 
 def resolve_pipeline(source: Source) -> PipelineSource:
-    """Find the parts of a pipeline; no model is loaded.
+    """Find the parts of a pipeline; no model is loaded. Errors as of ``locate``.
 
     A hub repository is downloaded, a published file is not. The source of a lone transformer
-    gives a pipeline without an image tokenizer. FileNotFoundError if a part of the folder is
-    missing; InputError if there is no such model, it is an image tokenizer, or it cannot be
-    downloaded.
+    gives a pipeline without an image tokenizer.
     """
     found, name = find_local(source), str(source)
     if found is None:

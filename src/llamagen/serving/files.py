@@ -5,6 +5,7 @@ Nothing of a form reaches the file system, whatever its size.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import secrets
 import sys
@@ -117,32 +118,28 @@ class StoredFile(NamedTuple):
     expires: float
 
 
+@dataclasses.dataclass(kw_only=True)
 class FileStore:
     """Holds files, under names nobody can guess, until they expire or newer ones need their memory.
 
-    A file is kept for ``lifetime`` seconds; all of them may take ``memory`` bytes. Not for several
-    threads.
+    A file is kept for ``lifetime`` seconds; all may take ``memory`` bytes. Not for several threads.
     """
 
-    def __init__(
-        self, *, lifetime: float, memory: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._lifetime = lifetime
-        self._memory = memory
-        self._clock = clock
-        self._files: dict[str, StoredFile] = {}
-        """The oldest first."""
+    lifetime: float
+    memory: int
+    clock: Callable[[], float] = time.monotonic
+    _files: dict[str, StoredFile] = dataclasses.field(default_factory=dict, init=False)
+    """The oldest first."""
 
     def add(self, content: bytes, media_type: str) -> str:
         """Keep a file; return its name."""
         self._forget_expired()
         name = secrets.token_urlsafe(24)
-        self._files[name] = StoredFile(content, media_type, self._clock() + self._lifetime)
-        size = sum(len(file.content) for file in self._files.values())
-        for old in list(self._files)[:-1]:
-            if size <= self._memory:
-                break
-            size -= len(self._files.pop(old).content)
+        self._files[name] = StoredFile(content, media_type, self.clock() + self.lifetime)
+        sizes = [len(file.content) for file in self._files.values()]
+        while len(sizes) > 1 and sum(sizes) > self.memory:
+            sizes.pop(0)
+            del self._files[next(iter(self._files))]
         return name
 
     def get(self, name: str) -> StoredFile | None:
@@ -151,5 +148,5 @@ class FileStore:
         return self._files.get(name)
 
     def _forget_expired(self) -> None:
-        now = self._clock()
+        now = self.clock()
         self._files = {name: file for name, file in self._files.items() if file.expires > now}

@@ -54,9 +54,7 @@ class Guards:
     """ASGI middleware that answers what must not reach the API."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings, gate: Gate) -> None:
-        self._app = app
-        self._settings = settings
-        self._gate = gate
+        self._app, self._settings, self._gate = app, settings, gate
         self._running = 0
         self._held = 0
         """Bytes of all bodies that are in memory."""
@@ -101,24 +99,23 @@ class Guards:
 
     async def _read(self, receive: Receive, body: _Body, *, is_upload: bool) -> JSONResponse | None:
         """Read a whole body, whatever length it said; or return why not."""
+        more = True
         try:
             async with asyncio.timeout(_BODY_SECONDS):
-                while True:
+                while more:
                     message = await receive()
-                    part = message.get("body", b"")
+                    part, more = message.get("body", b""), message.get("more_body", False)
                     body.parts.append(part)
                     body.length += len(part)
                     self._held += len(part)
                     if body.length > body.limit:
                         return _refused(413, f"the body has more than {body.limit} bytes")
                     if is_upload and self._held > self._settings.max_upload_memory:
-                        return _refused(
-                            429, "too many images are being sent at once; try again later"
-                        )
-                    if message["type"] != "http.request" or not message.get("more_body", False):
-                        return None
+                        busy = "too many images are being sent at once; try again later"
+                        return _refused(429, busy)
         except TimeoutError:
             return _refused(408, f"the body did not come within {_BODY_SECONDS} seconds")
+        return None
 
 
 def error_body(

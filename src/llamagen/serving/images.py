@@ -78,8 +78,7 @@ class Served:
         self, models: Sequence[ServedModel], metrics: ServerMetrics, settings: ServerSettings
     ) -> None:
         self.models = {model.name: model for model in models}
-        self.metrics = metrics
-        self.settings = settings
+        self.metrics, self.settings = metrics, settings
         self.files = FileStore(lifetime=settings.file_lifetime, memory=settings.file_memory)
 
     def model(self, name: str | None) -> ServedModel:
@@ -180,8 +179,7 @@ def _planner(
         pixels = limits.max_upload_pixels
         images = [open_upload(files.pop("image"), "image", max_pixels=pixels)]
         if kind == "inpaint":
-            mask = open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False)
-            images.append(mask)
+            images.append(open_upload(files.pop("mask"), "mask", max_pixels=pixels, convert=False))
         return method(editor, *images, **options)
 
     return plan
@@ -235,10 +233,7 @@ class _Images:
     """Images of a request, on their way into its answer."""
 
     def __init__(self, model: ServedModel, job: Job, body: RequestBody, timeout: float) -> None:
-        self._model = model
-        self._job = job
-        self._body = body
-        self._timeout = timeout
+        self._model, self._job, self._body, self._timeout = model, job, body, timeout
         self._kind = body.output_format or "png"
         self._size = model.size_of(job.grid)
 
@@ -322,8 +317,8 @@ class _Images:
     async def _file(self, update: Update) -> bytes:
         image = await self._model.image(self._job, update)
         metadata = self._model.metadata(self._job, update.seed)
-        quality = self._body.output_compression
-        quality = 90 if quality is None else quality
+        compression = self._body.output_compression
+        quality = 90 if compression is None else compression
         return await asyncio.to_thread(
             image_bytes, image, self._kind, quality=quality, metadata=metadata
         )

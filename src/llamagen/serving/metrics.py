@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 _Metric = TypeVar("_Metric", bound=MetricWrapperBase)
@@ -40,7 +40,3 @@ class ServerMetrics:
         """Count a step of the engine; any thread may call it."""
         self.batch.labels(model).observe(images)
         self.step.labels(model).observe(seconds)
-
-    def page(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
-        return generate_latest(self.registry)

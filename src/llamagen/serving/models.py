@@ -1,8 +1,7 @@
 """A served model: pipeline, engine and decoder; the images of requests while they are generated.
 
 Images of a request are generated side by side, each the best of some candidates. One that has
-candidates, or is generated in several windows, is reported once, when it is done; other images
-also row by row.
+candidates, or several windows, is reported once, when it is done; other images also row by row.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from fastapi import HTTPException
 from PIL import Image
 from torch import Tensor
 
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid, SamplingConfig, sampling_settings
 from llamagen.generation.engine import Engine, EngineError
 from llamagen.generation.request import UNKNOWN, one_seed_each
 from llamagen.pipeline import Pipeline
@@ -51,7 +50,6 @@ class Job:
     edit: Edit | None
     """None for images that are drawn from nothing."""
     grid: Grid
-    """Rows and columns of codes of an image."""
     begun: float
     """When it was asked for (``time.perf_counter``)."""
 
@@ -80,27 +78,20 @@ class Update:
     done: bool
 
 
-class _Wanted(NamedTuple):
-    """Codes of which someone waits for the image."""
-
-    codes: Sequence[int]
-    grid: Grid
-    future: asyncio.Future[Image.Image]
-
-
 class ImageDecoder:
     """One thread that decodes while the engine goes on."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode = decode
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llamagen-decoder")
-        self._waiting: list[_Wanted] = []
+        self._waiting: dict[Grid, list[tuple[Sequence[int], asyncio.Future[Image.Image]]]] = {}
+        """Codes, and who waits for their image; those of one size are decoded together."""
         self._worker: asyncio.Task[None] | None = None
 
     async def decode(self, codes: Sequence[int], grid: Grid) -> Image.Image:
         """Return the image of the first rows of a grid's codes, grey where the others would be."""
         future: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Wanted(codes, grid, future))
+        self._waiting.setdefault(grid, []).append((codes, future))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return await future
@@ -112,22 +103,21 @@ class ImageDecoder:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._waiting:
-            batch = [each for each in self._waiting if not each.future.done()]
-            self._waiting = []
-            # Images of one size are decoded together.
-            for grid in dict.fromkeys(each.grid for each in batch):
-                group = [each for each in batch if each.grid == grid]
-                codes = [each.codes for each in group]
-                try:
-                    images = await loop.run_in_executor(self._pool, self._images, codes, grid)
-                except Exception as error:  # noqa: BLE001
-                    for each in group:
-                        if not each.future.done():
-                            each.future.set_exception(error)
-                    continue
-                for each, image in zip(group, images, strict=True):
-                    if not each.future.done():
-                        each.future.set_result(image)
+            grid = next(iter(self._waiting))
+            group = [each for each in self._waiting.pop(grid) if not each[1].done()]
+            if not group:
+                continue
+            codes = [codes for codes, _ in group]
+            try:
+                images = await loop.run_in_executor(self._pool, self._images, codes, grid)
+            except Exception as error:  # noqa: BLE001
+                for _, future in group:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), image in zip(group, images, strict=True):
+                if not future.done():
+                    future.set_result(image)
 
     def _images(self, batch: list[Sequence[int]], shape: Grid) -> list[Image.Image]:
         rows, columns = shape
@@ -161,13 +151,9 @@ class ServedModel:
         metrics: ServerMetrics,
         max_in_flight: int,
     ) -> None:
-        self.name = name
-        self.pipeline = pipeline
-        self.engine = engine
-        self.grid = engine.grid
-        self.created = int(time.time())
-        self.max_in_flight = max_in_flight
-        self.metrics = metrics
+        self.name, self.pipeline, self.engine = name, pipeline, engine
+        self.metrics, self.max_in_flight = metrics, max_in_flight
+        self.grid, self.created = engine.grid, int(time.time())
         self.decoder = ImageDecoder(pipeline.decode)
         self._in_flight = 0
         self._seconds_per_image = 1.0
@@ -196,7 +182,8 @@ class ServedModel:
         if body.blend_share is not None and body.blend is None:
             raise InputError("blend_share goes with blend; name what to blend with")
         check_ranking(rank_by, best_of)
-        sampling = self.pipeline.sampling.replace(**body.given_settings())
+        asked = {each.name: getattr(body, each.name) for each in sampling_settings()}
+        sampling = self.pipeline.sampling.replace(**asked)
         loop = asyncio.get_running_loop()
 
         @torch.inference_mode()
@@ -225,9 +212,7 @@ class ServedModel:
     def reserve(self, job: Job) -> ExitStack:
         """Reserve room for a job's images, until the returned context ends.
 
-        Raises:
-            InputError: the server never takes so many.
-            HTTPException: of status 429, too many wait now; Retry-After says for how long.
+        InputError if it never can; HTTPException 429, with Retry-After, if it cannot now.
         """
         images = len(job.seeds)
         if images > self.max_in_flight:
@@ -299,13 +284,11 @@ class _RunningJob:
     """A job while its images are generated."""
 
     def __init__(self, model: ServedModel, job: Job) -> None:
-        self._model = model
-        self._job = job
+        self._model, self._job = model, job
         self._begun = False
         self._updates: asyncio.Queue[Update | BaseException] = asyncio.Queue()
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """See ``ServedModel.updates``."""
         tasks = [asyncio.create_task(self._image(index)) for index in range(self._job.images)]
         try:
             left = len(tasks)
@@ -362,16 +345,14 @@ class _RunningJob:
         job, (rows, columns) = self._job, self._model.grid
         request = job.condition.request(seed=seed, sampling=job.sampling, known_codes=known)
         name, metrics = self._model.name, self._model.metrics
-        waiting = metrics.waiting.labels(name)
         row_by_row = job.best_of == job.windows == 1
         codes: list[int] = []
         counted = 0
-        waiting.inc()
-        try:
+        with ExitStack() as waiting:
+            waiting.enter_context(metrics.waiting.labels(name).track_inprogress())
             async with aclosing(self._model.engine.stream(request, client=self)) as stream:
                 async for codes in stream:
-                    if counted == 0:
-                        waiting.dec()
+                    waiting.close()
                     if not self._begun:
                         self._begun = True
                         metrics.wait.labels(name).observe(time.perf_counter() - job.begun)
@@ -380,9 +361,6 @@ class _RunningJob:
                     if row_by_row and counted < rows * columns:
                         row = counted // columns
                         self._updates.put_nowait(Update(index, seed, row, codes, done=False))
-        finally:
-            if counted == 0:
-                waiting.dec()
         return codes
 
 

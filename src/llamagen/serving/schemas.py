@@ -15,25 +15,22 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _optional(description: str, **limits: Any) -> Any:
+    return Field(None, description=description, **limits)
+
+
 def _setting_field(setting: Setting) -> Any:
     """Type and declaration of a request's field for a sampling setting, None by default."""
-    limits: dict[str, Any] = {
-        "gt" if setting.exclusive_minimum else "ge": setting.minimum,
-        "le": setting.maximum,
-        "allow_inf_nan": False if setting.type is float else None,
-    }
-    given = {name: value for name, value in limits.items() if value is not None}
-    description = f"{setting.help} Default: the model's own."
-    return setting.annotation | None, Field(default=None, description=description, **given)
+    lower = "gt" if setting.exclusive_minimum else "ge"
+    finite = {"allow_inf_nan": False} if setting.type is float else {}
+    limits = {lower: setting.minimum, "le": setting.maximum, **finite}
+    annotation = setting.annotation | None
+    return annotation, _optional(f"{setting.help} Default: the model's own.", **limits)
 
 
 _Settings: Any = create_model(
     "Settings", **{each.name: _setting_field(each) for each in sampling_settings()}
 )
-
-
-def _optional(description: str, **limits: Any) -> Any:
-    return Field(None, description=description, **limits)
 
 
 class _Common(BaseModel):
@@ -69,11 +66,6 @@ class _Common(BaseModel):
 
 class RequestBody(_Settings, _Common):  # type: ignore[misc]
     """Body of any request for images."""
-
-    def given_settings(self) -> dict[str, Any]:
-        """Return the sampling settings that were given, by name."""
-        names = {each.name for each in sampling_settings()}
-        return self.model_dump(include=names, exclude_none=True)
 
 
 class _StreamRequest(RequestBody):

@@ -18,9 +18,8 @@ _log = logging.getLogger(__name__)
 class Server(uvicorn.Server):
     """A server that finishes what runs, and refuses what is new, on a first SIGTERM or interrupt.
 
-    uvicorn closes its socket and waits for the requests that it has; connections that are kept
-    open get a 503 in the meantime, and ``/ready`` tells load balancers. A second signal ends it
-    at once.
+    uvicorn closes its socket and waits for the requests that it has; connections that stay open
+    get a 503 meanwhile, and ``/ready`` tells load balancers. A second signal ends it at once.
     """
 
     def __init__(self, config: uvicorn.Config, app: FastAPI) -> None:

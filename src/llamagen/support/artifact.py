@@ -15,8 +15,7 @@ To make one, or to resume::
         if artifact.is_done():
             artifact.finish({"total": 17})
 
-Every file appears whole (``storage.atomic_file``). Processes share the pieces by number, without
-communication.
+Every file appears whole (``storage.atomic_file``). Processes share pieces without communication.
 """
 
 from __future__ import annotations
@@ -93,7 +92,6 @@ class Artifact:
     items: int = 0
     """Number of items, such as images."""
     piece_size: int = 1
-    """Items of a piece."""
     rank: int = 0
     """Number of this process, which makes every ``world_size``-th piece."""
     world_size: int = 1
@@ -131,12 +129,9 @@ class Artifact:
     ) -> Iterator[None]:
         """Write or compare the settings; hold the folder's lock during the block.
 
-        InputError if the folder holds something else, was begun with other settings, is in use, or
-        cannot be written to.
-
-        Args:
-            overwrite: delete an artifact of other settings; None if callers have no such option.
-            missing: values, nested like the settings, of those that older folders lack.
+        ``overwrite`` deletes an artifact of other settings (None: callers have no such option);
+        ``missing`` has values, nested like the settings, of those that older folders lack. Raises
+        InputError if the folder holds something else or other settings, is in use or read-only.
         """
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file; choose a folder (`out`)")
@@ -212,8 +207,7 @@ class Artifact:
 
     def finish(self, results: Settings) -> None:
         """Write the manifest; several processes may do so at once."""
-        content = {"plan": self.settings, **results}
-        _write(self.folder / self.form.manifest_name, content, self.form)
+        _write(self.folder / self.form.manifest_name, {"plan": self.settings, **results}, self.form)
         # Left behind by killed processes.
         self._remove(f".{self.form.piece_name}-*.tmp")
 
@@ -342,8 +336,8 @@ class Artifact:
     def _changes(self, missing: Settings | None) -> str:
         """Return the differences to the settings on the disk, in words; "" if there are none."""
         form = self.form
-        found = _filled(_read(self.folder / form.settings_name, form), missing or {})
-        before, now = flattened(_as_json(found)), flattened(self.settings)
+        found, now = _read(self.folder / form.settings_name, form), flattened(self.settings)
+        before = flattened(_as_json(missing or {})) | flattened(found)
         names = [
             name
             for name in dict.fromkeys([*now, *before])
@@ -367,8 +361,7 @@ class Artifact:
                 f"the {form.noun} in {self.folder} was begun with {changes}, and several processes "
                 f"cannot overwrite it; delete the folder first"
             )
-        # The manifest first, the settings last: after a kill, the rest is still recognised as an
-        # incomplete artifact.
+        # The manifest first, the settings last: after a kill it still is an incomplete artifact.
         pieces = (f"{form.piece_name}-*{suffix}" for suffix in form.suffixes[::-1])
         temporary = f".{form.piece_name}-*.tmp"
         self._remove(form.manifest_name, *pieces, *form.other_files, temporary, form.settings_name)
@@ -433,17 +426,7 @@ def _read(path: Path, form: Format) -> dict[str, Any]:
 
 
 def _as_json(values: Settings) -> dict[str, Any]:
-    copied: dict[str, Any] = json.loads(json.dumps(values))
-    return copied
-
-
-def _filled(values: Settings, missing: Settings) -> dict[str, Any]:
-    """Return settings with the missing ones added at every level that exists."""
-    filled = {**missing, **values}
-    for name, value in filled.items():
-        if isinstance(value, Mapping) and isinstance(missing.get(name), Mapping):
-            filled[name] = _filled(value, missing[name])
-    return filled
+    return json.loads(json.dumps(values))
 
 
 def flattened(values: Settings, prefix: str = "") -> dict[str, Any]:

@@ -117,8 +117,8 @@ def process_group(device: str) -> Iterator[torch.device]:
 
     On "cuda" that is the GPU of its local rank; InputError if the machine has none for it.
     """
-    launch = Launch.read()
-    if launch is None or dist.is_initialized():
+    launch = Launch.current()
+    if launch.world_size == 1 or dist.is_initialized():
         yield find_device(device)
         return
     where = own_device(find_device(device), launch)

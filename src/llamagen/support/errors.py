@@ -23,9 +23,7 @@ class NotFiniteError(InputError):
 def importing(who: str, package: str) -> Iterator[None]:
     """Import optional packages in the block; InputError, which says what to install, if one fails.
 
-    Args:
-        who: what needs them, with the verb, such as "curves need".
-        package: argument of pip install that brings them, and other remedies.
+    ``who`` needs them, such as "curves need"; ``package`` is pip's argument, and other remedies.
     """
     try:
         yield

@@ -65,7 +65,6 @@ class Labels:
         storage.write_json(path, entries)
 
     def _entries(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Return each name and its aliases."""
         return zip(self.names, self.aliases or ((),) * len(self), strict=True)
 
     @classmethod

@@ -20,23 +20,17 @@ class Launch:
     local_rank: int = 0
     """Rank among the processes of this machine."""
     world_size: int = 1
-    """Number of processes."""
 
     @classmethod
-    def read(cls) -> Launch | None:
-        """Return the rank of this process; None if it was started alone."""
+    def current(cls) -> Launch:
+        """Return the rank of this process, also if it was started alone."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return None
+            return cls()
         texts = {name: os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
         for name, text in texts.items():
             if not text.isdecimal():
                 raise InputError(f"{name} is {text!r} in the environment; start with torchrun")
         return cls(*map(int, texts.values()))
-
-    @classmethod
-    def current(cls) -> Launch:
-        """Return the rank of this process, also if it was started alone."""
-        return cls.read() or cls()
 
 
 def own_device(device: torch.device, launch: Launch) -> torch.device:

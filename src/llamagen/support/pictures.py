@@ -36,15 +36,10 @@ def image_grid(
     scale: int | None = 1,
     gap: int = 2,
 ) -> Image.Image:
-    """Arrange images of one size in rows.
+    """Arrange images of one size, at least one, in rows; by default about as many as columns.
 
-    Args:
-        images: at least one image.
-        columns: images per row; by default about as many as rows.
-        captions: a line of text under each image.
-        scale: factor to enlarge images by, without interpolation; None makes small ones about 64
-            pixels wide.
-        gap: pixels between images.
+    ``captions`` are lines of text below the images, ``gap`` is in pixels. ``scale`` enlarges the
+    images by a factor, without interpolation; None makes small ones about 64 pixels wide.
     """
     if not images:
         raise InputError("there are no images to lay out in a grid; give at least one")
@@ -101,13 +96,9 @@ def image_bytes(
     quality: int = 90,
     metadata: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Return the content of an image file.
+    """Return the content of an image file; for ``metadata``, of PNG only, see ``save_png``.
 
-    Args:
-        image: RGB.
-        kind: file format.
-        quality: 0 to 100, of JPEG and WebP; WebP is lossless at 100.
-        metadata: see ``save_png``; PNG only.
+    ``quality`` is of JPEG and WebP, from 0 to 100, where WebP is lossless.
     """
     chunks = PngImagePlugin.PngInfo()
     if metadata is not None:
@@ -133,8 +124,7 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         raise InputError(f"{path} is not a readable image ({error})") from error
     if text is None:
         raise InputError(f"{path} does not say how it was made; only PNGs of llamagen generate do")
-    values: dict[str, Any] = json.loads(text)
-    return values
+    return json.loads(text)
 
 
 def _blank(width: int, height: int) -> Image.Image:

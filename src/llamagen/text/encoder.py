@@ -10,7 +10,7 @@ import logging
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +30,13 @@ _BYTE_TOKENS = 384
 _log = logging.getLogger(__name__)
 
 
-class Tokens(NamedTuple):
-    """Tokens of captions, left-padded."""
-
-    ids: Tensor
-    """(B, L) int64."""
-    mask: Tensor
-    """(B, L) bool, False where there is padding."""
-
-
 class TextEncoder(nn.Module):
     """A T5 encoder with its tokenizer and the preparation of captions."""
 
     def __init__(self, model: Any, tokenizer: Any, config: TextConfig) -> None:
         """See ``from_pretrained`` and ``small``; ``model`` is a ``transformers.T5EncoderModel``."""
         super().__init__()
-        # One module under both names: shared weights would become two when they are moved from the
-        # "meta" device.
+        # One module under both names: moved from "meta", shared weights would become two.
         model.set_input_embeddings(model.get_input_embeddings())
         self.model, self.tokenizer, self.config = model, tokenizer, config
 
@@ -142,16 +132,15 @@ class TextEncoder(nn.Module):
                 _log.warning("only the first %d tokens of the text %s are read", limit, shown)
         return ids
 
-    def tokens(self, ids: Sequence[Sequence[int]]) -> Tokens:
-        """Stack the tokens of several captions."""
+    def tokens(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, L) int64 of several captions and their mask; see ``padded``."""
         rows = [torch.tensor(row, dtype=torch.int64) for row in ids]
-        return Tokens(*padded(rows, self.tokenizer.pad_token_id))
+        return padded(rows, self.tokenizer.pad_token_id)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Encode tokens (B, L), True in ``mask`` where they are real, to features (B, L, W)."""
         # T5 has relative positions only, so left padding changes nothing.
-        features: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return features
+        return self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
 
     @torch.inference_mode()
     def encode(

@@ -100,7 +100,6 @@ class TextStore:
     """Features of captions, read from the disk on demand."""
 
     def __init__(self, artifact: Artifact, manifest: TextManifest, index: np.ndarray) -> None:
-        """See ``open``, which checks the files."""
         self.folder, self.manifest = artifact.folder, manifest
         self.identity = artifact.identity
         """Depends on the captions and their encoder."""
@@ -111,10 +110,9 @@ class TextStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Open the store in ``folder``.
+        """Open the store in ``folder``; FileNotFoundError if it or one of its files is missing.
 
-        FileNotFoundError if there is none, or a file is missing; InputError if it is incomplete,
-        damaged, or of another version.
+        InputError if it is incomplete, damaged, or of another version.
         """
         folder = Path(folder)
         settings, results = read_manifest(folder, FORMAT)
@@ -214,8 +212,7 @@ def extract_text(
         start = time.perf_counter()
         count = artifact.make(encode, bar.update)
         seconds = time.perf_counter() - start
-        store = _finish(artifact, unique)
-        return TextExtraction(store=store, captions=count, seconds=seconds)
+        return TextExtraction(store=_finish(artifact, unique), captions=count, seconds=seconds)
 
 
 def _finish(artifact: Artifact, unique: Sequence[str]) -> TextStore | None:

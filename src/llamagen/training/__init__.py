@@ -1,33 +1,28 @@
-"""Training of both models: recipes in, model folders out. Names are loaded when first used."""
+"""Training of both models: recipes in, model folders out."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
 
+from llamagen.training.config import LoopConfig as LoopConfig
+from llamagen.training.config import TokenizerTraining as TokenizerTraining
+from llamagen.training.config import TransformerTraining as TransformerTraining
+from llamagen.training.recipes import load_recipe as load_recipe
+
 if TYPE_CHECKING:
-    from llamagen.training.config import LoopConfig as LoopConfig
-    from llamagen.training.config import TokenizerTraining as TokenizerTraining
-    from llamagen.training.config import TransformerTraining as TransformerTraining
     from llamagen.training.loop import TrainingInterrupted as TrainingInterrupted
     from llamagen.training.loop import TrainingResult as TrainingResult
-    from llamagen.training.recipes import load_recipe as load_recipe
     from llamagen.training.tokenizer_task import train_tokenizer as train_tokenizer
     from llamagen.training.transformer_task import train_transformer as train_transformer
 
-# As in ``llamagen``: a command that only describes its options need not wait for torch.
+# Loaded when first used: a command that only describes its options need not wait for torch.
 _HOMES = {
-    "LoopConfig": "config",
-    "TokenizerTraining": "config",
     "TrainingInterrupted": "loop",
     "TrainingResult": "loop",
-    "TransformerTraining": "config",
-    "load_recipe": "recipes",
     "train_tokenizer": "tokenizer_task",
     "train_transformer": "transformer_task",
 }
-
-__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> object:
@@ -37,4 +32,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*globals(), *_HOMES]

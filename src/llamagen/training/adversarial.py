@@ -1,7 +1,6 @@
 """Adversarial training of the tokenizer: discriminators and the losses of both sides.
 
-A discriminator says "real" with a large logit, one per image or one per patch. Losses are means
-over logits of any shape, computed in float32.
+A discriminator says "real" with a large logit, one per image or patch. Losses are float32 means.
 
 Shapes: B images, C channels, H x W pixels, h x w positions of a feature map, G images of a group.
 """

@@ -36,8 +36,6 @@ from llamagen.support import distributed
 from llamagen.support.errors import InputError, one_line
 
 CHECKPOINTS_NAME = "checkpoints"
-"""Folder of the checkpoints, in the run's folder."""
-
 _TENSORS_NAME = "tensors"
 _STATE_NAME = "state.pt"
 _ABOUT_NAME = "about.json"
@@ -72,7 +70,7 @@ class Checkpoint:
     def read_tensors(self, tensors: NestedTensors) -> None:
         """Fill ``tensors`` in place, each process its shards; InputError if it has others."""
         with _errors_of_dcp():
-            load(_plain(tensors), storage_reader=_Reader(self.path / _TENSORS_NAME))
+            load(dict(tensors), storage_reader=_Reader(self.path / _TENSORS_NAME))
 
 
 def latest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -131,20 +129,15 @@ class CheckpointWriter:
         temporary = self._begin(path, state)
         with _errors_of_dcp():
             writing = async_save(
-                _plain(tensors),
+                dict(tensors),
                 storage_writer=FileSystemWriter(temporary / _TENSORS_NAME),
                 process_group=self._group,
             )
         assert isinstance(writing, Future)
         self._saving = writing
         if distributed.is_main():
-            about = {
-                "step": step,
-                "llamagen": version("llamagen"),
-                "torch": torch.__version__,
-                "processes": distributed.world_size(),
-                **about,
-            }
+            versions = {"llamagen": version("llamagen"), "torch": torch.__version__}
+            about = {"step": step, **versions, "processes": distributed.world_size(), **about}
             self._saving = self._thread.submit(self._finish, writing, temporary, path, about)
 
     def wait(self) -> None:
@@ -205,11 +198,6 @@ class CheckpointWriter:
         for number, reason in enumerate(reasons):
             if reason is not None:
                 raise OSError(f"process {number} could not save a checkpoint ({reason})")
-
-
-def _plain(tensors: NestedTensors) -> dict[str, Any]:
-    # What DCP takes.
-    return {name: dict(group) for name, group in tensors.items()}
 
 
 def _cause(error: BaseException | None) -> BaseException | None:
@@ -278,8 +266,7 @@ def _latest(folder: Path) -> Checkpoint | None:
         try:
             return _verified(path)
         except _DAMAGE as error:
-            reason = one_line(error)
-            _log.warning("checkpoint %s is damaged and passed over (%s)", path, reason)
+            _log.warning("checkpoint %s is damaged and passed over (%s)", path, one_line(error))
             # So that it does not count among the latest that are kept.
             path.rename(f"{path}.damaged")
     return None

@@ -37,8 +37,7 @@ def _require(condition: bool, message: str) -> None:
 
 def _checked(default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
     """Return a field whose values must be ``valid``, or None."""
-    metadata = {"valid": valid, "expected": expected}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"valid": valid, "expected": expected})
 
 
 def _at_least(minimum: int, default: int | None) -> Any:
@@ -46,9 +45,7 @@ def _at_least(minimum: int, default: int | None) -> Any:
 
 
 def _weight(default: float | None) -> Any:
-    return _checked(
-        default, lambda value: math.isfinite(value) and value >= 0, "a finite number of at least 0"
-    )
+    return _checked(default, lambda value: 0 <= value < math.inf, "a finite number of at least 0")
 
 
 def _fraction(default: float) -> Any:
@@ -91,13 +88,12 @@ class LoopConfig(_Checked):
     batch_size: int = _at_least(1, 64)
     """Images per step, over all processes."""
     gradient_accumulation: int = _at_least(1, 1)
-    """Parts that a process computes its share of a batch in, one after another; more parts need
-    less memory."""
-    lr: float = _checked(1e-4, lambda lr: math.isfinite(lr) and lr > 0, "a finite number above 0")
+    """Parts of a process's share of a batch, computed one after another; more need less memory."""
+    lr: float = _checked(1e-4, lambda lr: 0 < lr < math.inf, "a finite number above 0")
     """Learning rate after the warm-up."""
     betas: tuple[float, float] = _checked(
         (0.9, 0.95),
-        lambda betas: all(0 <= beta < 1 for beta in betas),
+        lambda betas: all(0 <= b < 1 for b in betas),
         "two numbers from 0 up to below 1",
     )
     """Decay of Adam's two running means."""
@@ -110,8 +106,7 @@ class LoopConfig(_Checked):
     clip_norm: float = _weight(1.0)
     """Maximum norm of all gradients together; 0 does not clip."""
     ema_decay: float = _fraction(0.0)
-    """Decay of a running mean of the weights (EMA), which is then what is validated and exported;
-    0 is none."""
+    """Decay of a running mean of the weights (EMA), then validated and exported; 0 is none."""
     precision: Precision = "auto"
     """Precision of matrix products and convolutions (autocast); the weights stay float32. Auto
     takes bfloat16 where the device is fast at it."""
@@ -132,8 +127,7 @@ class LoopConfig(_Checked):
     keep_every: int = _at_least(0, 0)
     """Also keep the checkpoints of multiples of this many steps; 0 keeps the latest only."""
     export: bool = True
-    """Write the model's folder with every checkpoint; otherwise at the end only, or with
-    `llamagen export`."""
+    """Write the model's folder at every checkpoint, not only at the end or by `llamagen export`."""
     resume: bool = True
     """Continue the run in the output folder, if there is one."""
     max_skipped_steps: int = _at_least(0, 10)
@@ -151,8 +145,7 @@ class LoopConfig(_Checked):
     compile: bool = False
     """Compile the transformer's blocks (torch.compile): slower to start, then faster on a GPU."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Where metrics and samples go besides the run's folder: tensorboard (files in the run's
-    folder), wandb."""
+    """Where metrics and samples go besides the run's folder: tensorboard (files in it), wandb."""
 
     def __post_init__(self) -> None:
         _require(
@@ -185,8 +178,7 @@ class ImageConfig(_Checked):
     max_validation_images: int = _at_least(1, 1000)
     """Maximum number of held-out images of a validation."""
     workers: int = _at_least(0, 0)
-    """Processes that read images; 0 reads them in the training process. The result does not
-    depend on it."""
+    """Processes that read images; 0 reads them in the training process, with the same result."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -198,9 +190,7 @@ class ImageConfig(_Checked):
 class AugmentationConfig(_Checked):
     """Augmentation of a training image each time it is read."""
 
-    crop_scale: float = _checked(
-        1.25, lambda scale: math.isfinite(scale) and scale >= 1, "a finite number of at least 1"
-    )
+    crop_scale: float = _checked(1.25, lambda s: 1 <= s < math.inf, "a finite number of at least 1")
     """The short side is resized to between 1 and this times the size before a random crop."""
     flip: bool = True
     """Mirror every other image; not for writing and the like."""
@@ -281,8 +271,7 @@ class TokenizerTraining(_Checked):
     """Part that is trained: all, or the decoder only. Then every image keeps its codes of `init`,
     and transformers trained on them still fit."""
     codebook_init: Literal["random", "data"] = "random"
-    """Initial codebook: random as published, or latents of the first images. Without effect if
-    `init` is given."""
+    """Initial codebook: random as published, or latents of the first images; unused with `init`."""
     revive_codes_every: int = _at_least(0, 0)
     """Every so many steps, move codes that none of the last 65,536 latents were assigned to onto
     latents of the last batch; 0 is never."""
@@ -323,11 +312,6 @@ class LoraConfig(_Checked):
         super().__post_init__()
         _require(len(self.lora_targets) > 0, "lora_targets is empty; name at least one layer")
 
-    @property
-    def scale(self) -> float:
-        """Factor of the matrices' product."""
-        return self.lora_alpha / self.lora_rank
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextTraining(_Checked):
@@ -344,8 +328,7 @@ class TextTraining(_Checked):
     clean_captions: bool = True
     """Clean captions as those that the published models were trained with."""
     length_group: int = _at_least(1, 1)
-    """Number of consecutive batches whose captions are sorted by length and divided again, so that
-    batches have little padding; 1 does not sort."""
+    """Consecutive batches whose captions are sorted by length, against padding; 1 does not sort."""
     text_dim: int = 256
     """Of the small one: width of its features."""
     text_layers: int = 4
@@ -398,8 +381,7 @@ class TransformerTraining(_Checked):
     except that of "no class". Default: random weights."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     tokenizer: str | None = None
-    """Image tokenizer that makes the codes: folder, checkpoint file or published name. Default:
-    that of the model to start from."""
+    """Image tokenizer: folder, checkpoint file or published name. Default: that of `init`."""
     out: Path = Path("runs/transformer")
     """Folder of the run: checkpoints, metrics, samples, and the whole model in "pipeline"."""
     images: ImageConfig = dataclasses.field(default_factory=ImageConfig)

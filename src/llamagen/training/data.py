@@ -110,14 +110,6 @@ class TokenizerImages(NamedTuple):
     shown: ImageCollection
     """Images for sheets of samples."""
 
-    @property
-    def identity(self) -> dict[str, str]:
-        """Digests of the images, which must not change when a run resumes."""
-        return {
-            "the set of training images": self.training.digest(),
-            "the set of validation images": self.validation.digest(),
-        }
-
 
 def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
     """Find the images of a tokenizer's run; all processes call it.

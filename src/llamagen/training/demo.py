@@ -51,7 +51,6 @@ class TrainingDemoResult:
     codebook_usage: float
     """Fraction of the codes that occur."""
     bits_per_code: float
-    """Loss in bits."""
     seconds: dict[str, float]
     """Duration of each stage."""
     sheet: str
@@ -89,15 +88,12 @@ def run_training_demo(
     device: str = "auto",
     seed: int = 0,
     steps: tuple[int, int] | None = None,
-    say: Callable[[str], None] = print,
 ) -> TrainingDemoResult:
     """Train both models, draw ten of each digit and measure them.
 
-    Stages that were finished or interrupted in ``out`` before are not begun anew.
-
-    ``out`` is the folder for everything the demo makes; ``steps`` are those of the tokenizer and
-    of the transformer, by default what their recipes say; ``say`` takes one line of progress.
-    Raises InputError if ``out`` cannot be written, or scikit-learn is missing.
+    ``out`` is the folder for everything; stages that were finished or interrupted there are not
+    begun anew. ``steps`` are those of the tokenizer and of the transformer, by default what their
+    recipes say. InputError if scikit-learn is missing, or ``out`` cannot be written.
     """
     storage.require_writable(out)
     digits = load_digits()
@@ -105,7 +101,7 @@ def run_training_demo(
     data = out / "digits"
     _write_tree(data / "train", digits.train, digits.train_labels)
     _write_tree(data / "held-out", digits.held_out, digits.held_out_labels)
-    say(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
+    print(f"{len(digits.train)} scans to train on, {len(digits.held_out)} held out, in {data}")
     seconds = {"data": time.perf_counter() - start}
     tokenizer, transformer = _train(out, device, seed, steps)
     seconds |= {"tokenizer": tokenizer.seconds, "transformer": transformer.seconds}
@@ -144,8 +140,6 @@ def run_training_demo(
 def _train(
     out: Path, device: str, seed: int, steps: tuple[int, int] | None
 ) -> tuple[TrainingResult, TrainingResult]:
-    """Train the tokenizer, then the transformer."""
-
     def recipe(kind: Any, name: str, steps: int | None, **values: Any) -> Any:
         found = load_recipe(kind, f"digits-{name}")
         steps = found.loop.steps if steps is None else steps
@@ -163,8 +157,7 @@ def _train(
 def enlarged(scan: np.ndarray) -> Image.Image:
     """Return a scan (8, 8) from 0 to 16 as an image of ``SIDE`` pixels, light ink on black."""
     grey = (scan * 255 / _GREYS).round().astype(np.uint8)
-    picture = Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return picture.convert("RGB")
+    return Image.fromarray(grey).resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB")
 
 
 def _classifier(digits: Digits) -> Callable[[list[Image.Image], np.ndarray], float]:

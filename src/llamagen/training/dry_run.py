@@ -36,7 +36,6 @@ from llamagen.training import data as run_data
 from llamagen.training.config import LoopConfig, Recipe, TokenizerTraining, TransformerTraining
 from llamagen.training.loop import time_steps
 from llamagen.training.parallel import require_shares
-from llamagen.training.recipes import preset_model
 from llamagen.training.run_folder import open_run
 from llamagen.training.task import Task
 from llamagen.training.tokenizer_task import TokenizerTask
@@ -56,8 +55,7 @@ _Data = tuple[str, int | None]
 def dry_run(recipe: Recipe) -> None:
     """Print what ``recipe`` amounts to, then take two of its steps. All processes call it.
 
-    Raises FileNotFoundError if a folder does not exist, or InputError if the recipe does not fit
-    its data, its processes, or the memory here.
+    FileNotFoundError if a folder is missing; InputError if data, processes or memory do not fit it.
     """
     with distributed.process_group(recipe.loop.device), tempfile.TemporaryDirectory() as folder:
         require_shares(recipe.loop)
@@ -126,7 +124,6 @@ def _transformer(recipe: TransformerTraining) -> tuple[_Data, Callable[[], Task]
 
 
 def _transformer_data(recipe: TransformerTraining) -> tuple[_Data, tuple[str, ...]]:
-    """Return the data of a transformer, and the names of its classes."""
     data: _Data = ("none named", None)
     names: tuple[str, ...] = ()
     if recipe.codes is not None:
@@ -142,7 +139,7 @@ def _start(recipe: TransformerTraining, **sizes: Any) -> Start:
     """Return the start of a transformer, with nothing in it that would be downloaded."""
     public = None if recipe.init is None else find_public(recipe.init)
     if public is not None and recipe.lora.lora_rank == 0:
-        model = preset_model(TransformerTraining, public.preset)
+        model: Any = public.config
         recipe = dataclasses.replace(recipe, init=None, model=model)
     text = recipe.text
     if text.text_encoder != TextConfig().encoder or text.text_features is not None:
@@ -164,8 +161,9 @@ def _start(recipe: TransformerTraining, **sizes: Any) -> Start:
 def _tokenizer_config(source: str) -> TokenizerConfig:
     """Return a tokenizer's architecture; that of a published one is known without its weights."""
     public = find_public(source)
-    if public is not None:
-        return preset_model(TokenizerTraining, public.preset)
+    known = None if public is None else public.config
+    if isinstance(known, TokenizerConfig):
+        return known
     return checkpoints.load_tokenizer(source, device="meta").config
 
 
@@ -186,18 +184,16 @@ def _counted(images: run_data.Images) -> _Data:
 def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> None:
     """Print everything but the steps; raise InputError if the model alone exceeds the memory."""
     processes = distributed.world_size()
-    models = [task.model] if task.adversary is None else [task.model, task.adversary]
-    trained = sum(_weights(model, trained=True) for model in models)
-    mean = _weights(task.model, trained=True) if loop.ema_decay > 0 else 0
-    checkpoint = _BYTES * (sum(map(_weights, models)) + 2 * trained + mean)
+    models = [model for model in (task.model, task.adversary) if model is not None]
+    trained = [_weights(model, trained=True) for model in models]
+    mean = trained[0] if loop.ema_decay > 0 else 0
+    checkpoint = _BYTES * (sum(map(_weights, models)) + 2 * sum(trained) + mean)
     shards = (loop.shard_processes or processes) if loop.parallel == "fsdp" else 1
-    needed = (checkpoint + _BYTES * trained) / shards
+    needed = (checkpoint + _BYTES * sum(trained)) / shards
     description, count = data
-    epochs = ""
-    if count is not None:
-        epochs = f", {loop.steps * loop.batch_size / count:.1f} times through the data"
-    trained_here = _weights(task.model, trained=True)
-    lines = {"parameters": f"{_weights(task.model):,} ({trained_here:,} trained)"}
+    images = loop.steps * loop.batch_size
+    epochs = "" if count is None else f", {images / count:.1f} times through the data"
+    lines = {"parameters": f"{_weights(task.model):,} ({trained[0]:,} trained)"}
     if task.adversary is not None:
         lines["discriminator"] = f"{_weights(task.adversary):,} parameters"
     lines |= {

@@ -79,12 +79,10 @@ def fit(
     All processes of the run call it, within ``distributed.process_group``. ``out`` is the run's
     folder; ``quiet`` shows no progress on the terminal; ``recipe`` describes the run to trackers.
 
-    Raises:
-        InputError: the data has changed since the run began, the run is past the wanted steps,
-            the processes cannot share a batch, the gradients stay infinite or not a number, or
-            another process was lost.
-        TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the earlier ones are intact.
+    InputError if the data has changed since the run began, the run is past the wanted steps, the
+    processes cannot share a batch, the gradients stay infinite or not a number, or another process
+    was lost. TrainingInterrupted, once the run is saved, if the process was asked to stop; OSError
+    if a checkpoint could not be written: the earlier ones are intact.
     """
     with own_random_numbers(config.device), _lost_processes(out):
         run = _Run(task, config, out, quiet=quiet, recipe=recipe)
@@ -209,8 +207,9 @@ class _Run:
         # Processes have different images, so different dropout.
         others = (distributed.rank(),) if distributed.rank() else ()
         torch.manual_seed(parallel.seed_of(self.config.seed, self.step, *others))
-        for optimizer in self.optimizers.values():
-            optim.set_learning_rate(optimizer, optim.learning_rate(self.config, self.step))
+        rate = optim.learning_rate(self.config, self.step)
+        for group in (group for each in self.optimizers.values() for group in each.param_groups):
+            group["lr"] = rate * group["full_lr"]
         seen = self._backward(batch)
         max_norm = self.config.clip_norm or math.inf
         # Reading them waits for a GPU, so that a step's time is that of its computation.

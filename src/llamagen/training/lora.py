@@ -64,11 +64,12 @@ def original_name(name: str) -> str:
 def merged_state(state: Mapping[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """Return the state of a plain transformer, with the low-rank products added to its weights."""
     merged = {original_name(name): t for name, t in state.items() if ".lora_" not in name}
+    scale = config.lora_alpha / config.lora_rank
     for name, tensor in state.items():
         if ".base_layer." in name:
             parts = (name.replace(".base_layer.", f".lora_{x}.{_ADAPTER}.") for x in "BA")
             up, down = (state[part] for part in parts)
-            merged[original_name(name)] = tensor + config.scale * (up @ down)
+            merged[original_name(name)] = tensor + scale * (up @ down)
     return merged
 
 

@@ -6,7 +6,6 @@ Shapes: N positions, D width, V codebook size.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,11 +58,6 @@ def mean_psnr(reconstructions: Tensor, images: Tensor) -> Tensor:
     return (10.0 * torch.log10(4.0 / error.clamp_min(4e-10))).mean()
 
 
-def bits(nats: Tensor) -> Tensor:
-    """Convert nats to bits."""
-    return nats / math.log(2.0)
-
-
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, row_weights: Tensor | None = None
 ) -> Tensor:
@@ -85,8 +79,7 @@ def chunked_cross_entropy(
         # What autocast would do to a linear layer; its gradients return in the types given.
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, targets, shares)
-    return loss
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, shares)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

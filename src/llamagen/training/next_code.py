@@ -1,12 +1,12 @@
 """A transformer in training: codes and conditions in, loss out.
 
-Shapes: B images, L tokens of the longest caption, T codes of an image, V codebook size, W width of
-a text feature.
+Shapes: B images, L tokens of the longest caption, T codes, V codebook size, W width of a feature.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -155,8 +155,7 @@ class Conditioning:
         """Return the "condition" of some rows of a store, and what goes with it.
 
         That is labels (B,); or texts (B, L) or (B, L, W), a "mask" (B, L) of their tokens, and
-        "weights" (B,). ``rngs`` has a random generator for each image; with None the most likely
-        caption is taken.
+        "weights" (B,). ``rngs`` has a random generator per image; None takes the likeliest caption.
         """
         del rngs
         assert store.labels is not None
@@ -209,9 +208,9 @@ class TokenConditioning(CaptionConditioning):
 
     def __init__(self, encoder: TextEncoder, *, frozen: bool) -> None:
         """``encoder`` makes the tokens and, if it is ``frozen``, the features too."""
-        self._encoder = encoder
-        self._frozen = frozen
-        self._tokens: dict[str, list[int]] = {}
+        self._encoder, self._frozen = encoder, frozen
+        # Cleaning takes longer than everything else here, and captions recur every epoch.
+        self._cached_ids = functools.lru_cache(maxsize=_MAX_CACHED)(self._token_ids)
 
     def model_input(self, batch: Batch) -> Tensor:
         """See ``Conditioning``."""
@@ -224,17 +223,11 @@ class TokenConditioning(CaptionConditioning):
 
     def texts(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Sequence[bool]]:
         """See ``CaptionConditioning``."""
-        tokens = self._encoder.tokens([self._token_ids(text) for text in captions])
-        return tokens.ids, tokens.mask, [True] * len(captions)
+        ids, mask = self._encoder.tokens([self._cached_ids(text) for text in captions])
+        return ids, mask, [True] * len(captions)
 
     def _token_ids(self, caption: str) -> list[int]:
-        # Cleaning takes longer than everything else here, and captions recur every epoch.
-        if caption not in self._tokens:
-            if len(self._tokens) == _MAX_CACHED:
-                self._tokens.clear()
-            prepared = self._encoder.prepare(caption)
-            self._tokens[caption] = self._encoder.token_ids([prepared])[0]
-        return self._tokens[caption]
+        return self._encoder.token_ids([self._encoder.prepare(caption)])[0]
 
 
 class FeatureConditioning(CaptionConditioning):

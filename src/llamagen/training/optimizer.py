@@ -44,12 +44,6 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, fraction: float) -> None:
-    """Set the learning rate of all weights to this fraction of the full one."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["full_lr"] * fraction
-
-
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's tensors by the names of the weights; before the first step, zeros."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)

@@ -69,8 +69,7 @@ def place(
         # Autocast decides the precision of each operation; this would round the rotary angles.
         cast_forward_inputs=False,
     )
-    # By default the root keeps its gathered weights after a forward pass, which would be stale
-    # once the weights of the EMA are swapped in.
+    # Else the root keeps its gathered weights, stale once the weights of the EMA are swapped in.
     for module in (*units, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     if any(parameter.is_meta for parameter in model.parameters()):

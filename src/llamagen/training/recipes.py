@@ -68,8 +68,7 @@ def load_recipe(cls: type[RecipeT], source: str | Path) -> RecipeT:
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as values that YAML and JSON can hold."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
-    return plain
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:

@@ -71,8 +71,7 @@ class Task(abc.ABC):
     ) -> Losses:
         """Return the losses of this process's rows of a batch, or of a part of them.
 
-        ``model`` and ``adversary`` are ``self.module`` and ``self.adversary``, perhaps wrapped by
-        torch; ``step`` counts the finished steps.
+        Both modules are the task's, perhaps wrapped by torch; ``step`` counts the finished steps.
         """
 
     def after_step(self, step: int) -> None:  # noqa: B027

@@ -56,13 +56,9 @@ _SHEET_IMAGES = 16
 def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> TrainingResult:
     """Train a tokenizer, or resume the run in the recipe's folder; ``quiet`` shows no progress.
 
-    The result's ``model`` is a folder for ``ImageTokenizer.from_pretrained``.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        InputError: recipe, images and the run's folder do not fit together.
-        TrainingInterrupted: the process was asked to stop; the run was saved.
-        OSError: a checkpoint could not be written; the earlier ones are intact.
+    The result's ``model`` is a folder for ``ImageTokenizer.from_pretrained``. Raises as ``fit``
+    does, FileNotFoundError if a folder does not exist, and InputError if recipe, images and the
+    run's folder do not fit together.
     """
     with distributed.process_group(recipe.loop.device):
         recipe = open_run(recipe)
@@ -116,7 +112,10 @@ class TokenizerTask(Task):
     ) -> None:
         """Make a task for ``model``; a discriminator is initialised from torch's generator."""
         self.recipe, self.images = recipe, images
-        self.data = images.identity
+        self.data = {
+            "the set of training images": images.training.digest(),
+            "the set of validation images": images.validation.digest(),
+        }
         self.model = self.module = accelerate(model)
         if recipe.trained == "decoder":
             for part in (model.encoder, model.quant_conv, model.quantize):
@@ -331,5 +330,4 @@ def init_codebook(tokenizer: ImageTokenizer, latents: Tensor) -> None:
 
 def _pixels(images: Tensor) -> np.ndarray:
     """Return images (B, 3, H, W) in [-1, 1] as bytes (B, H, W, 3)."""
-    pixels: np.ndarray = images_to_uint8(images).cpu().movedim(1, -1).numpy()
-    return pixels
+    return images_to_uint8(images).cpu().movedim(1, -1).numpy()

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +172,8 @@ class _Wandb(Tracker):
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _Wandb,
-}
-"""Optional trackers. Each is called with the run's folder and its recipe as plain values, and
-raises InputError if its package is not installed."""
+TRACKERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb}
+"""Called with the run's folder and its plain recipe; InputError if a package is not installed."""
 
 
 def draw_curves(
@@ -185,8 +181,7 @@ def draw_curves(
 ) -> None:
     """Draw metrics over steps into a PNG; raise InputError if matplotlib is not installed.
 
-    ``records`` are lines of metrics.jsonl. ``panels`` has the names of the metrics of each title;
-    a metric has a line for each split that has it.
+    ``records`` are lines of metrics.jsonl; ``panels`` name the metrics of each title.
     """
     with importing("curves need", "'llamagen[train]'"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -32,7 +32,6 @@ from llamagen.training.config import TransformerTraining
 from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
 from llamagen.training.lora import save_adapter
-from llamagen.training.losses import bits
 from llamagen.training.metrics import training_flops
 from llamagen.training.next_code import (
     FeatureConditioning,
@@ -203,7 +202,7 @@ class TransformerTask(Task):
         """Return the cross-entropy of all codes, and the loss of the code sets if it is used."""
         del step, adversary
         loss, *auxiliary = self._loss(model, batch).reshape(-1)
-        metrics = {"bits_per_code": bits(loss.detach())}
+        metrics = {"bits_per_code": loss.detach() / math.log(2.0)}
         if "weights" in batch:
             metrics["without_caption"] = 1.0 - batch["weights"].mean()
         for each in auxiliary:
@@ -212,8 +211,7 @@ class TransformerTask(Task):
         return Losses(total=loss, metrics=metrics)
 
     def _loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return the output of ``NextCodeModel.forward``."""
-        loss: Tensor = model(
+        return model(
             batch["input"],
             self._conditioning.model_input(batch),
             batch["codes"],
@@ -221,7 +219,6 @@ class TransformerTask(Task):
             drop_condition=batch.get("drop"),
             weights=batch.get("weights"),
         )
-        return loss
 
     def validate(self) -> dict[str, float]:
         """Return the loss on the held-out images, with their labels or most likely captions."""
@@ -240,8 +237,8 @@ class TransformerTask(Task):
             batch |= self._conditioning.batch(store, used, None)
             batch = {name: rows.to(find_device(loop.device)) for name, rows in batch.items()}
             total += float(self._loss(self.module, batch)) * len(own)
-        loss = torch.tensor(distributed.summed({"loss": total})["loss"] / len(rows))
-        return {"loss": float(loss), "bits_per_code": float(bits(loss))}
+        loss = distributed.summed({"loss": total})["loss"] / len(rows)
+        return {"loss": loss, "bits_per_code": loss / math.log(2.0)}
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Draw images of a few classes, one per column, or of held-out captions; of fixed seeds."""

@@ -73,21 +73,17 @@ class VllmEngine:
     ) -> None:
         """Start vLLM; return when it is ready.
 
+        FileNotFoundError if a file of the source is missing; InputError if vLLM is not installed,
+        the source is no transformer, or vLLM refuses the options.
+
         Args:
             source: an exported folder, a transformer, or whatever a pipeline can be loaded from.
             export: capabilities of the engine; by default those of an exported folder, and guidance
                 without negative prompts for everything else.
-            dtype: precision; by default a transformer's own, else bfloat16 where the device is
-                fast at it.
+            dtype: precision; by default a transformer's own, else bfloat16 where that is fast.
             tensor_parallel_size: devices that share each layer.
             data_parallel_size: copies of the model, among which requests are spread.
-            options: of vLLM's ``AsyncEngineArgs``, as max_num_seqs, enforce_eager,
-                gpu_memory_utilization or quantization.
-
-        Raises:
-            FileNotFoundError: a file of the source is missing.
-            InputError: vLLM is not installed, the source is no transformer, or vLLM refuses the
-                options.
+            options: of vLLM's ``AsyncEngineArgs``, as max_num_seqs or gpu_memory_utilization.
         """
         with importing("engine vllm needs", _REMEDY):
             from vllm.engine.arg_utils import AsyncEngineArgs

@@ -1,7 +1,6 @@
 """Folders that vLLM loads: ``config.json``, ``generation_config.json``, ``model.safetensors``.
 
-The weights are those of the transformer's own folder, under the same names; a folder for this
-machine only links to them.
+The weights have the transformer's own names; a folder for this machine only links to them.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ FIELDS = frozenset(
         *("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout", "drop_path"),
     }
 )
-"""Fields of ``TransformerConfig`` that the plugin's model implements. A model in which any other
-one is not at its default is refused."""
+"""Fields that the plugin's model implements; it is refused if any other is not at its default."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,17 +65,9 @@ def export_for_vllm(
 ) -> Path:
     """Write a folder that vLLM loads wherever this package is installed beside it; return it.
 
-    An older folder of this kind is replaced once the new one is complete.
-
-    Args:
-        source: a transformer, or whatever a pipeline can be loaded from.
-        out: the folder.
-        options: capabilities of the engine.
-
-    Raises:
-        FileNotFoundError: a file of the source is missing.
-        InputError: the source is no transformer or damaged, or the folder holds something else.
-        OSError: the disk is full, or the folder cannot be written to.
+    ``source`` is a transformer, or whatever a pipeline can be loaded from. An older folder of this
+    kind is replaced once the new one is complete. FileNotFoundError if a file of the source is
+    missing; InputError if it is no transformer or damaged, or ``out`` holds something else.
     """
     out = Path(out).expanduser()
     if out.exists() and not is_exported(out) and (not out.is_dir() or any(out.iterdir())):
@@ -94,8 +84,7 @@ def temporary_export(
 ) -> Iterator[Path]:
     """Yield a folder as ``export_for_vllm`` writes it; raises the same errors.
 
-    Weights that lie in a model folder are linked to, not copied. A folder that was exported is
-    yielded itself, if ``options`` are None.
+    Weights in a model folder are linked to; without ``options`` an exported one is yielded itself.
     """
     if options is None and not isinstance(source, Transformer) and is_exported(Path(source)):
         yield Path(source)
@@ -112,11 +101,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def read_exported(folder: Path | str) -> LlamaGenConfig:
-    """Return the configuration of an exported folder.
-
-    Raises:
-        InputError: it is none, or damaged.
-    """
+    """Return the configuration of an exported folder; InputError if it is none, or damaged."""
     from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 
     folder = Path(folder)

@@ -20,8 +20,7 @@ from llamagen.support.errors import InputError
 ARCHITECTURE = "LlamaGenForImageCodes"
 
 _HEAD_MULTIPLE = 32
-"""vLLM's attention on CPUs is fast at head dimensions that are multiples of it, and all of its
-attention on GPUs takes them."""
+"""Head dimensions that are multiples of it are fast in vLLM on CPUs, and supported on all GPUs."""
 
 
 class LlamaGenConfig(PretrainedConfig):
@@ -41,17 +40,9 @@ class LlamaGenConfig(PretrainedConfig):
         sampling: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Check the exported values.
+        """Check the exported values: ``TransformerConfig`` and ``SamplingConfig`` as dictionaries.
 
-        Args:
-            transformer: the ``TransformerConfig``, as a dictionary.
-            streams: 2 with guidance, 1 without.
-            negative_prompts: whether the unconditional stream may have a condition of its own.
-            sampling: the ``SamplingConfig`` for requests that say nothing.
-            kwargs: what every configuration of transformers takes.
-
-        Raises:
-            InputError: a value is not what it can be.
+        ``streams`` is 2 with guidance, 1 without; with ``negative_prompts`` both take conditions.
         """
         if streams not in (1, 2):
             raise InputError(f"streams is {streams}, expected 2 (with guidance) or 1 (without)")

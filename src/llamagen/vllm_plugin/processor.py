@@ -4,8 +4,7 @@ vLLM 0.32 has two model runners with an interface of their own each: V1 (on CPUs
 processor of rows that are added, removed and moved; V2 (on GPUs) tells it of slots, and at every
 step which row belongs to which slot. An entry point names one class, so one class serves both.
 
-It is loaded for every model that vLLM serves where this package is installed, and leaves all but
-its own alone.
+It is loaded for every model that vLLM serves beside this package, and leaves all others alone.
 """
 
 from __future__ import annotations

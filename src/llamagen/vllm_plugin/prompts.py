@@ -26,11 +26,7 @@ class Prompts:
     """Makes the prompts of one exported model."""
 
     def __init__(self, folder: Path | str, dtype: torch.dtype) -> None:
-        """Read the weights of the condition in an exported folder, in the engine's precision.
-
-        Raises:
-            InputError: ``folder`` is no model for vLLM.
-        """
+        """Read the weights of the condition in an exported folder, in the engine's precision."""
         self.config = config = read_exported(folder)
         self.takes_embeddings = config.is_text or (config.negative_prompts and config.streams == 2)
         """Whether any prompt is more than a label."""
@@ -49,14 +45,9 @@ class Prompts:
     def of(self, condition: Tensor, unconditional: Tensor | None = None) -> dict[str, Any]:
         """Return the prompt of one image.
 
-        Args:
-            condition: a label () or text features (C, text_dim) without padding.
-            unconditional: likewise, of the other stream; by default the model's own "no class" or
-                "no text".
-
-        Raises:
-            InputError: the condition does not fit the model, or the engine takes no other one for
-                the unconditional stream.
+        Both are a label () or text features (C, text_dim) without padding; by default the second is
+        the model's own "no class" or "no text". InputError if they do not fit the model, or the
+        engine takes no other one for the unconditional stream.
         """
         self._check(condition)
         if unconditional is not None:

@@ -1,7 +1,6 @@
 """How a request is sampled: its settings as vLLM carries them, and from logits to codes.
 
-Settings travel in ``SamplingParams.extra_args``. Shapes: B requests, V codes, I ids of vLLM's
-vocabulary, T codes of an image.
+Settings travel in ``SamplingParams.extra_args``. Shapes: B requests, V codes, I ids of vLLM.
 """
 
 from __future__ import annotations
@@ -39,11 +38,7 @@ _GREEDY = SamplingConfig(guidance_scale=1.0, temperature=0.0)
 
 
 def extra_args(sampling: SamplingConfig, seed: int) -> dict[str, Any]:
-    """Return the ``extra_args`` of a request, with every setting named.
-
-    Raises:
-        InputError: the seed lies outside 0 to 2^63 - 1.
-    """
+    """Return the ``extra_args`` of a request, with every setting named."""
     values = {**dataclasses.asdict(sampling), "seed": check_seed(seed)}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -58,10 +53,9 @@ def check_guidance(config: LlamaGenConfig, sampling: SamplingConfig) -> None:
 
 
 def sampling_params(config: LlamaGenConfig, sampling: SamplingConfig, seed: int) -> SamplingParams:
-    """Return the parameters of a request to vLLM for one image of ``config``'s model.
+    """Return the parameters of a request to vLLM for one image; InputError if it cannot be served.
 
-    Raises:
-        InputError: as ``extra_args`` and ``check_guidance``.
+    It cannot be with guidance where the model runs without, or a seed outside 0 to 2^63 - 1.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -89,9 +83,7 @@ def read_settings(params: SamplingParams, defaults: SamplingConfig) -> tuple[Sam
 
     Settings that ``extra_args`` do not name are taken from vLLM's own fields of the same name
     (temperature, top_k, top_p, min_p, seed), or else from ``defaults``. Without a seed it is 0.
-
-    Raises:
-        InputError: a setting is unknown, or not a value it can have.
+    InputError if a setting is unknown, or not a value it can have.
     """
     seed = 0 if params.seed is None else max(0, params.seed)
     values = dataclasses.asdict(defaults)
@@ -147,29 +139,20 @@ class CodeSampling:
     """
 
     def __init__(self, *, codebook_size: int, first_code: int) -> None:
-        """For a vocabulary in which code c has the id ``first_code`` + c, and the id before the
-        codes ends a sequence.
-        """
-        self.codebook_size = codebook_size
-        self.first_code = first_code
+        """Code c has the id ``first_code`` + c; the id before the codes ends a sequence."""
+        self.codebook_size, self.first_code = codebook_size, first_code
         self._settings: list[SamplingConfig] = []
         self._sampler: Sampler | None = None
 
     def __call__(
         self, logits: Tensor, requests: Sequence[Request | None], indices: Sequence[int]
     ) -> Tensor:
-        """Leave one id per row that can be sampled.
+        """Leave one id per row that can be sampled: 0 for the chosen code, -inf for all others.
 
-        Args:
-            logits: (B, I) float32; the first V are those of the conditional stream, the next V
-                those of the unconditional one, if there is one. Overwritten.
-            requests: one per row; None for a request that cannot be served. Guided ones need both
-                streams.
-            indices: which code of its image each row is about to sample.
-
-        Returns:
-            (B, I), by ids: 0 for the chosen code, -inf for everything else. A request that cannot
-            be served, has all its codes or has logits that are not finite gets the id that ends it.
+        The first V of ``logits`` (B, I), float32 and overwritten, are those of the conditional
+        stream, the next V those of the unconditional one, which guided ``requests`` need;
+        ``indices`` say which code of its image each row is about to sample. A request that is None,
+        has all its codes or has logits that are not finite gets the id that ends it.
         """
         count, codes = len(requests), self.codebook_size
         settings, uniforms, served = [_GREEDY] * count, [0.0] * count, [False] * count

@@ -85,14 +85,17 @@ export async function editImage(entry) {
 // The name of a setting, for people.
 export const label = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
 
+// An element with some properties and content.
+export function element(tag, properties, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
 // The field of a setting that the server declares.
 function settingField({ name, type, help, minimum, exclusive_minimum, maximum, choices, optional }) {
-  const field = byId("setting").content.firstElementChild.cloneNode(true);
-  const [caption, hint] = [field.querySelector("label"), field.querySelector(".hint")];
-  const input = document.createElement(type === "str" ? "select" : "input");
-  input.id = caption.htmlFor = name;
-  caption.textContent = label(name);
-  Object.assign(hint, { id: `${name}-hint`, textContent: help });
+  const input = element(type === "str" ? "select" : "input", { id: name });
+  const hint = element("p", { className: "hint", id: `${name}-hint` }, help);
   input.setAttribute("aria-describedby", hint.id);
   if (type === "str") {
     if (optional) input.append(new Option(""));
@@ -103,8 +106,8 @@ function settingField({ name, type, help, minimum, exclusive_minimum, maximum, c
     input.max = maximum ?? "";
     input.step = type === "int" ? 1 : "any";
   }
-  caption.after(input);
-  return field;
+  const caption = element("label", { htmlFor: name }, label(name));
+  return element("div", { className: "field" }, caption, input, hint);
 }
 
 function fillSettings(values) {
@@ -144,14 +147,11 @@ function showClasses(names) {
 }
 
 function idea(name) {
-  const [item, button] = ["li", "button"].map((tag) => document.createElement(tag));
-  item.append(button);
-  button.textContent = name;
-  button.onclick = () => {
+  const onclick = () => {
     prompt().value = name;
     form.requestSubmit();
   };
-  return item;
+  return element("li", {}, element("button", { onclick }, name));
 }
 
 function reset() {

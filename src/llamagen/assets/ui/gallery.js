@@ -1,7 +1,7 @@
 // The images: those of the latest request large, earlier ones small, one of them alone.
 
 import { KINDS } from "./edit.js";
-import { label } from "./form.js";
+import { element, label } from "./form.js";
 import { forget, forgetAll, keep, keptEntries, MOST } from "./shelf.js";
 
 const byId = (id) => document.getElementById(id);
@@ -190,14 +190,8 @@ function view(made) {
   viewer.showModal();
 }
 
-function fact([name, value]) {
-  const [pair, term, description] = ["div", "dt", "dd"].map((tag) => document.createElement(tag));
-  pair.className = "title";
-  term.textContent = name;
-  description.textContent = value;
-  pair.append(term, description);
-  return pair;
-}
+const fact = ([name, value]) =>
+  element("div", { className: "title" }, element("dt", {}, name), element("dd", {}, value));
 
 function setDownload(link, { entry, url }) {
   const words = entry.prompt

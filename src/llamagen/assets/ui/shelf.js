@@ -19,13 +19,8 @@ export async function keep(entry) {
   });
 }
 
-export async function forget(id) {
-  await attempt("readwrite", (store) => finished(store.delete(id)));
-}
-
-export async function forgetAll() {
-  await attempt("readwrite", (store) => finished(store.clear()));
-}
+export const forget = (id) => attempt("readwrite", (store) => finished(store.delete(id)));
+export const forgetAll = () => attempt("readwrite", (store) => finished(store.clear()));
 
 async function open() {
   const request = indexedDB.open("llamagen", 1);
