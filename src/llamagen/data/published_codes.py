@@ -65,13 +65,8 @@ def import_published(
 
     Damaged files are skipped; an interrupted import can be resumed.
 
-    Args:
-        tokenizer: it made the codes; weights in float32. Only the range of codes can be checked.
-        root: folder with the two folders, or the one with codes.
-        out: folder of the store.
-        shard_size: images of a shard.
-        overwrite: delete a store of other codes first.
-        progress: show a progress bar on a terminal.
+    ``tokenizer`` made the codes, of which only the range can be checked; ``root`` is the folder
+    with the two folders, or the one with codes. ``overwrite`` deletes a store of other codes first.
 
     FileNotFoundError if there are no such folders, or a label is missing; InputError if the files
     do not hold codes of this tokenizer, or ``out`` holds something else.

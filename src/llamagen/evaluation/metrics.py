@@ -78,13 +78,6 @@ class FeatureStatistics:
             self._add(len(rows), mean, rows.T @ rows)
         return self
 
-    def merge(self, other: FeatureStatistics) -> Self:
-        """Add the features of another, of the same width; return itself."""
-        if other.width != self.width:
-            raise ValueError(f"features of width {other.width}, expected {self.width}")
-        self._add(other.count, other.mean, other._scatter)
-        return self
-
     def _add(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
         if count == 0:
             return

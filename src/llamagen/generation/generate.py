@@ -41,26 +41,12 @@ def generate_codes(
 ) -> Tensor:
     """Generate one image's codes per row of ``condition``; see ``GenerationRequest``.
 
-    Args:
-        model: in eval mode.
-        condition: labels (B,) or text features (B, C, text_dim), real features last.
-        seeds: one per image.
-        sampling: of all images.
-        condition_mask: (B, C) bool, False where text features are padding.
-        unconditional: negative conditions, like ``condition``.
-        unconditional_mask: likewise; by default ``condition_mask``.
-        known: (B, rows, columns) known codes.
-        window: of all images.
-        grid: rows and columns; by default the model's.
-        on_row: called after each finished row of the grid.
-        times: where the time goes is added to it.
-
-    Returns:
-        (B, rows, columns) int64 codes on the model's device.
-
-    Raises:
-        InputError: condition, seeds, known codes or settings do not fit the model or each other.
-        NotFiniteError: the model's logits are not finite.
+    ``condition`` are labels (B,) or text features (B, C, text_dim), real ones last, where
+    ``condition_mask`` (B, C) is False for padding; ``unconditional`` are negative ones, by default
+    with the same mask. Like ``seeds`` and ``known`` codes (B, rows, columns) they are one per
+    image; all else is of all images. ``on_row`` is called after each finished row; ``times`` gets
+    where the time goes. Returns codes (B, rows, columns) int64 on the model's device. InputError if
+    arguments do not fit the model or each other, NotFiniteError if its logits are not finite.
     """
     model.cls_embedding.check(condition)
     images = len(condition)

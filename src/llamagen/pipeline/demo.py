@@ -43,14 +43,8 @@ def run_demo(
 ) -> DemoResult:
     """Draw ``sheet.png`` with every model that comes with the package; nothing is picked.
 
-    Args:
-        out: its folder.
-        device: where to compute.
-        seed: of the first image of each model; the next get the next numbers.
-        say: takes one line of progress.
-
-    Raises:
-        InputError: ``out`` cannot be written, or a package that reads prompts is missing.
+    Each model's first image gets ``seed``, the next get the next numbers. ``say`` takes one line of
+    progress. InputError if ``out`` cannot be written, or a package that reads prompts is missing.
     """
     storage.require_writable(out)
     start = time.perf_counter()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from PIL import Image
 
@@ -30,7 +29,7 @@ from llamagen.data.loader import DataOrder
 from llamagen.data.store import CodeStore
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import distributed
-from llamagen.support.devices import find_device
+from llamagen.support.devices import find_device, free_memory
 from llamagen.support.errors import InputError
 from llamagen.training import data as run_data
 from llamagen.training.config import LoopConfig, Recipe, TokenizerTraining, TransformerTraining
@@ -210,10 +209,7 @@ def _report(task: Task, data: _Data, loop: LoopConfig, device: torch.device) -> 
     width = max(map(len, lines))
     for name, text in lines.items():
         _say(f"{name:<{width}}  {text}")
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    if needed > free:
+    if needed > (free := free_memory(device)):
         raise InputError(
             f"the run needs at least {needed / _GB:.1f} GB on {device}, which has "
             f"{free / _GB:.1f} GB free; shard it over more processes with `parallel` fsdp"
