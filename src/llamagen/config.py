@@ -19,6 +19,7 @@ import dacite
 
 from llamagen.support.errors import InputError, one_line
 from llamagen.support.storage import read_json as read_json  # noqa: PLC0414  # offered here too
+from llamagen.support.values import plain
 
 ConfigT = TypeVar("ConfigT")
 
@@ -358,6 +359,7 @@ class Setting:
 
     def parse(self, value: Any) -> Any:
         """Return ``value`` as a plain number or word; raise InputError if it does not fit."""
+        value = plain(value)
         if value is None and self.optional:
             return None
         if self.choices:

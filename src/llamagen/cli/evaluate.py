@@ -56,6 +56,13 @@ class NetworkOptions:
     classifier_flip: bool = False
     """Whether mirror images keep their class."""
 
+    def check(self) -> None:
+        """Raise InputError if an option is given that the network does not use."""
+        for name, default in dataclasses.asdict(NetworkOptions()).items():
+            its = "inception" if name == "inception" else "classifier"
+            if getattr(self, name) != default and self.network != its and name != "network":
+                raise InputError(f"`{name}` goes with --network {its}")
+
     def place(self, out: Path, reference: ReferenceSource, device: torch.device) -> Workplace:
         """Load, download or train the network, in every process; return it with results' folder."""
         from llamagen.evaluation.networks.classifier import ClassifierTraining, open_classifier
@@ -403,8 +410,11 @@ def run(options: EvaluationOptions) -> None:
     for name, message in options.needs.items():
         if not getattr(options, name):
             raise InputError(message)
-    if hasattr(options, "count"):
-        require_at_least(options.min_count, options, "count")
+    for name in ("count", "size", "batch_size"):
+        if hasattr(options, name):
+            require_at_least(options.min_count if name == "count" else 1, options, name)
+    if isinstance(compare := getattr(options, "compare", None), NetworkOptions):
+        compare.check()
     from llamagen.evaluation.report import PAGE_NAME, require_page_packages, save_report
     from llamagen.support import distributed, storage
 

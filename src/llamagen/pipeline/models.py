@@ -18,6 +18,7 @@ from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.generation.engine import Engine, NativeEngine
+from llamagen.models.pretrained import digest
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import quantize, refuse_quantized
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NativeEngine, VllmEngine)}
 """The engines that can generate codes, by name."""
+
+_SAMPLED = 4096
+"""Numbers of each weight that a fingerprint looks at, about."""
 
 
 class PipelineModels:
@@ -207,6 +211,18 @@ class PipelineModels:
         if self.transformer.kv_cache_dtype is not None:
             found["kv_cache_dtype"] = "int8"
         return found
+
+    def fingerprint(self) -> str:
+        """Return a short text that tells pipelines of other weights apart, by a sample of each."""
+        parts = [self.tokenizer, self.transformer]
+        if self._text is not None:
+            parts.append(self.text_encoder)
+        weights = (
+            (f"{number}.{name}", weight.flatten()[:: weight.numel() // _SAMPLED + 1].contiguous())
+            for number, part in enumerate(parts)
+            for name, weight in part.state_dict().items()
+        )
+        return digest("", weights)
 
     def load_adapter(self, folder: str | Path) -> Self:
         """Merge a LoRA adapter of this model; return the pipeline.

@@ -14,9 +14,17 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import InputError
+from llamagen.support.values import plain, require_count
 
 METADATA_KEY = "llamagen"
 """PNG text chunk of an image's settings, as JSON."""
+KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+"""Suffix of an image file -> its format, of those that can be written."""
+
+_DESCRIPTION = 0x010E
+"""EXIF tag that has the settings of a JPEG or WebP file."""
+_MAX_EXIF = 60_000
+"""Bytes of text; JPEG has room for hardly more."""
 
 _INK = (32, 32, 32)
 
@@ -50,7 +58,9 @@ def image_grid(
         raise InputError("there are no images to lay out in a grid; give at least one")
     if scale is None:
         scale = max(1, 64 // images[0].width)
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
+    columns = min(require_count("columns", columns), len(images))
     width, height = (side * scale for side in images[0].size)
     font = ImageFont.load_default(max(10, min(16, width // 8)))
     line = 0 if captions is None else _line_height(font)
@@ -107,15 +117,20 @@ def image_bytes(
         image: RGB.
         kind: file format.
         quality: 0 to 100, of JPEG and WebP; WebP is lossless at 100.
-        metadata: see ``save_png``; PNG only.
+        metadata: see ``save_png``; JPEG leaves out what is longer than its headers may be.
     """
-    chunks = PngImagePlugin.PngInfo()
+    chunks, exif = PngImagePlugin.PngInfo(), Image.Exif()
     if metadata is not None:
-        chunks.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
+        text = json.dumps(dict(metadata), ensure_ascii=False, default=plain)
+        # Undecodable bytes of names become escapes of JSON.
+        chunks.add_itxt(METADATA_KEY, text.encode("utf-8", "backslashreplace").decode())
+        text = json.dumps({METADATA_KEY: json.loads(text)})
+        if len(text) <= _MAX_EXIF:
+            exif[_DESCRIPTION] = text
     options: dict[str, dict[str, Any]] = {
         "png": {"pnginfo": chunks},
-        "jpeg": {"quality": quality, "subsampling": 0},
-        "webp": {"quality": quality, "lossless": quality == 100},
+        "jpeg": {"quality": quality, "subsampling": 0, "exif": exif},
+        "webp": {"quality": quality, "lossless": quality == 100, "exif": exif},
     }
     file = io.BytesIO()
     image.save(file, format=kind, **options[kind])
@@ -123,18 +138,23 @@ def image_bytes(
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Return the metadata that ``save_png`` wrote; InputError if the file has none."""
+    """Return the metadata that ``image_bytes`` wrote; InputError if the file has none."""
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(METADATA_KEY)
+            # Those of a PNG before its pixels are there at once; "text" reads all of the file.
+            text = image.info.get(METADATA_KEY) or getattr(image, "text", {}).get(METADATA_KEY)
+            described = str(image.getexif().get(_DESCRIPTION, ""))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist") from error
     except (OSError, SyntaxError) as error:
         raise InputError(f"{path} is not a readable image ({error})") from error
-    if text is None:
-        raise InputError(f"{path} does not say how it was made; only PNGs of llamagen generate do")
-    values: dict[str, Any] = json.loads(text)
-    return values
+    try:
+        values: dict[str, Any] = json.loads(text or described)
+        return values if text else values[METADATA_KEY]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} does not say how it was made; only files of llamagen generate do"
+        ) from error
 
 
 def _blank(width: int, height: int) -> Image.Image:
