@@ -44,7 +44,7 @@ def one_seed_each(
     if given is None:
         # Small enough to be typed again.
         given = secrets.randbelow(2**31)
-    if isinstance(given, str) or not isinstance(given, Iterable):
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
         first = check_seed(_drawn(given))
         return tuple(range(first, first + count))
     seeds = tuple(check_seed(_drawn(each)) for each in given)

@@ -36,7 +36,7 @@ from llamagen.pipeline.pipeline import (
 )
 from llamagen.pipeline.ranking import check_ranking
 from llamagen.support.errors import InputError
-from llamagen.support.values import plain, require_count
+from llamagen.support.values import plain, require_integer
 
 ImageSource = Image.Image | Path | str
 """An image, or where its file is."""
@@ -168,7 +168,7 @@ class Editor:
     def completion(self, image: ImageSource, *, keep_rows: int | None = None) -> Edit:
         """Return the plan of ``complete``."""
         rows = self._grid[0]
-        kept = rows // 2 if keep_rows is None else keep_rows
+        kept = rows // 2 if keep_rows is None else require_integer("keep_rows", keep_rows)
         if not 0 < kept < rows:
             raise InputError(
                 f"keep_rows is {kept}, expected 1 to {rows - 1} of the model's {rows} rows"
@@ -238,6 +238,7 @@ class Editor:
 
     def outpainting(self, image: ImageSource, *, below: int = 0, right: int = 0) -> Edit:
         """Return the plan of ``outpaint``."""
+        below, right = require_integer("below", below), require_integer("right", right)
         if min(below, right) < 0 or below == right == 0:
             raise InputError(
                 f"{below} rows below and {right} columns on the right are to be drawn; ask for at "
@@ -271,7 +272,8 @@ class Editor:
 
     def variation(self, image: ImageSource, *, keep: float = 0.5) -> Edit:
         """Return the plan of ``vary``."""
-        if not 0.0 < keep < 1.0:
+        keep = plain(keep)
+        if not isinstance(keep, float) or not 0.0 < keep < 1.0:
             raise InputError(f"keep is {keep}, expected a share above 0 and below 1")
         return Edit({"kind": "vary", "keep": keep}, self.encode(image), share=keep)
 
@@ -293,7 +295,7 @@ class Editor:
         embeds = settings.get("prompt_embeds")
         # No prompt at all is refused below, with the pipeline's own words.
         count = 1 if prompt is None is embeds else len(listed(prompt) if embeds is None else embeds)
-        count = max(1, count * require_count("num_images_per_prompt", num_images_per_prompt))
+        count = max(1, count * require_integer("num_images_per_prompt", num_images_per_prompt))
         seeds = one_seed_each(seed, count * plain(best_of), generator)
         firsts = seeds[::best_of]
         canvas = edit.known(firsts)

@@ -32,7 +32,7 @@ from llamagen.pipeline.ranking import Ranking, best_of_each, check_ranking, scor
 from llamagen.support.devices import copy_to_host
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import arrays_to_pil
-from llamagen.support.values import plain, require_count
+from llamagen.support.values import plain, require_integer
 
 OutputType = Literal["pil", "np", "pt", "latent", "codes"]
 """Images as diffusers has them: "pil"; "np", float32 (images, H, W, 3) from 0 to 1; "pt", a tensor
@@ -118,9 +118,9 @@ class Pipeline(PipelineModels):
         Raises:
             InputError: a class or setting is not one this model has, or a prompt says nothing.
         """
-        num_images_per_prompt = require_count("num_images_per_prompt", num_images_per_prompt)
+        num_images_per_prompt = require_integer("num_images_per_prompt", num_images_per_prompt, 1)
         if batch_size is not None:
-            batch_size = require_count("batch_size", batch_size)
+            batch_size = require_integer("batch_size", batch_size, 1)
         check_output_type(output_type)
         check_ranking(rank_by, best_of)
         best_of, blend_share, window = plain(best_of), plain(blend_share), plain(window)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import InputError
-from llamagen.support.values import plain, require_count
+from llamagen.support.values import plain, require_integer
 
 METADATA_KEY = "llamagen"
 """PNG text chunk of an image's settings, as JSON."""
@@ -60,7 +60,7 @@ def image_grid(
         scale = max(1, 64 // images[0].width)
     if columns is None:
         columns = math.ceil(math.sqrt(len(images)))
-    columns = min(require_count("columns", columns), len(images))
+    columns = min(require_integer("columns", columns, 1), len(images))
     width, height = (side * scale for side in images[0].size)
     font = ImageFont.load_default(max(10, min(16, width // 8)))
     line = 0 if captions is None else _line_height(font)

@@ -12,11 +12,11 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def require_count(name: str, value: Any, minimum: int = 1) -> int:
+def require_integer(name: str, value: Any, minimum: int | None = None) -> int:
     """Return an integer as Python's own; InputError if it is none, or below ``minimum``."""
     number = plain(value)
     if not isinstance(number, int) or isinstance(number, bool):
         raise InputError(f"{name} is {number!r}, expected an integer")
-    if number < minimum:
+    if minimum is not None and number < minimum:
         raise InputError(f"{name} is {number}, expected at least {minimum}")
     return number
