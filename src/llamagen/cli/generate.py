@@ -187,8 +187,8 @@ class Inpaint(_EditOptions):
     """Draw a marked part of an image anew."""
 
     mask: Path
-    """An image of the same size, white where to draw; or, if any of it is transparent, transparent
-    there."""
+    """An image of the same size, white where to draw; or, if any of it is more transparent than
+    opaque, transparent there."""
     keep_pixels: bool = True
     """Leave what is not marked as it is, instead of what codes make of it."""
     best_of: int = 4
