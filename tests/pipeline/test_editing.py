@@ -237,7 +237,8 @@ def test_masks_are_turned_by_their_exif_tag(editor, image, orientation, tmp_path
     wanted = squares(editor, wide, marked)
     assert wanted == [[0, 0], [0, 1], [1, 0], [1, 1]]
     assert squares(editor, wide, turned(marked, orientation)) == wanted
-    turned(marked, orientation).save(tmp_path / "mask.png")
+    stored = turned(marked, orientation)
+    stored.save(tmp_path / "mask.png", exif=stored.getexif())
     assert squares(editor, wide, tmp_path / "mask.png") == wanted
 
 
@@ -286,7 +287,7 @@ def test_hardly_transparent_masks_are_read_by_their_colours(editor, image, alpha
     assert squares(editor, image, marked) == wanted
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_masks_mark_what_is_transparent(editor, image, mode):
     holes = Image.new("LA", (16, 16), (255, 255))
     holes.paste((255, 0), (4, 4, 8, 12))
