@@ -410,10 +410,9 @@ def run(options: EvaluationOptions) -> None:
     for name, message in options.needs.items():
         if not getattr(options, name):
             raise InputError(message)
-    for name in ("count", "size", "batch_size"):
-        if hasattr(options, name):
-            require_at_least(options.min_count if name == "count" else 1, options, name)
-    if isinstance(compare := getattr(options, "compare", None), NetworkOptions):
+    require_at_least(options.min_count, options, "count")
+    require_at_least(1, options, "size", "batch_size")
+    if compare := getattr(options, "compare", None):
         compare.check()
     from llamagen.evaluation.report import PAGE_NAME, require_page_packages, save_report
     from llamagen.support import distributed, storage

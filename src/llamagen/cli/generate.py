@@ -278,15 +278,17 @@ def _draw(options: Generate, model: str) -> None:
                 bar.update(rows)
             return found is not None
 
-        def save(output: PipelineOutput) -> None:
-            paths.update(options.save(output, about))
-
         if options._kind is not None:
             output = pipe(**arguments, callback=show)
             options.save_sheet(output.images, output.metadata[0] | about, options.columns)
             return
         try:
-            pipe(**arguments, callback=show, is_drawn=is_drawn, on_images=save)
+            pipe(
+                **arguments,
+                callback=show,
+                is_drawn=is_drawn,
+                on_images=lambda output: paths.update(options.save(output, about)),
+            )
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt(
                 f"{len(paths)} of {images} images are in {options.out}; the same command with "

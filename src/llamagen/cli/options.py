@@ -20,9 +20,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def require_at_least(minimum: int, options: object, *names: str) -> None:
-    """Raise InputError if one of these options is below ``minimum``."""
+    """Raise InputError if one of these options is there and below ``minimum``."""
     for name in names:
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and value < minimum:
             raise InputError(f"`{name}` is {value}, expected at least {minimum}")
 

@@ -214,9 +214,8 @@ class PipelineModels:
 
     def fingerprint(self) -> str:
         """Return a short text that tells pipelines of other weights apart, by a sample of each."""
-        parts = [self.tokenizer, self.transformer]
-        if self._text is not None:
-            parts.append(self.text_encoder)
+        encoder = None if self._text is None else self.text_encoder
+        parts = [part for part in (self.tokenizer, self.transformer, encoder) if part is not None]
         weights = (
             (f"{number}.{name}", weight.flatten()[:: weight.numel() // _SAMPLED + 1].contiguous())
             for number, part in enumerate(parts)

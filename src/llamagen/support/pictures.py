@@ -124,9 +124,9 @@ def image_bytes(
         text = json.dumps(dict(metadata), ensure_ascii=False, default=plain)
         # Undecodable bytes of names become escapes of JSON.
         chunks.add_itxt(METADATA_KEY, text.encode("utf-8", "backslashreplace").decode())
-        text = json.dumps({METADATA_KEY: json.loads(text)})
-        if len(text) <= _MAX_EXIF:
-            exif[_DESCRIPTION] = text
+        described = json.dumps({METADATA_KEY: dict(metadata)}, default=plain)
+        if len(described) <= _MAX_EXIF:
+            exif[_DESCRIPTION] = described
     options: dict[str, dict[str, Any]] = {
         "png": {"pnginfo": chunks},
         "jpeg": {"quality": quality, "subsampling": 0, "exif": exif},
