@@ -383,7 +383,7 @@ class Setting:
         if self.minimum is None:
             return kind
         lower = "above" if self.exclusive_minimum else "of at least"
-        upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
+        upper = "" if self.maximum is None else f" and at most {self.maximum:.10g}"
         none = ", or none" if self.optional else ""
         return f"{kind} {lower} {self.minimum:g}{upper}{none}"
 

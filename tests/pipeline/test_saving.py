@@ -81,7 +81,6 @@ def test_resumes_older_folder(whole, pipe, planned, tmp_path):
     out = shutil.copytree(whole, tmp_path / "out")
     settings = json.loads((out / "settings.json").read_text())
     del settings["format"], settings["version"], settings["sampling"]["min_p"]
-    del settings["weights"]
     (out / "settings.json").write_text(json.dumps(settings))
     (out / "000001-1.png").unlink()
     assert draw_into_folder(pipe, planned, out, batch_size=2) == 1
@@ -199,9 +198,3 @@ def test_the_best_of_several_in_a_folder(pipe, tmp_path):
     assert draw_into_folder(pipe, planned, tmp_path, batch_size=4, best_of=3) == 6
     wanted = pipe([text for text, _ in PROMPTS], num_images_per_prompt=2, seed=10, best_of=3)
     assert [read_metadata(tmp_path / image.file) for image in planned] == [*wanted.metadata]
-
-
-def test_a_folder_of_other_weights_is_refused(whole, planned):
-    other = tiny_text_pipeline(seed=1)
-    with pytest.raises(InputError, match="weights"):
-        draw_into_folder(other, planned, whole, batch_size=2)

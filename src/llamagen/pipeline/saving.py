@@ -143,11 +143,9 @@ def draw_into_folder(
     given = {name: plain(value) for name, value in settings.items() if value is not None}
     about = {
         "model": pipeline.name,
-        "weights": pipeline.fingerprint(),
         "sampling": dataclasses.asdict(pipeline.sampling) | given,
         **pipeline.precision,
     }
-    older = {"weights": about["weights"], "sampling": dataclasses.asdict(SamplingConfig())}
     artifact = Artifact(out, _FORMAT, about, rank=rank, world_size=world_size)
     entries = (
         {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed}
@@ -164,7 +162,7 @@ def draw_into_folder(
 
     # On an error, leaving the block waits for the batch that is being saved.
     with (
-        artifact.begin(missing=older),
+        artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig())}),
         ThreadPoolExecutor(1, "llamagen-saver") as saver,
     ):
         artifact.same_text(INDEX_NAME, index, "other prompts or seeds")
