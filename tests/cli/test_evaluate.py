@@ -200,3 +200,26 @@ def test_sizes_outside_their_range(fails, real, model_folder, tmp_path, size):
         line = fails("evaluate", *command, *given)
         assert f"--size is {size}, expected at least 1" in line
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--seed=-2", "seed is -2, expected an integer from 0"),
+        ("--seed=9223372036854775808", "seed is 9223372036854775808"),
+        ("--batch-size=9999999999999999999", "expected at most 2147483647"),
+    ],
+)
+def test_numbers_outside_their_range(fails, real, model_folder, tmp_path, given, message):
+    command = (
+        "evaluate",
+        "c2i",
+        "--model",
+        model_folder,
+        "--reference",
+        real,
+        "-n",
+        4,
+        *CLASSIFIER,
+    )
+    assert message in fails(*command, *CLASSIFIER, given, "--out", tmp_path / "e")

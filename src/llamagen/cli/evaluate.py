@@ -173,7 +173,9 @@ class SampleOptions(EvaluationOptions):
 
     def _plan(self) -> dict[str, Any]:
         """Return arguments of a ``SamplePlan``."""
-        return {"seed": self.seed, "size": self.size, **given_settings(self)}
+        from llamagen.generation.seeds import check_seed
+
+        return {"seed": check_seed(self.seed), "size": self.size, **given_settings(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -272,10 +272,10 @@ class Editor:
 
     def variation(self, image: ImageSource, *, keep: float = 0.5) -> Edit:
         """Return the plan of ``vary``."""
-        keep = plain(keep)
-        if not isinstance(keep, float) or not 0.0 < keep < 1.0:
-            raise InputError(f"keep is {keep}, expected a share above 0 and below 1")
-        return Edit({"kind": "vary", "keep": keep}, self.encode(image), share=keep)
+        share: Any = plain(keep)
+        if not isinstance(share, float) or not 0.0 < share < 1.0:
+            raise InputError(f"keep is {share}, expected a share above 0 and below 1")
+        return Edit({"kind": "vary", "keep": share}, self.encode(image), share=share)
 
     def _draw(
         self,
@@ -292,11 +292,13 @@ class Editor:
         """Sample the codes that a plan leaves open, window by window."""
         check_output_type(output_type)
         check_ranking(settings.get("rank_by", "likelihood"), best_of)
-        embeds = settings.get("prompt_embeds")
+        count = require_integer("num_images_per_prompt", num_images_per_prompt)
+        if (embeds := settings.get("prompt_embeds")) is not None:
+            count *= len(embeds)
         # No prompt at all is refused below, with the pipeline's own words.
-        count = 1 if prompt is None is embeds else len(listed(prompt) if embeds is None else embeds)
-        count = max(1, count * require_integer("num_images_per_prompt", num_images_per_prompt))
-        seeds = one_seed_each(seed, count * plain(best_of), generator)
+        elif prompt is not None:
+            count *= len(listed(prompt))
+        seeds = one_seed_each(seed, max(1, count) * plain(best_of), generator)
         firsts = seeds[::best_of]
         canvas = edit.known(firsts)
         is_whole, is_shown = edit.windows == (WHOLE,), output_type not in ("latent", "codes")

@@ -313,7 +313,7 @@ def as_output(images: list[Image.Image], codes: Tensor, output_type: OutputType)
         return codes
     if output_type not in ("np", "pt") or not images:
         return images
-    pixels = np.stack(images).astype(np.float32) / 255
+    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
     return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
