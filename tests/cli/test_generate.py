@@ -239,7 +239,7 @@ def test_a_cache_in_8_bits(generate, run, model_folder, tmp_path):
     floats = pixels(tmp_path / "out" / "dog-5.png")
     result = generate("--class", "dog", "--seed", 5, "--kv-cache-dtype", "int8")
     assert result.status == 0, result.err
-    wanted = tmp_path / "out" / "dog-5.png"
+    wanted = tmp_path / "out" / "dog-5-2.png"
     assert read_metadata(wanted)["kv_cache_dtype"] == "int8"
     assert not np.array_equal(pixels(wanted), floats)
     result = run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
