@@ -377,8 +377,8 @@ def test_other_kinds_of_files(run, model_folder, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--out", "dog.gif"], "dog.gif cannot be written; give --out .png, .jpg or .webp"),
-        (["--out", "dog.tiff"], "dog.tiff cannot be written"),
+        (["--out", "dog.gif"], "dog.gif is a file of another kind; give --out a folder"),
+        (["--out", "dog.tiff"], "dog.tiff is a file of another kind"),
         (["--columns=-2"], "--columns is -2, expected at least 1"),
         (["--columns", "0"], "--columns is 0, expected at least 1"),
         (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),

@@ -84,13 +84,12 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
         import llamagen.support.storage as storage
         from llamagen.data.images import EXTENSIONS
 
-        if self._kind is None and not self.out.is_dir():
-            if self.out.suffix.lower() in EXTENSIONS:
-                raise InputError(f"{self.out} cannot be written; give --out .png, .jpg or .webp")
-            if self.out.exists():
-                raise InputError(
-                    f"{self.out} is a file; give --out a folder or a name ending in .png"
-                )
+        is_file = self.out.suffix.lower() in EXTENSIONS or self.out.exists()
+        if self._kind is None and is_file and not self.out.is_dir():
+            raise InputError(
+                f"{self.out} is a file of another kind; give --out a folder, or a name ending in "
+                f".png, .jpg or .webp"
+            )
         storage.require_writable(self.out if self._kind is None else self.out.parent)
 
     def save(self, output: PipelineOutput, about: Mapping[str, Any]) -> dict[int, Path]:

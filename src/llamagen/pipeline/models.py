@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in (NativeEngine, VllmEngine)}
 """The engines that can generate codes, by name."""
 
-_SAMPLED = 4096
-"""Numbers of each weight that a fingerprint looks at, about."""
-
 
 class PipelineModels:
     """An image tokenizer, a transformer over its codes, and its classes or its text encoder."""
@@ -216,8 +213,9 @@ class PipelineModels:
         """Return a short text that tells pipelines of other weights apart, by a sample of each."""
         encoder = None if self._text is None else self.text_encoder
         parts = [part for part in (self.tokenizer, self.transformer, encoder) if part is not None]
+        # Up to 4096 numbers each: a digest of all would take seconds for the largest models.
         weights = (
-            (f"{number}.{name}", weight.flatten()[:: weight.numel() // _SAMPLED + 1].contiguous())
+            (f"{number}.{name}", weight.flatten()[:: weight.numel() // 4096 + 1].contiguous())
             for number, part in enumerate(parts)
             for name, weight in part.state_dict().items()
         )
