@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,6 +55,13 @@ def __getattr__(name: str) -> object:
             if found is not None:
                 return found
     raise AttributeError(f"module 'llamagen' has no attribute {name!r}")
+
+
+# The first edition's name of a module; it is imported when something of it is asked for.
+sys.modules["llamagen.pictures"] = pictures = ModuleType("llamagen.pictures")
+vars(pictures)["__getattr__"] = lambda name: getattr(
+    importlib.import_module("llamagen.support.pictures"), name
+)
 
 
 def __dir__() -> list[str]:

@@ -19,6 +19,7 @@ import dacite
 
 from llamagen.support.errors import InputError, one_line
 from llamagen.support.storage import read_json as read_json  # noqa: PLC0414  # offered here too
+from llamagen.support.values import plain
 
 ConfigT = TypeVar("ConfigT")
 
@@ -355,6 +356,7 @@ class Setting:
 
     def parse(self, value: Any) -> Any:
         """Return ``value`` as a plain number or word; raise InputError if it does not fit."""
+        value = plain(value)
         if value is None and self.optional:
             return None
         if self.choices:
@@ -377,7 +379,7 @@ class Setting:
         if self.minimum is None:
             return kind
         lower = "above" if self.exclusive_minimum else "of at least"
-        upper = "" if self.maximum is None else f" and at most {self.maximum:g}"
+        upper = "" if self.maximum is None else f" and at most {self.maximum:.10g}"
         none = ", or none" if self.optional else ""
         return f"{kind} {lower} {self.minimum:g}{upper}{none}"
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tests.checkpoints.hub_server import COMMIT, Hub, running
+from tests.models.test_pretrained import sharded
 from tests.tiny_models import tiny_pipeline, tiny_transformer
 
 PREAMBLE = """
@@ -141,6 +142,19 @@ refused(ImageTokenizer.from_pretrained, "owner/others")
         assert "is not on this machine" in line
         assert "HF_HUB_OFFLINE is set; unset it" in line
     assert hub.requests == []
+
+
+def test_downloads_shards(hub, client, tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "m")
+    names = sharded(tmp_path / "m" / "transformer", 2)
+    hub.repos["owner/pipeline"] = folder_files(tmp_path / "m")
+    hub.repos["owner/transformer"] = folder_files(tmp_path / "m" / "transformer")
+    client("""
+same(Pipeline.from_pretrained("owner/pipeline", device="cpu").transformer, tiny_transformer())
+same(Transformer.from_pretrained("owner/transformer"), tiny_transformer())
+same(checkpoints.load_transformer("owner/transformer"), tiny_transformer())
+""")
+    assert all(hub.fetched(f"transformer/{name}") and hub.fetched(name) for name in names)
 
 
 def test_failed_download_is_one_line(hub, client):

@@ -87,6 +87,16 @@ def test_reads_safetensors(tmp_path):
     assert loaded.config.grid == (3, 5)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_tables_and_caches_are_no_weights(tmp_path, suffix, caplog):
+    extra = ("freqs_cis", "layers.0.attention.kv_cache.k_cache")
+    state = transformer().state_dict() | {name: torch.zeros(2) for name in extra}
+    (save_file if suffix == ".safetensors" else torch.save)(state, tmp_path / f"a{suffix}")
+    assert same_weights(load_transformer(tmp_path / f"a{suffix}", heads=4), transformer())
+    for name in extra:
+        assert f"{name} is extra: it is no weight, and left out" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keeps_precision(tmp_path, dtype):
     path = tmp_path / "a.pt"

@@ -178,3 +178,48 @@ def test_bad_input(fails, run, model_folder, real, tmp_path):
 def _classifier(run, real, tmp_path) -> Path:
     assert run("evaluate", "folder", real, real, *CLASSIFIER, "--out", tmp_path / "c").status == 0
     return tmp_path / "c" / "classifier"
+
+
+def test_options_of_the_other_network(fails, real, tmp_path):
+    command = ("evaluate", "folder", real, real, "--out", tmp_path / "e")
+    for given in (("--classifier", tmp_path), ("--classifier-steps", 3), ("--classifier-flip",)):
+        assert f"{given[0]} goes with --network classifier" in fails(*command, *given)
+    line = fails(*command, "--network", "classifier", "--inception", tmp_path / "weights.pth")
+    assert "--inception goes with --network inception" in line
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_sizes_outside_their_range(fails, real, model_folder, tmp_path, size):
+    given = (f"--size={size}", "--out", tmp_path / "e")
+    for command in (
+        ("folder", real, real, *CLASSIFIER),
+        ("tokenizer", real, "-t", model_folder / "tokenizer", "--no-rfid"),
+        ("c2i", "--model", model_folder, "--reference", real, *CLASSIFIER),
+    ):
+        line = fails("evaluate", *command, *given)
+        assert f"--size is {size}, expected at least 1" in line
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--seed=-2", "seed is -2, expected an integer from 0"),
+        ("--seed=9223372036854775808", "seed is 9223372036854775808"),
+        ("--batch-size=9999999999999999999", "expected at most 2147483647"),
+    ],
+)
+def test_numbers_outside_their_range(fails, real, model_folder, tmp_path, given, message):
+    command = (
+        "evaluate",
+        "c2i",
+        "--model",
+        model_folder,
+        "--reference",
+        real,
+        "-n",
+        4,
+        *CLASSIFIER,
+    )
+    assert message in fails(*command, *CLASSIFIER, given, "--out", tmp_path / "e")

@@ -1,14 +1,22 @@
 import errno
+import json
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import llamagen.pipeline.saving as saving
 import llamagen.support.storage as storage
+from llamagen.support.labels import Labels
 from llamagen.support.pictures import read_metadata, save_png
-from tests.tiny_models import tiny_text_pipeline
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 
 @pytest.fixture
@@ -231,7 +239,7 @@ def test_a_cache_in_8_bits(generate, run, model_folder, tmp_path):
     floats = pixels(tmp_path / "out" / "dog-5.png")
     result = generate("--class", "dog", "--seed", 5, "--kv-cache-dtype", "int8")
     assert result.status == 0, result.err
-    wanted = tmp_path / "out" / "dog-5.png"
+    wanted = tmp_path / "out" / "dog-5-2.png"
     assert read_metadata(wanted)["kv_cache_dtype"] == "int8"
     assert not np.array_equal(pixels(wanted), floats)
     result = run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
@@ -250,3 +258,185 @@ def test_quantized(generate, run, model_folder, tmp_path):
     assert result.status == 0, result.err
     assert np.array_equal(pixels(tmp_path / "again" / "dog-5.png"), pixels(wanted))
     assert read_metadata(tmp_path / "again" / "dog-5.png") == read_metadata(wanted)
+
+
+class TestImagesStay:
+    def test_the_same_command_goes_on(self, run, generate, model_folder, tmp_path, monkeypatch):
+        out, saved, save = tmp_path / "out", [], saving.save_image
+
+        def interrupted(image, path, metadata=None):
+            if len(saved) == 2:
+                raise KeyboardInterrupt
+            saved.append(path.name)
+            return save(image, path, metadata)
+
+        command = ("--class", "dog", "red fox", "-n", 3, "--seed", 7, "--batch-size", 1)
+        monkeypatch.setattr(saving, "save_image", interrupted)
+        result = generate(*command)
+        assert result.status == 130
+        assert f"2 of 6 images are in {out}; the same command with --seed 7 goes on" in result.err
+        assert sorted(path.name for path in out.iterdir()) == ["dog-7.png", "dog-8.png"]
+        monkeypatch.setattr(saving, "save_image", save)
+        times = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+        result = generate(*command)
+        names = [Path(line).name for line in result.out.splitlines()]
+        wanted = [*(f"dog-{seed}.png" for seed in (7, 8, 9))]
+        wanted += [*(f"red-fox-{seed}.png" for seed in (10, 11, 12)), "sheet.png"]
+        assert names == wanted
+        assert all((out / name).stat().st_mtime_ns == time for name, time in times.items())
+        run("generate", "--model", model_folder, *command, "--out", tmp_path / "whole")
+        for name in wanted:
+            assert np.array_equal(pixels(out / name), pixels(tmp_path / "whole" / name))
+
+    def test_a_seed_that_was_chosen_is_named(self, generate, monkeypatch, tmp_path):
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(saving, "save_image", interrupted)
+        err = generate("--class", "dog").err
+        assert re.search(r"0 of 1 images are in .*--seed \d+ goes on", err)
+
+    def test_a_killed_process_leaves_whole_images(self, model_folder, tmp_path):
+        out = tmp_path / "out"
+        command = ("generate", "--model", model_folder, "-c", "dog", "-n", 100_000, "--seed", 0)
+        command = [sys.executable, "-m", "llamagen", *map(str, command), "--out", str(out)]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and len(list(out.glob("*.png"))) < 3:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+        found = list(out.glob("*.png"))
+        assert len(found) >= 3
+        assert {pixels(path).shape for path in found} == {(16, 16, 3)}
+
+    def test_other_settings_get_other_names(self, generate, tmp_path):
+        out = tmp_path / "out"
+        for top_k, name in ((1, "dog-5.png"), (2, "dog-5-2.png"), (3, "dog-5-3.png")):
+            for _ in range(2):
+                result = generate("--class", "dog", "--seed", 5, "--top-k", top_k)
+                assert result.out == f"{out / name}\n"
+                assert read_metadata(out / name)["top_k"] == top_k
+        assert len(list(out.iterdir())) == 3
+
+    def test_other_weights_of_the_same_name_get_other_names(self, run, tmp_path):
+        for seed, name in ((0, "dog-5.png"), (1, "dog-5-2.png")):
+            pipe = tiny_pipeline(seed=seed)
+            pipe.save_pretrained(tmp_path / "model")
+            command = ("--model", tmp_path / "model", "-c", "dog", "--seed", 5)
+            result = run("generate", *command, "--out", tmp_path / "out")
+            assert Path(result.out.strip()).name == name
+            found = pixels(tmp_path / "out" / name)
+            assert np.array_equal(found, np.asarray(pipe("dog", seed=5).images[0]))
+
+    def test_candidates(self, generate, tmp_path):
+        command = ("--class", "dog", "-n", 3, "--seed", 5, "--best-of", 4)
+        first = generate(*command)
+        assert first.status == 0, first.err
+        (tmp_path / "out" / "sheet.png").unlink()
+        again = generate(*command)
+        assert again.out == first.out
+        assert len(list((tmp_path / "out").iterdir())) == 4
+
+    def test_edits(self, run, model_folder, tmp_path):
+        for number, colour in enumerate(("red", "green")):
+            Image.new("RGB", (16, 16), colour).save(tmp_path / "photo.png")
+            command = ("edit", "complete", tmp_path / "photo.png", "--model", model_folder)
+            command += ("-c", "dog", "--seed", 5, "-n", 2, "--out", tmp_path / "out")
+            for _ in range(2):
+                assert run(*command).status == 0
+                assert len(list((tmp_path / "out").iterdir())) == 3 * (number + 1)
+
+    def test_prompts_without_letters(self, run, text_folder, tmp_path):
+        command = ("generate", "--model", text_folder, "--seed", 5, "--out", tmp_path / "out")
+        for prompt in ("!!", "🔥", "?"):
+            assert run(*command, "--prompt", prompt).status == 0
+        found = [read_metadata(path)["prompt"] for path in (tmp_path / "out").iterdir()]
+        assert sorted(found) == ["!!", "?", "🔥"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".webp"])
+def test_other_kinds_of_files(run, model_folder, tmp_path, suffix):
+    kind = "WEBP" if suffix == ".webp" else "JPEG"
+    out = tmp_path / f"dog{suffix}"
+    command = ("generate", "--model", model_folder, "-c", "dog", "--seed", 5)
+    assert run(*command, "--out", out).status == 0
+    with Image.open(out) as image:
+        assert (image.format, image.size) == (kind, (16, 16))
+    assert read_metadata(out)["seed"] == 5
+    assert run(*command, "--out", tmp_path / "whole").status == 0
+    again = run("generate", "--model", model_folder, "--like", out, "--out", tmp_path / "again")
+    assert again.status == 0, again.err
+    wanted = pixels(tmp_path / "whole" / "dog-5.png")
+    assert np.array_equal(pixels(tmp_path / "again" / "dog-5.png"), wanted)
+    assert '"class": "dog"' in run("info", out).out
+    # A file that was named is written anew.
+    assert run(*command, "-n", 2, "--out", out).status == 0
+    with Image.open(out) as image:
+        assert image.size != (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "dog.gif"], "dog.gif is a file of another kind; give --out a folder"),
+        (["--out", "dog.tiff"], "dog.tiff is a file of another kind"),
+        (["--columns=-2"], "--columns is -2, expected at least 1"),
+        (["--columns", "0"], "--columns is 0, expected at least 1"),
+        (["--batch-size", "0"], "--batch-size is 0, expected at least 1"),
+        (["--top-k", "2147483648"], "top_k is 2147483648, expected an integer"),
+        (["--guidance-stop", "9999999999"], "guidance_stop is 9999999999"),
+        (["--seed", "9223372036854775808"], "seed is 9223372036854775808"),
+        (["--window", "0"], "window is 0"),
+        (["--best-of", "0"], "best_of is 0"),
+    ],
+)
+def test_values_outside_their_range(fails, model_folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fails("generate", "--model", model_folder, "-c", "dog", *arguments)
+    assert list(tmp_path.rglob("*.png")) == []
+    assert not (tmp_path / "dog.gif").exists()
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_batches_of_a_file_of_prompts(fails, text_folder, tmp_path, size):
+    (tmp_path / "p.txt").write_text("llama\n")
+    command = ("generate", "--model", text_folder, "--prompts-file", tmp_path / "p.txt")
+    assert "--batch-size" in fails(*command, f"--batch-size={size}", "--out", tmp_path / "out")
+
+
+class TestOtherEncodings:
+    def test_undecodable_prompts(self, fails, text_folder, model_folder, tmp_path):
+        model = ("generate", "--model", text_folder, "--out", tmp_path / "out")
+        assert "no valid UTF-8" in fails(*model, "--prompt", "\udcff\udcfe")
+        assert "no valid UTF-8" in fails(*model, "--prompt", "a", "--negative-prompt", "\udcff")
+        line = fails("generate", "--model", model_folder, "-c", "\udcff", "--out", tmp_path / "out")
+        assert "there is no class" in line
+        assert list(tmp_path.rglob("*.png")) == []
+
+    def test_undecodable_class_names(self, run, tmp_path):
+        pipe = tiny_pipeline()
+        pipe.labels = Labels(("cat", "d\udcffg", "fox", "x", "y"))
+        pipe.save_pretrained(tmp_path / "model")
+        command = ("--model", tmp_path / "model", "--seed", 5, "--out", tmp_path / "out")
+        result = run("generate", *command, "-c", "d\udcffg")
+        assert result.status == 0, result.err
+        (path,) = (tmp_path / "out").iterdir()
+        assert read_metadata(path)["class"] == "d\udcffg"
+        assert run("generate", "--like", path, *command[:2], "--out", tmp_path / "a").status == 0
+
+    @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+    def test_output_in_ascii(self, text_folder, tmp_path, encoding):
+        def run(*arguments):
+            return subprocess.run(
+                [sys.executable, "-m", "llamagen", *map(str, arguments)],
+                env={**os.environ, "PYTHONIOENCODING": encoding},
+                capture_output=True,
+                check=False,
+            )
+
+        command = ("--model", text_folder, "--prompt", "café", "--seed", 5)
+        result = run("generate", *command, "--out", tmp_path / "öut")
+        assert result.returncode == 0, result.stderr
+        wanted = str(tmp_path / "öut" / "café-5.png")
+        assert result.stdout.strip() == wanted.encode(encoding, "backslashreplace")
+        described = run("info", wanted)
+        assert json.loads(described.stdout.decode(encoding))["prompt"] == "café"

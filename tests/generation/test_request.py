@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from llamagen.generation import uniform_draws
+from llamagen.generation.request import one_seed_each
 from llamagen.support.errors import InputError
 
 
@@ -38,3 +40,50 @@ def test_numbers_lie_in_the_half_open_interval():
 def test_seeds_outside_the_range_are_refused(seed):
     with pytest.raises(InputError, match="seed"):
         uniform_draws([seed], 1)
+
+
+@pytest.mark.parametrize(
+    "seed", [5, np.int64(5), np.array(5), torch.tensor(5)], ids=lambda seed: type(seed).__name__
+)
+def test_a_first_seed_of_any_package(seed):
+    found = one_seed_each(seed, 2)
+    assert found == (5, 6)
+    assert {type(each) for each in found} == {int}
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        (5, 9),
+        [np.int32(5), torch.tensor(9)],
+        np.array([5, 9]),
+        torch.tensor([5, 9]),
+        range(5, 13, 4),
+    ],
+    ids=lambda seeds: type(seeds).__name__,
+)
+def test_seeds_of_any_package(seeds):
+    found = one_seed_each(seeds, 2)
+    assert found == (5, 9)
+    assert {type(each) for each in found} == {int}
+
+
+def test_generators_draw_seeds():
+    def generator(seed):
+        return torch.Generator().manual_seed(seed)
+
+    first = one_seed_each(None, 2, generator(3))
+    assert first == one_seed_each(None, 2, generator(3))
+    assert first[1] == first[0] + 1
+    going_on = generator(3)
+    assert one_seed_each(None, 1, going_on) != one_seed_each(None, 1, going_on)
+    each = one_seed_each(None, 2, [generator(3), generator(4)])
+    assert each[0] == first[0] != each[1]
+    with pytest.raises(InputError, match="seed and generator were both given"):
+        one_seed_each(1, 1, generator(3))
+
+
+@pytest.mark.parametrize("seed", ["5", 1.0, np.float32(2), b"5", [1.5], [None], {"a": 1}])
+def test_what_is_no_seed(seed):
+    with pytest.raises(InputError, match=r"seed is .*, expected an integer"):
+        one_seed_each(seed, 1)

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import llamagen.models.pretrained as pretrained
 from llamagen.config import config_from_dict
@@ -199,3 +199,60 @@ def test_fingerprint():
         changed.decoder.conv_out.bias[0] += 1e-6
     models = [tiny_tokenizer(0), tiny_tokenizer(0), changed, *others]
     assert len({model.fingerprint() for model in models}) == 5
+
+
+def sharded(folder, parts: int) -> list[str]:
+    """Split the weights of a model folder into shards, as other programs save large models."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{part + 1:05d}-of-{parts:05d}.safetensors" for part in range(parts)]
+    home = {key: names[index % parts] for index, key in enumerate(weights)}
+    for name in names:
+        save_file({key: weights[key] for key in weights if home[key] == name}, folder / name)
+    index = {"metadata": {"total_size": 1}, "weight_map": home}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return names
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_shards(tmp_path, make):
+    model = make()
+    model.save_pretrained(tmp_path / "m")
+    names = sharded(tmp_path / "m", 3)
+    assert same(type(model).from_pretrained(tmp_path / "m"), model)
+    # A single file, once it is there, is the newer one.
+    other = make(seed=1)
+    other.save_pretrained(tmp_path / "m")
+    assert same(type(model).from_pretrained(tmp_path / "m"), other)
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{names[1]} does not exist"):
+        type(model).from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{}", "names no shards"),
+        ('{"weight_map": {}}', "names no shards"),
+        ('{"weight_map": {"a": 1}}', "names no shards"),
+        ('{"weight_map": {"a": "../m/x.safetensors"}}', "names no shards"),
+        ('{"weight_map"', "not valid JSON"),
+    ],
+)
+def test_damaged_index_of_shards(tmp_path, index, message):
+    tiny_transformer().save_pretrained(tmp_path / "m")
+    sharded(tmp_path / "m", 2)
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(InputError, match=message):
+        Transformer.from_pretrained(tmp_path / "m")
+
+
+def test_a_weight_in_no_shard(tmp_path):
+    tiny_transformer().save_pretrained(tmp_path / "m")
+    names = sharded(tmp_path / "m", 2)
+    weights = load_file(tmp_path / "m" / names[0])
+    weights.pop("norm.weight", None)
+    save_file(dict(list(weights.items())[1:]), tmp_path / "m" / names[0])
+    with pytest.raises(InputError, match="is missing"):
+        Transformer.from_pretrained(tmp_path / "m")

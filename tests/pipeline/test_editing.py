@@ -1,6 +1,7 @@
 """Images that are completed, filled in, extended and varied."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -214,3 +215,133 @@ def test_outputs_stay_as_they_were_declared(editor, image):
     output = editor.vary(image, "dog", seed=0, output_type="codes")
     assert output.images == []
     assert dataclasses.asdict(output)["seeds"] == (0,)
+
+
+def squares(editor, image, given) -> list[list[int]]:
+    """Rows and columns of the codes that a mask marks."""
+    return (editor.inpainting(image, given).codes < 0).nonzero().tolist()
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """An image that its EXIF tag turns upright."""
+    back = {3: 180, 6: 90, 8: 270}[orientation]
+    stored = image.rotate(back, expand=True)
+    stored.getexif()[0x0112] = orientation
+    return stored
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_masks_are_turned_by_their_exif_tag(editor, image, orientation, tmp_path):
+    wide = image.resize((32, 16))
+    marked = mask(8, 0, 16, 8, size=(32, 16))
+    wanted = squares(editor, wide, marked)
+    assert wanted == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    assert squares(editor, wide, turned(marked, orientation)) == wanted
+    stored = turned(marked, orientation)
+    stored.save(tmp_path / "mask.png", exif=stored.getexif())
+    assert squares(editor, wide, tmp_path / "mask.png") == wanted
+
+
+@pytest.mark.parametrize("side", [16, 17, 33, 100, 512])
+@pytest.mark.parametrize("stroke", [1, 2, 5])
+def test_any_marked_pixel_marks_its_square(editor, side, stroke):
+    photo = Image.new("RGB", (side, side))
+    for at in {0, side // 3, side // 2, side - stroke}:
+        line = mask(at, 0, at + stroke, side, size=(side, side))
+        # A column of codes is side / 4 pixels wide.
+        columns = {x * 4 // side for x in range(at, at + stroke)}
+        ends = {(4 * at) // side, -(-4 * (at + stroke) // side) - 1}
+        found = squares(editor, photo, line)
+        assert columns <= {column for _, column in found}
+        # A pixel of the model that lies across two squares' border may mark both.
+        assert {column for _, column in found} <= {*range(min(ends) - 1, max(ends) + 2)}
+        assert {row for row, _ in found} == {0, 1, 2, 3}
+
+
+def test_single_pixels_of_large_masks(editor):
+    photo = Image.new("RGB", (1200, 800))
+    for x, y in [(201, 3), (650, 421), (998, 799)]:
+        # The middle 800 of 1200 pixels, in squares of 200.
+        assert squares(editor, photo, mask(x, y, x + 1, y + 1, size=photo.size)) == [
+            [y // 200, (x - 200) // 200]
+        ]
+    with pytest.raises(InputError, match="the mask marks nothing"):
+        editor.inpainting(photo, mask(0, 0, 200, 800, size=photo.size))
+
+
+def test_pixels_that_are_not_marked_stay_with_thin_strokes(editor):
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    photo = Image.fromarray(noise)
+    drawn = editor.inpaint(photo, mask(30, 0, 31, 64, size=photo.size), "dog", seed=0).images[0]
+    same = (pixels(drawn) == pixels(editor.prepare(photo))).all((0, 2))
+    assert same.tolist() == [column != 7 for column in range(16)]
+
+
+@pytest.mark.parametrize("alpha", [255, 254, 128])
+def test_hardly_transparent_masks_are_read_by_their_colours(editor, image, alpha):
+    marked = mask(4, 4, 8, 12).convert("RGBA")
+    wanted = squares(editor, image, mask(4, 4, 8, 12))
+    marked.putpixel((0, 0), (0, 0, 0, alpha))
+    assert squares(editor, image, marked) == wanted
+    marked.putalpha(alpha)
+    assert squares(editor, image, marked) == wanted
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_masks_mark_what_is_transparent(editor, image, mode):
+    holes = Image.new("LA", (16, 16), (255, 255))
+    holes.paste((255, 0), (4, 4, 8, 12))
+    if mode == "P":
+        given = mask(4, 4, 8, 12).point(lambda level: level // 255).convert("P")
+        given.info["transparency"] = 1
+    else:
+        given = holes.convert("RGBA") if mode == "RGBA" else holes.convert(mode)
+    assert squares(editor, image, given) == [[1, 1], [2, 1]]
+
+
+def test_deep_greys_of_masks_are_scaled(editor, image, tmp_path):
+    for background, wanted in ((300, [[1, 1]]), (32767, [[1, 1]])):
+        greys = np.full((16, 16), background, np.uint16)
+        greys[4:8, 4:8] = 65535
+        assert squares(editor, image, Image.fromarray(greys)) == wanted
+        Image.fromarray(greys).save(tmp_path / "deep.png")
+        assert squares(editor, image, tmp_path / "deep.png") == wanted
+        assert squares(editor, image, Image.fromarray(greys.astype(np.int32))) == wanted
+
+
+def test_modes_of_masks_without_a_white_are_refused(editor, image):
+    with pytest.raises(InputError, match="floating-point pixels"):
+        editor.inpainting(image, Image.new("F", (16, 16)))
+
+
+@pytest.mark.parametrize("below", [0, 2])
+def test_forms_of_edited_images(editor, image, below):
+    def edited(output_type):
+        if below:
+            return editor.outpaint(image, "dog", below=below, seed=2, output_type=output_type)
+        return editor.inpaint(image, mask(4, 4, 8, 8), "dog", seed=2, output_type=output_type)
+
+    whole = edited("pil")
+    arrays = np.stack(list(map(pixels, whole.images))).astype(np.float32) / 255
+    assert np.array_equal(edited("np").images, arrays)
+    assert np.array_equal(edited("pt").images, arrays.transpose(0, 3, 1, 2))
+    assert torch.equal(edited("latent").images, whole.codes)
+    with pytest.raises(InputError, match="output_type is 'PIL'"):
+        edited("PIL")
+
+
+def test_numbers_of_numpy_and_torch(editor, image):
+    wanted = editor.vary(image, ["dog", "cat"], keep=0.5, seed=[3, 4])
+    again = editor.vary(image, np.array([1, 0]), keep=np.float32(0.5), seed=torch.tensor([3, 4]))
+    assert torch.equal(again.codes, wanted.codes)
+    edits = [
+        again,
+        editor.complete(image, np.int64(1), keep_rows=torch.tensor(2), seed=np.int64(3)),
+        editor.outpaint(image, "dog", below=np.int64(1), right=torch.tensor(1), best_of=np.int8(2)),
+        editor.vary(image, "dog", generator=torch.Generator().manual_seed(0)),
+    ]
+    for output in edits:
+        assert json.loads(json.dumps(output.metadata[0])) == output.metadata[0]
+    for settings in ({"keep_rows": 2.0}, {"keep_rows": "2"}):
+        with pytest.raises(InputError, match=r"keep_rows is .*, expected an integer"):
+            editor.complete(image, "dog", **settings)

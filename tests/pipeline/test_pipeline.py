@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,12 @@ from llamagen.pipeline import Pipeline
 from llamagen.pipeline import pipeline as pipeline_module
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
-from tests.tiny_models import tiny_pipeline, tiny_tokenizer, tiny_transformer
+from tests.tiny_models import (
+    tiny_pipeline,
+    tiny_text_pipeline,
+    tiny_tokenizer,
+    tiny_transformer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +271,108 @@ def test_codes_alone():
     ]
     (pixels,) = pipe.decode_in_parts(codes.codes)
     assert pixels.shape[:2] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        (np.int64(1), {"seed": np.int64(3)}),
+        (np.array([1]), {"seed": np.array([3])}),
+        (torch.tensor(1), {"seed": torch.tensor(3)}),
+        ([np.str_("dog")], {"seed": [np.uint8(3)]}),
+        (1, {"seed": 3, "best_of": np.int64(1), "batch_size": torch.tensor(1)}),
+        (1, {"seed": 3, "num_images_per_prompt": np.int64(1), "window": np.int32(1)}),
+        (1, {"seed": 3, "top_k": np.int32(0), "temperature": np.float32(1)}),
+        (1, {"seed": 3, "top_p": torch.tensor(1.0), "guidance_stop": torch.tensor(100)}),
+    ],
+)
+def test_numbers_of_numpy_and_torch(pipe, prompt, settings):
+    output = pipe(prompt, **settings)
+    assert torch.equal(output.codes, pipe("dog", seed=3).codes)
+    entry = output.metadata[0]
+    assert (entry["class_index"], entry["seed"]) == (1, 3)
+    assert json.loads(json.dumps(entry)) == entry
+
+
+def test_metadata_stay_json(pipe):
+    settings = {"blend": np.int64(2), "blend_share": np.float32(0.25), "best_of": np.int8(2)}
+    entry = pipe(np.array(["dog"]), seed=3, **settings).metadata[0]
+    assert json.loads(json.dumps(entry)) == entry
+    assert (entry["blend"], entry["blend_share"], entry["best_of"]) == ("red fox", 0.25, 2)
+
+
+@pytest.mark.parametrize("prompt", [1.0, b"dog", [["dog"]], [None], True, np.float32(1)])
+def test_what_is_no_prompt(pipe, prompt):
+    with pytest.raises(InputError, match="expected a text, or the name or index of a class"):
+        pipe(prompt)
+
+
+def test_forms_of_images(pipe):
+    wanted = pipe(["dog", "cat"], seed=3)
+    pixels = np.stack([np.asarray(image) for image in wanted.images])
+
+    def images(output_type):
+        return pipe(["dog", "cat"], seed=3, batch_size=1, output_type=output_type).images
+
+    arrays = images("np")
+    assert (arrays.shape, arrays.dtype) == ((2, 16, 16, 3), np.float32)
+    assert np.array_equal(arrays, pixels.astype(np.float32) / 255)
+    tensor = images("pt")
+    assert torch.equal(tensor, torch.from_numpy(arrays).permute(0, 3, 1, 2))
+    assert torch.equal(images("latent"), wanted.codes)
+    assert images("codes") == []
+
+
+@pytest.mark.parametrize("output_type", ["PIL", "numpy", "", None])
+def test_rejects_other_forms_of_images(pipe, output_type):
+    with pytest.raises(InputError, match="expected one of pil, np, pt, latent, codes"):
+        pipe("dog", output_type=output_type)
+
+
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_images_are_handed_over_as_they_are_drawn(pipe, best_of):
+    settings = {"num_images_per_prompt": 5, "seed": 7, "best_of": best_of}
+    whole, parts = pipe("dog", **settings), []
+    rest = pipe("dog", **settings, batch_size=2 * best_of, on_images=parts.append)
+    assert [len(part.images) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
+    assert [entry for part in parts for entry in part.metadata] == [*whole.metadata]
+    assert all(map(same, [image for part in parts for image in part.images], whole.images))
+    assert (rest.images, rest.seeds, len(rest.codes)) == ([], (), 0)
+
+
+def test_images_handed_over_before_an_error_stay(pipe, monkeypatch):
+    parts, steps, step = [], [], Batch.step
+
+    def interrupted(batch):
+        steps.append(1)
+        if len(steps) > 20:
+            raise KeyboardInterrupt
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pipe("dog", num_images_per_prompt=9, seed=7, batch_size=1, window=1, on_images=parts.append)
+    assert [part.seeds for part in parts] == [(7,)]
+
+
+def test_images_that_are_there_are_not_drawn(pipe):
+    whole = pipe("dog", num_images_per_prompt=4, seed=7, best_of=2)
+    there = [whole.metadata[0], whole.metadata[2]]
+    rest = pipe(
+        "dog", num_images_per_prompt=4, seed=7, best_of=2, is_drawn=lambda entry: entry in there
+    )
+    assert rest.seeds == (whole.seeds[1], whole.seeds[3])
+    assert torch.equal(rest.codes, whole.codes[[1, 3]])
+    assert pipe("dog", seed=7, is_drawn=lambda entry: True).images == []
+
+
+def test_fingerprints_tell_weights_apart(pipe):
+    assert pipe.fingerprint() == tiny_pipeline().fingerprint()
+    changed = tiny_pipeline()
+    with torch.no_grad():
+        next(changed.transformer.parameters()).mul_(1.01)
+    others = [changed, Pipeline(tiny_tokenizer(seed=1), pipe.transformer, labels=pipe.labels)]
+    others += [tiny_pipeline().quantize("int8"), tiny_text_pipeline(), tiny_text_pipeline(seed=1)]
+    found = {pipe.fingerprint(), *(each.fingerprint() for each in others)}
+    assert len(found) == 6

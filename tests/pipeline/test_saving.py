@@ -10,7 +10,13 @@ import torch
 from PIL import Image
 
 from llamagen.pipeline import saving as drawing
-from llamagen.pipeline.saving import draw_into_folder, plan_images
+from llamagen.pipeline.saving import (
+    draw_into_folder,
+    find_image,
+    image_path,
+    plan_images,
+    save_image,
+)
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import read_metadata
 from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
@@ -149,3 +155,46 @@ def test_refuses_other_folders(whole, pipe, planned, tmp_path):
         draw_into_folder(pipe, planned, tmp_path)
     with pytest.raises(InputError, match="is a file"):
         draw_into_folder(pipe, planned, tmp_path / "notes.txt")
+
+
+def test_names_of_images(tmp_path):
+    def name(**metadata):
+        return image_path(tmp_path, {"seed": 5, **metadata}).name
+
+    assert name(**{"class": "Red fox", "prompt": "x"}) == "red-fox-5.png"
+    assert name(prompt="café ☕ / 日本") == "café-日本-5.png"
+    assert len(name(prompt="日" * 200).encode()) < 200
+    # Of prompts without letters, each has a name of its own.
+    signs = ["🔥", "!!", "...", "\udcff", "../.."]
+    found = {name(prompt=sign) for sign in signs}
+    assert len(found) == len(signs)
+    assert all(each.startswith("image-") for each in found)
+    assert name(prompt="🔥") == name(prompt="🔥")
+
+
+def test_no_image_is_overwritten(tmp_path):
+    path, colours = tmp_path / "dog-5.png", ("red", "green", "blue")
+    images = [Image.new("RGB", (4, 4), colour) for colour in colours]
+    saved = [save_image(image, path, {"colour": k}) for k, image in enumerate(images)]
+    assert [each.name for each in saved] == ["dog-5.png", "dog-5-2.png", "dog-5-3.png"]
+    # The same image is there already.
+    assert [save_image(image, path, {"colour": k}) for k, image in enumerate(images)] == saved
+    assert [find_image(path, {"colour": k}) for k in range(4)] == [*saved, None]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_files_of_others_are_not_overwritten(tmp_path):
+    (tmp_path / "dog-5.png").write_bytes(b"notes")
+    Image.new("RGB", (4, 4)).save(tmp_path / "dog-5-2.png")
+    assert find_image(tmp_path / "dog-5.png", {"seed": 5}) is None
+    saved = save_image(Image.new("RGB", (4, 4)), tmp_path / "dog-5.png", {"seed": 5})
+    assert saved.name == "dog-5-3.png"
+    assert (tmp_path / "dog-5.png").read_bytes() == b"notes"
+
+
+def test_the_best_of_several_in_a_folder(pipe, tmp_path):
+    planned = plan_images(PROMPTS, images_per_prompt=2, seed=10, best_of=3)
+    assert [image.seed for image in planned] == [10, 13, 16, 19, 22, 25]
+    assert draw_into_folder(pipe, planned, tmp_path, batch_size=4, best_of=3) == 6
+    wanted = pipe([text for text, _ in PROMPTS], num_images_per_prompt=2, seed=10, best_of=3)
+    assert [read_metadata(tmp_path / image.file) for image in planned] == [*wanted.metadata]

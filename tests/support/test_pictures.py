@@ -4,7 +4,9 @@ from PIL import Image
 
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import (
+    KINDS,
     arrays_to_pil,
+    image_bytes,
     image_grid,
     read_metadata,
     save_png,
@@ -67,3 +69,41 @@ def test_arrays_to_images():
     assert [picture.size for picture in pictures] == [(5, 4)] * 2
     assert pictures[0].getpixel((0, 0)) == (0, 0, 0)
     assert pictures[1].getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_metadata_of_every_kind(suffix, tmp_path):
+    metadata = {
+        "class": "müsli \udcff",
+        "seed": np.int64(3),
+        "scale": np.float32(0.5),
+        "stop": None,
+    }
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(image_bytes(solid("red"), KINDS[suffix], metadata=metadata))
+    assert read_metadata(path) == {"class": "müsli \udcff", "seed": 3, "scale": 0.5, "stop": None}
+    with Image.open(path) as image:
+        assert image.format == KINDS[suffix].upper()
+        assert image.size == (8, 6)
+
+
+def test_metadata_that_jpeg_has_no_room_for(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(image_bytes(solid("red"), "jpeg", metadata={"prompt": "x" * 70_000}))
+    with pytest.raises(InputError, match="does not say how it was made"):
+        read_metadata(path)
+
+
+def test_descriptions_of_others_are_no_metadata(tmp_path):
+    for text in ("a photo", '{"a": 1}', "[1]", "3"):
+        exif = Image.Exif()
+        exif[0x010E] = text
+        solid("red").save(tmp_path / "a.jpg", exif=exif)
+        with pytest.raises(InputError, match="does not say how it was made"):
+            read_metadata(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("columns", [0, -2])
+def test_rejects_grids_without_columns(columns):
+    with pytest.raises(InputError, match=f"columns is {columns}, expected at least 1"):
+        image_grid([solid("red")], columns=columns)

@@ -19,7 +19,7 @@ from llamagen.checkpoints.load import load_tokenizer, load_transformer
 from llamagen.checkpoints.names import PublicModel
 from llamagen.checkpoints.sources import Part, Source, find_local, locate, resolve_pipeline
 from llamagen.config import Grid, SamplingConfig, TextConfig, config_to_dict, read_json
-from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from llamagen.models.pretrained import CONFIG_NAME, weight_files
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import KVCache, Transformer
 from llamagen.models.transformer.quantization import make_quantized
@@ -196,7 +196,7 @@ def _model(source: Source, part: Part) -> tuple[ImageTokenizer | Transformer, Pa
         memory = {**({} if stored_as else memory), "int8": quantised}
     files = [] if path is None else [path]
     if path is not None and path.is_dir():
-        files = [path / CONFIG_NAME, path / WEIGHTS_NAME]
+        files = [path / CONFIG_NAME, *weight_files(path)]
     return model, PartSummary(
         kind=model.kind,
         parameters=count,

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import errno
 import itertools
+import logging
 import mmap
 import re
 import sys
@@ -42,8 +43,12 @@ _MARKS: dict[Kind, re.Pattern[str]] = {
 }
 """Names that no other architecture in use has."""
 
-_NOT_WEIGHTS = ("quantize.codebook_used",)
+_STATISTIC = "quantize.codebook_used"
 """A running statistic of the published training."""
+_NOT_WEIGHTS = ("freqs_cis", "causal_mask", "k_cache", "v_cache")
+"""Last words of names of tables and caches, which are stored beside weights."""
+
+_log = logging.getLogger(__name__)
 
 
 def load_pickle(path: Path, *, mapped: bool) -> Any:
@@ -200,7 +205,10 @@ def _clean_names(stored: Iterable[str], path: Path) -> dict[str, str]:
     names: dict[str, str] = {}
     for old in stored:
         name = re.sub(r"^(module\.)+", "", old.replace("_orig_mod.", ""))
-        if name in _NOT_WEIGHTS:
+        if name == _STATISTIC:
+            continue
+        if name.rpartition(".")[2] in _NOT_WEIGHTS:
+            _log.warning("%s: %s is extra: it is no weight, and left out", path, old)
             continue
         if name in names:
             raise InputError(

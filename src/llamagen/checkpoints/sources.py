@@ -18,7 +18,7 @@ import llamagen.support.storage as storage
 from llamagen.checkpoints.names import PUBLIC_MODELS, Kind, PublicModel, find_public
 from llamagen.checkpoints.published import Checkpoint, read_checkpoint
 from llamagen.config import SamplingConfig, TextConfig, config_from_dict, config_to_dict, read_json
-from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_NAME
+from llamagen.models.pretrained import CONFIG_NAME, WEIGHTS_PATTERNS
 from llamagen.support import labels as label_files
 from llamagen.support.errors import InputError
 from llamagen.support.hub import hub_errors, is_repo_id
@@ -215,12 +215,12 @@ def download_folder(repo: str, part: Part | None = None) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=["*.json"]))
         if is_pipeline_folder(folder):
             parts = ["tokenizer", "transformer"] if part is None else [part]
-            wanted = [f"{name}/{WEIGHTS_NAME}" for name in parts]
+            wanted = [f"{name}/{pattern}" for name in parts for pattern in WEIGHTS_PATTERNS]
             if part is None and (folder / TEXT_ENCODER_FOLDER).is_dir():
                 # Tokenizers have files of many kinds.
                 wanted.append(f"{TEXT_ENCODER_FOLDER}/*")
         elif (folder / CONFIG_NAME).is_file():
-            wanted = [WEIGHTS_NAME]
+            wanted = [*WEIGHTS_PATTERNS]
         else:
             names = [model.name for model in PUBLIC_MODELS if model.repo.lower() == repo.lower()]
             hint = f"; its files are called {', '.join(names)} here" if names else ""

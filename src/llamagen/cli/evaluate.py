@@ -56,6 +56,13 @@ class NetworkOptions:
     classifier_flip: bool = False
     """Whether mirror images keep their class."""
 
+    def check(self) -> None:
+        """Raise InputError if an option is given that the network does not use."""
+        for name, default in dataclasses.asdict(NetworkOptions()).items():
+            its = "inception" if name == "inception" else "classifier"
+            if getattr(self, name) != default and self.network != its and name != "network":
+                raise InputError(f"`{name}` goes with --network {its}")
+
     def place(self, out: Path, reference: ReferenceSource, device: torch.device) -> Workplace:
         """Load, download or train the network, in every process; return it with results' folder."""
         from llamagen.evaluation.networks.classifier import ClassifierTraining, open_classifier
@@ -166,7 +173,9 @@ class SampleOptions(EvaluationOptions):
 
     def _plan(self) -> dict[str, Any]:
         """Return arguments of a ``SamplePlan``."""
-        return {"seed": self.seed, "size": self.size, **given_settings(self)}
+        from llamagen.generation.request import check_seed
+
+        return {"seed": check_seed(self.seed), "size": self.size, **given_settings(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -403,8 +412,10 @@ def run(options: EvaluationOptions) -> None:
     for name, message in options.needs.items():
         if not getattr(options, name):
             raise InputError(message)
-    if hasattr(options, "count"):
-        require_at_least(options.min_count, options, "count")
+    require_at_least(options.min_count, options, "count")
+    require_at_least(1, options, "size", "batch_size")
+    if compare := getattr(options, "compare", None):
+        compare.check()
     from llamagen.evaluation.report import PAGE_NAME, require_page_packages, save_report
     from llamagen.support import distributed, storage
 

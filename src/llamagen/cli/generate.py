@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,11 +22,16 @@ from llamagen.support.errors import InputError
 from llamagen.support.launch import Launch, own_device
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from llamagen.generation.engine import Progress
     from llamagen.pipeline import Pipeline, PipelineOutput
 
 _BATCH = 16
-"""Images of a file of prompts that are drawn at once, unless said otherwise."""
+"""Images that are drawn at once on a CPU, or of a file of prompts, unless said otherwise: more are
+hardly faster, and later."""
+_SHEET_IMAGES = 400
+"""The most images on a sheet beside files of their own: the first."""
 _CHOICES = ("negative_prompt", "blend", "blend_share", "best_of", "rank_by")
 """Options that are arguments of a pipeline besides the sampling settings."""
 
@@ -55,11 +60,15 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
     seed: int | None = None
     """Seed of the first image; the next count up. Default: random; 0 for a file of prompts."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("images")
-    """Folder for the images (and a sheet of them), or a .png file for the sheet alone."""
+    """Folder for the images and a sheet of them, or a .png, .jpg or .webp file for the sheet alone.
+    In a folder nothing is overwritten, and the same command goes on where it stopped."""
 
     @property
-    def _sheet_only(self) -> bool:
-        return self.out.suffix.lower() == ".png"
+    def _kind(self) -> Any:
+        """Format of the file for the sheet alone; None for a folder."""
+        from llamagen.support.pictures import KINDS
+
+        return None if self.out.is_dir() else KINDS.get(self.out.suffix.lower())
 
     def _arguments(self) -> dict[str, Any]:
         """Return the pipeline's arguments that all these commands have, the settings checked."""
@@ -73,33 +82,49 @@ class _ImageOptions(setting_options(), QuantizationOptions, DeviceOptions):  # t
     def require_out(self) -> None:
         """Raise InputError or OSError, before any image is made, if none can be saved."""
         import llamagen.support.storage as storage
+        from llamagen.data.images import EXTENSIONS
 
-        if not self._sheet_only and self.out.exists() and not self.out.is_dir():
-            raise InputError(f"{self.out} is a file; give --out a folder or a name ending in .png")
-        storage.require_writable(self.out.parent if self._sheet_only else self.out)
+        is_file = self.out.suffix.lower() in EXTENSIONS or self.out.exists()
+        if self._kind is None and is_file and not self.out.is_dir():
+            raise InputError(
+                f"{self.out} is a file of another kind; give --out a folder, or a name ending in "
+                f".png, .jpg or .webp"
+            )
+        storage.require_writable(self.out if self._kind is None else self.out.parent)
 
-    def save(self, output: PipelineOutput, *, columns: int | None = None) -> None:
-        """Save images, with a sheet if they are several, and print where; or the sheet alone."""
-        from llamagen.support.pictures import image_grid, save_png
+    def save(self, output: PipelineOutput, about: Mapping[str, Any]) -> dict[int, Path]:
+        """Save images in the folder and print where; return that by seed. ``about``: metadata."""
+        from tqdm import tqdm
 
-        alone = len(output.images) == 1
-        if not self._sheet_only:
-            for image, metadata in zip(output.images, output.metadata, strict=True):
-                path = self.out / f"{_file_stem(metadata)}.png"
-                save_png(image, path, metadata=metadata)
-                print(path)
-        if self._sheet_only or not alone:
-            path = self.out if self._sheet_only else self.out / "sheet.png"
-            sheet = output.images[0] if alone else image_grid(output.images, columns=columns)
-            save_png(sheet, path, metadata=output.metadata[0] if alone else None)
-            print(path)
+        from llamagen.pipeline.saving import image_path, save_image
 
+        paths = {}
+        for image, metadata in zip(output.images, output.metadata, strict=True):
+            entry = {**metadata, **about}
+            path = paths[metadata["seed"]] = save_image(image, image_path(self.out, entry), entry)
+            # Not through the progress bar.
+            tqdm.write(str(path))
+        return paths
 
-def _file_stem(metadata: dict[str, Any]) -> str:
-    text = str(metadata.get("class", metadata.get("prompt", "image")))
-    # File names of 255 bytes are the longest almost anywhere, of which a letter may take four.
-    name = re.sub(r"[^\w]+", "-", text).strip("-").lower()[:50].strip("-")
-    return f"{name or 'image'}-{metadata['seed']}"
+    def save_sheet(
+        self,
+        images: Sequence[Image.Image],
+        metadata: Mapping[str, Any] | None = None,
+        columns: int | None = None,
+    ) -> None:
+        """Save a sheet of images and print where; of one, the image with its ``metadata``."""
+        import llamagen.support.storage as storage
+        from llamagen.pipeline.saving import save_image
+        from llamagen.support.pictures import image_bytes, image_grid
+
+        alone, path = len(images) == 1, self.out
+        sheet = images[0] if alone else image_grid(images, columns=columns)
+        if self._kind is None:
+            path = save_image(sheet, path / "sheet.png")
+        else:
+            content = image_bytes(sheet, self._kind, metadata=metadata if alone else None)
+            storage.write_bytes(path, content)
+        print(path)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +140,7 @@ class Generate(EngineOptions, _ImageOptions):
     prompt_column: str | None = None
     """Column of the prompts in that file. Default: prompt, text or caption."""
     like: Path | None = None
-    """Make the image in this PNG again: prompt or class, seed and settings are read from it."""
+    """Make the image in this file again: prompt or class, seed and settings are read from it."""
     tokenizer: str | None = None
     """Another image tokenizer than the model's: published name, folder or checkpoint file."""
     text_encoder: str | None = None
@@ -127,7 +152,7 @@ class Generate(EngineOptions, _ImageOptions):
     columns: int | None = None
     """Images per row of the sheet."""
     batch_size: int | None = None
-    """Images drawn at once. Default: as many as fit into memory."""
+    """Images drawn at once. Default: 16 on a CPU, else as many as fit into memory."""
     window: int | None = None
     """Codes of each image that a pass looks at: faster for few images, and the same image. 1 draws
     one by one. Default: chosen."""
@@ -162,8 +187,8 @@ class Inpaint(_EditOptions):
     """Draw a marked part of an image anew."""
 
     mask: Path
-    """An image of the same size, white where to draw; or, if any of it is transparent, transparent
-    there."""
+    """An image of the same size, white where to draw; or, if any of it is more transparent than
+    opaque, transparent there."""
     keep_pixels: bool = True
     """Leave what is not marked as it is, instead of what codes make of it."""
     best_of: int = 4
@@ -221,21 +246,59 @@ def _draw(options: Generate, model: str) -> None:
             'there is nothing to draw; give --prompt, or --class, for example --class "golden '
             'retriever"'
         )
+    require_at_least(1, options, "columns", "batch_size")
     arguments = options._arguments()
     options.require_out()
     pipe = _load(model, options, Launch())
     from tqdm import tqdm
 
-    rows = len(arguments["prompt"]) * options.count * pipe.transformer.config.grid[0]
-    with tqdm(total=rows, desc="drawing", unit="row", disable=None) as bar:
+    from llamagen.data.images import open_image
+    from llamagen.generation.request import one_seed_each
+    from llamagen.pipeline.saving import find_image, image_path
+
+    # Known here, so that a command without one can go on.
+    arguments["seed"] = one_seed_each(options.seed, 1)[0]
+    size = _BATCH if pipe.device.type == "cpu" else None
+    arguments |= {"batch_size": options.batch_size or size, "window": options.window}
+    # Another model of the same name draws other images.
+    about = {"weights": pipe.fingerprint()}
+    images = len(arguments["prompt"]) * options.count
+    rows = pipe.transformer.config.grid[0] * options.best_of
+    paths: dict[int, Path] = {}
+    with tqdm(total=images * rows, desc="drawing", unit="row", disable=None) as bar:
 
         def show(progress: Progress) -> None:
             bar.update(progress.codes.shape[0])
 
-        output = pipe(
-            **arguments, batch_size=options.batch_size, window=options.window, callback=show
-        )
-    options.save(output, columns=options.columns)
+        def is_drawn(metadata: dict[str, Any]) -> bool:
+            entry = metadata | about
+            found = find_image(image_path(options.out, entry), entry)
+            if found is not None:
+                paths[entry["seed"]] = found
+                tqdm.write(str(found))
+                bar.update(rows)
+            return found is not None
+
+        if options._kind is not None:
+            output = pipe(**arguments, callback=show)
+            options.save_sheet(output.images, output.metadata[0] | about, options.columns)
+            return
+        try:
+            pipe(
+                **arguments,
+                callback=show,
+                is_drawn=is_drawn,
+                on_images=lambda output: paths.update(options.save(output, about)),
+            )
+        except KeyboardInterrupt as error:
+            raise KeyboardInterrupt(
+                f"{len(paths)} of {images} images are in {options.out}; the same command with "
+                f"--seed {arguments['seed']} goes on"
+            ) from error
+    if images > 1:
+        # By seed, which is the order of the images.
+        first = [path for _, path in sorted(paths.items())][:_SHEET_IMAGES]
+        options.save_sheet([*map(open_image, first)], columns=options.columns)
 
 
 def _load(model: str, options: Generate, launch: Launch) -> Pipeline:
@@ -270,7 +333,7 @@ def _draw_file(options: Generate, model: str, path: Path) -> None:
     """Draw all prompts of a file into the output folder."""
     if options.prompts or options.classes or options.like is not None:
         raise InputError("--prompts-file goes without --prompt, --class and --like")
-    require_at_least(1, options, "count")
+    require_at_least(1, options, "count", "batch_size", "best_of")
     from llamagen.data.sources import read_prompts
 
     prompts = read_prompts(path, column=options.prompt_column)
@@ -286,7 +349,12 @@ def _draw_file(options: Generate, model: str, path: Path) -> None:
     pipe = _load(model, options, launch)
     # Now: what loading has freed goes back to the system, what batches free serves the next ones.
     keep_freed_memory()
-    planned = plan_images(prompts, images_per_prompt=options.count, seed=options.seed or 0)
+    planned = plan_images(
+        prompts,
+        images_per_prompt=options.count,
+        seed=options.seed or 0,
+        best_of=options.best_of,
+    )
     size = options.batch_size or _BATCH
     own = sum(map(len, batches(planned, size, launch.rank, launch.world_size)))
     with tqdm(total=own, desc="drawing", unit="image", disable=None) as bar:
@@ -346,4 +414,8 @@ def _edit(options: _EditOptions) -> None:
     pipe = Pipeline.from_pretrained(options.model, device=device, dtype=dtype)
     options.quantize(pipe)
     edit = getattr(Editor(pipe), type(options).__name__.lower())
-    options.save(edit(**arguments))
+    output = edit(**arguments)
+    if options._kind is None:
+        options.save(output, {})
+    if options._kind is not None or len(output.images) > 1:
+        options.save_sheet(output.images, output.metadata[0])

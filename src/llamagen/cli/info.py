@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ class Info:
     """Describe a model, a checkpoint or a generated image; without a name, list what is known."""
 
     source: tyro.conf.Positional[str | None] = None
-    """Name, folder, checkpoint file, hub repository, or a PNG made by llamagen."""
+    """Name, folder, checkpoint file, hub repository, or an image made by llamagen."""
     measure: bool = False
     """Load the model, and measure for a few seconds how long an image takes here."""
     as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
@@ -34,15 +35,15 @@ def run(options: Info) -> None:
 
 
 def _description(options: Info) -> str:
+    from llamagen.support.pictures import KINDS, read_metadata
+
     source = options.source
-    is_image = source is not None and Path(source).suffix.lower() == ".png"
+    is_image = source is not None and Path(source).suffix.lower() in KINDS
     if options.measure and (source is None or is_image):
         raise InputError("--measure goes with a model; name one, for example emoji")
     if source is None:
         return _json(_known()) if options.as_json else _overview()
     if is_image:
-        from llamagen.support.pictures import read_metadata
-
         return _json(read_metadata(source))
     from llamagen.checkpoints.info import describe_model
     from llamagen.evaluation.speed import measure_speed
@@ -172,4 +173,6 @@ def _mib(size: int | None) -> str:
 
 
 def _json(data: Any) -> str:
-    return json.dumps(data, indent=2, ensure_ascii=False)
+    # Where the output takes ASCII only, it would not be JSON any more.
+    is_unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    return json.dumps(data, indent=2, ensure_ascii=not is_unicode)

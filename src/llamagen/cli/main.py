@@ -12,6 +12,7 @@ import errno
 import importlib
 import importlib.metadata
 import inspect
+import io
 import os
 import re
 import sys
@@ -63,14 +64,17 @@ _INTERRUPTED = 130
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit: 0 if it worked, 2 on bad input, 1 on a fault of the machine."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    # A terminal or pipe that takes ASCII only ends no command whose work is done.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     command = ""
     try:
         command = _find_command(words)
         _run(command, words[len(command.split()) :])
     except InputError as error:
         _fail(_with_flags(str(error), command), _USAGE_ERROR)
-    except KeyboardInterrupt:
-        _fail("interrupted", _INTERRUPTED)
+    except KeyboardInterrupt as error:
+        _fail(": ".join(("interrupted", *map(str, error.args))), _INTERRUPTED)
     except BrokenPipeError:
         # The reader of the output has gone; a flush at exit would fail, too.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

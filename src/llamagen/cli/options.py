@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from llamagen.config import KVCacheDType, SamplingConfig, sampling_settings
+from llamagen.config import MAX_INTEGER, KVCacheDType, SamplingConfig, sampling_settings
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,11 +20,13 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def require_at_least(minimum: int, options: object, *names: str) -> None:
-    """Raise InputError if one of these options is below ``minimum``."""
+    """Raise InputError if one of these options is there, and below ``minimum`` or huge."""
     for name in names:
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and value < minimum:
             raise InputError(f"`{name}` is {value}, expected at least {minimum}")
+        if value is not None and value > MAX_INTEGER:
+            raise InputError(f"`{name}` is {value}, expected at most {MAX_INTEGER}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

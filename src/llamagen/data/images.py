@@ -248,14 +248,15 @@ def decode_image(content: bytes, path: Path) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-            return _rgb(_upright(image))
+            return _rgb(upright(image))
     except UnidentifiedImageError as error:
         raise CorruptImageError(path, "not an image of a known format") from error
     except DECODING_ERRORS as error:
         raise CorruptImageError(path, one_line(error) or "damaged") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """Return an image as its EXIF tag turns it."""
     try:
         return ImageOps.exif_transpose(image)
     except DECODING_ERRORS:
@@ -266,7 +267,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Return an image as ``open_image`` reads it; InputError if its mode has no defined white."""
     try:
-        return _rgb(_upright(image))
+        return _rgb(upright(image))
     except ValueError as error:
         raise InputError(f"the image cannot be used: {error}") from error
 

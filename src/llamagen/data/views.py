@@ -46,11 +46,19 @@ def corner_crops(
 
 def _cover(image: Image.Image, width: int, height: int) -> Image.Image:
     """Resize to cover ``width`` x ``height``, with the same aspect ratio."""
+    size = covering_size(image.size, width, height)
     while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def covering_size(size: tuple[int, int], width: int, height: int) -> tuple[int, int]:
+    """Return the width and height that ``center_crop`` resizes an image to before it crops."""
+    across, down = size
+    while across >= 2 * width and down >= 2 * height:
+        across, down = across // 2, down // 2
+    scale = max(width / across, height / down)
+    return max(width, round(across * scale)), max(height, round(down * scale))
 
 
 ViewKind = Literal["center", "flip", "five-crop", "ten-crop"]

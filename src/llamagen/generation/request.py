@@ -9,8 +9,9 @@ Shapes: C condition length, T codes of an image.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,13 @@ from torch import Tensor
 from llamagen.config import Grid, SamplingConfig
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
+from llamagen.support.values import plain
 
 UNKNOWN = -1
 """Stands in known codes where a code is to be sampled."""
 MAX_SEED = 2**63 - 1
+Generators = torch.Generator | Sequence[torch.Generator]
+"""As diffusers takes them in the place of seeds: one, or one for each image."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -92,27 +96,44 @@ def check_request(request: GenerationRequest, model: Transformer, grid: Grid) ->
         )
 
 
-def check_seed(seed: int) -> int:
-    """Return ``seed``; raise InputError unless it lies between 0 and 2^63 - 1."""
-    if not 0 <= seed <= MAX_SEED:
-        raise InputError(f"seed is {seed}, expected an integer from 0 to {MAX_SEED}")
-    return seed
+def check_seed(seed: Any) -> int:
+    """Return ``seed`` as Python's integer; InputError unless it is one from 0 to 2^63 - 1."""
+    number = plain(seed)
+    if not isinstance(number, int) or not 0 <= number <= MAX_SEED:
+        raise InputError(f"seed is {number!r}, expected an integer from 0 to {MAX_SEED}")
+    return number
 
 
-def one_seed_each(seed: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def one_seed_each(
+    seed: int | Sequence[int] | None, count: int, generator: Generators | None = None
+) -> tuple[int, ...]:
     """Return a seed for each of ``count`` images.
 
     ``seed`` is that of the first, and the next get the next numbers; or None for a random one; or
-    as many as there are images, else InputError is raised.
+    as many as there are images, else InputError is raised. A ``generator`` draws it, or them.
     """
-    if seed is None:
+    given: Any = plain(seed)
+    if generator is not None:
+        if seed is not None:
+            raise InputError("seed and generator were both given; give one of them")
+        given = generator
+    if given is None:
         # Small enough to be typed again.
-        seed = secrets.randbelow(2**31)
-    if isinstance(seed, int):
-        return tuple(range(seed, seed + count))
-    if len(seed) != count:
-        raise InputError(f"{len(seed)} seeds for {count} images; give one seed per image")
-    return tuple(seed)
+        given = secrets.randbelow(2**31)
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        first = check_seed(_drawn(given))
+        return tuple(range(first, first + count))
+    seeds = tuple(check_seed(_drawn(each)) for each in given)
+    if len(seeds) != count:
+        raise InputError(f"{len(seeds)} seeds for {count} images; give one seed per image")
+    return seeds
+
+
+def _drawn(seed: Any) -> Any:
+    """Return a seed, or the one that a generator draws."""
+    if not isinstance(seed, torch.Generator):
+        return seed
+    return torch.randint(2**31, (), generator=seed, device=seed.device)
 
 
 def derived_seed(seed: int, number: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import itertools
 import json
 import os
 import re
@@ -32,6 +33,9 @@ ConfigT = TypeVar("ConfigT")
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+SHARD_INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+WEIGHTS_PATTERNS = (WEIGHTS_NAME, SHARD_INDEX_NAME, "model-*.safetensors")
+"""The files with weights in a model folder: one, or several shards and their index."""
 _CARD_NAME = "README.md"
 _REQUIRES = "requires_llamagen"
 
@@ -171,7 +175,7 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         source = str(pretrained_model_name_or_path)
         # A misspelt option shall not be ignored where nothing is downloaded.
         options = inspect.signature(snapshot_download).bind(
-            source, allow_patterns=[CONFIG_NAME, WEIGHTS_NAME], **download
+            source, allow_patterns=[CONFIG_NAME, *WEIGHTS_PATTERNS], **download
         )
         folder = Path(source)
         if not folder.is_dir():
@@ -194,14 +198,12 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         """Load the model in ``folder``; errors as those of ``from_pretrained``."""
         folder = Path(folder)
         config = cls.read_config(folder)
-        path = folder / WEIGHTS_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; copy or download the folder again")
+        files = weight_files(folder)
         return cls.from_tensors(
             config,
-            weights.read_safetensors(path),
-            shapes=weights.safetensors_shapes(path),
-            source=str(path),
+            itertools.chain.from_iterable(map(weights.read_safetensors, files)),
+            shapes={n: s for path in files for n, s in weights.safetensors_shapes(path).items()},
+            source=str(files[0] if len(files) == 1 else folder),
             device=device,
             dtype=dtype,
         )
@@ -247,3 +249,26 @@ class _NoInitialValues(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder: one, or the shards that their index names.
+
+    FileNotFoundError names one that is missing, InputError an index that cannot be read.
+    """
+    names, index = [WEIGHTS_NAME], folder / SHARD_INDEX_NAME
+    if not (folder / WEIGHTS_NAME).is_file() and index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(map(_is_name, shards.values())):
+            raise InputError(f"{index} names no shards of weights; copy or download it again")
+        names = sorted(set(shards.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} does not exist; copy or download the folder again"
+            )
+    return [folder / name for name in names]
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str) and Path(name).name == name

@@ -5,7 +5,7 @@ Shapes: C positions of a condition, W width of a text feature.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from llamagen.generation.generate import without_padding
 from llamagen.generation.request import GenerationRequest
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
+from llamagen.support.values import plain
 
 if TYPE_CHECKING:
     from llamagen.text.encoder import TextEncoder
@@ -87,13 +88,30 @@ def read_prompts(
     return made
 
 
+def listed(prompts: Prompts, count: int = 1) -> list[str | int]:
+    """Return prompts as a list, a single one ``count`` times.
+
+    InputError if one is neither a text nor an integer.
+    """
+    given: Any = plain(prompts)
+    is_single = isinstance(given, str | bytes) or not isinstance(given, Iterable)
+    each = [given] * count if is_single else [plain(prompt) for prompt in given]
+    for prompt in each:
+        if not isinstance(prompt, str | int) or isinstance(prompt, bool):
+            raise InputError(
+                f"a prompt is {prompt!r}, expected a text, or the name or index of a class"
+            )
+    return each
+
+
 def _one_each(others: Prompts | None, prompts: int, what: str) -> Sequence[str | int | None]:
     """Return one of ``others``, which are called ``what``, for each prompt."""
-    if others is None or isinstance(others, str | int):
-        return [others] * prompts
-    if len(others) != prompts:
-        raise InputError(f"{len(others)} {what} for {prompts} prompts; give one, or one per prompt")
-    return others
+    if others is None:
+        return [None] * prompts
+    each = listed(others, prompts)
+    if len(each) != prompts:
+        raise InputError(f"{len(each)} {what} for {prompts} prompts; give one, or one per prompt")
+    return each
 
 
 def embedded_conditions(embeds: Tensor, mask: Tensor | None) -> list[Condition]:

@@ -14,27 +14,43 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.data.images import DECODING_ERRORS, open_image, to_rgb
-from llamagen.data.views import center_crop
-from llamagen.generation.request import UNKNOWN, derived_seed, one_seed_each, uniform_draws
+from llamagen.data.images import DECODING_ERRORS, open_image, to_rgb, upright
+from llamagen.data.views import center_crop, covering_size
+from llamagen.generation.request import (
+    UNKNOWN,
+    Generators,
+    derived_seed,
+    one_seed_each,
+    uniform_draws,
+)
 from llamagen.models.tokenizer import uint8_to_images
-from llamagen.pipeline.conditions import Prompts
-from llamagen.pipeline.pipeline import Pipeline, PipelineOutput
+from llamagen.pipeline.conditions import Prompts, listed
+from llamagen.pipeline.pipeline import (
+    OutputType,
+    Pipeline,
+    PipelineOutput,
+    as_output,
+    check_output_type,
+)
 from llamagen.pipeline.ranking import check_ranking
 from llamagen.support.errors import InputError
+from llamagen.support.values import plain, require_integer
 
 ImageSource = Image.Image | Path | str
 """An image, or where its file is."""
 
 INPAINTING_CANDIDATES = 4
 """Candidates for each image that is filled in, unless another number is asked for."""
+
+_HALF = 128
+"""Of the levels of a mask: what is at least as bright, or less opaque, is marked."""
 
 _KEPT_CODES = 1
 """Of each seed, the stream of random numbers that chooses the codes a variation keeps."""
@@ -157,7 +173,7 @@ class Editor:
     def completion(self, image: ImageSource, *, keep_rows: int | None = None) -> Edit:
         """Return the plan of ``complete``."""
         rows = self._grid[0]
-        kept = rows // 2 if keep_rows is None else keep_rows
+        kept = rows // 2 if keep_rows is None else require_integer("keep_rows", keep_rows)
         if not 0 < kept < rows:
             raise InputError(
                 f"keep_rows is {kept}, expected 1 to {rows - 1} of the model's {rows} rows"
@@ -178,11 +194,12 @@ class Editor:
     ) -> PipelineOutput:
         """Sample a marked part of an image anew.
 
-        The mask has the image's size, or the model's: white where to draw; or, if any of it is
-        transparent, transparent there. A code is sampled if any pixel of its square is marked. It
-        fits what is above it and on its left; how well that continues below is left to the choice
-        among ``best_of`` candidates. With ``keep_pixels`` unmarked pixels stay those of the image,
-        instead of those that its codes decode to.
+        The mask has the image's size, or the model's: white where to draw; or, if any of it is more
+        transparent than opaque, transparent there. Its EXIF tag turns it, as the image's does. A
+        code is sampled if any pixel of its square is marked. It fits what is above it and on its
+        left; how well that continues below is left to the choice among ``best_of`` candidates. With
+        ``keep_pixels`` unmarked pixels stay those of the image, instead of those that its codes
+        decode to.
         """
         edit = self.inpainting(image, mask, keep_pixels=keep_pixels)
         return self._draw(edit, prompt, best_of=best_of, **settings)
@@ -226,6 +243,7 @@ class Editor:
 
     def outpainting(self, image: ImageSource, *, below: int = 0, right: int = 0) -> Edit:
         """Return the plan of ``outpaint``."""
+        below, right = require_integer("below", below), require_integer("right", right)
         if min(below, right) < 0 or below == right == 0:
             raise InputError(
                 f"{below} rows below and {right} columns on the right are to be drawn; ask for at "
@@ -259,9 +277,10 @@ class Editor:
 
     def variation(self, image: ImageSource, *, keep: float = 0.5) -> Edit:
         """Return the plan of ``vary``."""
-        if not 0.0 < keep < 1.0:
-            raise InputError(f"keep is {keep}, expected a share above 0 and below 1")
-        return Edit({"kind": "vary", "keep": keep}, self.encode(image), share=keep)
+        share: Any = plain(keep)
+        if not isinstance(share, float) or not 0.0 < share < 1.0:
+            raise InputError(f"keep is {share}, expected a share above 0 and below 1")
+        return Edit({"kind": "vary", "keep": share}, self.encode(image), share=share)
 
     def _draw(
         self,
@@ -269,20 +288,25 @@ class Editor:
         prompt: Prompts | None,
         *,
         seed: int | Sequence[int] | None = None,
+        generator: Generators | None = None,
         num_images_per_prompt: int = 1,
         best_of: int = 1,
-        output_type: Literal["pil", "codes"] = "pil",
+        output_type: OutputType = "pil",
         **settings: Any,
     ) -> PipelineOutput:
         """Sample the codes that a plan leaves open, window by window."""
+        check_output_type(output_type)
         check_ranking(settings.get("rank_by", "likelihood"), best_of)
-        prompts = settings.get("prompt_embeds", prompt)
-        count = 1 if prompts is None or isinstance(prompts, str | int) else len(prompts)
-        # None at all: refused below, with the pipeline's own words.
-        seeds = one_seed_each(seed, max(1, count * num_images_per_prompt) * best_of)
+        count = require_integer("num_images_per_prompt", num_images_per_prompt)
+        if (embeds := settings.get("prompt_embeds")) is not None:
+            count *= len(embeds)
+        # No prompt at all is refused below, with the pipeline's own words.
+        elif prompt is not None:
+            count *= len(listed(prompt))
+        seeds = one_seed_each(seed, max(1, count) * plain(best_of), generator)
         firsts = seeds[::best_of]
         canvas = edit.known(firsts)
-        is_whole = edit.windows == (WHOLE,)
+        is_whole, is_shown = edit.windows == (WHOLE,), output_type not in ("latent", "codes")
         for window in edit.windows:
             output = self.pipeline(
                 prompt,
@@ -290,38 +314,59 @@ class Editor:
                 seed=[window.seed(each) for each in seeds],
                 num_images_per_prompt=num_images_per_prompt,
                 best_of=best_of,
-                output_type=output_type if is_whole else "codes",
+                output_type="pil" if is_whole and is_shown else "codes",
                 **settings,
             )
             window.of(canvas).copy_(output.codes)
         images, kept = output.images, output.seeds
         if not is_whole:
             # Each window may have kept another candidate: an image is known by its first seed.
-            images, kept = self.pipeline.decode(canvas) if output_type == "pil" else [], firsts
+            images, kept = self.pipeline.decode(canvas) if is_shown else [], firsts
         metadata = tuple(
             {**about, "seed": seed, "edit": dict(edit.metadata)}
             for about, seed in zip(output.metadata, kept, strict=True)
         )
-        return PipelineOutput(
-            images=list(map(edit.finish, images)), codes=canvas, seeds=kept, metadata=metadata
-        )
+        shown = as_output([*map(edit.finish, images)], canvas, output_type)
+        return PipelineOutput(images=shown, codes=canvas, seeds=kept, metadata=metadata)
 
     def _marked(self, mask: ImageSource, size: tuple[int, int]) -> np.ndarray:
         """Return which pixels (height, width) of the prepared image are to be drawn anew."""
-        if not isinstance(mask, Image.Image):
-            mask = _opened_as_it_is(mask)
+        mask = upright(mask if isinstance(mask, Image.Image) else _opened_as_it_is(mask))
         if mask.size not in (size, self.size):
             raise InputError(
                 f"the mask has {mask.width}x{mask.height} pixels, but the image has "
                 f"{size[0]}x{size[1]}; give a mask of the image's size"
             )
-        alpha = mask.convert("RGBA").getchannel("A")
-        # Many programs write an alpha channel where nothing is transparent.
-        transparent = bool((np.asarray(alpha) < 255).any())
-        levels = (alpha if transparent else mask.convert("L")).convert("RGB")
         width, height = self.size
-        bright = np.asarray(center_crop(levels, height, width=width).convert("L")) >= 128
-        return ~bright if transparent else bright
+        covering = covering_size(mask.size, width, height)
+        marked = _marked_pixels(mask)
+        for axis, wanted, whole in ((1, width, covering[0]), (0, height, covering[1])):
+            marked = _pooled(marked, axis, wanted, whole)
+        return marked
+
+
+def _marked_pixels(mask: Image.Image) -> np.ndarray:
+    """Return which pixels (height, width) a mask marks, at its own resolution."""
+    if mask.has_transparency_data and mask.mode[0] != "I":
+        mask = mask.convert("RGBA")
+        alpha = np.asarray(mask.getchannel("A"))
+        # Many programs write an alpha channel where nothing is transparent, or hardly.
+        if alpha.min() < _HALF:
+            return alpha < _HALF
+        mask = mask.convert("RGB")
+    return np.asarray(to_rgb(mask).convert("L")) >= _HALF
+
+
+def _pooled(marked: np.ndarray, axis: int, wanted: int, whole: int) -> np.ndarray:
+    """Resize an axis to ``whole`` pixels and keep the middle ``wanted``.
+
+    A pixel is marked if any that it covers is, however small a part of it that is.
+    """
+    length = marked.shape[axis]
+    edges = (np.arange(wanted + 1) + (whole - wanted) // 2) * length
+    starts, stops = edges[:-1] // whole, -(-edges[1:] // whole)
+    before = np.insert(marked.cumsum(axis), 0, 0, axis)
+    return before.take(stops, axis) > before.take(starts, axis)
 
 
 def _opened(image: ImageSource) -> Image.Image:

@@ -24,6 +24,7 @@ from llamagen.models.transformer.quantization import quantize, refuse_quantized
 from llamagen.support.devices import dtype_name, find_device, find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
+from llamagen.support.weights import digest
 from llamagen.vllm_plugin.engine import VllmEngine
 
 if TYPE_CHECKING:
@@ -207,6 +208,18 @@ class PipelineModels:
         if self.transformer.kv_cache_dtype is not None:
             found["kv_cache_dtype"] = "int8"
         return found
+
+    def fingerprint(self) -> str:
+        """Return a short text that tells pipelines of other weights apart, by a sample of each."""
+        encoder = None if self._text is None else self.text_encoder
+        parts = [part for part in (self.tokenizer, self.transformer, encoder) if part is not None]
+        # Up to 4096 numbers each: a digest of all would take seconds for the largest models.
+        weights = (
+            (f"{number}.{name}", weight.flatten()[:: weight.numel() // 4096 + 1].contiguous())
+            for number, part in enumerate(parts)
+            for name, weight in part.state_dict().items()
+        )
+        return digest("", weights)
 
     def load_adapter(self, folder: str | Path) -> Self:
         """Merge a LoRA adapter of this model; return the pipeline.

@@ -3,32 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.config import SamplingConfig
+from llamagen.config import Grid, SamplingConfig
 from llamagen.generation.engine import ProgressCallback, refuse_edits
 from llamagen.generation.memory import decoding_batch_size
-from llamagen.generation.request import GenerationRequest, one_seed_each
+from llamagen.generation.request import GenerationRequest, Generators, one_seed_each
 from llamagen.models.tokenizer import images_to_uint8
-from llamagen.pipeline.conditions import Condition, Prompts, embedded_conditions, read_prompts
+from llamagen.pipeline.conditions import (
+    Condition,
+    Prompts,
+    embedded_conditions,
+    listed,
+    read_prompts,
+)
 from llamagen.pipeline.models import PipelineModels
 from llamagen.pipeline.ranking import Ranking, best_of_each, check_ranking, score_images
 from llamagen.support.devices import copy_to_host
 from llamagen.support.errors import InputError
 from llamagen.support.pictures import arrays_to_pil
+from llamagen.support.values import plain, require_integer
+
+OutputType = Literal["pil", "np", "pt", "latent", "codes"]
+"""Images as diffusers has them: "pil"; "np", float32 (images, H, W, 3) from 0 to 1; "pt", a tensor
+(images, 3, H, W) of the same; "latent", their codes. "codes" is none, beside the output's codes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineOutput:
     """Result of a pipeline call."""
 
-    images: list[Image.Image]
-    """Empty where only the codes were asked for."""
+    images: Any
+    """A list of PIL images, or what another ``OutputType`` says."""
     codes: Tensor
     """(images, rows, columns) int64, on the CPU."""
     seeds: tuple[int, ...]
@@ -55,6 +69,7 @@ class Pipeline(PipelineModels):
         negative_prompt: Prompts | None = None,
         num_images_per_prompt: int = 1,
         seed: int | Sequence[int] | None = None,
+        generator: Generators | None = None,
         prompt_embeds: Tensor | None = None,
         prompt_attention_mask: Tensor | None = None,
         blend: Prompts | None = None,
@@ -65,7 +80,9 @@ class Pipeline(PipelineModels):
         batch_size: int | None = None,
         window: int | None = None,
         callback: ProgressCallback | None = None,
-        output_type: Literal["pil", "codes"] = "pil",
+        output_type: OutputType = "pil",
+        is_drawn: Callable[[dict[str, Any]], bool] | None = None,
+        on_images: Callable[[PipelineOutput], object] | None = None,
         **settings: Any,
     ) -> PipelineOutput:
         """Generate images.
@@ -77,6 +94,7 @@ class Pipeline(PipelineModels):
             num_images_per_prompt: images of each.
             seed: image i of the call gets seed + i, or the i-th of several; by default random.
                 The same seed, class and settings give the same image, alone or among others.
+            generator: draws the seed, or each image's, in the place of ``seed``.
             prompt_embeds: text features (prompts, length, text_dim), real ones last, as prompts.
             prompt_attention_mask: (prompts, length), 0 where features are padding.
             blend: what each prompt is blended with, one for all or one each: logits are mixed.
@@ -89,17 +107,21 @@ class Pipeline(PipelineModels):
             batch_size: images drawn at once; by default as many as fit into memory.
             window: see ``GenerationRequest``.
             callback: called after each finished row of a batch; an exception ends the call.
-            output_type: "codes" leaves the images out, which ``decode`` makes of the codes.
+            output_type: see ``OutputType``; ``decode`` makes images of codes.
+            is_drawn: called with the metadata of each candidate, before the first is drawn; an
+                image is left out where it is true of one.
+            on_images: takes each batch of PIL images once it is drawn; the call returns none then.
             settings: fields of ``SamplingConfig``; by default those that came with the model.
 
         Raises:
             InputError: a class or setting is not one this model has, or a prompt says nothing.
         """
-        counts = {"num_images_per_prompt": num_images_per_prompt, "batch_size": batch_size}
-        for name, count in counts.items():
-            if count is not None and count < 1:
-                raise InputError(f"{name} is {count}, expected at least 1")
+        num_images_per_prompt = require_integer("num_images_per_prompt", num_images_per_prompt, 1)
+        if batch_size is not None:
+            batch_size = require_integer("batch_size", batch_size, 1)
+        check_output_type(output_type)
         check_ranking(rank_by, best_of)
+        best_of, blend_share, window = plain(best_of), plain(blend_share), plain(window)
         sampling = self.sampling.replace(**settings)
         if prompt_embeds is None:
             given = self.conditions(prompt, negative_prompt, blend=blend, blend_share=blend_share)
@@ -111,60 +133,80 @@ class Pipeline(PipelineModels):
                 "negative_prompt or blend"
             )
         conditions = [each for each in given for _ in range(num_images_per_prompt * best_of)]
-        seeds = one_seed_each(seed, len(conditions))
+        seeds = one_seed_each(seed, len(conditions), generator)
         known = self._known(known_codes, len(conditions), best_of)
         requests = [
             condition.request(seed=own, sampling=sampling, known_codes=codes, window=window)
             for condition, own, codes in zip(conditions, seeds, known, strict=True)
         ]
-        return self._draw(conditions, requests, best_of, rank_by, batch_size, callback, output_type)
-
-    def _draw(
-        self,
-        conditions: Sequence[Condition],
-        requests: Sequence[GenerationRequest],
-        best_of: int,
-        rank_by: Ranking,
-        batch_size: int | None,
-        callback: ProgressCallback | None,
-        output_type: Literal["pil", "codes"],
-    ) -> PipelineOutput:
-        """Generate the images of some requests, or the best of each run of ``best_of``."""
         if not self.can_edit:
             # Before an engine starts.
             for request in requests:
                 refuse_edits(request, self.engine)
-        engine = self.code_engine
         for request in requests:
-            engine.check(request)
-        codes, scores, images = list[Tensor](), list[Tensor](), list[Image.Image]()
-        fetch: Callable[[], list[Image.Image]] = list
+            self.code_engine.check(request)
+
+        def about(index: int) -> dict[str, Any]:
+            return self.metadata(
+                conditions[index], seeds[index], sampling, best_of=best_of, rank_by=rank_by
+            )
+
+        wanted = [*range(len(requests))]
+        if is_drawn is not None:
+            runs = (wanted[first : first + best_of] for first in range(0, len(wanted), best_of))
+            wanted = [
+                index for run in runs if not any(is_drawn(about(at)) for at in run) for index in run
+            ]
+        found: list[PipelineOutput] = []
+        hand_over = found.append if on_images is None else on_images
+
+        def finish(codes: Tensor, kept: list[int], fetch: Callable[[], list[Image.Image]]) -> None:
+            own, entries = tuple(seeds[at] for at in kept), tuple(map(about, kept))
+            hand_over(PipelineOutput(images=fetch(), codes=codes, seeds=own, metadata=entries))
+
+        # Images are fetched when the next batch has been launched: no GPU waits for that.
+        behind = on_images is None or self.device.type == "cuda"
+        waiting: list[Callable[[], None]] = []
+        try:
+            drawn = self._draw(requests, wanted, best_of, rank_by, batch_size, callback)
+            for codes, kept in drawn:
+                is_shown = output_type not in ("latent", "codes") or on_images is not None
+                fetch = self.decode_later(codes) if is_shown else list
+                waiting.append(functools.partial(finish, codes, kept, fetch))
+                if len(waiting) > behind:
+                    waiting.pop(0)()
+        finally:
+            # Whatever ends the call, what is drawn is handed over.
+            while waiting:
+                waiting.pop(0)()
+        return _together(found, output_type, self.transformer.config.grid)
+
+    def _draw(
+        self,
+        requests: Sequence[GenerationRequest],
+        wanted: Sequence[int],
+        best_of: int,
+        rank_by: Ranking,
+        batch_size: int | None,
+        callback: ProgressCallback | None,
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """Yield codes of the ``wanted`` requests, batch by batch, and their indices.
+
+        Of each run of ``best_of`` the best.
+        """
+        engine = self.code_engine
         size = batch_size or engine.batch_size(requests)
-        for first in range(0, len(requests), size):
-            part = requests[first : first + size]
+        # The candidates of an image are never apart.
+        step = max(1, size // best_of) * best_of
+        for first in range(0, len(wanted), step):
+            indices = wanted[first : first + step]
+            part = [requests[index] for index in indices]
             on_progress = None if callback is None else _moved(callback, first)
             sampled = engine.generate(part, batch_size=size, on_progress=on_progress)
-            codes.append(sampled.cpu())
+            kept = [*range(len(part))]
             if best_of > 1:
-                scores.append(score_images(self.transformer, sampled, part, rank_by))
-            elif output_type == "pil":
-                # Images are fetched when the next batch has been launched: no GPU waits for that.
-                fetch_last, fetch = fetch, self.decode_later(codes[-1])
-                images += fetch_last()
-        images += fetch()
-        found, kept = torch.cat(codes), list(range(len(requests)))
-        if best_of > 1:
-            kept = best_of_each(torch.cat(scores), best_of)
-            found = found[kept]
-            images = self.decode(found) if output_type == "pil" else []
-        seeds = tuple(requests[index].seed for index in kept)
-        metadata = tuple(
-            self.metadata(
-                conditions[index], seed, requests[index].sampling, best_of=best_of, rank_by=rank_by
-            )
-            for index, seed in zip(kept, seeds, strict=True)
-        )
-        return PipelineOutput(images=images, codes=found, seeds=seeds, metadata=metadata)
+                kept = best_of_each(score_images(self.transformer, sampled, part, rank_by), best_of)
+            yield sampled.cpu()[kept], [indices[at] for at in kept]
 
     def metadata(
         self,
@@ -212,7 +254,7 @@ class Pipeline(PipelineModels):
         if prompts is None:
             kind, wanted = ("class", "class names or indices") if is_class else ("text", "a prompt")
             raise InputError(f"{self.name} is {kind}-conditional: give {wanted}")
-        each = [prompts] if isinstance(prompts, str | int) else list(prompts)
+        each = listed(prompts)
         if not each:
             what = "class" if is_class else "prompt"
             raise InputError(f"no {what} was given; name at least one")
@@ -253,6 +295,36 @@ class Pipeline(PipelineModels):
                 f"{(images // best_of, rows, columns)}"
             )
         return list(known.repeat_interleave(best_of, dim=0))
+
+
+def check_output_type(output_type: str) -> None:
+    """Raise InputError unless there is such an ``OutputType``."""
+    known = typing.get_args(OutputType)
+    if output_type not in known:
+        raise InputError(f"output_type is {output_type!r}, expected one of {', '.join(known)}")
+
+
+def as_output(images: list[Image.Image], codes: Tensor, output_type: OutputType) -> Any:
+    """Return images, whose codes are ``codes``, in another form; see ``OutputType``."""
+    if output_type == "latent":
+        return codes
+    if output_type not in ("np", "pt") or not images:
+        return images
+    pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
+    return pixels if output_type == "np" else torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+
+def _together(
+    parts: Sequence[PipelineOutput], output_type: OutputType, grid: Grid
+) -> PipelineOutput:
+    """Return the output of a call, given those of its batches."""
+    codes = torch.cat([torch.zeros(0, *grid, dtype=torch.int64), *(each.codes for each in parts)])
+    return PipelineOutput(
+        images=as_output([image for each in parts for image in each.images], codes, output_type),
+        codes=codes,
+        seeds=tuple(seed for each in parts for seed in each.seeds),
+        metadata=tuple(entry for each in parts for entry in each.metadata),
+    )
 
 
 def _moved(callback: ProgressCallback, first: int) -> ProgressCallback:

@@ -14,6 +14,7 @@ from llamagen.generation.request import GenerationRequest
 from llamagen.models.transformer import Transformer
 from llamagen.pipeline.conditions import Condition
 from llamagen.support.errors import InputError
+from llamagen.support.values import require_integer
 
 Ranking = Literal["likelihood", "condition"]
 """The best image: "likelihood", the one whose codes are most likely given the condition, or
@@ -22,8 +23,7 @@ Ranking = Literal["likelihood", "condition"]
 
 def check_ranking(ranking: str, best_of: int) -> None:
     """Raise InputError unless images can have so many candidates, ranked so."""
-    if best_of < 1:
-        raise InputError(f"best_of is {best_of}, expected at least 1")
+    require_integer("best_of", best_of, 1)
     known = typing.get_args(Ranking)
     if ranking not in known:
         raise InputError(f"rank_by is {ranking!r}, expected one of {', '.join(known)}")

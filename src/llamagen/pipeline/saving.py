@@ -1,13 +1,17 @@
-"""Folders of many images: generation resumes after an interruption and several processes share it.
+"""Files of images: named by what they show, or by their number in a file of prompts.
 
-A folder is an artifact (``llamagen.support.artifact``) whose images are files of their own.
+Nothing that is drawn is overwritten or drawn twice: the same call goes on where another stopped.
+The folder of a file of prompts is an artifact (``llamagen.support.artifact``) whose images are
+files of their own, and several processes may share it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,10 +20,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+import llamagen.support.storage as storage
 from llamagen.config import SamplingConfig, sampling_settings
 from llamagen.pipeline.pipeline import Pipeline
 from llamagen.support.artifact import Artifact, Format
-from llamagen.support.pictures import save_png
+from llamagen.support.errors import InputError
+from llamagen.support.pictures import image_bytes, read_metadata, save_png
+from llamagen.support.values import plain
 
 INDEX_NAME = "index.jsonl"
 """One line per image: its file, prompt and seed, and the other fields of its prompt."""
@@ -33,6 +40,42 @@ _FORMAT = Format(
 )
 
 
+def image_path(folder: Path, metadata: Mapping[str, Any]) -> Path:
+    """Return the first choice for the file of an image with these metadata."""
+    text = str(metadata.get("class", metadata.get("prompt", "")))
+    # File names of 255 bytes are the longest almost anywhere, of which a letter may take four.
+    name = re.sub(r"[^\w]+", "-", text).strip("-").lower()[:50].strip("-")
+    name = name or f"image-{storage.short_digest([text.encode('utf-8', 'backslashreplace')])[:8]}"
+    return folder / f"{name}-{metadata['seed']}.png"
+
+
+def find_image(path: Path, metadata: Mapping[str, Any]) -> Path | None:
+    """Return the file with these metadata among those that ``save_image`` wrote for ``path``."""
+    for each in itertools.takewhile(Path.exists, _choices(path)):
+        with contextlib.suppress(InputError):
+            if read_metadata(each) == metadata:
+                return each
+    return None
+
+
+def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any] | None = None) -> Path:
+    """Write a PNG as ``path`` or, where that is another image, path-2, path-3, ...; return it."""
+    content = image_bytes(image, "png", metadata=metadata)
+    for each in _choices(path):
+        if not each.exists():
+            storage.write_bytes(each, content)
+        elif each.read_bytes() != content:
+            continue
+        return each
+    raise AssertionError("there is always another number")
+
+
+def _choices(path: Path) -> Iterator[Path]:
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Planned:
     """An image to generate."""
@@ -41,16 +84,21 @@ class Planned:
     """Its name in the folder."""
     prompt: str
     seed: int
+    """Of its first candidate; the others get the next numbers."""
     about: Mapping[str, Any]
     """Further metadata of the prompt."""
 
 
 def plan_images(
-    prompts: Sequence[tuple[str, Mapping[str, Any]]], *, images_per_prompt: int, seed: int
+    prompts: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    images_per_prompt: int,
+    seed: int,
+    best_of: int = 1,
 ) -> list[Planned]:
-    """Plan the images of some prompts: image k of prompt i gets the seed ``seed`` + i n + k."""
+    """Plan the images of some prompts, in order; their candidates get the next seeds."""
     width = max(6, len(str(len(prompts))))
-    numbers = itertools.count(seed)
+    numbers = itertools.count(seed, best_of)
     return [
         Planned(f"{index:0{width}d}-{copy}.png", prompt=text, seed=next(numbers), about=about)
         for index, (text, about) in enumerate(prompts)
@@ -92,7 +140,7 @@ def draw_into_folder(
     pipeline.check_prompts([image.prompt for image in planned])
     sampling = {setting.name for setting in sampling_settings()} & settings.keys()
     pipeline.sampling.replace(**{name: settings[name] for name in sampling})
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: plain(value) for name, value in settings.items() if value is not None}
     about = {
         "model": pipeline.name,
         "sampling": dataclasses.asdict(pipeline.sampling) | given,
@@ -150,7 +198,9 @@ def _launch(
     """Generate codes; return a function that waits for their images, and their metadata."""
     if not left:
         return list, ()
-    prompts, seeds = [image.prompt for image in left], [image.seed for image in left]
+    prompts = [image.prompt for image in left]
+    candidates = range(settings.get("best_of", 1))
+    seeds = [image.seed + candidate for image in left for candidate in candidates]
     output = pipeline(prompts, seed=seeds, output_type="codes", **settings)
     return pipeline.decode_later(output.codes), output.metadata
 

@@ -14,9 +14,17 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import InputError
+from llamagen.support.values import plain, require_integer
 
 METADATA_KEY = "llamagen"
 """PNG text chunk of an image's settings, as JSON."""
+KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+"""Suffix of an image file -> its format, of those that can be written."""
+
+_DESCRIPTION = 0x010E
+"""EXIF tag that has the settings of a JPEG or WebP file."""
+_MAX_EXIF = 60_000
+"""Bytes of text; JPEG has room for hardly more."""
 
 _INK = (32, 32, 32)
 
@@ -45,7 +53,9 @@ def image_grid(
         raise InputError("there are no images to lay out in a grid; give at least one")
     if scale is None:
         scale = max(1, 64 // images[0].width)
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    if columns is None:
+        columns = math.ceil(math.sqrt(len(images)))
+    columns = min(require_integer("columns", columns, 1), len(images))
     width, height = (side * scale for side in images[0].size)
     font = ImageFont.load_default(max(10, min(16, width // 8)))
     line = 0 if captions is None else _line_height(font)
@@ -96,17 +106,23 @@ def image_bytes(
     quality: int = 90,
     metadata: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """Return the content of an image file; for ``metadata``, of PNG only, see ``save_png``.
+    """Return the content of an image file; for ``metadata`` see ``save_png``.
 
-    ``quality`` is of JPEG and WebP, from 0 to 100, where WebP is lossless.
+    ``quality`` is of JPEG and WebP, from 0 to 100, where WebP is lossless. JPEG leaves out metadata
+    that are longer than its headers may be.
     """
-    chunks = PngImagePlugin.PngInfo()
+    chunks, exif = PngImagePlugin.PngInfo(), Image.Exif()
     if metadata is not None:
-        chunks.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
+        text = json.dumps(dict(metadata), ensure_ascii=False, default=plain)
+        # Undecodable bytes of names become escapes of JSON.
+        chunks.add_itxt(METADATA_KEY, text.encode("utf-8", "backslashreplace").decode())
+        described = json.dumps({METADATA_KEY: dict(metadata)}, default=plain)
+        if len(described) <= _MAX_EXIF:
+            exif[_DESCRIPTION] = described
     options: dict[str, dict[str, Any]] = {
         "png": {"pnginfo": chunks},
-        "jpeg": {"quality": quality, "subsampling": 0},
-        "webp": {"quality": quality, "lossless": quality == 100},
+        "jpeg": {"quality": quality, "subsampling": 0, "exif": exif},
+        "webp": {"quality": quality, "lossless": quality == 100, "exif": exif},
     }
     file = io.BytesIO()
     image.save(file, format=kind, **options[kind])
@@ -114,17 +130,23 @@ def image_bytes(
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
-    """Return the metadata that ``save_png`` wrote; InputError if the file has none."""
+    """Return the metadata that ``image_bytes`` wrote; InputError if the file has none."""
     try:
         with Image.open(path) as image:
-            text = getattr(image, "text", {}).get(METADATA_KEY)
+            # Those of a PNG before its pixels are there at once; "text" reads all of the file.
+            text = image.info.get(METADATA_KEY) or getattr(image, "text", {}).get(METADATA_KEY)
+            described = str(image.getexif().get(_DESCRIPTION, ""))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist") from error
     except (OSError, SyntaxError) as error:
         raise InputError(f"{path} is not a readable image ({error})") from error
-    if text is None:
-        raise InputError(f"{path} does not say how it was made; only PNGs of llamagen generate do")
-    return json.loads(text)
+    try:
+        values: dict[str, Any] = json.loads(text or described)
+        return values if text else values[METADATA_KEY]
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{path} does not say how it was made; only files of llamagen generate do"
+        ) from error
 
 
 def _blank(width: int, height: int) -> Image.Image:

@@ -105,6 +105,8 @@ class TextEncoder(nn.Module):
 
     def prepare(self, caption: str) -> str:
         """Return a caption as it is encoded, maybe ""; InputError if it has control characters."""
+        if any(unicodedata.category(character) == "Cs" for character in caption):
+            raise InputError(f"the text {_shortened(caption)} is no valid UTF-8; write it anew")
         for character in caption:
             if unicodedata.category(character) == "Cc" and character not in "\t\r\n":
                 raise InputError(

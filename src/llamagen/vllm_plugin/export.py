@@ -153,7 +153,7 @@ def _place_weights(
     else:
         found = resolve_pipeline(source)
         sampling, path = found.sampling, locate(found.transformer, "transformer").path
-        if path.is_dir():
+        if path.is_dir() and (path / WEIGHTS_NAME).is_file():
             config, weights = Transformer.read_config(path), path / WEIGHTS_NAME
         else:
             source = load_transformer(found.transformer)
@@ -169,8 +169,6 @@ def _place_weights(
         assert isinstance(source, Transformer)
         source.save_pretrained(folder)
         (folder / "README.md").unlink(missing_ok=True)
-    elif not weights.is_file():
-        raise FileNotFoundError(f"{weights} does not exist; copy or download the folder again")
     elif link:
         (folder / WEIGHTS_NAME).symlink_to(weights.resolve())
     else:
