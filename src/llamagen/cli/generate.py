@@ -307,6 +307,7 @@ def _draw_file(options: Generate, model: str, path: Path) -> None:
 
 def _like(options: Generate, path: Path) -> Generate:
     """Return the options where those at their defaults are as an image has recorded them."""
+    from llamagen.support.labels import RecordedClass
     from llamagen.support.pictures import read_metadata
 
     recorded = read_metadata(path)
@@ -326,7 +327,9 @@ def _like(options: Generate, path: Path) -> Generate:
         if "prompt" in recorded:
             recorded["prompts"] = (recorded["prompt"],)
         elif "class_index" in recorded:
-            recorded["classes"] = (recorded["class_index"],)
+            # By name: another model has other indices.
+            found = RecordedClass(recorded["class"], recorded["class_index"])
+            recorded["classes"] = (found,)
     unset = {name for name in names if getattr(options, name) == getattr(Generate, name, None)}
     return dataclasses.replace(options, **{n: recorded[n] for n in unset & recorded.keys()})
 

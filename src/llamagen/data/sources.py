@@ -25,6 +25,7 @@ from llamagen.data.columns import (
 )
 from llamagen.data.images import ImageCollection, ImageFolder
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.names import is_visible
 
 _TABLES = (".csv", ".jsonl")
 """Suffixes of tables of images; metadata.csv or metadata.jsonl is that of its folder."""
@@ -49,7 +50,8 @@ def open_images(
         config: columns and split.
         split: replaces that of ``config``.
         labelled: use the classes, if there are any.
-        class_names: the allowed classes, of images for validation; by default those that occur.
+        class_names: the classes of the training images, of images for validation, which are found
+            among them by name; by default those that occur.
 
     FileNotFoundError if there is no such folder or file; InputError if there are no images, the
     source is damaged, or a class is not allowed.
@@ -214,7 +216,7 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
     prompts = []
     for number, row in enumerate(rows, start=1):
         found = row.get(field)
-        if not isinstance(found, str) or not found.strip():
+        if not isinstance(found, str) or not is_visible(found):
             raise InputError(f"prompt {number} of {path} is empty; write one, or remove the row")
         about = {name: value for name, value in row.items() if name != field}
         prompts.append(FilePrompt(found.strip(), about))

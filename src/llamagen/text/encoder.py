@@ -19,6 +19,7 @@ import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
 from llamagen.models.pretrained import digest
 from llamagen.support.errors import InputError
+from llamagen.support.names import is_visible, normal_name
 from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, load_pretrained, quietly
 
@@ -114,20 +115,25 @@ class TextEncoder(nn.Module):
         return next(self.parameters()).device
 
     def prepare(self, caption: str) -> str:
-        """Return a caption as it is encoded, maybe ""; InputError if it has control characters."""
+        """Return a caption as it is encoded; InputError if it has control characters.
+
+        It is in Unicode's composed form (NFC), and "" if there is nothing to see in it.
+        """
         for character in caption:
             if unicodedata.category(character) == "Cc" and character not in "\t\r\n":
                 raise InputError(
                     f"the text {_shortened(caption)} has the control character "
                     f"U+{ord(character):04X} in it; remove it"
                 )
-        return clean_caption(caption) if self.config.clean else caption.strip()
+        caption = normal_name(caption)
+        text = clean_caption(caption) if self.config.clean else caption
+        return text if is_visible(text) else ""
 
     def require_text(self, caption: str) -> str:
         """See ``prepare``; InputError also if nothing is left of the caption."""
         if prepared := self.prepare(caption):
             return prepared
-        why = "is empty once it is cleaned" if caption.strip() else "is empty"
+        why = "is empty once it is cleaned" if is_visible(caption) else "is empty"
         raise InputError(f"the prompt {_shortened(caption)} {why}; describe an image")
 
     def token_ids(self, prepared: Sequence[str], *, warn: bool = False) -> list[list[int]]:

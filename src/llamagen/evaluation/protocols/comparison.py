@@ -22,6 +22,7 @@ from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
 _SAMPLES_FOLDER = "samples"
 _CLIP_BATCH = 64
@@ -74,12 +75,18 @@ def evaluate_classes(
     features, _ = place.compare(report, samples, reference, "samples")
     if place.has_inception:
         report.tables.append(_PUBLISHED)
-    elif reference.images is not None and set(reference.images.class_names) == set(labels.names):
-        # The classifier's classes are those of the reference, in its order.
-        classes = np.array([labels.names.index(name) for name in reference.images.class_names])
-        found = classes[features.probabilities[:, : len(classes)].argmax(1)]
-        assert samples.labels is not None
-        _add_classes(report, found, samples.labels, labels.names)
+        return report
+    network = Labels(place.network.class_names)
+    outputs = network.match(labels.names, f"{pipeline.name}")
+    if missing := [name for name in labels.names if name not in outputs]:
+        report.warnings.append(
+            f"the {place.network.name} has no class {missing[0]!r}: it cannot say which classes "
+            f"the samples show"
+        )
+        return report
+    found = features.probabilities[:, [outputs[name] for name in labels.names]].argmax(1)
+    assert samples.labels is not None
+    _add_classes(report, found, samples.labels, labels.names)
     return report
 
 
