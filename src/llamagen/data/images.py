@@ -216,7 +216,7 @@ def _search(folder: Path) -> _Found:
     found = _Found.under(folder)
     left_out = (
         (found.others, f"files of other formats ({_suffixes(found.others)})"),
-        (found.lost, "links that lead nowhere"),
+        (found.lost, "links that lead nowhere, and the like"),
         (found.repeated, "links to folders that are there already"),
     )
     texts = [f"{len(paths)} {what}: {_some(paths, folder)}" for paths, what in left_out if paths]
@@ -293,12 +293,7 @@ class ImageFolder(ImageCollection):
             _warn("folders of %s without images are no classes: %s", root, ", ".join(empty))
         names = [normal_name(part[0]) for part in parts]
         classes = tuple(sort_names(set(names)) if class_names is None else class_names)
-        index = Labels(classes).match(names, str(root))
-        if unknown := [name for name in names if name not in index]:
-            raise InputError(
-                f"{root} has a class {unknown[0]!r} that the training images do not have; "
-                f"rename or remove the folder"
-            )
+        index = Labels(classes).match_all(names, str(root), "the training images")
         return cls(root, paths, tuple(index[name] for name in names), classes)
 
     def key(self, index: int) -> str:

@@ -297,15 +297,11 @@ class CodeStore(CodeSourceBase):
         """Number the classes as in ``names``, those of training; InputError if one is not there."""
         if self.labels is None or names == self.class_names:
             return
-        known = self.manifest.plan.class_names
-        own = known or tuple(map(str, range(len(self.class_names))))
-        used = np.unique(self.labels).tolist()
-        found = Labels(names).match([own[label] for label in used], str(self.folder))
-        if missing := [label for label in used if own[label] not in found]:
-            raise InputError(
-                f"the store {self.folder} has a class {self.class_names[missing[0]]!r} that the "
-                f"training codes do not have; extract it again without that class"
-            )
+        own = self.class_names
+        if own == Labels.numbered(len(own)).names:
+            own = tuple(map(str, range(len(own))))
+        used = [own[label] for label in np.unique(self.labels).tolist()]
+        found = Labels(names).match_all(used, str(self.folder), "the training codes")
         self.labels = np.array([found.get(name, -1) for name in own])[self.labels]
         self.class_names = names
 

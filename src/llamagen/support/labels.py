@@ -85,6 +85,16 @@ class Labels:
             found = numbers
         return {name: at for name, at in found.items() if at is not None and at < len(self)}
 
+    def match_all(self, names: Iterable[str], source: str, known: str) -> dict[str, int]:
+        """See ``match``; InputError if a name is no class here, of ``known`` images or models."""
+        names = list(names)
+        found = self.match(names, source)
+        if missing := [name for name in names if name not in found]:
+            raise InputError(
+                f"{source} has a class {missing[0]!r} that {known} do not have; rename or remove it"
+            )
+        return found
+
     def save(self, path: Path) -> None:
         """Write JSON: a list of objects with a name and aliases."""
         entries = [

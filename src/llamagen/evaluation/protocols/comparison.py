@@ -22,7 +22,6 @@ from llamagen.pipeline import Pipeline
 from llamagen.support import distributed
 from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
-from llamagen.support.labels import Labels
 
 _SAMPLES_FOLDER = "samples"
 _CLIP_BATCH = 64
@@ -76,15 +75,14 @@ def evaluate_classes(
     if place.has_inception:
         report.tables.append(_PUBLISHED)
         return report
-    network = Labels(place.network.class_names)
-    outputs = network.match(labels.names, f"{pipeline.name}")
-    if missing := [name for name in labels.names if name not in outputs]:
+    classes = labels.match(place.network.class_names, place.network.name)
+    outputs = {classes[n]: k for k, n in enumerate(place.network.class_names) if n in classes}
+    if missing := [name for label, name in enumerate(labels.names) if label not in outputs]:
         report.warnings.append(
-            f"the {place.network.name} has no class {missing[0]!r}: it cannot say which classes "
-            f"the samples show"
+            f"the classifier has no class {missing[0]!r}, so it does not say what samples show"
         )
         return report
-    found = features.probabilities[:, [outputs[name] for name in labels.names]].argmax(1)
+    found = features.probabilities[:, [outputs[k] for k in range(len(labels))]].argmax(1)
     assert samples.labels is not None
     _add_classes(report, found, samples.labels, labels.names)
     return report

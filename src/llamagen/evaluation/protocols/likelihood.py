@@ -129,12 +129,7 @@ def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
                 f"{images.name} has no classes, but {pipeline.name} draws them; use class folders"
             )
         names = [images.class_names[label] for label in images.labels]
-        classes = pipeline.labels.match(names, images.name)
-        if missing := [name for name in names if name not in classes]:
-            raise InputError(
-                f"{images.name} has a class {missing[0]!r} that {pipeline.name} does not have; "
-                f"rename or remove it"
-            )
+        classes = pipeline.labels.match_all(names, images.name, f"the images of {pipeline.name}")
         return [classes[name] for name in names]
     if images.captions is None or not all(images.captions):
         raise InputError(
