@@ -75,7 +75,8 @@ def test_the_same_image_by_another_model(generate, run, fails, model_folder, tmp
     numbered = tmp_path / "numbered"
     run("generate", "--model", tmp_path / "numbers", "-c", "1", "--seed", 5, "--out", numbered)
     assert read_metadata(numbered / "1-5.png")["class_index"] == 0
-    line = fails("generate", "--like", numbered / "1-5.png", "--model", model_folder)
+    other = ("--model", model_folder, "--out", tmp_path / "none")
+    line = fails("generate", "--like", numbered / "1-5.png", *other)
     assert "there is no class '1'" in line
     twin = tmp_path / "twin"
     run("generate", "--model", tmp_path / "twins", "-c", "3", "--seed", 6, "--out", twin)

@@ -113,6 +113,13 @@ class TestMetadata:
         assert same_images(images, scans(6))
         assert open_images(tmp_path / f"metadata.{kind}").digest() == images.digest()
 
+    def test_finds_decomposed_names(self, tmp_path):
+        for name in ("cafe\u0301.png", "\u00fc.png"):
+            (tmp_path / name).write_bytes(scans(1)[0][0])
+        (tmp_path / "metadata.csv").write_text("file_name\ncaf\u00e9.png\nu\u0308.png\n")
+        images = open_images(tmp_path)
+        assert [images.key(i) for i in range(2)] == ["cafe\u0301.png", "\u00fc.png"]
+
     def test_ignores_labels_on_request(self, tmp_path):
         self.folder(tmp_path, "csv")
         assert open_images(tmp_path, labelled=False).labels is None

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from llamagen.support.errors import InputError
-from llamagen.support.labels import Labels, RecordedClass
+from llamagen.support.labels import Labels, RecordedName
 
 ANIMALS = Labels(("cat", "dog", "golden retriever", "crane", "crane"), (("n1",), (), (), (), ()))
 
@@ -64,11 +64,11 @@ def test_exact_spelling_comes_first():
 
 
 def test_recorded_classes_are_found_by_name():
-    assert ANIMALS.find(RecordedClass("crane", 4)) == 4
-    assert ANIMALS.find(RecordedClass("dog", 7)) == 1
+    assert ANIMALS.find(RecordedName("crane", 4)) == 4
+    assert ANIMALS.find(RecordedName("dog", 7)) == 1
     for name in ("horse", "1"):
         with pytest.raises(InputError, match=f"there is no class '{name}'"):
-            ANIMALS.find(RecordedClass(name, 1))
+            ANIMALS.find(RecordedName(name, 1))
 
 
 def test_matches_names(caplog):

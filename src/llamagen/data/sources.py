@@ -11,6 +11,7 @@ import glob
 import io
 import itertools
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -174,8 +175,10 @@ def _image_path(table: Path, number: int, name: Any) -> Path:
             f"row {number} of {table} names {name}, outside the table's folder; move the table "
             f"above all images"
         )
-    if (path := table.parent / relative).is_file():
-        return path
+    # A Mac's disks have decomposed names, most tables composed ones.
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    if found := next(filter(Path.is_file, map(table.parent.joinpath, forms)), None):
+        return found
     raise InputError(
         f"row {number} of {table} names {name}, which is not there; add the file or remove the row"
     )

@@ -23,8 +23,11 @@ FILE_NAME = "labels.json"
 _log = logging.getLogger(__name__)
 
 
-class RecordedClass(str):
-    """A class as an image's metadata names it, with its index, which tells it from namesakes."""
+class RecordedName(str):
+    """A class, or a text, in an image's metadata: no index, but with one to tell it from namesakes.
+
+    ``class_index`` is -1 if it is not known.
+    """
 
     class_index: int
 
@@ -62,7 +65,7 @@ class Labels:
         elif (named := self._named(text)) is not None:
             return named
         else:
-            number = None if isinstance(text, RecordedClass) else as_index(text)
+            number = None if isinstance(text, RecordedName) else as_index(text)
             if number is None or (self._has_numbers and number >= len(self)):
                 raise InputError(f"there is no class {text!r}; {self._suggestion(_folded(text))}")
             index = number
@@ -107,7 +110,7 @@ class Labels:
         """Return the class of a name or alias; None if there is none, InputError if several."""
         for form, classes in zip(_FORMS, self._spellings, strict=True):
             found = classes.get(form(text), ())
-            if isinstance(text, RecordedClass) and text.class_index in found:
+            if isinstance(text, RecordedName) and text.class_index in found:
                 return text.class_index
             if len(found) > 1:
                 indices, names = map(str, found), (repr(self.names[index]) for index in found)
