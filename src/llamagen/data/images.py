@@ -187,11 +187,12 @@ class _Found:
                 path = folder / entry.name
                 if entry.name.startswith("."):
                     continue
-                is_link = entry.is_symlink()
                 # A link to itself is an error to an entry, but nothing to a path.
-                known = path if is_link else entry
-                if known.is_dir():
-                    self.links.append(path) if is_link else self._walk(path)
+                known: Path | os.DirEntry[str] = path if entry.is_symlink() else entry
+                if known is path and path.is_dir():
+                    self.links.append(path)
+                elif known.is_dir():
+                    self._walk(path)
                 elif not known.is_file():
                     self.lost.append(path)
                 elif path.suffix.lower() in EXTENSIONS:

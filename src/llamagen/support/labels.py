@@ -9,7 +9,7 @@ import json
 import logging
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -192,5 +192,5 @@ def _folded(text: str) -> str:
     return " ".join(text.replace("_", " ").replace("-", " ").split()) or text
 
 
-_FORMS = (str, normal_name, _folded)
+_FORMS: tuple[Callable[[str], str], ...] = (str, normal_name, _folded)
 """Spellings of a name, the most exact first."""
