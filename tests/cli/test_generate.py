@@ -64,6 +64,34 @@ def test_the_same_image_again(generate, run, model_folder, tmp_path):
     assert read_metadata(tmp_path / "again" / "dog-6.png") == read_metadata(wanted)
 
 
+def test_the_same_image_by_another_model(generate, run, fails, model_folder, tmp_path):
+    generate("--class", "dog", "--seed", 5)
+    recorded = tmp_path / "out" / "dog-5.png"
+    pipe = tiny_pipeline()
+    for name, names in (("ordered", "abcd"), ("numbers", "1234"), ("twins", ("dog", *"abc"))):
+        pipe.labels = Labels((*names[:3], "dog", names[3]))
+        pipe.save_pretrained(tmp_path / name)
+    like = ("generate", "--like", recorded, "--out", tmp_path / "again")
+    result = run(*like, "--model", tmp_path / "ordered")
+    assert result.status == 0, result.err
+    metadata = read_metadata(tmp_path / "again" / "dog-5.png")
+    assert (metadata["class"], metadata["class_index"]) == ("dog", 3)
+    line = fails(*like, "--model", tmp_path / "twins")
+    assert "class 'dog' is ambiguous: it names 0, 3" in line
+    # A name of digits is not the other model's index, and a twin is known by its own.
+    numbered = tmp_path / "numbered"
+    run("generate", "--model", tmp_path / "numbers", "-c", "1", "--seed", 5, "--out", numbered)
+    assert read_metadata(numbered / "1-5.png")["class_index"] == 0
+    other = ("--model", model_folder, "--out", tmp_path / "none")
+    line = fails("generate", "--like", numbered / "1-5.png", *other)
+    assert "there is no class '1'" in line
+    twin = tmp_path / "twin"
+    run("generate", "--model", tmp_path / "twins", "-c", "3", "--seed", 6, "--out", twin)
+    again = ("--like", twin / "dog-6.png", "--model", tmp_path / "twins", "--out", twin / "again")
+    assert run("generate", *again).status == 0
+    assert read_metadata(twin / "again" / "dog-6.png")["class_index"] == 3
+
+
 @pytest.mark.parametrize(
     ("recorded", "message"),
     [

@@ -22,6 +22,7 @@ from llamagen.support.errors import InputError
         ),
         ({"text": ["one", "two"], "aliases": None}, (("one", 0.5), ("two", 0.5))),
         ({"text": " ", "aliases": float("nan")}, ()),
+        ({"text": "\u200b\u3164", "aliases": "love"}, (("love", 1.0),)),
         ({}, ()),
     ],
 )

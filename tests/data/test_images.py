@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 
 import numpy as np
@@ -49,6 +50,41 @@ class TestFindImages:
         (root / "loop").symlink_to(root)
         assert find_images(root) == [root / "cat" / "x.png"]
 
+    def test_a_folder_counts_where_it_lies(self, tmp_path, caplog):
+        save(tmp_path / "cat" / "x.png", left_red())
+        save(tmp_path / "dog" / "y.png", left_red())
+        (tmp_path / "ape").symlink_to(tmp_path / "dog")
+        (tmp_path / "cat" / "friends").symlink_to(tmp_path / "dog")
+        folder = ImageFolder.scan(tmp_path)
+        assert [folder.key(i) for i in range(2)] == ["cat/x.png", "dog/y.png"]
+        assert folder.class_names == ("cat", "dog")
+        assert "2 links to folders that are there already: ape, cat/friends" in caplog.text
+
+    def test_leaves_out_links_that_lead_nowhere(self, tmp_path, caplog):
+        save(tmp_path / "cat" / "x.png", left_red())
+        (tmp_path / "cat" / "lost.png").symlink_to(tmp_path / "nothing.png")
+        (tmp_path / "dog").symlink_to(tmp_path / "nothing")
+        (tmp_path / "self.png").symlink_to(tmp_path / "self.png")
+        os.mkfifo(tmp_path / "pipe.png")
+        assert find_images(tmp_path) == [tmp_path / "cat" / "x.png"]
+        assert "4 links that lead nowhere, and the like: cat/lost.png, dog, pipe.png" in caplog.text
+
+    def test_counts_files_of_other_formats(self, tmp_path, caplog, monkeypatch):
+        save(tmp_path / "x.png", left_red())
+        for name in ("1.HEIC", "2.heic", "notes", ".hidden"):
+            (tmp_path / name).touch()
+        find_images(tmp_path)
+        expected = "3 files of other formats (2 .heic, 1 without suffix): 1.HEIC, 2.heic, notes"
+        assert f"left out of {tmp_path}: {expected}" in caplog.messages
+        caplog.clear()
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        find_images(tmp_path)
+        assert not caplog.records
+        (tmp_path / "x.png").unlink()
+        with pytest.raises(InputError, match=r"no images in .*found 3 files .*2 \.heic.*another"):
+            find_images(tmp_path)
+
     def test_rejects_missing_folders(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; give a folder"):
             find_images(tmp_path / "nowhere")
@@ -75,6 +111,34 @@ class TestImageFolder:
         for number in range(11):
             save(tmp_path / str(number) / "x.png", left_red())
         assert ImageFolder.scan(tmp_path).class_names == tuple(map(str, range(11)))
+
+    def test_other_digits_are_letters(self, tmp_path):
+        for name in ("10", "9", "\u0663"):
+            save(tmp_path / name / "x.png", left_red())
+        assert ImageFolder.scan(tmp_path).class_names == ("10", "9", "\u0663")
+
+    def test_names_are_composed(self, tmp_path):
+        for name in ("cafe\u0301", "caf\u00e9", "dog"):
+            save(tmp_path / name / "x.png", left_red())
+        folder = ImageFolder.scan(tmp_path)
+        assert (folder.class_names, folder.labels) == (("caf\u00e9", "dog"), (0, 0, 1))
+
+    def test_names_folders_without_images(self, tmp_path, caplog):
+        for name in ("cat", "dog"):
+            save(tmp_path / name / "x.png", left_red())
+        (tmp_path / "empty" / "below").mkdir(parents=True)
+        (tmp_path / "phone" / "a").mkdir(parents=True)
+        (tmp_path / "phone" / "a" / "x.HEIC").touch()
+        assert ImageFolder.scan(tmp_path).class_names == ("cat", "dog")
+        text = "without images are no classes: empty (empty), phone (1 .heic)"
+        assert f"folders of {tmp_path} {text}" in caplog.messages
+
+    def test_validation_classes_are_found_by_name(self, tmp_path):
+        for name in ("1", "3", "Dog"):
+            save(tmp_path / name / "x.png", left_red())
+        folder = ImageFolder.scan(tmp_path, class_names=("1", "2", "3", "cat", "dog"))
+        assert folder.labels == (0, 2, 4)
+        assert folder.class_names == ("1", "2", "3", "cat", "dog")
 
     def test_flat_folder_has_no_classes(self, tmp_path):
         save(tmp_path / "x.png", left_red())

@@ -68,6 +68,7 @@ def test_reads_other_tables(tmp_path):
         ("p.csv", "prompt,b\n ,2\n", "prompt 1 of .* is empty"),
         ("p.csv", 'prompt\n"open', "cannot be read as .csv"),
         ("p.jsonl", '{"prompt": 3}\n', "prompt 1 of .* is empty"),
+        ("p.txt", "a\n\u200b\ufeff\n", "prompt 2 of .* is empty"),
         ("p.jsonl", "{", "cannot be read as .jsonl"),
         ("p.json", '{"a": 1}', "annotations"),
         ("p.xml", "<a/>", "should end in .txt"),

@@ -37,6 +37,29 @@ class TestLabels:
         assert classes_of([2, 0, 2], "here") == ((2, 0, 2), ("0", "1", "2"))
         assert classes_of(["2", "0"], "here") == ((2, 0), ("0", "1", "2"))
 
+    def test_years_and_other_numbers_are_names(self):
+        assert classes_of(["2020", "2019"], "here") == ((1, 0), ("2019", "2020"))
+        assert classes_of([1, 2, 10], "here") == ((0, 1, 2), ("1", "2", "10"))
+        assert classes_of(["01", "12", "1"], "here") == ((0, 2, 1), ("01", "1", "12"))
+        assert classes_of([1.0, 0.0], "here") == ((1, 0), ("0", "1"))
+        assert classes_of(["\u0663", "3"], "here") == ((1, 0), ("3", "\u0663"))
+
+    def test_names_are_composed_without_spaces(self):
+        values = [" caf\u00e9", "cafe\u0301", "Cat"]
+        assert classes_of(values, "here") == ((1, 1, 0), ("Cat", "caf\u00e9"))
+
+    def test_validation_is_matched_by_name(self, caplog):
+        trained = ("0", "2", "10")
+        assert classes_of([2, 10, 2], "here", class_names=trained) == ((1, 2, 1), trained)
+        assert classes_of(["b", "A"], "here", class_names=("a", "b"))[0] == (1, 0)
+        # Indices of ClassLabel's own names, in another order than in training.
+        assert classes_of([0, 2], "here", typed=("x", "y", "z"))[0] == (0, 2)
+        typed = {"typed": ("x", "y", "z"), "class_names": ("z", "x")}
+        assert classes_of([0, 2], "here", **typed) == ((1, 0), ("z", "x"))
+        assert not caplog.records
+        assert classes_of([2, 0], "here", class_names=("a", "b", "c"))[0] == (2, 0)
+        assert "read as indices" in caplog.text
+
     def test_names_are_sorted(self):
         assert classes_of(["dog", "cat", "dog"], "here") == ((1, 0, 1), ("cat", "dog"))
         assert classes_of(["dog"], "here", class_names=["dog", "ape"]) == ((0,), ("dog", "ape"))
@@ -49,6 +72,9 @@ class TestLabels:
             ([0, -1], None, "row 1 of here has the label -1"),
             ([0, 3], ("a", "b", "c"), "row 1 of here has the label 3, but the classes are 0 to 2"),
             (["b", "d"], ("a", "b"), "row 1 of here has the class 'd'"),
+            ([1, 0], ("1", "2"), "row 1 of here has the class '0'"),
+            ([2019, 2021], ("2019", "2020"), "row 1 of here has the class '2021'"),
+            ([0, float("nan")], None, "row 1 of here has no label"),
             ([10**9], None, "is it a label at all"),
         ],
     )
@@ -86,6 +112,13 @@ class TestMetadata:
         assert [images.key(i) for i in range(6)] == [row[0] for row in rows]
         assert same_images(images, scans(6))
         assert open_images(tmp_path / f"metadata.{kind}").digest() == images.digest()
+
+    def test_finds_decomposed_names(self, tmp_path):
+        for name in ("cafe\u0301.png", "\u00fc.png"):
+            (tmp_path / name).write_bytes(scans(1)[0][0])
+        (tmp_path / "metadata.csv").write_text("file_name\ncaf\u00e9.png\nu\u0308.png\n")
+        images = open_images(tmp_path)
+        assert [images.key(i) for i in range(2)] == ["cafe\u0301.png", "\u00fc.png"]
 
     def test_ignores_labels_on_request(self, tmp_path):
         self.folder(tmp_path, "csv")
@@ -150,6 +183,14 @@ class TestLibrary:
         assert images.labels == tuple(label for _, label in items)
         assert images.class_names == tuple(NAMES)
         assert images.captions == tuple((Caption(f"a {NAMES[label]}", 1.0),) for _, label in items)
+
+    def test_classes_of_another_order(self, tmp_path):
+        images = open_images(
+            write_parquet(tmp_path / "set", scans(7)), class_names=("two", "one", "zero")
+        )
+        assert images.labels == tuple(2 - label for _, label in scans(7))
+        with pytest.raises(InputError, match="has the class 'one', which the training images"):
+            open_images(tmp_path / "set", class_names=("two", "zero"))
 
     def test_tars(self, tmp_path):
         items = scans(7)

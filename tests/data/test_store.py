@@ -89,6 +89,31 @@ def test_labels_captions_and_keys(whole, images):
         store.keys([11])
 
 
+def test_takes_the_classes_of_another_store(whole):
+    store = CodeStore.open(whole)
+    labels, own = store.labels, store.class_names
+    names = ("new", *reversed(own))
+    store.use_classes(names)
+    assert store.class_names == names
+    assert [names[label] for label in store.labels] == [own[label] for label in labels]
+    store.use_classes(own)
+    assert store.labels.tolist() == labels.tolist()
+    with pytest.raises(InputError, match="a class 'cat' that the training codes do not have"):
+        store.use_classes(own[1:])
+
+
+def test_numbered_classes_are_indices(images, tmp_path, caplog):
+    unnamed = dataclasses.replace(images, class_names=())
+    views = Views(height=SIZE, width=SIZE)
+    extract_store(tiny_tokenizer(), unnamed, views, tmp_path / "codes")
+    store = CodeStore.open(tmp_path / "codes")
+    assert store.class_names == ("class 0", "class 1", "class 2")
+    labels = store.labels.tolist()
+    store.use_classes(("cat", "dog", "owl", "yak"))
+    assert store.labels.tolist() == labels
+    assert "read as indices" in caplog.text
+
+
 def test_maps_only_the_shards_it_reads(whole, monkeypatch):
     """Opening reads headers; drawing rows maps the shards that they are in, and no others."""
     loaded = []

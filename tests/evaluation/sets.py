@@ -19,6 +19,7 @@ class CoarsePixels:
     """A network whose features are an image's pixels at 2x2, and whose classes are by colour."""
 
     name = "coarse pixels"
+    class_names = tuple(sorted(CLASSES))
 
     def __init__(self, fingerprint: str = "coarse 1") -> None:
         self.fingerprint = fingerprint

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from llamagen.evaluation.image_sets import CollectedImages
 from llamagen.evaluation.protocols.likelihood import measure_likelihood
 from llamagen.models.tokenizer import uint8_to_images
 from llamagen.support.errors import InputError
-from tests.evaluation.sets import write_noise
+from llamagen.support.labels import Labels
+from tests.evaluation.sets import CLASSES, write_noise
 from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 
@@ -45,6 +47,29 @@ def test_bits_equal_the_loss(tmp_path):
     )
     assert found.bits_per_pixel == pytest.approx(found.bits_per_code * 16 / 256)
     np.testing.assert_allclose(found.map().mean(), found.bits_per_code)
+
+
+def test_classes_are_found_by_name(tmp_path):
+    pipe = tiny_pipeline()
+    folder = write_noise(tmp_path / "a", 10)
+    by_name = measure_likelihood(pipe, CollectedImages(folder), tmp_path / "named").conditional
+    # The same classes as numbers that are no indices, of which the data has not all.
+    pipe.labels = Labels(tuple("12345"))
+    for index, name in enumerate(CLASSES):
+        (folder / name).rename(folder / str(index + 1))
+    images = CollectedImages(folder)
+    numbers = measure_likelihood(pipe, images, tmp_path / "numbered").conditional
+    order = [int(images._images.paths[i].stem) for i in range(10)]
+    before = sorted(range(10), key=lambda i: (CLASSES[i % 5], i))
+    for row, number in enumerate(order):
+        expected = by_name[before.index(number)]
+        np.testing.assert_allclose(numbers[row], expected, rtol=1e-5, atol=1e-6)
+    shutil.rmtree(folder / "1")
+    fewer = measure_likelihood(pipe, CollectedImages(folder), tmp_path / "fewer").conditional
+    np.testing.assert_allclose(fewer, numbers[2:], rtol=1e-5, atol=1e-6)
+    (folder / "2").rename(folder / "0")
+    with pytest.raises(InputError, match="a class '0' that the images of tiny do not have"):
+        measure_likelihood(pipe, CollectedImages(folder), tmp_path / "l")
 
 
 def test_resumes(tmp_path, monkeypatch):

@@ -81,6 +81,35 @@ def test_metrics_of_another_network_have_other_names(tmp_path, reference):
     assert 0 <= report.metrics["classifier_accuracy"] <= 1
 
 
+class OtherClassifier(CoarsePixels):
+    """The same in another order, and a class that the model does not have."""
+
+    order = (3, 1, 4, 0, 2)
+    class_names = (*(CoarsePixels.class_names[k] for k in order), "unicorn")
+
+    def __call__(self, images):
+        output = super().__call__(images)
+        unicorn = torch.full((len(images), 1), 99.0)
+        logits = torch.cat([output.logits[:, list(self.order)], unicorn], 1)
+        return output._replace(logits=logits)
+
+
+def test_classes_of_a_classifier_are_found_by_name(tmp_path, reference):
+    pipe = tiny_pipeline()
+    plan = SamplePlan.of_classes(pipe, 20)
+    expected = evaluate_classes(pipe, plan, reference, place(tmp_path, "mine"))
+    assert len({row[3] for row in expected.tables[0].rows}) > 1
+    device = torch.device("cpu")
+    where = Workplace(out=tmp_path / "other", network=OtherClassifier("mine"), device=device)
+    report = evaluate_classes(pipe, plan, reference, where)
+    assert report.tables[0].rows == expected.tables[0].rows
+    where.network.class_names = ("unicorn", *OtherClassifier.class_names[1:])
+    report = evaluate_classes(pipe, plan, reference, where)
+    assert "classifier_accuracy" not in report.metrics
+    missing = OtherClassifier.class_names[0]
+    assert f"the classifier has no class '{missing}'" in " / ".join(report.warnings)
+
+
 def test_tokenizer_is_compared_with_its_images(tmp_path):
     images = CollectedImages(write_noise(tmp_path / "real", 20))
     tokenizer = tiny_tokenizer()

@@ -80,11 +80,19 @@ def test_cleans_captions_by_default(encoder):
     assert tiny_text_encoder(clean=False).prepare(" A Red HEART ") == "A Red HEART"
 
 
+def test_composes_captions():
+    for clean in (True, False):
+        encoder = tiny_text_encoder(clean=clean)
+        assert encoder.prepare("cafe\u0301") == encoder.prepare("caf\u00e9") == "caf\u00e9"
+        assert encoder.prepare("\u200b\ufeff") == ""
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
         ("", "is empty"),
         ("  \n", "is empty"),
+        ("\u200b \u2060\u3164", "is empty"),
         ("https://example.com", "empty once it is cleaned"),
         ("a\x00b", "U\\+0000"),
         ("bell \x07", "U\\+0007"),

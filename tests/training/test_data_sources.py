@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from llamagen.pipeline import Pipeline
 from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.config import ImageConfig
+from llamagen.training.data import find_codes
 from tests.data.sets import NAMES, scans, write_parquet, write_tars
 from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import (
@@ -85,6 +87,46 @@ def test_transformer_on_tables(own_cache, kind, tokenizer_folder, tmp_path):
     )
     names = Pipeline.from_pretrained(result.model).labels.names
     assert list(names) == (NAMES if kind == "parquet" else ["0", "1", "2"])
+
+
+def classes_of_validation(recipe, tokenizer_folder):
+    """Names of the classes of held-out images, as the model numbers them."""
+    codes = find_codes(recipe, ImageTokenizer.from_pretrained(tokenizer_folder))
+    names = codes.training.class_names
+    return [names[codes.validation.labels[row]] for row in codes.val_rows]
+
+
+def test_validation_classes_are_found_by_name(digits, tokenizer_folder, tmp_path):
+    # Three training classes, of which the validation lacks the first.
+    other = tmp_path / "other"
+    for name in ("1", "2"):
+        shutil.copytree(digits / name, other / name)
+    table = tmp_path / "table"
+    shutil.copytree(digits / "2", table)
+    rows = "".join(f"{path.name},2\n" for path in sorted(table.iterdir()))
+    (table / "metadata.csv").write_text(f"file_name,label\n{rows}")
+    for data, expected in ((other, ["1"] * 8 + ["2"] * 8), (table, ["2"] * 8)):
+        recipe = transformer_recipe(
+            digits, tokenizer_folder, tmp_path / f"{data.name}-run", validation_data=str(data)
+        )
+        assert classes_of_validation(recipe, tokenizer_folder) == expected
+    stores = {}
+    for data in (digits, other):
+        stores[data] = tmp_path / f"{data.name}-codes"
+        tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
+        images, views = open_images(data), Views(height=16, width=16)
+        extract_store(tokenizer, images, views, stores[data], progress=False)
+    recipe = transformer_recipe(
+        None, tokenizer_folder, tmp_path / "store-run",
+        codes=stores[digits], validation_codes=stores[other],
+    )  # fmt: skip
+    assert classes_of_validation(recipe, tokenizer_folder) == ["1"] * 8 + ["2"] * 8
+    recipe = dataclasses.replace(
+        recipe, codes=stores[other], validation_codes=stores[digits], out=tmp_path / "refused"
+    )
+    with pytest.raises(InputError, match="a class '0' that the training codes do not have"):
+        classes_of_validation(recipe, tokenizer_folder)
+    assert not (tmp_path / "refused").exists()
 
 
 def odd_images(folder):

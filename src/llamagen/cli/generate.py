@@ -375,6 +375,7 @@ def _draw_file(options: Generate, model: str, path: Path) -> None:
 
 def _like(options: Generate, path: Path) -> Generate:
     """Return the options where those at their defaults are as an image has recorded them."""
+    from llamagen.support.labels import RecordedName
     from llamagen.support.pictures import read_metadata
 
     recorded = read_metadata(path)
@@ -387,14 +388,18 @@ def _like(options: Generate, path: Path) -> Generate:
         if name in recorded and value in (None, recorded[name]):
             remedy = "give its prompt and seed instead of --like"
             raise InputError(f"{path} was made with {value or name}, which was removed; {remedy}")
+    # Another model has other indices.
+    for name in {"prompt", "class", "negative_prompt", "blend"} & recorded.keys():
+        index = recorded.get("class_index", -1) if name == "class" else -1
+        recorded[name] = RecordedName(recorded[name], index)
     names = {each.name for each in sampling_settings()}
     names |= {"model", "dtype", "quantization", "kv_cache_dtype", "blend", "blend_share", "seed"}
     if not options.prompts and not options.classes:
         names |= {"prompts", "classes", "negative_prompt"}
         if "prompt" in recorded:
             recorded["prompts"] = (recorded["prompt"],)
-        elif "class_index" in recorded:
-            recorded["classes"] = (recorded["class_index"],)
+        elif "class" in recorded:
+            recorded["classes"] = (recorded["class"],)
     unset = {name for name in names if getattr(options, name) == getattr(Generate, name, None)}
     return dataclasses.replace(options, **{n: recorded[n] for n in unset & recorded.keys()})
 

@@ -13,6 +13,7 @@ import numpy as np
 import llamagen.support.storage as storage
 from llamagen.support.artifact import write_npy
 from llamagen.support.errors import InputError
+from llamagen.support.names import is_visible
 
 _CONTENT_NAME = "captions.bin"
 _ENDS_NAME = "captions.npy"
@@ -106,4 +107,4 @@ def _texts(value: Any, separator: str | None) -> list[str]:
     texts = [str(each) for each in values if each is not None]
     if separator is not None:
         texts = [part for text in texts for part in text.split(separator)]
-    return [text.strip() for text in texts if text.strip()]
+    return [text.strip() for text in texts if is_visible(text)]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from llamagen.config import require_positive
 from llamagen.data.captions import Captions, captions_of
 from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
+from llamagen.support.names import as_index, normal_name
 
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixel_values")
 LABEL_NAMES = ("label", "labels", "class", "class_name", "cls", "fine_label")
 CAPTION_NAMES = ("text", "caption", "captions", "prompt", "txt", "description")
 FILE_NAMES = ("file_name", "file", "filename", "path", "image")
 _MAX_CLASSES = 1_000_000
+_NUMBER = re.compile("-?(0|[1-9][0-9]*)")
+"""Other numbers, such as 007, are only names."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,52 +71,75 @@ class SourceConfig:
             raise InputError("caption_separator is empty; give a character, or leave it out")
 
 
-def sort_names(names: set[str]) -> list[str]:
+def sort_names(names: Iterable[str]) -> list[str]:
     """Sort names of classes: alphabetically, but numbers by their value."""
-    are_numbers = all(name.isdecimal() for name in names)
-    return sorted(names, key=lambda name: (int(name) if are_numbers else 0, name))
+    names = sorted(names)
+    if all(name.isascii() and name.isdecimal() for name in names):
+        # Not int, which refuses very long ones.
+        names.sort(key=lambda name: (len(name.lstrip("0")), name.lstrip("0")))
+    return names
 
 
 def classes_of(
-    values: Sequence[Any], where: str, *, class_names: Sequence[str] | None = None
+    values: Sequence[Any],
+    where: str,
+    *,
+    typed: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return the label of each image, and the names of all classes, from a column of labels.
 
-    Integers are labels of classes named "0", "1" and so on; other values are names of classes.
+    Values are names of classes, which are sorted. Numbers are names, too, but if they count from 0
+    and at least half of them occur, those between are classes as well, so that a number is its own
+    index.
+
+    Args:
+        values: the column.
+        where: the table, for messages.
+        typed: the names that ``values`` are indices of.
+        class_names: the classes of the training images, of images for validation; the names here
+            are found among them.
+
     InputError if a value is missing, a number is negative or too large, or a class is none of
-    ``class_names``, by default those that occur. ``where`` is the table, for messages.
+    ``class_names``.
     """
-    for row, value in enumerate(values):
-        if value is None or value == "":
+    names = [_name_of(value) for value in values]
+    for row, name in enumerate(names):
+        if not name:
             raise InputError(f"row {row} of {where} has no label; give it one or remove the row")
-    if all(_is_number(value) for value in values):
-        labels = [int(value) for value in values]
-        count = max(labels, default=0) + 1 if class_names is None else len(class_names)
-        if count > _MAX_CLASSES:
-            raise InputError(f"{where} has the label {count - 1}; is it a label at all?")
-        for row, label in enumerate(labels):
-            if not 0 <= label < count:
+    classes = tuple(sort_names(set(names)))
+    are_numbers = all(map(_NUMBER.fullmatch, classes))
+    if are_numbers:
+        limit = _MAX_CLASSES if typed is None else len(typed)
+        for row, number in enumerate(map(as_index, names)):
+            if number is None or number >= limit:
                 raise InputError(
-                    f"row {row} of {where} has the label {label}, but the classes are 0 to "
-                    f"{count - 1}"
+                    f"row {row} of {where} has the label {names[row]}, expected 0 to {limit - 1}; "
+                    f"is it a label at all?"
                 )
-        return tuple(labels), tuple(class_names or map(str, range(count)))
-    names = [str(value) for value in values]
-    classes = tuple(sort_names(set(names)) if class_names is None else class_names)
-    index = {name: label for label, name in enumerate(classes)}
+        if typed is not None:
+            classes = tuple(map(normal_name, typed))
+            names, are_numbers = [classes[int(name)] for name in names], False
+        elif classes[:1] == ("0",) and int(classes[-1]) < 2 * len(classes):
+            classes = tuple(map(str, range(int(classes[-1]) + 1)))
+    if class_names is not None:
+        classes = tuple(class_names)
+    index = Labels(classes).match(names, where)
     for row, name in enumerate(names):
         if name not in index:
-            raise InputError(
-                f"row {row} of {where} has the class {name!r}, which the training images do not "
-                f"have; rename it or remove the row"
-            )
+            what = f"class {name!r}, which the training images do not have"
+            if are_numbers and not any(map(_NUMBER.fullmatch, classes)):
+                what = f"label {name}, but the classes are 0 to {len(classes) - 1}"
+            raise InputError(f"row {row} of {where} has the {what}; rename it or remove the row")
     return tuple(index[name] for name in names), classes
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, str):
-        return value.removeprefix("-").isdecimal()
-    return isinstance(value, int) and not isinstance(value, bool)
+def _name_of(value: Any) -> str:
+    """Return a label as the name of a class; "" if it is missing."""
+    if value is None or value != value:  # NaN
+        return ""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return normal_name(str(int(value) if is_whole else value))
 
 
 def find_column(
@@ -143,21 +171,24 @@ def read_annotations(
     where: str,
     *,
     labelled: bool = True,
-    known_labels: Sequence[str] = LABEL_NAMES,
+    typed: Mapping[str, Sequence[str]] | None = None,
     class_names: Sequence[str] | None = None,
 ) -> tuple[tuple[int, ...] | None, tuple[str, ...], tuple[Captions, ...] | None]:
     """Return the labels, if ``labelled``, their classes, and the captions of a table.
 
     None without a column. ``values`` returns those of a column, ``where`` is the table, for
-    messages. ``known_labels`` are default names of the column of labels, first choice first; see
-    ``classes_of`` for the rest.
+    messages. ``typed`` are columns of labels that say which classes there are, the first choice by
+    default; see ``classes_of`` for the rest.
     """
     labels: tuple[int, ...] | None = None
     names: tuple[str, ...] = ()
     captions: tuple[Captions, ...] | None = None
-    label = find_column("label", config.label_column, known_labels, columns, where)
+    typed = typed or {}
+    label = find_column("label", config.label_column, [*typed, *LABEL_NAMES], columns, where)
     if labelled and label is not None:
-        labels, names = classes_of(values(label), where, class_names=class_names)
+        labels, names = classes_of(
+            values(label), where, typed=typed.get(label), class_names=class_names
+        )
     if weights := caption_columns(config, columns, where):
         rows = zip(*map(values, weights), strict=True)
         dicts = (dict(zip(weights, row, strict=True)) for row in rows)

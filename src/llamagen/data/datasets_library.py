@@ -16,7 +16,6 @@ from PIL import Image
 import llamagen.support.storage as storage
 from llamagen.data.columns import (
     IMAGE_NAMES,
-    LABEL_NAMES,
     SourceConfig,
     find_column,
     read_annotations,
@@ -91,22 +90,14 @@ class Table(ImageCollection):
         features, columns = dataset.features, list(dataset.features)
         self._column = image_column(features, config, name)
         typed = {c: f.names for c, f in features.items() if isinstance(f, datasets.ClassLabel)}
-        known = [*typed, *LABEL_NAMES]
-        label = find_column("label", config.label_column, known, columns, name)
-        names = typed.get(label or "") if labelled else None
-        if names and class_names is not None and tuple(names) != tuple(class_names):
-            raise InputError(
-                f"the classes of {name} are not those of the training images; map them to the "
-                f"same names first"
-            )
         self.labels, self.class_names, self.captions = read_annotations(
             lambda column: dataset[column][:],
             columns,
             config,
             name,
             labelled=labelled,
-            known_labels=known,
-            class_names=names or class_names,
+            typed=typed,
+            class_names=class_names,
         )
         self._dataset = undecoded(dataset, self._column).select_columns([self._column])
         self._rows = np.arange(len(dataset))

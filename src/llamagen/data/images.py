@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import collections
 import copy
 import dataclasses
 import hashlib
@@ -11,7 +12,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +23,9 @@ import llamagen.support.storage as storage
 from llamagen.data.captions import Captions
 from llamagen.data.columns import sort_names
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.labels import Labels
+from llamagen.support.launch import Launch
+from llamagen.support.names import normal_name
 
 EXTENSIONS = frozenset(
     {
@@ -32,6 +36,9 @@ EXTENSIONS = frozenset(
 """Suffixes of image files, in any case."""
 
 _log = logging.getLogger(__name__)
+
+_NAMED = 5
+"""Files, or kinds of them, that a message names."""
 
 DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
@@ -138,36 +145,108 @@ class CorruptImageError(InputError):
 def find_images(folder: Path | str) -> list[Path]:
     """Return all image files under ``folder``, sorted; InputError if there are none.
 
-    Links are followed, hidden files left out.
+    Links are followed, hidden files left out. Whatever else is left out is counted and logged.
     """
-    folder = Path(folder)
+    return _search(Path(folder)).images
+
+
+@dataclasses.dataclass
+class _Found:
+    """Content of a folder, each list in the order of the names."""
+
+    images: list[Path] = dataclasses.field(default_factory=list)
+    others: list[Path] = dataclasses.field(default_factory=list)
+    """Files of other formats."""
+    lost: list[Path] = dataclasses.field(default_factory=list)
+    """Links that lead nowhere, and what is no file."""
+    folders: dict[str, Path] = dataclasses.field(default_factory=dict)
+    """By their real paths."""
+    links: list[Path] = dataclasses.field(default_factory=list)
+    """Links to folders."""
+    repeated: list[Path] = dataclasses.field(default_factory=list)
+    """Links to folders that are among the others."""
+
+    @classmethod
+    def under(cls, root: Path) -> Self:
+        """Search a folder."""
+        found = cls()
+        found._walk(root)
+        # A folder counts where it lies, else by the first link to it; some lead in circles. The
+        # list grows meanwhile.
+        for link in found.links:
+            found._walk(link)
+        found.images.sort()
+        return found
+
+    def _walk(self, folder: Path) -> None:
+        if self.folders.setdefault(os.path.realpath(folder), folder) is not folder:
+            self.repeated.append(folder)
+            return
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                path = folder / entry.name
+                if entry.name.startswith("."):
+                    continue
+                # A link to itself is an error to an entry, but nothing to a path.
+                known: Path | os.DirEntry[str] = path if entry.is_symlink() else entry
+                if known is path and path.is_dir():
+                    self.links.append(path)
+                elif known.is_dir():
+                    self._walk(path)
+                elif not known.is_file():
+                    self.lost.append(path)
+                elif path.suffix.lower() in EXTENSIONS:
+                    self.images.append(path)
+                else:
+                    self.others.append(path)
+
+    def empty_folders(self, root: Path, used: Collection[str]) -> list[str]:
+        """Return the folders of ``root`` that are not in ``used``, and what is in them instead."""
+        empty = [f for f in self.folders.values() if f.parent == root and f.name not in used]
+        others = ([path for path in self.others if folder in path.parents] for folder in empty)
+        pairs = zip(empty, others, strict=True)
+        return [f"{folder.name} ({_suffixes(paths) or 'empty'})" for folder, paths in pairs]
+
+
+def _search(folder: Path) -> _Found:
+    """Search ``folder`` as ``find_images`` does."""
     if not folder.exists():
         raise FileNotFoundError(f"{folder} does not exist; give a folder with images")
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder; give the folder that the image is in")
-    if found := sorted(_walk(folder)):
-        return found
-    raise InputError(
-        f"there are no images in {folder} (searched for {' '.join(sorted(EXTENSIONS))}); give "
-        f"another folder"
+    found = _Found.under(folder)
+    left_out = (
+        (found.others, f"files of other formats ({_suffixes(found.others)})"),
+        (found.lost, "links that lead nowhere, and the like"),
+        (found.repeated, "links to folders that are there already"),
     )
+    texts = [f"{len(paths)} {what}: {_some(paths, folder)}" for paths, what in left_out if paths]
+    if not found.images:
+        raise InputError(
+            f"there are no images in {folder} (searched for {' '.join(sorted(EXTENSIONS))}"
+            f"{'; found ' * bool(texts)}{', '.join(texts)}); give another folder"
+        )
+    for text in texts:
+        _warn("left out of %s: %s", folder, text)
+    return found
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    visited = set()
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        # A link to a folder above would lead in circles.
-        real = os.path.realpath(parent)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        # Sorted, since of several links to one folder the first counts.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower() in EXTENSIONS:
-                yield path
+def _warn(text: str, *values: object) -> None:
+    # Every process of a run searches the same folders.
+    if Launch.current().rank == 0:
+        _log.warning(text, *values)
+
+
+def _suffixes(paths: Iterable[Path]) -> str:
+    """Return how many files have each suffix, as "2 .heic, 1 .txt"."""
+    counts = collections.Counter(path.suffix.lower() or "without suffix" for path in paths)
+    return ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(_NAMED))
+
+
+def _some(paths: Sequence[Path], root: Path) -> str:
+    """Return the first of the paths, within ``root``."""
+    named = ", ".join(path.relative_to(root).as_posix() for path in paths[:_NAMED])
+    return named + ", ..." * (len(paths) > _NAMED)
 
 
 @dataclasses.dataclass
@@ -196,10 +275,12 @@ class ImageFolder(ImageCollection):
 
         If every image lies in a subfolder, the subfolders' names are the classes, in alphabetical
         order, or numerical if all are numbers. If none does, the images have no labels.
-        ``class_names`` are the allowed classes, of a folder for validation. InputError if there
-        are no images, some lie beside the class folders, or a class is new.
+        ``class_names`` are the classes of the training images, of a folder for validation; those
+        here are found among them by name. InputError if there are no images, some lie beside the
+        class folders, or a class is new.
         """
-        root, paths = Path(folder), tuple(find_images(folder))
+        root, found = Path(folder), _search(Path(folder))
+        paths = tuple(found.images)
         parts = [path.relative_to(root).parts for path in paths]
         stray = [part[0] for part in parts if len(part) == 1]
         if not labelled or len(stray) == len(paths):
@@ -209,14 +290,11 @@ class ImageFolder(ImageCollection):
                 f"{root} has images both in class folders and beside them, such as {stray[0]}; "
                 f"move each into the folder of its class"
             )
-        names = [part[0] for part in parts]
+        if empty := found.empty_folders(root, {part[0] for part in parts}):
+            _warn("folders of %s without images are no classes: %s", root, ", ".join(empty))
+        names = [normal_name(part[0]) for part in parts]
         classes = tuple(sort_names(set(names)) if class_names is None else class_names)
-        index = {name: label for label, name in enumerate(classes)}
-        if unknown := [name for name in names if name not in index]:
-            raise InputError(
-                f"{root} has a class {unknown[0]!r} that the training images do not have; "
-                f"rename or remove the folder"
-            )
+        index = Labels(classes).match_all(names, str(root), "the training images")
         return cls(root, paths, tuple(index[name] for name in names), classes)
 
     def key(self, index: int) -> str:

@@ -24,6 +24,7 @@ from llamagen.data.store import SHARD_SIZE, CodeStore, StorePlan, StoreViews, st
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.artifact import Advance, write_npy
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.names import as_index
 
 _log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _find(root: Path) -> _Source:
         names = " and ".join(folder.name for folder in found)
         raise InputError(f"{root} has {names}; give one of them")
     stems = [path.stem for path in codes.glob("*.npy")]
-    if unexpected := [stem for stem in stems if not stem.isdecimal()]:
+    if unexpected := [stem for stem in stems if str(as_index(stem)) != stem]:
         raise InputError(
             f"{codes / min(unexpected)}.npy is not named by a number as published codes are; "
             f"move it out of the folder"

@@ -11,6 +11,7 @@ import glob
 import io
 import itertools
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from llamagen.data.columns import (
 )
 from llamagen.data.images import ImageCollection, ImageFolder
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.names import is_visible
 
 _TABLES = (".csv", ".jsonl")
 """Suffixes of tables of images; metadata.csv or metadata.jsonl is that of its folder."""
@@ -49,7 +51,8 @@ def open_images(
         config: columns and split.
         split: replaces that of ``config``.
         labelled: use the classes, if there are any.
-        class_names: the allowed classes, of images for validation; by default those that occur.
+        class_names: the classes of the training images, of images for validation, which are found
+            among them by name; by default those that occur.
 
     FileNotFoundError if there is no such folder or file; InputError if there are no images, the
     source is damaged, or a class is not allowed.
@@ -172,8 +175,10 @@ def _image_path(table: Path, number: int, name: Any) -> Path:
             f"row {number} of {table} names {name}, outside the table's folder; move the table "
             f"above all images"
         )
-    if (path := table.parent / relative).is_file():
-        return path
+    # A Mac's disks have decomposed names, most tables composed ones.
+    forms = (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+    if found := next(filter(Path.is_file, map(table.parent.joinpath, forms)), None):
+        return found
     raise InputError(
         f"row {number} of {table} names {name}, which is not there; add the file or remove the row"
     )
@@ -214,7 +219,7 @@ def read_prompts(path: Path | str, *, column: str | None = None) -> list[FilePro
     prompts = []
     for number, row in enumerate(rows, start=1):
         found = row.get(field)
-        if not isinstance(found, str) or not found.strip():
+        if not isinstance(found, str) or not is_visible(found):
             raise InputError(f"prompt {number} of {path} is empty; write one, or remove the row")
         about = {name: value for name, value in row.items() if name != field}
         prompts.append(FilePrompt(found.strip(), about))

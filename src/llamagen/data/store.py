@@ -29,6 +29,7 @@ from llamagen.data.captions import Caption, Captions, CaptionTable
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.artifact import Artifact, Format, Settings, read_manifest
 from llamagen.support.errors import InputError
+from llamagen.support.labels import Labels
 
 SHARD_SIZE = 4096
 """Images of a shard: 42 MB with twenty views of 256 codes."""
@@ -291,6 +292,18 @@ class CodeStore(CodeSourceBase):
                 raise self._artifact.damaged(self._artifact.path(shard, ".json"), reason)
             parts.append(labels)
         return np.concatenate(parts)
+
+    def use_classes(self, names: tuple[str, ...]) -> None:
+        """Number the classes as in ``names``, those of training; InputError if one is not there."""
+        if self.labels is None or names == self.class_names:
+            return
+        own = self.class_names
+        if own == Labels.numbered(len(own)).names:
+            own = tuple(map(str, range(len(own))))
+        used = [own[label] for label in np.unique(self.labels).tolist()]
+        found = Labels(names).match_all(used, str(self.folder), "the training codes")
+        self.labels = np.array([found.get(name, -1) for name in own])[self.labels]
+        self.class_names = names
 
     def captions(self, indices: Sequence[int] | np.ndarray) -> list[Captions] | None:
         """Return the captions of some images; None for a store without; see ``CaptionTable``."""

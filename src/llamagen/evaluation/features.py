@@ -51,6 +51,10 @@ class FeatureNetwork(Protocol):
     def fingerprint(self) -> str:
         """Changes whenever its features do."""
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Classes of its first logits; empty if they are none that a model would draw."""
+
     def __call__(self, images: Tensor) -> NetworkOutput:
         """Return the features of uint8 (B, 3, H, W)."""
 

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.resources
 import json
-from collections.abc import Iterator
+import logging
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import llamagen.support.storage as storage
 from llamagen.support.errors import InputError
+from llamagen.support.names import as_index, normal_name
 
 FILE_NAME = "labels.json"
+
+_log = logging.getLogger(__name__)
+
+
+class RecordedName(str):
+    """A class, or a text, in an image's metadata: no index, but with one to tell it from namesakes.
+
+    ``class_index`` is -1 if it is not known.
+    """
+
+    class_index: int
+
+    def __new__(cls, name: str, class_index: int) -> Self:
+        """See the class."""
+        self = super().__new__(cls, name)
+        self.class_index = class_index
+        return self
 
 
 @dataclass(frozen=True)
@@ -32,29 +54,49 @@ class Labels:
         return self.names[index]
 
     def find(self, text: str | int) -> int:
-        """Return the index of a class by its index, name or alias, in any case.
+        """Return the index of a class by its index, name or alias.
 
-        InputError, with similar names, if no class has this name, or more than one.
+        A text is a name as it is spelt, else as Unicode composes it, else in any case, else an
+        index in ASCII digits. InputError, with similar names, if no class has this name, or more
+        than one.
         """
-        if isinstance(text, int) or text.strip().isdecimal():
-            index = int(text)
-            if not 0 <= index < len(self):
-                raise InputError(f"there is no class {index}; this model has 0 to {len(self) - 1}")
-            return index
-        wanted = _folded(text)
-        found = [
-            index
-            for index, (name, aliases) in enumerate(self._entries())
-            if wanted in map(_folded, (name, *aliases))
-        ]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        if not isinstance(text, str):
+            index = operator.index(text)
+        elif (named := self._named(text)) is not None:
+            return named
+        else:
+            number = None if isinstance(text, RecordedName) else as_index(text)
+            if number is None or (self._has_numbers and number >= len(self)):
+                raise InputError(f"there is no class {text!r}; {self._suggestion(_folded(text))}")
+            index = number
+            if self._has_numbers:
+                _log.warning("no class is named %s; read as an index, %r", text, self.names[index])
+        if not 0 <= index < len(self):
+            raise InputError(f"there is no class {index}; this model has 0 to {len(self) - 1}")
+        return index
+
+    def match(self, names: Iterable[str], source: str) -> dict[str, int]:
+        """Return the class here of each name in ``source`` that is one; see ``find``.
+
+        If they are all numbers, and no class here is named by one, they are indices, which is
+        logged. InputError if a name has several classes.
+        """
+        wanted = list(dict.fromkeys(names))
+        found, numbers = ({name: f(name) for name in wanted} for f in (self._named, as_index))
+        if wanted and not self._has_numbers and None not in numbers.values():
+            _log.warning("the classes of %s are numbers, no names: read as indices", source)
+            found = numbers
+        return {name: at for name, at in found.items() if at is not None and at < len(self)}
+
+    def match_all(self, names: Iterable[str], source: str, known: str) -> dict[str, int]:
+        """See ``match``; InputError if a name is no class here, of ``known`` images or models."""
+        names = list(names)
+        found = self.match(names, source)
+        if missing := [name for name in names if name not in found]:
             raise InputError(
-                f"class {text!r} is ambiguous: it names {', '.join(map(str, found))}; "
-                f"give the number instead"
+                f"{source} has a class {missing[0]!r} that {known} do not have; rename or remove it"
             )
-        raise InputError(f"there is no class {text!r}; {self._suggestion(wanted)}")
+        return found
 
     def save(self, path: Path) -> None:
         """Write JSON: a list of objects with a name and aliases."""
@@ -63,6 +105,37 @@ class Labels:
             for name, aliases in self._entries()
         ]
         storage.write_json(path, entries)
+
+    def _named(self, text: str) -> int | None:
+        """Return the class of a name or alias; None if there is none, InputError if several."""
+        for form, classes in zip(_FORMS, self._spellings, strict=True):
+            found = classes.get(form(text), ())
+            if isinstance(text, RecordedName) and text.class_index in found:
+                return text.class_index
+            if len(found) > 1:
+                indices, names = map(str, found), (repr(self.names[index]) for index in found)
+                raise InputError(
+                    f"class {text!r} is ambiguous: it names {', '.join(indices)} "
+                    f"({', '.join(names)}); give a name as it is spelt, or the number"
+                )
+            if found:
+                return found[0]
+        return None
+
+    @functools.cached_property
+    def _spellings(self) -> tuple[dict[str, list[int]], ...]:
+        """Classes by their names and aliases, in each of ``_FORMS``."""
+        tables: tuple[dict[str, list[int]], ...] = tuple({} for _ in _FORMS)
+        for index, (name, aliases) in enumerate(self._entries()):
+            for form, table in zip(_FORMS, tables, strict=True):
+                for key in {form(text) for text in (name, *aliases)}:
+                    table.setdefault(key, []).append(index)
+        return tables
+
+    @functools.cached_property
+    def _has_numbers(self) -> bool:
+        """Whether a name or alias is a number."""
+        return any(as_index(name) is not None for name in self._spellings[0])
 
     def _entries(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         return zip(self.names, self.aliases or ((),) * len(self), strict=True)
@@ -111,4 +184,12 @@ class Labels:
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.replace("_", " ").replace("-", " ").casefold().split())
+    text = normal_name(normal_name(text).casefold())
+    if re.fullmatch(r"-?[0-9]+", text):
+        # So "1" finds "01", but never "-1".
+        return re.sub(r"(?<![0-9])0+(?=[0-9])", "", text)
+    return " ".join(text.replace("_", " ").replace("-", " ").split()) or text
+
+
+_FORMS: tuple[Callable[[str], str], ...] = (str, normal_name, _folded)
+"""Spellings of a name, the most exact first."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
 from llamagen.support.errors import InputError
+from llamagen.support.names import is_visible, normal_name
 from llamagen.support.weights import digest
 from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, load_pretrained, quietly
@@ -104,7 +105,10 @@ class TextEncoder(nn.Module):
         return next(self.parameters()).device
 
     def prepare(self, caption: str) -> str:
-        """Return a caption as it is encoded, maybe ""; InputError if it has control characters."""
+        """Return a caption as it is encoded; InputError if it has control characters.
+
+        It is in Unicode's composed form (NFC), and "" if there is nothing to see in it.
+        """
         if any(unicodedata.category(character) == "Cs" for character in caption):
             raise InputError(f"the text {_shortened(caption)} is no valid UTF-8; write it anew")
         for character in caption:
@@ -113,13 +117,15 @@ class TextEncoder(nn.Module):
                     f"the text {_shortened(caption)} has the control character "
                     f"U+{ord(character):04X} in it; remove it"
                 )
-        return clean_caption(caption) if self.config.clean else caption.strip()
+        caption = normal_name(caption)
+        text = clean_caption(caption) if self.config.clean else caption
+        return text if is_visible(text) else ""
 
     def require_text(self, caption: str) -> str:
         """See ``prepare``; InputError also if nothing is left of the caption."""
         if prepared := self.prepare(caption):
             return prepared
-        why = "is empty once it is cleaned" if caption.strip() else "is empty"
+        why = "is empty once it is cleaned" if is_visible(caption) else "is empty"
         raise InputError(f"the prompt {_shortened(caption)} {why}; describe an image")
 
     def token_ids(self, prepared: Sequence[str], *, warn: bool = False) -> list[list[int]]:

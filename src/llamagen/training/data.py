@@ -235,6 +235,8 @@ def _stored_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> Cod
         train_rows, val_rows = split_keys(training.keys(train_rows), fraction)
     else:
         validation = CodeStore.open(recipe.validation_codes)
+        if recipe.condition == "class":
+            validation.use_classes(training.class_names)
         val_rows = list(range(len(validation)))
     for store in (training, validation):
         store.check_tokenizer(tokenizer.fingerprint())

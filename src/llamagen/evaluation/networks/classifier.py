@@ -112,6 +112,7 @@ class ClassifierFeatures:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier.eval()
+        self.class_names = classifier.labels.names
         self.fingerprint = f"classifier {classifier.fingerprint()}"
         self.name = (
             f"classifier trained on the reference ({classifier.config.classes} classes, "

@@ -149,6 +149,8 @@ class InceptionV3(nn.Module):
         """Stay in eval mode: statistics are those of the training, never of a batch."""
         return super().train(False)
 
+    class_names: tuple[str, ...] = ()
+
     @classmethod
     def from_weights(
         cls, source: str | Path | None = None, *, device: torch.device | str = "cpu"

@@ -74,12 +74,17 @@ def evaluate_classes(
     features, _ = place.compare(report, samples, reference, "samples")
     if place.has_inception:
         report.tables.append(_PUBLISHED)
-    elif reference.images is not None and set(reference.images.class_names) == set(labels.names):
-        # The classifier's classes are those of the reference, in its order.
-        classes = np.array([labels.names.index(name) for name in reference.images.class_names])
-        found = classes[features.probabilities[:, : len(classes)].argmax(1)]
-        assert samples.labels is not None
-        _add_classes(report, found, samples.labels, labels.names)
+        return report
+    classes = labels.match(place.network.class_names, place.network.name)
+    outputs = {classes[n]: k for k, n in enumerate(place.network.class_names) if n in classes}
+    if missing := [name for label, name in enumerate(labels.names) if label not in outputs]:
+        report.warnings.append(
+            f"the classifier has no class {missing[0]!r}, so it does not say what samples show"
+        )
+        return report
+    found = features.probabilities[:, [outputs[k] for k in range(len(labels))]].argmax(1)
+    assert samples.labels is not None
+    _add_classes(report, found, samples.labels, labels.names)
     return report
 
 

@@ -128,8 +128,9 @@ def _conditions(pipeline: Pipeline, images: ImageSet) -> list[str | int]:
             raise InputError(
                 f"{images.name} has no classes, but {pipeline.name} draws them; use class folders"
             )
-        classes = [pipeline.labels.find(name) for name in images.class_names]
-        return [classes[label] for label in images.labels]
+        names = [images.class_names[label] for label in images.labels]
+        classes = pipeline.labels.match_all(names, images.name, f"the images of {pipeline.name}")
+        return [classes[name] for name in names]
     if images.captions is None or not all(images.captions):
         raise InputError(
             f"not every image of {images.name} has a caption, but {pipeline.name} draws captions; "
