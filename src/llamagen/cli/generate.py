@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -236,6 +237,23 @@ def _draw(options: Generate, model: str) -> None:
             **arguments, batch_size=options.batch_size, window=options.window, callback=show
         )
     options.save(output, columns=options.columns)
+    if options.like is not None:
+        _warn_of_other_codes(options.like, output.metadata[0])
+
+
+def _warn_of_other_codes(like: Path, now: dict[str, Any]) -> None:
+    """Say what may have changed codes, by its rounding, since an image was drawn."""
+    from llamagen.support.pictures import read_metadata
+
+    recorded = read_metadata(like)
+    names = ("engine", "kernels", "text_encoder_dtype", "device")
+    for name in names:
+        if name in recorded and recorded[name] != now.get(name):
+            print(
+                f"note: {like} was drawn with {name} {recorded[name]}, this with {now.get(name)}: "
+                f"codes may differ",
+                file=sys.stderr,
+            )
 
 
 def _load(model: str, options: Generate, launch: Launch) -> Pipeline:

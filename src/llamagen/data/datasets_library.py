@@ -5,6 +5,7 @@ Images are decoded as those of folders are.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ from llamagen.data.columns import (
     read_annotations,
 )
 from llamagen.data.images import CorruptImageError, ImageCollection, decode_image
+from llamagen.support.content import files_digest
 from llamagen.support.errors import InputError, importing, one_line
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -132,6 +134,11 @@ class Table(ImageCollection):
         sizes = (_sizes(chunk).tobytes() for chunk in chunks)
         return storage.short_digest([self._rows.tobytes(), *sizes])
 
+    def content_digest(self) -> str:
+        """See ``ImageCollection``; without files of its own, of the library's copy."""
+        copies = [Path(each["filename"]) for each in self._dataset.cache_files]
+        return source_digest(self.name, copies)
+
 
 class InMemory(ImageCollection):
     """A few undecoded images in memory, such as the first of a streamed data set."""
@@ -152,6 +159,18 @@ class InMemory(ImageCollection):
 
     def _select(self, indices: Sequence[int]) -> None:
         self._values = [self._values[i] for i in indices]
+
+    def content_digest(self) -> str:
+        """See ``ImageCollection``."""
+        return storage.short_digest(repr(value).encode() for value in self._values)
+
+
+def source_digest(source: str, copies: Sequence[Path] = ()) -> str:
+    """Return a text that depends on the content of a source's files, or else of ``copies``."""
+    path = Path(source)
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(source))  # noqa: PTH207
+    files = sorted(each for each in found if each.suffix.lower() in FORMATS)
+    return files_digest(path if path.is_dir() else path.parent, files or copies)
 
 
 def _sizes(chunk: Any) -> np.ndarray:

@@ -90,6 +90,10 @@ class ImageStream:
         """Return a text that depends on the numbers of files and parts, and on the columns."""
         return f"{len(self._files)} files in {self.parts} parts: {', '.join(self._features)}"
 
+    def content_digest(self) -> str:
+        """Return a text that depends on the content of the files that are on this machine."""
+        return library.source_digest(self.name)
+
     def state_dict(self) -> dict[int, tuple[int, ...]]:
         """Return the positions of this process's parts after its last batch."""
         return {part: tuple(at) for part, at in self._positions.items()}

@@ -251,6 +251,19 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
         return config
 
 
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Run a block without dropout; afterwards every part is in the mode that it was in."""
+    changed = [part for module in modules for part in module.modules() if part.training]
+    for part in changed:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in changed:
+            part.training = True
+
+
 def _release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
@@ -282,7 +295,7 @@ def check_shapes(
         if name not in found:
             reason = f"weight {name} {expected[name]} is missing"
         elif name not in expected:
-            reason = f"there is no weight {name} in it"
+            reason = f"weight {name} is extra (there is no weight {name} in it)"
         elif (shape := tuple(found[name])) != expected[name]:
             reason = f"weight {name} has shape {shape}, expected {expected[name]}"
         else:

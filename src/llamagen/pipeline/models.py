@@ -14,10 +14,13 @@ from torch import nn
 import llamagen.checkpoints as checkpoints
 import llamagen.support.labels as label_files
 import llamagen.support.storage as storage
+from llamagen.backends import CpuStep, use_reference
 from llamagen.backends.cpu.convolution import accelerate
+from llamagen.backends.cpu.library import load_kernels
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.generation.engine import Engine, NativeEngine
+from llamagen.models.pretrained import eval_mode
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import quantize, refuse_quantized
@@ -199,6 +202,18 @@ class PipelineModels:
         return self.transformer.dtype
 
     @property
+    def computation(self) -> dict[str, str]:
+        """What else changes codes, by its rounding, as images record it."""
+        kernels = "none"
+        with eval_mode(self.transformer):
+            used = self.engine == NativeEngine.name and not use_reference()
+            if used and CpuStep.supports(self.transformer) and (found := load_kernels()):
+                kernels = " ".join(["cpu", *sorted(found.features - {"threads"})])
+        text = self._text
+        dtype = {} if not isinstance(text, nn.Module) else {"text_encoder_dtype": _dtype_of(text)}
+        return {"engine": self.engine, "kernels": kernels, **dtype}
+
+    @property
     def precision(self) -> dict[str, str]:
         """Precision as images record it: dtype, and what is quantised."""
         found = {"dtype": dtype_name(self.dtype)}
@@ -207,6 +222,12 @@ class PipelineModels:
         if self.transformer.kv_cache_dtype is not None:
             found["kv_cache_dtype"] = "int8"
         return found
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a short text for each model, the text encoder included, that tells its weights."""
+        names = ("transformer", "tokenizer", "text_encoder")
+        models = {name: getattr(self, name) for name in names}
+        return {name: model.fingerprint() for name, model in models.items() if model is not None}
 
     def load_adapter(self, folder: str | Path) -> Self:
         """Merge a LoRA adapter of this model; return the pipeline.
@@ -320,6 +341,10 @@ class PipelineModels:
             folder = Path(temporary) / "pipeline"
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+
+
+def _dtype_of(module: nn.Module) -> str:
+    return dtype_name(next(module.parameters()).dtype)
 
 
 def _engine_class(name: str) -> type[Engine]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
-from llamagen.models.pretrained import digest
+from llamagen.models.pretrained import digest, eval_mode
 from llamagen.support.errors import InputError
 from llamagen.text.cleaning import clean_caption
 from llamagen.text.transformers_library import import_transformers, load_pretrained, quietly
@@ -173,7 +173,8 @@ class TextEncoder(nn.Module):
         found: list[Tensor] = [torch.empty(0)] * len(ids)
         for batch in length_batches(list(map(len, ids)), tokens_at_once):
             tokens = self.tokens([ids[i] for i in batch])
-            features = self(*(each.to(self.device) for each in tokens)).cpu()
+            with eval_mode(self):
+                features = self(*(each.to(self.device) for each in tokens)).cpu()
             for row, index in zip(features, batch, strict=True):
                 found[index] = row.clone()
             if progress is not None:

@@ -82,6 +82,7 @@ FORMAT = Format(
     version=1,
     noun="store of text features",
     command="llamagen extract-text",
+    other_files=(_INDEX_NAME,),
     words={
         "fingerprint": "another text encoder",
         "captions_digest": "other captions",
@@ -133,6 +134,10 @@ class TextStore:
 
     def __len__(self) -> int:
         return self.manifest.plan.captions
+
+    def content_digest(self) -> str:
+        """Return a text that depends on all features."""
+        return self._artifact.content_digest()
 
     def features(self, captions: Sequence[str]) -> list[Tensor]:
         """Return features (L, W) bfloat16 of each caption; (0, W) of those that are not there."""

@@ -20,14 +20,16 @@ from llamagen.checkpoints.sources import Source
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.loader import DataOrder
+from llamagen.data.store import CodeStore
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
-from llamagen.support import distributed
+from llamagen.support import content, distributed
 from llamagen.support import labels as label_files
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import image_grid, save_png
+from llamagen.text.features import TextStore
 from llamagen.training.config import TransformerTraining
 from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
@@ -42,7 +44,7 @@ from llamagen.training.next_code import (
 )
 from llamagen.training.parallel import shards_model
 from llamagen.training.recipes import recipe_to_dict
-from llamagen.training.run_folder import SKIPPED_NAME, open_run
+from llamagen.training.run_folder import SKIPPED_NAME, lock_run, open_run
 from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.transformer_start import Start, find_start
 
@@ -63,7 +65,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
     they are read, or not at all if the recipe names a store of codes. The result's ``model`` is a
     folder for ``Pipeline.from_pretrained``. Raises as ``train_tokenizer`` does.
     """
-    with distributed.process_group(recipe.loop.device):
+    with distributed.process_group(recipe.loop.device), lock_run(recipe.out):
         recipe = open_run(recipe)
         task = make_task(recipe)
         return fit(task, recipe.loop, recipe.out, quiet=quiet, recipe=recipe_to_dict(recipe))
@@ -138,8 +140,17 @@ class TransformerTask(Task):
             "the training codes": codes.training.identity,
             "the number of training images": str(len(codes.train_rows)),
         }
-        if start.text.features is not None:
-            self.data["the text features"] = start.text.features.identity
+        # Those that the run itself made follow from what their identity says.
+        given = {
+            "the training codes": None if recipe.codes is None else codes.training,
+            "the text features": start.text.features,
+        }
+        with distributed.main_first():
+            self.data |= {
+                name: content.identity(store.identity, store.content_digest())
+                for name, store in given.items()
+                if isinstance(store, CodeStore | TextStore)
+            }
         self._tokenizer, self._codes = tokenizer, codes
         # Files that have no codes since they could not be read.
         stores = {store.folder: store for store in (codes.training, codes.validation)}

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +28,22 @@ from llamagen.config import read_json
 from llamagen.data.loader import DataOrder
 from llamagen.evaluation.features import NetworkOutput
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel
+from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel, eval_mode
 from llamagen.support import distributed
 from llamagen.support.devices import find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import FILE_NAME, Labels
+from llamagen.support.locks import folder_lock
 
 _MEASURED_NAME = "measured.json"
 _STATE_NAME = ".training.pt"
 _SAVE_EVERY = 250
+"""Steps after which held-out images are looked at, and the training can resume."""
+_SAVE_SECONDS = 30.0
+_PATIENCE = 4
+"""Checks without progress after which the training ends."""
+_TIMED_STEPS = 20
+"""Steps after which it is known how long all take."""
 _SEED_STRIDE = 1_000_003
 _MAX_SIDE = 64
 """Larger images are shrunk to this side for the classifier."""
@@ -83,6 +93,8 @@ class Classifier(PretrainedModel[ClassifierConfig]):
     labels: Labels
     accuracy: float
     """On held-out images, from 0 to 1; like ``labels`` set by training or loading."""
+    trained: Mapping[str, Any]
+    """Its images and settings; older folders do not have them."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -110,11 +122,11 @@ class Classifier(PretrainedModel[ClassifierConfig]):
 class ClassifierFeatures:
     """A trained classifier as a ``FeatureNetwork``."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, trained_on: str = "the reference") -> None:
         self.classifier = classifier.eval()
         self.fingerprint = f"classifier {classifier.fingerprint()}"
         self.name = (
-            f"classifier trained on the reference ({classifier.config.classes} classes, "
+            f"classifier trained on {trained_on} ({classifier.config.classes} classes, "
             f"{classifier.accuracy:.0%} right on held-out images)"
         )
 
@@ -130,26 +142,75 @@ def load_classifier(folder: Path, *, device: torch.device | str = "cpu") -> Clas
     """Read a classifier; FileNotFoundError or InputError if there is none in the folder."""
     model = Classifier.from_folder(folder, device=device)
     model.labels = Labels.load(folder / FILE_NAME)
-    model.accuracy = float(read_json(folder / _MEASURED_NAME)["accuracy"])
+    measured = read_json(folder / _MEASURED_NAME)
+    model.accuracy = float(measured["accuracy"])
+    model.trained = measured.get("trained", {})
     return model
 
 
 def open_classifier(
-    folder: Path, images: ImageSet | None, device: torch.device, training: ClassifierTraining
+    folder: Path,
+    images: ImageSet | None,
+    device: torch.device,
+    training: ClassifierTraining,
+    *,
+    shared: bool = False,
 ) -> ClassifierFeatures:
     """Return the classifier in a folder, trained on images if it is not there yet.
 
     Called in every process of a run; the main one trains. InputError if there is none, and no
-    images with classes to train it on.
+    images with classes to train it on; or if it was trained on other images or with other settings,
+    which only a ``shared`` one may have been.
     """
     if distributed.is_main() and not (folder / CONFIG_NAME).is_file() and images is not None:
-        config = ClassifierConfig(
-            classes=max(2, len(images.class_names)), size=min(_MAX_SIDE, *images.size)
-        )
-        with tqdm(total=training.steps, desc="training the classifier", disable=None) as bar:
-            train_classifier(images, folder, config, training, device=device, progress=bar.update)
+        storage.require_writable(folder)
+        # Whoever waits for another run finds its classifier.
+        with folder_lock(folder, timeout=math.inf):
+            if not (folder / CONFIG_NAME).is_file():
+                _train_shown(images, folder, device, training)
     distributed.barrier()
-    return ClassifierFeatures(load_classifier(folder, device=device))
+    model = load_classifier(folder, device=device)
+    now = {} if images is None else _trained(images, training)
+    if changed := [name for name in now if model.trained.get(name, now[name]) != now[name]]:
+        if not shared:
+            raise InputError(
+                f"the classifier in {folder} was trained with other {' and '.join(changed)}; "
+                f"restore that, choose another folder (`out`), or name it as `classifier` to "
+                f"compare in its features all the same"
+            )
+        if "images" in changed:
+            return ClassifierFeatures(model, trained_on="other images than the reference")
+    return ClassifierFeatures(model)
+
+
+def _trained(images: ImageSet, training: ClassifierTraining) -> dict[str, Any]:
+    """Return what a classifier was trained with, for its folder."""
+    return {"images": images.identity, "settings": dataclasses.asdict(training)}
+
+
+def _train_shown(
+    images: ImageSet, folder: Path, device: torch.device, training: ClassifierTraining
+) -> None:
+    """Train a classifier, and say how long that takes."""
+    config = ClassifierConfig(
+        classes=max(2, len(images.class_names)), size=min(_MAX_SIDE, *images.size)
+    )
+    start, taken = time.perf_counter(), 0
+    with tqdm(total=training.steps, desc="training the classifier", disable=None) as bar:
+
+        def progress(steps: int) -> None:
+            nonlocal taken
+            taken += steps
+            bar.update(steps)
+            if taken == min(_TIMED_STEPS, training.steps):
+                minutes = (time.perf_counter() - start) / taken * training.steps / 60
+                tqdm.write(
+                    f"training a classifier on {images.name}: at most {training.steps:,} steps, "
+                    f"about {minutes:.1f} minutes; the same command goes on after an interruption",
+                    file=sys.stderr,
+                )
+
+        train_classifier(images, folder, config, training, device=device, progress=progress)
 
 
 def train_classifier(
@@ -163,14 +224,16 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier into a folder that is new, empty, or begun by this.
 
-    All images are held in memory, at ``config.size``; ``progress`` is called with the number of
-    further steps. InputError if the images have no classes, or there are too few of them.
+    It ends early once held-out images are recognised no better. All images are held in memory, at
+    ``config.size``; ``progress`` is called with the number of further steps. InputError if the
+    images have no classes, there are too few of them, or the folder was begun with others.
     """
     if images.labels is None or len(images.class_names) < 2:
         raise InputError(
             f"{images.name} has no classes to train a classifier on; use class folders"
         )
     storage.require_writable(folder)
+    about = _trained(images, training)
     parts = (torch.from_numpy(np.array(part)).movedim(-1, 1) for part in images.parts())
     small = (_resized(part.float(), config.size).round().clamp(0, 255) for part in parts)
     pixels = torch.cat([part.to(torch.uint8) for part in small])  # (N, 3, size, size)
@@ -182,31 +245,49 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         model = Classifier(config).to(device)
-    _train(model, pixels, labels, rows, folder, training, progress)
-    model.eval()
-    model.labels = Labels(images.class_names)
-    with torch.inference_mode():
-        batches = (part.to(model.device) for part in pixels[held_out].split(256))
-        found = [model(model.prepare(batch)).argmax(1).cpu() for batch in batches]
-    model.accuracy = int((torch.cat(found) == labels[held_out]).sum()) / len(held_out)
+    sets = _Rows(pixels, labels, rows, held_out)
+    _train(model, sets, folder, training, progress, about)
+    model.labels, model.trained = Labels(images.class_names), about
+    model.accuracy = float(
+        (_held_out_logits(model, sets).argmax(1) == labels[held_out]).float().mean()
+    )
     with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
         model.save_pretrained(temporary)
         model.labels.save(temporary / FILE_NAME)
-        storage.write_json(temporary / _MEASURED_NAME, {"accuracy": model.accuracy})
+        measured = {"accuracy": model.accuracy, "trained": about}
+        storage.write_json(temporary / _MEASURED_NAME, measured)
     (folder / _STATE_NAME).unlink(missing_ok=True)
     return model
 
 
+class _Rows(NamedTuple):
+    """Images to train on and images held out."""
+
+    pixels: Tensor
+    """(N, 3, side, side) uint8"""
+    labels: Tensor
+    """(N,)"""
+    training: Tensor
+    held_out: Tensor
+
+
+@torch.inference_mode()
+def _held_out_logits(model: Classifier, sets: _Rows) -> Tensor:
+    with eval_mode(model):
+        batches = (part.to(model.device) for part in sets.pixels[sets.held_out].split(256))
+        return torch.cat([model(model.prepare(batch)).cpu() for batch in batches])
+
+
 def _train(
     model: Classifier,
-    pixels: Tensor,
-    labels: Tensor,
-    rows: Tensor,
+    sets: _Rows,
     folder: Path,
     training: ClassifierTraining,
     progress: Callable[[int], object] | None,
+    trained: Mapping[str, Any],
 ) -> None:
     """Train on some rows, from the step where an interrupted training in the folder stopped."""
+    pixels, labels, rows, held_out = sets
     device, dtype = model.device, find_dtype(None, model.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.lr, weight_decay=training.weight_decay
@@ -216,18 +297,24 @@ def _train(
         optimizer, training.lr, training.steps + 1, pct_start=0.2, cycle_momentum=False
     )
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    config, how = dataclasses.asdict(model.config), dataclasses.asdict(training)
-    about = {"config": config, "training": how, "count": len(rows)}
+    about = {"config": dataclasses.asdict(model.config), "trained": trained, "count": len(rows)}
     size = min(training.batch_size, len(rows))
     batches = DataOrder(count=len(rows), batch_size=size, seed=training.seed)
-    first = 0
+    first, losses = 0, list[float]()
     if (folder / _STATE_NAME).is_file():
         state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
-        if state["about"] == about:
-            first = int(state["step"])
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+        if state["about"] != about:
+            raise InputError(
+                f"a classifier of other images or settings was begun in {folder}; restore those, "
+                f"or delete {folder / _STATE_NAME}"
+            )
+        first, losses = int(state["step"]), state["losses"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    saved = time.monotonic()
     for step in range(first, training.steps):
+        if _is_settled(losses):
+            break
         batch = rows[[sample.index for sample in batches.batch(step)]]
         rng = torch.Generator().manual_seed(training.seed * _SEED_STRIDE + step)
         augmented = _augmented(pixels[batch], training, rng).to(device)
@@ -242,10 +329,23 @@ def _train(
         schedule.step()
         if progress is not None:
             progress(1)
-        if (step + 1) % _SAVE_EVERY == 0:
+        is_check = (step + 1) % _SAVE_EVERY == 0
+        if is_check:
+            losses.append(
+                float(F.cross_entropy(_held_out_logits(model, sets).float(), labels[held_out]))
+            )
+        if is_check or time.monotonic() - saved > _SAVE_SECONDS:
+            saved = time.monotonic()
             state = {name: part.state_dict() for name, part in parts.items()}
             with storage.atomic_file(folder / _STATE_NAME) as temporary:
-                torch.save({"about": about, "step": step + 1, **state}, temporary)
+                content = {"about": about, "step": step + 1, "losses": losses, **state}
+                torch.save(content, temporary)
+
+
+def _is_settled(losses: Sequence[float]) -> bool:
+    """Whether none of the last checks on held-out images was clearly better than those before."""
+    before, last = losses[:-_PATIENCE], losses[-_PATIENCE:]
+    return len(before) > 0 and min(last) > 0.99 * min(before)
 
 
 def _resized(pixels: Tensor, side: int) -> Tensor:
