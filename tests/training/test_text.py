@@ -220,6 +220,17 @@ class TestStoredFeatures:
         assert pipe("the digit two", seed=0).images
         assert export_run(out, tmp_path / "model", step=6).is_dir()
 
+    def test_other_content(self, captioned, tokenizer_folder, features, tmp_path):
+        text = TextTraining(text_features=features.folder)
+        recipe = text_recipe(captioned, tokenizer_folder, tmp_path / "out", text=text, steps=1)
+        train_transformer(recipe, quiet=True)
+        path = features.folder / "shard-00000.npy"
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + b"\x00\x3f")
+        longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=2))
+        with pytest.raises(InputError, match="the text features is not what the run"):
+            train_transformer(longer, quiet=True)
+
     def test_the_loss_is_the_encoder_s(self, captioned, tokenizer_folder, features, tmp_path):
         losses = []
         for name, text in (

@@ -5,8 +5,8 @@ Images are decoded as those of folders are.
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,6 @@ from llamagen.data.columns import (
     read_annotations,
 )
 from llamagen.data.images import CorruptImageError, ImageCollection, decode_image
-from llamagen.support.content import files_digest
 from llamagen.support.errors import InputError, importing, one_line
 
 FORMATS = {".parquet": "parquet", ".tar": "webdataset", ".arrow": "arrow"}
@@ -135,9 +134,9 @@ class Table(ImageCollection):
         return storage.short_digest([self._rows.tobytes(), *sizes])
 
     def content_digest(self) -> str:
-        """See ``ImageCollection``; without files of its own, of the library's copy."""
-        copies = [Path(each["filename"]) for each in self._dataset.cache_files]
-        return source_digest(self.name, copies)
+        """See ``ImageCollection``; how files divide the rows makes no difference."""
+        chunks = self._dataset.data.column(self._column).chunks
+        return storage.short_digest(itertools.chain.from_iterable(map(_contents, chunks)))
 
 
 class InMemory(ImageCollection):
@@ -165,14 +164,6 @@ class InMemory(ImageCollection):
         return storage.short_digest(repr(value).encode() for value in self._values)
 
 
-def source_digest(source: str, copies: Sequence[Path] = ()) -> str:
-    """Return a text that depends on the content of a source's files, or else of ``copies``."""
-    path = Path(source)
-    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(source))  # noqa: PTH207
-    files = sorted(each for each in found if each.suffix.lower() in FORMATS)
-    return files_digest(path if path.is_dir() else path.parent, files or copies)
-
-
 def _sizes(chunk: Any) -> np.ndarray:
     """Return the bytes of each image of a chunk of a column."""
     import pyarrow as pa
@@ -181,6 +172,16 @@ def _sizes(chunk: Any) -> np.ndarray:
     if pa.types.is_struct(chunk.type):
         chunk = chunk.field("bytes")
     return np.asarray(pc.fill_null(pc.binary_length(chunk), 0).to_numpy(zero_copy_only=False))
+
+
+def _contents(chunk: Any) -> Iterator[Any]:
+    """Yield the content of each image of a chunk of a column."""
+    for value in chunk:
+        content, path = value["bytes"], value["path"]
+        if content.is_valid:
+            yield content.as_buffer()
+        elif path.is_valid and Path(path.as_py()).is_file():
+            yield Path(path.as_py()).read_bytes()
 
 
 def image_column(features: Mapping[str, Any], config: SourceConfig, name: str) -> str:
