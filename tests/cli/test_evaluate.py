@@ -74,6 +74,16 @@ def test_statistics_of_a_classifier_are_known_again(run, fails, real, tmp_path):
     assert "which cannot be compared with those of the classifier" in line
 
 
+def test_a_reference_without_classes_leaves_no_classifier(fails, real, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (real / "cat").iterdir():
+        (flat / path.name).write_bytes(path.read_bytes())
+    line = fails("evaluate", "folder", real, flat, *CLASSIFIER, "--out", tmp_path / "e")
+    assert "has no classes to train a classifier on" in line
+    assert list((tmp_path / "e").iterdir()) == []
+
+
 def test_another_evaluation_in_the_folder(run, fails, real, tmp_path):
     command = ("evaluate", "folder", real, real, *CLASSIFIER, "--out", tmp_path)
     with folder_lock(tmp_path):

@@ -135,26 +135,25 @@ class TransformerTask(Task):
         self.blocks = list(self.module.transformer.layers)
         self.units_per_image = {"tokens": float(math.prod(codes.training.grid))}
         self.flops_per_image = training_flops(start.config)
-        self.data = {
+        data = {
             "the image tokenizer": tokenizer.fingerprint(),
             "the training codes": codes.training.identity,
             "the number of training images": str(len(codes.train_rows)),
         }
-        # Those that the run itself made follow from what their identity says.
-        given = {
+        # Codes that the run itself made follow from what their identity says.
+        stores = {
             "the training codes": None if recipe.codes is None else codes.training,
             "the text features": start.text.features,
         }
         with distributed.main_first():
-            self.data |= {
-                name: content.identity(store.identity, store.content_digest())
-                for name, store in given.items()
-                if isinstance(store, CodeStore | TextStore)
-            }
+            for name, store in stores.items():
+                if isinstance(store, CodeStore | TextStore):
+                    data[name] = content.identity(store.identity, store.content_digest())
+        self.data = data
         self._tokenizer, self._codes = tokenizer, codes
         # Files that have no codes since they could not be read.
-        stores = {store.folder: store for store in (codes.training, codes.validation)}
-        skipped = [pair for store in stores.values() for pair in store.skipped()]
+        sources = {source.folder: source for source in (codes.training, codes.validation)}
+        skipped = [pair for source in sources.values() for pair in source.skipped()]
         self._skipped = len(skipped)
         if distributed.is_main():
             SkippedFiles(recipe.out / SKIPPED_NAME).add(

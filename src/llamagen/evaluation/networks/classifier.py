@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -163,11 +163,17 @@ def open_classifier(
     which only a ``shared`` one may have been.
     """
     if distributed.is_main() and not (folder / CONFIG_NAME).is_file() and images is not None:
+        _require_classes(images)
         storage.require_writable(folder)
+        config = ClassifierConfig(
+            classes=max(2, len(images.class_names)), size=min(_MAX_SIDE, *images.size)
+        )
+        bar = tqdm(total=training.steps, desc="training the classifier", disable=None)
         # Whoever waits for another run finds its classifier.
-        with folder_lock(folder, timeout=math.inf):
+        with bar, folder_lock(folder, timeout=math.inf):
             if not (folder / CONFIG_NAME).is_file():
-                _train_shown(images, folder, device, training)
+                options: dict[str, Any] = {"device": device, "progress": bar.update}
+                train_classifier(images, folder, config, training, **options)
     distributed.barrier()
     model = load_classifier(folder, device=device)
     now = {} if images is None else _trained(images, training)
@@ -183,34 +189,18 @@ def open_classifier(
     return ClassifierFeatures(model)
 
 
+def _require_classes(images: ImageSet) -> Tensor:
+    """Return the labels (N,) of images; InputError if they have none."""
+    if images.labels is None or len(images.class_names) < 2:
+        raise InputError(
+            f"{images.name} has no classes to train a classifier on; use class folders"
+        )
+    return torch.from_numpy(images.labels.astype(np.int64))
+
+
 def _trained(images: ImageSet, training: ClassifierTraining) -> dict[str, Any]:
     """Return what a classifier was trained with, for its folder."""
     return {"images": images.identity, "settings": dataclasses.asdict(training)}
-
-
-def _train_shown(
-    images: ImageSet, folder: Path, device: torch.device, training: ClassifierTraining
-) -> None:
-    """Train a classifier, and say how long that takes."""
-    config = ClassifierConfig(
-        classes=max(2, len(images.class_names)), size=min(_MAX_SIDE, *images.size)
-    )
-    start, taken = time.perf_counter(), 0
-    with tqdm(total=training.steps, desc="training the classifier", disable=None) as bar:
-
-        def progress(steps: int) -> None:
-            nonlocal taken
-            taken += steps
-            bar.update(steps)
-            if taken == min(_TIMED_STEPS, training.steps):
-                minutes = (time.perf_counter() - start) / taken * training.steps / 60
-                tqdm.write(
-                    f"training a classifier on {images.name}: at most {training.steps:,} steps, "
-                    f"about {minutes:.1f} minutes; the same command goes on after an interruption",
-                    file=sys.stderr,
-                )
-
-        train_classifier(images, folder, config, training, device=device, progress=progress)
 
 
 def train_classifier(
@@ -228,16 +218,12 @@ def train_classifier(
     ``config.size``; ``progress`` is called with the number of further steps. InputError if the
     images have no classes, there are too few of them, or the folder was begun with others.
     """
-    if images.labels is None or len(images.class_names) < 2:
-        raise InputError(
-            f"{images.name} has no classes to train a classifier on; use class folders"
-        )
+    labels = _require_classes(images)
     storage.require_writable(folder)
     about = _trained(images, training)
     parts = (torch.from_numpy(np.array(part)).movedim(-1, 1) for part in images.parts())
     small = (_resized(part.float(), config.size).round().clamp(0, 255) for part in parts)
     pixels = torch.cat([part.to(torch.uint8) for part in small])  # (N, 3, size, size)
-    labels = torch.from_numpy(images.labels.astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(training.seed).permutation(len(labels)))
     held_out, rows = order.tensor_split([max(1, round(training.held_out * len(labels)))])
     if len(rows) < config.classes:
@@ -245,12 +231,10 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         model = Classifier(config).to(device)
-    sets = _Rows(pixels, labels, rows, held_out)
-    _train(model, sets, folder, training, progress, about)
+    _train(model, pixels, labels, (rows, held_out), folder, training, progress, about)
     model.labels, model.trained = Labels(images.class_names), about
-    model.accuracy = float(
-        (_held_out_logits(model, sets).argmax(1) == labels[held_out]).float().mean()
-    )
+    found = _predict(model.eval(), pixels[held_out]).argmax(1)
+    model.accuracy = int((found == labels[held_out]).sum()) / len(held_out)
     with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
         model.save_pretrained(temporary)
         model.labels.save(temporary / FILE_NAME)
@@ -260,34 +244,29 @@ def train_classifier(
     return model
 
 
-class _Rows(NamedTuple):
-    """Images to train on and images held out."""
-
-    pixels: Tensor
-    """(N, 3, side, side) uint8"""
-    labels: Tensor
-    """(N,)"""
-    training: Tensor
-    held_out: Tensor
-
-
 @torch.inference_mode()
-def _held_out_logits(model: Classifier, sets: _Rows) -> Tensor:
+def _predict(model: Classifier, pixels: Tensor) -> Tensor:
+    """Return logits (N, classes) of uint8 (N, 3, side, side), on the CPU."""
     with eval_mode(model):
-        batches = (part.to(model.device) for part in sets.pixels[sets.held_out].split(256))
-        return torch.cat([model(model.prepare(batch)).cpu() for batch in batches])
+        batches = (part.to(model.device) for part in pixels.split(256))
+        return torch.cat([model(model.prepare(batch)).float().cpu() for batch in batches])
 
 
 def _train(
     model: Classifier,
-    sets: _Rows,
+    pixels: Tensor,
+    labels: Tensor,
+    split: tuple[Tensor, Tensor],
     folder: Path,
     training: ClassifierTraining,
     progress: Callable[[int], object] | None,
     trained: Mapping[str, Any],
 ) -> None:
-    """Train on some rows, from the step where an interrupted training in the folder stopped."""
-    pixels, labels, rows, held_out = sets
+    """Train on some rows, from the step where an interrupted training in the folder stopped.
+
+    ``split`` are those rows and the ones held out.
+    """
+    rows, held_out = split
     device, dtype = model.device, find_dtype(None, model.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.lr, weight_decay=training.weight_decay
@@ -311,10 +290,18 @@ def _train(
         first, losses = int(state["step"]), state["losses"]
         for name, part in parts.items():
             part.load_state_dict(state[name])
-    saved = time.monotonic()
+    start = saved = time.monotonic()
+    timed = min(first + _TIMED_STEPS, training.steps)
     for step in range(first, training.steps):
         if _is_settled(losses):
             break
+        if step + 1 == timed:
+            minutes = (time.monotonic() - start) / (timed - first) * (training.steps - first) / 60
+            tqdm.write(
+                f"training a classifier in {folder}: at most {training.steps - first:,} steps, "
+                f"about {minutes:.1f} minutes; the same command goes on after an interruption",
+                file=sys.stderr,
+            )
         batch = rows[[sample.index for sample in batches.batch(step)]]
         rng = torch.Generator().manual_seed(training.seed * _SEED_STRIDE + step)
         augmented = _augmented(pixels[batch], training, rng).to(device)
@@ -331,9 +318,8 @@ def _train(
             progress(1)
         is_check = (step + 1) % _SAVE_EVERY == 0
         if is_check:
-            losses.append(
-                float(F.cross_entropy(_held_out_logits(model, sets).float(), labels[held_out]))
-            )
+            found = _predict(model, pixels[held_out])
+            losses.append(float(F.cross_entropy(found, labels[held_out])))
         if is_check or time.monotonic() - saved > _SAVE_SECONDS:
             saved = time.monotonic()
             state = {name: part.state_dict() for name, part in parts.items()}
