@@ -181,6 +181,7 @@ def test_rejects_a_reference_of_another_network(tmp_path):
 
 
 class FakeClip:
+    fingerprint = "fake"
     name = "made up"
 
     def encode_images(self, pixels):
