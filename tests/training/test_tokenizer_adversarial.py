@@ -225,6 +225,7 @@ class TestDeadCodes:
             (3, 300, "latents: the first are revived after step 6\n"),
             (3, 3000, "the first are revived after step 48, but the run ends after 6\n"),
             (3, 192, None),
+            (9, 64, "the first are revived after step 9, but the run ends after 6\n"),
             (0, 3000, None),
         ],
     )

@@ -89,7 +89,8 @@ class CollectedImages(ImageSet):
         self.name, self._side = str(source), size
         with distributed.main_first():
             # An image that is replaced under its old name is another one.
-            self.identity = _digest(images.digest(), images.content_digest(), size)
+            content = (images.digest(), images.content_digest(), images.annotations())
+            self.identity = _digest(*content, size)
         self.class_names = images.class_names
         if images.labels is not None:
             self.labels = np.array(images.labels)

@@ -87,7 +87,8 @@ def fit(
         OSError: a checkpoint could not be written; the earlier ones are intact.
     """
     with own_random_numbers(config.device), _lost_processes(out):
-        run = _Run(task, config, out, quiet=quiet, recipe=recipe, data=task.data)
+        _ = task.data  # of the files as they are before the first step
+        run = _Run(task, config, out, quiet=quiet, recipe=recipe)
         with contextlib.closing(run), _stop_signals() as signals:
             batches = task.batches(run.step, config.steps)
             while run.step < config.steps:
@@ -119,7 +120,7 @@ def time_steps(task: Task, config: LoopConfig, out: Path, *, steps: int) -> floa
     """
     with (
         own_random_numbers(config.device),
-        contextlib.closing(_Run(task, config, out, quiet=True, recipe={}, data={})) as run,
+        contextlib.closing(_Run(task, config, out, quiet=True, recipe={})) as run,
     ):
         batches = task.batches(0, steps)
         return [run.take_step(batches) for _ in range(steps)][-1]
@@ -129,17 +130,10 @@ class _Run:
     """A task in training: everything that changes from step to step."""
 
     def __init__(
-        self,
-        task: Task,
-        config: LoopConfig,
-        out: Path,
-        *,
-        quiet: bool,
-        recipe: Mapping[str, Any],
-        data: Mapping[str, str],
+        self, task: Task, config: LoopConfig, out: Path, *, quiet: bool, recipe: Mapping[str, Any]
     ) -> None:
         parallel.require_shares(config)
-        self.task, self.config, self.out, self.data = task, config, out, dict(data)
+        self.task, self.config, self.out = task, config, out
         self.device = find_device(config.device)
         self.autocast = torch.autocast(
             self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bfloat16"
@@ -154,7 +148,7 @@ class _Run:
         folder = out / CHECKPOINTS_NAME
         checkpoint = latest_checkpoint(folder)
         if checkpoint is not None:
-            check_same_data(checkpoint.about["data"], self.data, out)
+            check_same_data(checkpoint.about["data"], task.data, out)
             if checkpoint.step > config.steps:
                 raise InputError(
                     f"the run in {out} is at step {checkpoint.step} already; "
@@ -361,7 +355,7 @@ class _Run:
             "skipped_steps": self.skipped_steps,
             "skipped_in_a_row": self._skipped_in_a_row,
         }
-        about = {"data": self.data, "model": self.task.about}
+        about = {"data": dict(self.task.data), "model": self.task.about}
         self.writer.save(step=self.step, tensors=self._tensors(), state=state, about=about)
         if self.config.export or is_last:
             self._export()

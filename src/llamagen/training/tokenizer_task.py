@@ -144,17 +144,17 @@ class TokenizerTask(Task):
 
     @property
     def note(self) -> str | None:  # type: ignore[override]  # a value of each recipe
-        """When codes are first revived, if that is later than after ``revive_codes_every``."""
-        every, steps = self.recipe.revive_codes_every, self.recipe.loop.steps
-        per_step = self.recipe.loop.batch_size * math.prod(
-            self.model.config.grid_of(*self.recipe.images.shape)
-        )
-        first = math.ceil(_USAGE_WINDOW / per_step / max(1, every)) * every
-        if first <= every:
+        """When codes are first revived, if that is not after ``revive_codes_every``."""
+        every, loop = self.recipe.revive_codes_every, self.recipe.loop
+        grid = self.model.config.grid_of(*self.recipe.images.shape)
+        window = math.ceil(_USAGE_WINDOW / (loop.batch_size * math.prod(grid)))
+        first = math.ceil(window / max(1, every)) * every
+        if first <= every <= loop.steps:
             return None
+        end = f", but the run ends after {loop.steps:,}" if first > loop.steps else ""
         return (
             f"unused codes are known after {_USAGE_WINDOW:,} latents: the first are revived after "
-            f"step {first:,}" + (f", but the run ends after {steps:,}" if first > steps else "")
+            f"step {first:,}{end}"
         )
 
     @functools.cached_property
