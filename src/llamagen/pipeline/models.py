@@ -207,11 +207,12 @@ class PipelineModels:
         kernels = "none"
         with eval_mode(self.transformer):
             used = self.engine == NativeEngine.name and not use_reference()
-            if used and CpuStep.supports(self.transformer) and (found := load_kernels()):
-                kernels = " ".join(["cpu", *sorted(found.features - {"threads"})])
-        text = self._text
-        dtype = {} if not isinstance(text, nn.Module) else {"text_encoder_dtype": _dtype_of(text)}
-        return {"engine": self.engine, "kernels": kernels, **dtype}
+            if used and CpuStep.supports(self.transformer) and (own := load_kernels()):
+                kernels = " ".join(["cpu", *sorted(own.features - {"threads"})])
+        found = {"engine": self.engine, "kernels": kernels}
+        if isinstance(self._text, nn.Module):
+            found["text_encoder_dtype"] = dtype_name(next(self._text.parameters()).dtype)
+        return found
 
     @property
     def precision(self) -> dict[str, str]:
@@ -341,10 +342,6 @@ class PipelineModels:
             folder = Path(temporary) / "pipeline"
             self.save_pretrained(folder)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-
-
-def _dtype_of(module: nn.Module) -> str:
-    return dtype_name(next(module.parameters()).dtype)
 
 
 def _engine_class(name: str) -> type[Engine]:

@@ -83,7 +83,7 @@ def test_resumes(images, tmp_path, monkeypatch):
     assert again.fingerprint() == whole.fingerprint()
 
 
-def test_ends_when_it_no_longer_improves(images, tmp_path, monkeypatch):
+def test_ends_when_it_no_longer_improves(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_SAVE_EVERY", 5)
     still = ClassifierTraining(steps=1000, batch_size=16, lr=1e-12)
     steps = []
@@ -91,6 +91,7 @@ def test_ends_when_it_no_longer_improves(images, tmp_path, monkeypatch):
     # A first check, and four without progress.
     assert len(steps) == 25
     assert made.accuracy < 1.0
+    assert "no longer improves: its training ends after step 25\n" in capsys.readouterr().err
     assert load_classifier(tmp_path / "c").fingerprint() == made.fingerprint()
 
 

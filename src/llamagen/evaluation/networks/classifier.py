@@ -39,7 +39,7 @@ _MEASURED_NAME = "measured.json"
 _STATE_NAME = ".training.pt"
 _SAVE_EVERY = 250
 """Steps after which held-out images are looked at, and the training can resume."""
-_SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 5.0
 _PATIENCE = 4
 """Checks without progress after which the training ends."""
 _TIMED_STEPS = 20
@@ -294,13 +294,13 @@ def _train(
     timed = min(first + _TIMED_STEPS, training.steps)
     for step in range(first, training.steps):
         if _is_settled(losses):
+            _say(f"the classifier no longer improves: its training ends after step {step:,}")
             break
         if step + 1 == timed:
             minutes = (time.monotonic() - start) / (timed - first) * (training.steps - first) / 60
-            tqdm.write(
+            _say(
                 f"training a classifier in {folder}: at most {training.steps - first:,} steps, "
-                f"about {minutes:.1f} minutes; the same command goes on after an interruption",
-                file=sys.stderr,
+                f"about {minutes:.1f} minutes; the same command goes on after an interruption"
             )
         batch = rows[[sample.index for sample in batches.batch(step)]]
         rng = torch.Generator().manual_seed(training.seed * _SEED_STRIDE + step)
@@ -326,6 +326,10 @@ def _train(
             with storage.atomic_file(folder / _STATE_NAME) as temporary:
                 content = {"about": about, "step": step + 1, "losses": losses, **state}
                 torch.save(content, temporary)
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
 
 
 def _is_settled(losses: Sequence[float]) -> bool:
