@@ -21,6 +21,8 @@ from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yam
 
 RECIPE_NAME = "recipe.yaml"
 SKIPPED_NAME = "skipped.txt"
+TEXT_ENCODER = "the text encoder"
+"""Its fingerprint among the data of a run; older ones do not have it."""
 
 MAY_CHANGE = frozenset(
     {
@@ -95,7 +97,8 @@ def start_run(recipe: Recipe) -> None:
 def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raise InputError if a resumed run has other data than it began with."""
     for name, identity in now.items():
-        if not content.is_same(recorded.get(name), identity):
+        before = recorded.get(name, identity if name == TEXT_ENCODER else None)
+        if not content.is_same(before, identity):
             raise InputError(
                 f"{name} is not what the run in {out} began with; restore it, "
                 f"or give another `out` for a new run"

@@ -44,7 +44,7 @@ from llamagen.training.next_code import (
 )
 from llamagen.training.parallel import shards_model
 from llamagen.training.recipes import recipe_to_dict
-from llamagen.training.run_folder import SKIPPED_NAME, lock_run, open_run
+from llamagen.training.run_folder import SKIPPED_NAME, TEXT_ENCODER, lock_run, open_run
 from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.transformer_start import Start, find_start
 
@@ -140,6 +140,8 @@ class TransformerTask(Task):
             "the training codes": codes.training.identity,
             "the number of training images": str(len(codes.train_rows)),
         }
+        if start.text.encoder is not None:
+            data[TEXT_ENCODER] = start.text.encoder.fingerprint()
         # Codes that the run itself made follow from what their identity says.
         stores = {
             "the training codes": None if recipe.codes is None else codes.training,
