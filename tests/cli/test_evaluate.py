@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llamagen.support.locks import folder_lock
 from tests.evaluation.sets import write_noise
 from tests.tiny_models import tiny_text_pipeline
 
@@ -55,6 +56,41 @@ def test_c2i_and_the_same_again(run, model_folder, real, tmp_path):
     )
     with np.load(statistics) as arrays:
         assert arrays["count"] == 60
+
+
+def test_statistics_of_a_classifier_are_known_again(run, fails, real, tmp_path):
+    folder, statistics = tmp_path / "c", tmp_path / "r.npz"
+    command = ("evaluate", "folder", real)
+    own = (*CLASSIFIER, "--classifier", folder)
+    first = run(*command, real, *own, "-o", tmp_path / "a", "--save-reference", statistics)
+    assert first.status == 0, first.err
+    again = run(*command, statistics, *own, "-o", tmp_path / "b")
+    assert again.status == 0, again.err
+    assert metrics(tmp_path / "b")["classifier_frechet"] == pytest.approx(0.0, abs=1e-6)
+    other = ("--classifier", tmp_path / "d", *CLASSIFIER)
+    assert run(*command, real, *other, "--classifier-flip", "-o", tmp_path / "e").status == 0
+    line = fails(*command, statistics, *other, "-o", tmp_path / "f")
+    assert "holds statistics of classifier trained on the reference (5 classes" in line
+    assert "which cannot be compared with those of the classifier" in line
+
+
+def test_a_reference_without_classes_leaves_no_classifier(fails, real, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (real / "cat").iterdir():
+        (flat / path.name).write_bytes(path.read_bytes())
+    line = fails("evaluate", "folder", real, flat, *CLASSIFIER, "--out", tmp_path / "e")
+    assert "has no classes to train a classifier on" in line
+    assert list((tmp_path / "e").iterdir()) == []
+
+
+def test_another_evaluation_in_the_folder(run, fails, real, tmp_path):
+    command = ("evaluate", "folder", real, real, *CLASSIFIER, "--out", tmp_path)
+    with folder_lock(tmp_path):
+        line = fails(*command)
+    assert f"another run is working in {tmp_path}" in line
+    assert list(tmp_path.iterdir()) == []
+    assert run(*command).status == 0
 
 
 def test_tokenizer(run, model_folder, real, tmp_path):

@@ -60,6 +60,7 @@ def test_the_same_image_again(generate, run, model_folder, tmp_path):
     wanted = tmp_path / "out" / "dog-6.png"
     result = run("generate", "--model", model_folder, "--like", wanted, "--out", tmp_path / "again")
     assert result.status == 0, result.err
+    assert "note:" not in result.err
     assert np.array_equal(pixels(tmp_path / "again" / "dog-6.png"), pixels(wanted))
     assert read_metadata(tmp_path / "again" / "dog-6.png") == read_metadata(wanted)
 
@@ -90,6 +91,19 @@ def test_the_same_image_by_another_model(generate, run, fails, model_folder, tmp
     again = ("--like", twin / "dog-6.png", "--model", tmp_path / "twins", "--out", twin / "again")
     assert run("generate", *again).status == 0
     assert read_metadata(twin / "again" / "dog-6.png")["class_index"] == 3
+
+
+def test_says_when_the_same_image_may_differ(generate, run, model_folder, tmp_path):
+    generate("--class", "dog", "--seed", 5)
+    path = tmp_path / "out" / "dog-5.png"
+    recorded = {"kernels": "cpu of old", "device": "cuda", "text_encoder_dtype": "float32"}
+    with Image.open(path) as image:
+        save_png(image, path, metadata={**read_metadata(path), **recorded})
+    result = run("generate", "--model", model_folder, "--like", path, "--out", tmp_path / "again")
+    assert result.status == 0
+    notes = [line for line in result.err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 3
+    assert f"{path} was drawn with kernels cpu of old, this with " in notes[0]
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,12 @@ def other_images(tokenizer, images, out):
     extract_store(tokenizer, ImageFolder.scan(images.root), VIEWS, out)
 
 
+def other_content(tokenizer, images, out):
+    content = images.paths[0].read_bytes()
+    images.paths[0].write_bytes(content[:-1] + b"\xff")
+    extract_store(tokenizer, ImageFolder.scan(images.root), VIEWS, out)
+
+
 def other_captions(tokenizer, images, out):
     images = dataclasses.replace(images, captions=((Caption("a caption", 1.0),),) * len(images))
     extract_store(tokenizer, images, VIEWS, out)
@@ -349,6 +355,7 @@ def other_precision(tokenizer, images, out):
         (other_tokenizer, "another image tokenizer"),
         (other_images, "other images"),
         (other_captions, "other images, labels or captions"),
+        (other_content, "other content of the images"),
         (other_shards, r"another shard size \(shard_size 4096, now 5\)"),
         (other_precision, r"another precision \(precision float32, now bfloat16\)"),
     ],

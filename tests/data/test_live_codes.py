@@ -1,8 +1,11 @@
 """Codes that are made when they are asked for are those that a store would have."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from llamagen.data.captions import Caption
 from llamagen.data.extraction import extract_store
 from llamagen.data.images import ImageFolder, SkippedFiles
 from llamagen.data.live_codes import LiveCodes
@@ -55,3 +58,13 @@ def test_identity_changes_with_the_views(tmp_path):
     again = live(ImageFolder.scan(tmp_path / "images"), Views(height=16, width=16), tmp_path)
     other = live(images, Views(height=16, width=16, kind="flip"), tmp_path)
     assert one.identity == again.identity != other.identity
+
+
+def test_identity_changes_with_content_and_captions(tmp_path):
+    images, views = image_tree(tmp_path / "images"), Views(height=16, width=16)
+    one = live(images, views, tmp_path).identity
+    captions = ((Caption("a caption", 1.0),),) * len(images)
+    assert live(dataclasses.replace(images, captions=captions), views, tmp_path).identity != one
+    content = images.paths[3].read_bytes()
+    images.paths[3].write_bytes(content[:-1] + b"\xff")
+    assert live(images, views, tmp_path).identity != one

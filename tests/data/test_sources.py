@@ -231,6 +231,17 @@ class TestLibrary:
         assert open_images(write_parquet(tmp_path / "c", items[:7])).digest() != first
         assert open_images(write_parquet(tmp_path / "d", scans(9)[1:])).digest() != first
 
+    def test_content_digest_changes_with_the_pixels_only(self, tmp_path):
+        items = [*scans(8), (None, 0)]
+        first = open_images(write_parquet(tmp_path / "a", items))
+        packed = open_images(write_parquet(tmp_path / "b", items, files=3))
+        assert packed.content_digest() == first.content_digest()
+        items[3] = (items[3][0][:-1] + b"x", items[3][1])
+        other = open_images(write_parquet(tmp_path / "d", items))
+        # The names and sizes that the other digest is of are the same.
+        assert other.digest() == first.digest()
+        assert other.content_digest() != first.content_digest()
+
     def test_names_damaged_and_missing_images(self, tmp_path):
         good = scans(3)
         items = [good[0], (good[1][0][:60], 1), (None, 2), (b"", 0)]
@@ -252,6 +263,9 @@ class TestLibrary:
         images = Table(table, "here")
         assert images.read(0).size == (16, 16)
         assert images.digest() != ""
+        before = images.content_digest()
+        path.write_bytes(scans(2)[1][0])
+        assert images.content_digest() != before
 
     def test_rejects_missing_columns(self, tmp_path):
         datasets = pytest.importorskip("datasets")

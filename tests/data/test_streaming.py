@@ -160,3 +160,12 @@ def test_augmentation_differs_from_epoch_to_epoch(tmp_path):
     augmentation = Augmentation(height=8, width=8, max_scale=2.0, flip=False)
     found = contents(batches(stream(folder, batch_size=1), last=6, augmentation=augmentation))
     assert len({np.frombuffer(x, np.uint8).tobytes() for x in found}) > 1
+
+
+def test_content_digest_changes_with_the_files(tmp_path):
+    folder = write_tars(tmp_path / "set", scans(8), files=2)
+    first = stream(str(folder)).content_digest()
+    assert stream(str(folder / "train-*.tar")).content_digest() == first
+    path = folder / "train-0001.tar"
+    path.write_bytes(path.read_bytes().replace(b"a zero", b"a cero").replace(b"a one", b"a uno"))
+    assert stream(str(folder)).content_digest() != first

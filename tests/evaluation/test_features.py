@@ -75,7 +75,7 @@ def test_rejects_nan(images, tmp_path):
 
 def test_writes_statistics_for_adm(images, tmp_path):
     found = compute_features(CoarsePixels(), images, tmp_path / "f")
-    write_statistics(tmp_path / "s.npz", found)
+    write_statistics(tmp_path / "s.npz", found, CoarsePixels())
     with np.load(tmp_path / "s.npz") as arrays:
         assert {"mu", "sigma", "mu_s", "sigma_s"} <= set(arrays)
         np.testing.assert_allclose(arrays["mu"], found.pool.mean(0), rtol=1e-6)
@@ -83,6 +83,28 @@ def test_writes_statistics_for_adm(images, tmp_path):
     assert count == 10
     np.testing.assert_allclose(pool.covariance, np.cov(found.pool, rowvar=False), rtol=1e-6)
     assert spatial.width == 4
+
+
+def test_statistics_name_their_network(images, tmp_path):
+    mine, inception = CoarsePixels(), CoarsePixels("inception made up")
+    found = compute_features(mine, images, tmp_path / "f")
+    write_statistics(tmp_path / "mine.npz", found, mine)
+    write_statistics(tmp_path / "inception.npz", found, inception)
+    for network, other in ((mine, "inception"), (inception, "mine")):
+        place = Workplace(out=tmp_path, network=network, device="cpu")
+        own = "mine" if other == "inception" else "inception"
+        assert place.reference(ReferenceSource(tmp_path / f"{own}.npz")).count == 10
+        with pytest.raises(InputError, match=r"statistics of coarse pixels's features, which can"):
+            place.reference(ReferenceSource(tmp_path / f"{other}.npz"))
+    # Of files without a name, such as ADM's, everybody takes them for Inception's.
+    write_statistics(tmp_path / "adm.npz", found)
+    Workplace(out=tmp_path, network=inception, device="cpu").reference(
+        ReferenceSource(tmp_path / "adm.npz")
+    )
+    with pytest.raises(InputError, match="statistics of Inception's features, which cannot"):
+        Workplace(out=tmp_path, network=mine, device="cpu").reference(
+            ReferenceSource(tmp_path / "adm.npz")
+        )
 
 
 def test_reads_statistics_with_images(images, tmp_path):

@@ -35,6 +35,18 @@ def test_identity_changes_with_the_images(tmp_path):
     assert CollectedImages(folder).identity != before
 
 
+def test_identity_changes_with_content_of_the_same_size(tmp_path):
+    for name, level in (("a", 0), ("b", 0), ("c", 0)):
+        Image.new("RGB", (16, 16), (level, 9, 9)).save(tmp_path / f"{name}.bmp")
+    before = CollectedImages(tmp_path).identity
+    size = (tmp_path / "b.bmp").stat().st_size
+    Image.new("RGB", (16, 16), (1, 9, 9)).save(tmp_path / "b.bmp")
+    assert (tmp_path / "b.bmp").stat().st_size == size
+    assert CollectedImages(tmp_path).identity != before
+    Image.new("RGB", (16, 16), (0, 9, 9)).save(tmp_path / "b.bmp")
+    assert CollectedImages(tmp_path).identity == before
+
+
 def test_reads_captions(tmp_path):
     write_noise(tmp_path, 2)
     table = tmp_path / "metadata.csv"

@@ -86,6 +86,18 @@ def test_resumes(tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.conditional, whole.conditional)
 
 
+def test_other_captions_are_measured_anew(tmp_path):
+    write_noise(tmp_path / "a", 2)
+    pipe, table = tiny_text_pipeline(), tmp_path / "a" / "metadata.csv"
+    found = []
+    for text in ("a cat", "a cow"):
+        table.write_text(f"file_name,text\ncat/000.png,{text}\ndog/001.png,a dog\n")
+        images = CollectedImages(table)
+        found.append(measure_likelihood(pipe, images, tmp_path / "l").conditional)
+    assert not np.array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 def test_captions_need_no_padding(tmp_path):
     write_noise(tmp_path, 2)
     (tmp_path / "metadata.csv").write_text(

@@ -162,6 +162,17 @@ def test_tokenizer_needs_no_network(tmp_path):
         Reconstructions(tiny_tokenizer(), odd, tmp_path)
 
 
+def test_lpips_is_measured_where_it_was_left_out_before(tmp_path):
+    images = CollectedImages(write_noise(tmp_path / "real", 6))
+    source, found = ReferenceSource(tmp_path / "real"), []
+    for perceptual in (None, lambda a, b: (a - b).abs().mean((1, 2, 3))):
+        made = Reconstructions(tiny_tokenizer(), images, tmp_path / "r")
+        found.append(evaluate_tokenizer("tiny", made, source, None, perceptual=perceptual).metrics)
+    assert "lpips" not in found[0]
+    assert found[1]["lpips"] > 0
+    assert found[1]["psnr"] == found[0]["psnr"]
+
+
 def test_folder_compares_two_sets(tmp_path, reference):
     folder = write_noise(tmp_path / "mine", 30, seed=2)
     images = CollectedImages(folder)
@@ -199,6 +210,7 @@ def test_rejects_a_reference_of_another_network(tmp_path):
 
 
 class FakeClip:
+    fingerprint = "fake"
     name = "made up"
 
     def encode_images(self, pixels):

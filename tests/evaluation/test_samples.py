@@ -14,7 +14,7 @@ from llamagen.evaluation import image_sets
 from llamagen.evaluation.samples import SamplePlan, draw_samples
 from llamagen.models.tokenizer import images_to_uint8
 from llamagen.support.errors import InputError
-from tests.tiny_models import tiny_pipeline
+from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
 
 
 @pytest.fixture
@@ -109,6 +109,19 @@ def test_rejects_a_folder_of_other_samples(pipe, tmp_path):
     (tmp_path / "other" / "notes.txt").write_text("")
     with pytest.raises(InputError, match=r"not empty and holds no samples \(but notes"):
         draw_samples(pipe, plan(pipe), tmp_path / "other")
+
+
+def test_rejects_samples_of_another_text_encoder(pipe, tmp_path):
+    first = tiny_text_pipeline()
+    prompts = SamplePlan.of_prompts(first, ["a", "b"])
+    before = draw_samples(first, prompts, tmp_path)
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    with pytest.raises(InputError, match=r"begun with other settings \(text_encoder"):
+        draw_samples(tiny_text_pipeline(seed=1), prompts, tmp_path)
+    # Older folders do not say which one it was, but go on.
+    del settings["text_encoder"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    assert draw_samples(first, prompts, tmp_path).identity == before.identity
 
 
 def test_progress_counts_every_image_once(pipe, tmp_path, monkeypatch):

@@ -161,3 +161,17 @@ def test_close_fails_waiting_requests(model):
     results = asyncio.run(run())
     assert all(isinstance(result, EngineError | list) for result in results)
     assert any(isinstance(result, EngineError) for result in results)
+
+
+def test_streams_of_a_model_in_training_mode(model):
+    expected = alone(model, 0, 0)
+    noisy = tiny_transformer(token_dropout=0.5, residual_dropout=0.5).train()
+
+    async def run():
+        engine = NativeEngine(noisy, max_images=2)
+        codes = await stream(engine, 0, 0)
+        await engine.close()
+        return codes[-1]
+
+    assert asyncio.run(run()) == expected
+    assert all(part.training for part in noisy.modules())

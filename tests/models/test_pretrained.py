@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import llamagen.models.pretrained as pretrained
 from llamagen.config import config_from_dict
+from llamagen.models.pretrained import eval_mode
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
@@ -190,6 +191,24 @@ def test_onto_the_gpu(tmp_path):
     loaded = ImageTokenizer.from_pretrained(tmp_path / "m", device="cuda", dtype=torch.bfloat16)
     assert loaded.device.type == "cuda"
     assert same(loaded.cpu(), tiny_tokenizer().bfloat16())
+
+
+def test_eval_mode_is_taken_back_part_by_part():
+    model = tiny_tokenizer().train()
+    model.encoder.eval()
+    before = [part.training for part in model.modules()]
+    with eval_mode(model):
+        assert not any(part.training for part in model.modules())
+    assert [part.training for part in model.modules()] == before
+    assert {True, False} <= set(before)
+
+
+def test_an_extra_weight_is_named_as_extra(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    save_file({**load_file(path), "decoder.more": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match=r"weight decoder\.more is extra"):
+        ImageTokenizer.from_pretrained(tmp_path)
 
 
 def test_fingerprint():

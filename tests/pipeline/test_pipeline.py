@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from llamagen.backends import reference_only
+from llamagen.backends.cpu.library import load_kernels
 from llamagen.config import SamplingConfig
 from llamagen.generation.batch import Batch
 from llamagen.pipeline import Pipeline
@@ -97,6 +99,54 @@ def test_a_callback_can_stop_a_call(pipe):
 
     with pytest.raises(StopError):
         pipe("dog", callback=stop)
+
+
+def test_models_in_training_mode_draw_without_dropout():
+    dropout = dict.fromkeys(("token_dropout", "residual_dropout", "ffn_dropout"), 0.5)
+    pipe = Pipeline(tiny_tokenizer(dropout=0.5), tiny_transformer(**dropout))
+    ranked = {"seed": 0, "best_of": 3, "num_images_per_prompt": 2}
+    wanted, best = pipe(1, seed=0), pipe(1, **ranked)
+    codes = pipe.tokenizer.encode(torch.zeros(1, 3, 16, 16))
+    models = (pipe.transformer, pipe.tokenizer)
+    for model in models:
+        model.train()
+    for _ in range(2):
+        again = pipe(1, seed=0)
+        assert torch.equal(again.codes, wanted.codes)
+        assert same(again.images[0], wanted.images[0])
+        assert again.metadata == wanted.metadata
+        assert torch.equal(pipe(1, **ranked).codes, best.codes)
+        assert torch.equal(pipe.tokenizer.encode(torch.zeros(1, 3, 16, 16)), codes)
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipe(1, seed=0, callback=stop)
+    assert all(part.training for model in models for part in model.modules())
+
+
+def test_metadata_say_what_changes_codes():
+    pipe = tiny_pipeline()
+    (entry,) = pipe("dog", seed=0).metadata
+    assert entry["engine"] == "native"
+    assert entry["kernels"].split()[0] == "cpu" or load_kernels() is None
+    assert "text_encoder_dtype" not in entry
+    with reference_only():
+        assert pipe("dog", seed=0).metadata[0] == {**entry, "kernels": "none"}
+    text = tiny_text_pipeline()
+    assert text("a dog", seed=0).metadata[0]["text_encoder_dtype"] == "float32"
+    text.text_encoder.to(torch.bfloat16)
+    assert text("a dog", seed=0).metadata[0]["text_encoder_dtype"] == "bfloat16"
+
+
+def test_fingerprints_tell_all_models():
+    pipe = tiny_text_pipeline()
+    first = pipe.fingerprints()
+    assert set(first) == {"transformer", "tokenizer", "text_encoder"}
+    assert set(tiny_pipeline().fingerprints()) == {"transformer", "tokenizer"}
+    others = tiny_text_pipeline(seed=1).fingerprints()
+    assert {name for name in first if first[name] != others[name]} == {"text_encoder"}
 
 
 def test_seeds_are_random_unless_given(pipe):

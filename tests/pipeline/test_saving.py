@@ -87,6 +87,18 @@ def test_resumes_older_folder(whole, pipe, planned, tmp_path):
     assert pictures(out) == pictures(whole)
 
 
+def test_refuses_a_model_that_was_trained_further(whole, planned, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "out")
+    (folder / "000001-1.png").unlink()
+    other = tiny_text_pipeline()
+    with torch.no_grad():
+        other.transformer.output.weight[0, 0] += 1.0
+    with pytest.raises(InputError, match=r"other settings \(weights.transformer"):
+        draw_into_folder(other, planned, folder)
+    with pytest.raises(InputError, match=r"other settings \(weights.text_encoder"):
+        draw_into_folder(tiny_text_pipeline(seed=1), planned, folder)
+
+
 def test_processes_share_images(whole, pipe, planned, tmp_path):
     counts = [
         draw_into_folder(pipe, planned, tmp_path, batch_size=2, rank=rank, world_size=3)

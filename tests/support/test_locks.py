@@ -13,11 +13,14 @@ from llamagen.support.errors import InputError
 from llamagen.support.locks import folder_lock
 
 _HOLDER = """
-import sys, time
+import os, sys, time
 from llamagen.support.locks import folder_lock
 with folder_lock(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])):
-    print("held", flush=True)
-    time.sleep(60)
+    is_worker = os.fork() == 0
+    if not is_worker:
+        print("held", flush=True)
+    time.sleep(5 if is_worker else 60)
+    os._exit(0)
 """
 
 
@@ -42,6 +45,7 @@ def refused(folder, rank=0, world_size=1):
 
 
 def test_excludes_other_runs_until_killed(tmp_path):
+    """Even if a worker that the run forked is still there."""
     with held_elsewhere(tmp_path) as process:
         refused(tmp_path)
         refused(tmp_path, 0, 2)

@@ -82,6 +82,9 @@ def test_rejects_other_settings_and_folders(encoder, whole, tmp_path):
         extract_text(tiny_text_encoder(seed=1), CAPTIONS, folder, shard_size=5)
     with pytest.raises(InputError, match="other captions"):
         extract_text(encoder, CAPTIONS, folder, shard_size=5)
+    low = tiny_text_encoder().to(torch.bfloat16)
+    with pytest.raises(InputError, match=r"another precision \(precision float32, now bfloat16"):
+        extract_text(low, [*CAPTIONS, ODD[1]], folder, shard_size=5)
     with pytest.raises(InputError, match="no captions to encode"):
         extract_text(encoder, ["", " "], tmp_path / "c")
     with pytest.raises(FileNotFoundError, match="there is no store of text features"):

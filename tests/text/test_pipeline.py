@@ -29,6 +29,24 @@ def test_batch_matches_single_prompts(pipe):
         assert torch.equal(alone.codes, together.codes[2 * index : 2 * index + 2])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_company_changes_no_code(dtype):
+    """Of prompts of many lengths; a bfloat16 product of other rows would round differently."""
+    transformer = tiny_transformer(
+        condition="text", text_length=30, text_dim=64, dim=64, hidden_dim=128
+    )
+    encoder = tiny_text_encoder(dim=64, heads=4)
+    pipe = Pipeline(tiny_tokenizer(), transformer, text_encoder=encoder).to(dtype=dtype)
+    prompts = ["a", "llama", "two llamas", "a heart", "red", "a red heart with an arrow", "ab"]
+    together = pipe(prompts, seed=0, guidance_scale=3.0)
+    features = encoder.encode([encoder.require_text(prompt) for prompt in prompts])
+    for index, prompt in enumerate(prompts):
+        alone = pipe(prompt, seed=index, guidance_scale=3.0)
+        assert torch.equal(alone.codes[0], together.codes[index])
+        (own,) = encoder.encode([encoder.require_text(prompt)])
+        assert torch.equal(own, features[index])
+
+
 def test_codes_depend_on_the_prompt(pipe):
     assert not torch.equal(pipe("llama", seed=0).codes, pipe("heart", seed=0).codes)
 

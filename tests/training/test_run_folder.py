@@ -1,9 +1,15 @@
 import dataclasses
+import json
 import shutil
 
 import pytest
 
+from llamagen.data import open_images
+from llamagen.data.extraction import extract_store
+from llamagen.data.views import Views
+from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.errors import InputError
+from llamagen.support.locks import folder_lock
 from llamagen.training import train_tokenizer, train_transformer
 from llamagen.training.run_folder import MAY_CHANGE, open_run
 from tests.images import write_digits
@@ -126,6 +132,90 @@ def test_other_images(digits, out, tmp_path):
     other = write_digits(tmp_path / "other", per_class=5)
     with pytest.raises(InputError, match="the set of training images is not what the run"):
         train_tokenizer(tokenizer_recipe(other, out, steps=3), quiet=True)
+
+
+def rewritten(folder, number=0):
+    """Another image in a file of the same name and size."""
+    path = sorted(folder.rglob("*.bmp"))[number]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+@pytest.fixture
+def bitmaps(tmp_path):
+    return write_digits(tmp_path / "bitmaps", suffix=".bmp")
+
+
+def test_other_content(bitmaps, tmp_path):
+    train_tokenizer(tokenizer_recipe(bitmaps, tmp_path / "out", steps=2), quiet=True)
+    before = (tmp_path / "out" / "checkpoints" / "step-0000002" / "state.pt").read_bytes()
+    for number in range(24):
+        rewritten(bitmaps, number)
+    with pytest.raises(InputError, match="the set of training images is not what the run"):
+        train_tokenizer(tokenizer_recipe(bitmaps, tmp_path / "out", steps=3), quiet=True)
+    assert (tmp_path / "out/checkpoints/step-0000002/state.pt").read_bytes() == before
+    for number in range(24):
+        rewritten(bitmaps, number)
+    train_tokenizer(tokenizer_recipe(bitmaps, tmp_path / "out", steps=3), quiet=True)
+
+
+@pytest.mark.parametrize("encode", ["once", "always"])
+def test_other_content_of_a_transformers_images(bitmaps, tokenizer_folder, tmp_path, encode):
+    def train(steps):
+        recipe = transformer_recipe(
+            bitmaps, tokenizer_folder, tmp_path / "out", steps=steps, encode=encode
+        )
+        return train_transformer(recipe, quiet=True)
+
+    train(1)
+    for number in range(24):
+        rewritten(bitmaps, number)
+    with pytest.raises(InputError, match="the training codes is not what the run"):
+        train(2)
+
+
+def test_other_content_of_a_store(digits, tokenizer_folder, tmp_path):
+    tokenizer = ImageTokenizer.from_pretrained(tokenizer_folder)
+    codes = tmp_path / "codes"
+    views = Views(height=16, width=16)
+    extract_store(tokenizer, open_images(digits), views, codes, progress=False)
+
+    def train(steps):
+        recipe = transformer_recipe(None, tokenizer_folder, tmp_path / "out", steps=steps)
+        recipe = dataclasses.replace(recipe, codes=codes, views="center")
+        return train_transformer(recipe, quiet=True)
+
+    train(1)
+    content = bytearray((codes / "shard-00000.npy").read_bytes())
+    content[-2] ^= 1
+    (codes / "shard-00000.npy").write_bytes(content)
+    with pytest.raises(InputError, match="the training codes is not what the run"):
+        train(2)
+    content[-2] ^= 1
+    (codes / "shard-00000.npy").write_bytes(content)
+    train(2)
+
+
+def test_runs_of_older_versions_go_on(digits, out):
+    (path,) = out.glob("checkpoints/step-*/about.json")
+    about = json.loads(path.read_text())
+    about["data"] = {name: text.split(" content ")[0] for name, text in about["data"].items()}
+    path.write_text(json.dumps(about))
+    assert train_tokenizer(tokenizer_recipe(digits, out, steps=3), quiet=True).steps == 3
+
+
+def test_another_run_in_the_folder(digits, out, tokenizer_folder):
+    with folder_lock(out):
+        files = sorted(out.rglob("*"))
+        for train, recipe in (
+            (train_tokenizer, tokenizer_recipe(digits, out, steps=3)),
+            (train_transformer, transformer_recipe(digits, tokenizer_folder, out)),
+        ):
+            with pytest.raises(InputError, match="another run is working in"):
+                train(recipe, quiet=True)
+        assert sorted(out.rglob("*")) == files
+    assert train_tokenizer(tokenizer_recipe(digits, out, steps=3), quiet=True).steps == 3
+    assert not list(out.glob(".*"))
 
 
 def test_moved_images(digits, out, tmp_path):

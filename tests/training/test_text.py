@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -178,6 +179,27 @@ class TestFrozenEncoder:
         longer = dataclasses.replace(tuned, loop=dataclasses.replace(tuned.loop, steps=6))
         assert train_transformer(longer, quiet=True).steps == 6
 
+    def test_another_encoder_under_its_name(self, captioned, tokenizer_folder, tmp_path):
+        tiny_text_encoder().save_pretrained(tmp_path / "t5")
+
+        def train(steps):
+            text = self.frozen(tmp_path / "t5")
+            recipe = text_recipe(
+                captioned, tokenizer_folder, tmp_path / "out", text=text, steps=steps
+            )
+            return train_transformer(recipe, quiet=True)
+
+        train(1)
+        tiny_text_encoder(seed=1).save_pretrained(tmp_path / "t5")
+        with pytest.raises(InputError, match="the text encoder is not what the run"):
+            train(2)
+        # Older runs do not say which one it was.
+        (path,) = (tmp_path / "out").glob("checkpoints/step-*/about.json")
+        about = json.loads(path.read_text())
+        del about["data"]["the text encoder"]
+        path.write_text(json.dumps(about))
+        assert train(2).steps == 2
+
     def test_features_are_the_encoder_s(self, captioned, tokenizer_folder, encoder, tmp_path):
         recipe = text_recipe(
             captioned, tokenizer_folder, tmp_path / "out", text=self.frozen(encoder)
@@ -219,6 +241,17 @@ class TestStoredFeatures:
         pipe = Pipeline.from_pretrained(result.model, device="cpu", dtype="float32")
         assert pipe("the digit two", seed=0).images
         assert export_run(out, tmp_path / "model", step=6).is_dir()
+
+    def test_other_content(self, captioned, tokenizer_folder, features, tmp_path):
+        text = TextTraining(text_features=features.folder)
+        recipe = text_recipe(captioned, tokenizer_folder, tmp_path / "out", text=text, steps=1)
+        train_transformer(recipe, quiet=True)
+        path = features.folder / "shard-00000.npy"
+        content = path.read_bytes()
+        path.write_bytes(content[:-2] + b"\x00\x3f")
+        longer = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, steps=2))
+        with pytest.raises(InputError, match="the text features is not what the run"):
+            train_transformer(longer, quiet=True)
 
     def test_the_loss_is_the_encoder_s(self, captioned, tokenizer_folder, features, tmp_path):
         losses = []

@@ -218,6 +218,24 @@ class TestDeadCodes:
         train_tokenizer(whole, quiet=True)
         assert_same_state(state(tmp_path / "2", 12), state(tmp_path / "whole", 12))
 
+    @pytest.mark.parametrize(
+        ("every", "window", "note"),
+        [
+            # A batch of four images has 64 latents.
+            (3, 300, "latents: the first are revived after step 6\n"),
+            (3, 3000, "the first are revived after step 48, but the run ends after 6\n"),
+            (3, 192, None),
+            (9, 64, "the first are revived after step 9, but the run ends after 6\n"),
+            (0, 3000, None),
+        ],
+    )
+    def test_says_when_it_begins(self, digits, tmp_path, monkeypatch, capsys, every, window, note):
+        monkeypatch.setattr("llamagen.training.tokenizer_task._USAGE_WINDOW", window)
+        train_tokenizer(tokenizer_recipe(digits, tmp_path, revive_codes_every=every, steps=6))
+        shown = capsys.readouterr().out
+        assert ("revived after" in shown) == (note is not None)
+        assert note is None or note in shown
+
 
 class TestFineTuning:
     def test_starts_where_the_other_ended(self, digits, tmp_path):

@@ -74,7 +74,8 @@ class NetworkOptions:
             require_at_least(1, self, "classifier_steps")
             training = ClassifierTraining(steps=self.classifier_steps, flip=self.classifier_flip)
             folder = self.classifier or out / "classifier"
-            network = open_classifier(folder, reference.images, device, training)
+            shared = self.classifier is not None
+            network = open_classifier(folder, reference.images, device, training, shared=shared)
             return Workplace(out=out, network=network, device=device)
         try:
             with distributed.main_first():
@@ -418,15 +419,19 @@ def run(options: EvaluationOptions) -> None:
         compare.check()
     from llamagen.evaluation.report import PAGE_NAME, require_page_packages, save_report
     from llamagen.support import distributed, storage
+    from llamagen.support.locks import folder_lock
 
     require_page_packages()
     storage.require_writable(options.out)
     device, _ = options.resolve()
-    with distributed.process_group(str(device.type)) as own:
+    with (
+        distributed.process_group(str(device.type)) as own,
+        folder_lock(options.out, distributed.rank(), distributed.world_size()),
+    ):
         report = options._evaluate(own)
         if not distributed.is_main():
             return
-    save_report(report, options.out)
+        save_report(report, options.out)
     print(report.title)
     width = max(map(len, report.metrics), default=0)
     for name, value in report.metrics.items():

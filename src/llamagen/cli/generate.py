@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -255,6 +256,7 @@ def _draw(options: Generate, model: str) -> None:
     from llamagen.data.images import open_image
     from llamagen.generation.request import one_seed_each
     from llamagen.pipeline.saving import find_image, image_path
+    from llamagen.support.pictures import read_metadata
 
     # Known here, so that a command without one can go on.
     arguments["seed"] = one_seed_each(options.seed, 1)[0]
@@ -299,6 +301,23 @@ def _draw(options: Generate, model: str) -> None:
         # By seed, which is the order of the images.
         first = [path for _, path in sorted(paths.items())][:_SHEET_IMAGES]
         options.save_sheet([*map(open_image, first)], columns=options.columns)
+    if options.like is not None:
+        _warn_of_other_codes(options.like, read_metadata(min(paths.values())))
+
+
+def _warn_of_other_codes(like: Path, now: dict[str, Any]) -> None:
+    """Say what may have changed codes, by its rounding, since an image was drawn."""
+    from llamagen.support.pictures import read_metadata
+
+    recorded = read_metadata(like)
+    names = ("engine", "kernels", "text_encoder_dtype", "device")
+    for name in names:
+        if name in recorded and recorded[name] != now.get(name):
+            print(
+                f"note: {like} was drawn with {name} {recorded[name]}, this with {now.get(name)}: "
+                f"codes may differ",
+                file=sys.stderr,
+            )
 
 
 def _load(model: str, options: Generate, launch: Launch) -> Pipeline:

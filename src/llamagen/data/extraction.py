@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import logging
 import math
 import multiprocessing
@@ -46,6 +45,7 @@ from llamagen.data.store import (
 from llamagen.data.views import Views
 from llamagen.generation.memory import decoding_batch_size
 from llamagen.models.tokenizer import ImageTokenizer, uint8_to_images
+from llamagen.support import distributed
 from llamagen.support.artifact import Advance, Artifact, MakePiece
 from llamagen.support.devices import dtype_name, find_device, keep_freed_memory
 from llamagen.support.errors import InputError
@@ -115,7 +115,8 @@ def extract_store(
     devices = torch.cuda.device_count() if tokenizer.device.type == "cuda" else 1
     sharing = math.ceil(max(processes, world_size) / devices)
     job = _Job(tokenizer, images, views, batch_size, workers, dtype, compiled)
-    plan = job.plan(shard_size, processes=sharing)
+    with distributed.main_first():
+        plan = job.plan(shard_size, processes=sharing)
     artifact = store_artifact(out, config_to_dict(plan), rank, world_size)
 
     def make(advance: Advance) -> int:
@@ -135,8 +136,10 @@ def make_store(
     progress: bool,
 ) -> Extraction:
     """Make a store; ``make`` makes its missing shards and returns their number of images."""
+    # Older stores do not say what the content was.
+    missing = {**_MISSING, "content_digest": artifact.settings["content_digest"]}
     with (
-        artifact.begin(overwrite=overwrite, missing=_MISSING),
+        artifact.begin(overwrite=overwrite, missing=missing),
         artifact.progress_bar(description, "image", shown=progress) as bar,
     ):
         start = time.perf_counter()
@@ -253,7 +256,8 @@ class _Job:
                 width=views.width,
                 ranges=views.crop_ranges if views.kind.endswith("-crop") else (),
             ),
-            source_digest=_source_digest(images),
+            source_digest=storage.short_digest([images.digest().encode(), images.annotations()]),
+            content_digest=images.content_digest(),
             source_images=len(images),
             shard_size=shard_size,
             labelled=images.labels is not None,
@@ -308,12 +312,6 @@ def _encode(
         captions=None if images.captions is None else [images.captions[i] for i in read],
         skipped=skipped,
     )
-
-
-def _source_digest(images: ImageCollection) -> str:
-    """Return a short text that depends on the names, labels and captions of images."""
-    about = json.dumps([images.class_names, images.labels, images.captions])
-    return storage.short_digest([images.digest().encode(), about.encode()])
 
 
 def _make_in_processes(processes: int, job: _Job, artifact: Artifact, advance: Advance) -> int:

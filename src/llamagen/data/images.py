@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import io
+import json
 import logging
 import os
 import struct
@@ -22,6 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 import llamagen.support.storage as storage
 from llamagen.data.captions import Captions
 from llamagen.data.columns import sort_names
+from llamagen.support.content import files_digest
 from llamagen.support.errors import InputError, one_line
 from llamagen.support.labels import Labels
 from llamagen.support.launch import Launch
@@ -104,6 +106,14 @@ class ImageCollection(abc.ABC):
         """Return a short text that depends on the names of the images."""
         keys = map(self.key, range(len(self)))
         return storage.short_digest(_key_bytes(key) + b"\0" for key in keys)
+
+    @abc.abstractmethod
+    def content_digest(self) -> str:
+        """Return a short text that depends on the content of the images."""
+
+    def annotations(self) -> bytes:
+        """Return classes, labels and captions as JSON, for digests."""
+        return json.dumps([self.class_names, self.labels, self.captions]).encode()
 
 
 def split_keys(keys: Sequence[str], fraction: float) -> tuple[list[int], list[int]]:
@@ -304,6 +314,10 @@ class ImageFolder(ImageCollection):
     def read(self, index: int) -> Image.Image:
         """Read a file; see ``open_image``."""
         return open_image(self.paths[index])
+
+    def content_digest(self) -> str:
+        """See ``ImageCollection``."""
+        return files_digest(self.root, self.paths)
 
     def _select(self, indices: Sequence[int]) -> None:
         self.paths = tuple(self.paths[i] for i in indices)

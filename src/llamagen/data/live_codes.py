@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+import llamagen.support.content as content
 import llamagen.support.storage as storage
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.config import Grid
@@ -59,7 +60,9 @@ class LiveCodes(CodeSourceBase):
         self.class_names = images.class_names
         self.labels = None if images.labels is None else np.array(images.labels, dtype=np.int64)
         known = (tokenizer.fingerprint(), images.digest(), views)
-        self.identity = storage.short_digest([repr(known).encode()])
+        names = storage.short_digest([repr(known).encode()])
+        parts = [images.content_digest().encode(), images.annotations()]
+        self.identity = content.identity(names, storage.short_digest(parts))
 
     def __len__(self) -> int:
         return len(self._images)

@@ -23,6 +23,7 @@ from llamagen.data.extraction import Extraction, make_store, shard_content
 from llamagen.data.store import SHARD_SIZE, CodeStore, StorePlan, StoreViews, store_artifact
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.artifact import Advance, write_npy
+from llamagen.support.content import files_digest
 from llamagen.support.errors import InputError, one_line
 from llamagen.support.names import as_index
 
@@ -80,6 +81,7 @@ def import_published(
         precision="unknown",
         views=StoreViews(kind="published", count=source.views, height=size, width=size),
         source_digest=source.digest(),
+        content_digest=source.content_digest(),
         source_images=len(source.numbers),
         shard_size=shard_size,
         labelled=source.labels is not None,
@@ -110,6 +112,12 @@ class _Source:
         some = self.numbers[:: max(1, len(self.numbers) // 16)]
         contents = ((self.codes / f"{number}.npy").read_bytes() for number in some)
         return storage.short_digest([listed, *contents])
+
+    def content_digest(self) -> str:
+        """Return a text that depends on the content of all files."""
+        folders = [folder for folder in (self.codes, self.labels) if folder is not None]
+        paths = [folder / f"{number}.npy" for folder in folders for number in self.numbers]
+        return files_digest(self.codes.parent, paths)
 
 
 def _find(root: Path) -> _Source:

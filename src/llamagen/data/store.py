@@ -65,6 +65,8 @@ class StorePlan:
     views: StoreViews
     source_digest: str
     """Changes if an image is added, removed or renamed, or its label or caption changes."""
+    content_digest: str = ""
+    """Changes if the content of an image does; empty in older stores."""
     source_images: int
     """Image files, readable or not."""
     shard_size: int
@@ -176,6 +178,7 @@ FORMAT = Format(
     words={
         "tokenizer_fingerprint": "another image tokenizer",
         "source_digest": "other images, labels or captions",
+        "content_digest": "other content of the images",
         "views": "other views",
         "shard_size": "another shard size",
         "precision": "another precision",
@@ -249,6 +252,10 @@ class CodeStore(CodeSourceBase):
 
     def __len__(self) -> int:
         return self.manifest.images
+
+    def content_digest(self) -> str:
+        """Return a text that depends on all codes, labels and captions."""
+        return self._artifact.content_digest()
 
     def __getstate__(self) -> dict[str, Any]:
         # A memory map would be sent to another process with all its content.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import glob
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from llamagen.data.columns import SourceConfig
 from llamagen.data.images import CorruptImageError
 from llamagen.data.loader import ImageBatch, Sample, load_batches
 from llamagen.data.views import Augmentation
+from llamagen.support.content import files_digest
 from llamagen.support.errors import InputError
 
 T = TypeVar("T")
@@ -89,6 +91,13 @@ class ImageStream:
     def digest(self) -> str:
         """Return a text that depends on the numbers of files and parts, and on the columns."""
         return f"{len(self._files)} files in {self.parts} parts: {', '.join(self._features)}"
+
+    def content_digest(self) -> str:
+        """Return a text that depends on the content of the files that are on this machine."""
+        path = Path(self.name)
+        found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(self.name))  # noqa: PTH207
+        files = sorted(each for each in found if each.suffix.lower() in library.FORMATS)
+        return files_digest(path if path.is_dir() else path.parent, files)
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
         """Return the positions of this process's parts after its last batch."""

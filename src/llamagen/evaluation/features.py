@@ -205,10 +205,27 @@ def read_statistics(path: Path) -> tuple[FeatureStatistics, FeatureStatistics | 
     return statistics("mu", "sigma"), spatial, count
 
 
-def write_statistics(path: Path, features: Features) -> None:
-    """Write statistics as ADM's evaluator, and ``read_statistics``, read them, or nothing."""
+def check_network(path: Path, network: FeatureNetwork) -> None:
+    """Raise InputError if statistics in a file are not of the features of ``network``."""
+    name, fingerprint = "Inception", "inception"
+    if "network" in image_sets.array_names(path):
+        name, fingerprint = (str(text) for text in image_sets.read_array(path, "network"))
+    if not network.fingerprint.startswith(fingerprint):
+        raise InputError(
+            f"{path} holds statistics of {name}'s features, which cannot be compared with those of "
+            f"the {network.name}; give a folder of images, or choose that network"
+        )
+
+
+def write_statistics(path: Path, features: Features, network: FeatureNetwork | None = None) -> None:
+    """Write statistics as ADM's evaluator, and ``read_statistics``, read them, or nothing.
+
+    The file then says whose features they are of, for ``check_network``.
+    """
     pool, spatial = features.statistics()
     arrays = {"mu": pool.mean, "sigma": pool.covariance, "count": np.array(pool.count)}
+    if network is not None:
+        arrays["network"] = np.array([network.name, network.fingerprint])
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     with storage.atomic_file(path) as temporary, temporary.open("wb") as file:

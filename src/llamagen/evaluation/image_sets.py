@@ -19,7 +19,7 @@ from torch import Tensor
 
 import llamagen.support.storage as storage
 from llamagen.data.columns import SourceConfig
-from llamagen.data.images import CorruptImageError, ImageFolder
+from llamagen.data.images import CorruptImageError
 from llamagen.data.sources import open_images
 from llamagen.data.views import center_crop
 from llamagen.models.tokenizer import images_to_uint8
@@ -87,9 +87,10 @@ class CollectedImages(ImageSet):
         self._images = images = open_images(source, config)
         # A collection of a table has the name of the folder that the table lies in.
         self.name, self._side = str(source), size
-        # An image that is replaced under its old name is another one.
-        paths = images.paths if isinstance(images, ImageFolder) else []
-        self.identity = _digest(images.digest(), [path.stat().st_size for path in paths], size)
+        with distributed.main_first():
+            # An image that is replaced under its old name is another one.
+            content = (images.digest(), images.content_digest(), images.annotations())
+            self.identity = _digest(*content, size)
         self.class_names = images.class_names
         if images.labels is not None:
             self.labels = np.array(images.labels)
@@ -161,13 +162,25 @@ class ArchivedImages(ImageSet):
 class Pieces(Artifact):
     """Results for many images, as .npz files that all processes of a run make."""
 
-    def __init__(self, folder: Path, settings: Settings, count: int, **fields: Any) -> None:
-        """For ``count`` images; ``fields`` are those of ``Format``."""
+    def __init__(
+        self,
+        folder: Path,
+        settings: Settings,
+        count: int,
+        *,
+        late: Mapping[str, Any] = {},
+        **fields: Any,
+    ) -> None:
+        """For ``count`` images; ``fields`` are those of ``Format``.
+
+        ``late`` are further settings, which older folders lack.
+        """
         fields = {"settings_name": "settings.json", "suffixes": (".npz",), **fields}
         form = Format(
             name="llamagen-evaluation", version=1, piece_name="piece", has_header=False, **fields
         )
-        super().__init__(folder, form, settings, items=count, piece_size=PIECE)
+        super().__init__(folder, form, {**settings, **late}, items=count, piece_size=PIECE)
+        self._late = late
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
 
     @classmethod
@@ -184,7 +197,8 @@ class Pieces(Artifact):
         other settings, or is in use.
         """
         is_shown = distributed.is_main()
-        with self.begin(), self.progress_bar(description, "image", shown=is_shown) as bar:
+        begun = self.begin(missing=self._late)
+        with begun, self.progress_bar(description, "image", shown=is_shown) as bar:
             self.make(make_piece, bar.update)
         distributed.barrier()
 

@@ -126,14 +126,18 @@ def compared_side(pipeline: Pipeline, size: int | None = None) -> int | None:
 class Samples(PiecedImages):
     """The images of a plan, in a folder."""
 
-    def __init__(self, folder: Path, plan: SamplePlan, about: dict[str, Any]) -> None:
-        """Name the folder; ``draw_samples`` fills it."""
+    def __init__(
+        self, folder: Path, plan: SamplePlan, about: dict[str, Any], late: dict[str, Any]
+    ) -> None:
+        """Name the folder; ``draw_samples`` fills it. ``late`` as in ``Pieces``."""
         self.folder, self.plan, self.name = folder, plan, str(folder)
         fields = {"prompts": plan.prompts, "seed": plan.seed, "size": plan.size}
-        text = json.dumps([fields, about], sort_keys=True)
-        self.identity = storage.short_digest([text.encode()])
-        settings = {**about, "images": len(plan.prompts), "identity": self.identity}
-        self.pieces = Pieces(folder, settings, len(plan.prompts), noun="samples")
+        first, self.identity = (
+            storage.short_digest([json.dumps(values, sort_keys=True).encode()])
+            for values in ([fields, about], [fields, about, *late.items()])
+        )
+        settings = {**about, "images": len(plan.prompts), "identity": first}
+        self.pieces = Pieces(folder, settings, len(plan.prompts), late=late, noun="samples")
         if all(isinstance(prompt, int) for prompt in plan.prompts):
             self.labels = np.array(plan.prompts)
 
@@ -156,9 +160,10 @@ def draw_samples(
     By default as many are generated at once as fit into memory. InputError if the folder is neither
     new nor begun with the same plan and model.
     """
+    weights = pipeline.fingerprints()
     about = {
         "model": pipeline.name,
-        "weights": [pipeline.transformer.fingerprint(), pipeline.tokenizer.fingerprint()],
+        "weights": [weights.pop("transformer"), weights.pop("tokenizer")],
         # Those of the first edition, and others where they are set: so a folder stays valid when a
         # later version knows more settings.
         "sampling": {
@@ -169,7 +174,7 @@ def draw_samples(
         },
         **pipeline.precision,
     }
-    samples = Samples(folder, plan, about)
+    samples = Samples(folder, plan, about, late=weights)
 
     def draw(items: range, advance: Advance) -> dict[str, Any]:
         def on_row(progress: Progress) -> None:

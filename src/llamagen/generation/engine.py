@@ -8,6 +8,7 @@ publishes finished rows. Scaling beyond one device is vLLM's business (``llamage
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import logging
@@ -27,6 +28,7 @@ from llamagen.config import Grid
 from llamagen.generation.batch import Batch, GenerationState
 from llamagen.generation.memory import sampling_batch_size
 from llamagen.generation.request import GenerationRequest, check_request
+from llamagen.models.pretrained import eval_mode
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError, NotFiniteError
 
@@ -162,7 +164,7 @@ class NativeEngine:
         observer: StepObserver | None = None,
         times: StepTimes | None = None,
     ) -> None:
-        """Prepare to generate with ``model``, which is in eval mode.
+        """Prepare to generate with ``model`` in eval mode; it has its own mode again afterwards.
 
         ``stream`` generates ``max_images`` at once, by default what memory allows, and calls
         ``observer`` after each step, in the engine's thread. The grid is by default the model's.
@@ -180,6 +182,8 @@ class NativeEngine:
         """Of each client, in the order in which the clients' turns come."""
         self._closing = False
         self._thread: threading.Thread | None = None
+        self._modes = contextlib.ExitStack()
+        """Closed when the thread has ended."""
         self._running: dict[GenerationState, _Handle] = {}
         """Used by the engine's thread only, as ``_batch``."""
         self._batch: Batch | None = None
@@ -219,7 +223,8 @@ class NativeEngine:
         while (first := sum(map(len, found))) < len(requests):
             part = requests[first : first + size]
             try:
-                found.append(self._generate_batch(part, first, on_progress))
+                with eval_mode(self.model):
+                    found.append(self._generate_batch(part, first, on_progress))
             except torch.OutOfMemoryError:
                 if size == 1:
                     raise
@@ -296,10 +301,12 @@ class NativeEngine:
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
+        self._modes.close()
 
     def start(self) -> None:
         """Allocate the batch and start the thread that serves ``stream``, unless it runs."""
         if self._thread is None:
+            self._modes.enter_context(eval_mode(self.model))
             self._batch = Batch(self.model, self.max_images, grid=self.grid)
             self._thread = threading.Thread(
                 target=self._run, args=(self._batch,), name="llamagen-engine", daemon=True

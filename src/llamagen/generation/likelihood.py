@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamagen.models.pretrained import eval_mode
 from llamagen.models.transformer import Transformer
 
 _MAX_LOGITS = 1 << 27
@@ -24,7 +25,7 @@ def code_log_likelihoods(
     """Return log-probabilities of codes, each given those before it; without guidance and filters.
 
     Args:
-        model: in eval mode.
+        model: its mode does not matter.
         codes: (B, rows, columns) int64.
         conditions: of each image a label (), or text features (C, text_dim) without padding.
         conditional: False for the model's own "no class" or "no text" instead of ``conditions``.
@@ -46,12 +47,13 @@ def code_log_likelihoods(
         for start in range(0, len(alike), batch)
     ):
         own = flat[members]
-        logits = model(
-            own[:, :-1],
-            torch.stack([each[member] for member in members]).to(model.device),
-            drop_condition=torch.full((len(members),), not conditional, device=model.device),
-            grid=(codes.shape[1], codes.shape[2]),
-        )
+        with eval_mode(model):
+            logits = model(
+                own[:, :-1],
+                torch.stack([each[member] for member in members]).to(model.device),
+                drop_condition=torch.full((len(members),), not conditional, device=model.device),
+                grid=(codes.shape[1], codes.shape[2]),
+            )
         nats = F.cross_entropy(logits.float().flatten(0, 1), own.flatten(), reduction="none")
         found[members] = -nats.view(len(members), -1)
     return found.view(codes.shape)

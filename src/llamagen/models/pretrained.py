@@ -13,7 +13,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -229,6 +230,19 @@ class PretrainedModel(nn.Module, ModelHubMixin, Generic[ConfigT]):
             )
         config: ConfigT = config_from_dict(cls.config_class, values, source=str(path))
         return config
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """Run a block without dropout; afterwards every part is in the mode that it was in."""
+    changed = [part for module in modules for part in module.modules() if part.training]
+    for part in changed:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in changed:
+            part.training = True
 
 
 def _release(version: str) -> tuple[int, ...]:

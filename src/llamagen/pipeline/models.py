@@ -14,10 +14,13 @@ from torch import nn
 import llamagen.checkpoints as checkpoints
 import llamagen.support.labels as label_files
 import llamagen.support.storage as storage
+from llamagen.backends import CpuStep, use_reference
 from llamagen.backends.cpu.convolution import accelerate
+from llamagen.backends.cpu.library import load_kernels
 from llamagen.checkpoints.adapters import merge_adapter
 from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
 from llamagen.generation.engine import Engine, NativeEngine
+from llamagen.models.pretrained import eval_mode
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
 from llamagen.models.transformer.quantization import quantize, refuse_quantized
@@ -200,6 +203,19 @@ class PipelineModels:
         return self.transformer.dtype
 
     @property
+    def computation(self) -> dict[str, str]:
+        """What else changes codes, by its rounding, as images record it."""
+        kernels = "none"
+        with eval_mode(self.transformer):
+            used = self.engine == NativeEngine.name and not use_reference()
+            if used and CpuStep.supports(self.transformer) and (own := load_kernels()):
+                kernels = " ".join(["cpu", *sorted(own.features - {"threads"})])
+        found = {"engine": self.engine, "kernels": kernels}
+        if isinstance(self._text, nn.Module):
+            found["text_encoder_dtype"] = dtype_name(next(self._text.parameters()).dtype)
+        return found
+
+    @property
     def precision(self) -> dict[str, str]:
         """Precision as images record it: dtype, and what is quantised."""
         found = {"dtype": dtype_name(self.dtype)}
@@ -220,6 +236,12 @@ class PipelineModels:
             for name, weight in part.state_dict().items()
         )
         return digest("", weights)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return a short text for each model, the text encoder included, that tells its weights."""
+        names = ("transformer", "tokenizer", "text_encoder")
+        models = {name: getattr(self, name) for name in names}
+        return {name: model.fingerprint() for name, model in models.items() if model is not None}
 
     def load_adapter(self, folder: str | Path) -> Self:
         """Merge a LoRA adapter of this model; return the pipeline.

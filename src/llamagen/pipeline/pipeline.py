@@ -225,6 +225,7 @@ class Pipeline(PipelineModels):
             **dataclasses.asdict(sampling),
             **({"best_of": best_of, "rank_by": rank_by} if best_of > 1 else {}),
             **self.precision,
+            **self.computation,
             "device": self.device.type,
         }
 

@@ -141,10 +141,13 @@ def draw_into_folder(
     sampling = {setting.name for setting in sampling_settings()} & settings.keys()
     pipeline.sampling.replace(**{name: settings[name] for name in sampling})
     given = {name: plain(value) for name, value in settings.items() if value is not None}
+    # By its name alone, a model that was trained further would go on with another's images.
+    weights = {"weights": pipeline.fingerprint()}
     about = {
         "model": pipeline.name,
         "sampling": dataclasses.asdict(pipeline.sampling) | given,
         **pipeline.precision,
+        **weights,
     }
     artifact = Artifact(out, _FORMAT, about, rank=rank, world_size=world_size)
     entries = (
@@ -162,7 +165,7 @@ def draw_into_folder(
 
     # On an error, leaving the block waits for the batch that is being saved.
     with (
-        artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig())}),
+        artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig()), **weights}),
         ThreadPoolExecutor(1, "llamagen-saver") as saver,
     ):
         artifact.same_text(INDEX_NAME, index, "other prompts or seeds")

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 import llamagen.support.storage as storage
+from llamagen.support.content import files_digest
 from llamagen.support.errors import InputError, one_line
 from llamagen.support.locks import folder_lock
 from llamagen.support.storage import read_json
@@ -110,6 +112,13 @@ class Artifact:
         """Short text that depends on every setting that is not free."""
         values = {name: v for name, v in self.settings.items() if name not in self.form.free}
         return storage.short_digest([json.dumps(values, sort_keys=True).encode()])
+
+    def content_digest(self) -> str:
+        """Return a short text that depends on the content of all pieces and further files."""
+        pieces = range(len(self))
+        paths = [self.path(piece, suffix) for piece in pieces for suffix in self.form.suffixes]
+        others = (sorted(self.folder.glob(pattern)) for pattern in self.form.other_files)
+        return files_digest(self.folder, [*paths, *itertools.chain.from_iterable(others)])
 
     def __len__(self) -> int:
         """Return the number of pieces."""

@@ -18,6 +18,19 @@ except ImportError:  # Windows: folders are not locked there
 _NAME = ".lock"
 _RETRY_SECONDS = 0.05
 
+_held: set[int] = set()
+"""Descriptors of this process's locks."""
+
+
+def _close_in_child() -> None:
+    """Leave the locks to the parent: they would outlive its death in workers that it forked."""
+    while _held:
+        os.close(_held.pop())
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_in_child)
+
 
 @contextlib.contextmanager
 def folder_lock(
@@ -41,9 +54,11 @@ def folder_lock(
 @contextlib.contextmanager
 def _lock_file(path: Path, exclusive: bool, deadline: float) -> Iterator[None]:
     descriptor = _acquire(path, exclusive, deadline)
+    _held.add(descriptor)
     try:
         yield
     finally:
+        _held.discard(descriptor)
         # The exclusive lock is only given to the last holder, who removes the file.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,7 +56,7 @@ def check_shapes(
         if name not in found:
             reason = f"weight {name} {expected[name]} is missing"
         elif name not in expected:
-            reason = f"there is no weight {name} in it"
+            reason = f"weight {name} is extra (there is no weight {name} in it)"
         elif (shape := tuple(found[name])) != expected[name]:
             reason = f"weight {name} has shape {shape}, expected {expected[name]}"
         else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import llamagen.support.storage as storage
 from llamagen.config import SmallTextEncoderConfig, TextConfig
+from llamagen.models.pretrained import eval_mode
 from llamagen.support.errors import InputError
 from llamagen.support.names import is_visible, normal_name
 from llamagen.support.weights import digest
@@ -170,7 +171,8 @@ class TextEncoder(nn.Module):
         found: list[Tensor] = [torch.empty(0)] * len(ids)
         for batch in length_batches(list(map(len, ids)), tokens_at_once):
             tokens = self.tokens([ids[i] for i in batch])
-            features = self(*(each.to(self.device) for each in tokens)).cpu()
+            with eval_mode(self):
+                features = self(*(each.to(self.device) for each in tokens)).cpu()
             for row, index in zip(features, batch, strict=True):
                 found[index] = row.clone()
             if progress is not None:

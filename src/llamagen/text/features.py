@@ -24,6 +24,7 @@ from torch import Tensor
 import llamagen.support.storage as storage
 from llamagen.config import TextConfig, config_from_dict, config_to_dict
 from llamagen.support.artifact import Advance, Artifact, Format, Settings, read_manifest
+from llamagen.support.devices import dtype_name
 from llamagen.support.errors import InputError
 from llamagen.text.encoder import TOKENS_AT_ONCE, TextEncoder
 
@@ -45,6 +46,8 @@ class TextPlan:
     """Number of different captions."""
     captions_digest: str
     shard_size: int
+    precision: str = ""
+    """Of the encoder; empty in older stores."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,10 +85,12 @@ FORMAT = Format(
     version=1,
     noun="store of text features",
     command="llamagen extract-text",
+    other_files=(_INDEX_NAME,),
     words={
         "fingerprint": "another text encoder",
         "captions_digest": "other captions",
         "shard_size": "another shard size",
+        "precision": "another precision",
     },
     check=_ends,
 )
@@ -131,6 +136,10 @@ class TextStore:
 
     def __len__(self) -> int:
         return self.manifest.plan.captions
+
+    def content_digest(self) -> str:
+        """Return a text that depends on all features."""
+        return self._artifact.content_digest()
 
     def features(self, captions: Sequence[str]) -> list[Tensor]:
         """Return features (L, W) bfloat16 of each caption; (0, W) of those that are not there."""
@@ -192,6 +201,7 @@ def extract_text(
         captions=len(unique),
         captions_digest=storage.short_digest(_bytes(caption) + b"\0" for caption in unique),
         shard_size=shard_size,
+        precision=dtype_name(next(encoder.parameters()).dtype),
     )
     artifact = _artifact(out, config_to_dict(plan))
     artifact.rank, artifact.world_size = rank, world_size
@@ -208,7 +218,8 @@ def extract_text(
         ends = np.cumsum(lengths).tolist()
         return {".npy": whole.view(torch.int16).numpy(), ".json": {"ends": ends}}
 
-    with artifact.begin(), artifact.progress_bar("encoding", "caption", shown=progress) as bar:
+    begun = artifact.begin(missing={"precision": plan.precision})
+    with begun, artifact.progress_bar("encoding", "caption", shown=progress) as bar:
         start = time.perf_counter()
         count = artifact.make(encode, bar.update)
         seconds = time.perf_counter() - start

@@ -274,7 +274,7 @@ class TokenizerTraining(_Checked):
     """Initial codebook: random as published, or latents of the first images; unused with `init`."""
     revive_codes_every: int = _at_least(0, 0)
     """Every so many steps, move codes that none of the last 65,536 latents were assigned to onto
-    latents of the last batch; 0 is never."""
+    latents of the last batch, once so many were seen; 0 is never."""
     loss: TokenizerLossConfig = dataclasses.field(default_factory=TokenizerLossConfig)
     perceptual: PerceptualConfig = dataclasses.field(default_factory=PerceptualConfig)
     adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)

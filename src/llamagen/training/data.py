@@ -18,7 +18,7 @@ from llamagen.data.sources import is_library_source, open_images
 from llamagen.data.store import CodeStore
 from llamagen.data.views import Augmentation, Views
 from llamagen.models.tokenizer import ImageTokenizer
-from llamagen.support import distributed
+from llamagen.support import content, distributed
 from llamagen.support.errors import InputError
 from llamagen.training.config import Recipe, TokenizerTraining, TransformerTraining
 from llamagen.training.run_folder import SKIPPED_NAME, start_run
@@ -90,8 +90,12 @@ class Shuffled:
         return training_batches(self.images, self.order, augmentation, **part)
 
     def digest(self) -> str:
-        """Return a short text that changes when the images do."""
+        """See ``ImageCollection``."""
         return self.images.digest()
+
+    def content_digest(self) -> str:
+        """See ``ImageCollection``."""
+        return self.images.content_digest()
 
     def state_dict(self) -> dict[int, tuple[int, ...]]:
         """Return this process's position beyond the number of the step: none."""
@@ -109,6 +113,20 @@ class TokenizerImages(NamedTuple):
     """May be empty."""
     shown: ImageCollection
     """Images for sheets of samples."""
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Digests of the images, which must not change when a run resumes.
+
+        All processes ask for them.
+        """
+        sets = {"training": self.training, "validation": self.validation}
+        # The others then find what the first has looked at.
+        with distributed.main_first():
+            return {
+                f"the set of {name} images": content.identity(one.digest(), one.content_digest())
+                for name, one in sets.items()
+            }
 
 
 def tokenizer_images(recipe: TokenizerTraining) -> TokenizerImages:
@@ -183,14 +201,15 @@ def find_codes(recipe: TransformerTraining, tokenizer: ImageTokenizer) -> CodeSp
         training = _extracted(recipe, tokenizer, images.training, views, "training")
     else:
         is_half = recipe.loop.precision == "bfloat16"
-        training = LiveCodes(
-            tokenizer,
-            images.training,
-            views,
-            skipped=SkippedFiles(recipe.out / SKIPPED_NAME),
-            workers=recipe.images.workers,
-            encoder=copy.deepcopy(tokenizer).to(torch.bfloat16).eval() if is_half else None,
-        )
+        with distributed.main_first():
+            training = LiveCodes(
+                tokenizer,
+                images.training,
+                views,
+                skipped=SkippedFiles(recipe.out / SKIPPED_NAME),
+                workers=recipe.images.workers,
+                encoder=copy.deepcopy(tokenizer).to(torch.bfloat16).eval() if is_half else None,
+            )
     rows = np.arange(len(training))
     if len(images.validation) == 0:
         return CodeSplits(training, rows, training, rows[:0])

@@ -85,6 +85,7 @@ def fit(
     if a checkpoint could not be written: the earlier ones are intact.
     """
     with own_random_numbers(config.device), _lost_processes(out):
+        _ = task.data  # of the files as they are before the first step
         run = _Run(task, config, out, quiet=quiet, recipe=recipe)
         with contextlib.closing(run), _stop_signals() as signals:
             batches = task.batches(run.step, config.steps)
@@ -168,6 +169,8 @@ class _Run:
         self.trackers: list[trackers.Tracker] = [self.log, self.console, *others]
         if checkpoint is not None:
             self.console.line(f"going on after step {self.step} of the run in {out}")
+        elif task.note is not None:
+            self.console.line(task.note)
 
     def _place(self, *, new: bool) -> None:
         """Move the models to their devices, with their first weights if the run is new."""

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import llamagen.support.storage as storage
 from llamagen.config import sampling_settings
-from llamagen.support import distributed
+from llamagen.support import content, distributed
 from llamagen.support.artifact import flattened
 from llamagen.support.devices import find_device, find_dtype
 from llamagen.support.errors import InputError
+from llamagen.support.locks import folder_lock
 from llamagen.training.checkpoint import CHECKPOINTS_NAME, find_checkpoints
 from llamagen.training.config import Recipe, RecipeT
 from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yaml
 
 RECIPE_NAME = "recipe.yaml"
 SKIPPED_NAME = "skipped.txt"
+TEXT_ENCODER = "the text encoder"
+"""Its fingerprint among the data of a run; older ones do not have it."""
 
 MAY_CHANGE = frozenset(
     {
@@ -37,6 +41,24 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields of a recipe that may change when a run is resumed."""
+
+
+@contextlib.contextmanager
+def lock_run(out: Path) -> Iterator[None]:
+    """Hold the folder of a run during a block, so that no other run works in it.
+
+    It is made for that, and removed if it stays empty. InputError if another run holds it.
+    """
+    _require_folder(out)
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    storage.require_writable(out)
+    try:
+        with folder_lock(out, distributed.rank(), distributed.world_size()):
+            yield
+    finally:
+        with contextlib.suppress(OSError):
+            for path in made:
+                path.rmdir()
 
 
 def open_run(recipe: RecipeT) -> RecipeT:
@@ -75,7 +97,8 @@ def start_run(recipe: Recipe) -> None:
 def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raise InputError if a resumed run has other data than it began with."""
     for name, identity in now.items():
-        if recorded.get(name) != identity:
+        before = recorded.get(name, identity if name == TEXT_ENCODER else None)
+        if not content.is_same(before, identity):
             raise InputError(
                 f"{name} is not what the run in {out} began with; restore it, "
                 f"or give another `out` for a new run"
@@ -85,9 +108,9 @@ def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Pa
 def _recorded(recipe: RecipeT) -> RecipeT | None:
     """Return the recipe of the run in the folder, or None if the folder is free."""
     out = recipe.out
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; give `out` a folder")
-    if not out.exists() or not any(out.iterdir()):
+    _require_folder(out)
+    # Locks and what killed processes leave behind are hidden.
+    if not any(out.glob("[!.]*")):
         return None
     path = out / RECIPE_NAME
     if not path.exists():
@@ -105,6 +128,11 @@ def _recorded(recipe: RecipeT) -> RecipeT | None:
         raise InputError(
             f"{out} holds another kind of run ({error}); give another `out`"
         ) from error
+
+
+def _require_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; give `out` a folder")
 
 
 def _check_same(recorded: RecipeT, recipe: RecipeT) -> None:

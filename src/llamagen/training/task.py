@@ -42,6 +42,8 @@ class Task(abc.ABC):
     """The adversary's full learning rate; both follow one schedule."""
     data: Mapping[str, str]
     """Identity of everything that the run reads, by name."""
+    note: str | None = None
+    """A line to show when a run begins."""
     about: Mapping[str, Any]
     """The model's kind and configuration, as plain values for the checkpoint."""
     blocks: Sequence[nn.Module] = ()

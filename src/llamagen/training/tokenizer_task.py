@@ -5,6 +5,7 @@ Shapes: B images, H x W pixels, h x w grid, K codes, E codebook dimension.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ from llamagen.training.losses import Term, mean_psnr, tokenizer_terms, total_los
 from llamagen.training.metrics import CodebookUsage
 from llamagen.training.parallel import seeded
 from llamagen.training.recipes import recipe_to_dict
-from llamagen.training.run_folder import SKIPPED_NAME, open_run, start_run
+from llamagen.training.run_folder import SKIPPED_NAME, lock_run, open_run, start_run
 from llamagen.training.task import Batch, Losses, Task
 
 MODEL_FOLDER = "tokenizer"
@@ -60,7 +61,7 @@ def train_tokenizer(recipe: TokenizerTraining, *, quiet: bool = False) -> Traini
     does, FileNotFoundError if a folder does not exist, and InputError if recipe, images and the
     run's folder do not fit together.
     """
-    with distributed.process_group(recipe.loop.device):
+    with distributed.process_group(recipe.loop.device), lock_run(recipe.out):
         recipe = open_run(recipe)
         task = make_task(recipe)
         return fit(task, recipe.loop, recipe.out, quiet=quiet, recipe=recipe_to_dict(recipe))
@@ -112,10 +113,6 @@ class TokenizerTask(Task):
     ) -> None:
         """Make a task for ``model``; a discriminator is initialised from torch's generator."""
         self.recipe, self.images = recipe, images
-        self.data = {
-            "the set of training images": images.training.digest(),
-            "the set of validation images": images.validation.digest(),
-        }
         self.model = self.module = accelerate(model)
         if recipe.trained == "decoder":
             for part in (model.encoder, model.quant_conv, model.quantize):
@@ -140,6 +137,26 @@ class TokenizerTask(Task):
             self.adversary = make_discriminator(kind, height=height, width=width)
             self.adversary_lr = adversarial.lr(recipe.loop.lr)
             self.panels["adversarial losses"] = ("generator", "discriminator")
+
+    @property
+    def note(self) -> str | None:  # type: ignore[override]  # a value of each recipe
+        """When codes are first revived, if that is not after ``revive_codes_every``."""
+        every, loop = self.recipe.revive_codes_every, self.recipe.loop
+        grid = self.model.config.grid_of(*self.recipe.images.shape)
+        window = math.ceil(_USAGE_WINDOW / (loop.batch_size * math.prod(grid)))
+        first = math.ceil(window / max(1, every)) * every
+        if first <= every <= loop.steps:
+            return None
+        end = f", but the run ends after {loop.steps:,}" if first > loop.steps else ""
+        return (
+            f"unused codes are known after {_USAGE_WINDOW:,} latents: the first are revived after "
+            f"step {first:,}{end}"
+        )
+
+    @functools.cached_property
+    def data(self) -> Mapping[str, str]:  # type: ignore[override]  # found when it is asked for
+        """See ``Task``."""
+        return self.images.identity
 
     def prepare(self) -> None:
         """Initialise the codebook with latents, if the recipe says so."""

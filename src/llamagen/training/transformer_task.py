@@ -20,14 +20,16 @@ from llamagen.checkpoints.sources import Source
 from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.loader import DataOrder
+from llamagen.data.store import CodeStore
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
-from llamagen.support import distributed
+from llamagen.support import content, distributed
 from llamagen.support import labels as label_files
 from llamagen.support.devices import find_device
 from llamagen.support.errors import InputError
 from llamagen.support.labels import Labels
 from llamagen.support.pictures import image_grid, save_png
+from llamagen.text.features import TextStore
 from llamagen.training.config import TransformerTraining
 from llamagen.training.data import CodeSplits, find_codes
 from llamagen.training.loop import TrainingResult, fit, own_random_numbers
@@ -41,7 +43,7 @@ from llamagen.training.next_code import (
 )
 from llamagen.training.parallel import shards_model
 from llamagen.training.recipes import recipe_to_dict
-from llamagen.training.run_folder import SKIPPED_NAME, open_run
+from llamagen.training.run_folder import SKIPPED_NAME, TEXT_ENCODER, lock_run, open_run
 from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.transformer_start import Start, find_start
 
@@ -62,7 +64,7 @@ def train_transformer(recipe: TransformerTraining, *, quiet: bool = False) -> Tr
     they are read, or not at all if the recipe names a store of codes. The result's ``model`` is a
     folder for ``Pipeline.from_pretrained``. Raises as ``train_tokenizer`` does.
     """
-    with distributed.process_group(recipe.loop.device):
+    with distributed.process_group(recipe.loop.device), lock_run(recipe.out):
         recipe = open_run(recipe)
         task = make_task(recipe)
         return fit(task, recipe.loop, recipe.out, quiet=quiet, recipe=recipe_to_dict(recipe))
@@ -132,17 +134,27 @@ class TransformerTask(Task):
         self.blocks = list(self.module.transformer.layers)
         self.units_per_image = {"tokens": float(math.prod(codes.training.grid))}
         self.flops_per_image = training_flops(start.config)
-        self.data = {
+        data = {
             "the image tokenizer": tokenizer.fingerprint(),
             "the training codes": codes.training.identity,
             "the number of training images": str(len(codes.train_rows)),
         }
-        if start.text.features is not None:
-            self.data["the text features"] = start.text.features.identity
+        if start.text.encoder is not None:
+            data[TEXT_ENCODER] = start.text.encoder.fingerprint()
+        # Codes that the run itself made follow from what their identity says.
+        stores = {
+            "the training codes": None if recipe.codes is None else codes.training,
+            "the text features": start.text.features,
+        }
+        with distributed.main_first():
+            for name, store in stores.items():
+                if isinstance(store, CodeStore | TextStore):
+                    data[name] = content.identity(store.identity, store.content_digest())
+        self.data = data
         self._tokenizer, self._codes = tokenizer, codes
         # Files that have no codes since they could not be read.
-        stores = {store.folder: store for store in (codes.training, codes.validation)}
-        skipped = [pair for store in stores.values() for pair in store.skipped()]
+        sources = {source.folder: source for source in (codes.training, codes.validation)}
+        skipped = [pair for source in sources.values() for pair in source.skipped()]
         self._skipped = len(skipped)
         if distributed.is_main():
             SkippedFiles(recipe.out / SKIPPED_NAME).add(

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,15 +28,22 @@ from llamagen.config import read_json
 from llamagen.data.loader import DataOrder
 from llamagen.evaluation.features import NetworkOutput
 from llamagen.evaluation.image_sets import ImageSet
-from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel
+from llamagen.models.pretrained import CONFIG_NAME, PretrainedModel, eval_mode
 from llamagen.support import distributed
 from llamagen.support.devices import find_dtype
 from llamagen.support.errors import InputError
 from llamagen.support.labels import FILE_NAME, Labels
+from llamagen.support.locks import folder_lock
 
 _MEASURED_NAME = "measured.json"
 _STATE_NAME = ".training.pt"
 _SAVE_EVERY = 250
+"""Steps after which held-out images are looked at, and the training can resume."""
+_SAVE_SECONDS = 5.0
+_PATIENCE = 4
+"""Checks without progress after which the training ends."""
+_TIMED_STEPS = 20
+"""Steps after which it is known how long all take."""
 _SEED_STRIDE = 1_000_003
 _MAX_SIDE = 64
 """Larger images are shrunk to this side for the classifier."""
@@ -83,6 +93,8 @@ class Classifier(PretrainedModel[ClassifierConfig]):
     labels: Labels
     accuracy: float
     """On held-out images, from 0 to 1; like ``labels`` set by training or loading."""
+    trained: Mapping[str, Any]
+    """Its images and settings; older folders do not have them."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
@@ -110,12 +122,12 @@ class Classifier(PretrainedModel[ClassifierConfig]):
 class ClassifierFeatures:
     """A trained classifier as a ``FeatureNetwork``."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, trained_on: str = "the reference") -> None:
         self.classifier = classifier.eval()
         self.class_names = classifier.labels.names
         self.fingerprint = f"classifier {classifier.fingerprint()}"
         self.name = (
-            f"classifier trained on the reference ({classifier.config.classes} classes, "
+            f"classifier trained on {trained_on} ({classifier.config.classes} classes, "
             f"{classifier.accuracy:.0%} right on held-out images)"
         )
 
@@ -131,26 +143,65 @@ def load_classifier(folder: Path, *, device: torch.device | str = "cpu") -> Clas
     """Read a classifier; FileNotFoundError or InputError if there is none in the folder."""
     model = Classifier.from_folder(folder, device=device)
     model.labels = Labels.load(folder / FILE_NAME)
-    model.accuracy = float(read_json(folder / _MEASURED_NAME)["accuracy"])
+    measured = read_json(folder / _MEASURED_NAME)
+    model.accuracy = float(measured["accuracy"])
+    model.trained = measured.get("trained", {})
     return model
 
 
 def open_classifier(
-    folder: Path, images: ImageSet | None, device: torch.device, training: ClassifierTraining
+    folder: Path,
+    images: ImageSet | None,
+    device: torch.device,
+    training: ClassifierTraining,
+    *,
+    shared: bool = False,
 ) -> ClassifierFeatures:
     """Return the classifier in a folder, trained on images if it is not there yet.
 
     Called in every process of a run; the main one trains. InputError if there is none, and no
-    images with classes to train it on.
+    images with classes to train it on; or if it was trained on other images or with other settings,
+    which only a ``shared`` one may have been.
     """
     if distributed.is_main() and not (folder / CONFIG_NAME).is_file() and images is not None:
+        _require_classes(images)
+        storage.require_writable(folder)
         config = ClassifierConfig(
             classes=max(2, len(images.class_names)), size=min(_MAX_SIDE, *images.size)
         )
-        with tqdm(total=training.steps, desc="training the classifier", disable=None) as bar:
-            train_classifier(images, folder, config, training, device=device, progress=bar.update)
+        bar = tqdm(total=training.steps, desc="training the classifier", disable=None)
+        # Whoever waits for another run finds its classifier.
+        with bar, folder_lock(folder, timeout=math.inf):
+            if not (folder / CONFIG_NAME).is_file():
+                options: dict[str, Any] = {"device": device, "progress": bar.update}
+                train_classifier(images, folder, config, training, **options)
     distributed.barrier()
-    return ClassifierFeatures(load_classifier(folder, device=device))
+    model = load_classifier(folder, device=device)
+    now = {} if images is None else _trained(images, training)
+    if changed := [name for name in now if model.trained.get(name, now[name]) != now[name]]:
+        if not shared:
+            raise InputError(
+                f"the classifier in {folder} was trained with other {' and '.join(changed)}; "
+                f"restore that, choose another folder (`out`), or name it as `classifier` to "
+                f"compare in its features all the same"
+            )
+        if "images" in changed:
+            return ClassifierFeatures(model, trained_on="other images than the reference")
+    return ClassifierFeatures(model)
+
+
+def _require_classes(images: ImageSet) -> Tensor:
+    """Return the labels (N,) of images; InputError if they have none."""
+    if images.labels is None or len(images.class_names) < 2:
+        raise InputError(
+            f"{images.name} has no classes to train a classifier on; use class folders"
+        )
+    return torch.from_numpy(images.labels.astype(np.int64))
+
+
+def _trained(images: ImageSet, training: ClassifierTraining) -> dict[str, Any]:
+    """Return what a classifier was trained with, for its folder."""
+    return {"images": images.identity, "settings": dataclasses.asdict(training)}
 
 
 def train_classifier(
@@ -164,18 +215,16 @@ def train_classifier(
 ) -> Classifier:
     """Train a classifier into a folder that is new, empty, or begun by this.
 
-    All images are held in memory, at ``config.size``; ``progress`` is called with the number of
-    further steps. InputError if the images have no classes, or there are too few of them.
+    It ends early once held-out images are recognised no better. All images are held in memory, at
+    ``config.size``; ``progress`` is called with the number of further steps. InputError if the
+    images have no classes, there are too few of them, or the folder was begun with others.
     """
-    if images.labels is None or len(images.class_names) < 2:
-        raise InputError(
-            f"{images.name} has no classes to train a classifier on; use class folders"
-        )
+    labels = _require_classes(images)
     storage.require_writable(folder)
+    about = _trained(images, training)
     parts = (torch.from_numpy(np.array(part)).movedim(-1, 1) for part in images.parts())
     small = (_resized(part.float(), config.size).round().clamp(0, 255) for part in parts)
     pixels = torch.cat([part.to(torch.uint8) for part in small])  # (N, 3, size, size)
-    labels = torch.from_numpy(images.labels.astype(np.int64))
     order = torch.from_numpy(np.random.default_rng(training.seed).permutation(len(labels)))
     held_out, rows = order.tensor_split([max(1, round(training.held_out * len(labels)))])
     if len(rows) < config.classes:
@@ -183,31 +232,42 @@ def train_classifier(
     with torch.random.fork_rng():
         torch.manual_seed(training.seed)
         model = Classifier(config).to(device)
-    _train(model, pixels, labels, rows, folder, training, progress)
-    model.eval()
-    model.labels = Labels(images.class_names)
-    with torch.inference_mode():
-        batches = (part.to(model.device) for part in pixels[held_out].split(256))
-        found = [model(model.prepare(batch)).argmax(1).cpu() for batch in batches]
-    model.accuracy = int((torch.cat(found) == labels[held_out]).sum()) / len(held_out)
+    _train(model, pixels, labels, (rows, held_out), folder, training, progress, about)
+    model.labels, model.trained = Labels(images.class_names), about
+    found = _predict(model.eval(), pixels[held_out]).argmax(1)
+    model.accuracy = int((found == labels[held_out]).sum()) / len(held_out)
     with storage.staged_files(folder, last=CONFIG_NAME) as temporary:
         model.save_pretrained(temporary)
         model.labels.save(temporary / FILE_NAME)
-        storage.write_json(temporary / _MEASURED_NAME, {"accuracy": model.accuracy})
+        measured = {"accuracy": model.accuracy, "trained": about}
+        storage.write_json(temporary / _MEASURED_NAME, measured)
     (folder / _STATE_NAME).unlink(missing_ok=True)
     return model
+
+
+@torch.inference_mode()
+def _predict(model: Classifier, pixels: Tensor) -> Tensor:
+    """Return logits (N, classes) of uint8 (N, 3, side, side), on the CPU."""
+    with eval_mode(model):
+        batches = (part.to(model.device) for part in pixels.split(256))
+        return torch.cat([model(model.prepare(batch)).float().cpu() for batch in batches])
 
 
 def _train(
     model: Classifier,
     pixels: Tensor,
     labels: Tensor,
-    rows: Tensor,
+    split: tuple[Tensor, Tensor],
     folder: Path,
     training: ClassifierTraining,
     progress: Callable[[int], object] | None,
+    trained: Mapping[str, Any],
 ) -> None:
-    """Train on some rows, from the step where an interrupted training in the folder stopped."""
+    """Train on some rows, from the step where an interrupted training in the folder stopped.
+
+    ``split`` are those rows and the ones held out.
+    """
+    rows, held_out = split
     device, dtype = model.device, find_dtype(None, model.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=training.lr, weight_decay=training.weight_decay
@@ -217,18 +277,32 @@ def _train(
         optimizer, training.lr, training.steps + 1, pct_start=0.2, cycle_momentum=False
     )
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    config, how = dataclasses.asdict(model.config), dataclasses.asdict(training)
-    about = {"config": config, "training": how, "count": len(rows)}
+    about = {"config": dataclasses.asdict(model.config), "trained": trained, "count": len(rows)}
     size = min(training.batch_size, len(rows))
     batches = DataOrder(count=len(rows), batch_size=size, seed=training.seed)
-    first = 0
+    first, losses = 0, list[float]()
     if (folder / _STATE_NAME).is_file():
         state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
-        if state["about"] == about:
-            first = int(state["step"])
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
+        if state["about"] != about:
+            raise InputError(
+                f"a classifier of other images or settings was begun in {folder}; restore those, "
+                f"or delete {folder / _STATE_NAME}"
+            )
+        first, losses = int(state["step"]), state["losses"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    start = saved = time.monotonic()
+    timed = min(first + _TIMED_STEPS, training.steps)
     for step in range(first, training.steps):
+        if _is_settled(losses):
+            _say(f"the classifier no longer improves: its training ends after step {step:,}")
+            break
+        if step + 1 == timed:
+            minutes = (time.monotonic() - start) / (timed - first) * (training.steps - first) / 60
+            _say(
+                f"training a classifier in {folder}: at most {training.steps - first:,} steps, "
+                f"about {minutes:.1f} minutes; the same command goes on after an interruption"
+            )
         batch = rows[[sample.index for sample in batches.batch(step)]]
         rng = torch.Generator().manual_seed(training.seed * _SEED_STRIDE + step)
         augmented = _augmented(pixels[batch], training, rng).to(device)
@@ -243,10 +317,26 @@ def _train(
         schedule.step()
         if progress is not None:
             progress(1)
-        if (step + 1) % _SAVE_EVERY == 0:
+        is_check = (step + 1) % _SAVE_EVERY == 0
+        if is_check:
+            found = _predict(model, pixels[held_out])
+            losses.append(float(F.cross_entropy(found, labels[held_out])))
+        if is_check or time.monotonic() - saved > _SAVE_SECONDS:
+            saved = time.monotonic()
             state = {name: part.state_dict() for name, part in parts.items()}
             with storage.atomic_file(folder / _STATE_NAME) as temporary:
-                torch.save({"about": about, "step": step + 1, **state}, temporary)
+                content = {"about": about, "step": step + 1, "losses": losses, **state}
+                torch.save(content, temporary)
+
+
+def _say(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _is_settled(losses: Sequence[float]) -> bool:
+    """Whether none of the last checks on held-out images was clearly better than those before."""
+    before, last = losses[:-_PATIENCE], losses[-_PATIENCE:]
+    return len(before) > 0 and min(last) > 0.99 * min(before)
 
 
 def _resized(pixels: Tensor, side: int) -> Tensor:

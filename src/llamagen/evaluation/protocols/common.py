@@ -17,6 +17,7 @@ from llamagen.evaluation.features import (
     Features,
     Reference,
     ReferenceSource,
+    check_network,
     compute_features,
     read_statistics,
 )
@@ -69,11 +70,8 @@ class Workplace:
 
         InputError if its statistics are of another network.
         """
-        if source.archive is not None and not self.has_inception:
-            raise InputError(
-                f"{source.name} holds statistics of Inception's features, which cannot be compared "
-                f"with those of the {self.network.name}; give a folder of images"
-            )
+        if source.archive is not None:
+            check_network(source.archive, self.network)
         features = None if source.images is None else self.features(source.images, "reference")
         if source.archive is not None:
             return Reference(source, features, *read_statistics(source.archive))

@@ -211,7 +211,7 @@ def evaluate_folder(
     _, compared = place.compare(report, images, reference, "images", shuffled=True)
     if save_reference is not None and distributed.is_main():
         assert compared.features is not None
-        write_statistics(save_reference, compared.features)
+        write_statistics(save_reference, compared.features, place.network)
     return report
 
 
@@ -267,7 +267,7 @@ def _mean_clip_score(
         features = (clip.encode_images(pixels), clip.encode_texts(texts))
         return {"score": clip_score(*(each.cpu().numpy() for each in features))}
 
-    settings = {"clip": clip.name, "images": images.identity}
+    settings = {"clip": clip.fingerprint, "images": images.identity}
     pieces = Pieces.named(folder, "clip", settings, len(images))
     pieces.compute(in_batches(images, _CLIP_BATCH, scores), "CLIP score")
     return float(pieces.rows("score").mean())

@@ -6,6 +6,7 @@ Shapes: N images, B images of a batch.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import llamagen.support.storage as storage
 from llamagen.evaluation.image_sets import ImageSet, Pieces, in_batches, size_text
 from llamagen.evaluation.protocols.tokenizer import batch_limit
 from llamagen.evaluation.report import Picture, Report, Table
@@ -111,8 +113,9 @@ def measure_likelihood(pipeline: Pipeline, images: ImageSet, root: Path) -> Like
         return found
 
     settings = {
-        "weights": [pipeline.transformer.fingerprint(), tokenizer.fingerprint()],
+        "weights": pipeline.fingerprints(),
         "images": images.identity,
+        "conditions": storage.short_digest([json.dumps(conditions).encode()]),
         **pipeline.precision,
     }
     pieces = Pieces.named(root, "likelihood", settings, len(images))

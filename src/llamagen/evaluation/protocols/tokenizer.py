@@ -167,6 +167,9 @@ class Reconstructions(PiecedImages):
         }
         self.pieces = Pieces.named(root, "reconstructions", settings, len(originals))
         self.identity = self.pieces.identity
+        self._with_lpips = Pieces.named(
+            root, "reconstructions", {**settings, "lpips": True}, len(originals)
+        )
 
     def compute(self, perceptual: Perceptual | None) -> None:
         """Make the pieces that are not there yet; called in every process of a run.
@@ -174,6 +177,9 @@ class Reconstructions(PiecedImages):
         They hold images, what ``compare`` finds, LPIPS (or NaN), and the occurrences of each code.
         """
         config = self.tokenizer.config
+        if perceptual is not None:
+            # Those that were measured without it do not have it.
+            self.pieces = self._with_lpips
 
         @torch.inference_mode()
         def measure(pixels: Tensor, _: range) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llamagen.config import TokenizerConfig
-from llamagen.models.pretrained import PretrainedModel
+from llamagen.models.pretrained import PretrainedModel, eval_mode
 from llamagen.models.tokenizer.autoencoder import Decoder, Encoder
 from llamagen.models.tokenizer.layers import Conv2d, Conv3x3, NormSiLU, TorchOperations, per_image
 from llamagen.models.tokenizer.quantizers import Quantized, new_quantizer
@@ -77,8 +77,9 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
 
         Raises InputError if a side of the images is not a multiple of it.
         """
-        codes: Tensor = self.quantize(self.encode_latents(images)).codes
-        return codes
+        with eval_mode(self):
+            codes: Tensor = self.quantize(self.encode_latents(images)).codes
+            return codes
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -94,7 +95,8 @@ class ImageTokenizer(PretrainedModel[TokenizerConfig]):
                 f"codes run from {low} to {high}, but this tokenizer has "
                 f"{size} codes (0 to {size - 1}); use the tokenizer that made them"
             )
-        return self.decode_latents(self.quantize.lookup(codes.to(self.device)))
+        with eval_mode(self):
+            return self.decode_latents(self.quantize.lookup(codes.to(self.device)))
 
     def _compute(self, function: Callable[[Tensor], Tensor], x: Tensor, pixels: int) -> Tensor:
         """Return ``function(x)``; image by image only for speed and memory's sake."""
