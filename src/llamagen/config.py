@@ -40,7 +40,7 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
 
 
 def _with_tuples(value: Any) -> Any:
-    """Return plain values with a tuple for each list: JSON has no tuples, configurations no lists."""
+    """Return plain values with tuples for lists: JSON has only these, configurations only those."""
     if isinstance(value, Mapping):
         return {name: _with_tuples(each) for name, each in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
