@@ -15,15 +15,16 @@ from pathlib import Path
 
 from tests.properties.checking import PROFILE
 
-FOLDER = Path(__file__).parent
+SETTINGS = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None, folder: Path = Path(__file__).parent) -> int:
+    """Hunt with the tests in ``folder``; return 1 if a round fails, else 0."""
     parser = argparse.ArgumentParser(prog="make hunt", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="time for all rounds")
     parser.add_argument("--seed", type=int, help="of the first round; the next count up")
     parser.add_argument("pytest", nargs="*", help="further arguments of pytest")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     started, longest, number = time.monotonic(), 0.0, 0
     # A first round in any case; others if they are likely to end in time.
@@ -31,7 +32,8 @@ def main() -> int:
         before, number = time.monotonic(), number + 1
         done = subprocess.run(
             [
-                *(sys.executable, "-m", "pytest", str(FOLDER), "-q", "--tb=short", "--maxfail=1"),
+                *(sys.executable, "-m", "pytest", str(folder), "-c", str(SETTINGS)),
+                *("-q", "--tb=short", "--maxfail=1"),
                 *(f"--hypothesis-seed={seed}", *options.pytest),
             ],
             env={**os.environ, PROFILE: "hunt"},
