@@ -279,7 +279,13 @@ def test_a_json_file_holds_an_object_or_is_refused(content):
     assert isinstance(found, dict) if refusal == "" else "values.json" in refusal
 
 
-SETTINGS = st.dictionaries(st.sampled_from("abc"), JSON, max_size=3)
+VALUES = st.integers() | st.floats(allow_nan=False) | st.lists(st.integers(), max_size=2) | TEXTS
+SETTINGS = st.dictionaries(
+    st.sampled_from("abc"),
+    VALUES | st.dictionaries(st.sampled_from("de"), VALUES, min_size=1),
+    max_size=3,
+)
+"""Without null, which is the same as none."""
 
 
 @holds_for(first=SETTINGS, second=SETTINGS, free=st.sets(st.sampled_from("ab")))
@@ -292,7 +298,8 @@ def test_a_folder_goes_on_with_the_same_settings_only(first, second, free):
         with Artifact(folder, form, first).begin():
             pass
         artifact = Artifact(folder, form, second)
-        _, refusal = attempt(lambda: contextlib.ExitStack().enter_context(artifact.begin()))
+        with contextlib.ExitStack() as begun:
+            _, refusal = attempt(lambda: begun.enter_context(artifact.begin()))
         assert (refusal == "") == same
         assert artifact.settings == (first if same else second)
 
