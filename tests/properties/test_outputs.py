@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume
+from hypothesis import assume, example
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -272,6 +272,7 @@ def test_json_comes_back_from_its_file(values):
 
 
 @holds_for(content=st.binary(max_size=30) | JSON.map(json.dumps).map(str.encode))
+@example(content=b"[" * 100_000)
 def test_a_json_file_holds_an_object_or_is_refused(content):
     with new_folder() as folder:
         (folder / "values.json").write_bytes(content)
