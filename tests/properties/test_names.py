@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llamagen.data.columns import sort_names
 from llamagen.support.labels import Labels
-from tests.properties.checking import answer, holds_for, new_folder
+from tests.properties.checking import TEXTS, answer, holds_for, new_folder
 
 # Letters with two cases and two forms of Unicode, digits of two scripts, and what joins words.
 LETTERS = [
@@ -98,10 +98,7 @@ def test_a_number_is_an_index_whatever_the_names(names, number, kind):
     assert type(found) in (int, type(None))
 
 
-@holds_for(
-    names=st.lists(st.text(st.characters(exclude_categories=["C", "Zl", "Zp"])), min_size=1),
-    text=st.text() | st.just("9" * 5000),
-)
+@holds_for(names=st.lists(TEXTS, min_size=1), text=st.text() | st.just("9" * 5000))
 def test_any_other_text_is_refused_in_one_line(names, text):
     index = answer(lambda: Labels(tuple(names)).find(text))
     assert index is None or 0 <= index < len(names)
