@@ -95,7 +95,7 @@ def test_codes_of_an_image_do_not_depend_on_its_company(images, dtype):
 
 
 @holds_for(
-    cost=4,
+    cost=8,
     prompts=st.lists(PROMPTS, min_size=2, max_size=5),
     dtype=st.sampled_from(["float32", "bfloat16"]),
     seed=st.integers(0, 2**31),
@@ -178,7 +178,7 @@ def generate(*words):
 
 
 @holds_for(
-    cost=8,
+    cost=16,
     calls=st.lists(
         st.tuples(
             st.lists(PROMPTS, min_size=1, max_size=3, unique=True),
