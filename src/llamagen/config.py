@@ -37,6 +37,8 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
         return dacite.from_dict(cls, _with_tuples(values), types)
     except (dacite.DaciteError, InputError) as error:
         raise InputError(f"{source}: {one_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source}: an object is where a list belongs; write [...]") from error
 
 
 def _with_tuples(value: Any) -> Any:
