@@ -29,7 +29,7 @@ settings.register_profile(
     suppress_health_check=list(HealthCheck),
 )
 settings.register_profile(
-    "hunt", settings.get_profile("quick"), max_examples=512, derandomize=False
+    "hunt", settings.get_profile("quick"), max_examples=256, derandomize=False
 )
 _PROFILE = settings.get_profile(os.environ.get(PROFILE, "quick"))
 

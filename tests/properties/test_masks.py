@@ -50,7 +50,7 @@ def strokes(draw, height, width, levels=None, background=0):
         top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
         down = draw(st.integers(1, 2) | st.integers(1, height))
         across = draw(st.integers(1, 2) | st.integers(1, width))
-        mask[top : top + down, left : left + across] = draw(levels or st.just(255))
+        mask[top : top + down, left : left + across] = draw(st.just(255) if levels is None else levels)
     return mask
 
 
