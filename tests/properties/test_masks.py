@@ -46,11 +46,12 @@ def picture(height, width):
 def strokes(draw, height, width, levels=None, background=0):
     """Boxes of some levels on a background, many of them thin; (height, width) uint8."""
     mask = np.full((height, width), background, np.uint8)
+    levels = st.just(255) if levels is None else levels
     for _ in range(draw(st.integers(1, 4))):
         top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
         down = draw(st.integers(1, 2) | st.integers(1, height))
         across = draw(st.integers(1, 2) | st.integers(1, width))
-        mask[top : top + down, left : left + across] = draw(st.just(255) if levels is None else levels)
+        mask[top : top + down, left : left + across] = draw(levels)
     return mask
 
 
