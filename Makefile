@@ -13,6 +13,9 @@ BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 DEMO_TRAIN_OUT ?= demo-train
 PYTEST_ARGS ?=
+# Of make hunt: how long, and the seed of its first round (none: random).
+HUNT_MINUTES ?= 10
+HUNT_SEED ?=
 # One worker for each core; each starts with a contiguous part of the tests, so that fixtures of a
 # module are made once.
 PYTEST := python -m pytest -n auto --dist worksteal
@@ -25,7 +28,7 @@ KERNELS := $(addprefix tests/backends/test_,cpu_step.py cpu_sampling.py convolut
 SANITIZED := convolution or native or amx and (not company or int8 and cache_dtype1) or not (amx or avx or sse2 or thread)
 
 .PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
-.PHONY: test test-limited test-sanitized test-newest test-vllm
+.PHONY: test test-limited test-sanitized test-newest test-vllm hunt
 
 help:
 	@echo "make demo     draw a sheet with the models that come with the package (seconds)"
@@ -35,6 +38,7 @@ help:
 	@echo "make test-sanitized  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make test-newest  run the tests with the newest release of every dependency"
 	@echo "make test-vllm  run the tests of the vLLM plugin, in an environment of their own"
+	@echo "make hunt     search for inputs that break a property (HUNT_MINUTES=10; HUNT_SEED=N: again)"
 	@echo "make lint     ruff and mypy"
 	@echo "make format   let ruff format the code"
 	@echo "make bench    measure decoding and loading on this machine"
@@ -110,6 +114,11 @@ $(VLLM_VENV)/.installed: pyproject.toml
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
 	LLAMAGEN_TEST_VLLM_RUNNER=2 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin/test_codes.py
+
+# Rounds of tests/properties, each with many random examples, until the time is up or one fails.
+hunt: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.properties.hunt --minutes $(HUNT_MINUTES) $(addprefix --seed ,$(HUNT_SEED)) \
+		-- $(wordlist 4,99,$(PYTEST)) $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -33,14 +33,20 @@ def config_from_dict(cls: type[ConfigT], values: Mapping[str, Any], source: str)
     Raises InputError, which names the source, if a key is unknown or missing, a value has the wrong
     type, or the configuration refuses the combination.
     """
-    # Literal types, tuples and paths arrive from JSON as strings and lists.
-    types = dacite.Config(
-        strict=True, cast=[tuple], type_hooks={Path: lambda path: Path(str(path))}
-    )
+    types = dacite.Config(strict=True, type_hooks={Path: lambda path: Path(str(path))})
     try:
-        return dacite.from_dict(cls, dict(values), types)
+        return dacite.from_dict(cls, _with_tuples(values), types)
     except (dacite.DaciteError, InputError) as error:
         raise InputError(f"{source}: {one_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{source}: an object is where a list belongs; write [...]") from error
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return plain values with tuples for lists: JSON has only these, configurations only those."""
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(each) for name, each in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def non_default_fields(config: Any, implemented: Collection[str]) -> list[str]:
@@ -213,7 +219,7 @@ class TransformerArchitecture:
             raise InputError(f"kv_heads {self.kv_heads} must divide heads {self.heads}")
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
-            _require(value > 0, f"{name} is {value}, expected a positive number")
+            _require(0 < value < math.inf, f"{name} is {value}, expected a positive number")
         _require_fraction(self, "token_dropout", "attention_dropout", "residual_dropout")
         _require_fraction(self, "ffn_dropout", "drop_path")
 
@@ -363,7 +369,7 @@ class Setting:
             fits = value in self.choices
         else:
             is_number = isinstance(value, numbers.Integral if self.type is int else numbers.Real)
-            fits = is_number and not isinstance(value, bool) and math.isfinite(value)
+            fits = is_number and not isinstance(value, bool) and abs(value) < math.inf
             if fits and self.minimum is not None:
                 fits = value > self.minimum if self.exclusive_minimum else value >= self.minimum
             fits = fits and (self.maximum is None or value <= self.maximum)

@@ -101,7 +101,7 @@ def _read_table(path: Path, *, text_column: str = "text") -> list[dict[str, Any]
     kind = path.suffix.lower()
     try:
         rows = _parse(path.read_text(encoding="utf-8-sig"), kind, text_column)
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(
             f"{path} cannot be read as {kind or 'text'} ({one_line(error)})"
         ) from error

@@ -11,6 +11,10 @@ class InputError(ValueError):
     without a traceback and exits with status 2; other exceptions are bugs or faults of the machine.
     """
 
+    def __str__(self) -> str:
+        # Names of files, columns and classes may have line breaks in them.
+        return " ".join(super().__str__().splitlines())
+
 
 class NotFiniteError(InputError):
     """Infinite or NaN logits of a transformer, due to its precision or its weights.
