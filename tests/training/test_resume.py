@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+from llamagen.cli.main import main
 from llamagen.training import (
     TrainingInterrupted,
     checkpoint,
@@ -158,16 +159,12 @@ def _small_files_only():
 
 def test_a_disk_that_fills_up(digits, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-
-    def train(out, steps, **limits):
-        return subprocess.run(
-            training_command(digits, out, steps=steps), check=False, capture_output=True,
-            text=True, timeout=300, **limits,
-        )  # fmt: skip
-
-    assert train(whole, 12).returncode == 0
-    assert train(run, 6).returncode == 0
-    stopped = train(run, 12, preexec_fn=_small_files_only)
+    train_here(digits, whole, steps=12)
+    train_here(digits, run, steps=6)
+    stopped = subprocess.run(
+        training_command(digits, run, steps=12), check=False, capture_output=True,
+        text=True, timeout=300, preexec_fn=_small_files_only,
+    )  # fmt: skip
     assert stopped.returncode == 1
     last = stopped.stderr.strip().splitlines()[-1]
     assert last.startswith("llamagen: error: ")
@@ -177,7 +174,7 @@ def test_a_disk_that_fills_up(digits, tmp_path):
         "step-0000003",
         "step-0000006",
     }
-    assert train(run, 12).returncode == 0
+    train_here(digits, run, steps=12)
     assert records(run)[-1] == records(whole)[-1]
 
 
@@ -191,16 +188,23 @@ def training_command(digits, out, *, steps):
     return [*program, "--data", str(digits), "--out", str(out), *flags.split()]
 
 
+def train_here(digits, out, *, steps):
+    """The same command in this process, which need not start."""
+    with pytest.raises(SystemExit) as ended:
+        main(training_command(digits, out, steps=steps)[3:])
+    assert not ended.value.code
+
+
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_killed_process(digits, tmp_path, kills):
-    def command(out):
-        return training_command(digits, out, steps=12 + 5 * kills)
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=300)
+    steps = 12 + 5 * kills
+    train_here(digits, tmp_path / "whole", steps=steps)
     moments = random.Random()
     for _ in range(kills):
         process = subprocess.Popen(
-            command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            training_command(digits, tmp_path / "killed", steps=steps),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         checkpoints = tmp_path / "killed" / "checkpoints"
         known = set(checkpoints.glob("step-*"))
@@ -210,6 +214,6 @@ def test_killed_process(digits, tmp_path, kills):
         time.sleep(moments.uniform(0.0, 0.3))
         process.kill()
         process.wait()
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, timeout=300)
+    train_here(digits, tmp_path / "killed", steps=steps)
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     assert not list(checkpoints.glob(".*")), "what the killed process left is cleared away"

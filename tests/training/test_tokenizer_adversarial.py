@@ -9,7 +9,12 @@ from llamagen.evaluation.networks.lpips import Lpips
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer
-from llamagen.training.adversarial import adaptive_weight, generator_loss
+from llamagen.training.adversarial import (
+    PatchDiscriminator,
+    StyleDiscriminator,
+    adaptive_weight,
+    generator_loss,
+)
 from llamagen.training.config import (
     AdversarialConfig,
     AugmentationConfig,
@@ -107,16 +112,19 @@ def test_adaptive_weight(digits, tmp_path):
     assert float(term.weight) == pytest.approx(0.5 * expected.item())
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *(("patchgan", kind) for kind in ("hinge", "vanilla", "non-saturating")),
-        ("stylegan", "hinge"),
-        pytest.param("stylegan", "vanilla", marks=pytest.mark.slow),
-        pytest.param("stylegan", "non-saturating", marks=pytest.mark.slow),
-    ],
-)
-def test_every_kind_trains_and_resumes(digits, tmp_path, name, kind):
+@pytest.fixture
+def narrow(monkeypatch):
+    """Discriminators of few channels, whose checkpoints are small."""
+    for module, name in (
+        (PatchDiscriminator, "base_channels"),
+        (StyleDiscriminator, "max_channels"),
+    ):
+        monkeypatch.setitem(module.__init__.__kwdefaults__, name, 8)
+
+
+@pytest.mark.parametrize("name", ["patchgan", "stylegan"])
+@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non-saturating"])
+def test_every_kind_trains_and_resumes(digits, tmp_path, narrow, name, kind):
     adversarial = {"discriminator": name, "adversarial_loss": kind, "adversarial_start": 1}
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         recipe = recipe_with(digits, tmp_path / out, adversarial=adversarial, steps=steps)
