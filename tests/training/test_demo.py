@@ -41,7 +41,7 @@ def test_classifier_recognises_real_digits():
     assert _classifier(digits)(pictures, digits.held_out_labels) > 0.97
 
 
-def test_every_stage_in_short(tmp_path, monkeypatch):
+def test_every_stage_in_short(tmp_path, monkeypatch, curves):
     """A few steps of each on few scans: all is there, and a second call trains nothing anew."""
     scans = load_digits()
     few = Digits(*(part[:300] for part in scans[:2]), *(part[:50] for part in scans[2:]))

@@ -14,6 +14,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Read once, when vLLM is imported.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Processes run beside each other, and each would bind its thread to the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 SECOND_RUNNER = os.environ.get("LLAMAGEN_TEST_VLLM_RUNNER") == "2"
 
@@ -23,7 +25,14 @@ if SECOND_RUNNER:
     triton_interpreter.install()
 
 from tests.parity.conftest import fixtures, read_case  # noqa: E402, F401
+from tests.tiny_models import tiny_transformer  # noqa: E402
 from tests.vllm_plugin.engines import Engine  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """The plainest model on vLLM, for all tests of a module that change nothing about it."""
+    return Engine(tiny_transformer(), tmp_path_factory.mktemp("engine") / "model")
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ CODES, CLASSES = 64, 5
 FIRST, END = CLASSES + 1, CLASSES
 
 
-@pytest.fixture
-def engine(start):
-    return start(tiny_transformer())
-
-
 def draw(engine, prompt=(1,), **settings):
     params = vllm.SamplingParams(**{"max_tokens": 16, "detokenize": False, **settings})
     (output,) = engine.llm.generate({"prompt_token_ids": list(prompt)}, params, use_tqdm=False)
