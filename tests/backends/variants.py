@@ -40,9 +40,6 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "sse2": (("-march=x86-64",), {"sse2"}, {"threads"}),
     "one thread": (("-fno-openmp",), set(), None),
 }
-VARIANTS = tuple(_VARIANTS)
-
-
 @functools.cache
 def processor_flags() -> set[str]:
     """Return the instruction sets of this processor, as Linux names them."""
@@ -51,6 +48,22 @@ def processor_flags() -> set[str]:
         return set()
     lines = info.read_text().splitlines()
     return set(next(line for line in lines if line.startswith("flags")).split())
+
+
+def _repeats_another(name: str) -> bool:
+    """Whether this processor runs the same code by itself: as "native", or not emulated."""
+    flags = processor_flags()
+    kinds = {"amx": {"amx_tile"}, **{kind: needed for kind, (_, needed, _) in _VARIANTS.items()}}
+    if name.startswith("emulated "):
+        return kinds[name.removeprefix("emulated ")] <= flags
+    best = ("amx", "avx512_bf16", "avx512", "avx2", "sse2")
+    return name == next((kind for kind in best if kinds[kind] <= flags), None)
+
+
+VARIANTS = [
+    pytest.param(name, marks=[pytest.mark.slow] if _repeats_another(name) else [])
+    for name in _VARIANTS
+]
 
 
 def present(found):
