@@ -24,7 +24,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
 KERNELS := $(addprefix tests/backends/test_,cpu_step.py cpu_sampling.py convolution.py)
 SANITIZED := convolution or native or amx and (not company or int8 and cache_dtype1) or not (amx or avx or sse2 or thread)
 
-# What rests on packages other than torch.
+# What rests on packages other than torch; make test-newest DEPENDENT=tests runs all.
 DEPENDENT := $(addprefix tests/,checkpoints cli data evaluation models/test_pretrained.py pipeline serving text)
 DEPENDENT += $(addprefix tests/training/test_,demo.py fine_tuning.py recipes.py trackers.py)
 

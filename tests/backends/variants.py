@@ -38,7 +38,8 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "avx512": (("-march=skylake-avx512",), {"avx512bw"}, {"threads"}),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}, {"threads"}),
     "sse2": (("-march=x86-64",), {"sse2"}, {"threads"}),
-    "one thread": (("-fno-openmp",), set(), None),
+    # The same code as "native", so that it need not be optimised once more.
+    "one thread": (("-fno-openmp", "-O1"), set(), None),
 }
 @functools.cache
 def processor_flags() -> set[str]:
