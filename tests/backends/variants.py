@@ -41,6 +41,8 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     # The same code as "native", so that it need not be optimised once more.
     "one thread": (("-fno-openmp", "-O1"), set(), None),
 }
+
+
 @functools.cache
 def processor_flags() -> set[str]:
     """Return the instruction sets of this processor, as Linux names them."""

@@ -5,8 +5,6 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -21,6 +19,7 @@ from llamagen.training import (
 )
 from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.trackers import Console
+from tests import forked
 from tests.training.runs import (
     assert_same_state,
     records,
@@ -151,24 +150,25 @@ def test_seeds_differ(make_run, tmp_path):
     assert losses[0] != losses[1]
 
 
-def _small_files_only():
-    """The system then refuses to write more, as it does on a full disk."""
+def _train_with_small_files(words):
+    """The system refuses to write more, as it does on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    main(words)
 
 
 def test_a_disk_that_fills_up(digits, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_here(digits, whole, steps=12)
     train_here(digits, run, steps=6)
-    stopped = subprocess.run(
-        training_command(digits, run, steps=12), check=False, capture_output=True,
-        text=True, timeout=300, preexec_fn=_small_files_only,
-    )  # fmt: skip
-    assert stopped.returncode == 1
-    last = stopped.stderr.strip().splitlines()[-1]
-    assert last.startswith("llamagen: error: ")
-    assert "File too large" in last
+    words = training_command(digits, run, steps=12)
+    stopped = forked.start(__name__, "_train_with_small_files", words, log=tmp_path / "log")
+    stopped.join(300)
+    assert stopped.exitcode == 1
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    (line,) = [line for line in log.splitlines() if line.startswith("llamagen: error: ")]
+    assert "File too large" in line
     # What was saved before is whole, and the run ends as if nothing had happened.
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step-0000003",
@@ -179,19 +179,18 @@ def test_a_disk_that_fills_up(digits, tmp_path):
 
 
 def training_command(digits, out, *, steps):
-    """A shell's words for a run that saves every third step."""
+    """The words of a command that saves every third step."""
     flags = "--size 16 --validation-fraction 0.2 --codebook-size 32 --codebook-dim 4 "
     flags += "--base-channels 8 --channel-multipliers 1 1 2 --norm-groups 4 --z-channels 8 "
     flags += f"--encoder-blocks 1 --decoder-blocks 1 --dropout 0.1 --batch-size 4 --steps {steps} "
     flags += "--precision float32 --device cpu --log-every 5 --save-every 3 --seed 3"
-    program = [sys.executable, "-m", "llamagen", "train", "tokenizer"]
-    return [*program, "--data", str(digits), "--out", str(out), *flags.split()]
+    return ["train", "tokenizer", "--data", str(digits), "--out", str(out), *flags.split()]
 
 
 def train_here(digits, out, *, steps):
-    """The same command in this process, which need not start."""
+    """Run the command in this process."""
     with pytest.raises(SystemExit) as ended:
-        main(training_command(digits, out, steps=steps)[3:])
+        main(training_command(digits, out, steps=steps))
     assert not ended.value.code
 
 
@@ -201,19 +200,16 @@ def test_killed_process(digits, tmp_path, kills):
     train_here(digits, tmp_path / "whole", steps=steps)
     moments = random.Random()
     for _ in range(kills):
-        process = subprocess.Popen(
-            training_command(digits, tmp_path / "killed", steps=steps),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        words = training_command(digits, tmp_path / "killed", steps=steps)
+        process = forked.start("llamagen.cli.main", "main", words, log=tmp_path / "log")
         checkpoints = tmp_path / "killed" / "checkpoints"
         known = set(checkpoints.glob("step-*"))
         # Until this process has saved something, then at any moment: in a save as well.
-        while process.poll() is None and not set(checkpoints.glob("step-*")) - known:
+        while process.is_alive() and not set(checkpoints.glob("step-*")) - known:
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.3))
         process.kill()
-        process.wait()
+        process.join()
     train_here(digits, tmp_path / "killed", steps=steps)
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     assert not list(checkpoints.glob(".*")), "what the killed process left is cleared away"
