@@ -58,7 +58,7 @@ class Copy:
         folder = self.package.parent
         process = forked.start(__name__, function, log=folder / "log", path=folder)
         process.join()
-        assert process.exitcode == 0, (folder / "log").read_text()
+        assert process.exitcode == 0, (folder / "log.err").read_text()
 
 
 @pytest.fixture
