@@ -25,14 +25,7 @@ if SECOND_RUNNER:
     triton_interpreter.install()
 
 from tests.parity.conftest import fixtures, read_case  # noqa: E402, F401
-from tests.tiny_models import tiny_transformer  # noqa: E402
 from tests.vllm_plugin.engines import Engine  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """The plainest model on vLLM, for all tests of a module that change nothing about it."""
-    return Engine(tiny_transformer(), tmp_path_factory.mktemp("engine") / "model")
 
 
 @pytest.fixture

@@ -55,10 +55,10 @@ def text_images(count, *, longest, codes=16, guided=True):
     ]
 
 
-def test_sixty_requests_of_mixed_settings_in_one_batch(engine):
+def test_sixty_requests_of_mixed_settings_in_one_batch(start):
     model = tiny_transformer()
     images = class_images(60, classes=5)
-    assert engine.draw(images) == [alone(model, image) for image in images]
+    assert start(model).draw(images) == [alone(model, image) for image in images]
 
 
 def test_texts_of_all_lengths_in_one_batch(start):
@@ -151,7 +151,8 @@ def test_texts_that_guidance_leads_away_from(start):
     assert engine.draw(images) == [alone(model, image) for image in images]
 
 
-def test_negative_prompts_are_refused_where_the_engine_takes_none(engine):
+def test_negative_prompts_are_refused_where_the_engine_takes_none(start):
+    engine = start(tiny_transformer())
     with pytest.raises(InputError, match="negative_prompts"):
         engine.draw([Image(condition=torch.tensor(0), unconditional=torch.tensor(1))])
 
@@ -178,12 +179,13 @@ def test_requests_come_and_go(start):
             assert finished[str(number)] == alone(model, image)
 
 
-def test_codes_in_a_prompt_are_continued(engine):
+def test_codes_in_a_prompt_are_continued(start):
     """A label with the first codes of an image gives the rest of it."""
     from vllm import TokensPrompt
 
     model = tiny_transformer()
     image = class_images(3, classes=5)[2]
+    engine = start(model)
     whole = alone(model, image)
     prompt, params = engine.request(image)
     given = [code + engine.config.first_code for code in whole[:7]]
