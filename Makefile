@@ -27,8 +27,12 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
 KERNELS := $(addprefix tests/backends/test_,cpu_step.py cpu_sampling.py convolution.py)
 SANITIZED := convolution or native or amx and (not company or int8 and cache_dtype1) or not (amx or avx or sse2 or thread)
 
+# What rests on packages other than torch; make test-newest DEPENDENT=tests runs all.
+DEPENDENT := $(addprefix tests/,checkpoints cli data evaluation models/test_pretrained.py pipeline serving text)
+DEPENDENT += $(addprefix tests/training/test_,demo.py fine_tuning.py recipes.py trackers.py)
+
 .PHONY: help install install-newest install-vllm demo demo-train lint format bench clean
-.PHONY: test test-limited test-sanitized test-newest test-vllm hunt
+.PHONY: test test-limited test-sanitized test-newest test-vllm test-vllm-1 test-vllm-2 hunt
 
 help:
 	@echo "make demo     draw a sheet with the models that come with the package (seconds)"
@@ -36,7 +40,7 @@ help:
 	@echo "make test     run the tests (PYTEST_ARGS=--slow: the slow ones too)"
 	@echo "make test-limited  run the numeric tests as processors without AVX-512 or AVX2 would"
 	@echo "make test-sanitized  run the kernels' tests under AddressSanitizer and UBSan"
-	@echo "make test-newest  run the tests with the newest release of every dependency"
+	@echo "make test-newest  run the tests of what rests on dependencies with their newest releases"
 	@echo "make test-vllm  run the tests of the vLLM plugin, in an environment of their own"
 	@echo "make hunt     search for inputs that break a property (HUNT_MINUTES=10; HUNT_SEED=N: again)"
 	@echo "make lint     ruff and mypy"
@@ -98,8 +102,11 @@ $(NEWEST_VENV)/.installed: pyproject.toml
 		$(TORCH) -e '.[dev]'
 	@touch $@
 
+# Unless those are the pinned ones, with which all tests run.
 test-newest: $(NEWEST_VENV)/.installed
-	$(NEWEST_VENV)/bin/$(PYTEST) $(PYTEST_ARGS)
+	@other="$$($(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -vixFf constraints.txt)"; \
+		if [ -z "$$other" ]; then echo "the newest releases are those of constraints.txt: nothing else to test"; \
+		else echo "not in constraints.txt:" $$other; $(NEWEST_VENV)/bin/$(PYTEST) $(DEPENDENT) $(PYTEST_ARGS); fi
 
 # torch's companions come from another registry's builds, and cannot be imported beside this torch.
 $(VLLM_VENV)/.installed: pyproject.toml
@@ -110,9 +117,13 @@ $(VLLM_VENV)/.installed: pyproject.toml
 		$(TORCH) 'pytest>=9.0' -e '.[text]'
 	@touch $@
 
-# The second run is vLLM's model runner for GPUs, whose kernels Triton's interpreter executes.
-test-vllm: $(VLLM_VENV)/.installed
+test-vllm: test-vllm-1 test-vllm-2
+
+test-vllm-1: $(VLLM_VENV)/.installed
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin $(PYTEST_ARGS)
+
+# vLLM's model runner for GPUs, whose kernels Triton's interpreter executes.
+test-vllm-2: $(VLLM_VENV)/.installed
 	LLAMAGEN_TEST_VLLM_RUNNER=2 $(VLLM_VENV)/bin/python -m pytest tests/vllm_plugin/test_codes.py
 
 # Rounds of tests/properties, each with many random examples, until the time is up or one fails.

@@ -6,16 +6,14 @@ copy, runs the recipe's ``check_...`` function below.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import llamagen
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(llamagen.__file__).parent
@@ -57,15 +55,10 @@ class Copy:
 
     def check(self, function: str) -> None:
         """Run a function of this module where the copy is imported as ``llamagen``."""
-        code = f"from tests import test_contributing; test_contributing.{function}()"
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": f"{self.package.parent}{os.pathsep}{ROOT}"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        folder = self.package.parent
+        process = forked.start(__name__, function, log=folder / "log", path=folder)
+        process.join()
+        assert process.exitcode == 0, (folder / "log.err").read_text()
 
 
 @pytest.fixture

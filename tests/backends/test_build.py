@@ -205,8 +205,8 @@ def test_several_processes_compile_at_once(cache, source):
             text=True,
             env=dict(os.environ),
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
-    assert [process.communicate(timeout=300)[0] for process in running] == ["42\n"] * 3
-    assert [process.returncode for process in running] == [0] * 3
+    assert [process.communicate(timeout=300)[0] for process in running] == ["42\n"] * 2
+    assert [process.returncode for process in running] == [0] * 2
     assert len(libraries(cache)) == 1

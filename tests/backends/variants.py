@@ -39,9 +39,9 @@ _VARIANTS: dict[str, tuple[tuple[str, ...], set[str], set[str] | None]] = {
     "avx512": (("-march=skylake-avx512",), {"avx512bw"}, {"threads"}),
     "avx2": (("-march=x86-64-v3",), {"avx2", "fma"}, {"threads"}),
     "sse2": (("-march=x86-64",), {"sse2"}, {"threads"}),
-    "one thread": (("-fno-openmp",), set(), None),
+    # The same code as "native", so that it need not be optimised once more.
+    "one thread": (("-fno-openmp", "-O1"), set(), None),
 }
-VARIANTS = tuple(_VARIANTS)
 
 
 @functools.cache
@@ -52,6 +52,22 @@ def processor_flags() -> set[str]:
         return set()
     lines = info.read_text().splitlines()
     return set(next(line for line in lines if line.startswith("flags")).split())
+
+
+def _repeats_another(name: str) -> bool:
+    """Whether this processor runs the same code by itself: as "native", or not emulated."""
+    flags = processor_flags()
+    kinds = {"amx": {"amx_tile"}, **{kind: needed for kind, (_, needed, _) in _VARIANTS.items()}}
+    if name.startswith("emulated "):
+        return kinds[name.removeprefix("emulated ")] <= flags
+    best = ("amx", "avx512_bf16", "avx512", "avx2", "sse2")
+    return name == next((kind for kind in best if kinds[kind] <= flags), None)
+
+
+VARIANTS = [
+    pytest.param(name, marks=[pytest.mark.slow] if _repeats_another(name) else [])
+    for name in _VARIANTS
+]
 
 
 def present(found):

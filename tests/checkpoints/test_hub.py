@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.checkpoints.hub_server import COMMIT, Hub, running
 from tests.models.test_pretrained import sharded
 from tests.tiny_models import tiny_pipeline, tiny_transformer
@@ -77,17 +76,11 @@ def client(hub, home):
             "NO_PROXY": "127.0.0.1",
             **environment,
         }
-        done = subprocess.run(
-            [sys.executable, "-c", PREAMBLE + code],
-            cwd=Path(__file__).parents[2],
-            env=variables,
-            capture_output=True,
-            text=True,
-            timeout=100,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.splitlines()
+        log = home.with_name("log")
+        process = forked.start("tests.forked", "execute", PREAMBLE + code, variables, log=log)
+        process.join(100)
+        assert process.exitcode == 0, log.with_suffix(".err").read_text()
+        return log.read_text().splitlines()
 
     return run
 

@@ -155,6 +155,7 @@ def test_processes_share_every_batch(paths, world_size, workers):
 
     whole = list(of(0, 1))
     parts = [list(of(rank, world_size)) for rank in range(world_size)]
+    assert len(whole) == 6
     for step, batch in enumerate(whole):
         assert torch.equal(torch.cat([part[step].pixels for part in parts]), batch.pixels)
         assert torch.equal(torch.cat([part[step].indices for part in parts]), batch.indices)

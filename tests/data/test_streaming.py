@@ -75,13 +75,16 @@ def test_processes_share_batches_without_overlap(folder, world_size):
         )
         for rank in range(world_size)
     ]
+    assert len(whole) == 9
     for step, batch in enumerate(whole):
         joined = torch.cat([share[step].pixels for share in shares])
         assert torch.equal(joined, batch.pixels)
 
 
 def test_same_batches_with_workers(folder):
-    assert contents(batches(stream(folder), workers=2)) == contents(batches(stream(folder)))
+    whole = contents(batches(stream(folder)))
+    assert len(whole) == 9 * 8
+    assert contents(batches(stream(folder), workers=2)) == whole
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5, 8])

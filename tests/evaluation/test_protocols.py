@@ -71,6 +71,7 @@ def test_metrics_of_another_network_have_other_names(tmp_path, reference):
     pipe = tiny_pipeline()
     plan = SamplePlan.of_classes(pipe, 10)
     report = evaluate_classes(pipe, plan, reference, place(tmp_path, "mine"))
+    assert report.metrics
     assert all(name.startswith("classifier_") for name in report.metrics)
     assert "never with a published FID" in " ".join(report.warnings)
     # 10 samples and 12 numbers a feature.

@@ -1,14 +1,12 @@
 """The emoji model that comes with the package, by what it draws."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from llamagen import Pipeline
 from llamagen.checkpoints import find_shipped, shipped_models
+from llamagen.cli.main import main
 from llamagen.support.pictures import read_metadata
 
 COLOURS = {
@@ -70,19 +68,13 @@ def test_another_prompt_is_another_picture(pipe):
     assert np.abs(a - c).mean() > 20
 
 
-def test_command_in_a_folder_that_has_an_emoji_folder(tmp_path):
+def test_command_in_a_folder_that_has_an_emoji_folder(tmp_path, monkeypatch):
     (tmp_path / "emoji").mkdir()
     (tmp_path / "emoji" / "0.png").write_bytes(b"")
-    command = [sys.executable, "-m", "llamagen", "generate", "--model", "emoji"]
-    result = subprocess.run(
-        [*command, "--prompt", "llama", "--seed", "0", "--out", "llama.png"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
-    with Image.open(tmp_path / "llama.png") as image:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--model", "emoji", "--prompt", "llama", "--seed", "0", "--out", "a.png"])
+    assert not ended.value.code
+    with Image.open(tmp_path / "a.png") as image:
         assert image.size == (64, 64)
-    assert read_metadata(tmp_path / "llama.png")["prompt"] == "llama"
+    assert read_metadata(tmp_path / "a.png")["prompt"] == "llama"

@@ -1,11 +1,23 @@
 """A server, its client, and a browser for its page."""
 
+import functools
+import ssl
+from collections.abc import Iterator
+
 import openai
 import pytest
 
 from tests.serving.browser import Page, is_there, started
 from tests.serving.servers import running
 from tests.tiny_models import tiny_pipeline, tiny_text_pipeline
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates_read_once() -> Iterator[None]:
+    """httpx reads them for each call, which takes longer than most answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", functools.cache(ssl.create_default_context))
+        yield
 
 
 @pytest.fixture(scope="module")

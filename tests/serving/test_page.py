@@ -53,7 +53,9 @@ def test_files_are_served_with_their_headers(server):
 
 def test_every_file_is_served(server):
     folder = importlib.resources.files("llamagen") / "assets" / "ui"
-    for name in {file.name for file in folder.iterdir()} - {"index.html"}:
+    names = {file.name for file in folder.iterdir()} - {"index.html"}
+    assert {"page.css", "page.js"} <= names
+    for name in names:
         assert httpx.get(f"{server.url}/ui/{name}").content == (folder / name).read_bytes()
 
 

@@ -22,3 +22,15 @@ def tokenizer_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "model"
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def curves() -> None:
+    """For tests that look at the curves of their runs."""
+
+
+@pytest.fixture(autouse=True)
+def _without_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others do without: drawing them takes longer than all steps of a small run."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr("llamagen.training.trackers.draw_curves", lambda *_: None)

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llamagen.training.demo import enlarged, load_digits, run_training_demo
+from llamagen.training import demo
+from llamagen.training.demo import (
+    Digits,
+    _classifier,
+    enlarged,
+    load_digits,
+    run_training_demo,
+)
 
 
 def test_digits_are_split_without_overlap():
@@ -27,15 +34,25 @@ def test_a_scan_survives_enlarging():
     assert np.corrcoef(back.flatten(), scan.flatten())[0, 1] > 0.98
 
 
-def test_every_stage_in_short(tmp_path):
-    """A few steps of each: everything is there, and a second call trains nothing anew."""
+def test_classifier_recognises_real_digits():
+    """Also after they were enlarged, as generated ones are."""
+    digits = load_digits()
+    pictures = [enlarged(scan) for scan in digits.held_out]
+    assert _classifier(digits)(pictures, digits.held_out_labels) > 0.97
+
+
+def test_every_stage_in_short(tmp_path, monkeypatch, curves):
+    """A few steps of each on few scans: all is there, and a second call trains nothing anew."""
+    scans = load_digits()
+    few = Digits(*(part[:300] for part in scans[:2]), *(part[:50] for part in scans[2:]))
+    monkeypatch.setattr(demo, "load_digits", lambda: few)
     result = run_training_demo(tmp_path / "demo", steps=(2, 2))
     for name in ("sheet.png", "curves.png", "summary.json"):
         assert (tmp_path / "demo" / name).is_file()
     summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
     assert summary["psnr"] == result.psnr
     assert 0 <= result.recognised <= 1
-    assert result.recognised_real > 0.97
+    assert result.recognised_real > 0.9
     weights = tmp_path / "demo" / "transformer" / "pipeline" / "transformer" / "model.safetensors"
     before = weights.read_bytes()
     again = run_training_demo(tmp_path / "demo", steps=(2, 2))

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from llamagen.cli.main import main
 from tests.training.runs import assert_same_state, records, state
 
 pytestmark = pytest.mark.slow
@@ -29,15 +30,13 @@ def torchrun(processes, *arguments):
 
 def run(processes, *arguments):
     if processes == 1:
-        command = [sys.executable, "-m", "llamagen", *map(str, arguments)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
-        output, status = done.stdout + done.stderr, done.returncode
-    else:
-        process = torchrun(processes, *arguments)
-        output, _ = process.communicate(timeout=300)
-        status = process.returncode
-    assert status == 0, output
-    return output
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        assert not ended.value.code
+        return
+    process = torchrun(processes, *arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
 
 
 LOOP = "--precision float32 --device cpu --batch-size 8 --log-every 1 --validate-every 2 "
@@ -81,6 +80,14 @@ def test_tokenizer_of_two_processes_is_that_of_one(digits, tmp_path):
     assert_same_losses(tmp_path / "1", tmp_path / "2")
 
 
+@pytest.fixture(scope="module")
+def of_one_process(digits, tokenizer_folder, tmp_path_factory):
+    """A transformer's run; not to be changed."""
+    out = tmp_path_factory.mktemp("of-one-process") / "run"
+    run(1, *transformer_command(digits, tokenizer_folder, out))
+    return out
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -91,11 +98,11 @@ def test_tokenizer_of_two_processes_is_that_of_one(digits, tmp_path):
     ],
     ids=["ddp", "fsdp", "fsdp-accumulation", "hybrid"],
 )
-def test_transformer_of_two_processes_is_that_of_one(digits, tokenizer_folder, tmp_path, flags):
-    for processes, more in ((1, []), (2, flags)):
-        out = tmp_path / str(processes)
-        run(processes, *transformer_command(digits, tokenizer_folder, out, *more))
-    assert_same_losses(tmp_path / "1", tmp_path / "2")
+def test_transformer_of_two_processes_is_that_of_one(
+    of_one_process, digits, tokenizer_folder, tmp_path, flags
+):
+    run(2, *transformer_command(digits, tokenizer_folder, tmp_path / "2", *flags))
+    assert_same_losses(of_one_process, tmp_path / "2")
 
 
 def test_sharded_bfloat16_is_near_that_of_one_process(digits, tokenizer_folder, tmp_path):
@@ -108,19 +115,18 @@ def test_sharded_bfloat16_is_near_that_of_one_process(digits, tokenizer_folder, 
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_text_encoder_of_two_processes_is_that_of_one(digits, tokenizer_folder, tmp_path, parallel):
+def test_text_encoder_of_two_processes_is_that_of_one(digits, tokenizer_folder, tmp_path):
     images = shutil.copytree(digits, tmp_path / "images")
     paths = sorted(path.relative_to(images) for path in images.rglob("*.png"))
     rows = [f"{path},digit {path.parent.name}" for path in paths]
     (images / "metadata.csv").write_text("\n".join(["file_name,text", *rows]) + "\n")
     flags = "--condition text --text-dim 16 --text-layers 1 --text-heads 2 --text-dropout 0"
-    for processes in (1, 2):
-        command = transformer_command(
-            images, tokenizer_folder, tmp_path / str(processes), *flags.split()
-        )
+    for processes, parallel in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+        out = tmp_path / f"{parallel}-{processes}"
+        command = transformer_command(images, tokenizer_folder, out, *flags.split())
         run(processes, *command, "--parallel", parallel)
-    assert_same_losses(tmp_path / "1", tmp_path / "2")
+    for parallel in ("ddp", "fsdp"):
+        assert_same_losses(tmp_path / "ddp-1", tmp_path / f"{parallel}-2")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

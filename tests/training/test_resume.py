@@ -5,13 +5,12 @@ import os
 import random
 import resource
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
+from llamagen.cli.main import main
 from llamagen.training import (
     TrainingInterrupted,
     checkpoint,
@@ -20,6 +19,7 @@ from llamagen.training import (
 )
 from llamagen.training.checkpoint import latest_checkpoint
 from llamagen.training.trackers import Console
+from tests import forked
 from tests.training.runs import (
     assert_same_state,
     records,
@@ -150,26 +150,22 @@ def test_seeds_differ(make_run, tmp_path):
     assert losses[0] != losses[1]
 
 
-def _small_files_only():
-    """The system then refuses to write more, as it does on a full disk."""
+def _train_with_small_files(words):
+    """The system refuses to write more, as it does on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    main(words)
 
 
 def test_a_disk_that_fills_up(digits, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
-
-    def train(out, steps, **limits):
-        return subprocess.run(
-            training_command(digits, out, steps=steps), check=False, capture_output=True,
-            text=True, timeout=300, **limits,
-        )  # fmt: skip
-
-    assert train(whole, 12).returncode == 0
-    assert train(run, 6).returncode == 0
-    stopped = train(run, 12, preexec_fn=_small_files_only)
-    assert stopped.returncode == 1
-    last = stopped.stderr.strip().splitlines()[-1]
+    train_here(digits, whole, steps=12)
+    train_here(digits, run, steps=6)
+    words = training_command(digits, run, steps=12)
+    stopped = forked.start(__name__, "_train_with_small_files", words, log=tmp_path / "log")
+    stopped.join(300)
+    assert stopped.exitcode == 1
+    last = (tmp_path / "log.err").read_text().strip().splitlines()[-1]
     assert last.startswith("llamagen: error: ")
     assert "File too large" in last
     # What was saved before is whole, and the run ends as if nothing had happened.
@@ -177,39 +173,42 @@ def test_a_disk_that_fills_up(digits, tmp_path):
         "step-0000003",
         "step-0000006",
     }
-    assert train(run, 12).returncode == 0
+    train_here(digits, run, steps=12)
     assert records(run)[-1] == records(whole)[-1]
 
 
 def training_command(digits, out, *, steps):
-    """A shell's words for a run that saves every third step."""
+    """The words of a command that saves every third step."""
     flags = "--size 16 --validation-fraction 0.2 --codebook-size 32 --codebook-dim 4 "
     flags += "--base-channels 8 --channel-multipliers 1 1 2 --norm-groups 4 --z-channels 8 "
     flags += f"--encoder-blocks 1 --decoder-blocks 1 --dropout 0.1 --batch-size 4 --steps {steps} "
     flags += "--precision float32 --device cpu --log-every 5 --save-every 3 --seed 3"
-    program = [sys.executable, "-m", "llamagen", "train", "tokenizer"]
-    return [*program, "--data", str(digits), "--out", str(out), *flags.split()]
+    return ["train", "tokenizer", "--data", str(digits), "--out", str(out), *flags.split()]
+
+
+def train_here(digits, out, *, steps):
+    """Run the command in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main(training_command(digits, out, steps=steps))
+    assert not ended.value.code
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=[pytest.mark.slow, pytest.mark.long])])
 def test_killed_process(digits, tmp_path, kills):
-    def command(out):
-        return training_command(digits, out, steps=12 + 5 * kills)
-
-    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=300)
+    steps = 12 + 5 * kills
+    train_here(digits, tmp_path / "whole", steps=steps)
     moments = random.Random()
     for _ in range(kills):
-        process = subprocess.Popen(
-            command(tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        words = training_command(digits, tmp_path / "killed", steps=steps)
+        process = forked.start("llamagen.cli.main", "main", words, log=tmp_path / "log")
         checkpoints = tmp_path / "killed" / "checkpoints"
         known = set(checkpoints.glob("step-*"))
         # Until this process has saved something, then at any moment: in a save as well.
-        while process.poll() is None and not set(checkpoints.glob("step-*")) - known:
+        while process.is_alive() and not set(checkpoints.glob("step-*")) - known:
             time.sleep(0.01)
         time.sleep(moments.uniform(0.0, 0.3))
         process.kill()
-        process.wait()
-    subprocess.run(command(tmp_path / "killed"), check=True, capture_output=True, timeout=300)
+        process.join()
+    train_here(digits, tmp_path / "killed", steps=steps)
     assert records(tmp_path / "killed") == records(tmp_path / "whole")
     assert not list(checkpoints.glob(".*")), "what the killed process left is cleared away"

@@ -62,7 +62,7 @@ class TestTokenizer:
         assert 0 < result.validation["codebook_usage"] <= 1
         assert result.validation["psnr"] > 8
 
-    def test_folder_of_the_run(self, digits, tmp_path):
+    def test_folder_of_the_run(self, digits, tmp_path, curves):
         out = tmp_path / "out"
         result = train_tokenizer(tokenizer_recipe(digits, out), quiet=True)
         assert {path.name for path in out.iterdir()} == {
@@ -155,7 +155,7 @@ def test_codebook_from_data():
 
 
 class TestTransformer:
-    def test_folder_of_the_run(self, digits, tokenizer_folder, tmp_path):
+    def test_folder_of_the_run(self, digits, tokenizer_folder, tmp_path, curves):
         out = tmp_path / "out"
         sampling = SamplingConfig(guidance_scale=2.0, top_k=5)
         result = train_transformer(

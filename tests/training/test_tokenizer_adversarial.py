@@ -9,7 +9,12 @@ from llamagen.evaluation.networks.lpips import Lpips
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support.errors import InputError
 from llamagen.training import train_tokenizer
-from llamagen.training.adversarial import adaptive_weight, generator_loss
+from llamagen.training.adversarial import (
+    PatchDiscriminator,
+    StyleDiscriminator,
+    adaptive_weight,
+    generator_loss,
+)
 from llamagen.training.config import (
     AdversarialConfig,
     AugmentationConfig,
@@ -20,7 +25,7 @@ from llamagen.training.config import (
 from llamagen.training.losses import total_loss
 from llamagen.training.metrics import CodebookUsage
 from llamagen.training.recipes import load_recipe, recipe_to_yaml
-from llamagen.training.tokenizer_task import TokenizerTask, make_task
+from llamagen.training.tokenizer_task import make_task
 from tests.tiny_models import tiny_tokenizer
 from tests.training.runs import assert_same_state, records, state, tokenizer_recipe
 
@@ -107,16 +112,19 @@ def test_adaptive_weight(digits, tmp_path):
     assert float(term.weight) == pytest.approx(0.5 * expected.item())
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *(("patchgan", kind) for kind in ("hinge", "vanilla", "non-saturating")),
-        ("stylegan", "hinge"),
-        pytest.param("stylegan", "vanilla", marks=pytest.mark.slow),
-        pytest.param("stylegan", "non-saturating", marks=pytest.mark.slow),
-    ],
-)
-def test_every_kind_trains_and_resumes(digits, tmp_path, name, kind):
+@pytest.fixture
+def narrow(monkeypatch):
+    """Discriminators of few channels, whose checkpoints are small."""
+    for module, name in (
+        (PatchDiscriminator, "base_channels"),
+        (StyleDiscriminator, "max_channels"),
+    ):
+        monkeypatch.setitem(module.__init__.__kwdefaults__, name, 8)
+
+
+@pytest.mark.parametrize("name", ["patchgan", "stylegan"])
+@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non-saturating"])
+def test_every_kind_trains_and_resumes(digits, tmp_path, narrow, name, kind):
     adversarial = {"discriminator": name, "adversarial_loss": kind, "adversarial_start": 1}
     for out, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
         recipe = recipe_with(digits, tmp_path / out, adversarial=adversarial, steps=steps)
@@ -268,10 +276,10 @@ class TestFineTuning:
 
 
 def test_usage_counts_once(digits, tmp_path):
-    recipe = tokenizer_recipe(digits, tmp_path / "out", steps=2)
-    train_tokenizer(recipe, quiet=True)
+    """Each code of a training batch is: 36 of each of 4 images, which are judged as well."""
+    train_tokenizer(recipe_with(digits, tmp_path / "out", steps=2), quiet=True)
+    assert state(tmp_path / "out", 2)["task"]["usage"]["seen"] == 2 * 4 * 36
     assert records(tmp_path / "out")[-1]["codebook_usage"] > 0
-    assert TokenizerTask.name == "tokenizer"
 
 
 def test_the_decoder_alone(digits, tmp_path):

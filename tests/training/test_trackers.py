@@ -112,5 +112,6 @@ def test_compiled_blocks_train_to_the_same_losses(digits, tokenizer_folder, tmp_
             digits, tokenizer_folder, tmp_path / str(compiled), compile=compiled, model=plain
         )
         losses[compiled] = train_transformer(recipe, quiet=True)
+    assert "loss" in losses[False].validation
     for name, value in losses[False].validation.items():
         assert losses[True].validation[name] == pytest.approx(value, rel=1e-4)

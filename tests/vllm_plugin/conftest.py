@@ -14,6 +14,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 # Read once, when vLLM is imported.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Processes run beside each other, and each would bind its thread to the same core.
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 SECOND_RUNNER = os.environ.get("LLAMAGEN_TEST_VLLM_RUNNER") == "2"
 

@@ -7,7 +7,7 @@ from llamagen.config import SamplingConfig
 from llamagen.vllm_plugin.export import ExportOptions
 from tests.tiny_models import tiny_transformer
 from tests.vllm_plugin.conftest import SECOND_RUNNER
-from tests.vllm_plugin.engines import Image, alone
+from tests.vllm_plugin.engines import Engine, Image, alone
 
 vllm = pytest.importorskip("vllm")
 
@@ -21,9 +21,10 @@ CODES, CLASSES = 64, 5
 FIRST, END = CLASSES + 1, CLASSES
 
 
-@pytest.fixture
-def engine(start):
-    return start(tiny_transformer())
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """Works until another engine is started in this process, as the last tests do."""
+    return Engine(tiny_transformer(), tmp_path_factory.mktemp("engine") / "model")
 
 
 def draw(engine, prompt=(1,), **settings):
@@ -65,6 +66,39 @@ def test_settings_of_vllm_count_where_a_request_names_no_others(engine):
     assert [each - FIRST for each in ids] == alone(tiny_transformer(), image)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"guidance_scale": 2.0, "guidance_scal": 3.0}, "no setting 'guidance_scal'"),
+        ({"guidance_scale": "much"}, "guidance_scale is 'much'"),
+        ({"guidance_scale": True}, "guidance_scale is True"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_rejects_invalid_settings(engine, given, message):
+    with pytest.raises(VLLMValidationError, match=message) as caught:
+        draw(engine, extra_args=given)
+    assert "\n" not in str(caught.value)
+    assert len(draw(engine)[0]) == 16
+
+
+@pytest.mark.parametrize("prompt", [(7000,), (CLASSES + 1,), (1, 0), (1, 7000)])
+def test_prompts_without_valid_label(engine, prompt):
+    (ids,) = draw(engine, prompt, max_tokens=4)
+    assert ids == [END]
+    assert len(draw(engine)[0]) == 16
+
+
+def test_unchecked_invalid_settings_end_without_codes(engine, start):
+    """An unknown name alone could be meant for somebody else, and must not end the engine."""
+    assert draw(engine, extra_args={"guidance_scal": 3.0}) == [[END]]
+    single = start(tiny_transformer(), ExportOptions(guidance=False))
+    assert draw(single, extra_args={"guidance_scale": 3.0}) == [[END]]
+    assert len(draw(single)[0]) == 16
+
+
 def test_no_more_codes_than_the_image_has(start):
     """A short text leaves room for more."""
     engine = start(tiny_transformer(condition="text", text_length=30))
@@ -85,36 +119,3 @@ def test_logits_that_are_not_finite_end_the_request(start):
     with torch.no_grad():
         model.output.weight[3] = torch.nan
     assert start(model).draw([Image(condition=torch.tensor(1))]) == [[-1]]
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"guidance_scale": 2.0, "guidance_scal": 3.0}, "no setting 'guidance_scal'"),
-        ({"guidance_scale": "much"}, "guidance_scale is 'much'"),
-        ({"guidance_scale": True}, "guidance_scale is True"),
-        ({"top_k": 1.5}, "top_k is 1.5"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"seed": -1}, "seed is -1"),
-    ],
-)
-def test_rejects_invalid_settings(engine, given, message):
-    with pytest.raises(VLLMValidationError, match=message) as caught:
-        draw(engine, extra_args=given)
-    assert "\n" not in str(caught.value)
-    assert len(draw(engine)[0]) == 16
-
-
-def test_unchecked_invalid_settings_end_without_codes(engine, start):
-    """An unknown name alone could be meant for somebody else, and must not end the engine."""
-    assert draw(engine, extra_args={"guidance_scal": 3.0}) == [[END]]
-    single = start(tiny_transformer(), ExportOptions(guidance=False))
-    assert draw(single, extra_args={"guidance_scale": 3.0}) == [[END]]
-    assert len(draw(single)[0]) == 16
-
-
-@pytest.mark.parametrize("prompt", [(7000,), (CLASSES + 1,), (1, 0), (1, 7000)])
-def test_prompts_without_valid_label(engine, prompt):
-    (ids,) = draw(engine, prompt, max_tokens=4)
-    assert ids == [END]
-    assert len(draw(engine)[0]) == 16
