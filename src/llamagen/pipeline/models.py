@@ -16,7 +16,14 @@ import llamagen.support.labels as label_files
 import llamagen.support.storage as storage
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.checkpoints.adapters import merge_adapter
-from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
+from llamagen.config import (
+    Grid,
+    KVCacheDType,
+    Quantization,
+    SamplingConfig,
+    TextConfig,
+    default_sampling,
+)
 from llamagen.generation.engine import Engine, NativeEngine
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.models.transformer import Transformer
@@ -84,7 +91,7 @@ class PipelineModels:
         self.transformer = transformer
         self.labels = labels
         self.name = name
-        self.sampling = sampling or SamplingConfig()
+        self.sampling = sampling or default_sampling(config)
         self.engine = engine
         self._engine_options = dict(engine_options or {})
         self._code_engine: Engine | None = None
