@@ -120,10 +120,10 @@ class Engine(Protocol):
     ) -> AsyncGenerator[list[int], None]:
         """Generate one image's codes, for servers; closing the iterator ends the generation.
 
-        Yields all codes in raster order, ``UNKNOWN`` where they are not final, when as many more are
-        final as a row of the grid has; at last all. No ``client`` waits until another's images are
-        all generated. Raises as ``generate``, and EngineError if the engine failed, which then goes
-        on with what comes next.
+        Yields all codes in raster order, ``UNKNOWN`` where they are not final, when as many more
+        are final as a row of the grid has; at last all. No ``client`` waits until another's images
+        are all generated. Raises as ``generate``, and EngineError if the engine failed, which then
+        goes on with what comes next.
         """
 
     async def close(self) -> None:

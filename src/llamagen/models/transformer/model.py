@@ -178,6 +178,12 @@ class Transformer(PretrainedModel[TransformerConfig]):
         codes = self.tok_embeddings(ids.clamp(min=0))
         return torch.where((ids == QUERY).unsqueeze(-1), self._queries(rope), codes)
 
+    def queries(self, grid: Grid) -> Tensor | None:
+        """Return the embeddings (cells, D) of the queries of all cells; None in raster order."""
+        with torch.no_grad():
+            random = self.pos_instruct_embeddings is not None
+            return self._queries(self.rope_table(grid)[:-1]) if random else None
+
     def _queries(self, rope: Tensor) -> Tensor:
         """Embeddings (..., D) of the queries of cells with ``rope`` (..., E / 2, 2)."""
         assert self.pos_instruct_embeddings is not None, "a query in a model of raster order"
