@@ -10,7 +10,9 @@ def condition_tokens(model, conditions, first=0):
     """Tokens of conditions (labels or text features) for sequences from ``first`` on."""
     lengths = [1 if each.ndim == 0 else len(each) for each in conditions]
     is_class = model.config.condition == "class"
-    ids = torch.stack(list(conditions)) + model.config.codebook_size if is_class else torch.zeros(0)
+    ids = torch.zeros(sum(lengths))
+    if is_class:
+        ids = torch.stack(list(conditions)) + model.config.codebook_size
     return Tokens(
         ids=ids.to(torch.int64),
         sequences=np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths),

@@ -172,6 +172,7 @@ def swiglu_hidden_dim(dim: int, *, multiplier: float | None = None, multiple_of:
     return multiple_of * math.ceil(hidden / multiple_of)
 
 
+Order = Literal["raster", "random"]
 Quantization = Literal["int8"]
 KVCacheDType = Literal["auto", "int8"]
 """Precision of what is kept of earlier codes; auto is that of the weights."""
@@ -207,9 +208,14 @@ class TransformerArchitecture:
     """Dropout of the feed-forward layer's output, in training."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
+    order: Order = "raster"
+    """Order in which codes are predicted: raster, one by one; or random, any order and several at a
+    time (RandAR, 2412.01827)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "dim", "layers", "heads", "hidden_dim")
+        if str(self.order) not in ("raster", "random"):
+            raise InputError(f"order is {self.order!r}, expected 'raster' or 'random'")
         _require(
             self.dim % self.heads == 0 and (self.dim // self.heads) % 4 == 0,
             f"dim {self.dim} over {self.heads} heads must give a head dimension that is a "
@@ -287,6 +293,11 @@ class TransformerConfig(TransformerArchitecture):
     def num_codes(self) -> int:
         """Codes per image."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def tokens_per_code(self) -> int:
+        """Positions that each code takes: with its query, in random order, two."""
+        return 2 if self.order == "random" else 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -445,6 +456,18 @@ class SamplingConfig:
         "Keep only codes at least this many times as likely as the most likely one; 0 keeps all.",
         **_SHARE,
     )
+    steps: int | None = _setting(
+        None,
+        "Passes in which a model of random order draws an image; none takes 88 for 256 codes.",
+        minimum=1,
+        maximum=MAX_INTEGER,
+    )
+    order: str = _setting(
+        "random",
+        "Codes that a model of random order draws in one pass: random ones, or local ones, near to "
+        "what is drawn and far from each other (LPD).",
+        choices=("random", "local"),
+    )
 
     def __post_init__(self) -> None:
         for setting in sampling_settings():
@@ -466,6 +489,11 @@ class SamplingConfig:
             _require(name in known, f"there is no setting {name!r}; choose from {', '.join(known)}")
         given = {name: value for name, value in values.items() if value is not None}
         return dataclasses.replace(self, **given)
+
+
+def default_sampling(model: TransformerConfig) -> SamplingConfig:
+    """Return the settings for a model that came with none."""
+    return SamplingConfig(guidance_schedule="linear" if model.order == "random" else "constant")
 
 
 @functools.cache

@@ -25,18 +25,23 @@ def run(model, requests, step, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "cache_dtype"),
-    [({"kv_heads": 2, "qk_norm": True}, None), ({}, torch.int8)],
-    ids=["grouped queries and qk-norm", "int8 cache"],
+    [({"kv_heads": 2, "qk_norm": True}, None), ({}, torch.int8), ({"order": "random"}, None)],
+    ids=["grouped queries and qk-norm", "int8 cache", "random order"],
 )
 def test_compiled_matches_eager(settings, cache_dtype, monkeypatch):
     model = tiny_transformer(**settings)
     model.kv_cache_dtype = cache_dtype
+    any_order = model.config.order == "random"
     requests = [
         GenerationRequest(
             condition=torch.tensor(k),
             seed=k,
-            sampling=SamplingConfig(guidance_scale=[1.0, 3.0][k % 2], top_k=20),
-            window=[1, 3][k // 2],
+            sampling=SamplingConfig(
+                guidance_scale=[1.0, 3.0][k % 2],
+                top_k=20,
+                steps=[5, 9][k // 2] if any_order else None,
+            ),
+            window=None if any_order else [1, 3][k // 2],
         )
         for k in range(4)
     ]

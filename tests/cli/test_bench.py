@@ -25,6 +25,14 @@ def test_measures_precisions_and_numbers_of_images(run, tmp_path, flag):
     assert ("x " in result.out.splitlines()[-2]) == (not flag)
 
 
+def test_passes_of_random_order(run, tmp_path):
+    tiny_transformer(dim=64, heads=2, order="random").save_pretrained(tmp_path / "model")
+    command = ("bench", "--model", tmp_path / "model", "--images", 1, "--repeats", 1)
+    result = run(*command, "--steps", 4, "--precisions", "float32", "--device", "cpu")
+    assert result.status == 0, result.err
+    assert "16 codes in 4 passes, with guidance" in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -33,6 +41,7 @@ def test_measures_precisions_and_numbers_of_images(run, tmp_path, flag):
         (("--preset", "Q"), "Q"),
         (("--model", "emoji"), "emoji is conditioned on text"),
         (("--model", "no-such-model"), "no-such-model"),
+        (("--model", "cifar10", "--steps", "4"), "steps is 4, but this model predicts codes one"),
     ],
 )
 def test_rejects_bad_input(fails, arguments, said):

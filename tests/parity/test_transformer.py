@@ -38,6 +38,7 @@ def config_of(case) -> TransformerConfig:
         num_classes=public.get("num_classes", 1000),
         text_length=120 if is_class else public["cls_token_num"],
         text_dim=public.get("caption_dim", 2048),
+        order=public.get("position_order", "raster"),
     )
 
 

@@ -345,3 +345,60 @@ def test_numbers_of_numpy_and_torch(editor, image):
     for settings in ({"keep_rows": 2.0}, {"keep_rows": "2"}):
         with pytest.raises(InputError, match=r"keep_rows is .*, expected an integer"):
             editor.complete(image, "dog", **settings)
+
+
+class TestAnyOrder:
+    """A model of random order reads what is kept on all sides before it draws."""
+
+    @pytest.fixture
+    def editor(self):
+        return Editor(tiny_pipeline(order="random"))
+
+    def test_what_is_below_decides_what_is_drawn(self, editor, image):
+        """The raster model's codes cannot depend on it."""
+        other = image.copy()
+        other.paste((255, 0, 0), (0, 12, 16, 16))
+        top = mask(0, 0, 16, 8)
+        for own, depends in ((editor, True), (Editor(tiny_pipeline()), False)):
+            drawn = [
+                own.inpaint(each, top, "dog", seed=3, best_of=1, top_k=20).codes[0, :2]
+                for each in (image, other)
+            ]
+            assert not torch.equal(own.encode(image)[3], own.encode(other)[3])
+            assert torch.equal(*drawn) == (not depends)
+
+    def test_one_candidate_by_default(self, editor, image):
+        assert editor.inpainting_candidates == 1
+        output = editor.inpaint(image, mask(4, 4, 12, 12), "dog", seed=3)
+        assert output.seeds == (3,)
+        again = editor.inpaint(image, mask(4, 4, 12, 12), "dog", seed=3, best_of=1, steps=2)
+        assert torch.equal(output.codes[:, 0], again.codes[:, 0])
+
+    @pytest.mark.parametrize(
+        "sides", [{"above": 3}, {"left": 5}, {"above": 1, "below": 2, "left": 3, "right": 6}]
+    )
+    def test_all_sides(self, editor, image, sides):
+        above, left = sides.get("above", 0), sides.get("left", 0)
+        output = editor.outpaint(image, "dog", seed=1, num_images_per_prompt=2, **sides)
+        rows = 4 + above + sides.get("below", 0)
+        columns = 4 + left + sides.get("right", 0)
+        assert output.codes.shape == (2, rows, columns)
+        assert output.images[0].size == (4 * columns, 4 * rows)
+        kept = output.codes[:, above : above + 4, left : left + 4]
+        assert torch.equal(kept, editor.encode(image).expand(2, -1, -1))
+        assert (output.codes >= 0).all()
+        assert not torch.equal(output.codes[0], output.codes[1])
+        about = output.metadata[0]["edit"]
+        assert about == {"kind": "outpaint", "above": 0, "below": 0, "left": 0, "right": 0, **sides}
+
+    def test_each_position_sees_what_is_there(self, editor, image):
+        edit = editor.outpainting(image, above=6, left=6, below=6, right=6)
+        known = edit.codes >= 0
+        for window in edit.windows:
+            assert window.of(known).any()
+            window.of(known).fill_(True)
+        assert known.all()
+
+    def test_raster_models_draw_below_and_on_the_right(self, image):
+        with pytest.raises(InputError, match="only below and on the right of what is there"):
+            Editor(tiny_pipeline()).outpaint(image, "dog", above=1)

@@ -105,6 +105,14 @@ def test_transformer_of_two_processes_is_that_of_one(
     assert_same_losses(of_one_process, tmp_path / "2")
 
 
+def test_random_orders_of_two_processes_are_those_of_one(digits, tokenizer_folder, tmp_path):
+    for processes in (1, 2):
+        flags = ["--order", "random", "--parallel", "fsdp" if processes > 1 else "ddp"]
+        out = tmp_path / str(processes)
+        run(processes, *transformer_command(digits, tokenizer_folder, out, *flags))
+    assert_same_losses(tmp_path / "1", tmp_path / "2")
+
+
 def test_sharded_bfloat16_is_near_that_of_one_process(digits, tokenizer_folder, tmp_path):
     """Sharded weights are gathered in bfloat16; angles and residual stream stay float32."""
     for processes, parallel in ((1, "ddp"), (2, "fsdp")):

@@ -202,6 +202,11 @@ class TestLearningRate:
         assert rates[12] == pytest.approx(0.0)
         assert rates[2:] == sorted(rates[2:], reverse=True)
 
+    def test_cosine_to_a_part(self):
+        config = LoopConfig(lr=1.0, steps=10, schedule="cosine", min_lr_ratio=0.2)
+        rates = [learning_rate(config, step) for step in (0, 5, 10)]
+        assert rates == pytest.approx([1.0, 0.6, 0.2])
+
 
 def test_decay_is_for_matrices_only():
     model = tiny_transformer()

@@ -39,7 +39,7 @@ class CompiledStep:
             *("dim", "layers", "heads", "kv_heads", "hidden_dim", "codebook_size", "grid"),
             *("condition", "num_classes", "text_length", "text_dim", "rope_base", "norm_eps"),
             *("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout"),
-            *("drop_path", "quantization", "qk_norm"),
+            *("drop_path", "quantization", "qk_norm", "order"),
         }
     )
     """Fields of ``TransformerConfig`` that compile; all others must be at their defaults."""

@@ -107,7 +107,7 @@ def describe_model(source: Source) -> ModelSummary:
         image_size = (factor * config.grid[0], factor * config.grid[1])
     if found.text is not None:
         parts.append(_text_encoder(found.text.encoder))
-    positions = config.condition_length + config.num_codes
+    positions = config.condition_length + config.tokens_per_code * config.num_codes
     is_class = config.condition == "class"
     return _summary(
         found.name,

@@ -182,6 +182,7 @@ def infer_transformer_config(
         "codebook_size": size("tok_embeddings.weight", 0),
         "grid": grid,
         "qk_norm": "layers.0.attention.q_norm.weight" in checkpoint.shapes,
+        "order": "random" if "pos_instruct_embeddings" in checkpoint.shapes else "raster",
         **_condition(checkpoint),
     }
     return config_from_dict(TransformerConfig, values, source)

@@ -9,10 +9,12 @@ from llamagen.config import (
     TOKENIZER_PRESETS,
     TRANSFORMER_PRESETS,
     Grid,
+    Order,
     SamplingConfig,
     TextConfig,
     TokenizerConfig,
     TransformerConfig,
+    default_sampling,
 )
 
 Kind = Literal["image tokenizer", "transformer"]
@@ -20,7 +22,7 @@ Kind = Literal["image tokenizer", "transformer"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PublicModel:
-    """A file that the authors of LlamaGen published."""
+    """A file that the authors of LlamaGen, or of a model built on it, published."""
 
     name: str
     repo: str
@@ -31,6 +33,8 @@ class PublicModel:
     condition: Literal["class", "text"] = "class"
     grid: Grid = (16, 16)
     """Rows and columns of codes that a transformer was trained on: its images' sides / 16."""
+    order: Order = "raster"
+    """Order in which a transformer predicts codes."""
     tokenizer: str | None = None
     """Name of a transformer's image tokenizer."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
@@ -43,7 +47,8 @@ class PublicModel:
         if self.kind == "image tokenizer":
             return TOKENIZER_PRESETS[self.preset]
         config = TRANSFORMER_PRESETS[self.preset]
-        return dataclasses.replace(config, condition=self.condition, grid=self.grid)
+        trained = {"condition": self.condition, "grid": self.grid, "order": self.order}
+        return dataclasses.replace(config, **trained)
 
 
 _CLASS_DEMO = SamplingConfig(guidance_scale=4.0, top_k=2000)
@@ -61,6 +66,14 @@ _T2I: dict[str, Any] = {
     "condition": "text",
     "text": TextConfig(),
 }
+
+
+def _randar(name: str, size: str, preset: str, scale: float) -> PublicModel:
+    """A model of RandAR (2412.01827); ``scale`` is its best, at the end of a linear schedule."""
+    file = f"randar_{size}_llamagen_360k_bs_1024_lr_0.0004.safetensors"
+    sampling = SamplingConfig(guidance_scale=scale, guidance_schedule="linear", steps=88)
+    own: dict[str, Any] = {"repo": "ziqipang/RandAR", "tokenizer": "vq-16", "order": "random"}
+    return PublicModel(name=name, file=file, preset=preset, sampling=sampling, **own)
 
 
 def _vq(name: str, repo: str, file: str, preset: str) -> PublicModel:
@@ -82,14 +95,18 @@ PUBLIC_MODELS: tuple[PublicModel, ...] = (
     _ar(_C2I, "c2i-XL-384", "c2i_XL_384.pt", "XL", 24),
     _ar(_C2I, "c2i-XXL-384", "c2i_XXL_384.pt", "XXL", 24),
     _ar(_C2I, "c2i-3B-384", "c2i_3B_384.pt", "3B", 24),
+    _randar("randar-L-256", "0.3b", "L", 3.4),
+    _randar("randar-XL-256", "0.7b", "XL", 4.0),
     _ar(_T2I, "t2i-XL-256", "t2i_XL_stage1_256.pt", "XL", 16),
     _ar(_T2I, "t2i-XL-512", "t2i_XL_stage2_512.pt", "XL", 32),
 )
 
 
-def demo_sampling(condition: Literal["class", "text"]) -> SamplingConfig:
-    """Return the settings of the published demos."""
-    return _CLASS_DEMO if condition == "class" else _TEXT_DEMO
+def demo_sampling(config: TransformerConfig) -> SamplingConfig:
+    """Return the settings of the published demos with models of this kind."""
+    if config.order == "random":
+        return default_sampling(config)
+    return _CLASS_DEMO if config.condition == "class" else _TEXT_DEMO
 
 
 def find_public(name: str) -> PublicModel | None:

@@ -120,7 +120,8 @@ class PipelineSource:
     tokenizer: Source | None = None
     """None if the source holds a transformer only."""
     labels: Labels | None = None
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    sampling: SamplingConfig | None = None
+    """Settings that came with it, if any did."""
     text: TextConfig | None = None
     folder: Path | None = None
 

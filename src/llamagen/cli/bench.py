@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import tyro
 
 from llamagen.cli.options import DeviceOption, require_at_least
+from llamagen.config import Order
 from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Bench(DeviceOption):
     random weights, of --preset."""
     preset: str = "B"
     """Size of the transformer with random weights."""
+    order: Order = "raster"
+    """Order in which the transformer with random weights predicts codes."""
+    steps: int | None = None
+    """Passes in which a model of random order draws an image."""
     images: tuple[int, ...] = (1, 8, 32)
     """Numbers of images generated at once, each with guidance."""
     precisions: tuple[Literal["float32", "bfloat16", "float16", "int8", "int8-all"], ...] = ()
@@ -64,12 +69,14 @@ def run(options: Bench) -> None:
             chosen,
             options.images,
             repeats=options.repeats,
+            steps=options.steps,
             reference=options.reference,
             on_run=bar.update,
         )
     about = speed.machine()
     label = options.model or options.preset
-    print(f"{label}, {model.config.num_codes} codes, with guidance")
+    passes = "" if options.steps is None else f" in {options.steps} passes"
+    print(f"{label}, {model.config.num_codes} codes{passes}, with guidance")
     print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")
     print(_table(found))
     if options.out is not None:
@@ -89,7 +96,9 @@ def _model(options: Bench, device: torch.device, dtype: torch.dtype) -> Transfor
     if options.model is None:
         torch.manual_seed(0)
         with torch.device(device):
-            model = Transformer(preset(TRANSFORMER_PRESETS, options.preset)).to(dtype).eval()
+            config = preset(TRANSFORMER_PRESETS, options.preset)
+            model = Transformer(dataclasses.replace(config, order=options.order))
+        model = model.to(dtype).eval()
         # The initial output head is zero, so that all codes would be equally likely.
         torch.nn.init.normal_(model.output.weight, std=0.02)
         return model

@@ -202,7 +202,7 @@ def _assemble(
     if found is None:
         public = find_public(source)
         name = options.out.resolve().name if public is None else public.name
-        sampling, text = demo_sampling(transformer.config.condition), None
+        sampling, text = demo_sampling(transformer.config), None
     else:
         name, sampling, text = found.name, found.sampling, found.text
         labels = labels if options.labels is not None else found.labels

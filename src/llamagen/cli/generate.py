@@ -192,9 +192,9 @@ class Inpaint(_EditOptions):
     opaque, transparent there."""
     keep_pixels: bool = True
     """Leave what is not marked as it is, instead of what codes make of it."""
-    best_of: int = 4
-    """Candidates for each image, of which the best is returned: the others may not fit what is
-    below the marked part."""
+    best_of: int | None = None
+    """Candidates for each image, of which the best is returned. Default: 1, or 4 in raster order,
+    where others may not fit what is below the marked part."""
 
     def _arguments(self) -> dict[str, Any]:
         return super()._arguments() | {"mask": self.mask, "keep_pixels": self.keep_pixels}
@@ -202,15 +202,20 @@ class Inpaint(_EditOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outpaint(_EditOptions):
-    """Extend an image downwards and to the right."""
+    """Extend an image downwards and to the right, or in any order on all sides."""
 
+    above: int = 0
+    """Rows of codes to draw above it (models of random order)."""
     below: int = 0
     """Rows of codes to draw below it."""
+    left: int = 0
+    """Columns of codes to draw on its left (models of random order)."""
     right: int = 0
     """Columns of codes to draw on its right."""
 
     def _arguments(self) -> dict[str, Any]:
-        return super()._arguments() | {"below": self.below, "right": self.right}
+        sides = {name: getattr(self, name) for name in ("above", "below", "left", "right")}
+        return super()._arguments() | sides
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,9 @@ import llamagen.checkpoints as checkpoints
 from llamagen.backends import CompiledStep, StepTimes, reference_only
 from llamagen.checkpoints.info import is_text_encoder, path_of
 from llamagen.checkpoints.sources import Source
-from llamagen.config import SamplingConfig
+from llamagen.config import SamplingConfig, default_sampling
 from llamagen.generation import generate_codes
+from llamagen.generation.schedules.parallel import default_steps
 from llamagen.models.transformer import KVCache, Transformer
 from llamagen.models.transformer.quantization import QuantizedLinear, quantize
 from llamagen.pipeline import Pipeline
@@ -166,15 +167,17 @@ def measure_decoding(
     images: Sequence[int],
     *,
     repeats: int,
+    steps: int | None = None,
     reference: bool = True,
     on_run: Callable[[], object] | None = None,
 ) -> list[Measurement]:
-    """Time whole images of a class-conditional model with ``SAMPLING``.
+    """Time whole images of a class-conditional model with ``SAMPLING``, in ``steps`` passes.
 
     For each number of images at once all precisions run in turn, and before them the reference in
     the first precision of floating-point weights. ``on_run`` is called after every run. The model
     is in the precision that quantised weights go with.
     """
+    sampling = SAMPLING.replace(steps=steps)
     models: dict[str, Transformer] = {p: _with_precision(model, p) for p in precisions}
     for each in models.values():
         if CompiledStep.supports(each):
@@ -191,7 +194,7 @@ def measure_decoding(
         labels = torch.arange(number, device=model.device) % model.config.num_classes
         runs: dict[str, Callable[[], object]] = {}
         for run, name in names.items():
-            generate = functools.partial(_generate, models[name], labels)
+            generate = functools.partial(_generate, models[name], labels, sampling)
             runs[run] = generate if run == name else reference_only()(generate)
         seconds = time_in_turn(runs, repeats=repeats, progress=on_run)
         found += [
@@ -199,8 +202,8 @@ def measure_decoding(
                 precision=run,
                 images=number,
                 seconds_per_code=[value / model.config.num_codes for value in seconds[run]],
-                floor=_floor_seconds(models[name], number, limits[name]),
-                shares=_shares(models[name], labels) if run == name else None,
+                floor=_floor_seconds(models[name], number, limits[name], steps),
+                shares=_shares(models[name], labels, sampling) if run == name else None,
             )
             for run, name in names.items()
         ]
@@ -216,27 +219,39 @@ def _with_precision(model: Transformer, precision: Precision) -> Transformer:
     return own.to(getattr(torch, precision))
 
 
-def _generate(model: Transformer, labels: Tensor, times: StepTimes | None = None) -> Tensor:
-    return generate_codes(model, labels, seeds=range(len(labels)), sampling=SAMPLING, times=times)
+def _generate(
+    model: Transformer, labels: Tensor, sampling: SamplingConfig, times: StepTimes | None = None
+) -> Tensor:
+    return generate_codes(model, labels, seeds=range(len(labels)), sampling=sampling, times=times)
 
 
-def _floor_seconds(model: Transformer, images: int, limits: MachineLimits) -> float:
+def _floor_seconds(
+    model: Transformer, images: int, limits: MachineLimits, steps: int | None
+) -> float:
     """The minimum seconds for a code of each image, at the middle of the image."""
     config, rows = model.config, 2 * images
     matrices = [m for m in model.modules() if isinstance(m, nn.Linear | QuantizedLinear)]
     weights = sum(m.in_features * m.out_features for m in matrices)
     read = sum(tensor.nbytes for m in matrices for tensor in (*m.parameters(), *m.buffers()))
-    length = config.condition_length + config.num_codes // 2
+    tokens, passes = config.tokens_per_code, 1.0
+    if config.order == "random":
+        passes = (steps or default_steps(config.num_codes)) / config.num_codes
+    length = config.condition_length + tokens * config.num_codes // 2
     cache = KVCache.bytes_per_sequence(config, length, model.cache_dtype)
-    attention = 4 * config.layers * config.dim * (config.condition_length + config.num_codes / 2)
-    return limits.seconds(read=read + rows * cache, operations=rows * (2 * weights + attention))
+    head = config.dim * config.codebook_size  # only where a code is predicted
+    operations = 2 * head + tokens * (
+        2 * (weights - head) + 4 * config.layers * config.dim * length
+    )
+    return limits.seconds(read=passes * (read + rows * cache), operations=rows * operations)
 
 
-def _shares(model: Transformer, labels: Tensor) -> dict[str, float] | None:
+def _shares(
+    model: Transformer, labels: Tensor, sampling: SamplingConfig
+) -> dict[str, float] | None:
     """Shares of the time of one run, counted by the CPU kernels."""
     times = StepTimes()
     start = time.perf_counter()
-    _generate(model, labels, times)
+    _generate(model, labels, sampling, times)
     whole = time.perf_counter() - start
     if not times.parts.any():
         return None
@@ -303,7 +318,7 @@ def measure_speed(
                 f"{source} first, which downloads it"
             )
     model = checkpoints.load_transformer(found.transformer, device=where, dtype=precision)
-    pipeline = None
+    sampling, pipeline = found.sampling or default_sampling(model.config), None
     if found.tokenizer is not None:
         tokenizer = checkpoints.load_tokenizer(found.tokenizer, device=where, dtype=precision)
         pipeline = Pipeline(tokenizer, model)
@@ -312,8 +327,8 @@ def measure_speed(
         device=str(where),
         dtype=dtype_name(precision),
         machine=machine(),
-        estimates=tuple(_measure(model, pipeline, each, found.sampling) for each in counts),
-        how=_how(model, found.sampling, has_tokenizer=pipeline is not None),
+        estimates=tuple(_measure(model, pipeline, each, sampling) for each in counts),
+        how=_how(model, sampling, has_tokenizer=pipeline is not None),
     )
 
 

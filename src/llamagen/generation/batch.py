@@ -25,14 +25,14 @@ from llamagen.config import Grid
 from llamagen.generation.request import UNKNOWN, GenerationRequest, check_request, uniform_draws
 from llamagen.generation.sampling import Sampler, fastest_sampler, guidance_scale_at
 from llamagen.generation.schedules import MAX_TOKENS, Pass, Schedule, new_schedule
-from llamagen.models.transformer import NO_CELL, Tokens, Transformer, to_index
+from llamagen.models.transformer import NO_CELL, QUERY, Tokens, Transformer, to_index
 from llamagen.support.errors import InputError, NotFiniteError
 
 NOT_FINITE = -1
 """Stands for a code whose logits were not finite."""
 
 
-_Role = enum.IntEnum("_Role", ["CONDITIONAL", "UNCONDITIONAL", "BLEND"])
+_Role = enum.IntEnum("_Role", ["CONDITIONAL", "UNCONDITIONAL", "BLEND"], start=0)
 """Condition of one of an image's sequences."""
 
 
@@ -50,7 +50,7 @@ class GenerationState:
 
     @property
     def final(self) -> int:
-        """Codes that are final: the first ones in raster order."""
+        """Codes that are final: the first ones in the schedule's order."""
         return self.schedule.final
 
     @property
@@ -86,7 +86,8 @@ class Batch:
         self._times = times
         self._step = fastest_step(model, times)
         length = model.config.condition_length if condition_length is None else condition_length
-        self._cache = model.new_cache(max_sequences or 2 * max_images, length + self.total)
+        positions = length + self.total * model.config.tokens_per_code
+        self._cache = model.new_cache(max_sequences or 2 * max_images, positions)
         self._sequences: list[tuple[GenerationState, _Role]] = []
         """By number in the cache."""
         device = model.device
@@ -132,20 +133,11 @@ class Batch:
             return []
         sequences = self.sequences + sum(request.sequences for request in requests)
         joined = [self._join(request, sequences) for request in requests]
-        started = [
-            ((image, role), condition)
-            for image in joined
-            for role, condition in self._conditions(image.request).items()
-        ]
-        first = self._cache.add(len(started)).start
-        self._sequences += [key for key, _ in started]
-        tokens = self._condition_tokens([condition for _, condition in started], first)
-        logits = self._step(tokens, self._cache, self.grid)
-        self._cache.lengths[first:] = (tokens.positions[tokens.wanted] + 1).tolist()
+        keys = [(image, role) for image in joined for role in self._roles(image.request)]
+        self._cache.add(len(keys))
+        self._sequences += keys
         self.images += joined
-        passes = {image: image.schedule.first_pass() for image in joined}
-        rows = {key: row for row, (key, _) in enumerate(started)}
-        self._accept(passes, self._sample(logits, passes, rows))
+        self._run({image: image.schedule.first_pass() for image in joined})
         return joined
 
     @torch.inference_mode()
@@ -157,34 +149,65 @@ class Batch:
         budget = max(1, MAX_TOKENS // max(1, self.sequences))
         passes = {image: image.schedule.next_pass(budget) for image in running}
         self._end_sequences(lambda image, role: image in passes and _is_unneeded(image, role))
+        self._run(passes)
+
+    def _run(self, passes: dict[GenerationState, Pass]) -> None:
+        """Feed the tokens of passes to their images' sequences, and sample what they predict."""
         fed: list[tuple[int, int, int, int]] = []  # sequence, position, cell, row of the codes
         wanted: list[int] = []
         first_rows: dict[tuple[GenerationState, _Role], int] = {}
-        guesses: list[tuple[int, Sequence[int]]] = []
+        replaced: list[tuple[int, Sequence[int]]] = []
+        queries: list[int] = []
+        features: list[Tensor] = []
         for number, (image, role) in enumerate(self._sequences):
             if image not in passes:
                 continue
-            feed, _, predicted_by, codes = passes[image]
-            if codes is not None:
-                guesses.append((len(fed), codes))
+            one, length = passes[image], self._cache.lengths[number]
+            if length == 0:
+                condition = self._condition(image.request, role)
+                if condition.ndim:
+                    features.append(condition.to(self.model.device))
+                else:
+                    replaced.append((len(fed), [int(condition) + self.model.config.codebook_size]))
+                length = self._cache.lengths[number] = len(condition) if condition.ndim else 1
+                fed += [(number, position, NO_CELL, image.row) for position in range(length)]
+            start = len(fed)
+            if one.codes is not None:
+                replaced.append((start, one.codes))
+            queries += [start + token for token in one.queries]
             first_rows[image, role] = len(wanted)
-            wanted += [len(fed) + token for token in predicted_by]
-            places = enumerate(feed, self._cache.lengths[number])
-            fed += [(number, position, cell, image.row) for position, cell in places]
+            wanted += [start + token for token in one.predicted_by]
+            fed += [
+                (number, position, cell, image.row)
+                for position, cell in enumerate(one.feed, length)
+            ]
         sequences, positions, cells, rows = np.array(fed, dtype=np.int32).T
         ids = self._codes[self._index(rows, cells)]
-        for start, own in guesses:
+        for start, own in replaced:
             ids[start : start + len(own)] = torch.tensor(own, device=ids.device)
-        tokens = Tokens(ids, sequences, positions, cells, np.array(wanted, dtype=np.int64))
+        if queries:
+            ids[to_index(np.array(queries), ids.device)] = QUERY
+        tokens = Tokens(
+            ids,
+            sequences,
+            positions,
+            cells,
+            np.array(wanted, dtype=np.int64),
+            torch.cat(features) if features else None,
+        )
         logits = self._step(tokens, self._cache, self.grid)
         accepted = self._accept(passes, self._sample(logits, passes, first_rows))
         for number, (image, _) in enumerate(self._sequences):
             self._cache.lengths[number] += accepted.get(image, 0)
 
     def codes_of(self, images: Sequence[GenerationState], count: int) -> Tensor:
-        """Return codes (N, T) int64 of images, on the model's device; zero from ``count`` on."""
+        """Return codes (N, T) int64 of images, on the model's device.
+
+        All but the ``count`` that were final first are ``UNKNOWN``.
+        """
         codes = self._codes[[image.row for image in images]]
-        codes[:, count:] = 0
+        for own, image in zip(codes, images, strict=True):
+            own[torch.tensor(image.schedule.order[count:], dtype=torch.int64)] = UNKNOWN
         return codes
 
     def check_finite(self, images: Sequence[GenerationState]) -> None:
@@ -215,37 +238,22 @@ class Batch:
         self._uniforms[row] = uniform_draws([request.seed], self.total)[0]
         self._not_finite[row] = 0
         is_wide = self._step.is_wide
-        schedule = new_schedule(request, self.total, is_wide=is_wide, sequences=sequences)
+        schedule = new_schedule(
+            request, self.model.config.order, self.grid, is_wide=is_wide, sequences=sequences
+        )
         return GenerationState(request, schedule, row, self.total)
 
-    def _conditions(self, request: GenerationRequest) -> dict[_Role, Tensor]:
-        """Conditions of an image's sequences: labels () or features (C, text_dim)."""
-        device, negative = self.model.device, request.negative
-        if negative is None and request.sampling.guided:
-            own = request.condition.unsqueeze(0).to(device)
-            negative = self.model.cls_embedding.unconditional(own)[0]
-        found = {
-            _Role.CONDITIONAL: request.condition,
-            _Role.UNCONDITIONAL: negative if request.sampling.guided else None,
-            _Role.BLEND: request.blend,
-        }
-        return {role: each.to(device) for role, each in found.items() if each is not None}
+    def _roles(self, request: GenerationRequest) -> list[_Role]:
+        """Conditions that an image has sequences for."""
+        given = (True, request.sampling.guided, request.blend is not None)
+        return [role for role, is_given in zip(_Role, given, strict=True) if is_given]
 
-    def _condition_tokens(self, conditions: list[Tensor], first: int) -> Tokens:
-        lengths = [len(condition) if condition.ndim else 1 for condition in conditions]
-        ids, features = torch.zeros(0, dtype=torch.int64), None
-        if self.model.config.condition == "class":
-            ids = torch.stack(conditions).to(torch.int64) + self.model.config.codebook_size
-        else:
-            features = torch.cat(conditions)
-        return Tokens(
-            ids=ids,
-            sequences=np.repeat(np.arange(first, first + len(lengths), dtype=np.int32), lengths),
-            positions=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-            cells=np.full(sum(lengths), NO_CELL, dtype=np.int32),
-            wanted=np.cumsum(lengths, dtype=np.int64) - 1,
-            features=features,
-        )
+    def _condition(self, request: GenerationRequest, role: _Role) -> Tensor:
+        """Condition of a sequence: a label () or features (C, text_dim)."""
+        found = (request.condition, request.negative, request.blend)[role]
+        if found is None:
+            return self.model.cls_embedding.unconditional(request.condition.unsqueeze(0))[0]
+        return found
 
     def _index(self, *rows_and_cells: Sequence[int] | np.ndarray) -> tuple[Tensor, ...]:
         return to_index(np.array(rows_and_cells), self._codes.device).unbind()
@@ -269,7 +277,8 @@ class Batch:
         for image, one in passes.items():
             own, negative, blend = (first_rows.get((image, role), -1) for role in _Role)
             for number, cell in enumerate(one.sample):
-                scale = guidance_scale_at(image.request.sampling, cell, self.total)
+                drawn = cell if one.drawn is None else one.drawn
+                scale = guidance_scale_at(image.request.sampling, drawn, self.total)
                 other = -1 if negative < 0 or scale == 1.0 else negative + number
                 sampled.append((own + number, other, scale, image.row, cell))
                 if blend >= 0:

@@ -27,7 +27,7 @@ from llamagen.backends import StepTimes
 from llamagen.config import Grid
 from llamagen.generation.batch import Batch, GenerationState
 from llamagen.generation.memory import sampling_batch_size
-from llamagen.generation.request import GenerationRequest, check_request
+from llamagen.generation.request import UNKNOWN, GenerationRequest, check_request
 from llamagen.models.pretrained import eval_mode
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError, NotFiniteError
@@ -46,11 +46,19 @@ class Progress:
     first: int
     """Index of the batch's first image among the call's images."""
     row: int
-    """Finished rows of the grid, from 1."""
+    """Rows of the grid that are finished, or as many codes in any order, from 1."""
     rows: int
     """Rows of the grid."""
     codes: Tensor
-    """(images of the batch, rows, columns) int64; unfinished rows are zero."""
+    """(images of the batch, rows, columns) int64; zero where ``drawn`` is False."""
+    drawn: Tensor
+    """(images of the batch, rows, columns) bool: the codes that are final."""
+
+
+def progress_of(codes: Tensor, first: int, row: int) -> Progress:
+    """Return the progress of images with ``codes`` (images, rows, columns), or ``UNKNOWN``."""
+    drawn = codes != UNKNOWN
+    return Progress(first=first, row=row, rows=codes.shape[1], codes=codes * drawn, drawn=drawn)
 
 
 def refuse_edits(request: GenerationRequest, engine: str) -> None:
@@ -114,9 +122,10 @@ class Engine(Protocol):
     ) -> AsyncGenerator[list[int], None]:
         """Generate one image's codes, for servers; closing the iterator ends the generation.
 
-        Yields all codes so far, in raster order, when a row of the grid is finished; at last all.
-        No ``client`` waits until another's images are all generated. Raises as ``generate``, and
-        EngineError if the engine failed, which then goes on with what comes next.
+        Yields all codes in raster order, ``UNKNOWN`` where they are not final, when as many more
+        are final as a row of the grid has; at last all. No ``client`` waits until another's images
+        are all generated. Raises as ``generate``, and EngineError if the engine failed, which then
+        goes on with what comes next.
         """
 
     async def close(self) -> None:
@@ -260,7 +269,7 @@ class NativeEngine:
                 batch.step()
             if callback is not None:
                 codes = batch.codes_of(images, row * columns).view(-1, rows, columns)
-                callback(Progress(first=first, row=row, rows=rows, codes=codes))
+                callback(progress_of(codes, first, row))
         batch.check_finite(images)
         return batch.codes_of(images, batch.total)
 
@@ -277,9 +286,9 @@ class NativeEngine:
             self._batch.check(request)
             self._waiting.setdefault(client, deque()).append(handle)
             self._changed.notify()
-        codes: list[int] = []
+        codes = [UNKNOWN]
         try:
-            while len(codes) < self.grid[0] * self.grid[1]:
+            while UNKNOWN in codes:
                 update = await handle.updates.get()
                 if isinstance(update, Exception):
                     raise update
@@ -377,7 +386,7 @@ class NativeEngine:
                 try:
                     if image.is_finished:
                         batch.check_finite([image])
-                    handle.send(batch.codes_of([image], count)[0, :count].tolist())
+                    handle.send(batch.codes_of([image], count)[0].tolist())
                 except NotFiniteError as error:
                     handle.send(error)
             if image.is_finished:

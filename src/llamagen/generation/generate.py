@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llamagen.backends import StepTimes
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid, SamplingConfig, default_sampling
 from llamagen.generation.engine import NativeEngine
 from llamagen.generation.request import GenerationRequest
 from llamagen.models.transformer import Transformer
@@ -59,7 +59,10 @@ def generate_codes(
         each["negative"] = without_padding(unconditional, mask)
     if known is not None:
         each["known_codes"] = known
-    of_all: dict[str, Any] = {"sampling": sampling or SamplingConfig(), "window": window}
+    of_all: dict[str, Any] = {
+        "sampling": sampling or default_sampling(model.config),
+        "window": window,
+    }
     requests = [
         GenerationRequest(**{name: own[image] for name, own in each.items()}, **of_all)
         for image in range(images)

@@ -25,7 +25,8 @@ def sampling_batch_size(
     """
     config = model.config
     length = config.condition_length if condition_length is None else condition_length
-    cache = KVCache.bytes_per_sequence(config, length + config.num_codes, model.cache_dtype)
+    positions = length + config.num_codes * config.tokens_per_code
+    cache = KVCache.bytes_per_sequence(config, positions, model.cache_dtype)
     # Activations of the prefill, and logits in float32 with their sorted and cumulated copies.
     activations = length * (8 * config.dim + 3 * config.ffn_dim) * model.dtype.itemsize
     per_sequence = cache + activations + window * 8 * 4 * config.codebook_size

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen.config import Grid, SamplingConfig
+from llamagen.config import Grid, Order, SamplingConfig
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
 from llamagen.support.values import plain
@@ -81,6 +81,7 @@ class GenerationRequest:
 
 def check_request(request: GenerationRequest, model: Transformer, grid: Grid) -> None:
     """Raise InputError if the model cannot take a request's conditions or known codes."""
+    check_order(request, model.config.order, grid)
     for condition in request.conditions:
         model.cls_embedding.check(condition.unsqueeze(0))
     known, size = request.known_codes, model.config.codebook_size
@@ -94,6 +95,24 @@ def check_request(request: GenerationRequest, model: Transformer, grid: Grid) ->
             f"known codes reach from {smallest} to {largest}, expected codes below {size}, or "
             f"{UNKNOWN} where one is to be sampled"
         )
+
+
+def check_order(request: GenerationRequest, order: Order, grid: Grid) -> None:
+    """Raise InputError if a request's schedule is not one for a model of this order."""
+    steps, total = request.sampling.steps, grid[0] * grid[1]
+    if order == "raster" and (steps is not None or request.sampling.order != "random"):
+        name, value = ("order", request.sampling.order) if steps is None else ("steps", steps)
+        raise InputError(
+            f"{name} is {value!r}, but this model predicts codes one by one in raster order; use a "
+            f"model of random order"
+        )
+    if order == "random" and request.window is not None:
+        raise InputError(
+            f"window is {request.window}, but this model predicts codes in any order; say in how "
+            f"many passes with steps"
+        )
+    if steps is not None and steps > total:
+        raise InputError(f"steps is {steps}, expected at most the {total} codes of an image")
 
 
 def check_seed(seed: Any) -> int:

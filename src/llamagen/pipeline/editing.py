@@ -1,9 +1,10 @@
 """Edits of a given image: parts of it are kept, the rest is sampled.
 
-The image becomes codes; those that are kept stay, the others are sampled in raster order by the
-model that draws whole images. So a code fits what is kept above it and on its left, and knows
-nothing of what is kept below: where that matters, several candidates are sampled and the one whose
-codes are the most likely as a whole is taken.
+The image becomes codes; those that are kept stay, the others are sampled by the model that draws
+whole images. A model of random order reads all that is kept first, so every code fits what is kept
+on all sides. In raster order a code fits what is kept above it and on its left, and knows nothing
+of what is kept below: where that matters, several candidates are sampled and the one whose codes
+are the most likely as a whole is taken.
 
 Shapes: N images, rows x columns codes of the model's grid.
 """
@@ -46,9 +47,8 @@ from llamagen.support.values import plain, require_integer
 ImageSource = Image.Image | Path | str
 """An image, or where its file is."""
 
-INPAINTING_CANDIDATES = 4
-"""Candidates for each image that is filled in, unless another number is asked for."""
-
+_CANDIDATES = 4
+"""Candidates of a raster model for each image that is filled in, unless another number is given."""
 _HALF = 128
 """Of the levels of a mask: what is at least as bright, or less opaque, is marked."""
 
@@ -142,6 +142,16 @@ class Editor:
         self._scale = pipeline.tokenizer.config.downsampling
 
     @property
+    def any_order(self) -> bool:
+        """Whether codes fit what is kept on all sides."""
+        return self.pipeline.transformer.config.order == "random"
+
+    @property
+    def inpainting_candidates(self) -> int:
+        """Candidates for each image that is filled in, unless another number is given."""
+        return 1 if self.any_order else _CANDIDATES
+
+    @property
     def size(self) -> tuple[int, int]:
         """Width and height of the model's images."""
         rows, columns = self._grid
@@ -188,7 +198,7 @@ class Editor:
         mask: ImageSource,
         prompt: Prompts | None = None,
         *,
-        best_of: int = INPAINTING_CANDIDATES,
+        best_of: int | None = None,
         keep_pixels: bool = True,
         **settings: Any,
     ) -> PipelineOutput:
@@ -196,13 +206,14 @@ class Editor:
 
         The mask has the image's size, or the model's: white where to draw; or, if any of it is more
         transparent than opaque, transparent there. Its EXIF tag turns it, as the image's does. A
-        code is sampled if any pixel of its square is marked. It fits what is above it and on its
-        left; how well that continues below is left to the choice among ``best_of`` candidates. With
+        code is sampled if any pixel of its square is marked. In raster order, how well it fits what
+        is below is left to the choice among ``best_of`` candidates, by default 4. With
         ``keep_pixels`` unmarked pixels stay those of the image, instead of those that its codes
         decode to.
         """
         edit = self.inpainting(image, mask, keep_pixels=keep_pixels)
-        return self._draw(edit, prompt, best_of=best_of, **settings)
+        candidates = self.inpainting_candidates if best_of is None else best_of
+        return self._draw(edit, prompt, best_of=candidates, **settings)
 
     def inpainting(
         self, image: ImageSource, mask: ImageSource, *, keep_pixels: bool = True
@@ -228,37 +239,54 @@ class Editor:
         image: ImageSource,
         prompt: Prompts | None = None,
         *,
+        above: int = 0,
         below: int = 0,
+        left: int = 0,
         right: int = 0,
         **settings: Any,
     ) -> PipelineOutput:
-        """Extend an image by ``below`` rows of codes downwards, ``right`` columns to the right.
+        """Extend an image by rows of codes above and below, and columns on the left and right.
 
         The model's grid slides over the larger one, half of it at a time, and codes in it that are
         there already are kept: so codes stand at positions that the model was trained with, and it
-        sees half an image of what is above and on the left. Upwards and to the left it cannot draw.
+        sees half an image of what is there. A raster model draws below and on the right only.
         There are ``best_of`` candidates at each position of the grid.
         """
-        return self._draw(self.outpainting(image, below=below, right=right), prompt, **settings)
+        edit = self.outpainting(image, above=above, below=below, left=left, right=right)
+        return self._draw(edit, prompt, **settings)
 
-    def outpainting(self, image: ImageSource, *, below: int = 0, right: int = 0) -> Edit:
+    def outpainting(
+        self, image: ImageSource, *, above: int = 0, below: int = 0, left: int = 0, right: int = 0
+    ) -> Edit:
         """Return the plan of ``outpaint``."""
-        below, right = require_integer("below", below), require_integer("right", right)
-        if min(below, right) < 0 or below == right == 0:
+        sides = {"above": above, "below": below, "left": left, "right": right}
+        above, below, left, right = (require_integer(*side) for side in sides.items())
+        if min(above, below, left, right) < 0 or above == below == left == right == 0:
             raise InputError(
-                f"{below} rows below and {right} columns on the right are to be drawn; ask for at "
-                f"least one, and none below 0"
+                f"{above} rows above, {below} below, {left} columns on the left and {right} on the "
+                f"right are to be drawn; ask for at least one, and none below 0"
+            )
+        if (above or left) and not self.any_order:
+            raise InputError(
+                f"{self.pipeline.name} draws in raster order, so only below and on the right of "
+                f"what is there; leave out above and left, or use a model of random order"
             )
         rows, columns = self._grid
-        codes = torch.full((rows + below, columns + right), UNKNOWN)
-        codes[:rows, :columns] = self.encode(image)
-        corners = itertools.product(_starts(rows, rows + below), _starts(columns, columns + right))
+        codes = torch.full((above + rows + below, left + columns + right), UNKNOWN)
+        codes[above : above + rows, left : left + columns] = self.encode(image)
+        tops, lefts = _starts(above, rows, len(codes)), _starts(left, columns, codes.shape[1])
+        corners = sorted(
+            itertools.product(tops, lefts),
+            # Outwards, so that each position sees what is there already.
+            key=lambda at: (abs(at[0] - above) + abs(at[1] - left)) * self.any_order,
+        )
         # The first window is the image itself, where nothing is left to be sampled.
         windows = tuple(
-            Window(slice(top, top + rows), slice(left, left + columns), number)
-            for number, (top, left) in enumerate(list(corners)[1:])
+            Window(slice(at, at + rows), slice(start, start + columns), number)
+            for number, (at, start) in enumerate(corners[1:])
         )
-        return Edit({"kind": "outpaint", "below": below, "right": right}, codes, windows)
+        about = {"above": above, "left": left} if self.any_order else {}
+        return Edit({"kind": "outpaint", **about, "below": below, "right": right}, codes, windows)
 
     def vary(
         self,
@@ -385,6 +413,11 @@ def _opened_as_it_is(path: Path | str) -> Image.Image:
         raise InputError(f"{path} is not a readable image ({error})") from error
 
 
-def _starts(window: int, canvas: int) -> list[int]:
-    """Return where a window starts that slides along a canvas, by half of it at a time."""
-    return [*range(0, canvas - window, max(1, window // 2)), canvas - window]
+def _starts(start: int, window: int, canvas: int) -> list[int]:
+    """Return where a window starts that slides from ``start`` to both ends of a canvas.
+
+    By half of it at a time, downwards first.
+    """
+    step, last = max(1, window // 2), canvas - window
+    after = [*range(start, last, step), last]
+    return [*dict.fromkeys(after), *([*range(start - step, 0, -step), 0] if start else [])]

@@ -18,7 +18,14 @@ from llamagen.backends import CpuStep, use_reference
 from llamagen.backends.cpu.convolution import accelerate
 from llamagen.backends.cpu.library import load_kernels
 from llamagen.checkpoints.adapters import merge_adapter
-from llamagen.config import Grid, KVCacheDType, Quantization, SamplingConfig, TextConfig
+from llamagen.config import (
+    Grid,
+    KVCacheDType,
+    Quantization,
+    SamplingConfig,
+    TextConfig,
+    default_sampling,
+)
 from llamagen.generation.engine import Engine, NativeEngine
 from llamagen.models.pretrained import eval_mode
 from llamagen.models.tokenizer import ImageTokenizer
@@ -88,7 +95,7 @@ class PipelineModels:
         self.transformer = transformer
         self.labels = labels
         self.name = name
-        self.sampling = sampling or SamplingConfig()
+        self.sampling = sampling or default_sampling(config)
         self.engine = engine
         self._engine_options = dict(engine_options or {})
         self._code_engine: Engine | None = None

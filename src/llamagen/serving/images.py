@@ -17,7 +17,7 @@ from fastapi import FastAPI, HTTPException, Path, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llamagen.pipeline.editing import INPAINTING_CANDIDATES, Edit, Editor
+from llamagen.pipeline.editing import Edit, Editor
 from llamagen.serving.files import FileStore, form_schema, open_upload, read_form
 from llamagen.serving.guards import error_body
 from llamagen.serving.metrics import ServerMetrics
@@ -47,7 +47,7 @@ _VARIATION_FILES = {"image": True}
 _EDITS: dict[str, tuple[Callable[..., Edit], tuple[str, ...]]] = {
     "inpaint": (Editor.inpainting, ()),
     "complete": (Editor.completion, ("keep_rows",)),
-    "outpaint": (Editor.outpainting, ("below", "right")),
+    "outpaint": (Editor.outpainting, ("above", "below", "left", "right")),
     "vary": (Editor.variation, ("keep",)),
 }
 """Kind of edit -> what plans it, and the fields that only it takes."""
@@ -121,7 +121,7 @@ def add_image_routes(app: FastAPI, served: Served) -> None:
         body, files = await read_form(request, EditRequest, _EDIT_FILES)
         kind = _kind_of_edit(body, masked="mask" in files)
         if kind == "inpaint" and body.best_of is None:
-            body.best_of = INPAINTING_CANDIDATES
+            body.best_of = Editor(served.model(body.model).pipeline).inpainting_candidates
         return await _answer(served, body, request, _planner(kind, body, files, limits))
 
     form = form_schema(VariationRequest, _VARIATION_FILES)
@@ -170,8 +170,8 @@ def _planner(
         method, names = _EDITS[kind]
         options = {name: value for name in names if (value := getattr(body, name)) is not None}
         grid = editor.pipeline.transformer.config.grid
-        for name, own in zip(("below", "right"), grid, strict=True):
-            longest = limits.max_extension * own
+        for name in ("above", "below", "left", "right"):
+            longest = limits.max_extension * grid[name in ("left", "right")]
             if options.get(name, 0) > longest:
                 raise InputError(
                     f"{name} is {options[name]}, but this server draws {longest} at most"

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, aclosing
 from typing import Any
 
+import numpy as np
 import torch
 from fastapi import HTTPException
 from PIL import Image
@@ -72,9 +73,9 @@ class Update:
     """Of the image in the job."""
     seed: int
     rows: int
-    """Finished rows of its codes."""
+    """Finished rows of its codes, or as many codes in any order."""
     codes: list[int]
-    """Those rows in raster order, or all codes of an image that is done."""
+    """All codes in raster order, ``UNKNOWN`` where they are not drawn yet."""
     done: bool
 
 
@@ -89,7 +90,7 @@ class ImageDecoder:
         self._worker: asyncio.Task[None] | None = None
 
     async def decode(self, codes: Sequence[int], grid: Grid) -> Image.Image:
-        """Return the image of the first rows of a grid's codes, grey where the others would be."""
+        """Return the image of a grid's codes, grey where they are ``UNKNOWN``."""
         future: asyncio.Future[Image.Image] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(grid, []).append((codes, future))
         if self._worker is None or self._worker.done():
@@ -121,17 +122,18 @@ class ImageDecoder:
 
     def _images(self, batch: list[Sequence[int]], shape: Grid) -> list[Image.Image]:
         rows, columns = shape
-        grids = torch.empty(len(batch), rows, columns, dtype=torch.int64)
-        for grid, codes in zip(grids, batch, strict=True):
-            done = len(codes) // columns
-            grid[:done] = torch.tensor(codes).view(done, columns)
-            # The last row again: its lower edge then looks as if the image went on.
-            grid[done:] = grid[done - 1]
-        images = self._decode(grids)
-        for image, codes in zip(images, batch, strict=True):
-            top = round(image.height * (len(codes) // columns) / rows)
-            if top < image.height:
-                image.paste((128, 128, 128), (0, top, image.width, image.height))
+        codes = np.array(batch).reshape(-1, rows, columns)
+        is_drawn = codes != UNKNOWN
+        for grid, drawn in zip(codes, is_drawn, strict=True):
+            # The nearest code again: the edge of what is drawn then looks as if the image went on.
+            there, missing = np.argwhere(drawn), np.argwhere(~drawn)
+            distances = ((missing[:, None] - there) ** 2).sum(axis=2)
+            grid[~drawn] = grid[drawn][distances.argmin(axis=1)]
+        images = self._decode(torch.from_numpy(codes))
+        for image, drawn in zip(images, is_drawn, strict=True):
+            if not drawn.all():
+                mask = Image.fromarray(~drawn).resize(image.size, Image.Resampling.NEAREST)
+                image.paste((128, 128, 128), mask=mask)
         return images
 
 
@@ -352,12 +354,13 @@ class _RunningJob:
             waiting.enter_context(metrics.waiting.labels(name).track_inprogress())
             async with aclosing(self._model.engine.stream(request, client=self)) as stream:
                 async for codes in stream:
+                    drawn = len(codes) - codes.count(UNKNOWN)
                     waiting.close()
                     if not self._begun:
                         self._begun = True
                         metrics.wait.labels(name).observe(time.perf_counter() - job.begun)
-                    metrics.codes.labels(name).inc(len(codes) - counted)
-                    counted = len(codes)
+                    metrics.codes.labels(name).inc(drawn - counted)
+                    counted = drawn
                     if row_by_row and counted < rows * columns:
                         row = counted // columns
                         self._updates.put_nowait(Update(index, seed, row, codes, done=False))

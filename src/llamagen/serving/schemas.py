@@ -95,7 +95,9 @@ class EditRequest(_StreamRequest):
         "Default: inpaint with a mask, complete without one."
     )
     keep_rows: int | None = _optional("For complete: rows kept. Default: half.", ge=1, le=2**31)
+    above: int | None = _optional("For outpaint: rows of codes to draw above.", ge=0, le=2**31)
     below: int | None = _optional("For outpaint: rows of codes to draw below.", ge=0, le=2**31)
+    left: int | None = _optional("For outpaint: columns to draw on the left.", ge=0, le=2**31)
     right: int | None = _optional("For outpaint: columns to draw on the right.", ge=0, le=2**31)
     keep: _Number | None = _optional("For vary: share kept. Default: 0.5.", gt=0, lt=1)
 

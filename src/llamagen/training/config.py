@@ -102,7 +102,9 @@ class LoopConfig(_Checked):
     warmup_steps: int = _at_least(0, 0)
     """Steps in which the learning rate rises from 0."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after the warm-up: constant, or falling to 0 along a cosine until the end."""
+    """Learning rate after the warm-up: constant, or falling along a cosine until the end."""
+    min_lr_ratio: float = _fraction(0.0)
+    """Part of the learning rate that a cosine ends at."""
     clip_norm: float = _weight(1.0)
     """Maximum norm of all gradients together; 0 does not clip."""
     ema_decay: float = _fraction(0.0)

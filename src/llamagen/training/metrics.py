@@ -115,7 +115,7 @@ def training_flops(config: TransformerConfig) -> float:
     the attention's own products over all pairs of positions, causal or not: what the model needs
     (Chowdhery et al. 2204.02311, appendix B), without what is recomputed to save memory.
     """
-    positions = config.condition_length + config.num_codes - 1
+    positions = config.condition_length + config.tokens_per_code * config.num_codes - 1
     width = config.head_dim * (config.heads + 2 * config.num_kv_heads)
     block = config.dim * width + config.dim * config.dim + 3 * config.dim * config.ffn_dim
     weights = config.layers * block + config.dim * config.codebook_size

@@ -73,6 +73,7 @@ class NextCodeModel(nn.Module):
         *,
         condition_mask: Tensor | None = None,
         drop_condition: Tensor | None = None,
+        order: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
         """Return the mean cross-entropy of ``targets`` (B, T), all codes of each image, in nats.
@@ -85,7 +86,11 @@ class NextCodeModel(nn.Module):
             assert condition_mask is not None
             condition = self.encoder(condition, condition_mask)
         hidden = self.transformer.hidden_states(
-            codes, condition, condition_mask=condition_mask, drop_condition=drop_condition
+            codes,
+            condition,
+            condition_mask=condition_mask,
+            drop_condition=drop_condition,
+            order=order,
         )
         loss = chunked_cross_entropy(
             hidden.flatten(0, 1),

@@ -41,7 +41,8 @@ def learning_rate(config: LoopConfig, step: int) -> float:
     if config.schedule == "constant":
         return 1.0
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    falling = 0.5 * (1.0 + math.cos(math.pi * min(done, 1.0)))
+    return config.min_lr_ratio + (1.0 - config.min_lr_ratio) * falling
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

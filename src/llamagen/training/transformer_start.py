@@ -199,6 +199,9 @@ def find_start(
     _check_source(recipe, source, sizes)
     # Dropout is no part of a model: it is the recipe's.
     sizes |= {name: getattr(recipe.model, name) for name in _DROPOUT}
+    if recipe.model.order == "random":
+        # A raster model's weights are a start: only the queries are new.
+        sizes["order"] = "random"
     return Start(
         recipe=recipe,
         config=dataclasses.replace(source, **sizes),
@@ -287,7 +290,8 @@ def _check_source(
             )
     for name, usual in vars(TransformerArchitecture()).items():
         asked, actual = getattr(recipe.model, name), getattr(source, name)
-        if name not in _DROPOUT and asked not in (usual, actual):
+        is_free = name in _DROPOUT or (name, asked) == ("order", "random")
+        if not is_free and asked not in (usual, actual):
             raise InputError(
                 f"the recipe's model has {name} {asked}, but {recipe.init} has {actual}; "
                 f"leave it out"

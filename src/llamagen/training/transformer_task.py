@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.loader import DataOrder
 from llamagen.data.store import CodeStore
+from llamagen.generation.request import uniform_draws
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
 from llamagen.support import content, distributed
@@ -194,8 +195,18 @@ class TransformerTask(Task):
             rows = store.readable(self._codes.train_rows[indices])
             drop = torch.tensor([rng.random() < dropout for rng in rngs])
             condition = self._conditioning.batch(store, rows, rngs)
-            codes = _codes(store, rows, views)
-            yield {**condition, "codes": codes, "input": self._noisy(codes, rngs), "drop": drop}
+            ordered = self._in_order(
+                _codes(store, rows, views), (rng.getrandbits(63) for rng in rngs)
+            )
+            given = self._noisy(ordered["codes"], rngs)
+            yield {**condition, **ordered, "input": given, "drop": drop}
+
+    def _in_order(self, codes: Tensor, seeds: Iterable[int]) -> Batch:
+        """Return codes (B, T) as they are predicted; in a random order of the seeds: "order"."""
+        if self.start.config.order == "raster":
+            return {"codes": codes}
+        order = uniform_draws(list(seeds), codes.shape[1]).argsort(dim=1, stable=True)
+        return {"codes": codes.gather(1, order), "order": order}
 
     def _noisy(self, codes: Tensor, rngs: Sequence[random.Random]) -> Tensor:
         """Return all codes (B, T) but the last of each image, some replaced by random ones."""
@@ -229,6 +240,7 @@ class TransformerTask(Task):
             batch["codes"],
             condition_mask=batch.get("mask"),
             drop_condition=batch.get("drop"),
+            order=batch.get("order"),
             weights=batch.get("weights"),
         )
 
@@ -244,8 +256,9 @@ class TransformerTask(Task):
             own = part[list(distributed.share(range(len(part))))]
             # A sharded model is called by all processes or by none.
             used = own if len(own) else rows[:1]
-            codes = _codes(store, used, 0)
-            batch = {"codes": codes, "input": codes[:, :-1]}
+            # An image always has the same order.
+            batch = self._in_order(_codes(store, used, 0), used.tolist())
+            batch["input"] = batch["codes"][:, :-1]
             batch |= self._conditioning.batch(store, used, None)
             batch = {name: rows.to(find_device(loop.device)) for name, rows in batch.items()}
             total += float(self._loss(self.module, batch)) * len(own)

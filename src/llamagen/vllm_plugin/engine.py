@@ -22,8 +22,8 @@ from torch import Tensor
 
 from llamagen.checkpoints.sources import Source
 from llamagen.config import Grid
-from llamagen.generation.engine import Progress, ProgressCallback, refuse_edits
-from llamagen.generation.request import GenerationRequest
+from llamagen.generation.engine import ProgressCallback, progress_of, refuse_edits
+from llamagen.generation.request import UNKNOWN, GenerationRequest
 from llamagen.models.transformer import Transformer
 from llamagen.support.devices import dtype_name, find_device, find_dtype
 from llamagen.support.errors import InputError, NotFiniteError, importing, one_line
@@ -196,7 +196,7 @@ class VllmEngine:
             while (update := await updates.get()) is not None:
                 if isinstance(update, Exception):
                     raise update
-                yield update
+                yield update + [UNKNOWN] * (self.grid[0] * self.grid[1] - len(update))
         finally:
             future.cancel()
 
@@ -255,15 +255,15 @@ class _Batch:
 
     def put(self, image: int, codes: list[int]) -> None:
         """Take all codes of an image so far, whole rows of them."""
-        rows, columns = self._codes.shape[1:]
+        columns = self._codes.shape[2]
         before = min(self._finished)
         self._finished[image] = done = len(codes) // columns
         self._codes[image, :done] = torch.tensor(codes).view(done, columns)
         if self._on_progress is not None:
             for row in range(before + 1, min(self._finished) + 1):
                 shown = self._codes.clone()
-                shown[:, row:] = 0
-                self._on_progress(Progress(first=self._first, row=row, rows=rows, codes=shown))
+                shown[:, row:] = UNKNOWN
+                self._on_progress(progress_of(shown, self._first, row))
 
 
 def _check_arguments(arguments: dict[str, Any], heads: int) -> None:

@@ -152,7 +152,7 @@ def _place_weights(
         config, sampling, weights = exported.model, exported.default_sampling, path / WEIGHTS_NAME
     else:
         found = resolve_pipeline(source)
-        sampling, path = found.sampling, locate(found.transformer, "transformer").path
+        sampling, path = found.sampling or sampling, locate(found.transformer, "transformer").path
         if path.is_dir() and (path / WEIGHTS_NAME).is_file():
             config, weights = Transformer.read_config(path), path / WEIGHTS_NAME
         else:

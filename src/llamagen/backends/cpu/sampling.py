@@ -39,11 +39,11 @@ class CpuSampler:
     FIELDS = frozenset(
         {
             *("guidance_scale", "guidance_schedule", "guidance_start", "guidance_power"),
-            *("guidance_stop", "temperature", "top_k", "top_p", "min_p"),
+            *("guidance_stop", "temperature", "top_k", "top_p", "min_p", "steps", "order"),
         }
     )
     """Fields of ``SamplingConfig`` that are implemented; those of guidance by the scales that are
-    given for each call."""
+    given for each call, and those of schedules by the codes that are asked for."""
 
     def __init__(
         self, settings: Sequence[SamplingConfig], *, kernels: Kernels | None = None

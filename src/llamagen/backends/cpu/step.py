@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from llamagen.backends.cpu import library
 from llamagen.backends.cpu.library import Kernels, load_kernels
 from llamagen.config import Grid, non_default_fields
-from llamagen.models.transformer import ClassCondition, KVCache, TextCondition, Tokens, Transformer
+from llamagen.models.transformer import (
+    NO_CELL,
+    QUERY,
+    ClassCondition,
+    KVCache,
+    TextCondition,
+    Tokens,
+    Transformer,
+)
 from llamagen.models.transformer.blocks import RMSNorm, TransformerBlock
 from llamagen.models.transformer.quantization import QuantizedLinear
 from llamagen.support.errors import InputError
@@ -47,7 +55,7 @@ class CpuStep:
             *("dim", "layers", "heads", "kv_heads", "hidden_dim", "codebook_size", "grid"),
             *("condition", "num_classes", "text_length", "text_dim", "rope_base", "norm_eps"),
             *("token_dropout", "attention_dropout", "residual_dropout", "ffn_dropout"),
-            *("drop_path", "quantization", "qk_norm"),
+            *("drop_path", "quantization", "qk_norm", "order"),
         }
     )
     """Fields of ``TransformerConfig`` that it implements; all others must be at their defaults."""
@@ -105,20 +113,18 @@ class CpuStep:
         """See ``Step``; raise InputError if there is no such code or class. Logits are float32."""
         count, outputs, step = len(tokens), len(tokens.wanted), self._step
         cells = grid[0] * grid[1]
-        if tokens.features is None:
-            embedded, embeddings = None, self._embeddings_of(tokens.ids, count)
-        else:
-            embedded = self._project(tokens, tokens.features)
-            embeddings = library.row_addresses(embedded, self._source.dtype, self._config.dim)
         if self._cache is None or self._cache() is not cache:
             self._use_cache(cache)
         if grid != self._grid:
             self._grid, self._rope = grid, self._source.rope_table(grid)
             shape = (cells + 1, self._config.head_dim // 2, 2)
             step.rope = library.address(self._rope, torch.float32, shape)
+            self._queries = self._source.queries(grid)
         arrays = _checked_indices(tokens, cache, cells)
         for name, array in arrays.items():
             setattr(step, name, library.address(array, np.int32, array.shape))
+        embedded = None if tokens.features is None else self._project(tokens, tokens.features)
+        embeddings = self._embeddings_of(tokens, embedded)
         step.embeddings = library.address(embeddings, np.uintp, (count,))
         if np.array_equal(tokens.wanted, np.arange(count)):
             step.wanted = None  # all of them
@@ -156,39 +162,57 @@ class CpuStep:
     def _empty_logits(self, count: int) -> Tensor:
         return torch.empty(count, self._config.codebook_size, dtype=torch.float32, device="cpu")
 
-    def _embeddings_of(self, ids: Tensor, count: int) -> np.ndarray:
+    def _embeddings_of(self, tokens: Tokens, embedded: Tensor | None) -> np.ndarray:
+        """Addresses (N,) of the embeddings of tokens; ``embedded`` (F, D) are those of a text."""
+        ids, count, is_text = tokens.ids.numpy(), len(tokens), tokens.cells == NO_CELL
+        if ids.shape != (count,) or ids.dtype != np.int64:
+            raise ValueError(f"ids are {ids.shape} {ids.dtype}, expected {count} int64")
+        if embedded is None and self._queries is None:
+            return self._rows_of_tables(ids)
+        is_query = (ids == QUERY) & ~is_text
+        if embedded is None:
+            is_text = np.zeros_like(is_query)
+        found = self._rows_of_tables(np.where(is_query | is_text, 0, ids))
+        for table, where, rows in (
+            (embedded, is_text, slice(None)),
+            (self._queries, is_query, tokens.cells[is_query]),
+        ):
+            if table is not None:
+                addresses = library.row_addresses(table, self._source.dtype, self._config.dim)
+                found[where] = addresses[rows]
+        return found
+
+    def _rows_of_tables(self, ids: np.ndarray) -> np.ndarray:
         """Addresses (N,) of the embeddings of codes and classes."""
-        numbers = ids.numpy()
-        if numbers.shape != (count,) or numbers.dtype != np.int64:
-            raise ValueError(f"ids are {numbers.shape} {numbers.dtype}, expected {count} int64")
         try:
             # A negative index would count from the end.
-            if len(numbers) and int(numbers.min()) >= 0:
-                return self._embeddings.take(numbers)
+            if len(ids) and int(ids.min()) >= 0:
+                return self._embeddings.take(ids)
         except IndexError:
             pass
         size, end = self._config.codebook_size, len(self._embeddings)
         raise InputError(
-            f"ids run from {numbers.min()} to {numbers.max()}, but this model has codes 0 to "
+            f"ids run from {ids.min()} to {ids.max()}, but this model has codes 0 to "
             f"{size - 1}" + (f" and classes {size} to {end - 1}" if end > size else "")
         )
 
     def _project(self, tokens: Tokens, features: Tensor) -> Tensor:
-        """Embeddings (N, D) of text features.
+        """Embeddings (F, D) of text features.
 
         They are those of each sequence by itself, in the rows of a matrix of one size that their
         positions say: so nothing else that is fed changes a bit of them.
         """
-        condition = self._source.cls_embedding
+        condition, is_text = self._source.cls_embedding, tokens.cells == NO_CELL
         assert isinstance(condition, TextCondition), "text features for a model of classes"
-        length, width = condition.uncond_embedding.shape
-        assert features.shape == (len(tokens), width), f"text features {tuple(features.shape)}"
-        library.check_indices(tokens.positions, len(tokens), 0, length, "positions")
-        positions = torch.from_numpy(tokens.positions.astype(np.int64))
+        (length, width), count = condition.uncond_embedding.shape, int(is_text.sum())
+        assert features.shape == (count, width), f"text features {tuple(features.shape)}"
+        own_positions, sequences = tokens.positions[is_text], tokens.sequences[is_text]
+        library.check_indices(own_positions, count, 0, length, "positions")
+        positions = torch.from_numpy(own_positions.astype(np.int64))
         options: Any = {"dtype": self._source.dtype, "device": "cpu"}
-        embedded = torch.empty(len(tokens), self._config.dim, **options)
-        for sequence in np.unique(tokens.sequences):
-            (own,) = (tokens.sequences == sequence).nonzero()
+        embedded = torch.empty(count, self._config.dim, **options)
+        for sequence in np.unique(sequences):
+            (own,) = (sequences == sequence).nonzero()
             text = torch.zeros(length, width, **options)
             text[positions[own]] = features[own].to(text.dtype)
             embedded[own] = condition.project(text)[positions[own]]

@@ -10,15 +10,20 @@ class Pass(NamedTuple):
     """One forward pass of an image. Cells are numbered in raster order."""
 
     feed: Sequence[int]
-    """Cells whose codes are fed, behind what the cache holds. None in the first pass, which reads
-    the condition."""
+    """Cells whose tokens are fed, behind what the cache holds and, in the first pass, behind the
+    condition."""
     sample: Sequence[int]
     """Cells whose codes are sampled."""
     predicted_by: Sequence[int]
     """For each cell that is sampled, the fed token whose logits predict it: an index into ``feed``,
-    or 0 in the first pass for the last token of the condition."""
+    or in the first pass -1 for the last token of the condition."""
     codes: Sequence[int] | None = None
     """The codes that are fed, where they are guesses; by default those of the cells."""
+    queries: Sequence[int] = ()
+    """The fed tokens that are queries and no codes: indices into ``feed``."""
+    drawn: int | None = None
+    """Codes drawn before those sampled, which guidance may depend on; by default those of the cells
+    before each."""
 
 
 class Schedule(Protocol):
@@ -27,8 +32,10 @@ class Schedule(Protocol):
     needs_codes: bool
     """Whether ``accept`` reads the codes, which makes the host wait for the device."""
 
+    order: Sequence[int]
+    """All cells in the order in which their codes become final."""
     final: int
-    """Number of codes that are final: those of the first cells in raster order."""
+    """Number of codes that are final."""
 
     def first_pass(self) -> Pass:
         """Return the pass that reads the condition."""

@@ -40,6 +40,7 @@ class JacobiSchedule:
         """
         self._total = total
         self._window = window
+        self.order = range(total)
         self.final = 0
         self._drafts: list[int] = []
         """Guesses at the codes of the cells from ``final`` on."""
@@ -52,7 +53,7 @@ class JacobiSchedule:
 
     def first_pass(self) -> Pass:
         """See ``Schedule``."""
-        return Pass((), (0,), (0,))
+        return Pass((), (0,), (-1,))
 
     def next_pass(self, max_tokens: int) -> Pass:
         """See ``Schedule``."""

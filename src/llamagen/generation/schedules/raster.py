@@ -20,6 +20,7 @@ class RasterSchedule:
         unknown = [cell for cell in range(total) if known is None or not known[cell]]
         self._unknown = iter([*unknown, total])
         self._total = total
+        self.order = range(total)
         self.final = next(self._unknown)
         self._fed = 0
 
@@ -36,7 +37,7 @@ class RasterSchedule:
         """Feed the codes before ``end``; sample the one there, unless it is known."""
         feed = range(self._fed, end)
         self._end, self._is_sampling = end, end == self.final < self._total
-        sampled = ((end,), (max(0, len(feed) - 1),)) if self._is_sampling else ((), ())
+        sampled = ((end,), (len(feed) - 1,)) if self._is_sampling else ((), ())
         return Pass(feed, *sampled)
 
     def accept(self, codes: Sequence[int]) -> int:

@@ -18,6 +18,8 @@ from llamagen.config import TransformerConfig
 
 NO_CELL = -1
 """Cell of a condition: its queries and keys are zero (see ``rope_table``)."""
+QUERY = -1
+"""Id of the query of a token's cell, whose logits predict the code there (``order`` "random")."""
 
 _INT8_MAX = 127.0
 _SMALLEST_SCALE = 1e-30
@@ -30,7 +32,7 @@ class Tokens:
 
     ids: Tensor
     """(N,) int64, on the model's device: c is code c; ``codebook_size + y`` is class y, where
-    y = ``num_classes`` means "no class". Ignored where ``features`` are given."""
+    y = ``num_classes`` means "no class"; or ``QUERY``. Ignored where ``features`` are given."""
     sequences: np.ndarray
     """(N,) int32: the sequence of the cache that each belongs to, ascending."""
     positions: np.ndarray
@@ -40,7 +42,7 @@ class Tokens:
     wanted: np.ndarray
     """(M,) int64: the tokens whose logits are returned."""
     features: Tensor | None = None
-    """(N, text_dim): text features in the place of ids."""
+    """(F, text_dim): text features of the F tokens of conditions, in the place of ids."""
 
     def __len__(self) -> int:
         return len(self.positions)

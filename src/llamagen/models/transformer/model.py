@@ -26,12 +26,14 @@ from llamagen.models.transformer.blocks import (
     RMSNorm,
     TransformerBlock,
     UpdateCache,
+    apply_rope,
     rope_table,
 )
 from llamagen.models.transformer.conditioning import ClassCondition, TextCondition
-from llamagen.models.transformer.inference import NO_CELL, KVCache, Tokens, to_index
+from llamagen.models.transformer.inference import NO_CELL, QUERY, KVCache, Tokens, to_index
 from llamagen.models.transformer.quantization import QuantizedLinear, make_quantized
 from llamagen.models.transformer.training_ops import Dropout
+from llamagen.support.errors import InputError
 
 
 class Transformer(PretrainedModel[TransformerConfig]):
@@ -50,6 +52,10 @@ class Transformer(PretrainedModel[TransformerConfig]):
         is_class = config.condition == "class"
         self.cls_embedding = ClassCondition(config) if is_class else TextCondition(config)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
+        is_random = config.order == "random"
+        # RandAR's name. Rotated by a cell's angles it is the embedding of the cell's query.
+        query = nn.Parameter(torch.empty(1, config.dim)) if is_random else None
+        self.register_parameter("pos_instruct_embeddings", query)
         self.tok_dropout = Dropout(config.token_dropout)
         self.layers = nn.ModuleList(
             TransformerBlock(config, layer) for layer in range(config.layers)
@@ -115,41 +121,74 @@ class Transformer(PretrainedModel[TransformerConfig]):
         *,
         condition_mask: Tensor | None = None,
         drop_condition: Tensor | None = None,
+        order: Tensor | None = None,
         grid: Grid | None = None,
     ) -> Tensor:
         """Return the normalised states (B, T + 1, D) in front of the output head.
 
         Args:
-            codes: (B, T) int, the first T codes in raster order; in training all but the last.
+            codes: (B, T) int, the first T codes in their order; in training all but the last.
             condition: labels (B,) or text features (B, C, text_dim), real features last.
             condition_mask: (B, C) bool, False where text features are padding.
             drop_condition: (B,) bool, True where the condition is replaced by "no condition".
+            order: (B, T + 1) int, the cells that these codes and the next one belong to: given
+                exactly if the configuration's order is random.
             grid: rows and columns of the image; by default the configuration's.
         """
+        if (order is not None) != (self.pos_instruct_embeddings is not None):
+            raise InputError(f"order of cells and a model of order {self.config.order!r}")
         embedded = self.cls_embedding(condition, drop_condition)  # (B, C, D)
-        length = embedded.shape[1]
-        x = torch.cat([embedded, self.tok_embeddings(codes)], dim=1)
-        rope = self.rope_table(grid)[[NO_CELL] * length + list(range(codes.shape[1]))]
+        length, table = embedded.shape[1], self.rope_table(grid)
+        x = self.tok_embeddings(codes)
+        cells = torch.arange(codes.shape[1], device=x.device)
+        if order is not None:
+            # In turn the query of a cell, whose state predicts the code there, and that code.
+            queries = self._queries(table[order])
+            x = torch.stack([queries, F.pad(x, (0, 0, 0, 1))], dim=2).flatten(1, 2)[:, :-1]
+            cells = order.repeat_interleave(2, dim=1)[:, :-1]
+        x = torch.cat([embedded, x], dim=1)
+        rope = table[F.pad(cells, (length, 0), value=NO_CELL)]
         mask = _training_mask(x.shape[1], condition_mask, x.device)
-        return self._run(x, rope, mask)[:, length - 1 :]
+        states = self._run(x, rope, mask)
+        return states[:, length - 1 :] if order is None else states[:, length::2]
 
     def new_cache(self, sequences: int, positions: int) -> KVCache:
         """Return an empty cache, where this model is."""
         dtype, device = self.cache_dtype, self.device
         return KVCache(self.config, sequences, positions, dtype=dtype, device=device)
 
-    def embed(self, tokens: Tokens) -> Tensor:
-        """Return the embeddings (N, D) of a step's tokens."""
-        if tokens.features is not None:
-            return cast("TextCondition", self.cls_embedding).project(tokens.features)
-        is_condition = tokens.cells == NO_CELL
-        if not is_condition.any():
-            return self.tok_embeddings(tokens.ids)
-        classes = cast("ClassCondition", self.cls_embedding).embedding_table
-        labels = tokens.ids - self.config.codebook_size
-        codes = self.tok_embeddings(tokens.ids.clamp(max=self.config.codebook_size - 1))
-        chosen = torch.from_numpy(is_condition).to(self.device).unsqueeze(-1)
-        return torch.where(chosen, classes(labels.clamp(min=0)), codes)
+    def embed(self, tokens: Tokens, rope: Tensor) -> Tensor:
+        """Return the embeddings (N, D) of a step's tokens, given their ``rope`` (N, E / 2, 2)."""
+        x = self._embed_codes(tokens.ids.clamp(max=self.config.codebook_size - 1), rope)
+        (conditions,) = (tokens.cells == NO_CELL).nonzero()
+        if len(conditions):
+            own = to_index(conditions, self.device)
+            if isinstance(self.cls_embedding, TextCondition):
+                assert tokens.features is not None, "a text condition without features"
+                x[own] = self.cls_embedding.project(tokens.features)
+            else:
+                labels = tokens.ids[own] - self.config.codebook_size
+                x[own] = self.cls_embedding.embedding_table(labels)
+        return x
+
+    def _embed_codes(self, ids: Tensor, rope: Tensor) -> Tensor:
+        """Embeddings (..., D) of codes or queries ``ids`` (...), with ``rope`` (..., E / 2, 2)."""
+        if self.pos_instruct_embeddings is None:
+            return self.tok_embeddings(ids)
+        codes = self.tok_embeddings(ids.clamp(min=0))
+        return torch.where((ids == QUERY).unsqueeze(-1), self._queries(rope), codes)
+
+    def queries(self, grid: Grid) -> Tensor | None:
+        """Return the embeddings (cells, D) of the queries of all cells; None in raster order."""
+        with torch.no_grad():
+            random = self.pos_instruct_embeddings is not None
+            return self._queries(self.rope_table(grid)[:-1]) if random else None
+
+    def _queries(self, rope: Tensor) -> Tensor:
+        """Embeddings (..., D) of the queries of cells with ``rope`` (..., E / 2, 2)."""
+        assert self.pos_instruct_embeddings is not None, "a query in a model of raster order"
+        heads = self.pos_instruct_embeddings.view(self.config.heads, self.config.head_dim)
+        return apply_rope(heads.expand(*rope.shape[:-2], -1, -1), rope).flatten(-2)
 
     def step(self, tokens: Tokens, cache: KVCache, *, grid: Grid | None = None) -> Tensor:
         """Feed tokens to sequences of ``cache``; return the logits (M, V) of those wanted.
@@ -172,8 +211,9 @@ class Transformer(PretrainedModel[TransformerConfig]):
         are_neighbours = numbers[-1] - first + 1 == count
         read = slice(first, first + count) if are_neighbours else sequences
         update = functools.partial(cache.update, (sequences.unsqueeze(1), positions), read, end)
-        x = self.embed(tokens)[to_index(gather, self.device)]  # (R, T, D)
-        rope = self.rope_table(grid)[to_index(tokens.cells[gather], self.device)]
+        rope = self.rope_table(grid)[to_index(tokens.cells, self.device)]
+        index = to_index(gather, self.device)
+        x, rope = self.embed(tokens, rope)[index], rope[index]  # (R, T, ...)
         hidden = self._run(x, rope, mask, update).flatten(0, 1)
         return self.output(hidden[to_index(rows * width + columns, self.device)])
 
@@ -182,13 +222,13 @@ class Transformer(PretrainedModel[TransformerConfig]):
     ) -> Tensor:
         """As ``step`` for codes in static shapes: nothing depends on a value on the host.
 
-        Feeds codes ``ids`` (R, T) with ``rope`` (R, T, E / 2, 2) at ``positions`` (R, T), each
-        below ``end``, to the cache's first R sequences. Returns logits (R, T, V).
+        Feeds codes and queries ``ids`` (R, T) with ``rope`` (R, T, E / 2, 2) at ``positions``
+        (R, T), each below ``end``, to the cache's first R sequences. Returns logits (R, T, V).
         """
         sequences = torch.arange(len(ids), device=ids.device).unsqueeze(1)
         update = functools.partial(cache.update, (sequences, positions), slice(0, len(ids)), end)
         mask = _mask_up_to(positions, end)
-        return self.output(self._run(self.tok_embeddings(ids), rope, mask, update))
+        return self.output(self._run(self._embed_codes(ids, rope), rope, mask, update))
 
     def _run(
         self, x: Tensor, rope: Tensor, mask: AttentionMask, cache: UpdateCache | None = None
