@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from llamagen import Pipeline
+from llamagen.backends import CpuStep
 from llamagen.config import TextConfig
 from llamagen.support.errors import InputError
 from tests.tiny_models import (
@@ -29,9 +30,12 @@ def test_batch_matches_single_prompts(pipe):
         assert torch.equal(alone.codes, together.codes[2 * index : 2 * index + 2])
 
 
+@pytest.mark.parametrize("has_kernels", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_company_changes_no_code(dtype):
+def test_company_changes_no_code(dtype, has_kernels, monkeypatch):
     """Of prompts of many lengths; a bfloat16 product of other rows would round differently."""
+    if not has_kernels:
+        monkeypatch.setattr(CpuStep, "supports", lambda model: False)
     transformer = tiny_transformer(
         condition="text", text_length=30, text_dim=64, dim=64, hidden_dim=128
     )

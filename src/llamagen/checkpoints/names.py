@@ -47,8 +47,9 @@ class PublicModel:
         if self.kind == "image tokenizer":
             return TOKENIZER_PRESETS[self.preset]
         config = TRANSFORMER_PRESETS[self.preset]
-        trained = {"condition": self.condition, "grid": self.grid, "order": self.order}
-        return dataclasses.replace(config, **trained)
+        return dataclasses.replace(
+            config, condition=self.condition, grid=self.grid, order=self.order
+        )
 
 
 _CLASS_DEMO = SamplingConfig(guidance_scale=4.0, top_k=2000)

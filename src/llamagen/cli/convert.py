@@ -12,6 +12,7 @@ from llamagen.support.errors import InputError
 
 if TYPE_CHECKING:
     from llamagen.checkpoints import PipelineSource
+    from llamagen.config import SamplingConfig
     from llamagen.models.tokenizer import ImageTokenizer
     from llamagen.models.transformer import Transformer
     from llamagen.pipeline import Pipeline
@@ -199,6 +200,7 @@ def _assemble(
     assert isinstance(transformer, Transformer)
     assert isinstance(tokenizer, ImageTokenizer)
     labels = _labels(transformer, options.labels)
+    sampling: SamplingConfig | None
     if found is None:
         public = find_public(source)
         name = options.out.resolve().name if public is None else public.name

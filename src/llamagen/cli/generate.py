@@ -192,7 +192,7 @@ class Inpaint(_EditOptions):
     opaque, transparent there."""
     keep_pixels: bool = True
     """Leave what is not marked as it is, instead of what codes make of it."""
-    best_of: int | None = None
+    best_of: int | None = None  # type: ignore[assignment]  # the editor's own number
     """Candidates for each image, of which the best is returned. Default: 1, or 4 in raster order,
     where others may not fit what is below the marked part."""
 

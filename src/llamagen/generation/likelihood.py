@@ -73,6 +73,6 @@ def code_log_likelihoods(
                 **given,
             )
         nats = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-        index = torch.tensor(members, device=model.device)[:, None]
-        found[index, cells] -= nats.view(len(members), -1)
+        rows = torch.tensor(members, device=model.device)[:, None]
+        found[rows, cells] -= nats.view(len(members), -1)
     return (found / (orders if is_random else 1)).view(codes.shape)

@@ -32,8 +32,10 @@ class Schedule(Protocol):
     needs_codes: bool
     """Whether ``accept`` reads the codes, which makes the host wait for the device."""
 
-    order: Sequence[int]
-    """All cells in the order in which their codes become final."""
+    @property
+    def order(self) -> Sequence[int]:
+        """All cells in the order in which their codes become final."""
+
     final: int
     """Number of codes that are final."""
 

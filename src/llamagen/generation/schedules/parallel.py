@@ -90,9 +90,9 @@ def local_order(
             # The cell that is farthest from the group, or any where there is none yet.
             gap = distance[:, group].min(axis=1) if group else np.zeros(len(is_free))
             free = np.flatnonzero(is_free)
-            cell = int(free[np.lexsort((priority[free], -gap[free]))[0]])
-            group.append(cell)
-            is_free[cell] = False
+            farthest = int(free[np.lexsort((priority[free], -gap[free]))[0]])
+            group.append(farthest)
+            is_free[farthest] = False
         is_drawn[group] = True
         order += group
     return order

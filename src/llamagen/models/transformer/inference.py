@@ -47,6 +47,20 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def by_sequence(self) -> list[Tokens]:
+        """Return the tokens of each sequence; those wanted must be in ascending order."""
+        numbers = np.unique(self.sequences)
+        texts = np.cumsum(self.cells == NO_CELL) * (self.features is not None)
+        parts = []
+        for number in numbers:
+            first, end = np.searchsorted(self.sequences, [number, number + 1])
+            own, before = slice(first, end), int(texts[first - 1]) if first else 0
+            features = None if self.features is None else self.features[before : texts[end - 1]]
+            wanted = self.wanted[(self.wanted >= first) & (self.wanted < end)] - first
+            arrays = (self.sequences[own], self.positions[own], self.cells[own], wanted)
+            parts.append(Tokens(self.ids[own], *arrays, features))
+        return parts
+
     def rectangle(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Arrange the tokens by sequences; shorter ones repeat their last token.
 

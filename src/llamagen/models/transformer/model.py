@@ -41,6 +41,8 @@ class Transformer(PretrainedModel[TransformerConfig]):
 
     config_class = TransformerConfig
     kind = "transformer"
+    pos_instruct_embeddings: nn.Parameter | None
+    """(1, D), RandAR's name: turned by a cell's angles, the embedding of the cell's query."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -53,7 +55,6 @@ class Transformer(PretrainedModel[TransformerConfig]):
         self.cls_embedding = ClassCondition(config) if is_class else TextCondition(config)
         self.tok_embeddings = nn.Embedding(config.codebook_size, config.dim)
         is_random = config.order == "random"
-        # RandAR's name. Rotated by a cell's angles it is the embedding of the cell's query.
         query = nn.Parameter(torch.empty(1, config.dim)) if is_random else None
         self.register_parameter("pos_instruct_embeddings", query)
         self.tok_dropout = Dropout(config.token_dropout)
