@@ -127,7 +127,7 @@ def predicted_with_cache(model: Transformer, codes: Tensor, condition: Tensor) -
     cache.add(1)
     is_class = condition.ndim == 0
     first = Tokens(
-        ids=condition[None] + model.config.codebook_size if is_class else codes[:0],
+        ids=condition[None] + model.config.codebook_size if is_class else codes.new_zeros(length),
         sequences=np.zeros(length, np.int32),
         positions=np.arange(length, dtype=np.int32),
         cells=np.full(length, NO_CELL, np.int32),

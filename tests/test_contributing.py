@@ -304,10 +304,11 @@ def test_add_a_schedule(copy):
         "    needs_codes = False\n"
         "    passes = 0\n\n"
         "    def __init__(self):\n"
+        "        self.order = range(16)\n"
         "        self.final = 0\n"
         "        self._again = False\n\n"
         "    def first_pass(self):\n"
-        "        return Pass((), (0,), (0,))\n\n"
+        "        return Pass((), (0,), (-1,))\n\n"
         "    def next_pass(self, max_tokens):\n"
         "        ToySchedule.passes += 1\n"
         "        self._again = not self._again\n"
@@ -326,7 +327,7 @@ def test_add_a_schedule(copy):
     )
     copy.insert(
         name,
-        before="    known = request.known_codes",
+        before="    total, codes = grid[0] * grid[1]",
         text="    if request.window == 5:\n        return ToySchedule()\n",
     )
     assert copy.changed == files_named("A schedule")

@@ -462,7 +462,7 @@ class SamplingConfig:
         minimum=1,
         maximum=MAX_INTEGER,
     )
-    order: str = _setting(
+    generation_order: str = _setting(
         "random",
         "Codes that a model of random order draws in one pass: random ones, or local ones, near to "
         "what is drawn and far from each other (LPD).",

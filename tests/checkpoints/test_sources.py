@@ -57,7 +57,7 @@ def test_resolves_single_transformer(tmp_path):
         found = resolve_pipeline(source)
         assert (found.name, found.transformer) == (name, source)
         assert (found.tokenizer, found.labels, found.folder) == (None, None, None)
-        assert found.sampling == SamplingConfig()
+        assert found.sampling is None
 
 
 def test_rejects_single_tokenizer(tmp_path):

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llamagen.backends import ReferenceStep
 from llamagen.config import SamplingConfig, TransformerConfig
-from llamagen.generation import GenerationRequest, NativeEngine, generate_codes
+from llamagen.generation import GenerationRequest, NativeEngine, batch, generate_codes
 from llamagen.generation.batch import Batch
 from llamagen.generation.likelihood import code_log_likelihoods
 from llamagen.generation.request import UNKNOWN
@@ -96,15 +97,20 @@ def test_orders_belong_to_the_seed():
         )
 
     for name in ("random", "local"):
-        assert order_of(5, order=name) == order_of(5, order=name)
-        assert order_of(5, order=name) != order_of(6, order=name)
-    assert order_of(5, order="random", steps=7) == order_of(5, order="random")
+        assert order_of(5, generation_order=name) == order_of(5, generation_order=name)
+        assert order_of(5, generation_order=name) != order_of(6, generation_order=name)
+    assert order_of(5, steps=7) == order_of(5)
 
 
 def test_passes(model, monkeypatch):
     calls = []
-    step = type(model).step
-    monkeypatch.setattr(type(model), "step", lambda *a, **k: (calls.append(1), step(*a, **k))[1])
+
+    class Counting(ReferenceStep):
+        def __call__(self, *arguments):
+            calls.append(1)
+            return super().__call__(*arguments)
+
+    monkeypatch.setattr(batch, "fastest_step", lambda model, times: Counting(model))
     for steps in (1, 3, 8, 16):
         calls.clear()
         NativeEngine(model).generate([image(1, 2, steps=steps)])
@@ -134,7 +140,7 @@ def test_images_join_and_leave(model, cache_dtype):
             k,
             known if k % 3 == 0 else None,
             steps=(None, 1, 4, 16)[k % 4],
-            order=("random", "local")[k % 2],
+            generation_order=("random", "local")[k % 2],
             guidance_scale=(4.0, 1.0, 7.5)[k % 3],
             guidance_start=(1.0, 2.0)[k % 2],
         )
@@ -197,16 +203,18 @@ def test_refusals(model):
     labels = torch.tensor([0])
     with pytest.raises(InputError, match="steps is 4, but this model predicts codes one by one"):
         generate_codes(raster, labels, seeds=[0], sampling=SamplingConfig(steps=4))
-    with pytest.raises(InputError, match="order is 'local', but this model"):
-        generate_codes(raster, labels, seeds=[0], sampling=SamplingConfig(order="local"))
+    with pytest.raises(InputError, match="generation_order is 'local', but this model"):
+        generate_codes(raster, labels, seeds=[0], sampling=SamplingConfig(generation_order="local"))
     with pytest.raises(InputError, match="window is 3, but this model predicts codes in any order"):
         generate_codes(model, labels, seeds=[0], window=3)
     with pytest.raises(InputError, match="steps is 17, expected at most the 16 codes"):
         generate_codes(model, labels, seeds=[0], sampling=SamplingConfig(steps=17))
     with pytest.raises(InputError, match="steps is 0"):
         SamplingConfig(steps=0)
-    with pytest.raises(InputError, match="order is 'spiral', expected one of random, local"):
-        SamplingConfig(order="spiral")
+    with pytest.raises(
+        InputError, match="generation_order is 'spiral', expected one of random, local"
+    ):
+        SamplingConfig(generation_order="spiral")
     with pytest.raises(InputError, match="order is 'spiral', expected 'raster' or 'random'"):
         TransformerConfig(order="spiral")
     codes = torch.zeros(1, 15, dtype=torch.int64)

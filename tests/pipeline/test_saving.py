@@ -93,9 +93,9 @@ def test_refuses_a_model_that_was_trained_further(whole, planned, tmp_path):
     other = tiny_text_pipeline()
     with torch.no_grad():
         other.transformer.output.weight[0, 0] += 1.0
-    with pytest.raises(InputError, match=r"other settings \(weights.transformer"):
+    with pytest.raises(InputError, match=r"other settings \(weights "):
         draw_into_folder(other, planned, folder)
-    with pytest.raises(InputError, match=r"other settings \(weights.text_encoder"):
+    with pytest.raises(InputError, match=r"other settings \(weights "):
         draw_into_folder(tiny_text_pipeline(seed=1), planned, folder)
 
 

@@ -23,6 +23,7 @@ from llamagen.config import (
     sampling_settings,
 )
 from llamagen.data.columns import SourceConfig
+from llamagen.generation.request import MAX_SEED, derived_seed, one_seed_each, uniform_draws
 from llamagen.generation.sampling import (
     ReferenceSampler,
     Rows,
@@ -33,7 +34,6 @@ from llamagen.generation.sampling import (
     guidance_scale_at,
     sample_from,
 )
-from llamagen.generation.seeds import MAX_SEED, derived_seed, one_seed_each, uniform_draws
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from tests.properties.checking import JSON, TEXTS, answer, attempt, holds_for
 

@@ -5,6 +5,7 @@ import asyncio
 import torch
 from PIL import Image
 
+from llamagen.generation.request import UNKNOWN
 from llamagen.serving.files import FileStore
 from llamagen.serving.models import ImageDecoder
 
@@ -43,7 +44,7 @@ def test_waiting_images_are_decoded_together():
     async def run():
         decoder = ImageDecoder(decode)
         images = await asyncio.gather(*[decoder.decode([k] * 8, (4, 2)) for k in range(20)])
-        half = await decoder.decode([7] * 4, (4, 2))
+        half = await decoder.decode([7] * 4 + [UNKNOWN] * 4, (4, 2))
         decoder.close()
         return images, half
 
@@ -70,7 +71,7 @@ def test_cancelled_request_does_not_block_others():
     assert asyncio.run(run()) == (1, 1)
 
 
-def test_unfinished_rows_repeat_the_last_one():
+def test_missing_codes_repeat_the_nearest():
     seen = []
 
     def decode(codes):
@@ -79,8 +80,15 @@ def test_unfinished_rows_repeat_the_last_one():
 
     async def run():
         decoder = ImageDecoder(decode)
-        await decoder.decode([1, 2, 3, 4], (3, 2))
+        first = await decoder.decode([1, 2, 3, 4, UNKNOWN, UNKNOWN], (3, 2))
+        second = await decoder.decode([UNKNOWN, 2, UNKNOWN, UNKNOWN, 5, UNKNOWN], (3, 2))
         decoder.close()
+        return first, second
 
-    asyncio.run(run())
+    rows, anywhere = asyncio.run(run())
     assert torch.equal(seen[0], torch.tensor([[[1, 2], [3, 4], [3, 4]]]))
+    assert torch.equal(seen[1], torch.tensor([[[2, 2], [5, 2], [5, 5]]]))
+    grey = (128, 128, 128)
+    assert [rows.getpixel((1, y)) == grey for y in range(3)] == [False, False, True]
+    drawn = [(x, y) for y in range(3) for x in range(2) if anywhere.getpixel((x, y)) != grey]
+    assert drawn == [(1, 0), (0, 2)]

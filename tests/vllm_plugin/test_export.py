@@ -19,6 +19,12 @@ from tests.tiny_models import tiny_pipeline, tiny_tokenizer, tiny_transformer
 pytest.importorskip("transformers")
 
 
+def test_random_order_is_refused(tmp_path):
+    with pytest.raises(InputError, match="vLLM predicts codes one after another"):
+        export_for_vllm(tiny_transformer(order="random"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_folder_has_vllms_settings(tmp_path):
     model = tiny_transformer(dim=80, kv_heads=2, num_classes=5)
     folder = export_for_vllm(model, tmp_path / "out", ExportOptions(grid=(2, 3)))

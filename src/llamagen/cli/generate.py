@@ -214,7 +214,7 @@ class Outpaint(_EditOptions):
     """Columns of codes to draw on its right."""
 
     def _arguments(self) -> dict[str, Any]:
-        sides = {name: getattr(self, name) for name in ("above", "below", "left", "right")}
+        sides = {"above": self.above, "below": self.below, "left": self.left, "right": self.right}
         return super()._arguments() | sides
 
 

@@ -9,10 +9,15 @@ from typing import Annotated, Any, ClassVar, Self
 
 import tyro
 
+from llamagen.config import SamplingConfig
 from llamagen.support.errors import InputError
 from llamagen.support.launch import Launch
 from llamagen.training.config import TokenizerTraining, TransformerTraining
 from llamagen.training.recipes import load_recipe, preset_model
+
+# Flags of nested fields have no prefix, and the loop has --steps of its own.
+_STEPS = Annotated[int | None, tyro.conf.arg(name="sampling-steps")]
+SamplingConfig.__annotations__["steps"] = _STEPS
 
 _INTERRUPTED = 130
 _SHOWN = ("psnr", "codebook_usage", "bits_per_code")

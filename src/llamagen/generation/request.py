@@ -81,7 +81,7 @@ class GenerationRequest:
 
 def check_request(request: GenerationRequest, model: Transformer, grid: Grid) -> None:
     """Raise InputError if the model cannot take a request's conditions or known codes."""
-    check_order(request, model.config.order, grid)
+    check_schedule(request.sampling, model.config.order, grid[0] * grid[1], request.window)
     for condition in request.conditions:
         model.cls_embedding.check(condition.unsqueeze(0))
     known, size = request.known_codes, model.config.codebook_size
@@ -97,19 +97,21 @@ def check_request(request: GenerationRequest, model: Transformer, grid: Grid) ->
         )
 
 
-def check_order(request: GenerationRequest, order: Order, grid: Grid) -> None:
-    """Raise InputError if a request's schedule is not one for a model of this order."""
-    steps, total = request.sampling.steps, grid[0] * grid[1]
-    if order == "raster" and (steps is not None or request.sampling.order != "random"):
-        name, value = ("order", request.sampling.order) if steps is None else ("steps", steps)
+def check_schedule(
+    sampling: SamplingConfig, order: Order, total: int, window: int | None = None
+) -> None:
+    """Raise InputError if settings do not go with a model of this order and ``total`` codes."""
+    steps, chosen = sampling.steps, sampling.generation_order
+    if order == "raster" and (steps is not None or chosen != "random"):
+        name = f"generation_order is {chosen!r}" if steps is None else f"steps is {steps}"
         raise InputError(
-            f"{name} is {value!r}, but this model predicts codes one by one in raster order; use a "
+            f"{name}, but this model predicts codes one by one in raster order; use a "
             f"model of random order"
         )
-    if order == "random" and request.window is not None:
+    if order == "random" and window is not None:
         raise InputError(
-            f"window is {request.window}, but this model predicts codes in any order; say in how "
-            f"many passes with steps"
+            f"window is {window}, but this model predicts codes in any order; say in how many "
+            f"passes with steps"
         )
     if steps is not None and steps > total:
         raise InputError(f"steps is {steps}, expected at most the {total} codes of an image")

@@ -159,6 +159,11 @@ def _place_weights(
             source = load_transformer(found.transformer)
             config = source.config
     refuse_quantized(config, "be exported for vLLM")
+    if config.order == "random":
+        raise InputError(
+            "vLLM predicts codes one after another, and this transformer in random order; generate "
+            "with engine 'native'"
+        )
     unknown = non_default_fields(config, FIELDS)
     if unknown:
         raise InputError(

@@ -23,7 +23,7 @@ from llamagen.vllm_plugin.hf_config import LlamaGenConfig
 from llamagen.vllm_plugin.sampling import (
     CodeSampling,
     Request,
-    check_guidance,
+    check_sampling,
     is_addressed,
     read_settings,
 )
@@ -130,7 +130,7 @@ class CodeSampler(RowProcessor, SlotProcessor):  # type: ignore[misc]  # vLLM ma
         assert config is not None
         try:
             sampling, seed = read_settings(params, config.default_sampling)
-            check_guidance(config, sampling)
+            check_sampling(config, sampling)
             if prompt is not None:
                 _check_prompt(config, prompt)
             return Request.of(sampling, seed, config.model.num_codes)

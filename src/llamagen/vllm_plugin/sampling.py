@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llamagen.backends.cpu.sampling import Rows
 from llamagen.config import SamplingConfig, sampling_settings
-from llamagen.generation.request import check_seed, uniform_draws
+from llamagen.generation.request import check_schedule, check_seed, uniform_draws
 from llamagen.generation.sampling import Sampler, fastest_sampler, guidance_scale_at
 from llamagen.support.errors import InputError
 
@@ -43,8 +43,9 @@ def extra_args(sampling: SamplingConfig, seed: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_guidance(config: LlamaGenConfig, sampling: SamplingConfig) -> None:
-    """Raise InputError if guidance is asked of a model that runs without it."""
+def check_sampling(config: LlamaGenConfig, sampling: SamplingConfig) -> None:
+    """Raise InputError for passes, and for guidance of a model that runs without it."""
+    check_schedule(sampling, "raster", config.model.num_codes)
     if sampling.guided and config.streams == 1:
         raise InputError(
             f"guidance_scale is {sampling.guidance_scale}, but this engine runs without guidance; "
@@ -60,7 +61,7 @@ def sampling_params(config: LlamaGenConfig, sampling: SamplingConfig, seed: int)
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    check_guidance(config, sampling)
+    check_sampling(config, sampling)
     return SamplingParams(
         # Greedy to vLLM: it takes the one code that the logits processor leaves.
         temperature=0.0,

@@ -39,7 +39,8 @@ class CpuSampler:
     FIELDS = frozenset(
         {
             *("guidance_scale", "guidance_schedule", "guidance_start", "guidance_power"),
-            *("guidance_stop", "temperature", "top_k", "top_p", "min_p", "steps", "order"),
+            *("guidance_stop", "temperature", "top_k", "top_p", "min_p", "steps"),
+            "generation_order",
         }
     )
     """Fields of ``SamplingConfig`` that are implemented; those of guidance by the scales that are

@@ -40,7 +40,7 @@ def new_schedule(
         sampling = request.sampling
         sizes = sizes_after(sum(known), total, sampling.steps or default_steps(total))
         priority = uniform_draws([request.seed], total, stream=ORDER_STREAM)[0].numpy()
-        is_local = sampling.order == "local"
+        is_local = sampling.generation_order == "local"
         order = (
             local_order(grid, known, sizes, priority) if is_local else random_order(known, priority)
         )
