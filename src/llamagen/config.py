@@ -360,6 +360,8 @@ class Setting:
     default: float | int | str | None = None
     optional: bool = False
     """Whether None is a value: where it is the default."""
+    random_order: bool = False
+    """Whether only models of random order have it."""
 
     @property
     def type(self) -> type[float] | type[int] | type[str]:
@@ -461,12 +463,14 @@ class SamplingConfig:
         "Passes in which a model of random order draws an image; none takes 88 for 256 codes.",
         minimum=1,
         maximum=MAX_INTEGER,
+        random_order=True,
     )
     generation_order: str = _setting(
         "random",
         "Codes that a model of random order draws in one pass: random ones, or local ones, near to "
         "what is drawn and far from each other (LPD).",
         choices=("random", "local"),
+        random_order=True,
     )
 
     def __post_init__(self) -> None:

@@ -171,12 +171,12 @@ def test_probes_and_metrics(server, client):
         ({"prompt": "dog", "n": 11}, 400, "n is 11, but a request may ask for 10"),
         ({"prompt": "dog", "n": 10**30}, 400, "n: "),
         ({"prompt": "dog", "n": "2"}, 400, "n: "),
-        ({"prompt": "dog", "size": "1024x1024"}, 400, "classes draws 16x16"),
         ({"prompt": "dog", "model": "../../etc/passwd"}, 404, "there is no model"),
         ({"prompt": "dog", "model": "c2i-L-384"}, 404, "there is no model"),
         ({"prompt": "dog", "top_p": 0}, 400, "top_p"),
         ({"prompt": "dog", "guidance_scale": -1}, 400, "guidance_scale"),
-        ({"prompt": "dog", "colour": "red"}, 400, "colour is no parameter"),
+        ({"prompt": "dog", "seed": -2}, 400, "seed: "),
+        ({"prompt": "dog", "seed": 2**64}, 400, "seed: "),
         ({"prompt": "dog", "background": "transparent"}, 400, "background"),
         ({"prompt": "dog " * 2000}, 400, "more than 4000 characters"),
         ({"model": "texts", "prompt": "\u0000\u0007"}, 400, ""),
@@ -196,6 +196,58 @@ def test_bad_requests(server, body, status, says):
     assert "\n" not in error["message"]
     assert "Traceback" not in answer.text
     assert "site-packages" not in answer.text
+
+
+USUAL = [
+    {"quality": "auto", "background": "auto", "moderation": "auto", "output_format": "png"},
+    {"seed": None, "n": None, "size": None, "quality": "standard", "user": "u"},
+]
+BESIDE = [
+    ({"size": "512x512"}, ["size is '512x512', but classes draws 16x16"]),
+    ({"quality": "hd", "style": "vivid"}, ["quality is 'hd', of which", "style is 'vivid', of"]),
+    ({"seed": 2**64 - 1}, ["seed is 18446744073709551615, above 9223372036854759807; "]),
+    (
+        {"steps": 20, "cfg_scale": 7, "sampler_name": "Euler a"},
+        [
+            "cfg_scale is no parameter of this API",
+            "sampler_name is no parameter of this API",
+            "steps is for models of random order",
+        ],
+    ),
+]
+"""What common clients send, and what the answer says of it."""
+
+
+def test_clients_that_ask_for_more(server, pipelines):
+    plain = post(server, {"prompt": "dog", "seed": 3}).json()
+    for body in USUAL:
+        answer = post(server, {"prompt": "dog", "seed": 3, **body}).json()
+        assert "warnings" not in answer
+        assert body.get("seed", 3) is None or answer["data"] == plain["data"]
+    for body, said in BESIDE:
+        answer = post(server, {"prompt": "dog", "seed": 3, **body})
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        assert len(found["warnings"]) == len(said)
+        lines = zip(found["warnings"], said, strict=True)
+        assert all(line.startswith(start) for line, start in lines)
+        seed = found["data"][0]["seed"]
+        wanted = pipelines["classes"]("dog", seed=seed).images[0]
+        assert opened(found["data"][0]["b64_json"]).tobytes() == wanted.tobytes()
+    drawn = [post(server, {"prompt": "dog", "seed": -1}).json() for _ in range(2)]
+    assert drawn[0]["data"][0]["seed"] != drawn[1]["data"][0]["seed"]
+    stream = post(server, {"prompt": "dog", "stream": True, "colour": "red"}).text
+    assert "colour is no parameter of this API" in stream
+
+
+def test_strict_servers_refuse_them(pipelines):
+    with running({"classes": pipelines["classes"]}, settings=ServerSettings(strict=True)) as server:
+        for body in USUAL:
+            assert post(server, {"prompt": "dog", **body}).status_code == 200
+        for body, said in (*BESIDE, ({"seed": -1}, ["seed is -1; leave it out"])):
+            answer = post(server, {"prompt": "dog", **body})
+            assert answer.status_code == 400
+            assert any(answer.json()["error"]["message"].startswith(start) for start in said)
 
 
 def test_a_long_body_of_unsaid_length_is_cut_off(server):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamagen.config import Grid, Order, SamplingConfig
+from llamagen.config import Grid, Order, SamplingConfig, sampling_settings
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError
 from llamagen.support.values import plain
@@ -101,20 +101,22 @@ def check_schedule(
     sampling: SamplingConfig, order: Order, total: int, window: int | None = None
 ) -> None:
     """Raise InputError if settings do not go with a model of this order and ``total`` codes."""
-    steps, chosen = sampling.steps, sampling.generation_order
-    if order == "raster" and (steps is not None or chosen != "random"):
-        name = f"generation_order is {chosen!r}" if steps is None else f"steps is {steps}"
-        raise InputError(
-            f"{name}, but this model predicts codes one by one in raster order; use a "
-            f"model of random order"
-        )
+    for setting in sampling_settings() if order == "raster" else ():
+        value = getattr(sampling, setting.name)
+        if setting.random_order and value != setting.default:
+            raise InputError(
+                f"{setting.name} is {value!r}, but this model predicts codes one by one in raster "
+                f"order; use a model of random order"
+            )
     if order == "random" and window is not None:
         raise InputError(
             f"window is {window}, but this model predicts codes in any order; say in how many "
             f"passes with steps"
         )
-    if steps is not None and steps > total:
-        raise InputError(f"steps is {steps}, expected at most the {total} codes of an image")
+    if sampling.steps is not None and sampling.steps > total:
+        raise InputError(
+            f"steps is {sampling.steps}, expected at most the {total} codes of an image"
+        )
 
 
 def check_seed(seed: Any) -> int:

@@ -129,8 +129,6 @@ def _add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:]) or None
         message = f"{param}: {first['msg']}" if param else str(first["msg"])
-        if first["type"] == "extra_forbidden":
-            message = f"{param} is no parameter of this API; leave it out"
         body = error_body(message, "invalid_request_error", param=param, code=first["type"])
         return JSONResponse(body, 400)
 
@@ -168,6 +166,7 @@ def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
                 {**dataclasses.asdict(each), "type": each.type.__name__, "default": own[each.name]}
             )
             for each in sampling_settings()
+            if not each.random_order or pipeline.transformer.config.order == "random"
         ],
     )
 

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from llamagen.pipeline.editing import Edit, Editor
 from llamagen.serving.files import FileStore, form_schema, open_upload, read_form
 from llamagen.serving.guards import error_body
+from llamagen.serving.leniency import settle
 from llamagen.serving.metrics import ServerMetrics
 from llamagen.serving.models import Job, PlanEdit, ServedModel, Update
 from llamagen.serving.schemas import (
@@ -189,12 +190,20 @@ async def _answer(
     served: Served, body: RequestBody, request: Request, edit: PlanEdit | None = None
 ) -> Any:
     """Answer a request for images, at once or by a stream."""
-    model = served.model(body.model)
+    model, strict = served.model(body.model), served.settings.strict
     status = 500
     try:
+        order = model.pipeline.transformer.config.order
+        body, warnings = settle(body, order, strict=strict)
         job = await _job(model, body, served.settings, edit)
+        size = model.size_of(job.grid)
+        if body.size not in (None, "auto", size):
+            what = f"{model.name} draws" if edit is None else f"this edit by {model.name} gives"
+            warnings.append(f"size is {body.size!r}, but {what} {size}")
+            if strict:
+                raise InputError(f"{warnings[-1]}; use auto")
         room = model.reserve(job)
-        images = _Images(model, job, body, served.settings.timeout)
+        images = _Images(model, job, body, served.settings.timeout, warnings)
         if getattr(body, "stream", False):
             status = 200
             return _EventStream(images.events(), room)
@@ -221,19 +230,22 @@ async def _job(
     for name in ("prompt", "negative_prompt", "blend"):
         if len(getattr(body, name) or "") > settings.max_prompt:
             raise InputError(f"{name} has more than {settings.max_prompt} characters; shorten it")
-    job = await model.job(body, edit)
-    size = model.size_of(job.grid)
-    if body.size not in (None, "auto", size):
-        what = f"{model.name} draws" if edit is None else f"this edit by {model.name} gives"
-        raise InputError(f"size is {body.size!r}, but {what} {size}; use auto")
-    return job
+    return await model.job(body, edit)
 
 
 class _Images:
     """Images of a request, on their way into its answer."""
 
-    def __init__(self, model: ServedModel, job: Job, body: RequestBody, timeout: float) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        job: Job,
+        body: RequestBody,
+        timeout: float,
+        warnings: Sequence[str],
+    ) -> None:
         self._model, self._job, self._body, self._timeout = model, job, body, timeout
+        self._warnings = list(warnings) or None
         self._kind = body.output_format or "png"
         self._size = model.size_of(job.grid)
 
@@ -270,6 +282,7 @@ class _Images:
             size=self._size,
             usage=self._usage(len(files)),
             settings=dataclasses.asdict(self._job.sampling),
+            warnings=self._warnings,
         )
 
     async def events(self) -> AsyncIterator[str]:
@@ -312,6 +325,7 @@ class _Images:
             partial_image_index=None if update.done else number,
             rows=update.rows,
             usage=self._usage(1) if update.done else None,
+            warnings=self._warnings if update.done else None,
         )
 
     async def _file(self, update: Update) -> bytes:

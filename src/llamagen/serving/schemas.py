@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from llamagen.config import Setting, sampling_settings
-from llamagen.generation.request import MAX_SEED
 from llamagen.pipeline.ranking import Ranking
 
 OutputFormat = Literal["png", "jpeg", "webp"]
@@ -36,14 +35,16 @@ _Settings: Any = create_model(
 class _Common(BaseModel):
     """Fields of all requests for images, beside the sampling settings."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="allow")
 
     prompt: str = Field(
         description="A text, or the name or number of a class.", min_length=1, examples=["llama"]
     )
     model: str | None = _optional("One of /v1/models. Default: the first of them.")
     n: int | None = Field(1, ge=1, le=1000, description="Images.")
-    size: str | None = Field("auto", max_length=20, description="auto, or the images' own size.")
+    size: str | None = Field(
+        "auto", max_length=20, description="Images have the model's own, whatever is asked for."
+    )
     response_format: Literal["b64_json", "url"] | None = Field(
         "b64_json", description="The images themselves, or where to fetch them for a time."
     )
@@ -59,9 +60,13 @@ class _Common(BaseModel):
         "The best: likelihood (default), or condition, what the prompt makes likelier."
     )
     seed: int | None = _optional(
-        "Of the first image; the next count up. Default: random.", ge=0, le=MAX_SEED - 16_000
+        "Of the first image; the next count up. Default, and -1: random.", ge=-1, lt=2**64
     )
     user: str | None = _optional("Not kept.", max_length=1000)
+    quality: str | None = _optional("No levels: use the settings above.", max_length=20)
+    style: str | None = _optional("None to choose from.", max_length=20)
+    background: Literal["auto", "opaque"] | None = None
+    moderation: str | None = _optional("Nothing is moderated.", max_length=20)
 
 
 class RequestBody(_Settings, _Common):  # type: ignore[misc]
@@ -77,9 +82,6 @@ class _StreamRequest(RequestBody):
     partial_images: int | None = Field(
         0, ge=0, le=64, description="Unfinished images of each; none of ranked or extended ones."
     )
-    quality: Literal["auto", "standard"] | None = _optional("No levels: use the settings above.")
-    background: Literal["auto", "opaque"] | None = None
-    moderation: Literal["auto", "low"] | None = _optional("Nothing is moderated.")
 
 
 class ImageRequest(_StreamRequest):
@@ -144,6 +146,7 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     usage: Usage
     settings: dict[str, Any] = Field(description="How the codes were drawn.")
+    warnings: list[str] | None = _optional("What of the request was not taken at its word.")
 
 
 class ImageEvent(BaseModel):
@@ -166,6 +169,7 @@ class ImageEvent(BaseModel):
     partial_image_index: int | None = _optional("Of partial images, from 0.")
     rows: int = Field(description="Finished rows of the grid.")
     usage: Usage | None = _optional("Of completed images.")
+    warnings: list[str] | None = _optional("Of completed images: as without a stream.")
 
 
 class SettingCard(BaseModel):

@@ -17,6 +17,9 @@ class ServerOptions:
     """Images that a request may ask for."""
     timeout: float = 300.0
     """Seconds that a request may take."""
+    strict: bool = False
+    """Refuse fields, sizes and other values that the API does not know, instead of leaving them out
+    with a warning in the answer."""
     file_lifetime: float = 3600.0
     """Seconds that images can be fetched from their URLs."""
 
