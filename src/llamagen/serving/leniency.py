@@ -1,6 +1,6 @@
 """What requests of common clients ask for beside what this API does.
 
-Fields and values that would not change what an image shows are left out, and the answer says so.
+Fields and values that this API does not have are left out, and the answer says so.
 """
 
 from __future__ import annotations
