@@ -201,9 +201,9 @@ def check_quantizer() -> None:
 def test_add_an_option_of_the_transformer(copy):
     copy.replace(
         "config.py",
-        "    qk_norm: bool = False\n",
+        "    qk_norm: bool = _added(False)\n",
         '    toy_scale: float = 1.0\n    """Scale of the feed-forward layer\'s output."""\n'
-        "    qk_norm: bool = False\n",
+        "    qk_norm: bool = _added(False)\n",
     )
     copy.replace(
         "models/transformer/blocks.py",

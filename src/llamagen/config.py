@@ -192,7 +192,7 @@ class TransformerArchitecture:
     """Key and value heads (grouped-query attention); None means as many as query heads."""
     hidden_dim: int | None = None
     """Hidden size of the feed-forward layer; None means 8/3 dim rounded up to 256."""
-    qk_norm: bool = False
+    qk_norm: bool = _added(False)
     """RMSNorm of each head's queries and keys, before the rotary embedding."""
     rope_base: float = 10000.0
     """Base of the rotary frequencies."""
@@ -208,7 +208,7 @@ class TransformerArchitecture:
     """Dropout of the feed-forward layer's output, in training."""
     drop_path: float = 0.0
     """Stochastic depth of the last block, in training; earlier blocks get linearly less."""
-    order: Order = "raster"
+    order: Order = _added("raster")  # noqa: RUF009  # a field
     """Order in which codes are predicted: raster, one by one; or random, any order and several at a
     time (RandAR, 2412.01827)."""
 

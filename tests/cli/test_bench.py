@@ -30,7 +30,7 @@ def test_passes_of_random_order(run, tmp_path):
     command = ("bench", "--model", tmp_path / "model", "--images", 1, "--repeats", 1)
     result = run(*command, "--steps", 4, "--precisions", "float32", "--device", "cpu")
     assert result.status == 0, result.err
-    assert "16 codes in 4 passes, with guidance" in result.out
+    assert "16 codes in 4 passes (random order), with guidance" in result.out
 
 
 @pytest.mark.parametrize(

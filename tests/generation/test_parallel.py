@@ -13,8 +13,8 @@ from llamagen.config import SamplingConfig, TransformerConfig
 from llamagen.generation import GenerationRequest, NativeEngine, batch, generate_codes
 from llamagen.generation.batch import Batch
 from llamagen.generation.likelihood import code_log_likelihoods
-from llamagen.generation.request import UNKNOWN
-from llamagen.generation.schedules import new_schedule
+from llamagen.generation.request import UNKNOWN, uniform_draws
+from llamagen.generation.schedules import new_schedule, parallel
 from llamagen.generation.schedules.parallel import (
     default_steps,
     group_sizes,
@@ -115,6 +115,22 @@ def test_passes(model, monkeypatch):
         calls.clear()
         NativeEngine(model).generate([image(1, 2, steps=steps)])
         assert len(calls) == steps
+    # Groups of more codes than known ones are fed at once.
+    large = tiny_transformer(grid=(16, 16), order="random")
+    calls.clear()
+    NativeEngine(large).generate([image(1, 2, steps=4)])
+    assert len(calls) == 4
+
+
+def test_many_known_codes_are_fed_in_parts(monkeypatch):
+    large = tiny_transformer(grid=(12, 12), order="random")
+    known = torch.full((144,), UNKNOWN)
+    known[7:140] = torch.arange(133) % 64
+    requests = [image(1, 2, known, steps=steps) for steps in (3, 144)]
+    found = NativeEngine(large).generate(requests).flatten(1)
+    assert torch.equal(found[:, 7:140], known[7:140].expand(2, -1))
+    monkeypatch.setattr(parallel, "_MAX_KNOWN", 144)
+    assert torch.equal(NativeEngine(large).generate(requests).flatten(1), found)
 
 
 def test_one_by_one_is_the_distribution_that_training_sees(model):
@@ -188,9 +204,20 @@ def test_log_likelihoods(model):
     labels = torch.tensor([0, 1, 2])
     one = code_log_likelihoods(model, codes, labels)
     assert one.shape == codes.shape
-    assert torch.allclose(one[1:2], code_log_likelihoods(model, codes[1:2], labels[1:2]))
+
+    def expected(seed):
+        cells = uniform_draws([seed], 16)[0].argsort()
+        drawn = codes.flatten(1)[:, cells]
+        with torch.no_grad():
+            logits = model(drawn[:, :-1], labels, order=cells.expand(3, 16))
+        nats = logits.log_softmax(-1).gather(2, drawn.unsqueeze(-1)).squeeze(-1)
+        return torch.zeros(3, 16).scatter(1, cells.expand(3, 16), nats).view(3, 4, 4)
+
+    assert torch.allclose(one, expected(0), atol=1e-5)
     several = code_log_likelihoods(model, codes, labels, orders=3)
-    assert not torch.allclose(one, several)
+    assert torch.allclose(several, sum(map(expected, range(3))) / 3, atol=1e-5)
+    with pytest.raises(InputError, match="orders is 0"):
+        code_log_likelihoods(model, codes, labels, orders=0)
     raster = tiny_transformer(dim=64, heads=2)
     logits = raster(codes.flatten(1)[:, :-1], labels)
     expected = -F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")

@@ -50,12 +50,15 @@ def run(options: Bench) -> None:
     from tqdm import tqdm
 
     from llamagen.evaluation import speed
+    from llamagen.generation.schedules.parallel import default_steps
     from llamagen.support import storage
     from llamagen.support.devices import dtype_name, find_device, find_dtype
 
     if min(options.images, default=0) < 1:
         raise InputError(f"--images is {list(options.images)}, expected integers of at least 1")
     require_at_least(1, options, "repeats")
+    if options.model is not None and options.order != "raster":
+        raise InputError("--order goes with random weights; a model has its own: leave out --order")
     if options.out is not None:
         storage.require_writable(options.out.parent)
     device = find_device(options.device)
@@ -75,12 +78,14 @@ def run(options: Bench) -> None:
         )
     about = speed.machine()
     label = options.model or options.preset
-    passes = "" if options.steps is None else f" in {options.steps} passes"
-    print(f"{label}, {model.config.num_codes} codes{passes}, with guidance")
+    codes, order = model.config.num_codes, model.config.order
+    steps = codes if order == "raster" else options.steps or default_steps(codes)
+    print(f"{label}, {codes} codes in {steps} passes ({order} order), with guidance")
     print(f"{about['processor'] or about['gpu']}, {about['threads']} threads, {about['date']}")
     print(_table(found))
     if options.out is not None:
-        results = {"model": label, "measured": [dataclasses.asdict(each) for each in found]}
+        about_model = {"model": label, "order": order, "steps": steps}
+        results = {**about_model, "measured": [dataclasses.asdict(each) for each in found]}
         storage.write_json(options.out, {"machine": about, "results": results})
         print(options.out)
 

@@ -137,6 +137,8 @@ def _architecture(part: PartSummary, summary: ModelSummary) -> str:
     else:
         sizes = (str(config.get(name, "?")) for name in ("layers", "heads", "dim"))
         rows["layers, heads, dim"] = ", ".join(sizes)
+        if "order" in config:
+            rows["order"] = config["order"]
     if part.kind == "transformer" and summary.grid is not None and summary.kv_cache is not None:
         grid = " x ".join(map(str, summary.grid))
         rows["condition"] = summary.condition

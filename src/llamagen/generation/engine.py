@@ -28,6 +28,7 @@ from llamagen.config import Grid
 from llamagen.generation.batch import Batch, GenerationState
 from llamagen.generation.memory import sampling_batch_size
 from llamagen.generation.request import UNKNOWN, GenerationRequest, check_request
+from llamagen.generation.schedules import codes_per_pass
 from llamagen.models.pretrained import eval_mode
 from llamagen.models.transformer import Transformer
 from llamagen.support.errors import InputError, NotFiniteError
@@ -243,11 +244,12 @@ class NativeEngine:
 
     def batch_size(self, requests: Sequence[GenerationRequest]) -> int:
         """See ``Engine``."""
+        order, total = self.model.config.order, self.grid[0] * self.grid[1]
         size = sampling_batch_size(
             self.model,
             sequences=max(request.sequences for request in requests),
             condition_length=max(request.condition_length for request in requests),
-            window=max(request.window or 1 for request in requests),
+            window=max(codes_per_pass(request, order, total) for request in requests),
         )
         return min(size, self._batch_limit)
 

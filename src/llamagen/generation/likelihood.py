@@ -14,6 +14,7 @@ from torch import Tensor
 from llamagen.generation.request import uniform_draws
 from llamagen.models.pretrained import eval_mode
 from llamagen.models.transformer import Transformer
+from llamagen.support.errors import InputError
 
 _MAX_LOGITS = 1 << 27
 """Logits that are in memory at once."""
@@ -43,6 +44,8 @@ def code_log_likelihoods(
     Returns:
         (B, rows, columns) float32 nats on the model's device.
     """
+    if orders < 1:
+        raise InputError(f"orders is {orders}, expected at least 1")
     each = list(conditions)
     by_shape: dict[torch.Size, list[int]] = {}
     for index, condition in enumerate(each):

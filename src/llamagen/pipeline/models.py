@@ -99,6 +99,11 @@ class PipelineModels:
         self.engine = engine
         self._engine_options = dict(engine_options or {})
         self._code_engine: Engine | None = None
+        if config.order == "random" and self._engine_class.copies_model:
+            raise InputError(
+                f"{name} predicts codes in random order, and {engine} one after another; generate "
+                f"with engine 'native'"
+            )
         self._text = text_encoder if config.condition == "text" else None
 
     @classmethod

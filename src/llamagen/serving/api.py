@@ -156,6 +156,7 @@ def _card(model: ServedModel, settings: ServerSettings) -> ModelCard:
         size=model.size_of(model.grid),
         rows=model.grid[0],
         columns=model.grid[1],
+        order=pipeline.transformer.config.order,
         codes=pipeline.transformer.config.codebook_size,
         max_images=min(settings.max_images, model.max_in_flight),
         edits=model.engine.can_edit,

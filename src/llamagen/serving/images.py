@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import bisect
 import contextlib
 import dataclasses
 import functools
@@ -289,15 +290,18 @@ class _Images:
         """Yield the events of a stream; also an error after the stream has begun is one."""
         rows = self._model.grid[0]
         count = min(getattr(self._body, "partial_images", None) or 0, rows - 1)
-        partial = {max(1, rows * (index + 1) // (count + 1)) for index in range(count)}
-        shown = [0] * self._job.images
+        partial = sorted({max(1, rows * (index + 1) // (count + 1)) for index in range(count)})
+        shown, reached = [0] * self._job.images, [0] * self._job.images
         try:
             async with (
                 asyncio.timeout(self._timeout),
                 contextlib.aclosing(self._model.updates(self._job)) as updates,
             ):
                 async for update in updates:
-                    if update.rows in partial or update.done:
+                    # A pass may finish several rows, so the next one is shown that reaches a mark.
+                    marks = bisect.bisect_right(partial, update.rows)
+                    if marks > reached[update.index] or update.done:
+                        reached[update.index] = marks
                         event = await self._event(update, shown[update.index])
                         shown[update.index] += 1
                         data = event.model_dump_json(exclude_none=True)

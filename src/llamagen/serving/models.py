@@ -196,6 +196,8 @@ class ServedModel:
             )[0]
 
         condition = await loop.run_in_executor(self._reader, read)
+        # Before a stream begins, whose status is sent first.
+        self.engine.check(condition.request(seed=0, sampling=sampling))
         plan, grid = None, self.grid
         if edit is not None:
             plan = await loop.run_in_executor(self._worker, edit, Editor(self.pipeline))

@@ -97,9 +97,9 @@ class EditRequest(_StreamRequest):
         "Default: inpaint with a mask, complete without one."
     )
     keep_rows: int | None = _optional("For complete: rows kept. Default: half.", ge=1, le=2**31)
-    above: int | None = _optional("For outpaint: rows of codes to draw above.", ge=0, le=2**31)
+    above: int | None = _optional("For outpaint in random order: rows above.", ge=0, le=2**31)
     below: int | None = _optional("For outpaint: rows of codes to draw below.", ge=0, le=2**31)
-    left: int | None = _optional("For outpaint: columns to draw on the left.", ge=0, le=2**31)
+    left: int | None = _optional("For outpaint in random order: columns left.", ge=0, le=2**31)
     right: int | None = _optional("For outpaint: columns to draw on the right.", ge=0, le=2**31)
     keep: _Number | None = _optional("For vary: share kept. Default: 0.5.", gt=0, lt=1)
 
@@ -167,7 +167,7 @@ class ImageEvent(BaseModel):
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
     partial_image_index: int | None = _optional("Of partial images, from 0.")
-    rows: int = Field(description="Finished rows of the grid.")
+    rows: int = Field(description="Finished rows of the grid, or as many codes in any order.")
     usage: Usage | None = _optional("Of completed images.")
     warnings: list[str] | None = _optional("Of completed images: as without a stream.")
 
@@ -197,6 +197,7 @@ class ModelCard(BaseModel):
     size: str
     rows: int = Field(description="Rows of the grid.")
     columns: int
+    order: Literal["raster", "random"] = Field(description="Order in which codes are drawn.")
     codes: int = Field(description="Codes to choose from: the largest top_k that matters.")
     max_images: int = Field(description="Images that a request may ask for.")
     classes: list[str] | None = Field(description="Names of its classes.")

@@ -157,6 +157,10 @@ class LoopConfig(_Checked):
         )
         super().__post_init__()
         _require(
+            self.min_lr_ratio == 0 or self.schedule == "cosine",
+            f"min_lr_ratio is {self.min_lr_ratio}, but the schedule is constant; make it cosine",
+        )
+        _require(
             self.batch_size % self.gradient_accumulation == 0,
             f"gradient_accumulation {self.gradient_accumulation} does not divide "
             f"batch_size {self.batch_size}",

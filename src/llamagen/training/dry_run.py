@@ -139,6 +139,8 @@ def _start(recipe: TransformerTraining, **sizes: Any) -> Start:
     public = None if recipe.init is None else find_public(recipe.init)
     if public is not None and recipe.lora.lora_rank == 0:
         model: Any = public.config
+        if recipe.model.order == "random":
+            model = dataclasses.replace(model, order="random")
         recipe = dataclasses.replace(recipe, init=None, model=model)
     text = recipe.text
     if text.text_encoder != TextConfig().encoder or text.text_features is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 import llamagen.checkpoints as checkpoints
 from llamagen.config import (
     Grid,
+    SamplingConfig,
     SmallTextEncoderConfig,
     TextConfig,
     TransformerArchitecture,
@@ -132,12 +133,13 @@ class Start:
 
     def pipeline(self, tokenizer: ImageTokenizer, model: NextCodeModel) -> Pipeline:
         """Return a pipeline with ``model``."""
+        own = self.recipe.sampling
         return Pipeline(
             tokenizer,
             model.transformer,
             labels=self.labels,
             name=self.recipe.out.name,
-            sampling=self.recipe.sampling,
+            sampling=None if own == SamplingConfig() else own,
             text_encoder=model.encoder or self.text.encoder or self.text.config,
         )
 
@@ -199,7 +201,12 @@ def find_start(
     _check_source(recipe, source, sizes)
     # Dropout is no part of a model: it is the recipe's.
     sizes |= {name: getattr(recipe.model, name) for name in _DROPOUT}
-    if recipe.model.order == "random":
+    if recipe.model.order == "random" != source.order:
+        if recipe.lora.lora_rank > 0:
+            raise InputError(
+                f"{recipe.init} predicts in raster order, and LoRA does not train the query that "
+                f"random order needs; train all weights, or start from a model of random order"
+            )
         # A raster model's weights are a start: only the queries are new.
         sizes["order"] = "random"
     return Start(

@@ -21,7 +21,7 @@ from llamagen.data.images import CorruptImageError, SkippedFiles
 from llamagen.data.live_codes import CodeSource, LiveCodes
 from llamagen.data.loader import DataOrder
 from llamagen.data.store import CodeStore
-from llamagen.generation.request import uniform_draws
+from llamagen.generation.request import check_schedule, uniform_draws
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.pipeline import Pipeline
 from llamagen.support import content, distributed
@@ -121,6 +121,8 @@ class TransformerTask(Task):
         """Make a task with a new model, which has its weights after ``prepare``."""
         recipe, loop = start.recipe, start.recipe.loop
         self.recipe, self.start = recipe, start
+        # Before the first sheet of samples is drawn, or a model is exported.
+        check_schedule(recipe.sampling, start.config.order, start.config.num_codes)
         with torch.device("meta") if shards_model(loop) else contextlib.nullcontext():
             self.module = start.build()
         self.module.transformer.recompute_blocks = loop.activation_checkpointing == "blocks"

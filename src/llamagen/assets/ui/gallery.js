@@ -65,7 +65,7 @@ function slot(request, card, run, index) {
     image.onload = () => {
       image.hidden = false;
       // A little more, lest the grey of the unfinished rows shines through.
-      const hidden = self.done ? 0 : 100 * (1 - event.rows / card.rows);
+      const hidden = self.done || card.order === "random" ? 0 : 100 * (1 - event.rows / card.rows);
       image.style.clipPath = `inset(0 0 ${hidden && `calc(${hidden}% + 1px)`} 0)`;
     };
     if (!self.done) {

@@ -69,6 +69,7 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
     """Measure bits per code and per pixel; see ``measure_likelihood``."""
     found = measure_likelihood(pipeline, images, out)
     rows, columns = found.conditional.shape[1:]
+    random = pipeline.transformer.config.order == "random"
     names = ("bits_per_code", "bits_per_code_unconditional", "bits_per_pixel")
     return Report(
         protocol="likelihood",
@@ -80,10 +81,11 @@ def evaluate_likelihood(pipeline: Pipeline, images: ImageSet, out: Path) -> Repo
             "model": pipeline.name,
             "codes": f"{rows}x{columns} of {pipeline.tokenizer.config.codebook_size}",
             "precision": dtype_name(pipeline.dtype),
+            **({"order": "a random one, the same for all images"} if random else {}),
         },
         warnings=[_ONLY_CODES],
         tables=[] if images.labels is None else [_classes_table(found, images)],
-        pictures=[_map_picture(found.map())],
+        pictures=[_map_picture(found.map(), "in a random order" if random else "row by row")],
     )
 
 
@@ -154,7 +156,7 @@ def _classes_table(found: Likelihood, images: ImageSet) -> Table:
     return Table(title="Classes", columns=columns, rows=tuple(rows))
 
 
-def _map_picture(bits: np.ndarray) -> Picture:
+def _map_picture(bits: np.ndarray, order: str) -> Picture:
     """Mean bits at each position of the grid, from white (minimum) to dark blue (maximum)."""
     low, high = float(bits.min()), float(bits.max())
     share = (bits - low) / max(high - low, 1e-9)
@@ -164,6 +166,6 @@ def _map_picture(bits: np.ndarray) -> Picture:
     return Picture(
         title="Bits by position in the grid",
         image=image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST),
-        note=f"White is {low:.2f} bits, dark blue {high:.2f}. Codes are generated row by row, so "
+        note=f"White is {low:.2f} bits, dark blue {high:.2f}. Codes are predicted {order}, so "
         f"later ones have more context.",
     )

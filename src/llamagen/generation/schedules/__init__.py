@@ -13,13 +13,14 @@ from llamagen.generation.schedules.jacobi import JacobiSchedule
 from llamagen.generation.schedules.parallel import (
     ParallelSchedule,
     default_steps,
+    group_sizes,
     local_order,
     random_order,
     sizes_after,
 )
 from llamagen.generation.schedules.raster import RasterSchedule
 
-__all__ = ["MAX_TOKENS", "Pass", "Schedule", "new_schedule"]
+__all__ = ["MAX_TOKENS", "Pass", "Schedule", "codes_per_pass", "new_schedule"]
 
 MAX_TOKENS = 32
 """Tokens of a pass up to which its time, with AMX, grows much more slowly than their number."""
@@ -51,3 +52,10 @@ def new_schedule(
     if few if request.window is None else request.window > 1:
         return JacobiSchedule(total, request.window)
     return RasterSchedule(total, known)
+
+
+def codes_per_pass(request: GenerationRequest, model: Order, total: int) -> int:
+    """Return the largest number of codes that a pass of an image samples."""
+    if model == "random":
+        return max(group_sizes(total, request.sampling.steps or default_steps(total)))
+    return request.window or 1

@@ -71,13 +71,14 @@ def local_order(
     """
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     down, right = np.abs(rows[:, None] - rows), np.abs(columns[:, None] - columns)
-    apart, distance = np.maximum(down, right), np.hypot(down, right)
-    nearness = np.where(apart == 1, 1.0 / np.maximum(distance, 1.0), 0.0)
+    apart, distance = np.maximum(down, right), down**2 + right**2
+    nearness = np.where(apart == 1, 1.0 / np.sqrt(np.maximum(distance, 1)), 0.0)
     is_drawn = np.array(known, dtype=bool)
     order = np.flatnonzero(is_drawn).tolist()
     for size in sizes:
-        proximity = nearness[:, is_drawn].sum(axis=1)
-        near = np.flatnonzero(~is_drawn & (proximity >= _MIN_PROXIMITY - 1e-9))
+        # Rounded: what is equal must be so on every processor.
+        proximity = nearness[:, is_drawn].sum(axis=1).round(6)
+        near = np.flatnonzero(~is_drawn & (proximity >= _MIN_PROXIMITY))
         near = near[np.lexsort((priority[near], -proximity[near]))]
         group: list[int] = []
         for repulsion in _REPULSION:
@@ -124,8 +125,10 @@ class ParallelSchedule:
         return self._pass()
 
     def _pass(self) -> Pass:
-        fed = self.order[self._fed : self._fed + _MAX_KNOWN]
-        fed = fed[: self.final - self._fed]
+        waiting = self.final - self._fed
+        # A group that this image has drawn is fed as a whole: it counts as one of the passes.
+        count = waiting if self._is_asked else min(waiting, _MAX_KNOWN)
+        fed = self.order[self._fed : self._fed + count]
         pairs = [cell for cell in fed for _ in range(2)][self._is_asked :]
         self._fed += len(fed)
         self._tokens = len(pairs)

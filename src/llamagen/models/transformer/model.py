@@ -136,8 +136,10 @@ class Transformer(PretrainedModel[TransformerConfig]):
                 exactly if the configuration's order is random.
             grid: rows and columns of the image; by default the configuration's.
         """
-        if (order is not None) != (self.pos_instruct_embeddings is not None):
-            raise InputError(f"order of cells and a model of order {self.config.order!r}")
+        if order is None and self.pos_instruct_embeddings is not None:
+            raise InputError("this model predicts codes in random order; give the cells as `order`")
+        if order is not None and self.pos_instruct_embeddings is None:
+            raise InputError("this model predicts codes in raster order; leave out `order`")
         embedded = self.cls_embedding(condition, drop_condition)  # (B, C, D)
         length, table = embedded.shape[1], self.rope_table(grid)
         x = self.tok_embeddings(codes)
