@@ -74,6 +74,8 @@ class NetworkOptions:
             require_at_least(1, self, "classifier_steps")
             training = ClassifierTraining(steps=self.classifier_steps, flip=self.classifier_flip)
             folder = self.classifier or out / "classifier"
+            if folder.resolve() == out.resolve():
+                raise InputError("--classifier is the folder of the results; name one of its own")
             shared = self.classifier is not None
             network = open_classifier(folder, reference.images, device, training, shared=shared)
             return Workplace(out=out, network=network, device=device)

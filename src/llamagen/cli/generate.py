@@ -288,6 +288,8 @@ def _draw(options: Generate, model: str) -> None:
 
         if options._kind is not None:
             output = pipe(**arguments, callback=show)
+            if options.like is not None:
+                _warn_of_other_codes(options.like, output.metadata[0] | about)
             options.save_sheet(output.images, output.metadata[0] | about, options.columns)
             return
         try:
@@ -315,7 +317,7 @@ def _warn_of_other_codes(like: Path, now: dict[str, Any]) -> None:
     from llamagen.support.pictures import read_metadata
 
     recorded = read_metadata(like)
-    names = ("engine", "kernels", "text_encoder_dtype", "device")
+    names = ("weights", "engine", "kernels", "text_encoder_dtype", "device")
     for name in names:
         if name in recorded and recorded[name] != now.get(name):
             print(

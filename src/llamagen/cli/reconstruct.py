@@ -72,6 +72,12 @@ def run(options: Reconstruct) -> None:
     skipped: list[str] = []
     prepared = ((path, fit(image)) for path, image in _readable(paths, skipped))
     names = _output_names(paths)
+    own = {path.resolve() for path in paths}
+    for name in names.values():
+        if (options.out / name).resolve() in own:
+            raise InputError(
+                f"{options.out / name} is one of the images; give another --out folder"
+            )
     rows: list[dict[str, Any]] = []
     pairs: list[Reconstruction] = []
     codes: set[int] = set()

@@ -11,8 +11,6 @@ import io
 import json
 import logging
 import os
-import struct
-import zlib
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -28,6 +26,7 @@ from llamagen.support.errors import InputError, one_line
 from llamagen.support.labels import Labels
 from llamagen.support.launch import Launch
 from llamagen.support.names import normal_name
+from llamagen.support.pictures import DECODING_ERRORS
 
 EXTENSIONS = frozenset(
     {
@@ -41,12 +40,6 @@ _log = logging.getLogger(__name__)
 
 _NAMED = 5
 """Files, or kinds of them, that a message names."""
-
-DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
-    *(struct.error, zlib.error, Image.DecompressionBombError),
-)
-"""Raised by Pillow's decoders on damaged files."""
 
 _WHITE = (255, 255, 255, 255)
 
@@ -212,7 +205,11 @@ class _Found:
 
     def empty_folders(self, root: Path, used: Collection[str]) -> list[str]:
         """Return the folders of ``root`` that are not in ``used``, and what is in them instead."""
-        empty = [f for f in self.folders.values() if f.parent == root and f.name not in used]
+        empty = [
+            folder
+            for folder in self.folders.values()
+            if folder.parent == root != folder and folder.name not in used
+        ]
         others = ([path for path in self.others if folder in path.parents] for folder in empty)
         pairs = zip(empty, others, strict=True)
         return [f"{folder.name} ({_suffixes(paths) or 'empty'})" for folder, paths in pairs]

@@ -183,7 +183,9 @@ def _column(values: Sequence[Any], device: torch.device | str) -> Any:
     """One number if all rows share it, else (D, 1)."""
     if all(value == values[0] for value in values):
         return values[0]
-    return torch.tensor(values, device=device).unsqueeze(-1)
+    # Not torch's default type, which others may have changed.
+    dtype = torch.int64 if isinstance(values[0], int) else torch.float32
+    return torch.tensor(values, dtype=dtype, device=device).unsqueeze(-1)
 
 
 Sampler = ReferenceSampler | CpuSampler

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from llamagen.data.images import DECODING_ERRORS, open_image, to_rgb, upright
+from llamagen.data.images import open_image, to_rgb, upright
 from llamagen.data.views import center_crop, covering_size
 from llamagen.generation.request import (
     UNKNOWN,
@@ -42,6 +42,7 @@ from llamagen.pipeline.pipeline import (
 )
 from llamagen.pipeline.ranking import check_ranking
 from llamagen.support.errors import InputError
+from llamagen.support.pictures import DECODING_ERRORS
 from llamagen.support.values import plain, require_integer
 
 ImageSource = Image.Image | Path | str

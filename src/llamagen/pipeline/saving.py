@@ -62,11 +62,9 @@ def save_image(image: Image.Image, path: Path, metadata: Mapping[str, Any] | Non
     """Write a PNG as ``path`` or, where that is another image, path-2, path-3, ...; return it."""
     content = image_bytes(image, "png", metadata=metadata)
     for each in _choices(path):
-        if not each.exists():
-            storage.write_bytes(each, content)
-        elif each.read_bytes() != content:
-            continue
-        return each
+        # Other commands may be writing into the folder, too.
+        if storage.write_new(each, content) or each.read_bytes() == content:
+            return each
     raise AssertionError("there is always another number")
 
 
@@ -155,6 +153,8 @@ def draw_into_folder(
         for image in planned
     )
     index = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    # Undecodable bytes of files of prompts become escapes of JSON.
+    index = index.encode("utf-8", "backslashreplace").decode()
     saving: list[tuple[int, Future[None]]] = []
     drawn = 0
 

@@ -20,8 +20,9 @@ from pydantic import BaseModel, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from llamagen.data.images import DECODING_ERRORS, to_rgb
+from llamagen.data.images import to_rgb
 from llamagen.support.errors import InputError, one_line
+from llamagen.support.pictures import DECODING_ERRORS
 
 _Form = TypeVar("_Form", bound=BaseModel)
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 import llamagen.support.storage as storage
 
 _JOINT = " content "
+_UNREADABLE = "unreadable"
 _THREADS = 8
 _SETTLED = 2 * 10**9
 """Nanoseconds after which a file that changes again has another time, on any file system."""
@@ -37,6 +38,7 @@ def files_digest(root: Path | str, paths: Sequence[Path]) -> str:
     with contextlib.suppress(OSError, ValueError):
         known = storage.read_json(memory)
     # Keys that do not depend on the working directory.
+    now = time.time_ns()
     keys = [str(path).removeprefix(str(root)) for path in paths]
     found = {key: _stamp(path) for key, path in zip(keys, paths, strict=True)}
     changed = [i for i, key in enumerate(keys) if key not in known or known[key][:-1] != found[key]]
@@ -46,9 +48,13 @@ def files_digest(root: Path | str, paths: Sequence[Path]) -> str:
             known[keys[i]] = [*found[keys[i]], digest]
             bar.update()
     if changed:
-        now = time.time_ns()
-        # A file that is changed again at once might keep its times.
-        settled = {k: v for k, v in known.items() if len(v) > 1 and now - max(v[1:-1]) > _SETTLED}
+        # A file that is changed again at once might keep its times; one that cannot be read now
+        # may be readable later.
+        settled = {
+            key: entry
+            for key, entry in known.items()
+            if len(entry) > 1 and entry[-1] != _UNREADABLE and now - max(entry[1:-1]) > _SETTLED
+        }
         with contextlib.suppress(OSError):
             storage.write_text(memory, json.dumps(settled))
     return storage.short_digest(known[key][-1].encode() for key in keys)
@@ -80,4 +86,4 @@ def _digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError:
-        return "unreadable"
+        return _UNREADABLE

@@ -18,6 +18,12 @@ from llamagen.support.values import plain, require_integer
 
 METADATA_KEY = "llamagen"
 """PNG text chunk of an image's settings, as JSON."""
+DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""Raised by Pillow's decoders on damaged files."""
+
 KINDS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 """Suffix of an image file -> its format, of those that can be written."""
 
@@ -135,15 +141,15 @@ def read_metadata(path: Path | str) -> dict[str, Any]:
         with Image.open(path) as image:
             # Those of a PNG before its pixels are there at once; "text" reads all of the file.
             text = image.info.get(METADATA_KEY) or getattr(image, "text", {}).get(METADATA_KEY)
-            described = str(image.getexif().get(_DESCRIPTION, ""))
+            described = "" if text else str(image.getexif().get(_DESCRIPTION, ""))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist") from error
-    except (OSError, SyntaxError) as error:
+    except DECODING_ERRORS as error:
         raise InputError(f"{path} is not a readable image ({error})") from error
     try:
         values: dict[str, Any] = json.loads(text or described)
         return values if text else values[METADATA_KEY]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise InputError(
             f"{path} does not say how it was made; only files of llamagen generate do"
         ) from error

@@ -16,10 +16,11 @@ from llamagen.support.errors import InputError
 
 
 @contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path, and rename it to ``path`` if the block succeeds.
 
-    The folder is created if need be. If the block raises, an older file at ``path`` is unchanged.
+    The folder is created if need be. If the block raises, an older file at ``path`` is unchanged;
+    without ``replace`` FileExistsError is raised where there is one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,9 +30,23 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
     try:
         yield temporary
         _finish(temporary)
-        temporary.replace(path)
+        if replace:
+            temporary.replace(path)
+        else:
+            _link(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        # Unlike renaming, this fails if the file exists.
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links.
+        temporary.replace(path)
 
 
 @contextmanager
@@ -88,6 +103,16 @@ def write_bytes(path: Path | str, content: bytes) -> None:
     """Write a file atomically."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_new(path: Path | str, content: bytes) -> bool:
+    """Write a file atomically unless there is one of its name; return whether it was written."""
+    try:
+        with atomic_file(path, replace=False) as temporary:
+            temporary.write_bytes(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_text(path: Path | str, text: str) -> None:

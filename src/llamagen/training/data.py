@@ -20,6 +20,7 @@ from llamagen.data.views import Augmentation, Views
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import content, distributed
 from llamagen.support.errors import InputError
+from llamagen.training.checkpoint import CHECKPOINTS_NAME, find_checkpoints
 from llamagen.training.config import Recipe, TokenizerTraining, TransformerTraining
 from llamagen.training.run_folder import SKIPPED_NAME, start_run
 
@@ -225,7 +226,7 @@ def _extracted(
     name: str,
 ) -> CodeSource:
     """Return the codes of images, in the run's folder; every process makes its share of them."""
-    folder = recipe.out / "codes" / name
+    folder, begun = recipe.out / "codes" / name, find_checkpoints(recipe.out / CHECKPOINTS_NAME)
     extraction = extract_store(
         tokenizer,
         images,
@@ -234,8 +235,9 @@ def _extracted(
         workers=recipe.images.workers,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        # They belong to this run. With several processes, another may be reading what is there.
-        overwrite=distributed.world_size() == 1,
+        # They belong to this run, until it has a checkpoint: a run of other images is then refused.
+        # With several processes, another may be reading what is there.
+        overwrite=distributed.world_size() == 1 and not begun,
         progress=distributed.is_main(),
     )
     distributed.barrier()
