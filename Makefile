@@ -104,7 +104,8 @@ $(NEWEST_VENV)/.installed: pyproject.toml
 
 # Unless those are the pinned ones, with which all tests run.
 test-newest: $(NEWEST_VENV)/.installed
-	@other="$$($(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' | grep -vixFf constraints.txt)"; \
+	@$(NEWEST_VENV)/bin/python -m pip freeze --exclude-editable >$(NEWEST_VENV)/.frozen
+	@other="$$(sed 's/+cpu$$//' $(NEWEST_VENV)/.frozen | grep -vixFf constraints.txt)"; \
 		if [ -z "$$other" ]; then echo "the newest releases are those of constraints.txt: nothing else to test"; \
 		else echo "not in constraints.txt:" $$other; $(NEWEST_VENV)/bin/$(PYTEST) $(DEPENDENT) $(PYTEST_ARGS); fi
 
