@@ -21,8 +21,10 @@ from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yam
 
 RECIPE_NAME = "recipe.yaml"
 SKIPPED_NAME = "skipped.txt"
-TEXT_ENCODER = "the text encoder"
+TEXT_ENCODER, VALIDATION_CODES = "the text encoder", "the validation codes"
 """Its fingerprint among the data of a run; older ones do not have it."""
+_LATE = (TEXT_ENCODER, VALIDATION_CODES)
+"""What runs of older versions do not record."""
 
 MAY_CHANGE = frozenset(
     {
@@ -97,7 +99,7 @@ def start_run(recipe: Recipe) -> None:
 def check_same_data(recorded: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raise InputError if a resumed run has other data than it began with."""
     for name, identity in now.items():
-        before = recorded.get(name, identity if name == TEXT_ENCODER else None)
+        before = recorded.get(name, identity if name in _LATE else None)
         if not content.is_same(before, identity):
             raise InputError(
                 f"{name} is not what the run in {out} began with; restore it, "

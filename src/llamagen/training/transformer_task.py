@@ -44,7 +44,13 @@ from llamagen.training.next_code import (
 )
 from llamagen.training.parallel import shards_model
 from llamagen.training.recipes import recipe_to_dict
-from llamagen.training.run_folder import SKIPPED_NAME, TEXT_ENCODER, lock_run, open_run
+from llamagen.training.run_folder import (
+    SKIPPED_NAME,
+    TEXT_ENCODER,
+    VALIDATION_CODES,
+    lock_run,
+    open_run,
+)
 from llamagen.training.task import Batch, Losses, Task
 from llamagen.training.transformer_start import Start, find_start
 
@@ -144,9 +150,12 @@ class TransformerTask(Task):
         }
         if start.text.encoder is not None:
             data[TEXT_ENCODER] = start.text.encoder.fingerprint()
+        if codes.validation is not codes.training:
+            data[VALIDATION_CODES] = codes.validation.identity
         # Codes that the run itself made follow from what their identity says.
         stores = {
             "the training codes": None if recipe.codes is None else codes.training,
+            VALIDATION_CODES: None if recipe.validation_codes is None else codes.validation,
             "the text features": start.text.features,
         }
         with distributed.main_first():
