@@ -21,10 +21,10 @@ from llamagen.training.recipes import load_recipe, recipe_to_dict, recipe_to_yam
 
 RECIPE_NAME = "recipe.yaml"
 SKIPPED_NAME = "skipped.txt"
-TEXT_ENCODER, VALIDATION_CODES = "the text encoder", "the validation codes"
-"""Its fingerprint among the data of a run; older ones do not have it."""
+TEXT_ENCODER = "the text encoder"
+VALIDATION_CODES = "the validation codes"
 _LATE = (TEXT_ENCODER, VALIDATION_CODES)
-"""What runs of older versions do not record."""
+"""What of a run's data older versions did not record."""
 
 MAY_CHANGE = frozenset(
     {
