@@ -187,7 +187,7 @@ def test_rejects_unwritable_paths(fails, model_folder, tmp_path):
 
 
 def test_full_disk_leaves_only_complete_images(fails, model_folder, tmp_path, monkeypatch):
-    real, calls = os.replace, []
+    real, calls = os.link, []
 
     def full_after_two(*arguments):
         calls.append(arguments)
@@ -195,6 +195,7 @@ def test_full_disk_leaves_only_complete_images(fails, model_folder, tmp_path, mo
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(*arguments)
 
+    monkeypatch.setattr(storage.os, "link", full_after_two)
     monkeypatch.setattr(storage.os, "replace", full_after_two)
     line = fails(
         "generate",

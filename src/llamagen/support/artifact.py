@@ -82,6 +82,14 @@ class Format:
         return any((Path(folder) / name).is_file() for name in names)
 
 
+class OtherSettingsError(InputError):
+    """An artifact was begun with other settings: with ``changes``."""
+
+    def __init__(self, message: str, changes: str) -> None:
+        super().__init__(message)
+        self.changes = changes
+
+
 @dataclasses.dataclass(eq=False)
 class Artifact:
     """An artifact in an existing or new folder."""
@@ -155,9 +163,10 @@ class Artifact:
                 self._write_settings()
             if changes := self._changes(missing):
                 or_overwrite = "" if overwrite is None else ", or `overwrite` it"
-                raise InputError(
+                raise OtherSettingsError(
                     f"the {self.form.noun} in {self.folder} was begun with {changes}; restore "
-                    f"that, choose another folder (`out`){or_overwrite}"
+                    f"that, choose another folder (`out`){or_overwrite}",
+                    changes,
                 )
             self.settings = _read(path, self.form)
             yield

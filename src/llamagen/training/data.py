@@ -19,6 +19,7 @@ from llamagen.data.store import CodeStore
 from llamagen.data.views import Augmentation, Views
 from llamagen.models.tokenizer import ImageTokenizer
 from llamagen.support import content, distributed
+from llamagen.support.artifact import OtherSettingsError
 from llamagen.support.errors import InputError
 from llamagen.training.checkpoint import CHECKPOINTS_NAME, find_checkpoints
 from llamagen.training.config import Recipe, TokenizerTraining, TransformerTraining
@@ -227,19 +228,27 @@ def _extracted(
 ) -> CodeSource:
     """Return the codes of images, in the run's folder; every process makes its share of them."""
     folder, begun = recipe.out / "codes" / name, find_checkpoints(recipe.out / CHECKPOINTS_NAME)
-    extraction = extract_store(
-        tokenizer,
-        images,
-        views,
-        folder,
-        workers=recipe.images.workers,
-        rank=distributed.rank(),
-        world_size=distributed.world_size(),
-        # They belong to this run, until it has a checkpoint: a run of other images is then refused.
-        # With several processes, another may be reading what is there.
-        overwrite=distributed.world_size() == 1 and not begun,
-        progress=distributed.is_main(),
-    )
+    try:
+        extraction = extract_store(
+            tokenizer,
+            images,
+            views,
+            folder,
+            workers=recipe.images.workers,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            # They belong to this run, which keeps them once it has a checkpoint: the images may be
+            # restored. With several processes, another may be reading what is there.
+            overwrite=distributed.world_size() == 1 and not begun,
+            progress=distributed.is_main(),
+        )
+    except OtherSettingsError as error:
+        if not begun:
+            raise
+        raise InputError(
+            f"the images or the image tokenizer are not what the run in {recipe.out} began with "
+            f"({error.changes}); restore them, or give another `out` for a new run"
+        ) from error
     distributed.barrier()
     return extraction.store or CodeStore.open(folder)
 
