@@ -24,7 +24,7 @@ NUMERIC := tests/parity tests/models tests/generation tests/pipeline
 # Kernels compiled to end the process at the first invalid address or undefined operation: those for
 # this processor, and those for AMX as emulated (where the tests in company take minutes: one does).
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1
-KERNELS := $(addprefix tests/backends/test_,cpu_step.py cpu_sampling.py convolution.py)
+KERNELS := $(addprefix tests/backends/test_,cpu_step.py cpu_queries.py cpu_sampling.py convolution.py)
 SANITIZED := convolution or native or amx and (not company or int8 and cache_dtype1) or not (amx or avx or sse2 or thread)
 
 # What rests on packages other than torch; make test-newest DEPENDENT=tests runs all.

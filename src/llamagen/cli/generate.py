@@ -268,7 +268,7 @@ def _draw(options: Generate, model: str) -> None:
     size = _BATCH if pipe.device.type == "cpu" else None
     arguments |= {"batch_size": options.batch_size or size, "window": options.window}
     # Another model of the same name draws other images.
-    about = {"weights": pipe.fingerprint()}
+    about = {"weights": pipe.weight_sample()}
     images = len(arguments["prompt"]) * options.count
     rows = pipe.transformer.config.grid[0] * options.best_of
     paths: dict[int, Path] = {}

@@ -237,7 +237,7 @@ class PipelineModels:
             found["kv_cache_dtype"] = "int8"
         return found
 
-    def fingerprint(self) -> str:
+    def weight_sample(self) -> str:
         """Return a short text that tells pipelines of other weights apart, by a sample of each."""
         encoder = None if self._text is None else self.text_encoder
         parts = [part for part in (self.tokenizer, self.transformer, encoder) if part is not None]

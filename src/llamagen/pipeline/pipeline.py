@@ -158,19 +158,37 @@ class Pipeline(PipelineModels):
                 index for run in runs if not any(is_drawn(about(at)) for at in run) for index in run
             ]
         found: list[PipelineOutput] = []
-        hand_over = found.append if on_images is None else on_images
+        drawn = self._draw(requests, wanted, best_of, rank_by, batch_size, callback)
+        if on_images is not None:
+            self._hand_over(drawn, about, on_images, behind=self.device.type == "cuda")
+        else:
+            is_shown = output_type not in ("latent", "codes")
+            self._hand_over(drawn, about, found.append, is_shown=is_shown)
+        return _together(found, output_type, self.transformer.config.grid)
+
+    def _hand_over(
+        self,
+        drawn: Iterator[tuple[Tensor, list[int]]],
+        about: Callable[[int], dict[str, Any]],
+        receive: Callable[[PipelineOutput], object],
+        *,
+        is_shown: bool = True,
+        behind: bool = True,
+    ) -> None:
+        """Hand over the output of each batch: codes, and with ``is_shown`` images.
+
+        With ``behind`` the images of a batch are fetched once the next one has been launched, so
+        that no GPU waits for that. ``about`` returns the metadata of a request.
+        """
 
         def finish(codes: Tensor, kept: list[int], fetch: Callable[[], list[Image.Image]]) -> None:
-            own, entries = tuple(seeds[at] for at in kept), tuple(map(about, kept))
-            hand_over(PipelineOutput(images=fetch(), codes=codes, seeds=own, metadata=entries))
+            entries = tuple(map(about, kept))
+            seeds = tuple(entry["seed"] for entry in entries)
+            receive(PipelineOutput(images=fetch(), codes=codes, seeds=seeds, metadata=entries))
 
-        # Images are fetched when the next batch has been launched: no GPU waits for that.
-        behind = on_images is None or self.device.type == "cuda"
         waiting: list[Callable[[], None]] = []
         try:
-            drawn = self._draw(requests, wanted, best_of, rank_by, batch_size, callback)
             for codes, kept in drawn:
-                is_shown = output_type not in ("latent", "codes") or on_images is not None
                 fetch = self.decode_later(codes) if is_shown else list
                 waiting.append(functools.partial(finish, codes, kept, fetch))
                 if len(waiting) > behind:
@@ -179,7 +197,6 @@ class Pipeline(PipelineModels):
             # Whatever ends the call, what is drawn is handed over.
             while waiting:
                 waiting.pop(0)()
-        return _together(found, output_type, self.transformer.config.grid)
 
     def _draw(
         self,

@@ -140,7 +140,7 @@ def draw_into_folder(
     pipeline.sampling.replace(**{name: settings[name] for name in sampling})
     given = {name: plain(value) for name, value in settings.items() if value is not None}
     # By its name alone, a model that was trained further would go on with another's images.
-    weights = {"weights": pipeline.fingerprint()}
+    weights = {"weights": pipeline.weight_sample()}
     about = {
         "model": pipeline.name,
         "sampling": dataclasses.asdict(pipeline.sampling) | given,
@@ -148,13 +148,6 @@ def draw_into_folder(
         **weights,
     }
     artifact = Artifact(out, _FORMAT, about, rank=rank, world_size=world_size)
-    entries = (
-        {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed}
-        for image in planned
-    )
-    index = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    # Undecodable bytes of files of prompts become escapes of JSON.
-    index = index.encode("utf-8", "backslashreplace").decode()
     saving: list[tuple[int, Future[None]]] = []
     drawn = 0
 
@@ -168,7 +161,7 @@ def draw_into_folder(
         artifact.begin(missing={"sampling": dataclasses.asdict(SamplingConfig()), **weights}),
         ThreadPoolExecutor(1, "llamagen-saver") as saver,
     ):
-        artifact.same_text(INDEX_NAME, index, "other prompts or seeds")
+        artifact.same_text(INDEX_NAME, _index(planned), "other prompts or seeds")
         for batch in batches(planned, batch_size, rank, world_size):
             missing = [image for image in batch if not (out / image.file).is_file()]
             fetch, metadata = _launch(pipeline, missing, window=window, **settings)
@@ -179,6 +172,17 @@ def draw_into_folder(
         for each in saving:
             finish(*each)
     return drawn
+
+
+def _index(planned: Sequence[Planned]) -> str:
+    """Return one line of JSON for each image."""
+    entries = (
+        {**image.about, "file": image.file, "prompt": image.prompt, "seed": image.seed}
+        for image in planned
+    )
+    text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    # Undecodable bytes of files of prompts become escapes of JSON.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def batches(

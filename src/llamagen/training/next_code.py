@@ -160,7 +160,7 @@ class Conditioning:
         """Return the "condition" of some rows of a store, and what goes with it.
 
         That is labels (B,); or texts (B, L) or (B, L, W), a "mask" (B, L) of their tokens, and
-        "weights" (B,). ``rngs`` has a random generator per image; None takes the likeliest caption.
+        "weights" (B,). ``rngs`` has a random generator per image; None takes the most likely one.
         """
         del rngs
         assert store.labels is not None

@@ -1,4 +1,4 @@
-"""An Inception-v3 with random weights."""
+"""An Inception-v3 with random weights, and a server of public files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from llamagen.evaluation.networks.inception import InceptionV3
+from tests.web import running
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,10 @@ def network() -> InceptionV3:
             elif name != "fc.weight":
                 tensor.normal_(std=0.2)
     return model
+
+
+@pytest.fixture
+def web():
+    """Stands in for the servers of public files."""
+    with running() as web:
+        yield web

@@ -15,7 +15,6 @@ from llamagen.evaluation.networks.inception import WEIGHTS_FILE, InceptionV3
 from llamagen.evaluation.networks.weights import PublicFile
 from llamagen.support.errors import InputError
 from tests.evaluation.networks.helpers import Malicious, images, one_line, same, saved, shapes
-from tests.web import running
 
 # Its files
 
@@ -141,13 +140,6 @@ def test_checksum_equals_the_known_one():
 def located(source: str | Path | None = None) -> bytes:
     """The file that is loaded, without building the network."""
     return inception._locate(source).read_bytes()
-
-
-@pytest.fixture
-def web():
-    """Stands in for the server of the public file."""
-    with running() as web:
-        yield web
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from llamagen.evaluation.networks.weights import PublicFile
 from llamagen.support.errors import InputError
 from llamagen.support.storage import cache_folder
 from tests.evaluation.networks.helpers import Malicious, lpips_shapes, one_line, same, saved
-from tests.web import running
 
 
 def drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -215,13 +214,6 @@ def test_checksums_equal_the_known_ones():
     assert HEADS_FILE.url.endswith("/v0.1/" + HEADS_FILE.name)
     assert {len(file.sha256) for file in (TRUNK_FILE, HEADS_FILE)} == {64}
     assert {file.url.split(":")[0] for file in (TRUNK_FILE, HEADS_FILE)} == {"https"}
-
-
-@pytest.fixture
-def web():
-    """Stands in for the servers of the two public files."""
-    with running() as web:
-        yield web
 
 
 @pytest.fixture

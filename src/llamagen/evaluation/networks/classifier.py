@@ -280,17 +280,7 @@ def _train(
     about = {"config": dataclasses.asdict(model.config), "trained": trained, "count": len(rows)}
     size = min(training.batch_size, len(rows))
     batches = DataOrder(count=len(rows), batch_size=size, seed=training.seed)
-    first, losses = 0, list[float]()
-    if (folder / _STATE_NAME).is_file():
-        state = torch.load(folder / _STATE_NAME, map_location=device, weights_only=True)
-        if state["about"] != about:
-            raise InputError(
-                f"a classifier of other images or settings was begun in {folder}; restore those, "
-                f"or delete {folder / _STATE_NAME}"
-            )
-        first, losses = int(state["step"]), state["losses"]
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+    first, losses = _resume(folder, parts, about, device)
     start = saved = time.monotonic()
     timed = min(first + _TIMED_STEPS, training.steps)
     for step in range(first, training.steps):
@@ -327,6 +317,24 @@ def _train(
             with storage.atomic_file(folder / _STATE_NAME) as temporary:
                 content = {"about": about, "step": step + 1, "losses": losses, **state}
                 torch.save(content, temporary)
+
+
+def _resume(
+    folder: Path, parts: Mapping[str, Any], about: Mapping[str, Any], device: torch.device
+) -> tuple[int, list[float]]:
+    """Load what an interrupted training saved, if any did; return its steps and checked losses."""
+    path = folder / _STATE_NAME
+    if not path.is_file():
+        return 0, []
+    state = torch.load(path, map_location=device, weights_only=True)
+    if state["about"] != about:
+        raise InputError(
+            f"a classifier of other images or settings was begun in {folder}; restore those, or "
+            f"delete {path}"
+        )
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return int(state["step"]), state["losses"]
 
 
 def _say(line: str) -> None:

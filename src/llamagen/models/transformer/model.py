@@ -42,7 +42,7 @@ class Transformer(PretrainedModel[TransformerConfig]):
     config_class = TransformerConfig
     kind = "transformer"
     pos_instruct_embeddings: nn.Parameter | None
-    """(1, D), RandAR's name: turned by a cell's angles, the embedding of the cell's query."""
+    """(1, D), RandAR's name: rotated by a cell's angles, the embedding of the cell's query."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
